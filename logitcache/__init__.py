@@ -1,0 +1,27 @@
+"""Offline knowledge distillation: run the teacher once, keep its logits, train any number of students."""
+
+from logitcache import losses as losses
+from logitcache.encodings import Dense as Dense
+from logitcache.encodings import TopK as TopK
+from logitcache.reader import LogitCache as LogitCache
+from logitcache.reader import open_cache as open
+from logitcache.samples import sample_table as sample_table
+from logitcache.views import Mixing as Mixing
+from logitcache.views import ViewDataset as ViewDataset
+from logitcache.views import ViewPlan as ViewPlan
+from logitcache.writer import CacheWriter as CacheWriter
+from logitcache.writer import create as create
+
+__all__ = [
+    "CacheWriter",
+    "Dense",
+    "LogitCache",
+    "Mixing",
+    "TopK",
+    "ViewDataset",
+    "ViewPlan",
+    "create",
+    "losses",
+    "open",
+    "sample_table",
+]

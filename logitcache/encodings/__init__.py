@@ -1,0 +1,57 @@
+"""How a (B, C) batch of logits becomes named arrays and back: one file per encoding.
+
+To add one: subclass `Encoding` in a file of its own, name it in `ENCODINGS` below, and let
+`tests/test_encodings.py` run the contract suite over it.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from logitcache.encodings.dense import Dense as Dense
+from logitcache.encodings.protocol import ArraySpec as ArraySpec
+from logitcache.encodings.protocol import Encoding as Encoding
+from logitcache.encodings.topk import TopK as TopK
+from logitcache.errors import UsageError
+
+ENCODINGS: dict[str, type[Encoding]] = {"dense": Dense, "topk": TopK}
+
+
+def encoding_from_config(config: Encoding | str | Mapping[str, Any]) -> Encoding:
+    """An encoding from its JSON object (`{"name": "topk", "k": 10}`), its name, or its call (`TopK(k=10)`).
+
+    Raises:
+        UsageError: an unknown encoding or parameter, or a parameter out of range.
+    """
+    if isinstance(config, Encoding):
+        return config
+    fields = _parse_call(config) if isinstance(config, str) else dict(config)
+    name = str(fields.pop("name", "")).lower()
+    if name not in ENCODINGS:
+        known = ", ".join(ENCODINGS)
+        raise UsageError(f"unknown encoding {name!r}; expected one of: {known}")
+    kind = ENCODINGS[name]
+    known_fields = [field.name for field in dataclasses.fields(kind)]
+    for field in fields:
+        if field not in known_fields:
+            raise UsageError(f"encoding {name!r} has no parameter {field!r}; it has: {', '.join(known_fields)}")
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise UsageError(f"encoding {name!r}: {error}; its parameters are: {', '.join(known_fields)}") from error
+
+
+def _parse_call(text: str) -> dict[str, Any]:
+    """`TopK(k=10)` or `topk` as a mapping; only literals as values, so nothing is executed."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        if isinstance(node, ast.Name):
+            return {"name": node.id}
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+            return {"name": node.func.id} | {str(kw.arg): ast.literal_eval(kw.value) for kw in node.keywords}
+    except (SyntaxError, ValueError):
+        pass
+    raise UsageError(f"can't read the encoding {text!r}; expected for example `Dense(dtype='float16')` or `TopK(k=10)`")

@@ -1,0 +1,167 @@
+"""Where things lie in a cache, and how one block's array becomes one Zarr object.
+
+The store is Zarr v3 with standard codecs only: transpose (each stored column contiguous, which zstd likes),
+bytes, zstd with checksum. One chunk is one block, so every object is written whole by one writer and read whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.buffer import cpu
+from zarr.codecs import BytesCodec, TransposeCodec, ZstdCodec
+from zarr.storage import MemoryStore
+
+from logitcache.encodings import ArraySpec
+from logitcache.manifest import Layout
+
+# V views, N samples
+
+GROUP = "labels.zarr"
+FIXED = "fixed"
+"""Name of the receipt of the arrays that are stored once: the sample table."""
+
+
+@dataclasses.dataclass(frozen=True, order=True, slots=True)
+class Block:
+    """A view and a range of its rows: the unit of work, commit, hashing, transfer and repair."""
+
+    view: int
+    number: int
+
+    @property
+    def name(self) -> str:
+        return f"v{self.view:05d}/b{self.number:05d}"
+
+    @property
+    def receipt_key(self) -> str:
+        return f"receipts/{self.name}.json"
+
+    @classmethod
+    def from_name(cls, name: str) -> Block:
+        view, number = name.split("/")
+        return cls(int(view[1:]), int(number[1:]))
+
+
+FIXED_RECEIPT_KEY = f"receipts/{FIXED}.json"
+
+
+def all_blocks(layout: Layout) -> Iterator[Block]:
+    """Every block of a cache, view by view."""
+    for view in range(layout.num_views):
+        for number in range(blocks_per_view(layout)):
+            yield Block(view, number)
+
+
+def blocks_per_view(layout: Layout) -> int:
+    """Blocks in one view."""
+    return -(-layout.num_samples // layout.rows_per_block)
+
+
+def block_rows(layout: Layout, block: Block) -> range:
+    """The rows that a block holds; the last block of a view may be shorter."""
+    start = block.number * layout.rows_per_block
+    return range(start, min(start + layout.rows_per_block, layout.num_samples))
+
+
+def block_key(array: str, spec: ArraySpec, block: Block) -> str:
+    """Key of the object that holds one block of an array."""
+    return "/".join([GROUP, array, "c", str(block.view), str(block.number), *("0" for _ in spec.row_shape)])
+
+
+def fixed_key(array: str, values: np.ndarray) -> str:
+    """Key of the one object of a fixed array."""
+    return "/".join([GROUP, array, "c", *("0" for _ in values.shape)])
+
+
+def group_metadata(specs: Mapping[str, ArraySpec], layout: Layout) -> dict[str, bytes]:
+    """The `zarr.json` of the group and of each per-row array, by key."""
+    objects = _Objects()
+    zarr.create_group(objects.store, zarr_format=3)
+    for name, spec in specs.items():
+        shape = (layout.num_views, layout.num_samples, *spec.row_shape)
+        objects.create(name, spec.dtype, shape, (1, layout.rows_per_block, *spec.row_shape))
+    return objects.dump()
+
+
+def encode_block(values: np.ndarray, rows_per_block: int) -> bytes:
+    """One block of one array, (rows, *row_shape), as the bytes of its chunk."""
+    rows, *row_shape = values.shape
+    objects = _Objects()
+    array = objects.create("block", values.dtype.name, (1, rows, *row_shape), (1, rows_per_block, *row_shape))
+    array[0] = values
+    return objects.chunk("block", (0,) * array.ndim)
+
+
+def encode_fixed(name: str, values: np.ndarray) -> dict[str, bytes]:
+    """A fixed array as its objects by key: its `zarr.json`, and its single chunk."""
+    objects = _Objects()
+    objects.create(name, values.dtype.name, values.shape, values.shape)[...] = values
+    return objects.dump()
+
+
+def decode_rows(spec: ArraySpec, chunks: Sequence[bytes], num_rows: int, rows_per_block: int) -> np.ndarray:
+    """The rows (num_rows, *row_shape) of consecutive blocks, from their chunks' bytes.
+
+    Raises zarr's own errors for bytes that are no such chunk.
+    """
+    objects = _Objects()
+    array = objects.create("view", spec.dtype, (1, num_rows, *spec.row_shape), (1, rows_per_block, *spec.row_shape))
+    for number, data in enumerate(chunks):
+        objects.put_chunk("view", (0, number, *(0 for _ in spec.row_shape)), data)
+    return np.asarray(array[0])
+
+
+def decode_fixed(metadata: bytes, chunk: bytes) -> np.ndarray:
+    """A fixed array from its `zarr.json` and its chunk."""
+    objects = _Objects()
+    objects.put("fixed/zarr.json", metadata)
+    array = zarr.open_array(objects.store, path="fixed", mode="r")
+    objects.put_chunk("fixed", (0,) * array.ndim, chunk)
+    return np.asarray(array[...])
+
+
+class _Objects:
+    """The objects of a Zarr store in memory: zarr encodes and decodes, and logitcache moves the bytes.
+
+    So that every byte is hashed, committed and checked in one place, wherever it is kept.
+    """
+
+    def __init__(self) -> None:
+        self._objects: dict[str, Any] = {}
+        self.store = MemoryStore(self._objects)
+
+    def create(self, name: str, dtype: str, shape: tuple[int, ...], chunks: tuple[int, ...]) -> zarr.Array[Any]:
+        ndim = len(shape)
+        # Each stored column contiguous: zstd finds more in a column of one kind than across a row.
+        columns_first = [TransposeCodec(order=(*range(ndim - 2), ndim - 1, ndim - 2))] if ndim >= 3 else []
+        return zarr.create_array(
+            self.store,
+            name=name,
+            shape=shape,
+            chunks=chunks,
+            dtype=dtype,
+            filters=columns_first,
+            serializer=BytesCodec(endian="little" if np.dtype(dtype).itemsize > 1 else None),
+            compressors=[ZstdCodec(level=3, checksum=True)],
+            fill_value=0,
+            zarr_format=3,
+            # A block of nothing but zeros must be an object too, or its receipt would have nothing to hash.
+            config={"write_empty_chunks": True},
+        )
+
+    def put(self, key: str, data: bytes) -> None:
+        self._objects[key] = cpu.Buffer.from_bytes(data)
+
+    def put_chunk(self, name: str, index: tuple[int, ...], data: bytes) -> None:
+        self.put("/".join([name, "c", *map(str, index)]), data)
+
+    def chunk(self, name: str, index: tuple[int, ...]) -> bytes:
+        return bytes(self._objects["/".join([name, "c", *map(str, index)])].to_bytes())
+
+    def dump(self) -> dict[str, bytes]:
+        return {f"{GROUP}/{key}": value.to_bytes() for key, value in self._objects.items()}

@@ -1,0 +1,449 @@
+"""An open cache: whole views in memory, or block by block where a view exceeds the memory budget.
+
+Nothing is ever read row by row. Every object is checked against its receipt when it is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitcache.digest import sha256_hex
+from logitcache.encodings import ArraySpec, Encoding, encoding_from_config
+from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, UsageError
+from logitcache.layout import (
+    FIXED,
+    FIXED_RECEIPT_KEY,
+    GROUP,
+    Block,
+    all_blocks,
+    block_key,
+    block_rows,
+    blocks_per_view,
+    decode_fixed,
+    decode_rows,
+)
+from logitcache.manifest import (
+    MANIFEST,
+    RECEIPTS,
+    Manifest,
+    Receipt,
+    content_digest,
+    read_manifest,
+    read_receipt,
+    read_receipts,
+)
+from logitcache.samples import SampleTable, input_digest
+from logitcache.storage import LocalStorage, open_storage
+from logitcache.transforms import build_transform
+from logitcache.views import Mixing, ViewDataset, ViewPlan, proof_rows
+
+# B batch, C classes, N samples, V views
+
+
+def open_cache(location: str | os.PathLike[str], *, trust: bool = False) -> LogitCache:
+    """Open a cache: checks manifest and receipts, reads no labels.
+
+    Args:
+        location: a directory or a `file://` URL.
+        trust: allow `package.module:function` transforms from outside the working folder in `view_plan`.
+
+    Raises:
+        NotACache: no cache there.
+        UnsupportedFormat: written by a newer version.
+        CorruptCache: manifest and receipts contradict each other.
+    """
+    return LogitCache(open_storage(location), trust=trust)
+
+
+class LogitCache:
+    """The labels of one teacher over views of one dataset."""
+
+    def __init__(self, storage: LocalStorage, *, trust: bool = False) -> None:
+        self.storage = storage
+        self.manifest = read_manifest(storage.get(MANIFEST), url=storage.url)
+        self.layout = self.manifest.layout
+        self.encoding: Encoding = encoding_from_config(self.manifest.identity.encoding)
+        self.trust = trust
+        self._specs = self.encoding.arrays(self.layout.num_classes)
+        self.receipts: dict[str, Receipt] = collect_receipts(storage, self.manifest, self._specs)
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="logitcache-loader")
+        self._loading: dict[tuple[int, str], Future[View]] = {}
+        if self.sealed and content_digest(list(self.receipts.values())) != self.manifest.digest:
+            raise CorruptCache(
+                f"{storage.url}: the receipts don't add up to the manifest's digest; run `logitcache verify` on it"
+            )
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of the identity."""
+        return self.manifest.id
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 of the content; None until sealed."""
+        return self.manifest.digest
+
+    @property
+    def sealed(self) -> bool:
+        """Whether every block is there."""
+        return self.manifest.state == "sealed"
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return self.layout.num_samples
+
+    @property
+    def num_views(self) -> int:
+        """V."""
+        return self.layout.num_views
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.layout.num_classes
+
+    @property
+    def bytes(self) -> int:
+        """Size of all stored objects that have receipts."""
+        return sum(stored.bytes for receipt in self.receipts.values() for stored in receipt.objects.values())
+
+    @property
+    def label_bytes(self) -> int:
+        """Size of the labels alone, without the sample table."""
+        fixed = self.receipts.get(FIXED)
+        return self.bytes - (sum(stored.bytes for stored in fixed.objects.values()) if fixed else 0)
+
+    @property
+    def view_bytes(self) -> int:
+        """Memory of one resident view."""
+        row = sum(np.dtype(spec.dtype).itemsize * int(np.prod(spec.row_shape)) for spec in self._specs.values())
+        return row * self.num_samples
+
+    @cached_property
+    def samples(self) -> SampleTable | None:
+        """Keys, targets and content digests of the samples; None where the cache was created without.
+
+        Raises:
+            CorruptCache: the table is damaged.
+        """
+        fixed = self.receipts.get(FIXED)
+        if fixed is None or "sample_targets" not in fixed.objects:
+            return None
+        arrays = {name: self._read_fixed(name) for name in fixed.objects}
+        keys = arrays["sample_keys"].tobytes().decode().split("\n") if "sample_keys" in arrays else None
+        return SampleTable(self.num_samples, keys, arrays["sample_targets"], arrays["sample_contents"])
+
+    @cached_property
+    def view_plan(self) -> ViewPlan:
+        """How the views were made, for `ViewDataset`; it holds samples to their content digests.
+
+        Raises:
+            UsageError: the cache does not say how its views were made.
+            UntrustedCode: a transform from outside the working folder; open the cache with trust=True.
+        """
+        transform = self.manifest.identity.transform
+        if transform is None:
+            raise UsageError(
+                f"{self.storage.url} does not say how its views were made: it was created without `view_plan`; "
+                "render the views as its maker did"
+            )
+        parts = []
+        for part in ("shared", "teacher_input"):
+            spec = transform[part]
+            if spec is not None and not isinstance(spec, list):
+                raise UsageError(
+                    f"{self.storage.url} was made with a transform given as a Python object ({part}): make the same "
+                    "ViewPlan again, and hold it to the cache with `cache.check_plan(plan)`"
+                )
+            parts.append(None if spec is None else build_transform(spec, trust=self.trust))
+        samples = self.samples
+        return ViewPlan(
+            transform=parts[0],
+            seed=self.manifest.identity.view_seed,
+            mixing=Mixing(**(transform["mixing"] or {})),
+            model_input=parts[1],
+            num_classes=self.num_classes,
+            num_samples=self.num_samples,
+            contents=None if samples is None else samples.contents,
+        )
+
+    def check_plan(self, plan: ViewPlan) -> None:
+        """Hold a view plan to the one that the cache was built with.
+
+        Raises:
+            IdentityMismatch: names the first parameter that differs.
+        """
+        identity = self.manifest.identity
+        here = identity.model_copy(update={"transform": plan.describe(), "view_seed": plan.seed})
+        differences = identity.differences(type(identity).model_validate_json(here.model_dump_json()))
+        if differences:
+            raise IdentityMismatch(
+                f"the views at hand are not those of cache {self.id[:12]}…; they differ in\n  " + "\n  ".join(differences)
+            )
+
+    def check_inputs(self, views: ViewDataset, view: int) -> int:
+        """Render the proof rows of a view and hold their pixels to what the teacher was given.
+
+        Args:
+            views: must render the teacher's own deterministic part, as it does by default.
+
+        Returns:
+            How many rows were compared; rows outside a subset are left out.
+
+        Raises:
+            IdentityMismatch: names the sample, and the library versions that may be the cause.
+        """
+        index_of_row = None if views.rows is None else {int(row): index for index, row in enumerate(views.rows)}
+        compared = 0
+        for row, expected in self._input_digests(view).items():
+            index = row if index_of_row is None else index_of_row.get(row)
+            if index is None:
+                continue
+            found = input_digest(views[(view, index)][1]).hex()  # type: ignore[index]
+            if found != expected:
+                raise IdentityMismatch(self._describe_other_pixels(view, row, found, expected))
+            compared += 1
+        return compared
+
+    def rows(self, keys: Sequence[str]) -> np.ndarray:
+        """Row numbers of sample keys, int64 (len(keys),), for subsets and other orders.
+
+        Raises:
+            SampleMismatch: a key that the cache does not hold.
+            UsageError: the cache was created without keys.
+        """
+        if self.samples is None:
+            raise UsageError(f"{self.storage.url} was created without sample keys; count its rows yourself")
+        return self.samples.rows(keys)
+
+    def view(self, view: int, device: str | torch.device = "cpu", *, memory_budget: int | None = None) -> View:
+        """One view on a device: resident, or streamed by blocks where it exceeds the memory budget.
+
+        Args:
+            view: 0 <= view < num_views.
+            device: where the encoded labels lie and `logits` are decoded.
+            memory_budget: bytes that the view's encoded labels may take; None is no limit.
+
+        Raises:
+            UsageError: no such view.
+            IncompleteCache: a block of it is missing.
+            CorruptCache: an object is not the one that was written.
+        """
+        self._check_complete(view)
+        if memory_budget is not None and self.view_bytes > memory_budget:
+            block_bytes = self.view_bytes * self.layout.rows_per_block // self.num_samples
+            return StreamedView(self, view, torch.device(device), max_blocks=max(1, memory_budget // block_bytes))
+        loading = self._loading.pop((view, str(device)), None)
+        return loading.result() if loading is not None else self._load_view(view, device)
+
+    def prefetch(self, view: int, device: str | torch.device = "cpu") -> None:
+        """Load a view in the background, for the `view` call to come."""
+        self._check_complete(view)
+        key = (view, str(device))
+        if key not in self._loading:
+            self._loading[key] = self._loader.submit(self._load_view, view, device)
+
+    def _load_view(self, view: int, device: str | torch.device) -> View:
+        numbers = range(blocks_per_view(self.layout))
+        arrays = self.read_blocks(view, numbers)
+        tensors = {name: torch.from_numpy(values).to(device) for name, values in arrays.items()}
+        return ResidentView(view, self.encoding, tensors, self.num_classes)
+
+    def read_blocks(self, view: int, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+        """The encoded arrays (rows, *row_shape) of consecutive blocks of a view, checked and decompressed.
+
+        Raises:
+            CorruptCache: names the first block that is not as it was written.
+        """
+        blocks = [Block(view, number) for number in numbers]
+        num_rows = sum(len(block_rows(self.layout, block)) for block in blocks)
+        arrays = {}
+        for name, spec in self._specs.items():
+            chunks = [self._checked_object(block, name) for block in blocks]
+            try:
+                arrays[name] = decode_rows(spec, chunks, num_rows, self.layout.rows_per_block)
+            except Exception as error:
+                raise CorruptCache(f"{self.storage.url}: {name} of view {view} can't be decoded: {error}") from error
+        return arrays
+
+    def _checked_object(self, block: Block, array: str) -> bytes:
+        receipt = self.receipts.get(block.name)
+        if receipt is None:
+            raise IncompleteCache(f"{self.storage.url}: block {block.name} is missing; run `logitcache cache-teacher` again")
+        key = block_key(array, self._specs[array], block)
+        data = self.storage.get(key)
+        stored = receipt.objects[array]
+        if data is None:
+            raise CorruptCache(f"{self.storage.url}: {key} is gone, though block {block.name} has a receipt")
+        if len(data) != stored.bytes or sha256_hex(data) != stored.sha256:
+            raise CorruptCache(
+                f"{self.storage.url}: {key} is not what was written: its SHA-256 differs from the receipt of block "
+                f"{block.name}.\nRun `logitcache verify --deep` for every such block."
+            )
+        return data
+
+    def _read_fixed(self, name: str) -> np.ndarray:
+        stored = self.receipts[FIXED].objects[name]
+        metadata = self.storage.get(f"{GROUP}/{name}/zarr.json")
+        keys = [key for key in self.storage.keys(f"{GROUP}/{name}/c")]
+        data = self.storage.get(keys[0]) if keys else None
+        if metadata is None or data is None or sha256_hex(data) != stored.sha256:
+            raise CorruptCache(f"{self.storage.url}: {GROUP}/{name} is not what was written; run `logitcache verify`")
+        return decode_fixed(metadata, data)
+
+    def _check_complete(self, view: int) -> None:
+        if not 0 <= view < self.num_views:
+            raise UsageError(f"no view {view}: the cache has {self.num_views}, numbered from 0")
+        missing = [
+            number
+            for number in range(blocks_per_view(self.layout))
+            if Block(view, number).name not in self.receipts
+        ]
+        if missing:
+            raise IncompleteCache(
+                f"{self.storage.url}: {len(missing)} blocks of view {view} are missing, the first being "
+                f"{Block(view, missing[0]).name}; run `logitcache cache-teacher` again"
+            )
+
+    def _input_digests(self, view: int) -> dict[int, str]:
+        digests: dict[int, str] = {}
+        for row in proof_rows(self.manifest.identity.view_seed, view, self.num_samples):
+            receipt = self.receipts.get(Block(view, row // self.layout.rows_per_block).name)
+            if receipt is not None and str(row) in receipt.inputs:
+                digests[row] = receipt.inputs[str(row)]
+        return digests
+
+    def _describe_other_pixels(self, view: int, row: int, found: str, expected: str) -> str:
+        key = self.samples.key(row) if self.samples is not None else str(row)
+        versions = self.manifest.provenance.get("versions", {})
+        built_with = ", ".join(f"{name} {versions[name]}" for name in ("torchvision", "pillow") if name in versions)
+        return (
+            f"view {view} of sample {row} ({key}) is not what the teacher saw: rendered here its digest is {found}, "
+            f"in the cache {expected}.\n"
+            "Data, transform and seed agree, so the transform's code renders otherwise here: the cache was built with "
+            f"{built_with or 'unknown library versions'} on {self.manifest.provenance.get('platform', 'unknown')}.\n"
+            "Use those versions, or build the cache again."
+        )
+
+
+class View:
+    """One view's labels: `logits(index)` gives float32 (B, C) for row numbers (B,)."""
+
+    number: int
+    num_classes: int
+
+    def logits(self, index: Any) -> Tensor:
+        """The teacher's logits of the given rows, float32 (B, C), on the view's device.
+
+        Args:
+            index: int (B,) row numbers: a tensor, array or list.
+
+        Raises:
+            IndexError: a row beyond the cache.
+        """
+        raise NotImplementedError
+
+
+class ResidentView(View):
+    """A whole view in memory, encoded; gathers and decodes on its device."""
+
+    def __init__(self, number: int, encoding: Encoding, arrays: Mapping[str, Tensor], num_classes: int) -> None:
+        self.number = number
+        self.num_classes = num_classes
+        self._encoding = encoding
+        self._arrays = arrays
+        self._device = next(iter(arrays.values())).device
+
+    def logits(self, index: Any) -> Tensor:
+        index_B = torch.as_tensor(index, dtype=torch.int64, device=self._device)
+        gathered = {name: values.index_select(0, index_B) for name, values in self._arrays.items()}
+        return self._encoding.decode(gathered, self.num_classes)
+
+
+class StreamedView(View):
+    """A view of which only some blocks are in memory, the most recently used ones.
+
+    Fast when consecutive batches stay within `max_blocks` blocks, as `order.epoch_order` makes them; right in any
+    order.
+    """
+
+    def __init__(self, cache: LogitCache, number: int, device: torch.device, *, max_blocks: int) -> None:
+        self.number = number
+        self.num_classes = cache.num_classes
+        self.max_blocks = max_blocks
+        self.blocks_read = 0
+        self._cache = cache
+        self._device = device
+        self._blocks: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+
+    def logits(self, index: Any) -> Tensor:
+        rows_B = np.asarray(torch.as_tensor(index, dtype=torch.int64).cpu())
+        if len(rows_B) and not (0 <= rows_B.min() and rows_B.max() < self._cache.num_samples):
+            raise IndexError(f"rows {rows_B.min()} to {rows_B.max()} of a view of {self._cache.num_samples}")
+        logits_BC = torch.empty((len(rows_B), self.num_classes), device=self._device)
+        rows_per_block = self._cache.layout.rows_per_block
+        numbers_B = rows_B // rows_per_block
+        for number in np.unique(numbers_B):
+            places = np.flatnonzero(numbers_B == number)
+            within = torch.from_numpy(rows_B[places] - number * rows_per_block).to(self._device)
+            block = self._block(int(number))
+            gathered = {name: values.index_select(0, within) for name, values in block.items()}
+            decoded = self._cache.encoding.decode(gathered, self.num_classes)
+            logits_BC[torch.from_numpy(places).to(self._device)] = decoded
+        return logits_BC
+
+    def _block(self, number: int) -> dict[str, Tensor]:
+        block = self._blocks.get(number)
+        if block is None:
+            arrays = self._cache.read_blocks(self.number, [number])
+            block = {name: torch.from_numpy(values).to(self._device) for name, values in arrays.items()}
+            self.blocks_read += 1
+            self._blocks[number] = block
+            while len(self._blocks) > self.max_blocks:
+                self._blocks.popitem(last=False)
+        self._blocks.move_to_end(number)
+        return block
+
+
+def collect_receipts(storage: LocalStorage, manifest: Manifest, specs: Mapping[str, ArraySpec]) -> dict[str, Receipt]:
+    """The receipts of a cache by name: of a sealed one all, of an open one those whose objects are in place.
+
+    Raises:
+        CorruptCache: a sealed cache without its receipts.
+    """
+    gathered = storage.get(RECEIPTS)
+    wanted = {FIXED, *(block.name for block in all_blocks(manifest.layout))}
+    receipts = {} if gathered is None else read_receipts(gathered, url=storage.url)
+    receipts = {name: receipt for name, receipt in receipts.items() if name in wanted}
+    if manifest.state == "sealed":
+        if wanted - receipts.keys():
+            raise CorruptCache(f"{storage.url} is sealed, but {RECEIPTS} lacks {sorted(wanted - receipts.keys())[0]}")
+        return receipts
+    for key in storage.keys("receipts"):
+        name = FIXED if key == FIXED_RECEIPT_KEY else key.removeprefix("receipts/").removesuffix(".json")
+        data = storage.get(key)
+        if name in wanted and data is not None:
+            try:
+                receipts[name] = read_receipt(data, key=key)
+            except CorruptCache:
+                continue  # the block counts as missing, and is computed again
+    return {name: receipt for name, receipt in receipts.items() if _in_place(storage, specs, name, receipt)}
+
+
+def _in_place(storage: LocalStorage, specs: Mapping[str, ArraySpec], name: str, receipt: Receipt) -> bool:
+    if name == FIXED:
+        return True
+    block = Block.from_name(name)
+    return receipt.objects.keys() == specs.keys() and all(
+        storage.size(block_key(array, specs[array], block)) == stored.bytes for array, stored in receipt.objects.items()
+    )

@@ -1,0 +1,285 @@
+"""Who the samples of a dataset are: their keys, targets and contents.
+
+A dataset is anything map-style whose `dataset[i]` gives (input, target). It may offer `keys` (one string a
+sample; else the key is the position), `targets` (else read sample by sample) and `content(i) -> bytes` (what a
+sample's digest is taken of; else the loaded input).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from logitcache.digest import array_digest, json_digest
+from logitcache.errors import IdentityMismatch, LogitCacheError, SampleMismatch, UnreadableSample, UsageError
+
+# N samples
+
+DIGEST_BYTES = 16
+"""Of SHA-256, kept for each sample: enough against accident, at 20 MB for ImageNet."""
+
+
+class Dataset(Protocol):
+    """A map-style dataset, as `torch.utils.data.Dataset` has it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Any, Any]: ...
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """The samples of a dataset, in order."""
+
+    num_samples: int
+    keys: Sequence[str] | None
+    """One a sample, unique; None where the key is the position."""
+    targets: np.ndarray
+    """int64 (N,)."""
+    contents: np.ndarray | None
+    """uint8 (N, 16): the digest of each sample's content; None where it was not taken yet."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 over ordered keys, targets and contents: the identity of the data.
+
+        Raises:
+            ValueError: the contents were not taken.
+        """
+        if self.contents is None:
+            raise ValueError("a dataset's fingerprint needs the contents of its samples")
+        keys = None if self.keys is None else hashlib.sha256("\n".join(self.keys).encode()).hexdigest()
+        return json_digest([self.num_samples, keys, array_digest(self.targets), array_digest(self.contents)])
+
+    def key(self, row: int) -> str:
+        """The key of one row."""
+        return str(row) if self.keys is None else self.keys[row]
+
+    def rows(self, keys: Sequence[str]) -> np.ndarray:
+        """Row numbers of the given keys, int64 (len(keys),).
+
+        Raises:
+            SampleMismatch: a key that this table does not hold.
+        """
+        if self.keys is None:
+            rows = np.array([int(key) if key.isdecimal() else -1 for key in keys], dtype=np.int64)
+            known = (rows >= 0) & (rows < self.num_samples)
+        else:
+            place = {key: row for row, key in enumerate(self.keys)}
+            rows = np.array([place.get(key, -1) for key in keys], dtype=np.int64)
+            known = rows >= 0
+        if not known.all():
+            strangers = np.flatnonzero(~known)
+            raise SampleMismatch(
+                f"sample {keys[strangers[0]]!r} is not in the cache, which holds {self.num_samples} samples "
+                f"({len(strangers)} of {len(keys)} samples here are unknown to it).\n"
+                "Build a cache over this dataset, or select the samples that the cache holds."
+            )
+        return rows
+
+
+def sample_table(dataset: Dataset) -> SampleTable:
+    """Keys and targets of a dataset; reads samples only where it does not offer `targets`.
+
+    Raises:
+        UsageError: keys that repeat, don't match the length, or hold a line break; targets that are no classes.
+    """
+    num_samples = len(dataset)
+    if num_samples == 0:
+        raise UsageError("the dataset is empty; expected at least one sample")
+    keys = getattr(dataset, "keys", None)
+    keys = None if keys is None or callable(keys) else list(keys)
+    if keys is not None:
+        if len(keys) != num_samples:
+            raise UsageError(f"the dataset has {num_samples} samples, but {len(keys)} keys")
+        if len(set(keys)) != num_samples:
+            raise UsageError(f"{num_samples - len(set(keys))} sample keys repeat; each key must name one sample")
+        if any("\n" in key for key in keys):
+            raise UsageError("a sample key holds a line break; keys are single lines")
+    targets = getattr(dataset, "targets", None)
+    if targets is None:
+        targets = [load_sample(dataset, index)[1] for index in range(num_samples)]
+    try:
+        targets = np.asarray(targets).astype(np.int64, casting="same_kind").reshape(num_samples)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"targets must be {num_samples} integer class numbers: {error}") from error
+    return SampleTable(num_samples=num_samples, keys=keys, targets=targets, contents=None)
+
+
+def sample_key(dataset: Dataset, index: int) -> str:
+    """The key of one sample of a dataset."""
+    keys = getattr(dataset, "keys", None)
+    return str(index) if keys is None or callable(keys) else str(keys[index])
+
+
+def load_sample(dataset: Dataset, index: int) -> tuple[Any, Any]:
+    """(input, target) of one sample.
+
+    Raises:
+        UnreadableSample: the dataset could not load it; names the sample's key.
+    """
+    try:
+        sample = dataset[index]
+    except LogitCacheError:
+        raise
+    except Exception as error:
+        raise UnreadableSample(
+            f"sample {sample_key(dataset, index)!r} (number {index}) can't be read: {type(error).__name__}: {error}\n"
+            "Mend or remove it; nothing was changed."
+        ) from error
+    if not isinstance(sample, tuple | list) or len(sample) < 2:
+        raise UsageError(f"dataset[{index}] must give (input, target), not a {type(sample).__name__}")
+    return sample[0], sample[1]
+
+
+def content_digest(dataset: Dataset, index: int, loaded: Any = None) -> bytes:
+    """The first 16 bytes of SHA-256 over a sample's content.
+
+    The content is `dataset.content(index)` where the dataset offers it (a file's bytes, say), else the input
+    itself as it was `loaded`.
+    """
+    content = getattr(dataset, "content", None)
+    if content is not None:
+        try:
+            return hashlib.sha256(content(index)).digest()[:DIGEST_BYTES]
+        except OSError as error:
+            raise UnreadableSample(
+                f"sample {sample_key(dataset, index)!r} (number {index}) can't be read: {error}"
+            ) from error
+    if loaded is None:
+        loaded = load_sample(dataset, index)[0]
+    return input_digest(loaded)
+
+
+def input_digest(value: Any) -> bytes:
+    """The first 16 bytes of SHA-256 over what an input says: kind, dtype, shape and values.
+
+    Inputs are tensors, arrays, PIL images, strings, bytes, numbers, and nests of these in mappings or sequences.
+    """
+    digest = hashlib.sha256()
+    _feed(digest.update, value)
+    return digest.digest()[:DIGEST_BYTES]
+
+
+def _feed(update: Callable[[bytes], object], value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray):
+        update(f"array {value.dtype.str} {value.shape}".encode())
+        update(np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, str | bytes | int | float | bool) or value is None:
+        update(f"{type(value).__name__} {value!r}".encode())
+    elif hasattr(value, "tobytes") and hasattr(value, "mode"):
+        update(f"image {value.mode} {value.size}".encode())
+        update(value.tobytes())
+    elif isinstance(value, Mapping):
+        for name in sorted(value):
+            update(f"key {name!r}".encode())
+            _feed(update, value[name])
+    elif isinstance(value, list | tuple):
+        update(f"sequence {len(value)}".encode())
+        for item in value:
+            _feed(update, item)
+    else:
+        raise UsageError(
+            f"an input of type {type(value).__name__} has no digest; expected tensors, arrays, PIL images or text, "
+            "or give the dataset a method `content(i) -> bytes`"
+        )
+
+
+def content_table(
+    dataset: Dataset, *, num_workers: int = 0, advance: Callable[[int], object] = lambda count: None
+) -> np.ndarray:
+    """The content digest of every sample, uint8 (N, 16): one pass over the data.
+
+    Datasets that offer `content` are hashed here, others are loaded by DataLoader workers.
+    """
+    contents = np.empty((len(dataset), DIGEST_BYTES), dtype=np.uint8)
+    start = 0
+    workers = 0 if getattr(dataset, "in_memory", False) else num_workers
+    batches = DataLoader(_ContentDigests(dataset), batch_size=256, num_workers=workers, collate_fn=lambda batch: batch)
+    for batch in batches:
+        if isinstance(batch, LogitCacheError):
+            raise batch
+        stop = start + len(batch) // DIGEST_BYTES
+        contents[start:stop] = np.frombuffer(batch, dtype=np.uint8).reshape(-1, DIGEST_BYTES)
+        start = stop
+        advance(len(batch) // DIGEST_BYTES)
+    return contents
+
+
+class _ContentDigests(torch.utils.data.Dataset[bytes]):
+    """Content digests by the batch; an error travels as a value, since DataLoader would rewrite its message."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> bytes | LogitCacheError:
+        try:
+            return b"".join(content_digest(self.dataset, index) for index in indices)
+        except LogitCacheError as error:
+            return error
+
+
+def compare_samples(cached: SampleTable, here: SampleTable) -> list[str]:
+    """Every difference between two sample tables, a line each, in row order; contents only where both have them."""
+    differences = []
+    if (cached.keys is None) != (here.keys is None):
+        differences.append("the cache's samples are known by {}, these by {}".format(*map(_naming, (cached, here))))
+    if cached.keys is not None and here.keys is not None:
+        ours, theirs = set(here.keys), set(cached.keys)
+        rows = {key: row for row, key in enumerate(cached.keys)}
+        differences += [f"sample {row} ({key}) is missing here" for row, key in enumerate(cached.keys) if key not in ours]
+        differences += [f"sample {key} is not in the cache" for key in here.keys if key not in theirs]
+        pairs = [(rows[key], index) for index, key in enumerate(here.keys) if key in rows]
+    else:
+        if cached.num_samples != here.num_samples:
+            differences.append(f"the cache has {cached.num_samples} samples, this dataset {here.num_samples}")
+        shared = min(cached.num_samples, here.num_samples)
+        pairs = [(row, row) for row in range(shared)]
+    for row, index in pairs:
+        name = f"sample {row} ({cached.key(row)})"
+        if cached.targets[row] != here.targets[index]:
+            differences.append(f"{name} has the target {here.targets[index]} here, {cached.targets[row]} in the cache")
+        if cached.contents is not None and here.contents is not None:
+            if not np.array_equal(cached.contents[row], here.contents[index]):
+                differences.append(f"{name} has another content here than in the cache")
+    return differences
+
+
+def match_rows(cached: SampleTable, here: SampleTable, *, cache_id: str) -> np.ndarray:
+    """The cache's row number of each sample of a dataset, int64 (len(dataset),), by key.
+
+    A subset or another order of the cached samples is fine; a stranger or another label is not.
+
+    Raises:
+        IdentityMismatch: names the first sample that differs.
+    """
+    if cached.keys is None and here.num_samples != cached.num_samples:
+        raise IdentityMismatch(
+            f"cache {cache_id[:12]}… was built from {cached.num_samples} samples; this dataset has {here.num_samples}.\n"
+            "They have no keys to be matched by: use the same dataset, or give it `keys`."
+        )
+    rows = cached.rows([here.key(index) for index in range(here.num_samples)])
+    relabelled = np.flatnonzero(cached.targets[rows] != here.targets)
+    if len(relabelled):
+        first = relabelled[0]
+        raise SampleMismatch(
+            f"sample {rows[first]} ({here.key(first)}) has the target {here.targets[first]} here, but "
+            f"{cached.targets[rows[first]]} in cache {cache_id[:12]}… "
+            f"({len(relabelled)} of {here.num_samples} samples are relabelled).\n"
+            "Run `logitcache verify CACHE --data PIPELINE` for the whole list."
+        )
+    return rows
+
+
+def _naming(table: SampleTable) -> str:
+    return "their position" if table.keys is None else f"keys such as {table.keys[0]!r}"

@@ -1,0 +1,168 @@
+"""Get, put and list objects by key, durably.
+
+`LocalStorage` is the one backend so far; object stores take the same five methods.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import re
+import socket
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+from logitcache.errors import StorageError, UsageError
+
+_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+_PARTIAL = re.compile(r"\.[^/]+\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.\d+\.partial$")
+_COUNTER = itertools.count()
+
+
+class Storage(Protocol):
+    """Objects by key; a key is a relative path with forward slashes."""
+
+    url: str
+
+    def get(self, key: str) -> bytes | None:
+        """The object's bytes, or None where there is none."""
+
+    def put(self, key: str, data: bytes) -> None:
+        """Store an object whole or not at all; on return it survives a power loss."""
+
+    def size(self, key: str) -> int | None:
+        """The object's bytes counted, or None where there is none."""
+
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        """Every key under a folder."""
+
+    def delete(self, key: str) -> None:
+        """Remove an object; it may be gone already."""
+
+
+def open_storage(location: str | os.PathLike[str]) -> LocalStorage:
+    """The storage at a directory or a `file://` URL; nothing is created.
+
+    Raises:
+        UsageError: a scheme that this version can't open.
+    """
+    text = os.fspath(location)
+    parts = urlsplit(text)
+    if parts.scheme == "file":
+        return LocalStorage(Path(unquote(parts.path)))
+    if "://" in text:
+        raise UsageError(f"{text}: this version opens directories and file:// URLs, not {parts.scheme}://")
+    return LocalStorage(Path(text).expanduser())
+
+
+class LocalStorage:
+    """A directory. Objects appear under their name only when they are whole and on the disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+
+    def get(self, key: str) -> bytes | None:
+        try:
+            return self._path(key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise _storage_error("read", self._path(key), error) from error
+
+    def put(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{next(_COUNTER)}.partial")
+        try:
+            self._make_folder(path.parent)
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            _fsync_folder(path.parent)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise _storage_error("write", path, error) from error
+
+    def size(self, key: str) -> int | None:
+        try:
+            return self._path(key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise _storage_error("read", self._path(key), error) from error
+
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        start = self._path(prefix) if prefix else self.root
+        for folder, subfolders, names in os.walk(start):
+            subfolders.sort()
+            for name in sorted(names):
+                if not _PARTIAL.search(name):
+                    yield Path(folder, name).relative_to(self.root).as_posix()
+
+    def delete(self, key: str) -> None:
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except OSError as error:
+            raise _storage_error("delete", self._path(key), error) from error
+
+    def remove_leftovers(self) -> int:
+        """Delete the partial files of writers on this host that are dead; returns how many."""
+        removed = 0
+        for path in self.root.rglob(".*.partial"):
+            leftover = _PARTIAL.search(path.name)
+            if leftover and leftover["host"] == _HOST and not _alive(int(leftover["pid"])):
+                path.unlink(missing_ok=True)
+                removed += 1
+        return removed
+
+    def _path(self, key: str) -> Path:
+        parts = key.split("/")
+        if key.startswith("/") or ".." in parts or "" in parts:
+            raise UsageError(f"{key!r} is not a key inside the cache")
+        return self.root.joinpath(*parts)
+
+    def _make_folder(self, folder: Path) -> None:
+        if folder.is_dir():
+            return
+        self._make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _fsync_folder(folder.parent)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_REMEDY = {
+    errno.ENOSPC: "the disk is full; free some space and run the same command again, committed blocks are kept",
+    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again, committed blocks are kept",
+    errno.EFBIG: "the file grew past the allowed size; raise the limit and run the same command again",
+    errno.EACCES: "permission denied; choose another path, or have its owner grant access",
+    errno.EPERM: "operation not permitted; choose another path",
+    errno.EROFS: "the file system is read-only; choose another path",
+}
+
+
+def _storage_error(action: str, path: Path, error: OSError) -> StorageError:
+    reason = _REMEDY.get(error.errno or 0, error.strerror or str(error))
+    return StorageError(f"can't {action} {path}: {reason}")

@@ -1,0 +1,230 @@
+"""Transforms as things with an identity: what they are, told so that two machines agree.
+
+No transform library is imported here; each is met by its own protocol.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import functools
+import hashlib
+import importlib
+import inspect
+import random
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from logitcache.digest import array_digest
+from logitcache.entry_points import is_entry_point, load_entry_point
+from logitcache.errors import LogitCacheError, UsageError
+
+_LIBRARIES = ("torchvision.", "timm.", "albumentations.", "torch.")
+
+
+def describe_transform(transform: Callable[[Any], Any] | None) -> Any:
+    """A transform as JSON: its `spec` where it was built from one, else its classes and public parameters.
+
+    Functions and classes outside the transform libraries are told apart by their source text as well.
+
+    Raises:
+        UsageError: a part that can't be told apart, such as an object without public state.
+    """
+    if transform is None:
+        return None
+    spec = getattr(transform, "spec", None)
+    if spec is not None:
+        return spec
+    return _describe(transform)
+
+
+def adapt_transform(transform: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
+    """Any library's transform as a callable from sample to sample."""
+    if transform is not None and type(transform).__module__.startswith("albumentations."):
+        return AlbumentationsTransform(transform)
+    return transform
+
+
+class AlbumentationsTransform:
+    """An albumentations transform on one image, its own generators set from the global one."""
+
+    def __init__(self, transform: Any) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Any) -> Any:
+        # albumentations ignores the global generators and keeps its own; they are set from the view's stream.
+        seed = random.getrandbits(64)
+        self.transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        return self.transform(image=np.array(image))["image"]
+
+
+def _describe(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__name__}.{value.name}"
+    if isinstance(value, torch.Tensor):
+        return {"tensor": array_digest(value.detach().cpu().numpy())}
+    if isinstance(value, np.ndarray):
+        return {"array": array_digest(value)}
+    if isinstance(value, torch.dtype | torch.device | np.generic | np.dtype):
+        return str(value)
+    if isinstance(value, list | tuple | torch.nn.ModuleList):
+        return [_describe(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, Mapping):
+        return {str(key): _describe(item) for key, item in value.items()}
+    if isinstance(value, functools.partial):
+        return {"partial": _describe(value.func), "args": _describe(value.args), "kwargs": _describe(value.keywords)}
+    if isinstance(value, types.FunctionType):
+        closure = [_describe(cell.cell_contents) for cell in value.__closure__ or ()]
+        return {"function": value.__qualname__, "source": _source(value), "closure": closure}
+    if isinstance(value, types.MethodType):
+        return {"method": value.__name__, "of": _describe(value.__self__)}
+    if isinstance(value, type | types.BuiltinFunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
+    if type(value).__module__.startswith("albumentations."):
+        return {"albumentations": _describe(value.to_dict()["transform"])}
+    return _describe_object(value)
+
+
+def _describe_object(value: Any) -> dict[str, Any]:
+    kind = type(value)
+    module = f"{kind.__module__}."
+    described: dict[str, Any] = {"class": f"{kind.__module__}.{kind.__qualname__}"}
+    if not module.startswith(_LIBRARIES):
+        described["source"] = _source(kind)
+    try:
+        state = dict(vars(value))
+    except TypeError:
+        raise UsageError(
+            f"the transform holds a {kind.__qualname__}, which can't be told from another one; "
+            "give the transform an attribute `spec` with JSON that says what it does"
+        ) from None
+    children = state.get("_modules") or {}
+    described["parameters"] = {
+        name: _describe(item)
+        for name, item in sorted(state.items())
+        if not name.startswith("_") and name != "training"
+    }
+    if children:
+        described["children"] = {name: _describe(child) for name, child in children.items()}
+    return described
+
+
+def _source(value: Any) -> str:
+    """A digest of source text, free of where it stands; names are all that is left where there is none."""
+    try:
+        text = inspect.cleandoc(inspect.getsource(value))
+    except (OSError, TypeError):
+        return "unavailable"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def normalise_spec(spec: Any) -> list[dict[str, Any]]:
+    """A transform specification in its one form: a list of {name: parameters}.
+
+    Raises:
+        UsageError: neither names nor single-key mappings.
+    """
+    steps = []
+    for step in spec if isinstance(spec, list) else [spec]:
+        if isinstance(step, str):
+            step = {step: {}}
+        if not isinstance(step, dict) or len(step) != 1 or not isinstance(next(iter(step)), str):
+            raise UsageError(f"a transform is a name or {{name: {{parameters}}}}, not {step!r}")
+        name, parameters = next(iter(step.items()))
+        parameters = {} if parameters is None else parameters
+        if not isinstance(parameters, dict):
+            raise UsageError(f"transform {name}: parameters are a mapping such as {{size: 28}}, not {parameters!r}")
+        if "transforms" in parameters:
+            parameters = {**parameters, "transforms": normalise_spec(parameters["transforms"])}
+        steps.append({name: parameters})
+    return steps
+
+
+def build_transform(spec: Any, *, trust: bool = False) -> SpecifiedTransform:
+    """A transform from its specification: steps that run one after the other.
+
+    A step is a transform of torchvision v2 (`RandomCrop: {size: 28}`), of albumentations
+    (`albumentations.GaussNoise: {p: 0.3}`), `timm: {input_size: 224, is_training: true}` for
+    `timm.data.create_transform`, or `package.module:function`, called with its parameters to make a callable.
+
+    Raises:
+        UsageError: an unknown transform or parameter, or a library that is not installed.
+        UntrustedCode: an entry point from outside the working folder without `trust`.
+    """
+    steps = normalise_spec(spec)
+    return SpecifiedTransform(steps, [_build_step(*next(iter(step.items())), trust=trust) for step in steps])
+
+
+class SpecifiedTransform:
+    """A transform that knows the specification it was built from."""
+
+    def __init__(self, spec: list[dict[str, Any]], steps: list[Callable[[Any], Any]]) -> None:
+        self.spec = spec
+        self._steps = steps
+
+    def __call__(self, value: Any) -> Any:
+        for step in self._steps:
+            value = step(value)
+        return value
+
+
+def _build_step(name: str, parameters: dict[str, Any], *, trust: bool) -> Callable[[Any], Any]:
+    arguments = dict(parameters)
+    if is_entry_point(name):
+        factory = load_entry_point(name, trust=trust)
+    elif name == "timm":
+        factory = _library("timm.data", "timm").create_transform
+    elif name.startswith("albumentations."):
+        factory = _named(_library("albumentations", "albumentations"), name.removeprefix("albumentations."), name)
+    else:
+        v2 = _library("torchvision.transforms.v2", "torchvision")
+        if name == "Lambda":
+            raise UsageError("transform Lambda can't be written in a file; name a `package.module:function` instead")
+        factory = _named(v2, name, name)
+        arguments = {key: _torchvision_argument(key, value, trust=trust) for key, value in arguments.items()}
+    try:
+        step: Callable[[Any], Any] = factory(**arguments)
+    except LogitCacheError:
+        raise
+    except Exception as error:
+        raise UsageError(f"transform {name}: {error}") from error
+    if not callable(step):
+        raise UsageError(f"transform {name} is no callable, but a {type(step).__name__}")
+    adapted = adapt_transform(step)
+    assert adapted is not None
+    return adapted
+
+
+def _torchvision_argument(key: str, value: Any, *, trust: bool) -> Any:
+    if key == "dtype" and isinstance(value, str):
+        return getattr(torch, value)
+    if key == "interpolation" and isinstance(value, str):
+        return _library("torchvision.transforms", "torchvision").InterpolationMode(value)
+    if key == "transforms":
+        return [_build_step(*next(iter(step.items())), trust=trust) for step in value]
+    return value
+
+
+def _library(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(f"a transform of this pipeline needs {package}: pip install {package} ({error})") from error
+
+
+def _named(library: Any, attribute: str, name: str) -> Any:
+    found = getattr(library, attribute, None)
+    if attribute.startswith("_") or not isinstance(found, type):
+        known = [entry for entry in dir(library) if entry[:1].isupper() and isinstance(getattr(library, entry), type)]
+        near = difflib.get_close_matches(attribute, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"unknown transform {name!r}{hint}")
+    return found

@@ -1,0 +1,484 @@
+"""Logits in, committed blocks out: bounded queue -> objects -> receipt last -> seal.
+
+A block is encoded on the device that its logits come from, gathered in (pinned) host memory, and committed by a
+writer thread once it is whole. A block without a receipt never happened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitcache.digest import array_digest, canonical_json, sha256_hex
+from logitcache.encodings import ArraySpec, Encoding, encoding_from_config
+from logitcache.errors import IdentityMismatch, IncompleteCache, InvalidLogits, NotACache, ShapeError, UsageError
+from logitcache.layout import (
+    FIXED,
+    FIXED_RECEIPT_KEY,
+    Block,
+    all_blocks,
+    block_key,
+    block_rows,
+    encode_block,
+    encode_fixed,
+    fixed_key,
+    group_metadata,
+)
+from logitcache.losses import kl_divergence
+from logitcache.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    RECEIPTS,
+    Identity,
+    Layout,
+    Manifest,
+    Receipt,
+    StoredObject,
+    content_digest,
+    dump,
+    read_manifest,
+)
+from logitcache.reader import collect_receipts
+from logitcache.samples import SampleTable, input_digest
+from logitcache.storage import LocalStorage, open_storage
+from logitcache.views import ViewPlan, proof_rows
+
+# B batch, C classes, N samples
+
+DEFAULT_ROWS_PER_BLOCK = 16_384
+WRITER_THREADS = 2
+BLOCKS_IN_FLIGHT = 4
+"""Blocks that wait for a writer thread or are in one: the bound on memory."""
+
+
+def create(
+    path: str | os.PathLike[str],
+    *,
+    num_samples: int,
+    num_classes: int,
+    num_views: int = 1,
+    encoding: Encoding | str | Mapping[str, Any] = "dense",
+    calibration: Any = None,
+    teacher: str,
+    dataset: str | None = None,
+    samples: SampleTable | None = None,
+    view_plan: ViewPlan | None = None,
+    precision: str = "float32",
+    class_names: Sequence[str] | None = None,
+    rows_per_block: int | None = None,
+) -> CacheWriter:
+    """Open a cache for writing: a new one, or one of the same identity that was left unfinished or grows by views.
+
+    Args:
+        path: the cache's directory.
+        num_samples, num_classes, num_views: its shape; `num_views` may exceed an existing cache's.
+        encoding: such as `TopK(k=20)`.
+        calibration: logits (M, C) for encodings that are fitted; `Dense` and `TopK` need none.
+        teacher, dataset: what the logits come from, where no fingerprints say it.
+        samples: keys, targets and content digests; the dataset's identity then is their fingerprint.
+        view_plan: how the views were made; without one the cache can't hand out a `view_plan`.
+        precision: the teacher's arithmetic.
+        rows_per_block: rows of one commit, 16 384 by default; fixed once the cache exists.
+
+    Raises:
+        UsageError: a shape or an encoding that can't be, or a folder that holds something else.
+        IdentityMismatch: the path holds a cache of another identity; names the fields.
+    """
+    del calibration  # for encodings that are fitted
+    if (dataset is None) == (samples is None):
+        raise UsageError("create needs the dataset's identity: `dataset` (a name) or `samples` (a table), one of the two")
+    if samples is not None and samples.num_samples != num_samples:
+        raise UsageError(f"num_samples is {num_samples}, but the sample table has {samples.num_samples}")
+    if num_classes < 2 or num_samples < 1 or num_views < 1:
+        raise UsageError(
+            f"a cache has at least 1 sample, 1 view and 2 classes; found {num_samples}, {num_views}, {num_classes}"
+        )
+    rows_per_block = DEFAULT_ROWS_PER_BLOCK if rows_per_block is None else rows_per_block
+    if rows_per_block < 1:
+        raise UsageError(f"rows_per_block is at least 1, not {rows_per_block}")
+    encoding = encoding_from_config(encoding)
+    encoding.arrays(num_classes)  # refuses a number of classes that it can't hold
+    identity = make_identity(
+        dataset=samples.fingerprint() if samples is not None else str(dataset),
+        teacher=teacher,
+        precision=precision,
+        view_plan=view_plan,
+        encoding=encoding,
+        num_classes=num_classes,
+        class_names=class_names,
+    )
+    layout = Layout(
+        num_samples=num_samples,
+        num_views=num_views,
+        num_classes=num_classes,
+        rows_per_block=min(rows_per_block, num_samples),
+    )
+    return CacheWriter(open_storage(path), identity, layout, samples=samples)
+
+
+def make_identity(
+    *,
+    dataset: str,
+    teacher: str,
+    precision: str,
+    view_plan: ViewPlan | None,
+    encoding: Encoding,
+    num_classes: int,
+    class_names: Sequence[str] | None,
+) -> Identity:
+    """An identity in the form that JSON gives back, so that two of them compare field by field."""
+    fields = {
+        "format_version": FORMAT_VERSION,
+        "dataset": dataset,
+        "teacher": teacher,
+        "precision": precision,
+        "transform": None if view_plan is None else view_plan.describe(),
+        "view_seed": 0 if view_plan is None else view_plan.seed,
+        "encoding": encoding.config(),
+        "outputs": {"logits": [num_classes]},
+        "class_names": None if class_names is None else list(class_names),
+    }
+    return Identity.model_validate(json.loads(canonical_json(fields)))
+
+
+class CacheWriter:
+    """Takes logits in any order, commits each block when it is whole, and seals; a context manager.
+
+    Leaving the `with` seals the cache, or raises `IncompleteCache` that says which rows are missing. After an
+    exception everything committed so far is kept, and a writer opened again goes on from there.
+    """
+
+    def __init__(
+        self,
+        storage: LocalStorage,
+        identity: Identity,
+        layout: Layout,
+        *,
+        samples: SampleTable | None = None,
+    ) -> None:
+        self.storage = storage
+        self.encoding = encoding_from_config(identity.encoding)
+        self._specs = self.encoding.arrays(layout.num_classes)
+        self.manifest = _open_manifest(storage, identity, layout)
+        self.layout = self.manifest.layout
+        self.committed_blocks: list[Block] = []
+        """Blocks committed by this writer, in the order of their receipts."""
+        self._receipts = collect_receipts(storage, self.manifest, self._specs)
+        self._open_blocks: dict[Block, _OpenBlock] = {}
+        self._lock = threading.Lock()
+        self._commits: list[Future[None]] = []
+        self._slots = threading.BoundedSemaphore(BLOCKS_IN_FLIGHT)
+        self._threads = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="logitcache-writer")
+        if self.manifest.state == "open":
+            storage.remove_leftovers()
+            for key, data in group_metadata(self._specs, self.layout).items():
+                if storage.get(key) != data:
+                    storage.put(key, data)
+            if FIXED not in self._receipts:
+                self._receipts[FIXED] = self._commit_samples(samples)
+
+    def missing_blocks(self) -> list[Block]:
+        """The blocks that have no valid receipt yet, view by view."""
+        return [block for block in all_blocks(self.layout) if block.name not in self._receipts]
+
+    def write(self, *, view: int, start: int, logits: Any, inputs: Any = None) -> None:
+        """Store the logits of consecutive rows of one view; rows of committed blocks are passed over.
+
+        Args:
+            view: 0 <= view < num_views.
+            start: the first row.
+            logits: (B, C) floats, a tensor on any device or an array; -inf masks a class.
+            inputs: what the teacher was given for these rows, batched; digests of a few rows of each view are kept,
+                so that a student can prove that it sees the same.
+
+        Raises:
+            ShapeError: not (B, C), or rows beyond the cache.
+            InvalidLogits: NaN, +inf, or a row of -inf only.
+            StorageError: the store refused an earlier block.
+        """
+        self._raise_failed_commit()
+        logits_BC = torch.as_tensor(logits)
+        num_classes, num_samples = self.layout.num_classes, self.layout.num_samples
+        if logits_BC.ndim != 2 or logits_BC.shape[1] != num_classes:
+            raise ShapeError(
+                f"the teacher's output is {tuple(logits_BC.shape)}; expected (B, {num_classes}): one logit for each of "
+                f"the {num_classes} classes of the cache"
+            )
+        stop = start + len(logits_BC)
+        if not 0 <= view < self.layout.num_views or start < 0 or stop > num_samples:
+            raise ShapeError(
+                f"rows {start} to {stop} of view {view} lie outside the cache, which has {num_samples} rows in "
+                f"{self.layout.num_views} views"
+            )
+        logits_BC = logits_BC.detach().float()
+        digests = {
+            row: input_digest(_item(inputs, row - start)).hex()
+            for row in (() if inputs is None else proof_rows(self.manifest.identity.view_seed, view, num_samples))
+            if start <= row < stop
+        }
+        row = start
+        while row < stop:
+            block = Block(view, row // self.layout.rows_per_block)
+            rows = block_rows(self.layout, block)
+            piece_stop = min(stop, rows.stop)
+            if block.name not in self._receipts:
+                if block not in self._open_blocks:
+                    self._open_blocks[block] = _OpenBlock(block, rows, self._specs, logits_BC.device)
+                opened = self._open_blocks[block]
+                opened.fill(self.encoding, row, logits_BC[row - start : piece_stop - start])
+                opened.inputs.update({str(r): digest for r, digest in digests.items() if r in rows})
+                if opened.whole:
+                    self._submit(self._open_blocks.pop(block))
+            row = piece_stop
+
+    def seal(self) -> Manifest:
+        """Wait for every commit, gather the receipts, and close the cache for writing.
+
+        Raises:
+            IncompleteCache: names the first rows that are missing.
+        """
+        self.flush()
+        if self.manifest.state == "sealed":
+            return self.manifest
+        missing = self.missing_blocks()
+        if missing:
+            raise IncompleteCache(self._describe_missing(missing))
+        names = [FIXED, *(block.name for block in all_blocks(self.layout))]
+        receipts = {name: self._receipts[name] for name in names}
+        compact = {name: receipt.model_dump() for name, receipt in receipts.items()}
+        self.storage.put(RECEIPTS, canonical_json(compact))
+        digest = content_digest(list(receipts.values()))
+        self.manifest = self.manifest.model_copy(update={"state": "sealed", "digest": digest})
+        self.storage.put(MANIFEST, dump(self.manifest))
+        for key in list(self.storage.keys("receipts")):
+            self.storage.delete(key)
+        return self.manifest
+
+    def flush(self) -> None:
+        """Wait until every whole block is committed; raises what went wrong in a writer thread."""
+        for commit in self._commits:
+            commit.exception()
+        self._raise_failed_commit()
+
+    def close(self) -> None:
+        """Let running commits end, and stop the writer threads; nothing is sealed."""
+        self._threads.shutdown(wait=True)
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.seal()
+        finally:
+            self.close()
+
+    def _submit(self, opened: _OpenBlock) -> None:
+        opened.wait_for_device()
+        opened.check()
+        self._slots.acquire()
+        self._commits.append(self._threads.submit(self._commit, opened))
+
+    def _commit(self, opened: _OpenBlock) -> None:
+        """In a writer thread: the block's objects, then its receipt."""
+        try:
+            objects = {}
+            for name, buffer in opened.buffers.items():
+                values = buffer.numpy()
+                data = encode_block(values, self.layout.rows_per_block)
+                self.storage.put(block_key(name, self._specs[name], opened.block), data)
+                objects[name] = _stored(data, values)
+            kl = opened.kl.double()
+            receipt = Receipt(
+                rows=len(opened.rows),
+                objects=objects,
+                kl_mean=float(kl.mean()),
+                kl_max=float(kl.max()),
+                inputs=opened.inputs,
+            )
+            # Receipt last: a block without one never happened.
+            self.storage.put(opened.block.receipt_key, dump(receipt))
+            with self._lock:
+                self._receipts[opened.block.name] = receipt
+                self.committed_blocks.append(opened.block)
+        finally:
+            self._slots.release()
+
+    def _commit_samples(self, samples: SampleTable | None) -> Receipt:
+        """Store the sample table once, as fixed arrays beside the labels."""
+        arrays: dict[str, np.ndarray] = {}
+        if samples is not None:
+            assert samples.contents is not None
+            arrays = {"sample_targets": samples.targets, "sample_contents": samples.contents}
+            if samples.keys is not None:
+                arrays["sample_keys"] = np.frombuffer("\n".join(samples.keys).encode(), dtype=np.uint8)
+        objects = {}
+        for name, values in arrays.items():
+            encoded = encode_fixed(name, values)
+            for key, data in encoded.items():
+                self.storage.put(key, data)
+            objects[name] = _stored(encoded[fixed_key(name, values)], values)
+        receipt = Receipt(rows=self.layout.num_samples, objects=objects, kl_mean=None, kl_max=None, inputs={})
+        self.storage.put(FIXED_RECEIPT_KEY, dump(receipt))
+        return receipt
+
+    def _raise_failed_commit(self) -> None:
+        waiting = []
+        for commit in self._commits:
+            if not commit.done():
+                waiting.append(commit)
+            elif (error := commit.exception()) is not None:
+                raise error
+        self._commits = waiting
+
+    def _describe_missing(self, missing: list[Block]) -> str:
+        lines = []
+        for block in missing[:5]:
+            opened = self._open_blocks.get(block)
+            rows = block_rows(self.layout, block)
+            if opened is None:
+                lines.append(f"view {block.view}: rows {rows.start} to {rows.stop - 1}")
+            else:
+                absent = rows.start + np.flatnonzero(~opened.filled)
+                lines.append(f"view {block.view}: {len(absent)} rows from {absent[0]} to {absent[-1]}")
+        if len(missing) > 5:
+            lines.append(f"and {len(missing) - 5} more blocks")
+        total = sum(1 for _ in all_blocks(self.layout))
+        return (
+            f"{self.storage.url} is not complete: {len(missing)} of {total} blocks are missing.\n  "
+            + "\n  ".join(lines)
+            + "\nWhat is committed stays; write the missing rows and leave the `with` again."
+        )
+
+
+class _OpenBlock:
+    """A block on its way: encoded rows in host memory until all have come."""
+
+    def __init__(self, block: Block, rows: range, specs: Mapping[str, ArraySpec], device: torch.device) -> None:
+        self.block = block
+        self.rows = rows
+        self.device = device
+        pinned = device.type == "cuda"
+        self.buffers = {
+            name: torch.empty((len(rows), *spec.row_shape), dtype=getattr(torch, spec.dtype), pin_memory=pinned)
+            for name, spec in specs.items()
+        }
+        self.kl = torch.empty(len(rows), pin_memory=pinned)
+        self.invalid = torch.zeros(len(rows), dtype=torch.bool, pin_memory=pinned)
+        self.filled = np.zeros(len(rows), dtype=bool)
+        self.inputs: dict[str, str] = {}
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.filled.all())
+
+    def fill(self, encoding: Encoding, start: int, logits_BC: Tensor) -> None:
+        """Encode rows on their device and copy them here, without waiting for an accelerator."""
+        place = slice(start - self.rows.start, start - self.rows.start + len(logits_BC))
+        # The largest logit of a row is NaN, +inf or -inf exactly where no distribution can be made of it.
+        self.invalid[place].copy_(~torch.isfinite(logits_BC.amax(dim=1)), non_blocking=True)
+        if logits_BC.device.type == "cpu":
+            self.check()
+        encoded = encoding.encode(logits_BC)
+        for name, values in encoded.items():
+            self.buffers[name][place].copy_(values, non_blocking=True)
+        decoded_BC = encoding.decode(encoded, logits_BC.shape[1])
+        self.kl[place].copy_(kl_divergence(decoded_BC, logits_BC), non_blocking=True)
+        self.filled[place] = True
+
+    def wait_for_device(self) -> None:
+        """Until the copies that were started have arrived."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def check(self) -> None:
+        """Refuse rows that no distribution can be made of, naming them."""
+        invalid = np.flatnonzero(self.invalid.numpy())
+        if len(invalid):
+            raise InvalidLogits(
+                f"view {self.block.view}, row {self.rows.start + invalid[0]}: the teacher's logits hold NaN or +inf, "
+                f"or nothing but -inf ({len(invalid)} such rows of {len(self.rows)} in this block).\n"
+                "The block was not stored. Look at the teacher's weights and inputs, or at its precision "
+                "(float16 overflows; try bfloat16)."
+            )
+
+
+def _open_manifest(storage: LocalStorage, identity: Identity, layout: Layout) -> Manifest:
+    """The manifest of the cache at hand, written anew where there is none or where views are added."""
+    existing = storage.get(MANIFEST)
+    if existing is None:
+        stranger = next(iter(storage.keys()), None)
+        if stranger is not None:
+            raise NotACache(f"{storage.url} is not empty and no logit cache (it holds {stranger}); choose another path")
+        manifest = Manifest(
+            id=identity.cache_id,
+            identity=identity,
+            layout=layout,
+            state="open",
+            digest=None,
+            provenance=provenance(),
+        )
+        storage.put(MANIFEST, dump(manifest))
+        return manifest
+    manifest = read_manifest(existing, url=storage.url)
+    differences = manifest.identity.differences(identity)
+    for name in ("num_samples", "rows_per_block"):
+        if getattr(manifest.layout, name) != getattr(layout, name):
+            differences.append(f"{name}: {getattr(manifest.layout, name)} in the cache, {getattr(layout, name)} here")
+    if differences:
+        raise IdentityMismatch(
+            f"{storage.url} holds another cache ({manifest.id[:12]}…); it differs in\n  "
+            + "\n  ".join(differences)
+            + "\nChoose another `cache.path`, or restore what differs; nothing was changed."
+        )
+    if layout.num_views > manifest.layout.num_views:
+        manifest = manifest.model_copy(update={"layout": layout, "state": "open", "digest": None})
+        storage.put(MANIFEST, dump(manifest))
+    return manifest
+
+
+def provenance() -> dict[str, Any]:
+    """How this came to be: recorded, never hashed."""
+    versions = {}
+    for package in ("logitcache", "torch", "torchvision", "numpy", "pillow", "zarr", "numcodecs", "timm", "albumentations"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "command": sys.argv,
+    }
+
+
+def _stored(data: bytes, values: np.ndarray) -> StoredObject:
+    return StoredObject(bytes=len(data), sha256=sha256_hex(data), values_sha256=array_digest(values))
+
+
+def _item(batch: Any, index: int) -> Any:
+    """One sample of a batch of tensors, or of a nest of them."""
+    if isinstance(batch, Mapping):
+        return {name: _item(part, index) for name, part in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(_item(part, index) for part in batch)
+    return batch[index]
