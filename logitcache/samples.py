@@ -230,28 +230,30 @@ class _ContentDigests(torch.utils.data.Dataset[bytes]):
 
 
 def compare_samples(cached: SampleTable, here: SampleTable) -> list[str]:
-    """Every difference between two sample tables, a line each, in row order; contents only where both have them."""
+    """Every difference between two sample tables, a line each; contents only where both have them."""
     differences = []
     if (cached.keys is None) != (here.keys is None):
-        differences.append("the cache's samples are known by {}, these by {}".format(*map(_naming, (cached, here))))
-    if cached.keys is not None and here.keys is not None:
-        ours, theirs = set(here.keys), set(cached.keys)
-        rows = {key: row for row, key in enumerate(cached.keys)}
-        differences += [f"sample {row} ({key}) is missing here" for row, key in enumerate(cached.keys) if key not in ours]
-        differences += [f"sample {key} is not in the cache" for key in here.keys if key not in theirs]
-        pairs = [(rows[key], index) for index, key in enumerate(here.keys) if key in rows]
+        differences.append(f"the cache's samples are known by {_naming(cached)}, these by {_naming(here)}")
+    if cached.keys is not None and here.keys is not None and cached.keys != here.keys:
+        place = {key: row for row, key in enumerate(cached.keys)}
+        ours = set(here.keys)
+        differences += [f"sample {row} ({key}) is missing here" for key, row in place.items() if key not in ours]
+        differences += [f"sample {key} is not in the cache" for key in here.keys if key not in place]
+        pairs = [(place[key], index) for index, key in enumerate(here.keys) if key in place]
+        rows, indices = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     else:
         if cached.num_samples != here.num_samples:
             differences.append(f"the cache has {cached.num_samples} samples, this dataset {here.num_samples}")
-        shared = min(cached.num_samples, here.num_samples)
-        pairs = [(row, row) for row in range(shared)]
-    for row, index in pairs:
-        name = f"sample {row} ({cached.key(row)})"
-        if cached.targets[row] != here.targets[index]:
-            differences.append(f"{name} has the target {here.targets[index]} here, {cached.targets[row]} in the cache")
-        if cached.contents is not None and here.contents is not None:
-            if not np.array_equal(cached.contents[row], here.contents[index]):
-                differences.append(f"{name} has another content here than in the cache")
+        rows = indices = np.arange(min(cached.num_samples, here.num_samples))
+    for number in np.flatnonzero(cached.targets[rows] != here.targets[indices]):
+        row, index = int(rows[number]), indices[number]
+        differences.append(
+            f"sample {row} ({cached.key(row)}) has the target {here.targets[index]} here, {cached.targets[row]} in the cache"
+        )
+    if cached.contents is not None and here.contents is not None:
+        for number in np.flatnonzero((cached.contents[rows] != here.contents[indices]).any(axis=1)):
+            row = int(rows[number])
+            differences.append(f"sample {row} ({cached.key(row)}) has another content here than in the cache")
     return differences
 
 

@@ -1,0 +1,138 @@
+"""Stage 1: run the teacher over the blocks that have no receipt, then seal.
+
+pipeline -> identity -> missing blocks -> for each batch: workers render the view -> teacher -> writer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from logitcache.devices import autocast, pick_device, to_device
+from logitcache.errors import IdentityMismatch, NotACache
+from logitcache.layout import Block, all_blocks, block_rows
+from logitcache.loading import rendered_batches
+from logitcache.manifest import Layout, Manifest
+from logitcache.pipeline import Pipeline
+from logitcache.progress import track
+from logitcache.reader import open_cache
+from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
+from logitcache.samples import Dataset, SampleTable, compare_samples, content_table, sample_table
+from logitcache.views import ViewDataset
+from logitcache.writer import CacheWriter, create
+
+
+@dataclass(frozen=True)
+class CacheResult:
+    """What a run of stage 1 did."""
+
+    manifest: Manifest
+    computed_blocks: list[Block]
+    total_blocks: int
+
+
+def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
+    """Compute the blocks of a pipeline's cache that are not there yet, and seal it.
+
+    Idempotent: interrupted, it is run again and goes on at the first missing block.
+
+    Raises:
+        LogitCacheError: before any teacher work, where data, teacher or an existing cache don't fit the pipeline.
+    """
+    data = resolve_data(pipeline, trust=trust)
+    plan = resolve_plan(pipeline, data, trust=trust)
+    device = pick_device(pipeline.device)
+    teacher, fingerprint = resolve_teacher(pipeline, data, plan, trust=trust)
+    samples = identify_samples(data.train, pipeline.cache.path, num_workers=pipeline.num_workers)
+    writer = create(
+        pipeline.cache.path,
+        num_samples=len(data.train),
+        num_classes=data.num_classes,
+        num_views=pipeline.views.count,
+        encoding=pipeline.encoding(),
+        teacher=fingerprint,
+        samples=samples,
+        view_plan=plan,
+        precision=pipeline.teacher.precision,
+        class_names=data.class_names,
+        rows_per_block=pipeline.cache.rows_per_block,
+    )
+    with writer:
+        missing = writer.missing_blocks()
+        views = ViewDataset(data.train, replace(plan, contents=samples.contents))
+        if missing:
+            run_blocks(pipeline, writer, missing, teacher, views, device)
+        manifest = writer.seal()
+    return CacheResult(manifest, sorted(writer.committed_blocks), total_blocks=sum(1 for _ in all_blocks(writer.layout)))
+
+
+def run_blocks(
+    pipeline: Pipeline,
+    writer: CacheWriter,
+    blocks: list[Block],
+    teacher: nn.Module,
+    views: ViewDataset,
+    device: torch.device,
+) -> None:
+    """Run the teacher over the given blocks and hand its logits to the writer."""
+    config = pipeline.teacher
+    teacher = teacher.to(device)
+    if config.channels_last:
+        teacher = teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    forward = torch.compile(teacher) if config.compile else teacher
+    layout = writer.layout
+    loader = rendered_batches(
+        views,
+        ([(view, row) for row in rows] for view, rows in teacher_batches(layout, blocks, config.batch_size)),
+        num_workers=pipeline.num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    total = sum(len(block_rows(layout, block)) for block in blocks)
+    with track("caching the teacher", total, unit="samples") as meter, torch.inference_mode():
+        for (view, rows), (_, inputs, _) in zip(teacher_batches(layout, blocks, config.batch_size), loader, strict=True):
+            on_device = to_device(inputs, device, channels_last=config.channels_last)
+            with autocast(device, config.precision):
+                logits = forward(on_device)
+            writer.write(view=view, start=rows.start, logits=logits, inputs=inputs)
+            meter.advance(len(rows), note=f"view {view + 1}/{layout.num_views}")
+
+
+def teacher_batches(layout: Layout, blocks: list[Block], batch_size: int) -> Iterator[tuple[int, range]]:
+    """(view, rows) of each batch: a block is always cut alike, so a block computed again is the same block."""
+    for block in blocks:
+        rows = block_rows(layout, block)
+        for start in range(rows.start, rows.stop, batch_size):
+            yield block.view, range(start, min(start + batch_size, rows.stop))
+
+
+def identify_samples(dataset: Dataset, location: str, *, num_workers: int) -> SampleTable:
+    """Keys, targets and contents of a dataset; contents come from the cache where one is there already.
+
+    Samples that the cache knows are held to its digests as they are loaded, so a cache that is resumed or grows
+    needs no second pass over the data.
+
+    Raises:
+        IdentityMismatch: the cache at this location is of other samples; names the first difference.
+    """
+    here = sample_table(dataset)
+    cached = None
+    with suppress(NotACache):
+        cache = open_cache(location)
+        cached = cache.samples
+    if cached is not None:
+        differences = compare_samples(cached, here)
+        if differences or cached.keys != here.keys:
+            first = differences[0] if differences else "the samples are in another order"
+            raise IdentityMismatch(
+                f"{location} was built from dataset {cached.fingerprint()[:12]}… ({cached.num_samples} samples); this one "
+                f"has {here.num_samples} samples.\nFirst difference: {first}.\n"
+                "Run `logitcache verify CACHE --data PIPELINE` for the whole list, or choose another `cache.path`."
+            )
+        return cached
+    with track("fingerprinting the data", here.num_samples, unit="samples") as meter:
+        return replace(here, contents=content_table(dataset, num_workers=num_workers, advance=meter.advance))
+

@@ -1,0 +1,1 @@
+"""Datasets, teachers and students by name."""

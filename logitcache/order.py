@@ -1,0 +1,46 @@
+"""In which order an epoch visits its samples: a pure function of seed and epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from logitcache.randomness import counter_seed, keyed_permutation
+
+# M samples of this run
+
+
+def epoch_order(
+    rows: np.ndarray, *, seed: int, epoch: int, rows_per_block: int | None = None, window_blocks: int | None = None
+) -> np.ndarray:
+    """Positions 0..M-1 in the order that an epoch visits them, int64 (M,).
+
+    Without a window, a uniform shuffle. With one, the blocks that the rows lie in are shuffled, then rows within
+    each `window_blocks` consecutive blocks of that order: so that a streamed view needs few blocks at a time.
+
+    Args:
+        rows: the cache's row number of each position, int64 (M,).
+        seed, epoch: what the order depends on.
+        rows_per_block, window_blocks: for streamed views.
+    """
+    shuffled = keyed_permutation(len(rows), "order", seed, epoch)
+    if rows_per_block is None or window_blocks is None:
+        return shuffled
+    block_of = rows[shuffled] // rows_per_block
+    num_blocks = int(block_of.max()) + 1
+    rank_of_block = np.empty(num_blocks, dtype=np.int64)
+    rank_of_block[keyed_permutation(num_blocks, "blocks", seed, epoch)] = np.arange(num_blocks)
+    window = rank_of_block[block_of] // window_blocks
+    return shuffled[np.argsort(window, kind="stable")]
+
+
+def batches(order: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """An order cut into batches; a single sample left over joins the batch before it, for batch norm's sake."""
+    starts = list(range(0, len(order), batch_size))
+    if len(starts) > 1 and len(order) - starts[-1] == 1:
+        starts.pop()
+    return [order[start:stop] for start, stop in zip(starts, [*starts[1:], len(order)], strict=True)]
+
+
+def run_seed(seed: int) -> int:
+    """The seed of a run's own generators (initial weights, dropout), a 63-bit number."""
+    return counter_seed("run", seed) >> 1

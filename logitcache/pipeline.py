@@ -1,0 +1,316 @@
+"""The pipeline file: data, views, teacher, cache and students, in YAML; every key is checked before any work."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from logitcache.encodings import Encoding, encoding_from_config
+from logitcache.errors import LogitCacheError, UsageError
+from logitcache.losses import Loss, loss_from_config
+from logitcache.transforms import normalise_spec
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    """Where the samples come from."""
+
+    name: str
+    """One of the catalog's datasets, or `package.module:function`."""
+    root: str = "data"
+    download: bool = False
+    validation: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the training split that is set apart, stratified; hyperparameters are chosen on it."""
+    args: dict[str, Any] = {}
+
+
+class ViewsConfig(_Section):
+    """How the dataset is augmented, the same for teacher and students."""
+
+    count: int = Field(default=1, ge=1)
+    seed: int = 0
+    transform: Any = None
+    """The shared random part: a list of transforms, or "clean" for none."""
+    mixup: float = Field(default=0.0, ge=0)
+    cutmix: float = Field(default=0.0, ge=0)
+    mix_probability: float = Field(default=1.0, ge=0, le=1)
+
+    @field_validator("transform")
+    @classmethod
+    def _normal_form(cls, value: Any) -> Any:
+        return None if value in (None, "clean", []) else normalise_spec(value)
+
+
+class TrainConfig(_Section):
+    """How one net is trained."""
+
+    epochs: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of autocast; weights stay float32."""
+    channels_last: bool = False
+    seeds: list[int] = Field(default=[0], min_length=1)
+    """One run for each."""
+    checkpoint_steps: int = Field(default=0, ge=0)
+    """Steps between resumable checkpoints; 0 saves at the end of each epoch."""
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _one_seed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, int) else value
+
+
+class ModelConfig(_Section):
+    """A net, by name."""
+
+    model: str
+    """One of the catalog's nets, a torchvision classifier, or `package.module:function`."""
+    args: dict[str, Any] = {}
+    input: Any = None
+    """The model's own deterministic part (size, normalisation): a list of transforms."""
+    weights: str | None = None
+    """A .safetensors file, a name of torchvision's, or none."""
+
+    @field_validator("input")
+    @classmethod
+    def _normal_form(cls, value: Any) -> Any:
+        return None if value in (None, []) else normalise_spec(value)
+
+
+class TeacherConfig(ModelConfig):
+    """The teacher: run once, or trained first where `weights` is "trained"."""
+
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    batch_size: int = Field(default=256, ge=1)
+    """Rows that the teacher sees at once in stage 1; batches never straddle blocks."""
+    train: dict[str, Any] = {}
+    """Overrides of the pipeline's `train` for `train-teacher`."""
+
+
+class CacheConfig(_Section):
+    """Where and how the labels are kept."""
+
+    path: str
+    encoding: dict[str, Any] = {"name": "dense", "dtype": "float16"}
+    rows_per_block: int = Field(default=16_384, ge=1)
+    memory_budget_mb: float | None = Field(default=None, gt=0)
+    """A view larger than this streams block by block in stage 2; none keeps every view resident."""
+
+    @field_validator("encoding", mode="before")
+    @classmethod
+    def _known_encoding(cls, value: Any) -> Any:
+        return encoding_from_config(value).config() if isinstance(value, str | Mapping | Encoding) else value
+
+
+class StudentConfig(ModelConfig):
+    """A student: its net, its loss, and what differs from the pipeline's `train`."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    loss: dict[str, Any] = {"name": "kl"}
+    labels: Literal["cache", "live"] = "cache"
+    """Where the teacher's logits come from; "live" runs the teacher on every batch, to compare."""
+    samples: float = Field(default=1.0, gt=0, le=1)
+    """Fraction of the training samples, stratified by class, that this student sees."""
+    train: dict[str, Any] = {}
+    """Overrides of the pipeline's `train`."""
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _known_loss(cls, value: Any) -> Any:
+        value = {"name": value} if isinstance(value, str) else value
+        loss_from_config(value)
+        return value
+
+
+class RunsConfig(_Section):
+    """Where runs leave their folders."""
+
+    path: str = "runs"
+
+
+class Pipeline(_Section):
+    """A whole pipeline, as it was resolved."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    data: DataConfig
+    views: ViewsConfig = ViewsConfig()
+    teacher: TeacherConfig
+    cache: CacheConfig
+    train: TrainConfig = TrainConfig()
+    students: list[StudentConfig] = []
+    runs: RunsConfig = RunsConfig()
+    device: str = "auto"
+    """"auto", "cpu", "cuda", "cuda:1", "mps"."""
+    num_workers: int = Field(default=2, ge=0)
+    """DataLoader workers; results don't depend on it."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Pipeline:
+        names = [student.name for student in self.students]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two students are named {name!r}; give each a name of its own")
+        for owner in (self.teacher, *self.students):
+            self.train_config(owner)
+        return self
+
+    def train_config(self, owner: TeacherConfig | StudentConfig) -> TrainConfig:
+        """The training settings of one net: the pipeline's, with its own on top."""
+        known = list(TrainConfig.model_fields)
+        for key in owner.train:
+            if key not in known:
+                raise ValueError(_unknown_key(f"train.{key}", key, known))
+        return TrainConfig.model_validate(self.train.model_dump() | owner.train)
+
+    def encoding(self) -> Encoding:
+        """The cache's encoding."""
+        return encoding_from_config(self.cache.encoding)
+
+    def student(self, name: str) -> StudentConfig:
+        """A student by name.
+
+        Raises:
+            UsageError: no such student.
+        """
+        for student in self.students:
+            if student.name == name:
+                return student
+        names = [student.name for student in self.students]
+        raise UsageError(f"no student {name!r} in pipeline {self.name}{_nearest(name, names)}; it has: {', '.join(names)}")
+
+    def loss(self, student: StudentConfig) -> Loss:
+        """A student's loss."""
+        return loss_from_config(student.loss)
+
+    def as_yaml(self) -> str:
+        """The resolved pipeline, every default written out."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
+    """Read a pipeline file and lay overrides such as `cache.encoding.k=20` on top.
+
+    Raises:
+        UsageError: no such file, no YAML, an unknown key (the message names the nearest known one) or a bad value.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"there is no pipeline file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"can't read the pipeline file {path}: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"{path} is no YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path} holds {type(raw).__name__}; expected a mapping with data, views, teacher, cache, students")
+    raw.setdefault("name", path.stem)
+    for override in overrides:
+        _override(raw, override)
+    return parse_pipeline(raw, source=str(path))
+
+
+def parse_pipeline(raw: Mapping[str, Any], *, source: str) -> Pipeline:
+    """A pipeline from plain data.
+
+    Raises:
+        UsageError: every problem found, one a line, each with its key.
+    """
+    try:
+        return Pipeline.model_validate(raw)
+    except ValidationError as error:
+        lines = [_describe(problem, raw) for problem in error.errors()]
+        raise UsageError(f"{source}: " + "\n".join(lines)) from None
+    except LogitCacheError as error:
+        raise UsageError(f"{source}: {error}") from None
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    """Lay `a.b.c=value` over nested mappings; list items go by number, or by their `name`."""
+    dotted, separator, value_text = text.partition("=")
+    keys = dotted.split(".")
+    if not separator or not all(keys):
+        raise UsageError(f"{text!r} is no override; expected for example cache.encoding.k=20")
+    try:
+        value = yaml.safe_load(value_text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"the value of {text!r} is no YAML: {error}") from error
+    node: Any = raw
+    for depth, key in enumerate(keys[:-1]):
+        node = _descend(node, key, ".".join(keys[: depth + 1]))
+    last = keys[-1]
+    if isinstance(node, list):
+        node[_position(node, last, dotted)] = value
+    else:
+        node[last] = value
+
+
+def _descend(node: Any, key: str, dotted: str) -> Any:
+    if isinstance(node, list):
+        return node[_position(node, key, dotted)]
+    child = node.get(key)
+    if isinstance(child, str) and key == "encoding":
+        child = encoding_from_config(child).config()
+    if child is None:
+        child = {}
+    if not isinstance(child, dict | list):
+        raise UsageError(f"{dotted} is {child!r}, which has no keys below it to override")
+    node[key] = child
+    return child
+
+
+def _position(items: list[Any], key: str, dotted: str) -> int:
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if key in names:
+        return names.index(key)
+    if key.isdecimal() and int(key) < len(items):
+        return int(key)
+    raise UsageError(f"{dotted}: no item {key!r}; expected a number below {len(items)} or one of {names}")
+
+
+def _describe(problem: Any, raw: Mapping[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    dotted = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        return _unknown_key(dotted, location[-1], _known_keys(location[:-1]))
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{dotted} is missing"
+    given = problem.get("input")
+    shown = f" (found {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"{dotted}: {message}{shown}" if dotted else message
+
+
+def _unknown_key(dotted: str, key: str, known: list[str]) -> str:
+    return f"unknown key {dotted!r}{_nearest(key, known)}; expected one of: {', '.join(known)}"
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    """The keys that the section at a location takes."""
+    section: Any = Pipeline
+    for part in location:
+        if part.isdecimal():
+            continue
+        section = {"students": StudentConfig}.get(part) or section.model_fields[part].annotation
+    return list(section.model_fields)

@@ -1,0 +1,120 @@
+"""From a pipeline to the things that it names: data, view plan, teacher, students."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from logitcache.catalog.datasets import Data, load_data
+from logitcache.catalog.models import build_model, check_output, model_fingerprint
+from logitcache.errors import UsageError
+from logitcache.pipeline import ModelConfig, Pipeline
+from logitcache.randomness import preserved_generators, seed_generators
+from logitcache.samples import Dataset
+from logitcache.transforms import build_transform
+from logitcache.views import Mixing, ViewDataset, ViewPlan
+
+TRAINED = "trained"
+"""`teacher.weights` of a teacher that `train-teacher` makes."""
+
+
+def resolve_data(pipeline: Pipeline, *, trust: bool) -> Data:
+    """The pipeline's dataset."""
+    config = pipeline.data
+    return load_data(
+        config.name,
+        root=config.root,
+        download=config.download,
+        validation=config.validation,
+        args=config.args,
+        trust=trust,
+    )
+
+
+def resolve_plan(pipeline: Pipeline, data: Data, *, trust: bool) -> ViewPlan:
+    """The view plan that teacher and students share."""
+    views = pipeline.views
+    return ViewPlan(
+        transform=None if views.transform is None else build_transform(views.transform, trust=trust),
+        seed=views.seed,
+        mixing=Mixing(mixup=views.mixup, cutmix=views.cutmix, probability=views.mix_probability),
+        model_input=input_part(pipeline.teacher, trust=trust),
+        num_classes=data.num_classes,
+        num_samples=len(data.train),
+    )
+
+
+def input_part(config: ModelConfig, *, trust: bool) -> Callable[[Any], Any] | None:
+    """A model's own deterministic part."""
+    return None if config.input is None else build_transform(config.input, trust=trust)
+
+
+def resolve_model(
+    config: ModelConfig,
+    data: Data,
+    plan: ViewPlan,
+    *,
+    weights: str | None,
+    seed: int,
+    trust: bool,
+) -> nn.Module:
+    """A model sized for the data, its fresh weights drawn from a seed, and held to the data's classes.
+
+    Raises:
+        UsageError, ShapeError: a model that can't be built or does not fit the data.
+    """
+    views = ViewDataset(data.train, replace(plan, contents=None), model_input=input_part(config, trust=trust) or _as_is)
+    sample = views[(0, 0)][1]  # type: ignore[index]
+    with preserved_generators():
+        seed_generators(seed)
+        model = build_model(
+            config.model,
+            num_classes=data.num_classes,
+            input_shape=tuple(getattr(sample, "shape", ())),
+            weights=weights,
+            args=config.args,
+            trust=trust,
+        )
+    batch = sample[None] if isinstance(sample, torch.Tensor) else [sample]
+    check_output(model, batch, data.num_classes, name=config.model)
+    return model
+
+
+def teacher_weights(pipeline: Pipeline) -> str | None:
+    """The file or name of the teacher's weights; what `train-teacher` leaves, where the pipeline says "trained"."""
+    if pipeline.teacher.weights == TRAINED:
+        return str(teacher_folder(pipeline) / "last.safetensors")
+    return pipeline.teacher.weights
+
+
+def teacher_folder(pipeline: Pipeline) -> Path:
+    """Where `train-teacher` leaves its run."""
+    return Path(pipeline.runs.path) / "teacher"
+
+
+def resolve_teacher(pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool) -> tuple[nn.Module, str]:
+    """The teacher in evaluation mode on the CPU, and its fingerprint.
+
+    Raises:
+        UsageError: no weights yet, or weights that don't fit.
+    """
+    weights = teacher_weights(pipeline)
+    if pipeline.teacher.weights == TRAINED and not Path(str(weights)).is_file():
+        raise UsageError(f"the teacher is not trained yet: there is no {weights}; run `logitcache train-teacher` first")
+    model = resolve_model(pipeline.teacher, data, plan, weights=weights, seed=0, trust=trust)
+    fingerprint = model_fingerprint(model, name=pipeline.teacher.model, args=pipeline.teacher.args)
+    return model.eval().requires_grad_(False), fingerprint
+
+
+def clean_views(dataset: Dataset, config: ModelConfig, *, trust: bool) -> ViewDataset:
+    """A dataset without augmentation, as one model takes it: for validation and test."""
+    return ViewDataset(dataset, ViewPlan(model_input=input_part(config, trust=trust)))
+
+
+def _as_is(value: Any) -> Any:
+    return value

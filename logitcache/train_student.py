@@ -1,0 +1,301 @@
+"""Stage 2: students from one cache; and the supervised training that makes a teacher where none is ready."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from logitcache.catalog.datasets import Data, Selection, stratified_split
+from logitcache.devices import pick_device
+from logitcache.errors import IdentityMismatch, IncompleteCache, UsageError
+from logitcache.labels import CachedLabels, Labels, LiveLabels
+from logitcache.losses import TrueLabel
+from logitcache.order import run_seed
+from logitcache.pipeline import Pipeline, StudentConfig
+from logitcache.reader import LogitCache, open_cache
+from logitcache.resolve import (
+    TRAINED,
+    clean_views,
+    input_part,
+    resolve_data,
+    resolve_model,
+    resolve_plan,
+    resolve_teacher,
+    teacher_folder,
+    teacher_weights,
+)
+from logitcache.samples import match_rows, sample_table
+from logitcache.train import Job, train
+from logitcache.views import BothInputs, ViewDataset, ViewPlan
+
+
+@dataclass(frozen=True)
+class Row:
+    """One student's results over its seeds: a row of the table."""
+
+    name: str
+    accuracy_mean: float | None
+    """On the test split; None where there is none."""
+    accuracy_sd: float | None
+    """Between seeds; None for a single one."""
+    epoch_seconds: float | None
+    """Median over epochs and seeds, without evaluation."""
+    validation_accuracy_mean: float | None
+    samples: int
+    parameters: int
+    seeds: list[int]
+
+
+def train_teacher(pipeline: Pipeline, *, trust: bool = False) -> dict[str, Any]:
+    """Train the pipeline's teacher on true labels, with the pipeline's own views, a fresh one each epoch.
+
+    Raises:
+        UsageError: the pipeline's teacher has ready weights.
+    """
+    config = pipeline.teacher
+    if config.weights not in (TRAINED, None) and not config.train:
+        raise UsageError(
+            f"the teacher has ready weights ({config.weights}); set teacher.weights={TRAINED} to train one, "
+            "or give teacher.train to fine-tune from them"
+        )
+    data = resolve_data(pipeline, trust=trust)
+    plan = resolve_plan(pipeline, data, trust=trust)
+    settings = pipeline.train_config(config)
+    seed = settings.seeds[0]
+    weights = None if config.weights == TRAINED else config.weights
+    model = resolve_model(config, data, plan, weights=weights, seed=run_seed(seed), trust=trust)
+    return train(
+        Job(
+            name="teacher",
+            model=model,
+            views=ViewDataset(data.train, plan),
+            indices=np.arange(len(data.train)),
+            num_views=None,
+            labels=None,
+            loss=TrueLabel(),
+            config=settings,
+            seed=seed,
+            validation=None if data.validation is None else clean_views(data.validation, config, trust=trust),
+            test=None if data.test is None else clean_views(data.test, config, trust=trust),
+            device=pick_device(pipeline.device),
+            num_workers=pipeline.num_workers,
+            folder=teacher_folder(pipeline),
+            identity={
+                "teacher": config.model_dump(exclude={"batch_size", "compile", "channels_last", "precision"}),
+                "train": settings.model_dump(exclude={"seeds"}) | {"seed": seed},
+                "data": pipeline.data.model_dump(exclude={"root", "download"}),
+                "views": pipeline.views.model_dump(exclude={"count"}),
+            },
+        )
+    )
+
+
+def train_students(pipeline: Pipeline, names: Sequence[str] = (), *, trust: bool = False) -> list[Row]:
+    """Train some or all students of a pipeline from its cache, every seed of each; finished runs are not repeated.
+
+    Raises:
+        IdentityMismatch: the cache is not of this data, these views or this teacher; before any step.
+    """
+    if not pipeline.students:
+        raise UsageError(f"pipeline {pipeline.name} names no students; add `students:` with a name, a model and a loss")
+    students = [pipeline.student(name) for name in names] if names else pipeline.students
+    bench = Bench(pipeline, trust=trust)
+    jobs = [(student, [bench.job(student, seed) for seed in bench.seeds(student)]) for student in students]
+    return [summarise(student.name, [train(job) for job in runs]) for student, runs in jobs]
+
+
+class Bench:
+    """What all students of a pipeline share: the data, the views, and the cache that was found to fit them.
+
+    Args:
+        pipeline: its `students` need not hold those that jobs are asked for.
+    """
+
+    def __init__(self, pipeline: Pipeline, *, trust: bool = False) -> None:
+        self.pipeline = pipeline
+        self.trust = trust
+        self.data: Data = resolve_data(pipeline, trust=trust)
+        self.plan: ViewPlan = resolve_plan(pipeline, self.data, trust=trust)
+        self.device: torch.device = pick_device(pipeline.device)
+        self._cache: tuple[LogitCache, np.ndarray | None] | None = None
+
+    def seeds(self, student: StudentConfig) -> list[int]:
+        """The seeds that a student is trained with."""
+        return self.pipeline.train_config(student).seeds
+
+    def job(self, student: StudentConfig, seed: int, *, labels: Labels | None = None) -> Job:
+        """One run of a student; `labels` stand in for those that the student's configuration names.
+
+        Raises:
+            IdentityMismatch: the student needs the cache, and the cache does not fit.
+        """
+        pipeline, trust = self.pipeline, self.trust
+        settings = pipeline.train_config(student)
+        loss = pipeline.loss(student)
+        student_input = input_part(student, trust=trust)
+        num_views: int | None = pipeline.views.count
+        rows_per_block = window_blocks = None
+        identity: dict[str, Any] = {
+            "student": student.model_dump(exclude={"train"}),
+            "train": settings.model_dump(exclude={"seeds"}) | {"seed": seed},
+            "data": pipeline.data.model_dump(exclude={"root", "download"}),
+            "views": pipeline.views.model_dump(),
+        }
+        indices = self._chosen(student)
+        if not loss.needs_teacher and labels is None:
+            # Without a teacher nothing ties a student to the cache's views: it gets a fresh one every epoch, and
+            # mixes only with samples whose labels it has.
+            dataset = self.data.train if len(indices) == len(self.data.train) else Selection(self.data.train, indices)
+            views = ViewDataset(
+                dataset, replace(self.plan, num_samples=len(dataset)), model_input=student_input or _as_is
+            )
+            indices, num_views = np.arange(len(dataset)), None
+        elif student.labels == "live" and labels is None:
+            teacher, fingerprint = resolve_teacher(pipeline, self.data, self.plan, trust=trust)
+            labels = LiveLabels(teacher, self.device, precision=pipeline.teacher.precision)
+            views = ViewDataset(
+                self.data.train, self.plan, model_input=BothInputs(student_input, self.plan.model_input)
+            )
+            identity["labels"] = {"teacher": fingerprint}
+        else:
+            cache, rows = self.cache()
+            samples = cache.samples
+            plan = replace(
+                self.plan, num_samples=cache.num_samples, contents=None if samples is None else samples.contents
+            )
+            views = ViewDataset(self.data.train, plan, model_input=student_input or _as_is, rows=rows)
+            if labels is None:
+                budget = pipeline.cache.memory_budget_mb
+                cached = CachedLabels(
+                    cache,
+                    ViewDataset(self.data.train, plan, rows=rows),
+                    self.device,
+                    memory_budget=None if budget is None else int(budget * 2**20),
+                )
+                rows_per_block, window_blocks = cache.layout.rows_per_block, cached.window_blocks
+                labels = cached
+            identity["labels"] = {"cache": cache.id, "window_blocks": window_blocks}
+        return Job(
+            name=student.name,
+            model=resolve_model(
+                student, self.data, self.plan, weights=student.weights, seed=run_seed(seed), trust=trust
+            ),
+            views=views,
+            indices=indices,
+            num_views=num_views,
+            labels=labels,
+            loss=loss,
+            config=settings,
+            seed=seed,
+            validation=self._clean("validation", student),
+            test=self._clean("test", student),
+            device=self.device,
+            num_workers=pipeline.num_workers,
+            folder=Path(pipeline.runs.path) / student.name / f"seed-{seed}",
+            identity=identity,
+            rows_per_block=rows_per_block,
+            window_blocks=window_blocks,
+        )
+
+    def cache(self) -> tuple[LogitCache, np.ndarray | None]:
+        """The pipeline's cache and the row of each sample at hand (None: the same samples in the same order).
+
+        Raises:
+            IdentityMismatch: names the field or the sample that differs.
+            IncompleteCache: the cache is not sealed.
+        """
+        if self._cache is None:
+            self._cache = open_fitting_cache(self.pipeline, self.data, self.plan, trust=self.trust)
+        return self._cache
+
+    def _chosen(self, student: StudentConfig) -> np.ndarray:
+        if student.samples == 1.0:
+            return np.arange(len(self.data.train))
+        return stratified_split(sample_table(self.data.train).targets, student.samples, "student")[1]
+
+    def _clean(self, split: str, student: StudentConfig) -> ViewDataset | None:
+        dataset = getattr(self.data, split)
+        return None if dataset is None else clean_views(dataset, student, trust=self.trust)
+
+
+def open_fitting_cache(
+    pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool
+) -> tuple[LogitCache, np.ndarray | None]:
+    """Open the pipeline's cache and hold it to data, views and teacher; see `Bench.cache`.
+
+    The teacher's weights are compared where they are at hand; a team that has only the cache has only its name.
+    """
+    cache = open_cache(pipeline.cache.path, trust=trust)
+    if not cache.sealed:
+        raise IncompleteCache(f"{pipeline.cache.path} is not sealed yet; run `logitcache cache-teacher` to finish it")
+    differences = fit_differences(cache, pipeline, data, plan, trust=trust)
+    if differences:
+        raise IdentityMismatch(
+            f"cache {cache.id[:12]}… at {pipeline.cache.path} was not made for this pipeline; it differs in\n  "
+            + "\n  ".join(differences)
+            + "\nRestore what differs, or build a cache of its own under another `cache.path`."
+        )
+    if pipeline.views.count > cache.num_views:
+        raise IncompleteCache(
+            f"the pipeline asks for {pipeline.views.count} views; {pipeline.cache.path} holds {cache.num_views}. "
+            "Run `logitcache cache-teacher` to add the others, or lower views.count"
+        )
+    if cache.samples is None:
+        if cache.num_samples != len(data.train):
+            raise IdentityMismatch(
+                f"cache {cache.id[:12]}… has {cache.num_samples} samples; this dataset has {len(data.train)}"
+            )
+        return cache, None
+    rows = match_rows(cache.samples, sample_table(data.train), cache_id=cache.id)
+    same_order = len(rows) == cache.num_samples and bool((rows == np.arange(len(rows))).all())
+    return cache, None if same_order else rows
+
+
+def fit_differences(cache: LogitCache, pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool) -> list[str]:
+    """The fields of a cache's identity in which the pipeline at hand differs, but for its samples."""
+    cached = cache.manifest.identity
+    here: dict[str, Any] = {"view_seed": plan.seed, "outputs": {"logits": [data.num_classes]}}
+    if cached.transform is not None:
+        here["transform"] = plan.describe()
+    if cached.class_names is not None and data.class_names is not None:
+        here["class_names"] = data.class_names
+    weights = teacher_weights(pipeline)
+    at_hand = (weights is None and pipeline.teacher.weights != TRAINED) or Path(str(weights)).is_file()
+    if at_hand:
+        here["teacher"] = resolve_teacher(pipeline, data, plan, trust=trust)[1]
+    elif cached.teacher.partition("@")[0] != pipeline.teacher.model:
+        here["teacher"] = pipeline.teacher.model
+    return cached.differences(type(cached).model_validate(cached.model_dump() | _through_json(here)))
+
+
+def summarise(name: str, results: Sequence[dict[str, Any]]) -> Row:
+    """A row of the table, from the results of a student's seeds."""
+    accuracies = [result["accuracy"] for result in results if result["accuracy"] is not None]
+    validation = [result["validation_accuracy"] for result in results if result["validation_accuracy"] is not None]
+    seconds = [result["epoch_seconds"] for result in results if result["epoch_seconds"] is not None]
+    return Row(
+        name=name,
+        accuracy_mean=statistics.fmean(accuracies) if accuracies else None,
+        accuracy_sd=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        epoch_seconds=statistics.median(seconds) if seconds else None,
+        validation_accuracy_mean=statistics.fmean(validation) if validation else None,
+        samples=results[0]["samples"],
+        parameters=results[0]["parameters"],
+        seeds=[result["seed"] for result in results],
+    )
+
+
+def _through_json(fields: dict[str, Any]) -> dict[str, Any]:
+    decoded: dict[str, Any] = json.loads(json.dumps(fields))
+    return decoded
+
+
+def _as_is(value: Any) -> Any:
+    return value
