@@ -45,7 +45,7 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
     """
     data = resolve_data(pipeline, trust=trust)
     plan = resolve_plan(pipeline, data, trust=trust)
-    device = pick_device(pipeline.device)
+    device = pick_device(pipeline.device, threads=pipeline.threads)
     teacher, fingerprint = resolve_teacher(pipeline, data, plan, trust=trust)
     samples = identify_samples(data.train, pipeline.cache.path, num_workers=pipeline.num_workers)
     writer = create(

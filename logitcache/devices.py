@@ -11,12 +11,18 @@ from torch import Tensor
 from logitcache.errors import UsageError
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, *, threads: int | None = None) -> torch.device:
     """A device by name; "auto" takes CUDA, then Apple's MPS, then the CPU.
+
+    Args:
+        name: such as "auto" or "cuda:1".
+        threads: how many CPU threads torch uses from here on; None leaves it as it is.
 
     Raises:
         UsageError: a device that is not there.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

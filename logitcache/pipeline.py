@@ -159,6 +159,8 @@ class Pipeline(_Section):
     """"auto", "cpu", "cuda", "cuda:1", "mps"."""
     num_workers: int = Field(default=2, ge=0)
     """DataLoader workers; results don't depend on it."""
+    threads: int | None = Field(default=None, ge=1)
+    """Torch's CPU threads in the main process, all cores by default; rounding on the CPU depends on it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Pipeline:

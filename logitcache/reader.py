@@ -124,6 +124,13 @@ class LogitCache:
         return self.bytes - (sum(stored.bytes for stored in fixed.objects.values()) if fixed else 0)
 
     @property
+    def kl_mean(self) -> float | None:
+        """KL(teacher ‖ decoded) at T = 1, in nats, over all rows that are there."""
+        blocks = [receipt for receipt in self.receipts.values() if receipt.kl_mean is not None]
+        rows = sum(receipt.rows for receipt in blocks)
+        return sum(receipt.rows * (receipt.kl_mean or 0.0) for receipt in blocks) / rows if rows else None
+
+    @property
     def view_bytes(self) -> int:
         """Memory of one resident view."""
         row = sum(np.dtype(spec.dtype).itemsize * int(np.prod(spec.row_shape)) for spec in self._specs.values())

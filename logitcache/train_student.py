@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +13,13 @@ import torch
 
 from logitcache.catalog.datasets import Data, Selection, stratified_split
 from logitcache.devices import pick_device
-from logitcache.errors import IdentityMismatch, IncompleteCache, UsageError
+from logitcache.errors import UsageError
+from logitcache.fit import open_fitting_cache
 from logitcache.labels import CachedLabels, Labels, LiveLabels
 from logitcache.losses import TrueLabel
 from logitcache.order import run_seed
 from logitcache.pipeline import Pipeline, StudentConfig
-from logitcache.reader import LogitCache, open_cache
+from logitcache.reader import LogitCache
 from logitcache.resolve import (
     TRAINED,
     clean_views,
@@ -29,9 +29,8 @@ from logitcache.resolve import (
     resolve_plan,
     resolve_teacher,
     teacher_folder,
-    teacher_weights,
 )
-from logitcache.samples import match_rows, sample_table
+from logitcache.samples import sample_table
 from logitcache.train import Job, train
 from logitcache.views import BothInputs, ViewDataset, ViewPlan
 
@@ -84,7 +83,7 @@ def train_teacher(pipeline: Pipeline, *, trust: bool = False) -> dict[str, Any]:
             seed=seed,
             validation=None if data.validation is None else clean_views(data.validation, config, trust=trust),
             test=None if data.test is None else clean_views(data.test, config, trust=trust),
-            device=pick_device(pipeline.device),
+            device=pick_device(pipeline.device, threads=pipeline.threads),
             num_workers=pipeline.num_workers,
             folder=teacher_folder(pipeline),
             identity={
@@ -123,7 +122,7 @@ class Bench:
         self.trust = trust
         self.data: Data = resolve_data(pipeline, trust=trust)
         self.plan: ViewPlan = resolve_plan(pipeline, self.data, trust=trust)
-        self.device: torch.device = pick_device(pipeline.device)
+        self.device: torch.device = pick_device(pipeline.device, threads=pipeline.threads)
         self._cache: tuple[LogitCache, np.ndarray | None] | None = None
 
     def seeds(self, student: StudentConfig) -> list[int]:
@@ -225,56 +224,6 @@ class Bench:
         return None if dataset is None else clean_views(dataset, student, trust=self.trust)
 
 
-def open_fitting_cache(
-    pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool
-) -> tuple[LogitCache, np.ndarray | None]:
-    """Open the pipeline's cache and hold it to data, views and teacher; see `Bench.cache`.
-
-    The teacher's weights are compared where they are at hand; a team that has only the cache has only its name.
-    """
-    cache = open_cache(pipeline.cache.path, trust=trust)
-    if not cache.sealed:
-        raise IncompleteCache(f"{pipeline.cache.path} is not sealed yet; run `logitcache cache-teacher` to finish it")
-    differences = fit_differences(cache, pipeline, data, plan, trust=trust)
-    if differences:
-        raise IdentityMismatch(
-            f"cache {cache.id[:12]}… at {pipeline.cache.path} was not made for this pipeline; it differs in\n  "
-            + "\n  ".join(differences)
-            + "\nRestore what differs, or build a cache of its own under another `cache.path`."
-        )
-    if pipeline.views.count > cache.num_views:
-        raise IncompleteCache(
-            f"the pipeline asks for {pipeline.views.count} views; {pipeline.cache.path} holds {cache.num_views}. "
-            "Run `logitcache cache-teacher` to add the others, or lower views.count"
-        )
-    if cache.samples is None:
-        if cache.num_samples != len(data.train):
-            raise IdentityMismatch(
-                f"cache {cache.id[:12]}… has {cache.num_samples} samples; this dataset has {len(data.train)}"
-            )
-        return cache, None
-    rows = match_rows(cache.samples, sample_table(data.train), cache_id=cache.id)
-    same_order = len(rows) == cache.num_samples and bool((rows == np.arange(len(rows))).all())
-    return cache, None if same_order else rows
-
-
-def fit_differences(cache: LogitCache, pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool) -> list[str]:
-    """The fields of a cache's identity in which the pipeline at hand differs, but for its samples."""
-    cached = cache.manifest.identity
-    here: dict[str, Any] = {"view_seed": plan.seed, "outputs": {"logits": [data.num_classes]}}
-    if cached.transform is not None:
-        here["transform"] = plan.describe()
-    if cached.class_names is not None and data.class_names is not None:
-        here["class_names"] = data.class_names
-    weights = teacher_weights(pipeline)
-    at_hand = (weights is None and pipeline.teacher.weights != TRAINED) or Path(str(weights)).is_file()
-    if at_hand:
-        here["teacher"] = resolve_teacher(pipeline, data, plan, trust=trust)[1]
-    elif cached.teacher.partition("@")[0] != pipeline.teacher.model:
-        here["teacher"] = pipeline.teacher.model
-    return cached.differences(type(cached).model_validate(cached.model_dump() | _through_json(here)))
-
-
 def summarise(name: str, results: Sequence[dict[str, Any]]) -> Row:
     """A row of the table, from the results of a student's seeds."""
     accuracies = [result["accuracy"] for result in results if result["accuracy"] is not None]
@@ -290,11 +239,6 @@ def summarise(name: str, results: Sequence[dict[str, Any]]) -> Row:
         parameters=results[0]["parameters"],
         seeds=[result["seed"] for result in results],
     )
-
-
-def _through_json(fields: dict[str, Any]) -> dict[str, Any]:
-    decoded: dict[str, Any] = json.loads(json.dumps(fields))
-    return decoded
 
 
 def _as_is(value: Any) -> Any:

@@ -1,0 +1,48 @@
+"""Choose the hyperparameters of `pipelines/mnist5k.yaml` on its validation split; the test split is never looked at.
+
+Each kind of student gets a learning rate of its own, and the distilled ones a temperature, so that none is compared
+at another's best setting. Prints validation accuracy, mean over seeds; the pipeline file holds the winners.
+
+    python benchmarks/tune_mnist5k.py --folder runs/tune
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from logitcache.cache_teacher import cache_teacher
+from logitcache.demo import ALL, MATCHED, TENTH, embedded_pipeline
+from logitcache.train import train
+from logitcache.train_student import Bench, summarise, train_teacher
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("runs/tune"))
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.001, 0.002, 0.004, 0.008])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 2.0, 4.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
+    parser.add_argument("overrides", nargs="*", help="key=value of the pipeline")
+    arguments = parser.parse_args()
+
+    paths = [f"runs.path={arguments.folder}/runs", f"cache.path={arguments.folder}/views.cache"]
+    pipeline = embedded_pipeline([*paths, *arguments.overrides])
+    train_teacher(pipeline)
+    cache_teacher(pipeline)
+    bench = Bench(pipeline)
+    cases = [(name, rate, None) for name in (TENTH, ALL) for rate in arguments.rates]
+    cases += [(MATCHED, rate, temperature) for rate in arguments.rates for temperature in arguments.temperatures]
+    for name, rate, temperature in cases:
+        student = pipeline.student(name)
+        loss = student.loss if temperature is None else {**student.loss, "temperature": temperature}
+        label = f"{name}-lr{rate}" + ("" if temperature is None else f"-T{temperature}")
+        student = student.model_copy(update={"name": label, "loss": loss, "train": {**student.train, "lr": rate}})
+        # Without the test split no run can report on it.
+        bench.data = type(bench.data)(**{**vars(bench.data), "test": None})
+        row = summarise(label, [train(bench.job(student, seed)) for seed in arguments.seeds])
+        print(f"{label:50} {100 * (row.validation_accuracy_mean or 0):.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

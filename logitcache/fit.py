@@ -1,0 +1,107 @@
+"""Whether a cache fits the data, the views and the teacher at hand; asked before the first step of every student."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from logitcache.catalog.datasets import Data
+from logitcache.errors import IdentityMismatch, IncompleteCache
+from logitcache.pipeline import Pipeline
+from logitcache.progress import track
+from logitcache.reader import LogitCache, open_cache
+from logitcache.resolve import TRAINED, resolve_data, resolve_plan, resolve_teacher, teacher_weights
+from logitcache.samples import compare_samples, content_table, match_rows, sample_table
+from logitcache.views import ViewDataset, ViewPlan
+
+
+def open_fitting_cache(
+    pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool
+) -> tuple[LogitCache, np.ndarray | None]:
+    """Open the pipeline's cache and hold it to data, views and teacher.
+
+    The teacher's weights are compared where they are at hand; a team that has only the cache has only its name.
+
+    Returns:
+        The cache, and the row of each sample at hand, int64 (M,); None where they are the cache's own in its order.
+
+    Raises:
+        IdentityMismatch: names the field or the sample that differs.
+        IncompleteCache: the cache is not sealed, or holds fewer views than the pipeline asks for.
+    """
+    cache = open_cache(pipeline.cache.path, trust=trust)
+    if not cache.sealed:
+        raise IncompleteCache(f"{pipeline.cache.path} is not sealed yet; run `logitcache cache-teacher` to finish it")
+    differences = fit_differences(cache, pipeline, data, plan, trust=trust)
+    if differences:
+        raise IdentityMismatch(
+            f"cache {cache.id[:12]}… at {pipeline.cache.path} was not made for this pipeline; it differs in\n  "
+            + "\n  ".join(differences)
+            + "\nRestore what differs, or build a cache of its own under another `cache.path`."
+        )
+    if pipeline.views.count > cache.num_views:
+        raise IncompleteCache(
+            f"the pipeline asks for {pipeline.views.count} views; {pipeline.cache.path} holds {cache.num_views}. "
+            "Run `logitcache cache-teacher` to add the others, or lower views.count"
+        )
+    if cache.samples is None:
+        if cache.num_samples != len(data.train):
+            raise IdentityMismatch(
+                f"cache {cache.id[:12]}… has {cache.num_samples} samples; this dataset has {len(data.train)}"
+            )
+        return cache, None
+    rows = match_rows(cache.samples, sample_table(data.train), cache_id=cache.id)
+    same_order = len(rows) == cache.num_samples and bool((rows == np.arange(len(rows))).all())
+    return cache, None if same_order else rows
+
+
+def fit_differences(cache: LogitCache, pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool) -> list[str]:
+    """The fields of a cache's identity in which the pipeline at hand differs, but for its samples."""
+    cached = cache.manifest.identity
+    here: dict[str, Any] = {"view_seed": plan.seed, "outputs": {"logits": [data.num_classes]}}
+    if cached.transform is not None:
+        here["transform"] = plan.describe()
+    if cached.class_names is not None and data.class_names is not None:
+        here["class_names"] = data.class_names
+    weights = teacher_weights(pipeline)
+    at_hand = (weights is None and pipeline.teacher.weights != TRAINED) or Path(str(weights)).is_file()
+    if at_hand:
+        here["teacher"] = resolve_teacher(pipeline, data, plan, trust=trust)[1]
+    elif cached.teacher.partition("@")[0] != pipeline.teacher.model:
+        here["teacher"] = pipeline.teacher.model
+    return cached.differences(type(cached).model_validate(cached.model_dump() | _through_json(here)))
+
+
+def all_differences(cache: LogitCache, pipeline: Pipeline, *, trust: bool) -> list[str]:
+    """Everything in which a pipeline's data, views and teacher differ from a cache's, a line each.
+
+    Reads every sample once, and renders the proof rows of every view.
+    """
+    data = resolve_data(pipeline, trust=trust)
+    plan = resolve_plan(pipeline, data, trust=trust)
+    differences = fit_differences(cache, pipeline, data, plan, trust=trust)
+    if cache.samples is None:
+        return differences
+    here = sample_table(data.train)
+    with track("reading the data", here.num_samples, unit="samples") as meter:
+        here = replace(
+            here, contents=content_table(data.train, num_workers=pipeline.num_workers, advance=meter.advance)
+        )
+    differences += compare_samples(cache.samples, here)
+    if not differences:
+        views = ViewDataset(data.train, plan, rows=match_rows(cache.samples, here, cache_id=cache.id))
+        for view in range(cache.num_views):
+            try:
+                cache.check_inputs(views, view)
+            except IdentityMismatch as error:
+                differences.append(str(error).splitlines()[0])
+    return differences
+
+
+def _through_json(fields: dict[str, Any]) -> dict[str, Any]:
+    decoded: dict[str, Any] = json.loads(json.dumps(fields))
+    return decoded

@@ -1,0 +1,56 @@
+"""A pipeline from end to end, skipping what is done."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from logitcache.cache_teacher import cache_teacher
+from logitcache.errors import NotACache
+from logitcache.pipeline import Pipeline
+from logitcache.reader import open_cache
+from logitcache.resolve import TRAINED, resolve_data, resolve_plan, teacher_folder
+from logitcache.runs import RESULT
+from logitcache.train_student import Row, train_students, train_teacher
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a pipeline."""
+
+    stage: str
+    what: str
+    done: bool
+
+
+def plan_run(pipeline: Pipeline, *, trust: bool = False) -> list[Step]:
+    """What `run_pipeline` would do; loads the data and builds the transforms, so that they are known to work."""
+    data = resolve_data(pipeline, trust=trust)
+    resolve_plan(pipeline, data, trust=trust)
+    steps = []
+    if pipeline.teacher.weights == TRAINED:
+        steps.append(Step("train-teacher", pipeline.teacher.model, (teacher_folder(pipeline) / RESULT).is_file()))
+    what = f"{pipeline.views.count} views of {len(data.train):,} samples, {pipeline.encoding()!r}"
+    steps.append(Step("cache-teacher", f"{what} -> {pipeline.cache.path}", _cached(pipeline)))
+    for student in pipeline.students:
+        seeds = pipeline.train_config(student).seeds
+        folders = [Path(pipeline.runs.path) / student.name / f"seed-{seed}" for seed in seeds]
+        done = all((folder / RESULT).is_file() for folder in folders)
+        steps.append(Step("train-student", f"{student.name} ({student.model}), {len(seeds)} seeds", done))
+    return steps
+
+
+def run_pipeline(pipeline: Pipeline, *, trust: bool = False) -> list[Row]:
+    """Teacher, cache and students of a pipeline; each stage goes on from where it was left."""
+    if pipeline.teacher.weights == TRAINED:
+        train_teacher(pipeline, trust=trust)
+    cache_teacher(pipeline, trust=trust)
+    return train_students(pipeline, trust=trust) if pipeline.students else []
+
+
+def _cached(pipeline: Pipeline) -> bool:
+    with suppress(NotACache):
+        cache = open_cache(pipeline.cache.path)
+        return cache.sealed and cache.num_views >= pipeline.views.count
+    return False
