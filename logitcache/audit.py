@@ -62,7 +62,7 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
             problems += _check_object(storage, path, block, size, sha256, deep=deep)
             meter.advance()
     known = {MANIFEST, RECEIPTS, "README.md", *expected, *_metadata(storage, manifest)}
-    for path in storage.keys():
+    for path in storage.list_keys():
         if path not in known and not path.startswith("receipts/"):
             problems.append(Problem("", path, "stray"))
     for path, data in _metadata(storage, manifest).items():
@@ -120,9 +120,7 @@ def _metadata(storage: LocalStorage, manifest: Manifest) -> dict[str, bytes | No
     return metadata | {f"{GROUP}/sample_{part}/zarr.json": None for part in ("keys", "targets", "contents")}
 
 
-def _check_object(
-    storage: LocalStorage, path: str, block: str, size: int, sha256: str, *, deep: bool
-) -> list[Problem]:
+def _check_object(storage: LocalStorage, path: str, block: str, size: int, sha256: str, *, deep: bool) -> list[Problem]:
     found = storage.size(path)
     if found is None:
         return [Problem(block, path, "missing")]

@@ -67,7 +67,9 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
         if missing:
             run_blocks(pipeline, writer, missing, teacher, views, device)
         manifest = writer.seal()
-    return CacheResult(manifest, sorted(writer.committed_blocks), total_blocks=sum(1 for _ in all_blocks(writer.layout)))
+    return CacheResult(
+        manifest, sorted(writer.committed_blocks), total_blocks=sum(1 for _ in all_blocks(writer.layout))
+    )
 
 
 def run_blocks(
@@ -82,7 +84,7 @@ def run_blocks(
     config = pipeline.teacher
     teacher = teacher.to(device)
     if config.channels_last:
-        teacher = teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        teacher = teacher.to(memory_format=torch.channels_last)
     forward = torch.compile(teacher) if config.compile else teacher
     layout = writer.layout
     loader = rendered_batches(
@@ -93,7 +95,9 @@ def run_blocks(
     )
     total = sum(len(block_rows(layout, block)) for block in blocks)
     with track("caching the teacher", total, unit="samples") as meter, torch.inference_mode():
-        for (view, rows), (_, inputs, _) in zip(teacher_batches(layout, blocks, config.batch_size), loader, strict=True):
+        for (view, rows), (_, inputs, _) in zip(
+            teacher_batches(layout, blocks, config.batch_size), loader, strict=True
+        ):
             on_device = to_device(inputs, device, channels_last=config.channels_last)
             with autocast(device, config.precision):
                 logits = forward(on_device)
@@ -128,11 +132,10 @@ def identify_samples(dataset: Dataset, location: str, *, num_workers: int) -> Sa
         if differences or cached.keys != here.keys:
             first = differences[0] if differences else "the samples are in another order"
             raise IdentityMismatch(
-                f"{location} was built from dataset {cached.fingerprint()[:12]}… ({cached.num_samples} samples); this one "
-                f"has {here.num_samples} samples.\nFirst difference: {first}.\n"
+                f"{location} was built from dataset {cached.fingerprint()[:12]}… ({cached.num_samples} samples); this "
+                f"one has {here.num_samples} samples.\nFirst difference: {first}.\n"
                 "Run `logitcache verify CACHE --data PIPELINE` for the whole list, or choose another `cache.path`."
             )
         return cached
     with track("fingerprinting the data", here.num_samples, unit="samples") as meter:
         return replace(here, contents=content_table(dataset, num_workers=num_workers, advance=meter.advance))
-

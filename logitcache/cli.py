@@ -26,7 +26,9 @@ PipelineArgument = Annotated[Path, typer.Argument(help="A pipeline file, such as
 CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="A cache's directory or file:// URL.")]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the pipeline to override: views.count=4 cache.encoding.k=20"),
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Keys of the pipeline to override: views.count=4 cache.encoding.k=20"
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 TrustOption = Annotated[
@@ -36,7 +38,10 @@ TrustOption = Annotated[
 
 @app.command("train-teacher")
 def train_teacher_command(
-    pipeline: PipelineArgument, overrides: OverridesArgument = None, trust: TrustOption = False, as_json: JsonOption = False
+    pipeline: PipelineArgument,
+    overrides: OverridesArgument = None,
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Train or fine-tune the teacher on true labels, where no ready one exists."""
     from logitcache.pipeline import load_pipeline
@@ -48,7 +53,10 @@ def train_teacher_command(
 
 @app.command("cache-teacher")
 def cache_teacher_command(
-    pipeline: PipelineArgument, overrides: OverridesArgument = None, trust: TrustOption = False, as_json: JsonOption = False
+    pipeline: PipelineArgument,
+    overrides: OverridesArgument = None,
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Stage 1: compute the blocks of the cache that are missing, then seal it. Interrupted? Run it again."""
     from logitcache.cache_teacher import cache_teacher
@@ -66,7 +74,9 @@ def cache_teacher_command(
 def train_student_command(
     pipeline: PipelineArgument,
     overrides: OverridesArgument = None,
-    student: Annotated[list[str] | None, typer.Option(help="A student of the pipeline; may be given several times.")] = None,
+    student: Annotated[
+        list[str] | None, typer.Option(help="A student of the pipeline; may be given several times.")
+    ] = None,
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -157,7 +167,9 @@ def demo_command(
         print_rows(result.rows)
         for line in result.findings:
             Console().print(f"  {line}", highlight=False)
-        Console().print(f"The cache is in {result.cache_path}: try `logitcache info {result.cache_path}`.", highlight=False)
+        Console().print(
+            f"The cache is in {result.cache_path}: try `logitcache info {result.cache_path}`.", highlight=False
+        )
 
     show(summary, as_json, print_demo)
 
@@ -173,7 +185,7 @@ def cache_summary(cache: Any) -> dict[str, Any]:
         "num_views": cache.num_views,
         "num_classes": cache.num_classes,
         "encoding": repr(cache.encoding),
-        "bytes": cache.bytes,
+        "bytes": cache.stored_bytes,
         "bytes_per_sample": cache.label_bytes / blocks,
         "teacher": cache.manifest.identity.teacher,
         "dataset": cache.manifest.identity.dataset,
@@ -242,7 +254,9 @@ def main() -> None:
     except LogitCacheError as error:
         fail(error, str(error), error.exit_code)
     except OSError as error:
-        fail(error, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", StorageError.exit_code)
+        fail(
+            error, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", StorageError.exit_code
+        )
     except KeyboardInterrupt:
         print("\nstopped; what is committed stays, run the same command again to go on", file=sys.stderr)
         sys.exit(130)

@@ -56,7 +56,13 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> DemoResult:
     clean_labels = CleanLabels(open_cache(clean.cache.path), bench.plan, bench.device)
     # The mistake is no pipeline's business: nothing but this demonstration can ask for it.
     mismatched = pipeline.student(MATCHED).model_copy(update={"name": MISMATCHED})
-    students = [pipeline.student(TENTH), pipeline.student(ALL), mismatched, pipeline.student(MATCHED), pipeline.student(LIVE)]
+    students = [
+        pipeline.student(TENTH),
+        pipeline.student(ALL),
+        mismatched,
+        pipeline.student(MATCHED),
+        pipeline.student(LIVE),
+    ]
     results: dict[str, list[dict[str, Any]]] = {student.name: [] for student in students}
     for seed in pipeline.train.seeds:  # students side by side, so that a slow minute of the machine hits all of them
         for student in students:
@@ -96,7 +102,9 @@ class CleanLabels:
 
     def logits(self, rows: Tensor, teacher_inputs: Any) -> Tensor:
         mixtures = [self._plan.mixture(self._view, row, self._num_samples) for row in rows.tolist()]
-        partners = torch.tensor([row if m is None else m.partner for row, m in zip(rows.tolist(), mixtures, strict=True)])
+        partners = torch.tensor(
+            [row if m is None else m.partner for row, m in zip(rows.tolist(), mixtures, strict=True)]
+        )
         weights_B1 = torch.tensor([[1.0 if m is None else m.weight] for m in mixtures], device=self._device)
         own_BC = self._labels.logits(rows).softmax(dim=1)
         other_BC = self._labels.logits(partners).softmax(dim=1)

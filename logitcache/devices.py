@@ -31,7 +31,9 @@ def pick_device(name: str, *, threads: int | None = None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} is not to be had here ({str(error).splitlines()[0]}); try device=auto") from None
+        raise UsageError(
+            f"device {name!r} is not to be had here ({str(error).splitlines()[0]}); try device=auto"
+        ) from None
     return device
 
 

@@ -28,7 +28,7 @@ def rendered_batches(
     """
     loader: DataLoader[Any] = DataLoader(
         _Rendering(views),
-        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of batches serves
+        batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_as_rendered,
         pin_memory=pin_memory,
@@ -77,8 +77,8 @@ def collate(samples: list[tuple[int, Any, Any]]) -> Batch:
     except (RuntimeError, TypeError) as error:
         shapes = {str(tuple(getattr(value, "shape", ())) or type(value).__name__) for value in inputs}
         raise ShapeError(
-            f"these samples make no batch; their inputs are {', '.join(sorted(shapes))}: end the model's `input` with a "
-            f"resize or crop to a fixed size ({str(error).splitlines()[0]})"
+            f"these samples make no batch; their inputs are {', '.join(sorted(shapes))}: end the model's `input` "
+            f"with a resize or crop to a fixed size ({str(error).splitlines()[0]})"
         ) from error
 
 

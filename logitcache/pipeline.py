@@ -168,8 +168,9 @@ class Pipeline(_Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two students are named {name!r}; give each a name of its own")
-        for owner in (self.teacher, *self.students):
-            self.train_config(owner)
+        self.train_config(self.teacher)
+        for student in self.students:
+            self.train_config(student)
         return self
 
     def train_config(self, owner: TeacherConfig | StudentConfig) -> TrainConfig:
@@ -194,7 +195,9 @@ class Pipeline(_Section):
             if student.name == name:
                 return student
         names = [student.name for student in self.students]
-        raise UsageError(f"no student {name!r} in pipeline {self.name}{_nearest(name, names)}; it has: {', '.join(names)}")
+        raise UsageError(
+            f"no student {name!r} in pipeline {self.name}{_nearest(name, names)}; it has: {', '.join(names)}"
+        )
 
     def loss(self, student: StudentConfig) -> Loss:
         """A student's loss."""
@@ -221,7 +224,9 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     except (yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"{path} is no YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise UsageError(f"{path} holds {type(raw).__name__}; expected a mapping with data, views, teacher, cache, students")
+        raise UsageError(
+            f"{path} holds {type(raw).__name__}; expected a mapping with data, views, teacher, cache, students"
+        )
     raw.setdefault("name", path.stem)
     for override in overrides:
         _override(raw, override)

@@ -113,7 +113,7 @@ class LogitCache:
         return self.layout.num_classes
 
     @property
-    def bytes(self) -> int:
+    def stored_bytes(self) -> int:
         """Size of all stored objects that have receipts."""
         return sum(stored.bytes for receipt in self.receipts.values() for stored in receipt.objects.values())
 
@@ -121,7 +121,7 @@ class LogitCache:
     def label_bytes(self) -> int:
         """Size of the labels alone, without the sample table."""
         fixed = self.receipts.get(FIXED)
-        return self.bytes - (sum(stored.bytes for stored in fixed.objects.values()) if fixed else 0)
+        return self.stored_bytes - (sum(stored.bytes for stored in fixed.objects.values()) if fixed else 0)
 
     @property
     def kl_mean(self) -> float | None:
@@ -195,7 +195,8 @@ class LogitCache:
         differences = identity.differences(type(identity).model_validate_json(here.model_dump_json()))
         if differences:
             raise IdentityMismatch(
-                f"the views at hand are not those of cache {self.id[:12]}…; they differ in\n  " + "\n  ".join(differences)
+                f"the views at hand are not those of cache {self.id[:12]}…; they differ in\n  "
+                + "\n  ".join(differences)
             )
 
     def check_inputs(self, views: ViewDataset, view: int) -> int:
@@ -216,7 +217,7 @@ class LogitCache:
             index = row if index_of_row is None else index_of_row.get(row)
             if index is None:
                 continue
-            found = input_digest(views[(view, index)][1]).hex()  # type: ignore[index]
+            found = input_digest(views[(view, index)][1]).hex()
             if found != expected:
                 raise IdentityMismatch(self._describe_other_pixels(view, row, found, expected))
             compared += 1
@@ -286,7 +287,9 @@ class LogitCache:
     def _checked_object(self, block: Block, array: str) -> bytes:
         receipt = self.receipts.get(block.name)
         if receipt is None:
-            raise IncompleteCache(f"{self.storage.url}: block {block.name} is missing; run `logitcache cache-teacher` again")
+            raise IncompleteCache(
+                f"{self.storage.url}: block {block.name} is missing; run `logitcache cache-teacher` again"
+            )
         key = block_key(array, self._specs[array], block)
         data = self.storage.get(key)
         stored = receipt.objects[array]
@@ -302,7 +305,7 @@ class LogitCache:
     def _read_fixed(self, name: str) -> np.ndarray:
         stored = self.receipts[FIXED].objects[name]
         metadata = self.storage.get(f"{GROUP}/{name}/zarr.json")
-        keys = [key for key in self.storage.keys(f"{GROUP}/{name}/c")]
+        keys = list(self.storage.list_keys(f"{GROUP}/{name}/c"))
         data = self.storage.get(keys[0]) if keys else None
         if metadata is None or data is None or sha256_hex(data) != stored.sha256:
             raise CorruptCache(f"{self.storage.url}: {GROUP}/{name} is not what was written; run `logitcache verify`")
@@ -312,9 +315,7 @@ class LogitCache:
         if not 0 <= view < self.num_views:
             raise UsageError(f"no view {view}: the cache has {self.num_views}, numbered from 0")
         missing = [
-            number
-            for number in range(blocks_per_view(self.layout))
-            if Block(view, number).name not in self.receipts
+            number for number in range(blocks_per_view(self.layout)) if Block(view, number).name not in self.receipts
         ]
         if missing:
             raise IncompleteCache(
@@ -395,7 +396,7 @@ class StreamedView(View):
 
     def logits(self, index: Any) -> Tensor:
         rows_B = np.asarray(torch.as_tensor(index, dtype=torch.int64).cpu())
-        if len(rows_B) and not (0 <= rows_B.min() and rows_B.max() < self._cache.num_samples):
+        if len(rows_B) and not (rows_B.min() >= 0 and rows_B.max() < self._cache.num_samples):
             raise IndexError(f"rows {rows_B.min()} to {rows_B.max()} of a view of {self._cache.num_samples}")
         logits_BC = torch.empty((len(rows_B), self.num_classes), device=self._device)
         rows_per_block = self._cache.layout.rows_per_block
@@ -436,7 +437,7 @@ def collect_receipts(storage: LocalStorage, manifest: Manifest, specs: Mapping[s
         if wanted - receipts.keys():
             raise CorruptCache(f"{storage.url} is sealed, but {RECEIPTS} lacks {sorted(wanted - receipts.keys())[0]}")
         return receipts
-    for key in storage.keys("receipts"):
+    for key in storage.list_keys("receipts"):
         name = FIXED if key == FIXED_RECEIPT_KEY else key.removeprefix("receipts/").removesuffix(".json")
         data = storage.get(key)
         if name in wanted and data is not None:

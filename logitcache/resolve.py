@@ -49,9 +49,9 @@ def resolve_plan(pipeline: Pipeline, data: Data, *, trust: bool) -> ViewPlan:
     )
 
 
-def input_part(config: ModelConfig, *, trust: bool) -> Callable[[Any], Any] | None:
-    """A model's own deterministic part."""
-    return None if config.input is None else build_transform(config.input, trust=trust)
+def input_part(config: ModelConfig, *, trust: bool) -> Callable[[Any], Any]:
+    """A model's own deterministic part; no steps at all where the pipeline names none."""
+    return build_transform(config.input or [], trust=trust)
 
 
 def resolve_model(
@@ -68,8 +68,8 @@ def resolve_model(
     Raises:
         UsageError, ShapeError: a model that can't be built or does not fit the data.
     """
-    views = ViewDataset(data.train, replace(plan, contents=None), model_input=input_part(config, trust=trust) or _as_is)
-    sample = views[(0, 0)][1]  # type: ignore[index]
+    views = ViewDataset(data.train, replace(plan, contents=None), model_input=input_part(config, trust=trust))
+    sample = views[(0, 0)][1]
     with preserved_generators():
         seed_generators(seed)
         model = build_model(
@@ -114,7 +114,3 @@ def resolve_teacher(pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bo
 def clean_views(dataset: Dataset, config: ModelConfig, *, trust: bool) -> ViewDataset:
     """A dataset without augmentation, as one model takes it: for validation and test."""
     return ViewDataset(dataset, ViewPlan(model_input=input_part(config, trust=trust)))
-
-
-def _as_is(value: Any) -> Any:
-    return value

@@ -93,7 +93,7 @@ class RunFolder:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:  # the extra `train` is not installed: the JSONL log has it all
             return
-        self._events = SummaryWriter(str(self.path), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
+        self._events = SummaryWriter(str(self.path), purge_step=step + 1 if step else None)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append a line of metrics."""

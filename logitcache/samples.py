@@ -247,9 +247,8 @@ def compare_samples(cached: SampleTable, here: SampleTable) -> list[str]:
         rows = indices = np.arange(min(cached.num_samples, here.num_samples))
     for number in np.flatnonzero(cached.targets[rows] != here.targets[indices]):
         row, index = int(rows[number]), indices[number]
-        differences.append(
-            f"sample {row} ({cached.key(row)}) has the target {here.targets[index]} here, {cached.targets[row]} in the cache"
-        )
+        found, expected = here.targets[index], cached.targets[row]
+        differences.append(f"sample {row} ({cached.key(row)}) has the target {found} here, {expected} in the cache")
     if cached.contents is not None and here.contents is not None:
         for number in np.flatnonzero((cached.contents[rows] != here.contents[indices]).any(axis=1)):
             row = int(rows[number])
@@ -267,8 +266,8 @@ def match_rows(cached: SampleTable, here: SampleTable, *, cache_id: str) -> np.n
     """
     if cached.keys is None and here.num_samples != cached.num_samples:
         raise IdentityMismatch(
-            f"cache {cache_id[:12]}… was built from {cached.num_samples} samples; this dataset has {here.num_samples}.\n"
-            "They have no keys to be matched by: use the same dataset, or give it `keys`."
+            f"cache {cache_id[:12]}… was built from {cached.num_samples} samples; this dataset has "
+            f"{here.num_samples}.\nThey have no keys to be matched by: use the same dataset, or give it `keys`."
         )
     rows = cached.rows([here.key(index) for index in range(here.num_samples)])
     relabelled = np.flatnonzero(cached.targets[rows] != here.targets)

@@ -37,7 +37,7 @@ class Storage(Protocol):
     def size(self, key: str) -> int | None:
         """The object's bytes counted, or None where there is none."""
 
-    def keys(self, prefix: str = "") -> Iterator[str]:
+    def list_keys(self, prefix: str = "") -> Iterator[str]:
         """Every key under a folder."""
 
     def delete(self, key: str) -> None:
@@ -97,7 +97,7 @@ class LocalStorage:
         except OSError as error:
             raise _storage_error("read", self._path(key), error) from error
 
-    def keys(self, prefix: str = "") -> Iterator[str]:
+    def list_keys(self, prefix: str = "") -> Iterator[str]:
         start = self._path(prefix) if prefix else self.root
         for folder, subfolders, names in os.walk(start):
             subfolders.sort()
@@ -155,7 +155,7 @@ def _fsync_folder(folder: Path) -> None:
 
 _REMEDY = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again, committed blocks are kept",
-    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again, committed blocks are kept",
+    errno.EDQUOT: "the quota is used up; free some space and run the same command again, committed blocks are kept",
     errno.EFBIG: "the file grew past the allowed size; raise the limit and run the same command again",
     errno.EACCES: "permission denied; choose another path, or have its owner grant access",
     errno.EPERM: "operation not permitted; choose another path",

@@ -105,7 +105,7 @@ class _Run:
         config = job.config
         self.model = job.model.to(job.device)
         if config.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.model = self.model.to(memory_format=torch.channels_last)
         self.optimizer = _optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(job.device.type, enabled=config.precision == "float16")
         self.steps_per_epoch = len(batches(np.arange(len(job.indices)), config.batch_size))

@@ -152,9 +152,7 @@ class Bench:
             # Without a teacher nothing ties a student to the cache's views: it gets a fresh one every epoch, and
             # mixes only with samples whose labels it has.
             dataset = self.data.train if len(indices) == len(self.data.train) else Selection(self.data.train, indices)
-            views = ViewDataset(
-                dataset, replace(self.plan, num_samples=len(dataset)), model_input=student_input or _as_is
-            )
+            views = ViewDataset(dataset, replace(self.plan, num_samples=len(dataset)), model_input=student_input)
             indices, num_views = np.arange(len(dataset)), None
         elif student.labels == "live" and labels is None:
             teacher, fingerprint = resolve_teacher(pipeline, self.data, self.plan, trust=trust)
@@ -169,7 +167,7 @@ class Bench:
             plan = replace(
                 self.plan, num_samples=cache.num_samples, contents=None if samples is None else samples.contents
             )
-            views = ViewDataset(self.data.train, plan, model_input=student_input or _as_is, rows=rows)
+            views = ViewDataset(self.data.train, plan, model_input=student_input, rows=rows)
             if labels is None:
                 budget = pipeline.cache.memory_budget_mb
                 cached = CachedLabels(
@@ -239,7 +237,3 @@ def summarise(name: str, results: Sequence[dict[str, Any]]) -> Row:
         parameters=results[0]["parameters"],
         seeds=[result["seed"] for result in results],
     )
-
-
-def _as_is(value: Any) -> Any:
-    return value

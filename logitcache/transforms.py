@@ -108,9 +108,7 @@ def _describe_object(value: Any) -> dict[str, Any]:
         ) from None
     children = state.get("_modules") or {}
     described["parameters"] = {
-        name: _describe(item)
-        for name, item in sorted(state.items())
-        if not name.startswith("_") and name != "training"
+        name: _describe(item) for name, item in sorted(state.items()) if not name.startswith("_") and name != "training"
     }
     if children:
         described["children"] = {name: _describe(child) for name, child in children.items()}

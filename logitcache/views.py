@@ -172,7 +172,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         self._shared = adapt_transform(plan.transform)
         self._model_input = adapt_transform(plan.model_input if model_input is None else model_input)
         # In shared memory, so that DataLoader workers that persist across epochs see the change.
-        self._view = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._view: Tensor = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._checked = np.zeros(len(dataset), dtype=bool)
 
     def __len__(self) -> int:
@@ -301,5 +301,3 @@ def _partners(num_samples: int, seed: int, view: int) -> np.ndarray:
     partners = np.empty_like(cycle)
     partners[cycle] = np.roll(cycle, -1)
     return partners
-
-

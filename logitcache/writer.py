@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import Any
@@ -99,7 +99,9 @@ def create(
     """
     del calibration  # for encodings that are fitted
     if (dataset is None) == (samples is None):
-        raise UsageError("create needs the dataset's identity: `dataset` (a name) or `samples` (a table), one of the two")
+        raise UsageError(
+            "create needs the dataset's identity: `dataset` (a name) or `samples` (a table), one of the two"
+        )
     if samples is not None and samples.num_samples != num_samples:
         raise UsageError(f"num_samples is {num_samples}, but the sample table has {samples.num_samples}")
     if num_classes < 2 or num_samples < 1 or num_views < 1:
@@ -263,7 +265,7 @@ class CacheWriter:
         digest = content_digest(list(receipts.values()))
         self.manifest = self.manifest.model_copy(update={"state": "sealed", "digest": digest})
         self.storage.put(MANIFEST, dump(self.manifest))
-        for key in list(self.storage.keys("receipts")):
+        for key in list(self.storage.list_keys("receipts")):
             self.storage.delete(key)
         return self.manifest
 
@@ -423,7 +425,7 @@ def _open_manifest(storage: LocalStorage, identity: Identity, layout: Layout) ->
     """The manifest of the cache at hand, written anew where there is none or where views are added."""
     existing = storage.get(MANIFEST)
     if existing is None:
-        stranger = next(iter(storage.keys()), None)
+        stranger = next(iter(storage.list_keys()), None)
         if stranger is not None:
             raise NotACache(f"{storage.url} is not empty and no logit cache (it holds {stranger}); choose another path")
         manifest = Manifest(
@@ -456,13 +458,23 @@ def _open_manifest(storage: LocalStorage, identity: Identity, layout: Layout) ->
 def provenance() -> dict[str, Any]:
     """How this came to be: recorded, never hashed."""
     versions = {}
-    for package in ("logitcache", "torch", "torchvision", "numpy", "pillow", "zarr", "numcodecs", "timm", "albumentations"):
+    for package in (
+        "logitcache",
+        "torch",
+        "torchvision",
+        "numpy",
+        "pillow",
+        "zarr",
+        "numcodecs",
+        "timm",
+        "albumentations",
+    ):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
     return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),

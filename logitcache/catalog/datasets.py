@@ -56,7 +56,7 @@ class ImageArrays:
 
     def content(self, index: int) -> bytes:
         """Shape and pixels."""
-        return repr(self.images.shape[1:]).encode() + self.images[index].tobytes()
+        return repr(self.images.shape[1:]).encode() + bytes(self.images[index].tobytes())
 
 
 class ImageFolder:
@@ -151,7 +151,9 @@ def load_data(
     return data
 
 
-def stratified_split(targets: np.ndarray, fraction: float, purpose: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def stratified_split(
+    targets: np.ndarray, fraction: float, purpose: str, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Positions (rest, chosen), each sorted: the given fraction of every class is chosen, by a fixed seed."""
     order = keyed_permutation(len(targets), purpose, _SPLIT_SEED, seed)
     chosen = []
@@ -179,7 +181,10 @@ def _digits(root: Path, download: bool) -> Data:
 def _with_test_fifth(images: ImageArrays, class_names: list[str]) -> Data:
     train, test = stratified_split(images.targets, 0.2, "test")
     return Data(
-        train=Selection(images, train), test=Selection(images, test), num_classes=len(class_names), class_names=class_names
+        train=Selection(images, train),
+        test=Selection(images, test),
+        num_classes=len(class_names),
+        class_names=class_names,
     )
 
 
@@ -229,7 +234,9 @@ def _torchvision(name: str, root: Path, download: bool, how: str) -> Data:
     import torchvision
 
     try:
-        train, test = (getattr(torchvision.datasets, name)(str(root), train=part, download=download) for part in (True, False))
+        train, test = (
+            getattr(torchvision.datasets, name)(str(root), train=part, download=download) for part in (True, False)
+        )
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DatasetUnavailable(
@@ -246,8 +253,8 @@ def _torchvision(name: str, root: Path, download: bool, how: str) -> Data:
 def _image_folder(root: Path, download: bool) -> Data:
     if not root.is_dir():
         raise DatasetUnavailable(
-            f"image_folder: there is no folder {root}; set data.root to a folder with train/CLASS/IMAGE (and val, test), "
-            "or with CLASS/IMAGE"
+            f"image_folder: there is no folder {root}; set data.root to a folder with train/CLASS/IMAGE "
+            "(and val, test), or with CLASS/IMAGE"
         )
     train = ImageFolder(root / "train" if (root / "train").is_dir() else root)
     splits = {}
@@ -277,7 +284,9 @@ def _from_entry_point(made: Any, name: str) -> Data:
         raise UsageError(f"{name} gave {sorted(splits)}; expected a dataset, or `train` with `validation` and `test`")
     train = splits["train"]
     if not hasattr(train, "__getitem__") or not hasattr(train, "__len__"):
-        raise UsageError(f"{name} gave a {type(train).__name__}; expected a map-style dataset with __len__ and __getitem__")
+        raise UsageError(
+            f"{name} gave a {type(train).__name__}; expected a map-style dataset with __len__ and __getitem__"
+        )
     class_names = getattr(train, "class_names", None) or getattr(train, "classes", None)
     num_classes = getattr(train, "num_classes", None) or (len(class_names) if class_names else None)
     if num_classes is None:
@@ -290,5 +299,3 @@ def _import(module: str, remedy: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise DatasetUnavailable(f"{remedy} ({error})") from error
-
-

@@ -94,7 +94,7 @@ def _torchvision_model(name: str, num_classes: int, weights: str | None, args: d
             "package.module:function"
         )
     if weights is None:
-        return cast(nn.Module, torchvision.models.get_model(name, weights=None, num_classes=num_classes, **args))
+        return cast("nn.Module", torchvision.models.get_model(name, weights=None, num_classes=num_classes, **args))
     try:
         model = torchvision.models.get_model(name, weights=weights, **args)
     except (ValueError, KeyError, AttributeError) as error:
@@ -107,7 +107,7 @@ def _torchvision_model(name: str, num_classes: int, weights: str | None, args: d
             f"Put that file into {torch.hub.get_dir()}/checkpoints, or give a .safetensors file."
         ) from error
     _resize_head(model, num_classes)
-    return cast(nn.Module, model)
+    return cast("nn.Module", model)
 
 
 def _resize_head(model: nn.Module, num_classes: int) -> None:
@@ -140,7 +140,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         here, there = expected.get(name), state.get(name)
         if here is None or there is None or here.shape != there.shape:
             shapes = ["absent" if entry is None else f"{tuple(entry.shape)}" for entry in (there, here)]
-            raise UsageError(f"{path} does not fit the model: {name} is {shapes[0]} in the file, {shapes[1]} in the model")
+            raise UsageError(
+                f"{path} does not fit the model: {name} is {shapes[0]} in the file, {shapes[1]} in the model"
+            )
     model.load_state_dict(state)
 
 

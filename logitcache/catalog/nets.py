@@ -26,7 +26,8 @@ class MLP(nn.Module):
         self.head = nn.Linear(inputs, num_classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.body(inputs.flatten(1)))
+        logits: Tensor = self.head(self.body(inputs.flatten(1)))
+        return logits
 
 
 class CNN(nn.Module):
@@ -44,7 +45,8 @@ class CNN(nn.Module):
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.body(inputs).mean(dim=(2, 3)))
+        logits: Tensor = self.head(self.body(inputs).mean(dim=(2, 3)))
+        return logits
 
 
 class BasicBlock(nn.Module):
@@ -86,10 +88,13 @@ class CIFARResNet(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         features = self.body(F.relu(self.norm(self.stem(inputs))))
-        return self.head(features.mean(dim=(2, 3)))
+        logits: Tensor = self.head(features.mean(dim=(2, 3)))
+        return logits
 
 
 def _channels(input_shape: Sequence[int], name: str) -> int:
     if len(input_shape) != 3:
-        raise UsageError(f"model {name!r} takes images (channels, height, width), not inputs of shape {tuple(input_shape)}")
+        raise UsageError(
+            f"model {name!r} takes images (channels, height, width), not inputs of shape {tuple(input_shape)}"
+        )
     return int(input_shape[0])

@@ -34,7 +34,7 @@ def encoding_from_config(config: Encoding | str | Mapping[str, Any]) -> Encoding
         known = ", ".join(ENCODINGS)
         raise UsageError(f"unknown encoding {name!r}; expected one of: {known}")
     kind = ENCODINGS[name]
-    known_fields = [field.name for field in dataclasses.fields(kind)]
+    known_fields = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for field in fields:
         if field not in known_fields:
             raise UsageError(f"encoding {name!r} has no parameter {field!r}; it has: {', '.join(known_fields)}")
