@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,55 @@ from logitcache.views import ViewDataset
 
 LOG_STEPS = 20
 """Steps whose losses make one line of the log."""
+KEPT_BYTES = 256 * 2**20
+"""A rendered split no larger than this stays in memory."""
+
+
+class Evaluation:
+    """A split held ready to measure accuracy on: rendered once and kept, where it is small.
+
+    Args:
+        views: the split without augmentation, as the model takes it.
+        batch_size: of evaluation; it does not change the result.
+        num_workers: DataLoader workers for a split that is too large to keep.
+    """
+
+    def __init__(self, views: ViewDataset, *, batch_size: int, num_workers: int) -> None:
+        self._views = views
+        self._places = [
+            [(0, index) for index in batch.tolist()] for batch in batches(np.arange(len(views)), batch_size)
+        ]
+        self._num_workers = num_workers
+        self._kept: list[tuple[Any, Tensor]] | None = None
+        self._small: bool | None = None
+
+    def accuracy(self, model: nn.Module, device: torch.device) -> float:
+        """Share of the samples whose target is the model's most probable class."""
+        was_training = model.training
+        model.eval()
+        right = 0
+        with torch.inference_mode():
+            for inputs, targets in self._batches():
+                predicted = model(to_device(inputs, device)).argmax(dim=1).cpu()
+                right += int((predicted == targets).sum())
+        model.train(was_training)
+        return right / len(self._views)
+
+    def _batches(self) -> Iterable[tuple[Any, Tensor]]:
+        if self._kept is not None:
+            return self._kept
+        if self._small is None:
+            sample = self._views[0][1]
+            self._small = isinstance(sample, Tensor) and sample.nbytes * len(self._views) <= KEPT_BYTES
+        # Starting workers takes longer than rendering what is small enough to keep.
+        workers = 0 if self._small else self._num_workers
+        rendered = (
+            (inputs, targets) for _, inputs, targets in rendered_batches(self._views, self._places, num_workers=workers)
+        )
+        if not self._small:
+            return rendered
+        self._kept = list(rendered)
+        return self._kept
 
 
 @dataclass(kw_only=True)
@@ -52,8 +101,8 @@ class Job:
     loss: Loss
     config: TrainConfig
     seed: int
-    validation: ViewDataset | None
-    test: ViewDataset | None
+    validation: Evaluation | None
+    test: Evaluation | None
     device: torch.device
     num_workers: int
     folder: Path
@@ -167,7 +216,7 @@ class _Run:
         metrics |= {"lr": self._lr(state.step - 1), "epoch_seconds": seconds}
         accuracy = None
         if job.validation is not None:
-            accuracy = metrics["validation_accuracy"] = self._accuracy(job.validation)
+            accuracy = metrics["validation_accuracy"] = job.validation.accuracy(self.model, job.device)
         if accuracy is None or accuracy > state.best:
             state.best = state.best if accuracy is None else accuracy
             self.folder.save_weights(self.model, "best")
@@ -230,19 +279,14 @@ class _Run:
         self.pending = []
         self.folder.log(self.state.step, {"train_loss": loss})
 
-    def _accuracy(self, views: ViewDataset) -> float:
-        return accuracy(
-            self.model, views, self.job.device, batch_size=self.job.config.batch_size, num_workers=self.job.num_workers
-        )
-
     def _finish(self) -> dict[str, Any]:
         job, state = self.job, self.state
         self.folder.save_weights(self.model, "last")
         result = {
             "name": job.name,
             "seed": job.seed,
-            "accuracy": None if job.test is None else self._accuracy(job.test),
-            "validation_accuracy": None if job.validation is None else self._accuracy(job.validation),
+            "accuracy": None if job.test is None else job.test.accuracy(self.model, job.device),
+            "validation_accuracy": None if job.validation is None else job.validation.accuracy(self.model, job.device),
             "epoch_seconds": statistics.median(state.epoch_seconds) if state.epoch_seconds else None,
             "epochs": job.config.epochs,
             "samples": len(job.indices),
@@ -281,24 +325,6 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
         return config.lr
     progress = (step - warmup) / max(config.epochs * steps_per_epoch - warmup, 1)
     return config.lr * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def accuracy(
-    model: nn.Module, views: ViewDataset, device: torch.device, *, batch_size: int = 256, num_workers: int = 0
-) -> float:
-    """Share of a dataset's samples whose target is the model's most probable class."""
-    was_training = model.training
-    model.eval()
-    places = [[(0, index) for index in batch.tolist()] for batch in batches(np.arange(len(views)), batch_size)]
-    # Starting workers takes longer than rendering a few thousand small images here.
-    workers = num_workers if len(views) > 5_000 else 0
-    right = 0
-    with torch.inference_mode():
-        for _, inputs, targets in rendered_batches(views, places, num_workers=workers):
-            predicted = model(to_device(inputs, device)).argmax(dim=1).cpu()
-            right += int((predicted == targets).sum())
-    model.train(was_training)
-    return right / len(views)
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

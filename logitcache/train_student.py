@@ -18,7 +18,7 @@ from logitcache.fit import open_fitting_cache
 from logitcache.labels import CachedLabels, Labels, LiveLabels
 from logitcache.losses import TrueLabel
 from logitcache.order import run_seed
-from logitcache.pipeline import Pipeline, StudentConfig
+from logitcache.pipeline import ModelConfig, Pipeline, StudentConfig
 from logitcache.reader import LogitCache
 from logitcache.resolve import (
     TRAINED,
@@ -30,8 +30,8 @@ from logitcache.resolve import (
     resolve_teacher,
     teacher_folder,
 )
-from logitcache.samples import sample_table
-from logitcache.train import Job, train
+from logitcache.samples import Dataset, sample_table
+from logitcache.train import Evaluation, Job, train
 from logitcache.views import BothInputs, ViewDataset, ViewPlan
 
 
@@ -81,8 +81,8 @@ def train_teacher(pipeline: Pipeline, *, trust: bool = False) -> dict[str, Any]:
             loss=TrueLabel(),
             config=settings,
             seed=seed,
-            validation=None if data.validation is None else clean_views(data.validation, config, trust=trust),
-            test=None if data.test is None else clean_views(data.test, config, trust=trust),
+            validation=_evaluation(pipeline, data.validation, config, trust=trust),
+            test=_evaluation(pipeline, data.test, config, trust=trust),
             device=pick_device(pipeline.device, threads=pipeline.threads),
             num_workers=pipeline.num_workers,
             folder=teacher_folder(pipeline),
@@ -123,6 +123,7 @@ class Bench:
         self.data: Data = resolve_data(pipeline, trust=trust)
         self.plan: ViewPlan = resolve_plan(pipeline, self.data, trust=trust)
         self.device: torch.device = pick_device(pipeline.device, threads=pipeline.threads)
+        self._evaluations: dict[tuple[str, str], Evaluation | None] = {}
         self._cache: tuple[LogitCache, np.ndarray | None] | None = None
 
     def seeds(self, student: StudentConfig) -> list[int]:
@@ -191,8 +192,8 @@ class Bench:
             loss=loss,
             config=settings,
             seed=seed,
-            validation=self._clean("validation", student),
-            test=self._clean("test", student),
+            validation=self._evaluation("validation", student),
+            test=self._evaluation("test", student),
             device=self.device,
             num_workers=pipeline.num_workers,
             folder=Path(pipeline.runs.path) / student.name / f"seed-{seed}",
@@ -217,9 +218,13 @@ class Bench:
             return np.arange(len(self.data.train))
         return stratified_split(sample_table(self.data.train).targets, student.samples, "student")[1]
 
-    def _clean(self, split: str, student: StudentConfig) -> ViewDataset | None:
-        dataset = getattr(self.data, split)
-        return None if dataset is None else clean_views(dataset, student, trust=self.trust)
+    def _evaluation(self, split: str, student: StudentConfig) -> Evaluation | None:
+        """A split as the student takes it; students with the same input share what was rendered."""
+        key = (split, str(student.input))
+        if key not in self._evaluations:
+            dataset = getattr(self.data, split)
+            self._evaluations[key] = _evaluation(self.pipeline, dataset, student, trust=self.trust)
+        return self._evaluations[key]
 
 
 def summarise(name: str, results: Sequence[dict[str, Any]]) -> Row:
@@ -237,3 +242,10 @@ def summarise(name: str, results: Sequence[dict[str, Any]]) -> Row:
         parameters=results[0]["parameters"],
         seeds=[result["seed"] for result in results],
     )
+
+
+def _evaluation(pipeline: Pipeline, dataset: Dataset | None, config: ModelConfig, *, trust: bool) -> Evaluation | None:
+    if dataset is None:
+        return None
+    views = clean_views(dataset, config, trust=trust)
+    return Evaluation(views, batch_size=256, num_workers=pipeline.num_workers)
