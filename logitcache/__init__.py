@@ -1,6 +1,7 @@
 """Offline knowledge distillation: run the teacher once, keep its logits, train any number of students."""
 
 from logitcache import losses as losses
+from logitcache.creation import create as create
 from logitcache.encodings import Dense as Dense
 from logitcache.encodings import TopK as TopK
 from logitcache.reader import LogitCache as LogitCache
@@ -10,7 +11,6 @@ from logitcache.views import Mixing as Mixing
 from logitcache.views import ViewDataset as ViewDataset
 from logitcache.views import ViewPlan as ViewPlan
 from logitcache.writer import CacheWriter as CacheWriter
-from logitcache.writer import create as create
 
 __all__ = [
     "CacheWriter",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from logitcache.creation import create
 from logitcache.devices import autocast, pick_device, to_device
 from logitcache.errors import IdentityMismatch, NotACache
 from logitcache.layout import Block, all_blocks, block_rows
@@ -23,7 +24,7 @@ from logitcache.reader import open_cache
 from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
 from logitcache.samples import Dataset, SampleTable, compare_samples, content_table, sample_table
 from logitcache.views import ViewDataset
-from logitcache.writer import CacheWriter, create
+from logitcache.writer import CacheWriter
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def open_fitting_cache(
                 f"cache {cache.id[:12]}… has {cache.num_samples} samples; this dataset has {len(data.train)}"
             )
         return cache, None
-    rows = match_rows(cache.samples, sample_table(data.train), cache_id=cache.id)
+    rows = match_rows(cache.samples, sample_table(data.train), cache_id=cache.id, subset=pipeline.data.subset)
     same_order = len(rows) == cache.num_samples and bool((rows == np.arange(len(rows))).all())
     return cache, None if same_order else rows
 

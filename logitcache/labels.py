@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.devices import autocast, to_device
-from logitcache.reader import LogitCache, View
+from logitcache.labelview import View
+from logitcache.reader import LogitCache
 from logitcache.views import ViewDataset
 
 # B batch, C classes
@@ -54,10 +55,7 @@ class CachedLabels:
     @property
     def window_blocks(self) -> int | None:
         """Blocks that batches should stay within, where views are streamed."""
-        if self._memory_budget is None or self._cache.view_bytes <= self._memory_budget:
-            return None
-        block_bytes = self._cache.view_bytes * self._cache.layout.rows_per_block // self._cache.num_samples
-        return max(1, self._memory_budget // max(block_bytes, 1))
+        return self._cache.window_blocks(self._memory_budget)
 
     def start_view(self, view: int, following: int | None) -> None:
         if view not in self._proven:

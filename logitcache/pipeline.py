@@ -30,6 +30,8 @@ class DataConfig(_Section):
     validation: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the training split that is set apart, stratified; hyperparameters are chosen on it."""
     args: dict[str, Any] = {}
+    subset: bool = False
+    """Train students on a part of the cached samples; otherwise a sample that is missing here is an error."""
 
 
 class ViewsConfig(_Section):

@@ -5,20 +5,19 @@ Nothing is ever read row by row. Every object is checked against its receipt whe
 
 from __future__ import annotations
 
+import functools
 import os
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from logitcache.digest import sha256_hex
 from logitcache.encodings import ArraySpec, Encoding, encoding_from_config
 from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, UsageError
+from logitcache.labelview import ResidentView, StreamedView, View
 from logitcache.layout import (
     FIXED,
     FIXED_RECEIPT_KEY,
@@ -248,11 +247,19 @@ class LogitCache:
             CorruptCache: an object is not the one that was written.
         """
         self._check_complete(view)
-        if memory_budget is not None and self.view_bytes > memory_budget:
-            block_bytes = self.view_bytes * self.layout.rows_per_block // self.num_samples
-            return StreamedView(self, view, torch.device(device), max_blocks=max(1, memory_budget // block_bytes))
+        window = self.window_blocks(memory_budget)
+        if window is not None:
+            read = functools.partial(self.read_blocks, view)
+            return StreamedView(view, self.encoding, read, self.layout, torch.device(device), max_blocks=window)
         loading = self._loading.pop((view, str(device)), None)
         return loading.result() if loading is not None else self._load_view(view, device)
+
+    def window_blocks(self, memory_budget: int | None) -> int | None:
+        """How many blocks of a view fit a memory budget in bytes; None where the whole view does."""
+        if memory_budget is None or self.view_bytes <= memory_budget:
+            return None
+        block_bytes = self.view_bytes * self.layout.rows_per_block // self.num_samples
+        return max(1, memory_budget // block_bytes)
 
     def prefetch(self, view: int, device: str | torch.device = "cpu") -> None:
         """Load a view in the background, for the `view` call to come."""
@@ -342,85 +349,6 @@ class LogitCache:
             f"{built_with or 'unknown library versions'} on {self.manifest.provenance.get('platform', 'unknown')}.\n"
             "Use those versions, or build the cache again."
         )
-
-
-class View:
-    """One view's labels: `logits(index)` gives float32 (B, C) for row numbers (B,)."""
-
-    number: int
-    num_classes: int
-
-    def logits(self, index: Any) -> Tensor:
-        """The teacher's logits of the given rows, float32 (B, C), on the view's device.
-
-        Args:
-            index: int (B,) row numbers: a tensor, array or list.
-
-        Raises:
-            IndexError: a row beyond the cache.
-        """
-        raise NotImplementedError
-
-
-class ResidentView(View):
-    """A whole view in memory, encoded; gathers and decodes on its device."""
-
-    def __init__(self, number: int, encoding: Encoding, arrays: Mapping[str, Tensor], num_classes: int) -> None:
-        self.number = number
-        self.num_classes = num_classes
-        self._encoding = encoding
-        self._arrays = arrays
-        self._device = next(iter(arrays.values())).device
-
-    def logits(self, index: Any) -> Tensor:
-        index_B = torch.as_tensor(index, dtype=torch.int64, device=self._device)
-        gathered = {name: values.index_select(0, index_B) for name, values in self._arrays.items()}
-        return self._encoding.decode(gathered, self.num_classes)
-
-
-class StreamedView(View):
-    """A view of which only some blocks are in memory, the most recently used ones.
-
-    Fast when consecutive batches stay within `max_blocks` blocks, as `order.epoch_order` makes them; right in any
-    order.
-    """
-
-    def __init__(self, cache: LogitCache, number: int, device: torch.device, *, max_blocks: int) -> None:
-        self.number = number
-        self.num_classes = cache.num_classes
-        self.max_blocks = max_blocks
-        self.blocks_read = 0
-        self._cache = cache
-        self._device = device
-        self._blocks: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
-
-    def logits(self, index: Any) -> Tensor:
-        rows_B = np.asarray(torch.as_tensor(index, dtype=torch.int64).cpu())
-        if len(rows_B) and not (rows_B.min() >= 0 and rows_B.max() < self._cache.num_samples):
-            raise IndexError(f"rows {rows_B.min()} to {rows_B.max()} of a view of {self._cache.num_samples}")
-        logits_BC = torch.empty((len(rows_B), self.num_classes), device=self._device)
-        rows_per_block = self._cache.layout.rows_per_block
-        numbers_B = rows_B // rows_per_block
-        for number in np.unique(numbers_B):
-            places = np.flatnonzero(numbers_B == number)
-            within = torch.from_numpy(rows_B[places] - number * rows_per_block).to(self._device)
-            block = self._block(int(number))
-            gathered = {name: values.index_select(0, within) for name, values in block.items()}
-            decoded = self._cache.encoding.decode(gathered, self.num_classes)
-            logits_BC[torch.from_numpy(places).to(self._device)] = decoded
-        return logits_BC
-
-    def _block(self, number: int) -> dict[str, Tensor]:
-        block = self._blocks.get(number)
-        if block is None:
-            arrays = self._cache.read_blocks(self.number, [number])
-            block = {name: torch.from_numpy(values).to(self._device) for name, values in arrays.items()}
-            self.blocks_read += 1
-            self._blocks[number] = block
-            while len(self._blocks) > self.max_blocks:
-                self._blocks.popitem(last=False)
-        self._blocks.move_to_end(number)
-        return block
 
 
 def collect_receipts(storage: LocalStorage, manifest: Manifest, specs: Mapping[str, ArraySpec]) -> dict[str, Receipt]:

@@ -256,13 +256,13 @@ def compare_samples(cached: SampleTable, here: SampleTable) -> list[str]:
     return differences
 
 
-def match_rows(cached: SampleTable, here: SampleTable, *, cache_id: str) -> np.ndarray:
+def match_rows(cached: SampleTable, here: SampleTable, *, cache_id: str, subset: bool = False) -> np.ndarray:
     """The cache's row number of each sample of a dataset, int64 (len(dataset),), by key.
 
-    A subset or another order of the cached samples is fine; a stranger or another label is not.
+    Another order of the cached samples is fine, and so is a part of them where `subset` says that it is meant.
 
     Raises:
-        IdentityMismatch: names the first sample that differs.
+        IdentityMismatch: names the first sample that is missing, unknown or relabelled.
     """
     if cached.keys is None and here.num_samples != cached.num_samples:
         raise IdentityMismatch(
@@ -270,6 +270,13 @@ def match_rows(cached: SampleTable, here: SampleTable, *, cache_id: str) -> np.n
             f"{here.num_samples}.\nThey have no keys to be matched by: use the same dataset, or give it `keys`."
         )
     rows = cached.rows([here.key(index) for index in range(here.num_samples)])
+    if not subset and here.num_samples < cached.num_samples:
+        missing = np.setdiff1d(np.arange(cached.num_samples), rows)
+        raise SampleMismatch(
+            f"cache {cache_id[:12]}… was built from {cached.num_samples} samples; this dataset has "
+            f"{here.num_samples}.\nFirst difference: sample {missing[0]} ({cached.key(int(missing[0]))}) is missing "
+            "here.\nRestore it; or set data.subset=true to train on a part of the samples."
+        )
     relabelled = np.flatnonzero(cached.targets[rows] != here.targets)
     if len(relabelled):
         first = relabelled[0]

@@ -6,15 +6,9 @@ writer thread once it is whole. A block without a receipt never happened.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import Any
 
@@ -24,7 +18,7 @@ from torch import Tensor
 
 from logitcache.digest import array_digest, canonical_json, sha256_hex
 from logitcache.encodings import ArraySpec, Encoding, encoding_from_config
-from logitcache.errors import IdentityMismatch, IncompleteCache, InvalidLogits, NotACache, ShapeError, UsageError
+from logitcache.errors import IncompleteCache, InvalidLogits, ShapeError
 from logitcache.layout import (
     FIXED,
     FIXED_RECEIPT_KEY,
@@ -39,22 +33,18 @@ from logitcache.layout import (
 )
 from logitcache.losses import kl_divergence
 from logitcache.manifest import (
-    FORMAT_VERSION,
     MANIFEST,
     RECEIPTS,
-    Identity,
-    Layout,
     Manifest,
     Receipt,
     StoredObject,
     content_digest,
     dump,
-    read_manifest,
 )
 from logitcache.reader import collect_receipts
 from logitcache.samples import SampleTable, input_digest
-from logitcache.storage import LocalStorage, open_storage
-from logitcache.views import ViewPlan, proof_rows
+from logitcache.storage import LocalStorage
+from logitcache.views import proof_rows
 
 # B batch, C classes, N samples
 
@@ -62,98 +52,6 @@ DEFAULT_ROWS_PER_BLOCK = 16_384
 WRITER_THREADS = 2
 BLOCKS_IN_FLIGHT = 4
 """Blocks that wait for a writer thread or are in one: the bound on memory."""
-
-
-def create(
-    path: str | os.PathLike[str],
-    *,
-    num_samples: int,
-    num_classes: int,
-    num_views: int = 1,
-    encoding: Encoding | str | Mapping[str, Any] = "dense",
-    calibration: Any = None,
-    teacher: str,
-    dataset: str | None = None,
-    samples: SampleTable | None = None,
-    view_plan: ViewPlan | None = None,
-    precision: str = "float32",
-    class_names: Sequence[str] | None = None,
-    rows_per_block: int | None = None,
-) -> CacheWriter:
-    """Open a cache for writing: a new one, or one of the same identity that was left unfinished or grows by views.
-
-    Args:
-        path: the cache's directory.
-        num_samples, num_classes, num_views: its shape; `num_views` may exceed an existing cache's.
-        encoding: such as `TopK(k=20)`.
-        calibration: logits (M, C) for encodings that are fitted; `Dense` and `TopK` need none.
-        teacher, dataset: what the logits come from, where no fingerprints say it.
-        samples: keys, targets and content digests; the dataset's identity then is their fingerprint.
-        view_plan: how the views were made; without one the cache can't hand out a `view_plan`.
-        precision: the teacher's arithmetic.
-        rows_per_block: rows of one commit, 16 384 by default; fixed once the cache exists.
-
-    Raises:
-        UsageError: a shape or an encoding that can't be, or a folder that holds something else.
-        IdentityMismatch: the path holds a cache of another identity; names the fields.
-    """
-    del calibration  # for encodings that are fitted
-    if (dataset is None) == (samples is None):
-        raise UsageError(
-            "create needs the dataset's identity: `dataset` (a name) or `samples` (a table), one of the two"
-        )
-    if samples is not None and samples.num_samples != num_samples:
-        raise UsageError(f"num_samples is {num_samples}, but the sample table has {samples.num_samples}")
-    if num_classes < 2 or num_samples < 1 or num_views < 1:
-        raise UsageError(
-            f"a cache has at least 1 sample, 1 view and 2 classes; found {num_samples}, {num_views}, {num_classes}"
-        )
-    rows_per_block = DEFAULT_ROWS_PER_BLOCK if rows_per_block is None else rows_per_block
-    if rows_per_block < 1:
-        raise UsageError(f"rows_per_block is at least 1, not {rows_per_block}")
-    encoding = encoding_from_config(encoding)
-    encoding.arrays(num_classes)  # refuses a number of classes that it can't hold
-    identity = make_identity(
-        dataset=samples.fingerprint() if samples is not None else str(dataset),
-        teacher=teacher,
-        precision=precision,
-        view_plan=view_plan,
-        encoding=encoding,
-        num_classes=num_classes,
-        class_names=class_names,
-    )
-    layout = Layout(
-        num_samples=num_samples,
-        num_views=num_views,
-        num_classes=num_classes,
-        rows_per_block=min(rows_per_block, num_samples),
-    )
-    return CacheWriter(open_storage(path), identity, layout, samples=samples)
-
-
-def make_identity(
-    *,
-    dataset: str,
-    teacher: str,
-    precision: str,
-    view_plan: ViewPlan | None,
-    encoding: Encoding,
-    num_classes: int,
-    class_names: Sequence[str] | None,
-) -> Identity:
-    """An identity in the form that JSON gives back, so that two of them compare field by field."""
-    fields = {
-        "format_version": FORMAT_VERSION,
-        "dataset": dataset,
-        "teacher": teacher,
-        "precision": precision,
-        "transform": None if view_plan is None else view_plan.describe(),
-        "view_seed": 0 if view_plan is None else view_plan.seed,
-        "encoding": encoding.config(),
-        "outputs": {"logits": [num_classes]},
-        "class_names": None if class_names is None else list(class_names),
-    }
-    return Identity.model_validate(json.loads(canonical_json(fields)))
 
 
 class CacheWriter:
@@ -166,16 +64,15 @@ class CacheWriter:
     def __init__(
         self,
         storage: LocalStorage,
-        identity: Identity,
-        layout: Layout,
+        manifest: Manifest,
         *,
         samples: SampleTable | None = None,
     ) -> None:
         self.storage = storage
-        self.encoding = encoding_from_config(identity.encoding)
-        self._specs = self.encoding.arrays(layout.num_classes)
-        self.manifest = _open_manifest(storage, identity, layout)
-        self.layout = self.manifest.layout
+        self.manifest = manifest
+        self.layout = manifest.layout
+        self.encoding = encoding_from_config(manifest.identity.encoding)
+        self._specs = self.encoding.arrays(self.layout.num_classes)
         self.committed_blocks: list[Block] = []
         """Blocks committed by this writer, in the order of their receipts."""
         self._receipts = collect_receipts(storage, self.manifest, self._specs)
@@ -419,68 +316,6 @@ class _OpenBlock:
                 "The block was not stored. Look at the teacher's weights and inputs, or at its precision "
                 "(float16 overflows; try bfloat16)."
             )
-
-
-def _open_manifest(storage: LocalStorage, identity: Identity, layout: Layout) -> Manifest:
-    """The manifest of the cache at hand, written anew where there is none or where views are added."""
-    existing = storage.get(MANIFEST)
-    if existing is None:
-        stranger = next(iter(storage.list_keys()), None)
-        if stranger is not None:
-            raise NotACache(f"{storage.url} is not empty and no logit cache (it holds {stranger}); choose another path")
-        manifest = Manifest(
-            id=identity.cache_id,
-            identity=identity,
-            layout=layout,
-            state="open",
-            digest=None,
-            provenance=provenance(),
-        )
-        storage.put(MANIFEST, dump(manifest))
-        return manifest
-    manifest = read_manifest(existing, url=storage.url)
-    differences = manifest.identity.differences(identity)
-    for name in ("num_samples", "rows_per_block"):
-        if getattr(manifest.layout, name) != getattr(layout, name):
-            differences.append(f"{name}: {getattr(manifest.layout, name)} in the cache, {getattr(layout, name)} here")
-    if differences:
-        raise IdentityMismatch(
-            f"{storage.url} holds another cache ({manifest.id[:12]}…); it differs in\n  "
-            + "\n  ".join(differences)
-            + "\nChoose another `cache.path`, or restore what differs; nothing was changed."
-        )
-    if layout.num_views > manifest.layout.num_views:
-        manifest = manifest.model_copy(update={"layout": layout, "state": "open", "digest": None})
-        storage.put(MANIFEST, dump(manifest))
-    return manifest
-
-
-def provenance() -> dict[str, Any]:
-    """How this came to be: recorded, never hashed."""
-    versions = {}
-    for package in (
-        "logitcache",
-        "torch",
-        "torchvision",
-        "numpy",
-        "pillow",
-        "zarr",
-        "numcodecs",
-        "timm",
-        "albumentations",
-    ):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "command": sys.argv,
-    }
 
 
 def _stored(data: bytes, values: np.ndarray) -> StoredObject:

@@ -1,0 +1,107 @@
+"""What a result states beside its numbers (hardware, versions, commit), how numbers are compared, and where they go."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hardware() -> str:
+    """CPU model, cores and memory, and the GPUs where there are any."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = names[0] if names else platform.processor() or platform.machine()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return f"{model}, {num_cores()} cores, {memory:.0f} GiB, " + (", ".join(gpus) if gpus else "no GPU")
+
+
+def versions() -> str:
+    """Of Python and of the libraries that the numbers depend on."""
+    packages = ("torch", "torchvision", "zarr", "numpy", "logitcache")
+    return ", ".join([f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
+
+
+def commit() -> str:
+    """The commit at hand, 7 digits, with `+dirty` where tracked files differ from it; `unknown` outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty=+dirty", "--abbrev=7", "--exclude=*"]
+    try:
+        described = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described
+
+
+def conditions() -> str:
+    """Everything that a result depends on besides the code, as Markdown; take it before the first measurement."""
+    lines = {
+        "hardware": hardware(),
+        "load before": f"{os.getloadavg()[0]:.2f} (mean over a minute)",
+        "versions": versions(),
+        "commit": commit(),
+        "command": f"`{' '.join(['python', *sys.argv])}`",
+    }
+    return "\n".join(f"- {name}: {text}" for name, text in lines.items())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Repeated measurements of one thing against another, taken in pairs."""
+
+    median: float
+    reference_median: float
+    ratios: list[float]
+    """Of each pair."""
+
+    @property
+    def ratio(self) -> float:
+        """Of the medians."""
+        return self.median / self.reference_median
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.3f} (pairs: {min(self.ratios):.3f} to {max(self.ratios):.3f})"
+
+
+def compare(measured: Sequence[float], reference: Sequence[float]) -> Comparison:
+    """Compare measurements with those of a reference that ran beside them, pair by pair."""
+    ratios = [ours / theirs for ours, theirs in zip(measured, reference, strict=True)]
+    return Comparison(statistics.median(measured), statistics.median(reference), ratios)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def write_result(subject: str, body: str, *, device: torch.device) -> Path:
+    """Write a result to `results/YEAR-MONTH-DEVICE-COMMIT-SUBJECT.md`, such as `2026-11-cpu2-a1b2c3d-stage1.md`.
+
+    DEVICE is the kind that was computed on, with the number of cores (of GPUs, on a GPU).
+    """
+    count = torch.cuda.device_count() if device.type == "cuda" else num_cores()
+    month = f"{datetime.now():%Y-%m}"
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{month}-{device.type}{count}-{commit().partition('+')[0]}-{subject}.md"
+    path.write_text(body, encoding="utf-8")
+    return path

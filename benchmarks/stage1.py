@@ -1,0 +1,280 @@
+"""Stage 1 against its two bounds: time beside a bare loop over the teacher, and memory that a sample takes.
+
+Time: `cache_teacher` whole (fingerprints, views, teacher, encoding, writing, fsync, sealing) against the same data,
+views, loader and teacher with the output thrown away. Both set up data and teacher themselves, run by turns in one
+process, and write to a fresh folder each time. At most 1.05.
+
+Memory: peak of `cache_teacher` over many and over few rows of a synthetic dataset, each in a process of its own; the
+growth a sample. Less than 64 bytes.
+
+    python benchmarks/stage1.py --write
+    python benchmarks/stage1.py --only time --repeats 9 teacher.model=resnet20 teacher.args={} views.count=4
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measuring import Comparison, compare, conditions, table, write_result
+from torch import Tensor, nn
+
+from logitcache.cache_teacher import cache_teacher, teacher_batches
+from logitcache.devices import autocast, pick_device, to_device
+from logitcache.layout import all_blocks
+from logitcache.loading import rendered_batches
+from logitcache.manifest import Layout
+from logitcache.pipeline import Pipeline, load_pipeline, parse_pipeline
+from logitcache.progress import silence
+from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
+from logitcache.views import ViewDataset
+
+PIPELINE = Path(__file__).parent.parent / "pipelines" / "mnist5k.yaml"
+MAX_RATIO = 1.05
+MAX_BYTES_PER_SAMPLE = 64
+SAMPLING_SECONDS = 0.05
+"""Between two looks at the memory of a process tree."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", type=Path, default=PIPELINE)
+    parser.add_argument("--only", choices=["time", "memory"], help="one of the two measurements")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of timed runs")
+    parser.add_argument("--views", type=int, default=24, help="views of a timed run, so that it takes 10 to 20 s")
+    parser.add_argument("--rows", type=int, nargs=2, default=[10_000, 1_000_000], help="few and many, for memory")
+    parser.add_argument("--rows-per-block", type=int, default=2048, help="for memory")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="numbers of workers, for memory")
+    parser.add_argument("--folder", type=Path, help="where caches are written and removed again; on a real disk")
+    parser.add_argument("--write", action="store_true", help="keep the result under benchmarks/results/")
+    parser.add_argument("--build", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help="key=value of the pipeline")
+    arguments = parser.parse_intermixed_args()
+    if arguments.build is not None:
+        build_and_report(json.loads(arguments.build))
+        return
+
+    overrides = ["teacher.weights=null", f"views.count={arguments.views}", *arguments.overrides]
+    pipeline = load_pipeline(arguments.pipeline, overrides)
+    sections = ["# Stage 1", conditions()]
+    print(sections[-1], flush=True)
+    if arguments.only != "memory":
+        sections.append(time_section(pipeline, arguments.repeats, arguments.folder))
+        print(f"\n{sections[-1]}", flush=True)
+    if arguments.only != "time":
+        sections.append(memory_section(arguments.rows, arguments.rows_per_block, arguments.workers, arguments.folder))
+        print(f"\n{sections[-1]}", flush=True)
+    if arguments.write:
+        path = write_result("stage1", "\n\n".join(sections) + "\n", device=pick_device(pipeline.device))
+        print(f"\nwritten to {path}")
+
+
+def time_section(pipeline: Pipeline, repeats: int, folder: Path | None) -> str:
+    """Both arms by turns, whoever goes first changing each time, so that a slow minute hits both."""
+    seconds: dict[Callable[[Pipeline], Any], list[float]] = {cache_teacher: [], bare_loop: []}
+    arms = list(seconds)
+    warm_up = pipeline.model_copy(update={"views": pipeline.views.model_copy(update={"count": 1})})
+    for arm in arms:
+        timed(arm, warm_up, folder)
+    for repeat in range(repeats):
+        for arm in arms if repeat % 2 == 0 else reversed(arms):
+            seconds[arm].append(timed(arm, pipeline, folder))
+    result: Comparison = compare(seconds[cache_teacher], seconds[bare_loop])
+    samples = len(resolve_data(pipeline, trust=True).train) * pipeline.views.count
+    about = (
+        f"{pipeline.name}: {samples} samples ({pipeline.views.count} views), teacher {pipeline.teacher.model} "
+        f"{pipeline.teacher.args}, {pipeline.num_workers} workers, {repeats} pairs of runs."
+    )
+    rows = [
+        ["`cache_teacher`, median", f"{result.median:.2f} s", ""],
+        ["bare loop, median", f"{result.reference_median:.2f} s", ""],
+        ["ratio", str(result), f"<= {MAX_RATIO}"],
+    ]
+    return f"## Time\n\n{about}\n\n{table(['measured', 'value', 'bound'], rows)}"
+
+
+def timed(arm: Callable[[Pipeline], Any], pipeline: Pipeline, folder: Path | None) -> float:
+    """Seconds that an arm takes into a folder of its own."""
+    with tempfile.TemporaryDirectory(dir=folder) as fresh:
+        cache = pipeline.cache.model_copy(update={"path": f"{fresh}/views.cache"})
+        gc.collect()
+        start = time.perf_counter()
+        arm(pipeline.model_copy(update={"cache": cache}))
+        return time.perf_counter() - start
+
+
+def bare_loop(pipeline: Pipeline) -> None:
+    """The teacher over every batch that `cache_teacher` gives it, and nothing kept."""
+    data = resolve_data(pipeline, trust=True)
+    plan = resolve_plan(pipeline, data, trust=True)
+    device = pick_device(pipeline.device, threads=pipeline.threads)
+    config = pipeline.teacher
+    teacher, _ = resolve_teacher(pipeline, data, plan, trust=True)
+    teacher = teacher.to(device)
+    if config.channels_last:
+        teacher = teacher.to(memory_format=torch.channels_last)
+    forward = torch.compile(teacher) if config.compile else teacher
+    layout = Layout(
+        num_samples=len(data.train),
+        num_views=pipeline.views.count,
+        num_classes=data.num_classes,
+        rows_per_block=min(pipeline.cache.rows_per_block, len(data.train)),
+    )
+    loader = rendered_batches(
+        ViewDataset(data.train, plan),
+        (
+            [(view, row) for row in rows]
+            for view, rows in teacher_batches(layout, list(all_blocks(layout)), config.batch_size)
+        ),
+        num_workers=pipeline.num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    with torch.inference_mode():
+        for _, inputs, _ in loader:
+            on_device = to_device(inputs, device, channels_last=config.channels_last)
+            with autocast(device, config.precision):
+                forward(on_device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Memory of one run of `cache_teacher`, in bytes."""
+
+    before: int
+    """Resident when it began: the libraries."""
+    main: int
+    """Peak of the main process."""
+    tree: int
+    """Peak of the process and its workers, each shared page counted once; sampled, so short peaks may be missed."""
+
+
+def memory_section(sizes: list[int], rows_per_block: int, workers: list[int], folder: Path | None) -> str:
+    few, many = sizes
+    rows = []
+    for num_workers in workers:
+        small, large = (
+            peak_memory(size, rows_per_block=rows_per_block, num_workers=num_workers, folder=folder) for size in sizes
+        )
+        for name, low, high in (("main", small.main, large.main), ("tree", small.tree, large.tree)):
+            growth = f"{(high - low) / (many - few):.1f}"
+            started = f"{small.before / 2**20:.1f}" if name == "main" else ""
+            rows.append([num_workers, name, started, f"{low / 2**20:.1f}", f"{high / 2**20:.1f}", growth])
+    header = ["workers", "processes", "before, MiB", f"peak at {few}, MiB", f"peak at {many}, MiB", "bytes a sample"]
+    about = (
+        f"10 classes, dense float16, blocks of {rows_per_block} rows; the dataset's own targets take 8 bytes a sample "
+        f"of the growth. Bound: < {MAX_BYTES_PER_SAMPLE} bytes a sample.\n\n"
+        "main: peak resident set of the main process. tree: with its workers, proportional set sizes summed every "
+        f"{1000 * SAMPLING_SECONDS:.0f} ms."
+    )
+    return f"## Memory\n\n{about}\n\n{table(header, rows)}"
+
+
+def peak_memory(rows: int, *, rows_per_block: int, num_workers: int, folder: Path | None) -> Peak:
+    """Peak memory of building a synthetic cache, in a process of its own."""
+    with tempfile.TemporaryDirectory(dir=folder) as fresh:
+        task = {"rows": rows, "rows_per_block": rows_per_block, "num_workers": num_workers, "folder": fresh}
+        command = [sys.executable, __file__, "--build", json.dumps(task)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            tree = sampled_peak(process)
+            assert process.stdout is not None
+            reported = process.stdout.read()
+        if process.returncode:
+            raise RuntimeError(f"building a cache of {rows} rows failed; its error is above")
+        return Peak(**json.loads(reported), tree=tree)
+
+
+def sampled_peak(process: subprocess.Popen[str]) -> int:
+    """The largest sum of proportional set sizes over a process and its descendants, until it ends."""
+    import psutil
+
+    root = psutil.Process(process.pid)
+    peak = 0
+    while process.poll() is None:
+        total = 0
+        try:
+            for member in [root, *root.children(recursive=True)]:
+                total += member.memory_full_info().pss
+        except psutil.Error:  # one that ended while we looked
+            continue
+        peak = max(peak, total)
+        time.sleep(SAMPLING_SECONDS)
+    return peak
+
+
+def build_and_report(task: dict[str, Any]) -> None:
+    """Build a synthetic cache, and print as JSON the memory that it took."""
+    module = Path(__file__).stem
+    pipeline = parse_pipeline(
+        {
+            "name": "synthetic",
+            "data": {"name": f"{module}:synthetic_dataset", "args": {"rows": task["rows"]}},
+            "teacher": {"model": f"{module}:synthetic_teacher", "batch_size": 1024},
+            "cache": {"path": f"{task['folder']}/views.cache", "rows_per_block": task["rows_per_block"]},
+            "device": "cpu",
+            "num_workers": task["num_workers"],
+            "threads": 1,
+        },
+        source=__file__,
+    )
+    silence()
+    gc.collect()
+    # The peak from here on: neither what importing took, nor (as in ru_maxrss) what the parent had before exec.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status_bytes("VmRSS")
+    cache_teacher(pipeline, trust=True)
+    print(json.dumps({"before": before, "main": status_bytes("VmHWM")}))
+
+
+def status_bytes(field: str) -> int:
+    """A size from this process's status in /proc."""
+    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def synthetic_dataset(rows: int) -> SyntheticVectors:
+    """What the pipeline of the memory measurement names."""
+    return SyntheticVectors(rows)
+
+
+def synthetic_teacher(num_classes: int) -> nn.Module:
+    """A teacher of next to no size."""
+    return nn.Linear(4, num_classes)
+
+
+class SyntheticVectors:
+    """Inputs computed from their index, so that all growth is logitcache's, but for the targets."""
+
+    in_memory = True
+    num_classes = 10
+
+    def __init__(self, rows: int) -> None:
+        self.targets = np.arange(rows, dtype=np.int64)
+        self.targets %= self.num_classes
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.tensor([index % 7, index % 11, index % 13, 1.0]), int(self.targets[index])
+
+    def content(self, index: int) -> bytes:
+        return index.to_bytes(8, "little")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What many tests start from: a pipeline that runs in a second, on real images."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from logitcache import progress
+from logitcache.pipeline import Pipeline, _override, parse_pipeline
+
+torch.set_num_threads(1)
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "data": {"name": "digits", "validation": 0.1},
+    "views": {
+        "count": 2,
+        "seed": 3,
+        "transform": [{"RandomAffine": {"degrees": 10, "translate": [0.1, 0.1]}}],
+    },
+    "teacher": {"model": "mlp", "args": {"hidden": [16]}, "batch_size": 32},
+    "cache": {"path": "", "rows_per_block": 256, "encoding": {"name": "dense", "dtype": "float32"}},
+    "train": {"epochs": 2, "batch_size": 64, "lr": 0.01},
+    "students": [
+        {"name": "small", "model": "mlp", "args": {"hidden": [8]}, "loss": {"name": "kl", "temperature": 2.0}},
+        {"name": "labels", "model": "mlp", "args": {"hidden": [8]}, "loss": "true_label"},
+    ],
+    "runs": {"path": ""},
+    "num_workers": 0,
+    "threads": 1,
+}
+"""Digits of 8 x 8 pixels, a teacher with fresh weights: cheap, and real all the way."""
+
+PICTURES = ["data.name=tests.models:pictures", "data.validation=0", "cache.rows_per_block=16", "train.batch_size=16"]
+"""Overrides that put forty keyed pictures in the place of the digits."""
+
+
+@pytest.fixture(autouse=True)
+def _plain() -> None:
+    progress.silence()
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entry points such as `tests.models:pictures` lie under the working folder."""
+    monkeypatch.chdir(Path(__file__).parent.parent)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., Pipeline]:
+    """The tiny pipeline with overrides; caches and runs lie in the test's own folder."""
+
+    def make(*overrides: str) -> Pipeline:
+        raw = copy.deepcopy(TINY)
+        raw["cache"]["path"] = str(tmp_path / "tiny.cache")
+        raw["runs"]["path"] = str(tmp_path / "runs")
+        for override in overrides:
+            _override(raw, override)
+        return parse_pipeline(raw, source="tiny")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def forks() -> multiprocessing.context.BaseContext:
+    """Processes that start with logitcache imported, to be killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["logitcache.cache_teacher", "logitcache.train_student", "torchvision", "sklearn"])
+    return context

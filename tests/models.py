@@ -1,0 +1,59 @@
+"""Models and data that tests name as `tests.models:function`."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+from torch import nn
+
+
+def dropout_mlp(num_classes: int, inputs: int = 64) -> nn.Module:
+    """A net with randomness of its own."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, num_classes))
+
+
+def nan_mlp(num_classes: int, inputs: int = 64) -> nn.Module:
+    """A net that gives NaN."""
+    net = dropout_mlp(num_classes, inputs)
+    nn.init.constant_(net[1].bias, float("nan"))  # type: ignore[arg-type]
+    return net
+
+
+class Pictures:
+    """Real digits with keys of their own, from which tests take away, reorder, relabel and change."""
+
+    num_classes = 10
+
+    def __init__(
+        self,
+        count: int = 40,
+        order: Sequence[int] | None = None,
+        relabel: int | None = None,
+        repaint: int | None = None,
+        unreadable: int | None = None,
+    ) -> None:
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        images = np.round(bunch.images[:count] * (255 / 16)).astype(np.uint8)
+        targets = bunch.target[:count].copy()
+        if relabel is not None:
+            targets[relabel] = (targets[relabel] + 1) % 10
+        if repaint is not None:
+            images[repaint, 0, 0] ^= 255
+        chosen = list(range(count)) if order is None else list(order)
+        self.images, self.targets = images[chosen], targets[chosen]
+        self.keys = [f"scan/{index:04d}.png" for index in chosen]
+        self.unreadable = unreadable
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if self.unreadable == index:
+            raise OSError("image file is truncated (17 bytes not processed)")
+        return Image.fromarray(self.images[index]), int(self.targets[index])
+
+
+def pictures(**kwargs: object) -> Pictures:
+    return Pictures(**kwargs)  # type: ignore[arg-type]

@@ -1,0 +1,42 @@
+"""The floors of the house, and what an import costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "logitcache"
+
+FLOOR = {
+    "errors": 0, "digest": 0, "randomness": 0, "progress": 0, "devices": 0, "entry_points": 0,
+    "transforms": 1, "samples": 1, "encodings": 1, "losses": 1, "order": 1, "views": 1,
+    "manifest": 2, "layout": 2, "storage": 2, "loading": 2,
+    "labelview": 3, "reader": 3, "writer": 3, "creation": 3,
+    "catalog": 4, "pipeline": 4, "labels": 4, "runs": 4, "audit": 4, "resolve": 4, "fit": 4,
+    "cache_teacher": 5, "train": 5, "train_student": 5, "run": 5, "demo": 5,
+    "cli": 7, "__main__": 7, "__init__": 7,
+}  # fmt: skip
+
+
+def test_imports_only_go_down() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        importer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        assert importer in FLOOR, f"{importer} has no floor yet: give it one here"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "logitcache":
+                parts = node.module.split(".")[1:] or [alias.name for alias in node.names]
+                imported = parts[0]
+                assert FLOOR[imported] <= FLOOR[importer], f"{importer} reaches up to {imported}"
+
+
+def test_importing_logitcache_loads_nothing_heavy_beside_torch_and_zarr() -> None:
+    heavy = ("torchvision", "ray", "matplotlib", "plotly", "tensorboard", "sklearn", "typer", "albumentations", "timm")
+    program = f"import sys, logitcache; print([name for name in {heavy!r} if name in sys.modules])"
+
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
+
+
+def test_no_module_outgrows_its_room() -> None:
+    lengths = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+
+    assert [name for name, length in lengths.items() if length > 400] == []
