@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ class Peak:
     main: int
     """Peak of the main process."""
     tree: int
-    """Peak of the process and its workers, each shared page counted once; sampled, so short peaks may be missed."""
+    """Peak of the process and its workers without the libraries' pages, each shared page counted once; sampled."""
 
 
 def memory_section(sizes: list[int], rows_per_block: int, workers: list[int], folder: Path | None) -> str:
@@ -177,8 +178,8 @@ def memory_section(sizes: list[int], rows_per_block: int, workers: list[int], fo
     about = (
         f"10 classes, dense float16, blocks of {rows_per_block} rows; the dataset's own targets take 8 bytes a sample "
         f"of the growth. Bound: < {MAX_BYTES_PER_SAMPLE} bytes a sample.\n\n"
-        "main: peak resident set of the main process. tree: with its workers, proportional set sizes summed every "
-        f"{1000 * SAMPLING_SECONDS:.0f} ms."
+        "main: peak resident set of the main process. tree: with its workers, proportional set sizes (heap and shared "
+        f"memory; no file's pages, whose shares depend on other processes) summed every {1000 * SAMPLING_SECONDS:.0f} ms."
     )
     return f"## Memory\n\n{about}\n\n{table(header, rows)}"
 
@@ -198,19 +199,16 @@ def peak_memory(rows: int, *, rows_per_block: int, num_workers: int, folder: Pat
 
 
 def sampled_peak(process: subprocess.Popen[str]) -> int:
-    """The largest sum of proportional set sizes over a process and its descendants, until it ends."""
+    """The largest sum of heap and shared memory over a process and its descendants, until it ends."""
     import psutil
 
     root = psutil.Process(process.pid)
     peak = 0
     while process.poll() is None:
-        total = 0
-        try:
-            for member in [root, *root.children(recursive=True)]:
-                total += member.memory_full_info().pss
-        except psutil.Error:  # one that ended while we looked
-            continue
-        peak = max(peak, total)
+        with suppress(psutil.Error, OSError):  # one that ended while we looked
+            members = [process.pid, *(child.pid for child in root.children(recursive=True))]
+            rollups = [f"/proc/{pid}/smaps_rollup" for pid in members]
+            peak = max(peak, sum(kernel_bytes(path, field) for path in rollups for field in ("Pss_Anon", "Pss_Shmem")))
         time.sleep(SAMPLING_SECONDS)
     return peak
 
@@ -234,16 +232,15 @@ def build_and_report(task: dict[str, Any]) -> None:
     gc.collect()
     # The peak from here on: neither what importing took, nor (as in ru_maxrss) what the parent had before exec.
     Path("/proc/self/clear_refs").write_text("5")
-    before = status_bytes("VmRSS")
+    before = kernel_bytes("/proc/self/status", "VmRSS")
     cache_teacher(pipeline, trust=True)
-    print(json.dumps({"before": before, "main": status_bytes("VmHWM")}))
+    print(json.dumps({"before": before, "main": kernel_bytes("/proc/self/status", "VmHWM")}))
 
 
-def status_bytes(field: str) -> int:
-    """A size from this process's status in /proc."""
-    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
+def kernel_bytes(path: str, field: str) -> int:
+    """A size from one of the kernel's files on a process; 0 where the process has just ended."""
+    found = re.search(rf"^{field}:\s+(\d+) kB$", Path(path).read_text(), re.MULTILINE)
+    return 0 if found is None else int(found[1]) * 1024
 
 
 def synthetic_dataset(rows: int) -> SyntheticVectors:

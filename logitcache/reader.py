@@ -250,16 +250,19 @@ class LogitCache:
         window = self.window_blocks(memory_budget)
         if window is not None:
             read = functools.partial(self.read_blocks, view)
-            return StreamedView(view, self.encoding, read, self.layout, torch.device(device), max_blocks=window)
+            return StreamedView(view, self.encoding, read, self.layout, torch.device(device), max_blocks=2 * window)
         loading = self._loading.pop((view, str(device)), None)
         return loading.result() if loading is not None else self._load_view(view, device)
 
     def window_blocks(self, memory_budget: int | None) -> int | None:
-        """How many blocks of a view fit a memory budget in bytes; None where the whole view does."""
+        """How many blocks of a view batches should stay within, under a budget in bytes; None if the whole view fits.
+
+        Two such windows are kept, since a batch may straddle the end of one.
+        """
         if memory_budget is None or self.view_bytes <= memory_budget:
             return None
         block_bytes = self.view_bytes * self.layout.rows_per_block // self.num_samples
-        return max(1, memory_budget // block_bytes)
+        return max(1, memory_budget // (2 * block_bytes))
 
     def prefetch(self, view: int, device: str | torch.device = "cpu") -> None:
         """Load a view in the background, for the `view` call to come."""

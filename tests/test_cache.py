@@ -1,0 +1,293 @@
+"""Writing a cache and reading it again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from torch import Tensor
+
+import logitcache
+from logitcache.audit import verify
+from logitcache.errors import (
+    CorruptCache,
+    IdentityMismatch,
+    IncompleteCache,
+    InvalidLogits,
+    NotACache,
+    ShapeError,
+    UnsupportedFormat,
+    UsageError,
+)
+
+VIEWS, SAMPLES, CLASSES = 2, 100, 30
+ENCODINGS = [logitcache.Dense(dtype="float32"), logitcache.TopK(k=5)]
+
+
+def some_logits(seed: int = 0) -> Tensor:
+    return torch.randn(VIEWS, SAMPLES, CLASSES, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def writer(path: Path, **changes: object) -> logitcache.CacheWriter:
+    settings = {
+        "num_samples": SAMPLES,
+        "num_classes": CLASSES,
+        "num_views": VIEWS,
+        "encoding": ENCODINGS[0],
+        "teacher": "net@1",
+        "dataset": "pictures",
+        "rows_per_block": 32,
+    }
+    return logitcache.create(path, **(settings | changes))  # type: ignore[arg-type]
+
+
+def built(path: Path, **changes: object) -> logitcache.LogitCache:
+    with writer(path, **changes) as cache:
+        for view, logits in enumerate(some_logits()[: cache.layout.num_views]):
+            cache.write(view=view, start=0, logits=logits)
+    return logitcache.open(path)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=repr)
+def test_rows_written_in_any_order_read_back(tmp_path: Path, encoding: logitcache.Dense | logitcache.TopK) -> None:
+    logits = some_logits()
+    with writer(tmp_path / "a", encoding=encoding) as cache:
+        cache.write(view=1, start=70, logits=logits[1, 70:].numpy())
+        cache.write(view=0, start=0, logits=logits[0].double())
+        cache.write(view=1, start=0, logits=logits[1, :70])
+    index = torch.randperm(SAMPLES)[:17]
+    for view in range(VIEWS):
+        expected = encoding.decode(encoding.encode(logits[view, index]), CLASSES)
+        assert torch.equal(expected, logitcache.open(tmp_path / "a").view(view).logits(index))
+
+
+@pytest.mark.parametrize("index", [[3, 99, 0], np.array([3, 99, 0]), torch.tensor([3, 99, 0], dtype=torch.int32)], ids=type)
+def test_an_index_is_a_list_an_array_or_a_tensor(tmp_path: Path, index: object) -> None:
+    assert torch.equal(some_logits()[0, [3, 99, 0]], built(tmp_path / "a").view(0).logits(index))
+
+
+def test_how_rows_were_batched_does_not_show_in_the_digest(tmp_path: Path) -> None:
+    logits = some_logits()
+    with writer(tmp_path / "b") as cache:
+        for view in (1, 0):
+            for start in (90, 0, 40, 80, 20, 60):
+                stop = {90: 100, 80: 90}.get(start, start + 20)
+                cache.write(view=view, start=start, logits=logits[view, start:stop])
+
+    assert built(tmp_path / "a").digest == logitcache.open(tmp_path / "b").digest
+
+
+def test_a_view_beyond_the_memory_budget_streams_the_same_logits(tmp_path: Path) -> None:
+    cache = built(tmp_path / "a")
+    streamed = cache.view(1, memory_budget=cache.view_bytes // 2)
+    index = torch.randperm(SAMPLES)
+
+    assert type(streamed) is not type(cache.view(1))
+    assert torch.equal(cache.view(1).logits(index), streamed.logits(index))
+
+
+def test_a_prefetched_view_is_the_view(tmp_path: Path) -> None:
+    cache = built(tmp_path / "a")
+    cache.prefetch(1)
+
+    assert torch.equal(some_logits()[1], cache.view(1).logits(range(SAMPLES)))
+
+
+def test_leaving_with_rows_missing_says_which(tmp_path: Path) -> None:
+    with pytest.raises(IncompleteCache, match=r"5 of 8 blocks are missing.\n  view 0: 14 rows from 50 to 63") as caught:
+        with writer(tmp_path / "a") as cache:
+            cache.write(view=0, start=0, logits=some_logits()[0, :50])
+            cache.write(view=1, start=0, logits=some_logits()[1, :70])
+
+    assert "view 0: rows 64 to 95" in str(caught.value)
+    assert not logitcache.open(tmp_path / "a").sealed
+
+
+def test_a_writer_goes_on_where_another_stopped(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), writer(tmp_path / "a") as cache:
+        cache.write(view=0, start=0, logits=some_logits()[0, :40])
+        raise KeyboardInterrupt
+    with writer(tmp_path / "a") as cache:
+        missing = cache.missing_blocks()
+        for view in range(VIEWS):
+            cache.write(view=view, start=0, logits=some_logits()[view])
+
+    assert 7 == len(missing) == len(cache.committed_blocks)
+    assert built(tmp_path / "b").digest == logitcache.open(tmp_path / "a").digest
+
+
+def test_views_can_be_added_to_a_sealed_cache(tmp_path: Path) -> None:
+    one = built(tmp_path / "a", num_views=1)
+    with writer(tmp_path / "a", num_views=2) as cache:
+        assert [(1, number) for number in range(4)] == [(block.view, block.number) for block in cache.missing_blocks()]
+        cache.write(view=1, start=0, logits=some_logits()[1])
+    two = logitcache.open(tmp_path / "a")
+
+    assert one.id == two.id
+    assert built(tmp_path / "b").digest == two.digest
+    assert [] == verify(str(tmp_path / "a"), deep=True)
+    assert torch.equal(some_logits()[1], two.view(1).logits(range(SAMPLES)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"teacher": "net@2"}, "teacher: net@1 in the cache, net@2 here", id="teacher"),
+        pytest.param({"dataset": "photos"}, "dataset: pictures in the cache, photos here", id="dataset"),
+        pytest.param({"encoding": "TopK(k=3)"}, r"encoding\.", id="encoding"),
+        pytest.param({"num_samples": 99}, "num_samples: 100 in the cache, 99 here", id="samples"),
+        pytest.param({"rows_per_block": 16}, "rows_per_block: 32 in the cache, 16 here", id="blocks"),
+        pytest.param({"num_classes": 31}, r"outputs.logits\[0\]: 30 in the cache, 31 here", id="classes"),
+        pytest.param({"precision": "bfloat16"}, "precision: float32 in the cache, bfloat16 here", id="precision"),
+    ],
+)
+def test_another_cache_under_the_same_name_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    before = built(tmp_path / "a").digest
+    with pytest.raises(IdentityMismatch, match=message):
+        writer(tmp_path / "a", **changes)
+
+    assert before == logitcache.open(tmp_path / "a").digest
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        pytest.param([float("nan")] + [0.0] * 29, id="NaN"),
+        pytest.param([float("inf")] + [0.0] * 29, id="+inf"),
+        pytest.param([float("-inf")] * 30, id="all masked"),
+    ],
+)
+def test_logits_that_are_no_distribution_are_refused_by_row(tmp_path: Path, bad: list[float]) -> None:
+    logits = some_logits()[0]
+    logits[41] = torch.tensor(bad)
+    with pytest.raises(InvalidLogits, match="view 0, row 41: the teacher's logits hold NaN"), writer(tmp_path / "a") as cache:
+        cache.write(view=0, start=0, logits=logits)
+
+    assert {"fixed", "v00000/b00000"} >= logitcache.open(tmp_path / "a").receipts.keys()
+
+
+@pytest.mark.parametrize(
+    ("place", "shape"), [((0, 0), (4, 29)), ((0, 98), (4, 30)), ((2, 0), (4, 30)), ((0, -1), (4, 30)), ((0, 0), (30,))]
+)
+def test_rows_that_do_not_fit_are_refused(tmp_path: Path, place: tuple[int, int], shape: tuple[int, ...]) -> None:
+    cache = writer(tmp_path / "a")
+    with pytest.raises(ShapeError):
+        cache.write(view=place[0], start=place[1], logits=torch.zeros(shape))
+    cache.close()
+
+
+def test_receipts_carry_the_fidelity_of_their_block(tmp_path: Path) -> None:
+    cache = built(tmp_path / "a", encoding=ENCODINGS[1])
+    receipt = cache.receipts["v00001/b00003"]
+    decoded = cache.view(1).logits(range(96, 100))
+    expected = logitcache.losses.kl_divergence(decoded, some_logits()[1, 96:])
+
+    assert 4 == receipt.rows
+    assert receipt.kl_mean == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert receipt.kl_max == pytest.approx(float(expected.max()), rel=1e-5)
+
+
+def test_plain_zarr_reads_the_labels(tmp_path: Path) -> None:
+    cache = built(tmp_path / "a", encoding=ENCODINGS[1])
+    group = zarr.open_group(tmp_path / "a" / "labels.zarr", mode="r")
+
+    assert (VIEWS, SAMPLES, 5) == group["ids"].shape
+    ids = torch.from_numpy(np.asarray(group["ids"][1]).astype(np.int64))
+    assert torch.equal(some_logits()[1].topk(5).indices, ids)
+    assert cache.encoding == ENCODINGS[1]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=repr)
+def test_any_flipped_bit_of_a_label_is_noticed(tmp_path: Path, encoding: logitcache.Dense) -> None:
+    built(tmp_path / "a", encoding=encoding)
+    victim = sorted((tmp_path / "a" / "labels.zarr").rglob("c/1/2*"))[0]
+    victim = victim if victim.is_file() else victim / "0"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+
+    with pytest.raises(CorruptCache, match="is not what was written"):
+        logitcache.open(tmp_path / "a").view(1)
+    assert [] == verify(str(tmp_path / "a"))
+    (problem,) = verify(str(tmp_path / "a"), deep=True)
+    assert ("v00001/b00002", "wrong bytes") == (problem.block, problem.kind)
+
+
+def test_verify_names_what_is_missing_cut_short_and_strange(tmp_path: Path) -> None:
+    built(tmp_path / "a")
+    labels = tmp_path / "a" / "labels.zarr" / "logits" / "c"
+    (labels / "0" / "1" / "0").unlink()
+    (labels / "1" / "0" / "0").write_bytes(b"short")
+    (labels / "1" / "stray").write_bytes(b"")
+
+    found = {(problem.block, problem.kind) for problem in verify(str(tmp_path / "a"))}
+    assert {("v00000/b00001", "missing"), ("v00001/b00000", "wrong size"), ("", "stray")} == found
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.tex").write_text("dear")
+    with pytest.raises(NotACache, match=r"holds thesis.tex"):
+        writer(tmp_path / "a")
+    with pytest.raises(NotACache, match="run `logitcache cache-teacher`"):
+        logitcache.open(tmp_path / "a")
+
+    assert ["thesis.tex"] == [path.name for path in (tmp_path / "a").iterdir()]
+
+
+def test_a_newer_format_is_named_and_not_touched(tmp_path: Path) -> None:
+    built(tmp_path / "a")
+    manifest = tmp_path / "a" / "manifest.json"
+    raw = json.loads(manifest.read_text())
+    raw["identity"]["format_version"] = 2
+    raw["a new field"] = True
+    manifest.write_text(json.dumps(raw))
+    with pytest.raises(UnsupportedFormat, match="format version 2; this logitcache reads up to 1: upgrade"):
+        logitcache.open(tmp_path / "a")
+    with pytest.raises(UnsupportedFormat):
+        writer(tmp_path / "a")
+
+
+def test_an_edited_manifest_is_noticed(tmp_path: Path) -> None:
+    built(tmp_path / "a")
+    manifest = tmp_path / "a" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("net@1", "net@9"))
+
+    with pytest.raises(CorruptCache, match="its identity hashes to"):
+        logitcache.open(tmp_path / "a")
+
+
+def test_samples_are_found_by_key(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from logitcache.samples import content_table, sample_table
+    from tests.models import Pictures
+
+    table = replace(sample_table(Pictures(SAMPLES)), contents=content_table(Pictures(SAMPLES)))
+    cache = built(tmp_path / "a", samples=table, dataset=None)
+
+    assert [7, 0, 99] == cache.rows(["scan/0007.png", "scan/0000.png", "scan/0099.png"]).tolist()
+    with pytest.raises(IdentityMismatch, match="sample 'scan/0100.png' is not in the cache"):
+        cache.rows(["scan/0100.png"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"num_classes": 1}, "at least 1 sample, 1 view and 2 classes", id="one class"),
+        pytest.param({"encoding": "TopK(k=30)"}, "keeps every one of 30 classes", id="k is C"),
+        pytest.param({"dataset": None}, "create needs the dataset's identity", id="no dataset"),
+        pytest.param({"rows_per_block": 0}, "rows_per_block is at least 1", id="no rows"),
+    ],
+)
+def test_a_cache_that_can_not_be_is_refused_before_a_folder_is_made(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        writer(tmp_path / "a", **changes)
+
+    assert not (tmp_path / "a").exists()
