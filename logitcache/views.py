@@ -8,6 +8,7 @@ and its student 224 px of one crop.
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -117,8 +118,11 @@ def proof_rows(seed: int, view: int, num_samples: int) -> list[int]:
     """The rows of a view whose input digest the cache keeps, sorted."""
     if num_samples <= PROOF_ROWS:
         return list(range(num_samples))
-    draws = (counter_seed("proof", seed, view, number) % num_samples for number in range(PROOF_ROWS))
-    return sorted(set(draws))
+    draws = (counter_seed("proof", seed, view, number) % num_samples for number in itertools.count())
+    rows: set[int] = set()
+    while len(rows) < PROOF_ROWS:
+        rows.add(next(draws))
+    return sorted(rows)
 
 
 class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):

@@ -65,7 +65,9 @@ def test_rows_written_in_any_order_read_back(tmp_path: Path, encoding: logitcach
         assert torch.equal(expected, logitcache.open(tmp_path / "a").view(view).logits(index))
 
 
-@pytest.mark.parametrize("index", [[3, 99, 0], np.array([3, 99, 0]), torch.tensor([3, 99, 0], dtype=torch.int32)], ids=type)
+@pytest.mark.parametrize(
+    "index", [[3, 99, 0], np.array([3, 99, 0]), torch.tensor([3, 99, 0], dtype=torch.int32)], ids=type
+)
 def test_an_index_is_a_list_an_array_or_a_tensor(tmp_path: Path, index: object) -> None:
     assert torch.equal(some_logits()[0, [3, 99, 0]], built(tmp_path / "a").view(0).logits(index))
 
@@ -164,7 +166,10 @@ def test_another_cache_under_the_same_name_is_refused(tmp_path: Path, changes: d
 def test_logits_that_are_no_distribution_are_refused_by_row(tmp_path: Path, bad: list[float]) -> None:
     logits = some_logits()[0]
     logits[41] = torch.tensor(bad)
-    with pytest.raises(InvalidLogits, match="view 0, row 41: the teacher's logits hold NaN"), writer(tmp_path / "a") as cache:
+    with (
+        pytest.raises(InvalidLogits, match="view 0, row 41: the teacher's logits hold NaN"),
+        writer(tmp_path / "a") as cache,
+    ):
         cache.write(view=0, start=0, logits=logits)
 
     assert {"fixed", "v00000/b00000"} >= logitcache.open(tmp_path / "a").receipts.keys()

@@ -27,5 +27,5 @@ def test_an_imagenet_teacher_is_right_on_17_of_foolbox_s_20_images(tmp_path: Pat
 
     cache = logitcache.open(pipeline.cache.path)
     predicted = cache.view(0).logits(np.arange(20)).argmax(dim=1).numpy()
-    assert (20, 1, 1000) == (cache.num_samples, cache.num_views, cache.num_classes)
-    assert 17 == (predicted == targets).sum()
+    assert (cache.num_samples, cache.num_views, cache.num_classes) == (20, 1, 1000)
+    assert (predicted == targets).sum() == 17

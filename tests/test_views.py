@@ -197,13 +197,13 @@ def test_an_unreadable_sample_is_named() -> None:
         pytest.param(lambda: v2.RandomCrop(6), lambda: v2.RandomCrop(6, padding=1), id="an option"),
         pytest.param(lambda: noisy, lambda: to_float_image, id="a function"),
         pytest.param(
-            lambda: v2.Compose([v2.RandomCrop(6), v2.RandomErasing()]), lambda: v2.Compose([v2.RandomCrop(6)]), id="steps"
+            lambda: v2.Compose([v2.RandomCrop(6), v2.RandomErasing()]),
+            lambda: v2.Compose([v2.RandomCrop(6)]),
+            id="steps",
         ),
     ],
 )
-def test_transforms_that_differ_are_described_differently(
-    one: Callable[[], Any], other: Callable[[], Any]
-) -> None:
+def test_transforms_that_differ_are_described_differently(one: Callable[[], Any], other: Callable[[], Any]) -> None:
     assert describe_transform(one()) == describe_transform(one())
     assert describe_transform(one()) != describe_transform(other())
 
