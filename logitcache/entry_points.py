@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from collections.abc import Mapping
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from logitcache.errors import UntrustedCode, UsageError
+from logitcache.errors import LogitCacheError, UntrustedCode, UsageError
 
 _ENTRY_POINT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -26,31 +28,58 @@ def load_entry_point(name: str, *, trust: bool) -> Any:
 
     Raises:
         UntrustedCode: the module lies elsewhere, and `trust` is False.
-        UsageError: no such module or function.
+        UsageError: no such module or function, or a module that fails when it is imported.
     """
     module_name, function = name.split(":")
-    inside = _under_working_folder(module_name)
+    folder = Path.cwd().resolve()
+    inside = _lies_under(module_name, folder)
     if not inside and not trust:
         raise UntrustedCode(
             f"{name} would run code from outside the working folder; look at it, then run again with --trust "
             "(in Python: trust=True), or copy the module under the working folder"
         )
-    if inside and (folder := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, folder)
+    if inside and sys.path[0] != str(folder):
+        sys.path.insert(0, str(folder))
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UsageError(f"can't import {module_name!r} for {name}: {error}") from error
+    except Exception as error:
+        raise UsageError(f"can't import {module_name!r} for {name}: {type(error).__name__}: {error}") from error
     try:
         return getattr(module, function)
     except AttributeError:
         raise UsageError(f"{name}: module {module_name!r} has no {function!r}") from None
 
 
-def _under_working_folder(module_name: str) -> bool:
-    path = Path.cwd().joinpath(*module_name.split("."))
-    if not (path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()):
-        return False
-    loaded = sys.modules.get(module_name)
-    origin = getattr(loaded, "__file__", None)
-    return origin is None or Path(origin).resolve().is_relative_to(Path.cwd().resolve())
+def call_entry_point(function: Any, name: str, arguments: Mapping[str, Any]) -> Any:
+    """Call what an entry point named, with a pipeline's arguments.
+
+    Raises:
+        UsageError: the function failed; names it and its error.
+    """
+    try:
+        return function(**arguments)
+    except LogitCacheError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"{name} failed with the arguments {dict(arguments)}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _lies_under(module_name: str, folder: Path) -> bool:
+    """Whether importing a module would run code of this folder only; found out without importing anything.
+
+    The import system is asked, not the file system: a package of the same name elsewhere may come first.
+    """
+    if module_name in sys.modules:
+        origin = getattr(sys.modules[module_name], "__file__", None)
+        return origin is not None and Path(origin).resolve().is_relative_to(folder)
+    search: list[str] | None = [str(folder), *sys.path]
+    parts = module_name.split(".")
+    spec = None
+    for depth in range(len(parts)):
+        spec = PathFinder.find_spec(".".join(parts[: depth + 1]), search)
+        if spec is None or (spec.origin is not None and not Path(spec.origin).resolve().is_relative_to(folder)):
+            return False
+        search = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
+    return spec is not None and spec.origin is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -13,6 +14,9 @@ from logitcache.errors import LogitCacheError, ShapeError
 from logitcache.views import ViewDataset
 
 # B batch
+
+PIPE_BYTES = 2**20
+"""A tensor no larger than this crosses from a worker through its pipe, a larger one in shared memory."""
 
 Batch = tuple[Tensor, Any, Any]
 """(rows int64 (B,), inputs, targets)."""
@@ -40,7 +44,7 @@ def rendered_batches(
         for batch in loader:
             if isinstance(batch, LogitCacheError):
                 raise batch
-            yield batch
+            yield _from_pipe(batch)
     except RuntimeError as error:
         if "DataLoader worker" in str(error) and not isinstance(error, LogitCacheError):
             raise LogitCacheError(
@@ -60,7 +64,8 @@ class _Rendering(Dataset[Any]):
 
     def __getitems__(self, items: list[tuple[int, int]]) -> Batch | LogitCacheError:
         try:
-            return collate(self._views.__getitems__(items))
+            batch: Batch = _for_pipe(collate(self._views.__getitems__(items)))
+            return batch
         except LogitCacheError as error:
             return error
 
@@ -80,6 +85,23 @@ def collate(samples: list[tuple[int, Any, Any]]) -> Batch:
             f"these samples make no batch; their inputs are {', '.join(sorted(shapes))}: end the model's `input` "
             f"with a resize or crop to a fixed size ({str(error).splitlines()[0]})"
         ) from error
+
+
+def _for_pipe(value: Any) -> Any:
+    """Small tensors as arrays: torch would open a socket for each, which costs more than rendering a small batch."""
+    if isinstance(value, Tensor) and value.nbytes <= PIPE_BYTES:
+        return value.numpy()
+    if isinstance(value, list | tuple):
+        return type(value)(map(_for_pipe, value))
+    return value
+
+
+def _from_pipe(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, list | tuple):
+        return type(value)(map(_from_pipe, value))
+    return value
 
 
 def _as_rendered(batch: Any) -> Any:

@@ -151,14 +151,15 @@ def build_transform(spec: Any, *, trust: bool = False) -> SpecifiedTransform:
 
     A step is a transform of torchvision v2 (`RandomCrop: {size: 28}`), of albumentations
     (`albumentations.GaussNoise: {p: 0.3}`), `timm: {input_size: 224, is_training: true}` for
-    `timm.data.create_transform`, or `package.module:function`, called with its parameters to make a callable.
+    `timm.data.create_transform`, or `package.module:function`, called with its parameters to make a callable; the
+    digest of the function's source joins its name, since the name alone does not say what it does.
 
     Raises:
         UsageError: an unknown transform or parameter, or a library that is not installed.
         UntrustedCode: an entry point from outside the working folder without `trust`.
     """
-    steps = normalise_spec(spec)
-    return SpecifiedTransform(steps, [_build_step(*next(iter(step.items())), trust=trust) for step in steps])
+    steps = [_build_step(*next(iter(step.items())), trust=trust) for step in normalise_spec(spec)]
+    return SpecifiedTransform([step for step, _ in steps], [transform for _, transform in steps])
 
 
 class SpecifiedTransform:
@@ -174,40 +175,49 @@ class SpecifiedTransform:
         return value
 
 
-def _build_step(name: str, parameters: dict[str, Any], *, trust: bool) -> Callable[[Any], Any]:
-    arguments = dict(parameters)
-    if is_entry_point(name):
-        factory = load_entry_point(name, trust=trust)
+def _build_step(name: str, parameters: dict[str, Any], *, trust: bool) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+    """One step's own specification, and the step."""
+    bare_name, _, source = name.partition("@")
+    if is_entry_point(bare_name):
+        factory = load_entry_point(bare_name, trust=trust)
+        found = _source(factory)
+        if source and source != found:
+            raise UsageError(
+                f"transform {bare_name} is not the one that the cache was built with: its source has the digest "
+                f"{found} here, {source} there; restore it"
+            )
+        name = f"{bare_name}@{found}"
     elif name == "timm":
         factory = _library("timm.data", "timm").create_transform
     elif name.startswith("albumentations."):
         factory = _named(_library("albumentations", "albumentations"), name.removeprefix("albumentations."), name)
+    elif name == "Lambda":
+        raise UsageError("transform Lambda can't be written in a file; name a `package.module:function` instead")
     else:
-        v2 = _library("torchvision.transforms.v2", "torchvision")
-        if name == "Lambda":
-            raise UsageError("transform Lambda can't be written in a file; name a `package.module:function` instead")
-        factory = _named(v2, name, name)
-        arguments = {key: _torchvision_argument(key, value, trust=trust) for key, value in arguments.items()}
+        factory = _named(_library("torchvision.transforms.v2", "torchvision"), name, name)
     try:
-        step: Callable[[Any], Any] = factory(**arguments)
+        step = factory(**{key: _argument(key, value, trust=trust) for key, value in parameters.items()})
     except LogitCacheError:
         raise
     except Exception as error:
         raise UsageError(f"transform {name}: {error}") from error
-    if not callable(step):
-        raise UsageError(f"transform {name} is no callable, but a {type(step).__name__}")
     adapted = adapt_transform(step)
-    assert adapted is not None
-    return adapted
+    if not callable(adapted):
+        raise UsageError(f"transform {name} is no callable, but a {type(step).__name__}")
+    return {name: parameters}, adapted
 
 
-def _torchvision_argument(key: str, value: Any, *, trust: bool) -> Any:
+def _argument(key: str, value: Any, *, trust: bool) -> Any:
+    """A parameter as the library wants it, from what YAML can say."""
     if key == "dtype" and isinstance(value, str):
-        return getattr(torch, value)
+        dtype = getattr(torch, value, None)
+        if not isinstance(dtype, torch.dtype):
+            raise UsageError(f"{value!r} is no dtype; expected for example float32 or uint8")
+        return dtype
     if key == "interpolation" and isinstance(value, str):
         return _library("torchvision.transforms", "torchvision").InterpolationMode(value)
     if key == "transforms":
-        return [_build_step(*next(iter(step.items())), trust=trust) for step in value]
+        return [_build_step(*next(iter(step.items())), trust=trust)[1] for step in value]
     return value
 
 

@@ -220,7 +220,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
 
     def _mixed(self, view: int, row: int, pixels: Any, target: int) -> tuple[Any, Tensor]:
         assert self.plan.num_classes is not None
-        distribution = torch.zeros(self.plan.num_classes)
+        distribution = np.zeros(self.plan.num_classes, dtype=np.float32)
         mixture = self.plan.mixture(view, row, self.num_samples)
         weight = 1.0
         if mixture is not None:
@@ -229,7 +229,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
             pixels, weight = _mix(pixels, other, mixture)
             distribution[int(other_target)] += 1.0 - weight
         distribution[target] += weight
-        return pixels, distribution
+        return pixels, torch.from_numpy(distribution)
 
     def _check_content(self, row: int, index: int, value: Any) -> None:
         assert self.plan.contents is not None

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.entry_points import is_entry_point, load_entry_point
+from logitcache.entry_points import call_entry_point, is_entry_point, load_entry_point
 from logitcache.errors import DatasetUnavailable, UsageError
 from logitcache.randomness import keyed_permutation
 from logitcache.samples import Dataset, content_digest, load_sample, sample_key, sample_table
@@ -139,7 +139,7 @@ def load_data(
     if not 0 <= validation < 1:
         raise UsageError(f"data.validation is a fraction between 0 and 1, not {validation}")
     if is_entry_point(name):
-        data = _from_entry_point(load_entry_point(name, trust=trust)(**(args or {})), name)
+        data = _from_entry_point(call_entry_point(load_entry_point(name, trust=trust), name, args or {}), name)
     elif name in DATASETS:
         if args:
             raise UsageError(f"data.args is for a package.module:function; {name} takes none")

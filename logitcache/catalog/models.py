@@ -19,7 +19,7 @@ from torch import nn
 
 from logitcache.catalog.nets import CNN, MLP, CIFARResNet
 from logitcache.digest import canonical_json
-from logitcache.entry_points import is_entry_point, load_entry_point
+from logitcache.entry_points import call_entry_point, is_entry_point, load_entry_point
 from logitcache.errors import ShapeError, UsageError
 
 # B batch, C classes
@@ -65,7 +65,7 @@ def build_model(
             factory = load_entry_point(name, trust=trust)
             if "num_classes" in inspect.signature(factory).parameters:
                 args.setdefault("num_classes", num_classes)
-            model = factory(**args)
+            model = call_entry_point(factory, name, args)
         elif name in NETS:
             model = NETS[name](input_shape, num_classes, **args)
         else:
