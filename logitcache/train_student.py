@@ -140,7 +140,6 @@ class Bench:
         settings = pipeline.train_config(student)
         loss = pipeline.loss(student)
         student_input = input_part(student, trust=trust)
-        num_views: int | None = pipeline.views.count
         rows_per_block = window_blocks = None
         identity: dict[str, Any] = {
             "student": student.model_dump(exclude={"train"}),
@@ -150,11 +149,11 @@ class Bench:
         }
         indices = self._chosen(student)
         if not loss.needs_teacher and labels is None:
-            # Without a teacher nothing ties a student to the cache's views: it gets a fresh one every epoch, and
-            # mixes only with samples whose labels it has.
+            # Without a teacher nothing ties a student to the cache: it mixes only with samples whose labels it has. It
+            # cycles through as many views as the others do, so that students differ in their labels and nothing else.
             dataset = self.data.train if len(indices) == len(self.data.train) else Selection(self.data.train, indices)
             views = ViewDataset(dataset, replace(self.plan, num_samples=len(dataset)), model_input=student_input)
-            indices, num_views = np.arange(len(dataset)), None
+            indices = np.arange(len(dataset))
         elif student.labels == "live" and labels is None:
             teacher, fingerprint = resolve_teacher(pipeline, self.data, self.plan, trust=trust)
             labels = LiveLabels(teacher, self.device, precision=pipeline.teacher.precision)
@@ -187,7 +186,7 @@ class Bench:
             ),
             views=views,
             indices=indices,
-            num_views=num_views,
+            num_views=pipeline.views.count,
             labels=labels,
             loss=loss,
             config=settings,
