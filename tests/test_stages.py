@@ -238,17 +238,22 @@ def test_a_finished_run_is_not_repeated_and_another_configuration_is_refused(tin
 
 def test_a_view_larger_than_the_memory_budget_streams_in_training(tiny: Make, tmp_path: Path) -> None:
     """The order differs, for it stays within windows of blocks; the labels are the same, and it learns."""
-    blocks = "cache.rows_per_block=128"
-    cache_teacher(tiny(blocks))
-    (whole,) = train_students(tiny(blocks, "train.epochs=8"), ["small"])
-    streaming = tiny(blocks, "train.epochs=8", "cache.memory_budget_mb=0.02", f"runs.path={tmp_path}/streamed")
+    learned = [
+        "cache.rows_per_block=128",
+        f"teacher.weights={tmp_path}/runs/teacher/last.safetensors",
+        "train.epochs=8",
+    ]
+    train_teacher(tiny("teacher.weights=trained", "teacher.train={epochs: 8}"))
+    cache_teacher(tiny(*learned))
+    (whole,) = train_students(tiny(*learned), ["small"])
+    streaming = tiny(*learned, "cache.memory_budget_mb=0.02", f"runs.path={tmp_path}/streamed")
     job = Bench(streaming).job(streaming.student("small"), 0)
     (streamed,) = train_students(streaming, ["small"])
 
-    assert job.window_blocks == 2
+    assert 2 == job.window_blocks
     assert whole.accuracy_mean is not None
     assert streamed.accuracy_mean is not None
-    assert abs(whole.accuracy_mean - streamed.accuracy_mean) < 0.15
+    assert min(whole.accuracy_mean, streamed.accuracy_mean) > 0.7
 
 
 def test_training_on_an_open_cache_says_to_finish_it(tiny: Make) -> None:

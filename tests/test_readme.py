@@ -1,0 +1,91 @@
+"""What the README says, run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import logitcache
+from logitcache.cache_teacher import cache_teacher
+from logitcache.catalog.nets import MLP
+from logitcache.pipeline import Pipeline, load_pipeline
+from logitcache.resolve import resolve_data
+from logitcache.train_student import train_teacher
+
+CHECKOUT = Path(__file__).parent.parent
+README = (CHECKOUT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_training_loop_of_the_readme_distils(
+    tiny: Callable[..., Pipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = tiny(f"cache.path={tmp_path}/caches/mnist5k.cache", "teacher.weights=trained", "teacher.train.epochs=8")
+    train_teacher(pipeline)
+    cache_teacher(pipeline)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    student = MLP((1, 8, 8), 10, (16,))
+    dataset = resolve_data(pipeline, trust=False).train
+    namespace: dict[str, Any] = {
+        "dataset": dataset,
+        "student": student,
+        "optimizer": torch.optim.Adam(student.parameters(), lr=0.01),
+    }
+    cache = logitcache.open("caches/mnist5k.cache")
+    views = logitcache.ViewDataset(dataset, cache.view_plan)
+    inputs = torch.stack([views[(0, index)][1] for index in range(200)])
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float(logitcache.losses.kl_divergence(student(inputs), cache.view(0).logits(range(200))).mean())
+
+    before = distance()
+    exec(BLOCKS[0], namespace)
+    assert distance() < before / 3
+
+
+def test_the_cache_of_any_logits_of_the_readme_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    teacher_logits = torch.randn(1000, 10) * 4
+    exec(BLOCKS[1], {"teacher_logits": teacher_logits})
+    read = logitcache.open("caches/mine.cache").view(0).logits([7, 0, 42])
+
+    assert torch.equal(teacher_logits[[7, 0, 42]].argmax(dim=1), read.argmax(dim=1))
+
+
+def test_every_key_of_the_readme_exists() -> None:
+    known = {f"{section}.{key}" for section, model in _sections().items() for key in model.model_fields}
+    known |= set(Pipeline.model_fields) | {"train.*", "students[].train.*"}
+    keys = [
+        key for row in re.findall(r"^\| (`.*?) \|", README, flags=re.MULTILINE) for key in re.findall(r"`([^`]+)`", row)
+    ]
+    keys = [key.replace("students[]", "students") if "*" not in key else key for key in keys]
+
+    assert [] == [key for key in keys if key not in known and key not in ("train.*", "students[].train.*")]
+
+
+def _sections() -> dict[str, Any]:
+    from logitcache import pipeline
+
+    return {
+        "data": pipeline.DataConfig,
+        "views": pipeline.ViewsConfig,
+        "teacher": pipeline.TeacherConfig,
+        "cache": pipeline.CacheConfig,
+        "students": pipeline.StudentConfig,
+        "runs": pipeline.RunsConfig,
+    }
+
+
+@pytest.mark.parametrize("path", sorted((CHECKOUT / "pipelines").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_pipeline_is_well_formed(path: Path) -> None:
+    pipeline = load_pipeline(path)
+
+    assert pipeline == type(pipeline).model_validate(yaml.safe_load(pipeline.as_yaml()))
