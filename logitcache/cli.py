@@ -163,11 +163,11 @@ def demo_command(
     }
 
     def print_demo() -> None:
-        Console().print(f"The teacher is right on {result.teacher_accuracy:.1%} of the test images.")
+        console().print(f"The teacher is right on {result.teacher_accuracy:.1%} of the test images.")
         print_rows(result.rows)
         for line in result.findings:
-            Console().print(f"  {line}", highlight=False)
-        Console().print(
+            console().print(f"  {line}", highlight=False)
+        console().print(
             f"The cache is in {result.cache_path}: try `logitcache info {result.cache_path}`.", highlight=False
         )
 
@@ -202,13 +202,18 @@ def show(value: dict[str, Any], as_json: bool, print_it: Any) -> None:
         print_it()
 
 
+def console() -> Console:
+    """Standard output; wide enough for a table where no terminal says how wide it is."""
+    return Console(soft_wrap=True) if sys.stdout.isatty() else Console(soft_wrap=True, width=120)
+
+
 def print_mapping(title: str, values: dict[str, Any]) -> None:
     """A two-column table."""
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in values.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
         table.add_row(name.replace("_", " "), f"{shown:.4g}" if isinstance(shown, float) else str(shown))
-    Console().print(table)
+    console().print(table)
 
 
 def print_rows(rows: list[Any]) -> None:
@@ -225,7 +230,7 @@ def print_rows(rows: list[Any]) -> None:
             "-" if row.validation_accuracy_mean is None else f"{100 * row.validation_accuracy_mean:.2f}",
             "-" if row.epoch_seconds is None else f"{row.epoch_seconds:.2f}",
         )
-    Console().print(table)
+    console().print(table)
 
 
 def print_steps(steps: list[Any]) -> None:
@@ -233,18 +238,18 @@ def print_steps(steps: list[Any]) -> None:
     table = Table("stage", "what", "state")
     for step in steps:
         table.add_row(step.stage, step.what, "done" if step.done else "to do")
-    Console().print(table)
+    console().print(table)
 
 
 def print_problems(cache: str, problems: list[Any]) -> None:
     """What `verify` found."""
     if not problems:
-        Console().print(f"{cache}: no problem found", highlight=False)
+        console().print(f"{cache}: no problem found", highlight=False)
         return
     table = Table("block", "path", "kind", title=f"{cache}: {len(problems)} problems", title_justify="left")
     for problem in problems:
         table.add_row(problem.block, problem.path, problem.kind)
-    Console().print(table)
+    console().print(table)
 
 
 def main() -> None:

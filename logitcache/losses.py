@@ -31,8 +31,6 @@ def kl_divergence(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float 
     _same_shape(student_BC, teacher_BC)
     log_student_BC = F.log_softmax(student_BC.float() / temperature, dim=1)
     teacher_p_BC = F.softmax(teacher_BC.float() / temperature, dim=1)
-    # A class masked in both would be 0 * -inf.
-    log_student_BC = log_student_BC.masked_fill(teacher_p_BC == 0, 0.0)
     return F.kl_div(log_student_BC, teacher_p_BC, reduction="none").sum(dim=1) * temperature**2
 
 
@@ -47,7 +45,6 @@ def soft_cross_entropy(student_BC: Tensor, teacher_BC: Tensor, *, temperature: f
     _same_shape(student_BC, teacher_BC)
     log_student_BC = F.log_softmax(student_BC.float() / temperature, dim=1)
     teacher_p_BC = F.softmax(teacher_BC.float() / temperature, dim=1)
-    log_student_BC = log_student_BC.masked_fill(teacher_p_BC == 0, 0.0)
     return -(teacher_p_BC * log_student_BC).sum(dim=1) * temperature**2
 
 

@@ -297,7 +297,8 @@ class _OpenBlock:
         encoded = encoding.encode(logits_BC)
         for name, values in encoded.items():
             self.buffers[name][place].copy_(values, non_blocking=True)
-        decoded_BC = encoding.decode(encoded, logits_BC.shape[1])
+        # A class that is masked by -inf in both would make the divergence 0 * -inf.
+        decoded_BC = encoding.decode(encoded, logits_BC.shape[1]).clamp(min=-1e30)
         self.kl[place].copy_(kl_divergence(decoded_BC, logits_BC), non_blocking=True)
         self.filled[place] = True
 
