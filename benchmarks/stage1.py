@@ -70,7 +70,7 @@ def main() -> None:
         build_and_report(json.loads(arguments.build))
         return
 
-    overrides = ["teacher.weights=null", f"views.count={arguments.views}", *arguments.overrides]
+    overrides = ["teacher.weights=random", f"views.count={arguments.views}", *arguments.overrides]
     pipeline = load_pipeline(arguments.pipeline, overrides)
     sections = ["# Stage 1", conditions()]
     print(sections[-1], flush=True)

@@ -73,7 +73,7 @@ def main() -> None:
     print(sections[-1], flush=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         paths = [f"cache.path={folder}/views.cache", f"runs.path={folder}/runs"]
-        pipeline = load_pipeline(arguments.pipeline, ["teacher.weights=null", *arguments.overrides, *paths])
+        pipeline = load_pipeline(arguments.pipeline, ["teacher.weights=random", *arguments.overrides, *paths])
         device = pick_device(pipeline.device, threads=pipeline.threads)
         if arguments.only != "resident":
             sections.append(epochs_section(pipeline, arguments.student, arguments.repeats, arguments.epochs))

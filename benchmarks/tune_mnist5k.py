@@ -20,9 +20,9 @@ from logitcache.train_student import Bench, summarise, train_teacher
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/tune"))
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.001, 0.002, 0.004, 0.008])
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 2.0, 4.0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.002, 0.004, 0.008])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 2.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11])
     parser.add_argument("overrides", nargs="*", help="key=value of the pipeline")
     arguments = parser.parse_args()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from logitcache.digest import sha256_hex
-from logitcache.encodings import encoding_from_config
+from logitcache.digest import array_digest, sha256_hex
+from logitcache.encodings import ArraySpec, encoding_from_config
 from logitcache.errors import CorruptCache
 from logitcache.layout import (
     FIXED,
@@ -14,13 +14,19 @@ from logitcache.layout import (
     Block,
     all_blocks,
     block_key,
+    block_rows,
+    decode_fixed,
+    decode_rows,
+    fixed_array_key,
     group_metadata,
 )
 from logitcache.manifest import (
     MANIFEST,
     RECEIPTS,
+    Layout,
     Manifest,
     Receipt,
+    StoredObject,
     content_digest,
     read_manifest,
     read_receipt,
@@ -38,7 +44,7 @@ class Problem:
     """Such as "v00003/b00012", "fixed" for the sample table, "" for the cache as a whole."""
     path: str
     kind: str
-    """"missing", "wrong size", "wrong bytes", "damaged", "stray" or "differs"."""
+    """"missing", "wrong size", "wrong bytes", "wrong values", "wrong digest", "damaged", "stray" or "differs"."""
 
 
 def verify(location: str, *, deep: bool = False) -> list[Problem]:
@@ -46,7 +52,7 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
 
     Args:
         location: the cache.
-        deep: also read every byte and compare its SHA-256.
+        deep: also read every byte, compare its SHA-256, decode it, and compare the SHA-256 of its values.
 
     Raises:
         NotACache: no cache there.
@@ -54,20 +60,32 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
     """
     storage = open_storage(location)
     manifest = read_manifest(storage.get(MANIFEST), url=storage.url)
+    specs = encoding_from_config(manifest.identity.encoding).arrays(manifest.layout.num_classes)
     problems: list[Problem] = []
     receipts = _all_receipts(storage, manifest, problems)
-    expected = _expected_objects(storage, manifest, receipts)
-    with track("verifying", len(expected), unit="objects") as meter:
-        for path, (block, size, sha256) in expected.items():
-            problems += _check_object(storage, path, block, size, sha256, deep=deep)
+    known = {MANIFEST, RECEIPTS, "README.md"}
+    with track("verifying", len(receipts), unit="blocks") as meter:
+        for name, receipt in receipts.items():
+            known |= {f"{GROUP}/{array}/zarr.json" for array in receipt.objects}
+            for array, stored in receipt.objects.items():
+                spec = specs.get(array)
+                if (name == FIXED) == (spec is not None):
+                    problems.append(Problem(name, array, "damaged"))
+                    continue
+                path = fixed_array_key(array) if spec is None else block_key(array, spec, Block.from_name(name))
+                known.add(path)
+                kind = _what_is_wrong(storage, path, stored)
+                if kind is None and deep:
+                    kind = _what_is_wrong_inside(storage, manifest.layout, name, array, spec, path, stored)
+                problems += [] if kind is None else [Problem(name, path, kind)]
             meter.advance()
-    known = {MANIFEST, RECEIPTS, "README.md", *expected, *_metadata(storage, manifest)}
-    for path in storage.list_keys():
-        if path not in known and not path.startswith("receipts/"):
-            problems.append(Problem("", path, "stray"))
-    for path, data in _metadata(storage, manifest).items():
-        if data is not None and storage.get(path) != data:
-            problems.append(Problem("", path, "wrong bytes" if storage.size(path) is not None else "missing"))
+    for path, data in group_metadata(specs, manifest.layout).items():
+        known.add(path)
+        found = storage.get(path)
+        if found != data:
+            problems.append(Problem("", path, "missing" if found is None else "wrong bytes"))
+    strays = [path for path in storage.list_keys() if path not in known and not path.startswith("receipts/")]
+    problems += [Problem("", path, "stray") for path in strays]
     if manifest.state == "sealed" and content_digest(list(receipts.values())) != manifest.digest:
         problems.append(Problem("", MANIFEST, "wrong digest"))
     return problems
@@ -96,36 +114,31 @@ def _all_receipts(storage: LocalStorage, manifest: Manifest, problems: list[Prob
     return {name: receipt for name, receipt in receipts.items() if name in wanted}
 
 
-def _expected_objects(
-    storage: LocalStorage, manifest: Manifest, receipts: dict[str, Receipt]
-) -> dict[str, tuple[str, int, str]]:
-    """Path -> (block, bytes, SHA-256) of every object that has a receipt."""
-    specs = encoding_from_config(manifest.identity.encoding).arrays(manifest.layout.num_classes)
-    expected = {}
-    for name, receipt in receipts.items():
-        for array, stored in receipt.objects.items():
-            if name == FIXED:
-                rank = 2 if array == "sample_contents" else 1
-                path = "/".join([GROUP, array, "c", *["0"] * rank])
-            else:
-                path = block_key(array, specs[array], Block.from_name(name))
-            expected[path] = (name, stored.bytes, stored.sha256)
-    return expected
-
-
-def _metadata(storage: LocalStorage, manifest: Manifest) -> dict[str, bytes | None]:
-    """The `zarr.json` of every array: what it must say, or None where only its presence is known."""
-    specs = encoding_from_config(manifest.identity.encoding).arrays(manifest.layout.num_classes)
-    metadata: dict[str, bytes | None] = dict(group_metadata(specs, manifest.layout))
-    return metadata | {f"{GROUP}/sample_{part}/zarr.json": None for part in ("keys", "targets", "contents")}
-
-
-def _check_object(storage: LocalStorage, path: str, block: str, size: int, sha256: str, *, deep: bool) -> list[Problem]:
+def _what_is_wrong(storage: LocalStorage, path: str, stored: StoredObject) -> str | None:
     found = storage.size(path)
     if found is None:
-        return [Problem(block, path, "missing")]
-    if found != size:
-        return [Problem(block, path, "wrong size")]
-    if deep and sha256_hex(storage.get(path) or b"") != sha256:
-        return [Problem(block, path, "wrong bytes")]
-    return []
+        return "missing"
+    return None if found == stored.bytes else "wrong size"
+
+
+def _what_is_wrong_inside(
+    storage: LocalStorage,
+    layout: Layout,
+    name: str,
+    array: str,
+    spec: ArraySpec | None,
+    path: str,
+    stored: StoredObject,
+) -> str | None:
+    data = storage.get(path) or b""
+    if sha256_hex(data) != stored.sha256:
+        return "wrong bytes"
+    try:
+        if spec is None:
+            values = decode_fixed(storage.get(f"{GROUP}/{array}/zarr.json") or b"", data)
+        else:
+            rows = block_rows(layout, Block.from_name(name))
+            values = decode_rows(spec, [data], len(rows), layout.rows_per_block)
+    except Exception:  # whatever zarr raises for bytes that are no such chunk
+        return "damaged"
+    return None if array_digest(values) == stored.values_sha256 else "wrong values"

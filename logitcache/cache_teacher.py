@@ -21,7 +21,7 @@ from logitcache.manifest import Layout, Manifest
 from logitcache.pipeline import Pipeline
 from logitcache.progress import track
 from logitcache.reader import open_cache
-from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
+from logitcache.resolve import place_teacher, resolve_data, resolve_plan, resolve_teacher
 from logitcache.samples import Dataset, SampleTable, compare_samples, content_table, sample_table
 from logitcache.views import ViewDataset
 from logitcache.writer import CacheWriter
@@ -83,10 +83,7 @@ def run_blocks(
 ) -> None:
     """Run the teacher over the given blocks and hand its logits to the writer."""
     config = pipeline.teacher
-    teacher = teacher.to(device)
-    if config.channels_last:
-        teacher = teacher.to(memory_format=torch.channels_last)
-    forward = torch.compile(teacher) if config.compile else teacher
+    teacher = place_teacher(teacher, device, config)
     layout = writer.layout
     loader = rendered_batches(
         views,
@@ -101,7 +98,7 @@ def run_blocks(
         ):
             on_device = to_device(inputs, device, channels_last=config.channels_last)
             with autocast(device, config.precision):
-                logits = forward(on_device)
+                logits = teacher(on_device)
             writer.write(view=view, start=rows.start, logits=logits, inputs=inputs)
             meter.advance(len(rows), note=f"view {view + 1}/{layout.num_views}")
 

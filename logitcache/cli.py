@@ -176,7 +176,7 @@ def demo_command(
 
 def cache_summary(cache: Any) -> dict[str, Any]:
     """The keys of `info`."""
-    blocks = cache.num_views * cache.num_samples
+    rows = sum(receipt.rows for name, receipt in cache.receipts.items() if name != "fixed")
     return {
         "id": cache.id,
         "digest": cache.digest,
@@ -186,7 +186,7 @@ def cache_summary(cache: Any) -> dict[str, Any]:
         "num_classes": cache.num_classes,
         "encoding": repr(cache.encoding),
         "bytes": cache.stored_bytes,
-        "bytes_per_sample": cache.label_bytes / blocks,
+        "bytes_per_sample": cache.label_bytes / rows if rows else None,
         "teacher": cache.manifest.identity.teacher,
         "dataset": cache.manifest.identity.dataset,
         "kl_mean": cache.kl_mean,
@@ -262,9 +262,6 @@ def main() -> None:
         fail(
             error, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", StorageError.exit_code
         )
-    except KeyboardInterrupt:
-        print("\nstopped; what is committed stays, run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
 
 
 def fail(error: BaseException, message: str, exit_code: int) -> None:

@@ -14,7 +14,18 @@ from typing import Any
 from logitcache.digest import canonical_json
 from logitcache.encodings import Encoding, encoding_from_config
 from logitcache.errors import IdentityMismatch, NotACache, UsageError
-from logitcache.manifest import FORMAT_VERSION, MANIFEST, Identity, Layout, Manifest, dump, read_manifest
+from logitcache.layout import FIXED, GROUP, Block
+from logitcache.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    RECEIPTS,
+    Identity,
+    Layout,
+    Manifest,
+    dump,
+    read_manifest,
+    read_receipts,
+)
 from logitcache.samples import SampleTable
 from logitcache.storage import LocalStorage, open_storage
 from logitcache.views import ViewPlan
@@ -144,9 +155,27 @@ def _open_manifest(storage: LocalStorage, identity: Identity, layout: Layout) ->
             + "\n  ".join(differences)
             + "\nChoose another `cache.path`, or restore what differs; nothing was changed."
         )
+    if manifest.state == "open" and layout.num_views < manifest.layout.num_views:
+        manifest = _forget_views(storage, manifest, layout)
     if layout.num_views > manifest.layout.num_views:
         manifest = manifest.model_copy(update={"layout": layout, "state": "open", "digest": None})
         storage.put(MANIFEST, dump(manifest))
+    return manifest
+
+
+def _forget_views(storage: LocalStorage, manifest: Manifest, layout: Layout) -> Manifest:
+    """Take back views that were asked for and never finished; those that were sealed before stay."""
+    gathered = storage.get(RECEIPTS)
+    names = read_receipts(gathered, url=storage.url).keys() - {FIXED} if gathered is not None else set()
+    num_views = max([layout.num_views, *(Block.from_name(name).view + 1 for name in names)])
+    kept = manifest.layout.model_copy(update={"num_views": num_views})
+    arrays = encoding_from_config(manifest.identity.encoding).arrays(kept.num_classes)
+    for view in range(num_views, manifest.layout.num_views):
+        for folder in (f"receipts/v{view:05d}", *(f"{GROUP}/{array}/c/{view}" for array in arrays)):
+            for key in list(storage.list_keys(folder)):
+                storage.delete(key)
+    manifest = manifest.model_copy(update={"layout": kept})
+    storage.put(MANIFEST, dump(manifest))
     return manifest
 
 

@@ -48,9 +48,8 @@ def to_device(batch: Any, device: torch.device, *, channels_last: bool = False) 
     """A batch of tensors, or a nest of them, on a device; images in channels-last order where asked."""
     if isinstance(batch, Tensor):
         images = channels_last and batch.ndim == 4
-        return batch.to(
-            device, non_blocking=True, memory_format=torch.channels_last if images else torch.preserve_format
-        )
+        memory_format = torch.channels_last if images else torch.preserve_format
+        return batch.to(device, non_blocking=device.type == "cuda", memory_format=memory_format)
     if isinstance(batch, dict):
         return {name: to_device(part, device, channels_last=channels_last) for name, part in batch.items()}
     if isinstance(batch, tuple | list):

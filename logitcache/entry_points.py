@@ -73,13 +73,21 @@ def _lies_under(module_name: str, folder: Path) -> bool:
     """
     if module_name in sys.modules:
         origin = getattr(sys.modules[module_name], "__file__", None)
-        return origin is not None and Path(origin).resolve().is_relative_to(folder)
+        return origin is not None and _is_own(Path(origin), folder)
     search: list[str] | None = [str(folder), *sys.path]
     parts = module_name.split(".")
     spec = None
     for depth in range(len(parts)):
         spec = PathFinder.find_spec(".".join(parts[: depth + 1]), search)
-        if spec is None or (spec.origin is not None and not Path(spec.origin).resolve().is_relative_to(folder)):
+        if spec is None or (spec.origin is not None and not _is_own(Path(spec.origin), folder)):
             return False
         search = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
     return spec is not None and spec.origin is not None
+
+
+def _is_own(path: Path, folder: Path) -> bool:
+    """Whether a file is the user's own: in the working folder, and in no environment that was installed there."""
+    path = path.resolve()
+    if not path.is_relative_to(folder) or {"site-packages", "dist-packages"} & set(path.parts):
+        return False
+    return not any((parent / "pyvenv.cfg").is_file() for parent in path.parents if parent.is_relative_to(folder))

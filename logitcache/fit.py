@@ -14,7 +14,7 @@ from logitcache.errors import IdentityMismatch, IncompleteCache
 from logitcache.pipeline import Pipeline
 from logitcache.progress import track
 from logitcache.reader import LogitCache, open_cache
-from logitcache.resolve import TRAINED, resolve_data, resolve_plan, resolve_teacher, teacher_weights
+from logitcache.resolve import RANDOM, resolve_data, resolve_plan, resolve_teacher, teacher_name, teacher_weights
 from logitcache.samples import compare_samples, content_table, match_rows, sample_table
 from logitcache.views import ViewDataset, ViewPlan
 
@@ -62,17 +62,22 @@ def open_fitting_cache(
 def fit_differences(cache: LogitCache, pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool) -> list[str]:
     """The fields of a cache's identity in which the pipeline at hand differs, but for its samples."""
     cached = cache.manifest.identity
-    here: dict[str, Any] = {"view_seed": plan.seed, "outputs": {"logits": [data.num_classes]}}
+    here: dict[str, Any] = {
+        "view_seed": plan.seed,
+        "outputs": {"logits": [data.num_classes]},
+        "precision": pipeline.teacher.precision,
+    }
     if cached.transform is not None:
         here["transform"] = plan.describe()
     if cached.class_names is not None and data.class_names is not None:
         here["class_names"] = data.class_names
     weights = teacher_weights(pipeline)
-    at_hand = (weights is None and pipeline.teacher.weights != TRAINED) or Path(str(weights)).is_file()
+    named = teacher_name(pipeline)
+    at_hand = weights in (None, RANDOM) or Path(str(weights)).is_file()
     if at_hand:
         here["teacher"] = resolve_teacher(pipeline, data, plan, trust=trust)[1]
-    elif cached.teacher.partition("@")[0] != pipeline.teacher.model:
-        here["teacher"] = pipeline.teacher.model
+    elif cached.teacher.partition("@")[0] != named:
+        here["teacher"] = named
     return cached.differences(type(cached).model_validate(cached.model_dump() | _through_json(here)))
 
 

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from logitcache.devices import autocast, to_device
 from logitcache.labelview import View
+from logitcache.pipeline import TeacherConfig
 from logitcache.reader import LogitCache
+from logitcache.resolve import place_teacher
 from logitcache.views import ViewDataset
 
 # B batch, C classes
@@ -19,7 +21,7 @@ class Labels(Protocol):
     """Teacher logits for the batches of a run, joined in the main process."""
 
     needs_teacher_inputs: bool
-    """Whether batches must carry the teacher's own rendering beside the student's."""
+    """Whether batches must carry the teacher's own rendering beside the student's; else it sees the student's."""
 
     def start_view(self, view: int, following: int | None) -> None:
         """Get ready for a view, and begin to get ready for the one that follows."""
@@ -39,13 +41,13 @@ class CachedLabels:
     def __init__(
         self,
         cache: LogitCache,
-        teacher_views: ViewDataset,
+        views: ViewDataset,
         device: torch.device,
         *,
         memory_budget: int | None = None,
     ) -> None:
         self._cache = cache
-        self._teacher_views = teacher_views
+        self._views = views
         self._device = device
         self._memory_budget = memory_budget
         self._proven: set[int] = set()
@@ -59,7 +61,7 @@ class CachedLabels:
 
     def start_view(self, view: int, following: int | None) -> None:
         if view not in self._proven:
-            self._cache.check_inputs(self._teacher_views, view)
+            self._cache.check_inputs(self._views, view)
             self._proven.add(view)
         if view != self._number:
             self._view = self._cache.view(view, self._device, memory_budget=self._memory_budget)
@@ -75,17 +77,19 @@ class CachedLabels:
 class LiveLabels:
     """Logits from the teacher, run on every batch: what a cache saves."""
 
-    needs_teacher_inputs = True
-
-    def __init__(self, teacher: nn.Module, device: torch.device, *, precision: str = "float32") -> None:
-        self._teacher = teacher.to(device).eval()
+    def __init__(
+        self, teacher: nn.Module, device: torch.device, config: TeacherConfig, *, needs_teacher_inputs: bool
+    ) -> None:
+        self.needs_teacher_inputs = needs_teacher_inputs
+        self._teacher = place_teacher(teacher, device, config)
         self._device = device
-        self._precision = precision
+        self._config = config
 
     def start_view(self, view: int, following: int | None) -> None:
         """Nothing to get ready."""
 
     def logits(self, rows: Tensor, teacher_inputs: Any) -> Tensor:
-        with torch.inference_mode(), autocast(self._device, self._precision):
-            logits_BC: Tensor = self._teacher(to_device(teacher_inputs, self._device))
-        return logits_BC.float().clone()
+        inputs = to_device(teacher_inputs, self._device, channels_last=self._config.channels_last)
+        with torch.no_grad(), autocast(self._device, self._config.precision):
+            logits_BC: Tensor = self._teacher(inputs)
+        return logits_BC.float()

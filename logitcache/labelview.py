@@ -46,7 +46,7 @@ class ResidentView(View):
 
     def logits(self, index: Any) -> Tensor:
         index_B = torch.as_tensor(index, dtype=torch.int64, device=self._device)
-        gathered = {name: values.index_select(0, index_B) for name, values in self._arrays.items()}
+        gathered = {name: _rows(values, index_B) for name, values in self._arrays.items()}
         return self._encoding.decode(gathered, self.num_classes)
 
 
@@ -88,7 +88,7 @@ class StreamedView(View):
             places = np.flatnonzero(numbers_B == number)
             within = torch.from_numpy(rows_B[places] - number * rows_per_block).to(self._device)
             block = self._block(int(number))
-            gathered = {name: values.index_select(0, within) for name, values in block.items()}
+            gathered = {name: _rows(values, within) for name, values in block.items()}
             decoded = self._encoding.decode(gathered, self.num_classes)
             logits_BC[torch.from_numpy(places).to(self._device)] = decoded
         return logits_BC
@@ -104,3 +104,14 @@ class StreamedView(View):
                 self._blocks.popitem(last=False)
         self._blocks.move_to_end(number)
         return block
+
+
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32}
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """Some rows of an array; torch gathers its wider unsigned integers only on some devices, so they pass as signed."""
+    signed = _SIGNED.get(values.dtype)
+    if signed is None:
+        return values.index_select(0, index)
+    return values.view(signed).index_select(0, index).view(values.dtype)

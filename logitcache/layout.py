@@ -73,9 +73,13 @@ def block_key(array: str, spec: ArraySpec, block: Block) -> str:
     return "/".join([GROUP, array, "c", str(block.view), str(block.number), *("0" for _ in spec.row_shape)])
 
 
-def fixed_key(array: str, values: np.ndarray) -> str:
+FIXED_ARRAYS = {"sample_keys": 1, "sample_targets": 1, "sample_contents": 2}
+"""The arrays of the sample table, and their ranks."""
+
+
+def fixed_array_key(array: str) -> str:
     """Key of the one object of a fixed array."""
-    return "/".join([GROUP, array, "c", *("0" for _ in values.shape)])
+    return "/".join([GROUP, array, "c", *["0"] * FIXED_ARRAYS.get(array, 1)])
 
 
 def group_metadata(specs: Mapping[str, ArraySpec], layout: Layout) -> dict[str, bytes]:

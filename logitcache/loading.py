@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,13 +25,13 @@ Batch = tuple[Tensor, Any, Any]
 def rendered_batches(
     views: ViewDataset, batches: Iterable[list[tuple[int, int]]], *, num_workers: int, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """Render batches of (view, index) in order, ahead of the reader.
+    """Render batches of (view, index) in order, ahead of the reader; workers start at once.
 
     Raises:
         LogitCacheError: what a worker met, as it was raised there: an unreadable or changed sample.
     """
     loader: DataLoader[Any] = DataLoader(
-        _Rendering(views),
+        _Rendering(views, pipe=not pin_memory),
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_as_rendered,
@@ -40,6 +40,11 @@ def rendered_batches(
         # Its own, since DataLoader draws a number at every start: from the global one, a resumed run would differ.
         generator=torch.Generator(),
     )
+    # Workers are forked here and now, before the caller starts threads of its own.
+    return _checked(iter(loader))
+
+
+def _checked(loader: Iterator[Any]) -> Iterator[Batch]:
     try:
         for batch in loader:
             if isinstance(batch, LogitCacheError):
@@ -56,16 +61,17 @@ def rendered_batches(
 class _Rendering(Dataset[Any]):
     """Whole batches at a time; an error travels as a value, since DataLoader would rewrite its message."""
 
-    def __init__(self, views: ViewDataset) -> None:
+    def __init__(self, views: ViewDataset, *, pipe: bool) -> None:
         self._views = views
+        self._pipe = pipe
 
     def __len__(self) -> int:
         return len(self._views)
 
     def __getitems__(self, items: list[tuple[int, int]]) -> Batch | LogitCacheError:
         try:
-            batch: Batch = _for_pipe(collate(self._views.__getitems__(items)))
-            return batch
+            batch = collate(self._views.__getitems__(items))
+            return cast("Batch", _for_pipe(batch)) if self._pipe else batch
         except LogitCacheError as error:
             return error
 

@@ -29,9 +29,10 @@ def kl_divergence(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float 
         ShapeError: the two differ in shape.
     """
     _same_shape(student_BC, teacher_BC)
-    log_student_BC = F.log_softmax(student_BC.float() / temperature, dim=1)
-    teacher_p_BC = F.softmax(teacher_BC.float() / temperature, dim=1)
-    return F.kl_div(log_student_BC, teacher_p_BC, reduction="none").sum(dim=1) * temperature**2
+    log_student_BC = F.log_softmax(_softened(student_BC, temperature), dim=1)
+    teacher_p_BC = F.softmax(_softened(teacher_BC, temperature), dim=1)
+    kl_B = F.kl_div(log_student_BC, teacher_p_BC, reduction="none").sum(dim=1)
+    return kl_B if temperature == 1.0 else kl_B * temperature**2
 
 
 def soft_cross_entropy(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -43,8 +44,8 @@ def soft_cross_entropy(student_BC: Tensor, teacher_BC: Tensor, *, temperature: f
         ShapeError: the two differ in shape.
     """
     _same_shape(student_BC, teacher_BC)
-    log_student_BC = F.log_softmax(student_BC.float() / temperature, dim=1)
-    teacher_p_BC = F.softmax(teacher_BC.float() / temperature, dim=1)
+    log_student_BC = F.log_softmax(_softened(student_BC, temperature), dim=1)
+    teacher_p_BC = F.softmax(_softened(teacher_BC, temperature), dim=1)
     return -(teacher_p_BC * log_student_BC).sum(dim=1) * temperature**2
 
 
@@ -124,6 +125,9 @@ class TrueLabel(Loss):
     needs_teacher: ClassVar[bool] = False
     label_smoothing: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check_fraction("label_smoothing", self.label_smoothing)
+
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
         return true_label_cross_entropy(student_BC, target, label_smoothing=self.label_smoothing)
 
@@ -142,6 +146,8 @@ class HardPlusSoft(Loss):
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)
         _check_hard(self.hard)
+        if not isinstance(self.weight, int | float) or self.weight < 0:
+            raise UsageError(f"loss 'hard_plus_soft': weight is at least 0, not {self.weight!r}")
 
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
         soft_B = kl_divergence(student_BC, _given(teacher_BC), temperature=self.temperature)
@@ -162,8 +168,7 @@ class Blend(Loss):
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)
         _check_hard(self.hard)
-        if not 0.0 <= self.alpha <= 1.0:
-            raise UsageError(f"loss 'blend': alpha lies between 0 and 1, not {self.alpha!r}")
+        _check_fraction("alpha", self.alpha)
 
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
         soft_B = kl_divergence(student_BC, _given(teacher_BC), temperature=self.temperature)
@@ -182,6 +187,8 @@ def loss_from_config(config: str | Mapping[str, Any]) -> Loss:
     Raises:
         UsageError: an unknown loss or parameter, or a parameter out of range.
     """
+    if not isinstance(config, str | Mapping):
+        raise UsageError(f"a loss is a name or a mapping such as {{name: kl, temperature: 2}}, not {config!r}")
     fields = {"name": config} if isinstance(config, str) else dict(config)
     name = fields.pop("name", None)
     if name not in LOSSES:
@@ -191,6 +198,11 @@ def loss_from_config(config: str | Mapping[str, Any]) -> Loss:
         if field not in known:
             raise UsageError(f"loss {name!r} has no parameter {field!r}; it has: {', '.join(known) or 'none'}")
     return LOSSES[name](**fields)
+
+
+def _softened(logits_BC: Tensor, temperature: float) -> Tensor:
+    # At T = 1 the division would cost a small student's step more than the gather of its labels.
+    return logits_BC.float() if temperature == 1.0 else logits_BC.float() / temperature
 
 
 def _same_shape(student_BC: Tensor, teacher_BC: Tensor) -> None:
@@ -214,8 +226,13 @@ def _hard(kind: str, student_BC: Tensor, teacher_BC: Tensor, target: Tensor) -> 
 
 
 def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
+    if not isinstance(temperature, int | float) or not temperature > 0:
         raise UsageError(f"a temperature is positive, not {temperature!r}")
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise UsageError(f"{name} lies between 0 and 1, not {value!r}")
 
 
 def _check_hard(hard: str) -> None:

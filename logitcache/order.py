@@ -36,7 +36,9 @@ def epoch_order(
 def batches(order: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """An order cut into batches; a single sample left over joins the batch before it, for batch norm's sake."""
     starts = list(range(0, len(order), batch_size))
-    if len(starts) > 1 and len(order) - starts[-1] == 1:
+    if not starts:
+        return []
+    if len(starts) > 1 and batch_size > 1 and len(order) - starts[-1] == 1:
         starts.pop()
     return [order[start:stop] for start, stop in zip(starts, [*starts[1:], len(order)], strict=True)]
 

@@ -94,7 +94,10 @@ class ModelConfig(_Section):
 
 
 class TeacherConfig(ModelConfig):
-    """The teacher: run once, or trained first where `weights` is "trained"."""
+    """The teacher: run once, or trained first where `weights` is "trained"; "random" says that none is meant."""
+
+    start_from: str | None = None
+    """Weights that `train-teacher` fine-tunes from: a .safetensors file, or a name of torchvision's."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     channels_last: bool = False
@@ -123,7 +126,7 @@ class CacheConfig(_Section):
 class StudentConfig(ModelConfig):
     """A student: its net, its loss, and what differs from the pipeline's `train`."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^\w[\w.-]*$")
     loss: dict[str, Any] = {"name": "kl"}
     labels: Literal["cache", "live"] = "cache"
     """Where the teacher's logits come from; "live" runs the teacher on every batch, to compare."""
@@ -149,7 +152,7 @@ class RunsConfig(_Section):
 class Pipeline(_Section):
     """A whole pipeline, as it was resolved."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^\w[\w.-]*$")
     data: DataConfig
     views: ViewsConfig = ViewsConfig()
     teacher: TeacherConfig
@@ -263,24 +266,19 @@ def _override(raw: dict[str, Any], text: str) -> None:
     node: Any = raw
     for depth, key in enumerate(keys[:-1]):
         node = _descend(node, key, ".".join(keys[: depth + 1]))
-    last = keys[-1]
-    if isinstance(node, list):
-        node[_position(node, last, dotted)] = value
-    else:
-        node[last] = value
+    node[_position(node, keys[-1], dotted) if isinstance(node, list) else keys[-1]] = value
 
 
 def _descend(node: Any, key: str, dotted: str) -> Any:
-    if isinstance(node, list):
-        return node[_position(node, key, dotted)]
-    child = node.get(key)
+    place: Any = _position(node, key, dotted) if isinstance(node, list) else key
+    child = node[place] if isinstance(node, list) else node.get(place)
     if isinstance(child, str) and key == "encoding":
         child = encoding_from_config(child).config()
     if child is None:
         child = {}
     if not isinstance(child, dict | list):
         raise UsageError(f"{dotted} is {child!r}, which has no keys below it to override")
-    node[key] = child
+    node[place] = child
     return child
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from logitcache.digest import sha256_hex
+from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import ArraySpec, Encoding, encoding_from_config
 from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, UsageError
 from logitcache.labelview import ResidentView, StreamedView, View
@@ -29,6 +29,7 @@ from logitcache.layout import (
     blocks_per_view,
     decode_fixed,
     decode_rows,
+    fixed_array_key,
 )
 from logitcache.manifest import (
     MANIFEST,
@@ -202,7 +203,7 @@ class LogitCache:
         """Render the proof rows of a view and hold their pixels to what the teacher was given.
 
         Args:
-            views: must render the teacher's own deterministic part, as it does by default.
+            views: the views at hand, for whichever model; the teacher's own part is rendered.
 
         Returns:
             How many rows were compared; rows outside a subset are left out.
@@ -210,6 +211,7 @@ class LogitCache:
         Raises:
             IdentityMismatch: names the sample, and the library versions that may be the cause.
         """
+        views = ViewDataset(views.dataset, views.plan, rows=views.rows)  # the teacher's own part, whatever the model's
         index_of_row = None if views.rows is None else {int(row): index for index, row in enumerate(views.rows)}
         compared = 0
         for row, expected in self._input_digests(view).items():
@@ -315,11 +317,16 @@ class LogitCache:
     def _read_fixed(self, name: str) -> np.ndarray:
         stored = self.receipts[FIXED].objects[name]
         metadata = self.storage.get(f"{GROUP}/{name}/zarr.json")
-        keys = list(self.storage.list_keys(f"{GROUP}/{name}/c"))
-        data = self.storage.get(keys[0]) if keys else None
-        if metadata is None or data is None or sha256_hex(data) != stored.sha256:
-            raise CorruptCache(f"{self.storage.url}: {GROUP}/{name} is not what was written; run `logitcache verify`")
-        return decode_fixed(metadata, data)
+        data = self.storage.get(fixed_array_key(name))
+        try:
+            values = decode_fixed(metadata or b"", data or b"")
+        except Exception:  # whatever zarr raises for bytes that are no such array
+            values = None
+        if values is None or array_digest(values) != stored.values_sha256:
+            raise CorruptCache(
+                f"{self.storage.url}: {GROUP}/{name} is not what was written; run `logitcache verify --deep`"
+            )
+        return values
 
     def _check_complete(self, view: int) -> None:
         if not 0 <= view < self.num_views:

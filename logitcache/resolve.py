@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from logitcache.catalog.datasets import Data, load_data
 from logitcache.catalog.models import build_model, check_output, model_fingerprint
+from logitcache.entry_points import is_entry_point
 from logitcache.errors import UsageError
-from logitcache.pipeline import ModelConfig, Pipeline
+from logitcache.pipeline import ModelConfig, Pipeline, TeacherConfig
 from logitcache.randomness import preserved_generators, seed_generators
 from logitcache.samples import Dataset
 from logitcache.transforms import build_transform
@@ -21,6 +22,8 @@ from logitcache.views import Mixing, ViewDataset, ViewPlan
 
 TRAINED = "trained"
 """`teacher.weights` of a teacher that `train-teacher` makes."""
+RANDOM = "random"
+"""`teacher.weights` of a teacher that is meant to know nothing."""
 
 
 def resolve_data(pipeline: Pipeline, *, trust: bool) -> Data:
@@ -62,8 +65,11 @@ def resolve_model(
     weights: str | None,
     seed: int,
     trust: bool,
+    new_head: bool = True,
 ) -> nn.Module:
     """A model sized for the data, its fresh weights drawn from a seed, and held to the data's classes.
+
+    Without `new_head` ready weights keep the head that they came with, or are refused.
 
     Raises:
         UsageError, ShapeError: a model that can't be built or does not fit the data.
@@ -79,6 +85,7 @@ def resolve_model(
             weights=weights,
             args=config.args,
             trust=trust,
+            new_head=new_head,
         )
     batch = sample[None] if isinstance(sample, torch.Tensor) else [sample]
     check_output(model, batch, data.num_classes, name=config.model)
@@ -90,6 +97,13 @@ def teacher_weights(pipeline: Pipeline) -> str | None:
     if pipeline.teacher.weights == TRAINED:
         return str(teacher_folder(pipeline) / "last.safetensors")
     return pipeline.teacher.weights
+
+
+def teacher_name(pipeline: Pipeline) -> str:
+    """What a teacher is called in an identity: its model, and the name of its weights where they have one."""
+    weights = pipeline.teacher.weights
+    named = weights is not None and weights not in (TRAINED, RANDOM) and not weights.endswith(".safetensors")
+    return f"{pipeline.teacher.model}/{weights}" if named else pipeline.teacher.model
 
 
 def teacher_folder(pipeline: Pipeline) -> Path:
@@ -104,11 +118,32 @@ def resolve_teacher(pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bo
         UsageError: no weights yet, or weights that don't fit.
     """
     weights = teacher_weights(pipeline)
+    if pipeline.teacher.weights is None and not is_entry_point(pipeline.teacher.model):
+        raise UsageError(
+            f"the teacher {pipeline.teacher.model!r} has no weights; set teacher.weights to {TRAINED!r} (and run "
+            f"`logitcache train-teacher`), to a .safetensors file, or to {RANDOM!r} if that is meant"
+        )
     if pipeline.teacher.weights == TRAINED and not Path(str(weights)).is_file():
         raise UsageError(f"the teacher is not trained yet: there is no {weights}; run `logitcache train-teacher` first")
-    model = resolve_model(pipeline.teacher, data, plan, weights=weights, seed=0, trust=trust)
-    fingerprint = model_fingerprint(model, name=pipeline.teacher.model, args=pipeline.teacher.args)
+    model = resolve_model(
+        pipeline.teacher,
+        data,
+        plan,
+        weights=None if weights == RANDOM else weights,
+        seed=0,
+        trust=trust,
+        new_head=False,
+    )
+    fingerprint = model_fingerprint(model, name=teacher_name(pipeline), args=pipeline.teacher.args)
     return model.eval().requires_grad_(False), fingerprint
+
+
+def place_teacher(teacher: nn.Module, device: torch.device, config: TeacherConfig) -> nn.Module:
+    """The teacher on its device, in the memory format and compiled as its configuration says."""
+    teacher = teacher.to(device)
+    if config.channels_last:
+        teacher = teacher.to(memory_format=torch.channels_last)
+    return cast("nn.Module", torch.compile(teacher)) if config.compile else teacher
 
 
 def clean_views(dataset: Dataset, config: ModelConfig, *, trust: bool) -> ViewDataset:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 
 from logitcache.catalog.models import save_weights
 from logitcache.errors import CorruptCache, UsageError
+from logitcache.storage import LocalStorage
 
 CONFIG, METRICS, RESULT, CHECKPOINT = "run.yaml", "metrics.jsonl", "result.json", "resume.pt"
 
@@ -29,9 +32,11 @@ class RunFolder:
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         self.path = path
+        self._storage = LocalStorage(path)
         config = json.loads(json.dumps(config))
         try:
             path.mkdir(parents=True, exist_ok=True)
+            self._storage.remove_leftovers()
             existing = self._read(CONFIG)
         except OSError as error:
             raise UsageError(f"can't write to {path}: {error.strerror}; choose another `runs.path`") from error
@@ -76,9 +81,9 @@ class RunFolder:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace the state to resume from, whole or not at all."""
-        partial = self.path / f".{CHECKPOINT}.partial"
-        torch.save(state, partial)
-        partial.replace(self.path / CHECKPOINT)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self._storage.put(CHECKPOINT, buffer.getvalue())
 
     def save_weights(self, model: nn.Module, name: str) -> None:
         """Write a model's weights as `NAME.safetensors`."""
@@ -87,13 +92,13 @@ class RunFolder:
     def start_log(self, step: int) -> None:
         """Open the logs at a step; what they say of later steps is forgotten."""
         text = self._read(METRICS) or ""
-        kept = [line for line in text.splitlines() if line and json.loads(line)["step"] <= step]
+        kept = [line for line in text.splitlines() if _step_of(line) <= step]
         self.write(METRICS, "".join(f"{line}\n" for line in kept))
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:  # the extra `train` is not installed: the JSONL log has it all
             return
-        self._events = SummaryWriter(str(self.path), purge_step=step + 1 if step else None)
+        self._events = SummaryWriter(str(self.path), purge_step=step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append a line of metrics."""
@@ -105,15 +110,21 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Write a file, whole or not at all."""
-        partial = self.path / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.path / name)
+        self._storage.put(name, text.encode())
 
     def _read(self, name: str) -> str | None:
         try:
             return (self.path / name).read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; a line that was cut short belongs to a step that never was."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _different_keys(before: Any, now: Any, prefix: str = "") -> list[str]:

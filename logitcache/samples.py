@@ -202,7 +202,7 @@ def content_table(
     contents = np.empty((len(dataset), DIGEST_BYTES), dtype=np.uint8)
     start = 0
     workers = 0 if getattr(dataset, "in_memory", False) else num_workers
-    batches = DataLoader(_ContentDigests(dataset), batch_size=256, num_workers=workers, collate_fn=lambda batch: batch)
+    batches = DataLoader(_ContentDigests(dataset), batch_size=256, num_workers=workers, collate_fn=_as_is)
     for batch in batches:
         if isinstance(batch, LogitCacheError):
             raise batch
@@ -227,6 +227,10 @@ class _ContentDigests(torch.utils.data.Dataset[bytes]):
             return b"".join(content_digest(self.dataset, index) for index in indices)
         except LogitCacheError as error:
             return error
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
 
 
 def compare_samples(cached: SampleTable, here: SampleTable) -> list[str]:

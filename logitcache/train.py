@@ -228,7 +228,7 @@ class _Run:
 
     def _step(self, rows: Tensor, inputs: Any, targets: Any) -> Tensor:
         job, config = self.job, self.job.config
-        teacher_inputs = None
+        teacher_inputs = inputs
         if job.labels is not None and job.labels.needs_teacher_inputs:
             inputs, teacher_inputs = inputs
         inputs = to_device(inputs, job.device, channels_last=config.channels_last)
@@ -268,7 +268,7 @@ class _Run:
     def _log_losses(self) -> None:
         if not self.pending:
             return
-        loss = float(torch.stack(self.pending).double().mean())
+        loss = float(torch.stack(self.pending).cpu().double().mean())
         if not math.isfinite(loss):
             raise InvalidLogits(
                 f"the loss of {self.job.name} (seed {self.job.seed}) became {loss} around step {self.state.step}; "

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from logitcache.catalog.datasets import Data, Selection, stratified_split
 from logitcache.devices import pick_device
@@ -56,20 +57,19 @@ def train_teacher(pipeline: Pipeline, *, trust: bool = False) -> dict[str, Any]:
     """Train the pipeline's teacher on true labels, with the pipeline's own views, a fresh one each epoch.
 
     Raises:
-        UsageError: the pipeline's teacher has ready weights.
+        UsageError: the pipeline's teacher is not one to be trained.
     """
     config = pipeline.teacher
-    if config.weights not in (TRAINED, None) and not config.train:
+    if config.weights != TRAINED:
         raise UsageError(
-            f"the teacher has ready weights ({config.weights}); set teacher.weights={TRAINED} to train one, "
-            "or give teacher.train to fine-tune from them"
+            f"teacher.weights is {config.weights!r}; set teacher.weights={TRAINED} to train one here, and "
+            "teacher.start_from to the weights to fine-tune from, if any"
         )
     data = resolve_data(pipeline, trust=trust)
     plan = resolve_plan(pipeline, data, trust=trust)
     settings = pipeline.train_config(config)
     seed = settings.seeds[0]
-    weights = None if config.weights == TRAINED else config.weights
-    model = resolve_model(config, data, plan, weights=weights, seed=run_seed(seed), trust=trust)
+    model = resolve_model(config, data, plan, weights=config.start_from, seed=run_seed(seed), trust=trust)
     return train(
         Job(
             name="teacher",
@@ -106,8 +106,12 @@ def train_students(pipeline: Pipeline, names: Sequence[str] = (), *, trust: bool
         raise UsageError(f"pipeline {pipeline.name} names no students; add `students:` with a name, a model and a loss")
     students = [pipeline.student(name) for name in names] if names else pipeline.students
     bench = Bench(pipeline, trust=trust)
-    jobs = [(student, [bench.job(student, seed) for seed in bench.seeds(student)]) for student in students]
-    return [summarise(student.name, [train(job) for job in runs]) for student, runs in jobs]
+    for student in students:
+        bench.job(student, bench.seeds(student)[0])  # whatever does not fit is refused before any student's first step
+    return [
+        summarise(student.name, [train(bench.job(student, seed)) for seed in bench.seeds(student)])
+        for student in students
+    ]
 
 
 class Bench:
@@ -124,6 +128,7 @@ class Bench:
         self.plan: ViewPlan = resolve_plan(pipeline, self.data, trust=trust)
         self.device: torch.device = pick_device(pipeline.device, threads=pipeline.threads)
         self._evaluations: dict[tuple[str, str], Evaluation | None] = {}
+        self._live: tuple[nn.Module, str] | None = None
         self._cache: tuple[LogitCache, np.ndarray | None] | None = None
 
     def seeds(self, student: StudentConfig) -> list[int]:
@@ -155,11 +160,11 @@ class Bench:
             views = ViewDataset(dataset, replace(self.plan, num_samples=len(dataset)), model_input=student_input)
             indices = np.arange(len(dataset))
         elif student.labels == "live" and labels is None:
-            teacher, fingerprint = resolve_teacher(pipeline, self.data, self.plan, trust=trust)
-            labels = LiveLabels(teacher, self.device, precision=pipeline.teacher.precision)
-            views = ViewDataset(
-                self.data.train, self.plan, model_input=BothInputs(student_input, self.plan.model_input)
-            )
+            teacher, fingerprint = self._teacher()
+            same_input = student.input == pipeline.teacher.input
+            labels = LiveLabels(teacher, self.device, pipeline.teacher, needs_teacher_inputs=not same_input)
+            both = BothInputs(student_input, self.plan.model_input)
+            views = ViewDataset(self.data.train, self.plan, model_input=student_input if same_input else both)
             identity["labels"] = {"teacher": fingerprint}
         else:
             cache, rows = self.cache()
@@ -171,10 +176,7 @@ class Bench:
             if labels is None:
                 budget = pipeline.cache.memory_budget_mb
                 cached = CachedLabels(
-                    cache,
-                    ViewDataset(self.data.train, plan, rows=rows),
-                    self.device,
-                    memory_budget=None if budget is None else int(budget * 2**20),
+                    cache, views, self.device, memory_budget=None if budget is None else int(budget * 2**20)
                 )
                 rows_per_block, window_blocks = cache.layout.rows_per_block, cached.window_blocks
                 labels = cached
@@ -211,6 +213,11 @@ class Bench:
         if self._cache is None:
             self._cache = open_fitting_cache(self.pipeline, self.data, self.plan, trust=self.trust)
         return self._cache
+
+    def _teacher(self) -> tuple[nn.Module, str]:
+        if self._live is None:
+            self._live = resolve_teacher(self.pipeline, self.data, self.plan, trust=self.trust)
+        return self._live
 
     def _chosen(self, student: StudentConfig) -> np.ndarray:
         if student.samples == 1.0:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcache.errors import SampleMismatch, ShapeError, UsageError
+from logitcache.errors import LogitCacheError, SampleMismatch, ShapeError, UsageError
 from logitcache.randomness import counter_seed, keyed_permutation, preserved_generators, seed_generators
 from logitcache.samples import Dataset, content_digest, load_sample, sample_key
 from logitcache.transforms import adapt_transform, describe_transform
@@ -95,9 +95,9 @@ class ViewPlan:
             UsageError: a transform that can't be told from another one.
         """
         return {
-            "shared": describe_transform(self.transform),
+            "shared": describe_transform(self.transform) or None,
             "mixing": self.mixing.config() if self.mixing.active else None,
-            "teacher_input": describe_transform(self.model_input),
+            "teacher_input": describe_transform(self.model_input) or None,
         }
 
     def mixture(self, view: int, row: int, num_samples: int) -> Mixture | None:
@@ -177,8 +177,8 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         self._model_input = adapt_transform(plan.model_input if model_input is None else model_input)
         # In shared memory, so that DataLoader workers that persist see a new view, and each other's checks.
         self._view: Tensor = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-        checked: Tensor = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
-        self._checked = checked.numpy()
+        checked = torch.zeros(len(dataset), dtype=torch.bool)
+        self._checked: Tensor = checked.share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -207,7 +207,9 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         pixels, target = self._augmented(view, row, index)
         if self.plan.mixing.active:
             pixels, target = self._mixed(view, row, pixels, int(target))
-        return row, pixels if self._model_input is None else self._model_input(pixels), target
+        if self._model_input is not None:
+            pixels = self._run(self._model_input, pixels, index, "input")
+        return row, pixels, target
 
     def _augmented(self, view: int, row: int, index: int) -> tuple[Any, Any]:
         value, target = load_sample(self.dataset, index)
@@ -215,8 +217,20 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
             self._check_content(row, index, value)
         if self._shared is not None:
             seed_generators(counter_seed("view", self.plan.seed, view, row))
-            value = self._shared(value)
+            value = self._run(self._shared, value, index, "views.transform")
         return to_float_image(value), target
+
+    def _run(self, transform: Callable[[Any], Any], value: Any, index: int, name: str) -> Any:
+        try:
+            return transform(value)
+        except LogitCacheError:
+            raise
+        except Exception as error:
+            size = getattr(value, "size", None) if hasattr(value, "mode") else getattr(value, "shape", None)
+            raise UsageError(
+                f"the transform of `{name}` fails on sample {sample_key(self.dataset, index)!r} "
+                f"({type(value).__name__} of size {size and tuple(size)}): {type(error).__name__}: {error}"
+            ) from error
 
     def _mixed(self, view: int, row: int, pixels: Any, target: int) -> tuple[Any, Tensor]:
         assert self.plan.num_classes is not None

@@ -28,7 +28,7 @@ from logitcache.layout import (
     block_rows,
     encode_block,
     encode_fixed,
-    fixed_key,
+    fixed_array_key,
     group_metadata,
 )
 from logitcache.losses import kl_divergence
@@ -48,7 +48,6 @@ from logitcache.views import proof_rows
 
 # B batch, C classes, N samples
 
-DEFAULT_ROWS_PER_BLOCK = 16_384
 WRITER_THREADS = 2
 BLOCKS_IN_FLIGHT = 4
 """Blocks that wait for a writer thread or are in one: the bound on memory."""
@@ -232,7 +231,7 @@ class CacheWriter:
             encoded = encode_fixed(name, values)
             for key, data in encoded.items():
                 self.storage.put(key, data)
-            objects[name] = _stored(encoded[fixed_key(name, values)], values)
+            objects[name] = _stored(encoded[fixed_array_key(name)], values)
         receipt = Receipt(rows=self.layout.num_samples, objects=objects, kl_mean=None, kl_max=None, inputs={})
         self.storage.put(FIXED_RECEIPT_KEY, dump(receipt))
         return receipt
@@ -272,14 +271,15 @@ class _OpenBlock:
     def __init__(self, block: Block, rows: range, specs: Mapping[str, ArraySpec], device: torch.device) -> None:
         self.block = block
         self.rows = rows
-        self.device = device
-        pinned = device.type == "cuda"
+        self.pinned = device.type == "cuda"
+        """Only copies into pinned memory may be left running; others would be read before they arrive."""
+        self._devices: set[torch.device] = set()
         self.buffers = {
-            name: torch.empty((len(rows), *spec.row_shape), dtype=getattr(torch, spec.dtype), pin_memory=pinned)
+            name: torch.empty((len(rows), *spec.row_shape), dtype=getattr(torch, spec.dtype), pin_memory=self.pinned)
             for name, spec in specs.items()
         }
-        self.kl = torch.empty(len(rows), pin_memory=pinned)
-        self.invalid = torch.zeros(len(rows), dtype=torch.bool, pin_memory=pinned)
+        self.kl = torch.empty(len(rows), pin_memory=self.pinned)
+        self.invalid = torch.zeros(len(rows), dtype=torch.bool, pin_memory=self.pinned)
         self.filled = np.zeros(len(rows), dtype=bool)
         self.inputs: dict[str, str] = {}
 
@@ -288,24 +288,26 @@ class _OpenBlock:
         return bool(self.filled.all())
 
     def fill(self, encoding: Encoding, start: int, logits_BC: Tensor) -> None:
-        """Encode rows on their device and copy them here, without waiting for an accelerator."""
+        """Encode rows on their device and copy them here, without waiting for a GPU."""
+        self._devices.add(logits_BC.device)
         place = slice(start - self.rows.start, start - self.rows.start + len(logits_BC))
         # The largest logit of a row is NaN, +inf or -inf exactly where no distribution can be made of it.
-        self.invalid[place].copy_(~torch.isfinite(logits_BC.amax(dim=1)), non_blocking=True)
+        self.invalid[place].copy_(~torch.isfinite(logits_BC.amax(dim=1)), non_blocking=self.pinned)
         if logits_BC.device.type == "cpu":
             self.check()
         encoded = encoding.encode(logits_BC)
         for name, values in encoded.items():
-            self.buffers[name][place].copy_(values, non_blocking=True)
+            self.buffers[name][place].copy_(values, non_blocking=self.pinned)
         # A class that is masked by -inf in both would make the divergence 0 * -inf.
         decoded_BC = encoding.decode(encoded, logits_BC.shape[1]).clamp(min=-1e30)
-        self.kl[place].copy_(kl_divergence(decoded_BC, logits_BC), non_blocking=True)
+        self.kl[place].copy_(kl_divergence(decoded_BC, logits_BC), non_blocking=self.pinned)
         self.filled[place] = True
 
     def wait_for_device(self) -> None:
         """Until the copies that were started have arrived."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+        for device in self._devices:
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
 
     def check(self) -> None:
         """Refuse rows that no distribution can be made of, naming them."""
@@ -327,6 +329,6 @@ def _item(batch: Any, index: int) -> Any:
     """One sample of a batch of tensors, or of a nest of them."""
     if isinstance(batch, Mapping):
         return {name: _item(part, index) for name, part in batch.items()}
-    if isinstance(batch, tuple):
-        return tuple(_item(part, index) for part in batch)
+    if isinstance(batch, tuple | list) and batch and not isinstance(batch[0], str | bytes):
+        return [_item(part, index) for part in batch]  # what default_collate makes of samples that are tuples
     return batch[index]

@@ -24,7 +24,7 @@ TINY: dict[str, Any] = {
         "seed": 3,
         "transform": [{"RandomAffine": {"degrees": 10, "translate": [0.1, 0.1]}}],
     },
-    "teacher": {"model": "mlp", "args": {"hidden": [16]}, "batch_size": 32},
+    "teacher": {"model": "mlp", "args": {"hidden": [16]}, "weights": "random", "batch_size": 32},
     "cache": {"path": "", "rows_per_block": 256, "encoding": {"name": "dense", "dtype": "float32"}},
     "train": {"epochs": 2, "batch_size": 64, "lr": 0.01},
     "students": [

@@ -1,6 +1,6 @@
 """Models and data that tests name as `tests.models:function`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -31,6 +31,7 @@ class Pictures:
         relabel: int | None = None,
         repaint: int | None = None,
         unreadable: int | None = None,
+        beyond: int | None = None,
     ) -> None:
         from sklearn.datasets import load_digits
 
@@ -39,6 +40,8 @@ class Pictures:
         targets = bunch.target[:count].copy()
         if relabel is not None:
             targets[relabel] = (targets[relabel] + 1) % 10
+        if beyond is not None:
+            targets[beyond] = 10
         if repaint is not None:
             images[repaint, 0, 0] ^= 255
         chosen = list(range(count)) if order is None else list(order)
@@ -57,3 +60,8 @@ class Pictures:
 
 def pictures(**kwargs: object) -> Pictures:
     return Pictures(**kwargs)  # type: ignore[arg-type]
+
+
+def shift(by: int) -> Callable[[Image.Image], Image.Image]:
+    """A transform of the user's own, made by a function."""
+    return lambda image: image.transform(image.size, Image.Transform.AFFINE, (1, 0, by, 0, 1, 0))

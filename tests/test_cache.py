@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import logitcache
 from logitcache.audit import verify
+from logitcache.digest import sha256_hex
 from logitcache.errors import (
     CorruptCache,
     IdentityMismatch,
@@ -23,6 +25,9 @@ from logitcache.errors import (
     UnsupportedFormat,
     UsageError,
 )
+from logitcache.layout import encode_block
+from logitcache.samples import SampleTable, content_table, sample_table
+from tests.models import Pictures
 
 VIEWS, SAMPLES, CLASSES = 2, 100, 30
 ENCODINGS = [logitcache.Dense(dtype="float32"), logitcache.TopK(k=5)]
@@ -222,6 +227,45 @@ def test_any_flipped_bit_of_a_label_is_noticed(tmp_path: Path, encoding: logitca
     assert ("v00001/b00002", "wrong bytes") == (problem.block, problem.kind)
 
 
+def test_a_block_that_says_something_else_is_noticed_though_its_bytes_have_a_receipt(tmp_path: Path) -> None:
+    """Somebody rewrote a block and its receipt; the digest of the cache still covers the values."""
+    cache = built(tmp_path / "a")
+    zeros = encode_block(np.zeros((32, CLASSES), np.float32), 32)
+    (tmp_path / "a" / "labels.zarr/logits/c/0/1/0").write_bytes(zeros)
+    stored = cache.receipts["v00000/b00001"].objects["logits"]
+    receipts = (tmp_path / "a" / "receipts.json").read_text()
+    receipts = receipts.replace(stored.sha256, sha256_hex(zeros)).replace(
+        f'"bytes":{stored.bytes}', f'"bytes":{len(zeros)}'
+    )
+    (tmp_path / "a" / "receipts.json").write_text(receipts)
+
+    found = {(problem.block, problem.kind) for problem in verify(str(tmp_path / "a"), deep=True)}
+    assert ("v00000/b00001", "wrong values") in found
+
+
+@pytest.mark.parametrize("change", [("int64", "float64"), ("{", "[")], ids=["another dtype", "no JSON"])
+def test_the_sample_table_is_held_to_its_values(tmp_path: Path, change: tuple[str, str]) -> None:
+    built(tmp_path / "a", samples=pictures_table(), dataset=None)
+    metadata = tmp_path / "a" / "labels.zarr/sample_targets/zarr.json"
+    metadata.write_text(metadata.read_text().replace(*change))
+
+    with pytest.raises(CorruptCache, match="sample_targets is not what was written"):
+        _ = logitcache.open(tmp_path / "a").samples
+    assert ["fixed"] == [problem.block for problem in verify(str(tmp_path / "a"), deep=True)]
+
+
+def test_views_that_were_asked_for_by_mistake_can_be_taken_back(tmp_path: Path) -> None:
+    digest = built(tmp_path / "a").digest
+    with pytest.raises(KeyboardInterrupt), writer(tmp_path / "a", num_views=80) as cache:
+        cache.write(view=17, start=0, logits=some_logits()[0])
+        raise KeyboardInterrupt
+    with writer(tmp_path / "a", num_views=1) as cache:
+        assert [] == cache.missing_blocks()
+
+    assert (2, digest) == (logitcache.open(tmp_path / "a").num_views, logitcache.open(tmp_path / "a").digest)
+    assert [] == verify(str(tmp_path / "a"), deep=True)
+
+
 def test_verify_names_what_is_missing_cut_short_and_strange(tmp_path: Path) -> None:
     built(tmp_path / "a")
     labels = tmp_path / "a" / "labels.zarr" / "logits" / "c"
@@ -266,14 +310,12 @@ def test_an_edited_manifest_is_noticed(tmp_path: Path) -> None:
         logitcache.open(tmp_path / "a")
 
 
+def pictures_table() -> SampleTable:
+    return replace(sample_table(Pictures(SAMPLES)), contents=content_table(Pictures(SAMPLES)))
+
+
 def test_samples_are_found_by_key(tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from logitcache.samples import content_table, sample_table
-    from tests.models import Pictures
-
-    table = replace(sample_table(Pictures(SAMPLES)), contents=content_table(Pictures(SAMPLES)))
-    cache = built(tmp_path / "a", samples=table, dataset=None)
+    cache = built(tmp_path / "a", samples=pictures_table(), dataset=None)
 
     assert [7, 0, 99] == cache.rows(["scan/0007.png", "scan/0000.png", "scan/0099.png"]).tolist()
     with pytest.raises(IdentityMismatch, match="sample 'scan/0100.png' is not in the cache"):

@@ -165,7 +165,19 @@ def test_the_installed_command_runs_in_a_process_of_its_own(folder: Path) -> Non
         pytest.param("cache-teacher", "data.name=cifar10", 2, "To get it: set data.download=true", id="no data"),
         pytest.param("cache-teacher", "data.name=os.path:join", 2, "run again with --trust", id="foreign code"),
         pytest.param("cache-teacher", "teacher.model=resnet5O", 2, "did you mean 'resnet50'?", id="model"),
-        pytest.param("cache-teacher", "teacher.args.widht=3", 2, "model 'mlp': ", id="argument"),
+        pytest.param("cache-teacher", "teacher.args.widht=3", 2, "unexpected keyword argument 'widht'", id="argument"),
+        pytest.param("cache-teacher", "teacher.args.hidden=[-5]", 2, "model 'mlp' can't be built", id="negative width"),
+        pytest.param(
+            "cache-teacher", "teacher.weights=null", 2, "'mlp' has no weights; set teacher.weights", id="none"
+        ),
+        pytest.param(
+            "cache-teacher", "data.validation=0.0001", 2, "takes none of any class; ask for more", id="nothing"
+        ),
+        pytest.param("train-teacher", "runs.path=/tmp/none", 2, "set teacher.weights=trained", id="ready teacher"),
+        pytest.param("train-student", "students.small.samples=0.0001", 2, "takes none of any class", id="no samples"),
+        pytest.param("train-student", "students.small.name=..", 2, "should match pattern", id="name"),
+        pytest.param("train-student", "students.small.loss=3", 2, "a loss is a name or a mapping", id="no loss"),
+        pytest.param("train-student", "students.small.loss.temperature=hot", 2, "a temperature is positive", id="word"),
         pytest.param(
             "cache-teacher", "teacher.weights=gone.safetensors", 2, "no weights file gone.safetensors", id="file"
         ),
@@ -183,6 +195,16 @@ def test_wrong_input_says_what_is_wrong(
     folder: Path, command: str, override: str, exit_code: int, message: str
 ) -> None:
     refused(logitcache(command, folder / "tiny.yaml", override), exit_code, message)
+
+
+def test_a_transform_that_fails_on_a_sample_names_both(folder: Path, tmp_path: Path) -> None:
+    overrides = ["views.transform=[{RandomCrop: {size: 100}}]", f"cache.path={tmp_path}/x"]
+
+    refused(
+        logitcache("cache-teacher", folder / "tiny.yaml", *overrides),
+        2,
+        "the transform of `views.transform` fails on sample '0' (Image of size (8, 8)): ValueError: Required crop size",
+    )
 
 
 def test_a_missing_pipeline_and_one_that_is_no_yaml(tmp_path: Path) -> None:

@@ -166,3 +166,18 @@ def test_the_plan_of_a_cache_is_the_plan_that_it_was_built_with(tiny: Make) -> N
     cache.check_plan(bench.plan)
     with pytest.raises(IdentityMismatch, match=r"transform.mixing"):
         cache.check_plan(Bench(tiny(*PICTURES)).plan)
+
+
+def test_inputs_are_checked_as_the_teacher_had_them_whatever_the_student_takes(tiny: Make) -> None:
+    normalised = "teacher.input=[{Normalize: {mean: [0.5], std: [0.5]}}]"
+    cache_teacher(tiny(*PICTURES, normalised))
+    bench = Bench(tiny(*PICTURES, normalised))
+    cache, _ = bench.cache()
+    views = logitcache.ViewDataset(bench.data.train, cache.view_plan, model_input=lambda pixels: pixels[..., :4])
+
+    assert 8 == cache.check_inputs(views, 1)
+
+
+def test_targets_beyond_the_classes_are_named(tiny: Make) -> None:
+    with pytest.raises(UsageError, match=r"sample 'scan/0007.png' has the target 10; expected 0 to 9, for 10 classes"):
+        cache_teacher(tiny(*PICTURES, "data.args={beyond: 7}"))

@@ -224,9 +224,25 @@ def test_a_specification_is_built_and_described_by_itself() -> None:
         pytest.param({"RandomCrop": {"sise": 3}}, UsageError, "transform RandomCrop: .*sise", id="parameter"),
         pytest.param("Lambda", UsageError, "can't be written in a file", id="lambda"),
         pytest.param("os:getcwd", UntrustedCode, "run again with --trust", id="foreign code"),
+        pytest.param("torch:load", UntrustedCode, "run again with --trust", id="an environment in the working folder"),
+        pytest.param({"ToDtype": {"dtype": "nn"}}, UsageError, "'nn' is no dtype", id="dtype"),
+        pytest.param(
+            {"Resize": {"size": 4, "interpolation": "cubic"}}, UsageError, "transform Resize", id="interpolation"
+        ),
+        pytest.param("tests.models:shift", UsageError, "missing 1 required positional argument", id="argument"),
         pytest.param([3], UsageError, "a transform is a name", id="no transform"),
     ],
 )
 def test_a_wrong_specification_says_what_is_wrong(spec: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build_transform(spec)
+
+
+def test_the_users_own_transform_is_known_by_its_source() -> None:
+    (step,) = describe_transform(build_transform({"tests.models:shift": {"by": 1}}))
+    (name,) = step
+
+    assert name.startswith("tests.models:shift@")
+    assert [step] == describe_transform(build_transform([step]))
+    with pytest.raises(UsageError, match="is not the one that the cache was built with"):
+        build_transform({"tests.models:shift@0123": {"by": 1}})

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import gzip
 import importlib
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,9 @@ def load_data(
         data = DATASETS[name](Path(root), download)
     else:
         raise UsageError(f"unknown dataset {name!r}; expected package.module:function or one of: {', '.join(DATASETS)}")
+    for split in (data.train, data.validation, data.test):
+        if split is not None:
+            _check_targets(split, data.num_classes)
     if validation and data.validation is None:
         kept, set_apart = stratified_split(sample_table(data.train).targets, validation, "validation")
         data = replace(data, train=Selection(data.train, kept), validation=Selection(data.train, set_apart))
@@ -162,6 +167,8 @@ def stratified_split(
         members = order[targets[order] == label]
         chosen.append(members[: round(len(members) * fraction)])
     picked = np.sort(np.concatenate(chosen))
+    if len(picked) == 0:
+        raise UsageError(f"a fraction of {fraction} of {len(targets)} samples takes none of any class; ask for more")
     return np.setdiff1d(np.arange(len(targets)), picked), picked
 
 
@@ -219,7 +226,7 @@ def _read_idx(path: Path) -> np.ndarray:
         rank = data[3]
         shape = np.frombuffer(data, dtype=">i4", count=rank, offset=4)
         return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise DatasetUnavailable(f"{path} is no gzipped IDX file: {error}; get it again") from error
 
 
@@ -292,11 +299,26 @@ def _from_entry_point(made: Any, name: str) -> Data:
         raise UsageError(
             f"{name} gave a {type(train).__name__}; expected a map-style dataset with __len__ and __getitem__"
         )
+    for split in splits.values():
+        if getattr(split, "targets", None) is None:
+            with suppress(AttributeError):  # read once, sample by sample, rather than at every question
+                split.targets = sample_table(split).targets
     class_names = getattr(train, "class_names", None) or getattr(train, "classes", None)
     num_classes = getattr(train, "num_classes", None) or (len(class_names) if class_names else None)
     if num_classes is None:
         num_classes = max(2, int(sample_table(train).targets.max()) + 1)
     return Data(**splits, num_classes=int(num_classes), class_names=list(class_names) if class_names else None)
+
+
+def _check_targets(dataset: Dataset, num_classes: int) -> None:
+    targets = sample_table(dataset).targets
+    strange = np.flatnonzero((targets < 0) | (targets >= num_classes))
+    if len(strange):
+        first = int(strange[0])
+        raise UsageError(
+            f"sample {sample_key(dataset, first)!r} has the target {targets[first]}; expected 0 to {num_classes - 1}, "
+            f"for {num_classes} classes ({len(strange)} such samples). Number the classes from 0"
+        )
 
 
 def _import(module: str, remedy: str) -> Any:

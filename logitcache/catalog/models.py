@@ -20,7 +20,8 @@ from torch import nn
 from logitcache.catalog.nets import CNN, MLP, CIFARResNet
 from logitcache.digest import canonical_json
 from logitcache.entry_points import call_entry_point, is_entry_point, load_entry_point
-from logitcache.errors import ShapeError, UsageError
+from logitcache.errors import LogitCacheError, ShapeError, UsageError
+from logitcache.storage import LocalStorage
 
 # B batch, C classes
 
@@ -41,6 +42,7 @@ def build_model(
     weights: str | None = None,
     args: Mapping[str, Any] | None = None,
     trust: bool = False,
+    new_head: bool = True,
 ) -> nn.Module:
     """A classifier by name: a small net, any of torchvision's, or what `package.module:function` gives.
 
@@ -51,6 +53,7 @@ def build_model(
         weights: a `.safetensors` file, a name of torchvision's such as "IMAGENET1K_V2", or None.
         args: further arguments of the constructor or function.
         trust: run an entry point from outside the working folder.
+        new_head: whether ready weights of another number of classes get a fresh head, to be trained.
 
     Raises:
         UsageError: unknown model, argument or weights; weights that don't fit.
@@ -69,10 +72,12 @@ def build_model(
         elif name in NETS:
             model = NETS[name](input_shape, num_classes, **args)
         else:
-            model = _torchvision_model(name, num_classes, named_weights, args)
+            model = _torchvision_model(name, num_classes, named_weights, args, new_head)
             named_weights = None
-    except TypeError as error:
-        raise UsageError(f"model {name!r}: {error}") from error
+    except LogitCacheError:
+        raise
+    except Exception as error:
+        raise UsageError(f"model {name!r} can't be built with the arguments {args}: {error}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"model {name!r} gave a {type(model).__name__}; expected a torch.nn.Module")
     if named_weights is not None:
@@ -82,7 +87,9 @@ def build_model(
     return model
 
 
-def _torchvision_model(name: str, num_classes: int, weights: str | None, args: dict[str, Any]) -> nn.Module:
+def _torchvision_model(
+    name: str, num_classes: int, weights: str | None, args: dict[str, Any], new_head: bool
+) -> nn.Module:
     import torchvision
 
     known = torchvision.models.list_models(module=torchvision.models)
@@ -94,6 +101,8 @@ def _torchvision_model(name: str, num_classes: int, weights: str | None, args: d
             "package.module:function"
         )
     if weights is None:
+        if name in ("googlenet", "inception_v3"):
+            args.setdefault("aux_logits", False)  # else they give more than logits in training
         return cast("nn.Module", torchvision.models.get_model(name, weights=None, num_classes=num_classes, **args))
     try:
         model = torchvision.models.get_model(name, weights=weights, **args)
@@ -106,7 +115,8 @@ def _torchvision_model(name: str, num_classes: int, weights: str | None, args: d
             f"the weights of {name} could not be fetched from {url}: {error}\n"
             f"Put that file into {torch.hub.get_dir()}/checkpoints, or give a .safetensors file."
         ) from error
-    _resize_head(model, num_classes)
+    if new_head:
+        _resize_head(model, num_classes)
     return cast("nn.Module", model)
 
 
@@ -149,9 +159,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write a model's state as safetensors, whole or not at all."""
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    partial = path.with_name(f".{path.name}.partial")
-    safetensors.torch.save_file(state, partial)
-    partial.replace(path)
+    LocalStorage(path.parent).put(path.name, safetensors.torch.save(state))
 
 
 def model_fingerprint(model: nn.Module, *, name: str, args: Mapping[str, Any] | None = None) -> str:
@@ -175,7 +183,7 @@ def check_output(model: nn.Module, inputs: Any, num_classes: int, *, name: str) 
     with torch.inference_mode():
         try:
             output = model(inputs)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:
             raise ShapeError(
                 f"model {name!r} can't take an input of shape {tuple(getattr(inputs, 'shape', ()))}: {error}; "
                 "look at its `input` transforms and `args`"
