@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,12 +17,13 @@ from logitcache.manifest import Layout
 # B batch, C classes
 
 
-class View:
+class View(ABC):
     """One view's labels: `logits(index)` gives float32 (B, C) for row numbers (B,)."""
 
     number: int
     num_classes: int
 
+    @abstractmethod
     def logits(self, index: Any) -> Tensor:
         """The teacher's logits of the given rows, float32 (B, C), on the view's device.
 
@@ -31,7 +33,6 @@ class View:
         Raises:
             IndexError: a row beyond the cache.
         """
-        raise NotImplementedError
 
 
 class ResidentView(View):
