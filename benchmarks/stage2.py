@@ -38,7 +38,6 @@ from logitcache.loading import rendered_batches
 from logitcache.order import batches, epoch_order
 from logitcache.pipeline import Pipeline, StudentConfig, load_pipeline
 from logitcache.progress import silence
-from logitcache.resolve import resolve_teacher
 from logitcache.train import Job, train
 from logitcache.train_student import Bench
 
@@ -195,18 +194,17 @@ def measure_alone(pipeline: Pipeline, bench: Bench, arms: dict[str, StudentConfi
     rendering = time.perf_counter() - start
 
     places = [[(0, int(index)) for index in job.indices[cut]] for cut in cuts]
-    both = [
-        (inputs, targets) for _, inputs, targets in rendered_batches(job.views, places, num_workers=job.num_workers)
-    ]
-    teacher = LiveLabels(
-        resolve_teacher(pipeline, bench.data, bench.plan, trust=True)[0], device, precision=pipeline.teacher.precision
-    )
+    teacher = job.labels
+    assert isinstance(teacher, LiveLabels)
+    epoch = []
+    for _, inputs, targets in rendered_batches(job.views, places, num_workers=job.num_workers):
+        student_inputs, teacher_inputs = inputs if teacher.needs_teacher_inputs else (inputs, inputs)
+        epoch.append((student_inputs, teacher_inputs, targets))
     start = now(device)
-    labels = [teacher.logits(torch.empty(0), teacher_inputs) for (_, teacher_inputs), _ in both]
+    labels = [teacher.logits(torch.empty(0), teacher_inputs) for _, teacher_inputs, _ in epoch]
     teacher_seconds = now(device) - start
-    student_seconds = student_steps(
-        job, [(inputs, label_BC, targets) for ((inputs, _), targets), label_BC in zip(both, labels, strict=True)]
-    )
+    steps = [(inputs, label_BC, targets) for (inputs, _, targets), label_BC in zip(epoch, labels, strict=True)]
+    student_seconds = student_steps(job, steps)
     return Alone(len(job.indices), rendering, teacher_seconds, student_seconds)
 
 

@@ -1,0 +1,64 @@
+"""The tables of students in the README: of `logitcache demo`, or of a pipeline, with what they were measured on.
+
+    python benchmarks/students.py demo --write
+    python benchmarks/students.py pipelines/fashion_mnist.yaml --write
+
+Runs whatever is not done yet, in the folders that the pipeline names (`runs/demo` for the demo), so it may take as long
+as the pipeline; a second call only prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from measuring import conditions, table, write_result
+
+from logitcache.demo import run_demo
+from logitcache.devices import pick_device
+from logitcache.pipeline import load_pipeline
+from logitcache.run import run_pipeline
+from logitcache.train_student import Row, train_teacher
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipeline", help='a pipeline file, or "demo"')
+    parser.add_argument("overrides", nargs="*", help="key=value of the pipeline")
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="of the demo")
+    parser.add_argument("--write", action="store_true", help="into benchmarks/results/")
+    arguments = parser.parse_args()
+
+    before = conditions()
+    start = time.perf_counter()
+    if arguments.pipeline == "demo":
+        result = run_demo(arguments.folder, arguments.overrides)
+        subject, rows, teacher_accuracy, findings = "demo", result.rows, result.teacher_accuracy, result.findings
+    else:
+        pipeline = load_pipeline(arguments.pipeline, arguments.overrides)
+        rows = run_pipeline(pipeline)
+        subject, teacher_accuracy, findings = pipeline.name, train_teacher(pipeline)["accuracy"], []
+    minutes = (time.perf_counter() - start) / 60
+
+    body = f"# Students of {subject}\n\n{before}\n- wall time of this call: {minutes:.1f} minutes\n\n"
+    body += f"The teacher's test accuracy is {100 * teacher_accuracy:.2f} %.\n\n{students_table(rows)}\n"
+    body += "".join(f"\n- {line}" for line in findings) + ("\n" if findings else "")
+    print(body)
+    if arguments.write:
+        print(write_result(subject, body, device=pick_device("auto")))
+
+
+def students_table(rows: list[Row]) -> str:
+    """Accuracy in per cent, mean ± standard deviation between seeds; seconds are medians of epochs."""
+    lines = []
+    for row in rows:
+        spread = "" if row.accuracy_sd is None else f" ± {100 * row.accuracy_sd:.2f}"
+        accuracy = "-" if row.accuracy_mean is None else f"{100 * row.accuracy_mean:.2f}{spread}"
+        seconds = "-" if row.epoch_seconds is None else f"{row.epoch_seconds:.2f}"
+        lines.append([row.name, f"{row.parameters:,}", f"{row.samples:,}", len(row.seeds), accuracy, seconds])
+    return table(["student", "parameters", "samples", "seeds", "test accuracy, %", "seconds an epoch"], lines)
+
+
+if __name__ == "__main__":
+    main()
