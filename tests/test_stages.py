@@ -92,24 +92,23 @@ def test_a_student_of_the_cache_is_bit_for_bit_the_student_of_the_live_teacher(
     assert same(weights(cached), weights(live))
 
 
-def test_cached_and_live_logits_differ_by_rounding_only(
-    tiny: Make, record_property: Callable[[str, object], None]
-) -> None:
-    """The student's batches are not the teacher's, so the last bits of a matrix product may differ."""
-    pipeline = tiny("views.mixup=0.4")
+@pytest.mark.parametrize("net", ["mlp", "cnn", "resnet20"])
+def test_cached_and_live_logits_differ_by_rounding_only(tiny: Make, net: str) -> None:
+    """The student's batches are not the teacher's, so the last bits of a product may differ; `pytest -s` shows them."""
+    pipeline = tiny("views.mixup=0.4", f"teacher.model={net}", "teacher.args={}")
     cache_teacher(pipeline)
     bench = Bench(pipeline)
     teacher, _ = resolve_teacher(pipeline, bench.data, bench.plan, trust=False)
     views = ViewDataset(bench.data.train, bench.plan)
     cached = logitcache.open(pipeline.cache.path).view(1)
-    largest = 0.0
+    largest, largest_logit = 0.0, float(cached.logits(range(len(views))).abs().max())
     for batch in np.array_split(np.random.default_rng(0).permutation(len(views)), 23):
         rows, inputs, _ = collate(views.__getitems__([(1, int(index)) for index in batch]))
         with torch.inference_mode():
             largest = max(largest, float((cached.logits(rows) - teacher(inputs)).abs().max()))
 
-    record_property("largest_difference", largest)
-    assert largest < 1e-5
+    print(f"{net}: the largest difference of a logit is {largest:.1e}, of logits up to {largest_logit:.1f}")
+    assert largest < 1e-5 * largest_logit
 
 
 def test_the_number_of_workers_does_not_show(tiny: Make, tmp_path: Path) -> None:
