@@ -16,7 +16,9 @@ from logitcache.catalog.models import save_weights
 from logitcache.errors import CorruptCache, UsageError
 from logitcache.storage import LocalStorage
 
-CONFIG, METRICS, RESULT, CHECKPOINT = "run.yaml", "metrics.jsonl", "result.json", "resume.pt"
+CONFIG, RESOLVED = "run.yaml", "pipeline.yaml"
+"""What this run is, and the whole pipeline that it is a part of."""
+METRICS, RESULT, CHECKPOINT = "metrics.jsonl", "result.json", "resume.pt"
 
 
 class RunFolder:

@@ -27,7 +27,7 @@ from logitcache.order import batches, epoch_order, run_seed
 from logitcache.pipeline import TrainConfig
 from logitcache.progress import track
 from logitcache.randomness import preserved_generators, seed_generators
-from logitcache.runs import RunFolder
+from logitcache.runs import RESOLVED, RunFolder
 from logitcache.views import ViewDataset
 
 # B batch, C classes
@@ -108,6 +108,8 @@ class Job:
     folder: Path
     identity: dict[str, Any]
     """What the run is, for its folder."""
+    resolved: str
+    """The whole pipeline as it was resolved, in YAML, to be left there."""
     rows_per_block: int | None = None
     window_blocks: int | None = None
     """Set where views are streamed: batches then stay within so many blocks."""
@@ -141,6 +143,7 @@ def train(job: Job) -> dict[str, Any]:
     finished = folder.result()
     if finished is not None:
         return finished
+    folder.write(RESOLVED, job.resolved)
     with preserved_generators():
         return _Run(job, folder).to_the_end()
 

@@ -92,6 +92,7 @@ def train_teacher(pipeline: Pipeline, *, trust: bool = False) -> dict[str, Any]:
                 "data": pipeline.data.model_dump(exclude={"root", "download"}),
                 "views": pipeline.views.model_dump(exclude={"count"}),
             },
+            resolved=pipeline.as_yaml(),
         )
     )
 
@@ -199,6 +200,7 @@ class Bench:
             num_workers=pipeline.num_workers,
             folder=Path(pipeline.runs.path) / student.name / f"seed-{seed}",
             identity=identity,
+            resolved=pipeline.as_yaml(),
             rows_per_block=rows_per_block,
             window_blocks=window_blocks,
         )

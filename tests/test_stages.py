@@ -22,7 +22,7 @@ from logitcache.cache_teacher import cache_teacher, teacher_batches
 from logitcache.errors import IncompleteCache, UsageError
 from logitcache.layout import all_blocks
 from logitcache.loading import collate
-from logitcache.pipeline import Pipeline
+from logitcache.pipeline import Pipeline, load_pipeline
 from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
 from logitcache.run import plan_run, run_pipeline
 from logitcache.train import train
@@ -218,7 +218,7 @@ def test_a_run_leaves_its_yaml_log_events_and_weights(tiny: Make, tmp_path: Path
     (row,) = train_students(tiny(), ["small"])
     folder = tmp_path / "runs/small/seed-0"
 
-    assert {"run.yaml", "metrics.jsonl", "result.json", "best.safetensors", "last.safetensors"} < {
+    assert {"run.yaml", "pipeline.yaml", "metrics.jsonl", "result.json", "best.safetensors", "last.safetensors"} < {
         path.name for path in folder.iterdir()
     }
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
