@@ -22,7 +22,7 @@ from logitcache.cache_teacher import cache_teacher, teacher_batches
 from logitcache.errors import IncompleteCache, UsageError
 from logitcache.layout import all_blocks
 from logitcache.loading import collate
-from logitcache.pipeline import Pipeline, load_pipeline
+from logitcache.pipeline import Pipeline
 from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
 from logitcache.run import plan_run, run_pipeline
 from logitcache.train import train
