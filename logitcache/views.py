@@ -178,7 +178,16 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         # In shared memory, so that DataLoader workers that persist see a new view, and each other's checks.
         self._view: Tensor = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         checked = torch.zeros(len(dataset), dtype=torch.bool)
-        self._checked: Tensor = checked.share_memory_()  # type: ignore[no-untyped-call]
+        self._shared_checked: Tensor = checked.share_memory_()  # type: ignore[no-untyped-call]
+        # Asked for every sample: NumPy answers thirty times as fast as torch.
+        self._checked = self._shared_checked.numpy()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_checked"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._checked = self._shared_checked.numpy()  # shared still: pickling the array would have copied it
 
     def __len__(self) -> int:
         return len(self.dataset)
