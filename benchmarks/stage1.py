@@ -52,7 +52,7 @@ SAMPLING_SECONDS = 0.05
 Arm = Callable[[Pipeline], Any]
 
 TEACHER = ["teacher.model=resnet20", "teacher.args={}", "teacher.weights=random"]
-"""Small, but worth a cache: the net of the demo costs less than the rendering of its input."""
+"""Dearer than rendering its input; with the demo's CNN, which is not, the ratio misses its bound: measure both."""
 
 
 def main() -> None:
