@@ -114,15 +114,16 @@ class ViewPlan:
         return Mixture(int(_partners(num_samples, self.seed, view)[row]), weight, box)
 
 
-def proof_rows(seed: int, view: int, num_samples: int) -> list[int]:
+@functools.lru_cache(maxsize=256)
+def proof_rows(seed: int, view: int, num_samples: int) -> tuple[int, ...]:
     """The rows of a view whose input digest the cache keeps, sorted."""
     if num_samples <= PROOF_ROWS:
-        return list(range(num_samples))
+        return tuple(range(num_samples))
     draws = (counter_seed("proof", seed, view, number) % num_samples for number in itertools.count())
     rows: set[int] = set()
     while len(rows) < PROOF_ROWS:
         rows.add(next(draws))
-    return sorted(rows)
+    return tuple(sorted(rows))
 
 
 class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):

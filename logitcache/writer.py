@@ -6,6 +6,7 @@ writer thread once it is whole. A block without a receipt never happened.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,6 +52,8 @@ from logitcache.views import proof_rows
 WRITER_THREADS = 2
 BLOCKS_IN_FLIGHT = 4
 """Blocks that wait for a writer thread or are in one: the bound on memory."""
+SLAB_LOGITS = 2**20
+"""Logits that are encoded at once (4 MB): many enough that small operations cost little, few enough for a cache."""
 
 
 class CacheWriter:
@@ -134,9 +137,9 @@ class CacheWriter:
             piece_stop = min(stop, rows.stop)
             if block.name not in self._receipts:
                 if block not in self._open_blocks:
-                    self._open_blocks[block] = _OpenBlock(block, rows, self._specs, logits_BC.device)
+                    self._open_blocks[block] = _OpenBlock(block, rows, self.encoding, self._specs, logits_BC)
                 opened = self._open_blocks[block]
-                opened.fill(self.encoding, row, logits_BC[row - start : piece_stop - start])
+                opened.fill(row, logits_BC[row - start : piece_stop - start])
                 opened.inputs.update({str(r): digest for r, digest in digests.items() if r in rows})
                 if opened.whole:
                     self._submit(self._open_blocks.pop(block))
@@ -266,14 +269,25 @@ class CacheWriter:
 
 
 class _OpenBlock:
-    """A block on its way: encoded rows in host memory until all have come."""
+    """A block on its way: encoded rows in host memory until all have come.
 
-    def __init__(self, block: Block, rows: range, specs: Mapping[str, ArraySpec], device: torch.device) -> None:
+    Rows are encoded a slab at a time, never batch by batch: a slab is always the same rows, so the batches that they
+    came in show neither in what is stored nor, where classes are few, in the time it takes.
+    """
+
+    def __init__(
+        self, block: Block, rows: range, encoding: Encoding, specs: Mapping[str, ArraySpec], like_BC: Tensor
+    ) -> None:
         self.block = block
         self.rows = rows
-        self.pinned = device.type == "cuda"
+        self._encoding = encoding
+        self._device = like_BC.device
+        self._num_classes = like_BC.shape[1]
+        self._slab_rows = max(1, SLAB_LOGITS // self._num_classes)
+        self._slabs: dict[int, Tensor] = {}
+        """The logits of slabs that are not whole yet, by number."""
+        self.pinned = self._device.type == "cuda"
         """Only copies into pinned memory may be left running; others would be read before they arrive."""
-        self._devices: set[torch.device] = set()
         self.buffers = {
             name: torch.empty((len(rows), *spec.row_shape), dtype=getattr(torch, spec.dtype), pin_memory=self.pinned)
             for name, spec in specs.items()
@@ -285,29 +299,44 @@ class _OpenBlock:
 
     @property
     def whole(self) -> bool:
-        return bool(self.filled.all())
+        return not self._slabs and bool(self.filled.all())
 
-    def fill(self, encoding: Encoding, start: int, logits_BC: Tensor) -> None:
-        """Encode rows on their device and copy them here, without waiting for a GPU."""
-        self._devices.add(logits_BC.device)
-        place = slice(start - self.rows.start, start - self.rows.start + len(logits_BC))
-        # The largest logit of a row is NaN, +inf or -inf exactly where no distribution can be made of it.
-        self.invalid[place].copy_(~torch.isfinite(logits_BC.amax(dim=1)), non_blocking=self.pinned)
-        if logits_BC.device.type == "cpu":
+    def fill(self, start: int, logits_BC: Tensor) -> None:
+        """Take rows of this block; slabs that are whole are encoded on their device, without waiting for a GPU."""
+        first = start - self.rows.start
+        if logits_BC.device.type == "cpu" and not math.isfinite(float(logits_BC.sum())):  # NaN, infinite, or masked
+            self.invalid[first : first + len(logits_BC)] = _invalid(logits_BC)
             self.check()
-        encoded = encoding.encode(logits_BC)
+        for number in range(first // self._slab_rows, -(-(first + len(logits_BC)) // self._slab_rows)):
+            place = slice(number * self._slab_rows, min((number + 1) * self._slab_rows, len(self.rows)))
+            within = slice(max(place.start, first), min(place.stop, first + len(logits_BC)))
+            if number not in self._slabs:
+                if self.filled[place].all():
+                    continue  # written before
+                shape = (place.stop - place.start, self._num_classes)
+                self._slabs[number] = torch.empty(shape, device=self._device)
+            slab_BC = self._slabs[number]
+            slab_BC[within.start - place.start : within.stop - place.start] = logits_BC[
+                within.start - first : within.stop - first
+            ]
+            self.filled[within] = True
+            if self.filled[place].all():
+                self._encode(place, self._slabs.pop(number))
+
+    def _encode(self, place: slice, logits_BC: Tensor) -> None:
+        if self.pinned:
+            self.invalid[place].copy_(_invalid(logits_BC), non_blocking=True)
+        encoded = self._encoding.encode(logits_BC)
         for name, values in encoded.items():
             self.buffers[name][place].copy_(values, non_blocking=self.pinned)
         # A class that is masked by -inf in both would make the divergence 0 * -inf.
-        decoded_BC = encoding.decode(encoded, logits_BC.shape[1]).clamp(min=-1e30)
+        decoded_BC = self._encoding.decode(encoded, self._num_classes).clamp(min=-1e30)
         self.kl[place].copy_(kl_divergence(decoded_BC, logits_BC), non_blocking=self.pinned)
-        self.filled[place] = True
 
     def wait_for_device(self) -> None:
         """Until the copies that were started have arrived."""
-        for device in self._devices:
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()
+        if self.pinned:
+            torch.cuda.current_stream(self._device).synchronize()
 
     def check(self) -> None:
         """Refuse rows that no distribution can be made of, naming them."""
@@ -319,6 +348,11 @@ class _OpenBlock:
                 "The block was not stored. Look at the teacher's weights and inputs, or at its precision "
                 "(float16 overflows; try bfloat16)."
             )
+
+
+def _invalid(logits_BC: Tensor) -> Tensor:
+    """Where a row's largest logit is NaN, +inf or -inf: exactly where no distribution can be made of it, bool (B,)."""
+    return ~torch.isfinite(logits_BC.amax(dim=1))
 
 
 def _stored(data: bytes, values: np.ndarray) -> StoredObject:
