@@ -147,16 +147,18 @@ class Bench:
         loss = pipeline.loss(student)
         student_input = input_part(student, trust=trust)
         rows_per_block = window_blocks = None
+        num_views: int | None = pipeline.views.count
         identity: dict[str, Any] = {
             "student": student.model_dump(exclude={"train"}),
             "train": settings.model_dump(exclude={"seeds"}) | {"seed": seed},
             "data": pipeline.data.model_dump(exclude={"root", "download"}),
-            "views": pipeline.views.model_dump(),
+            "views": pipeline.views.model_dump(exclude={"count"}),
         }
         indices = self._chosen(student)
         if not loss.needs_teacher and labels is None:
-            # Without a teacher nothing ties a student to the cache: it mixes only with samples whose labels it has. It
-            # cycles through as many views as the others do, so that students differ in their labels and nothing else.
+            # Without a teacher nothing ties a student to the cache: it mixes only with samples whose labels it has, and
+            # every epoch has a view of its own, as in any training on true labels.
+            num_views = None
             dataset = self.data.train if len(indices) == len(self.data.train) else Selection(self.data.train, indices)
             views = ViewDataset(dataset, replace(self.plan, num_samples=len(dataset)), model_input=student_input)
             indices = np.arange(len(dataset))
@@ -182,6 +184,7 @@ class Bench:
                 rows_per_block, window_blocks = cache.layout.rows_per_block, cached.window_blocks
                 labels = cached
             identity["labels"] = {"cache": cache.id, "window_blocks": window_blocks}
+        identity["num_views"] = num_views
         return Job(
             name=student.name,
             model=resolve_model(
@@ -189,7 +192,7 @@ class Bench:
             ),
             views=views,
             indices=indices,
-            num_views=pipeline.views.count,
+            num_views=num_views,
             labels=labels,
             loss=loss,
             config=settings,
