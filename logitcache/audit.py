@@ -11,6 +11,7 @@ from logitcache.layout import (
     FIXED,
     FIXED_RECEIPT_KEY,
     GROUP,
+    SAMPLE_ARRAYS,
     Block,
     all_blocks,
     block_key,
@@ -60,7 +61,8 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
     """
     storage = open_storage(location)
     manifest = read_manifest(storage.get(MANIFEST), url=storage.url)
-    specs = encoding_from_config(manifest.identity.encoding).arrays(manifest.layout.num_classes)
+    specs = manifest.layout.arrays
+    fixed = SAMPLE_ARRAYS | dict(encoding_from_config(manifest.identity.encoding).fitted_arrays)
     problems: list[Problem] = []
     receipts = _all_receipts(storage, manifest, problems)
     known = {MANIFEST, RECEIPTS, "README.md"}
@@ -69,17 +71,21 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
             known |= {f"{GROUP}/{array}/zarr.json" for array in receipt.objects}
             for array, stored in receipt.objects.items():
                 spec = specs.get(array)
-                if (name == FIXED) == (spec is not None):
+                if array not in (fixed if name == FIXED else specs):
                     problems.append(Problem(name, array, "damaged"))
                     continue
-                path = fixed_array_key(array) if spec is None else block_key(array, spec, Block.from_name(name))
+                path = (
+                    fixed_array_key(array, fixed[array])
+                    if spec is None
+                    else block_key(array, spec, Block.from_name(name))
+                )
                 known.add(path)
                 kind = _what_is_wrong(storage, path, stored)
                 if kind is None and deep:
                     kind = _what_is_wrong_inside(storage, manifest.layout, name, array, spec, path, stored)
                 problems += [] if kind is None else [Problem(name, path, kind)]
             meter.advance()
-    for path, data in group_metadata(specs, manifest.layout).items():
+    for path, data in group_metadata(manifest.layout).items():
         known.add(path)
         found = storage.get(path)
         if found != data:

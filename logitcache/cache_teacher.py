@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from logitcache.creation import create
-from logitcache.devices import autocast, pick_device, to_device
+from logitcache.devices import pick_device
 from logitcache.errors import IdentityMismatch, NotACache
+from logitcache.inference import calibrate, teacher_outputs
 from logitcache.layout import Block, all_blocks, block_rows
-from logitcache.loading import rendered_batches
 from logitcache.manifest import Layout, Manifest
 from logitcache.pipeline import Pipeline
 from logitcache.progress import track
 from logitcache.reader import open_cache
-from logitcache.resolve import place_teacher, resolve_data, resolve_plan, resolve_teacher
+from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
 from logitcache.samples import Dataset, SampleTable, compare_samples, content_table, sample_table
 from logitcache.views import ViewDataset
 from logitcache.writer import CacheWriter
@@ -49,12 +49,14 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
     device = pick_device(pipeline.device, threads=pipeline.threads)
     teacher, fingerprint = resolve_teacher(pipeline, data, plan, trust=trust)
     samples = identify_samples(data.train, pipeline.cache.path, num_workers=pipeline.num_workers)
+    views = ViewDataset(data.train, replace(plan, contents=samples.contents))
     writer = create(
         pipeline.cache.path,
         num_samples=len(data.train),
         num_classes=data.num_classes,
         num_views=pipeline.views.count,
         encoding=pipeline.encoding(),
+        calibration=lambda: calibrate(pipeline, teacher, views, device),
         teacher=fingerprint,
         samples=samples,
         view_plan=plan,
@@ -64,7 +66,6 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
     )
     with writer:
         missing = writer.missing_blocks()
-        views = ViewDataset(data.train, replace(plan, contents=samples.contents))
         if missing:
             run_blocks(pipeline, writer, missing, teacher, views, device)
         manifest = writer.seal()
@@ -82,23 +83,14 @@ def run_blocks(
     device: torch.device,
 ) -> None:
     """Run the teacher over the given blocks and hand its logits to the writer."""
-    config = pipeline.teacher
-    teacher = place_teacher(teacher, device, config)
     layout = writer.layout
-    loader = rendered_batches(
-        views,
-        ([(view, row) for row in rows] for view, rows in teacher_batches(layout, blocks, config.batch_size)),
-        num_workers=pipeline.num_workers,
-        pin_memory=device.type == "cuda",
+    batches = list(teacher_batches(layout, blocks, pipeline.teacher.batch_size))
+    outputs = teacher_outputs(
+        pipeline, teacher, views, ([(view, row) for row in rows] for view, rows in batches), device
     )
     total = sum(len(block_rows(layout, block)) for block in blocks)
-    with track("caching the teacher", total, unit="samples") as meter, torch.inference_mode():
-        for (view, rows), (_, inputs, _) in zip(
-            teacher_batches(layout, blocks, config.batch_size), loader, strict=True
-        ):
-            on_device = to_device(inputs, device, channels_last=config.channels_last)
-            with autocast(device, config.precision):
-                logits = teacher(on_device)
+    with track("caching the teacher", total, unit="samples") as meter:
+        for (view, rows), (inputs, logits) in zip(batches, outputs, strict=True):
             writer.write(view=view, start=rows.start, logits=logits, inputs=inputs)
             meter.advance(len(rows), note=f"view {view + 1}/{layout.num_views}")
 

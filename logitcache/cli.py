@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
-from logitcache.errors import LogitCacheError, StorageError
+from logitcache.errors import LogitCacheError, StorageError, UsageError
 
 app = typer.Typer(
     name="logitcache",
@@ -34,6 +37,43 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 TrustOption = Annotated[
     bool, typer.Option("--trust", help="Run package.module:function code from outside the working folder.")
 ]
+
+
+@app.command("plan")
+def plan_command(
+    pipeline: Annotated[Path | None, typer.Argument(help="A pipeline file; or give --logits.")] = None,
+    overrides: OverridesArgument = None,
+    logits: Annotated[
+        Path | None, typer.Option(help="A .npy or .npz file of logits, in the place of a teacher.")
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(help="An array of the .npz file: rows of one group are never fitted to and measured on."),
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Nats at T = 1 that may be lost; 0.01 if neither is given.")
+    ] = None,
+    max_bytes: Annotated[float | None, typer.Option(help="Bytes a sample that may be spent.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A .png file for KL against bytes.")] = None,
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Before any long run: bytes, fidelity and time of each encoding on a calibration sample."""
+    from logitcache.pipeline import load_pipeline
+    from logitcache.plan import plan_logits, plan_pipeline, read_logits
+    from logitcache.plan import plot as plot_plan
+
+    if (pipeline is None) == (logits is None):
+        raise UsageError("plan needs a pipeline file, or logits of its own (--logits FILE): one of the two")
+    if logits is not None:
+        result = plan_logits(read_logits(logits, group), max_kl=max_kl, max_bytes=max_bytes)
+    else:
+        assert pipeline is not None
+        loaded = load_pipeline(pipeline, overrides or ())
+        result = plan_pipeline(loaded, max_kl=max_kl, max_bytes=max_bytes, trust=trust)
+    if plot is not None:
+        plot_plan(result, plot)
+    show(plan_summary(result), as_json, lambda: print_plan(result))
 
 
 @app.command("train-teacher")
@@ -192,6 +232,69 @@ def cache_summary(cache: Any) -> dict[str, Any]:
         "kl_mean": cache.kl_mean,
         "created": cache.manifest.provenance.get("created"),
     }
+
+
+def plan_summary(plan: Any) -> dict[str, Any]:
+    """The keys of `plan`."""
+
+    def finite(nats: float) -> float | None:
+        return nats if math.isfinite(nats) else None
+
+    return {
+        "num_rows": plan.num_rows,
+        "num_classes": plan.num_classes,
+        "recommended": repr(plan.recommended.encoding),
+        "encodings": [
+            {
+                "encoding": repr(each.encoding),
+                "bytes_per_sample": each.bytes_per_sample,
+                "fixed_bytes": each.fixed_bytes,
+                "total_bytes": plan.total_bytes(each),
+                "kl": {f"{temperature:g}": finite(nats) for temperature, nats in each.kl.items()},
+                "kl_max": finite(each.kl_max),
+                "top1_agreement": each.top1_agreement,
+            }
+            for each in plan.fidelities
+        ],
+        "num_samples": plan.num_samples,
+        "num_views": plan.num_views,
+        "samples_per_second": plan.samples_per_second,
+        "hours": plan.hours,
+    }
+
+
+def print_plan(plan: Any) -> None:
+    """The table of encodings, and what to make of it."""
+    whole = plan.num_samples is not None
+    temperatures = list(plan.recommended.kl)
+    columns = ["encoding", "bytes/sample", *(["total"] if whole else []), *(f"KL T={t:g}" for t in temperatures)]
+    table = Table(
+        *columns, "largest", "top-1 agreement", title=f"{plan.num_rows:,} rows of {plan.num_classes:,} classes"
+    )
+    for each in plan.fidelities:
+        chosen = each is plan.recommended
+        total = [decimal(int(plan.total_bytes(each)))] if whole else []
+        nats = [f"{nats:.2g}" if math.isfinite(nats) else "-" for nats in (*each.kl.values(), each.kl_max)]
+        cells = [spelled(each.encoding), f"{each.bytes_per_sample:.1f}", *total, *nats, f"{each.top1_agreement:.1%}"]
+        table.add_row(*cells, style="bold" if chosen else None)
+    console().print(table)
+    if plan.hours is not None:
+        console().print(
+            f"{plan.num_views} views of {plan.num_samples:,} samples at {plan.samples_per_second:,.0f} a second: "
+            f"cache-teacher would take {timedelta(seconds=round(3600 * plan.hours))}.",
+            highlight=False,
+        )
+    console().print(f'Recommended: cache.encoding="{spelled(plan.recommended.encoding)}"', highlight=False)
+
+
+def spelled(encoding: Any) -> str:
+    """An encoding as one would write it: without the parameters that have their default."""
+    changed = [
+        f"{field.name}={getattr(encoding, field.name)!r}"
+        for field in dataclasses.fields(encoding)
+        if field.compare and getattr(encoding, field.name) != field.default
+    ]
+    return f"{type(encoding).__name__}({', '.join(changed)})"
 
 
 def show(value: dict[str, Any], as_json: bool, print_it: Any) -> None:

@@ -11,9 +11,13 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
+
+from logitcache.committed import collect_receipts, stored_encoding
 from logitcache.digest import canonical_json
-from logitcache.encodings import Encoding, encoding_from_config
-from logitcache.errors import IdentityMismatch, NotACache, UsageError
+from logitcache.encodings import Auto, Encoding, encoding_or_auto
+from logitcache.errors import IdentityMismatch, InvalidLogits, NotACache, UsageError
+from logitcache.fidelity import Calibration, candidates, choose, compare
 from logitcache.layout import FIXED, GROUP, Block
 from logitcache.manifest import (
     FORMAT_VERSION,
@@ -22,10 +26,12 @@ from logitcache.manifest import (
     Identity,
     Layout,
     Manifest,
+    Receipt,
     dump,
     read_manifest,
     read_receipts,
 )
+from logitcache.progress import track
 from logitcache.samples import SampleTable
 from logitcache.storage import LocalStorage, open_storage
 from logitcache.views import ViewPlan
@@ -40,7 +46,7 @@ def create(
     num_samples: int,
     num_classes: int,
     num_views: int = 1,
-    encoding: Encoding | str | Mapping[str, Any] = "dense",
+    encoding: Encoding | Auto | str | Mapping[str, Any] = "dense",
     calibration: Any = None,
     teacher: str,
     dataset: str | None = None,
@@ -55,8 +61,9 @@ def create(
     Args:
         path: the cache's directory.
         num_samples, num_classes, num_views: its shape; `num_views` may exceed an existing cache's.
-        encoding: such as `TopK(k=20)`.
-        calibration: logits (M, C) for encodings that are fitted; `Dense` and `TopK` need none.
+        encoding: such as `TopK(k=20)`; "auto" or `Auto(max_kl=...)` for the cheapest that is faithful enough.
+        calibration: logits (M, C), a `Calibration`, or a callable that gives one; for `LowRank`, which is fitted, and
+            for "auto". It is asked for only when a cache is new.
         teacher, dataset: what the logits come from, where no fingerprints say it.
         samples: keys, targets and content digests; the dataset's identity then is their fingerprint.
         view_plan: how the views were made; without one the cache can't hand out a `view_plan`.
@@ -64,10 +71,10 @@ def create(
         rows_per_block: rows of one commit, 16 384 by default; fixed once the cache exists.
 
     Raises:
-        UsageError: a shape or an encoding that can't be, or a folder that holds something else.
+        UsageError: a shape or an encoding that can't be, or no calibration for one that needs it.
+        NotACache: a folder that holds something else.
         IdentityMismatch: the path holds a cache of another identity; names the fields.
     """
-    del calibration  # for encodings that are fitted
     if (dataset is None) == (samples is None):
         raise UsageError(
             "create needs the dataset's identity: `dataset` (a name) or `samples` (a table), one of the two"
@@ -81,14 +88,21 @@ def create(
     rows_per_block = DEFAULT_ROWS_PER_BLOCK if rows_per_block is None else rows_per_block
     if rows_per_block < 1:
         raise UsageError(f"rows_per_block is at least 1, not {rows_per_block}")
-    encoding = encoding_from_config(encoding)
-    encoding.arrays(num_classes)  # refuses a number of classes that it can't hold
+    requested = encoding_or_auto(encoding)
+    if isinstance(requested, Encoding):
+        requested.arrays(num_classes)  # refuses a number of classes that it can't hold, before anything is computed
+    storage = open_storage(path)
+    stored = _stored(storage)
+    if stored is not None:
+        settled, notes = _encoding_of(storage, *stored, requested), dict[str, Any]()
+    else:
+        settled, notes = _settle(requested, calibration, num_classes)
     identity = make_identity(
         dataset=samples.fingerprint() if samples is not None else str(dataset),
         teacher=teacher,
         precision=precision,
         view_plan=view_plan,
-        encoding=encoding,
+        encoding=settled,
         num_classes=num_classes,
         class_names=class_names,
     )
@@ -97,9 +111,63 @@ def create(
         num_views=num_views,
         num_classes=num_classes,
         rows_per_block=min(rows_per_block, num_samples),
+        arrays=settled.arrays(num_classes) if stored is None else stored[0].layout.arrays,
     )
-    storage = open_storage(path)
-    return CacheWriter(storage, _open_manifest(storage, identity, layout), samples=samples)
+    manifest = _open_manifest(storage, identity, layout, fixed_stored=stored is not None, notes=notes)
+    return CacheWriter(storage, manifest, settled, samples=samples)
+
+
+def _stored(storage: LocalStorage) -> tuple[Manifest, Receipt] | None:
+    """The manifest of a cache that was begun here and the receipt of its fixed arrays; blocks come only after both."""
+    data = storage.get(MANIFEST)
+    if data is None:
+        return None
+    manifest = read_manifest(data, url=storage.url)
+    fixed = collect_receipts(storage, manifest).get(FIXED)
+    return None if fixed is None else (manifest, fixed)
+
+
+def _encoding_of(storage: LocalStorage, manifest: Manifest, fixed: Receipt, requested: Encoding | Auto) -> Encoding:
+    """The encoding to go on with: the cache's, where it is the one that is asked for; else that one, to be refused."""
+    chosen_by = manifest.provenance.get("encoding", {}).get("chosen_by")
+    if isinstance(requested, Auto) and chosen_by is not None and chosen_by != requested.config():
+        raise IdentityMismatch(
+            f"{storage.url} has an encoding that was chosen by {chosen_by}, not by {requested.config()}.\n"
+            "Ask for the same, name the encoding itself, or choose another `cache.path`; nothing was changed."
+        )
+    if isinstance(requested, Auto) or requested.config() == manifest.identity.encoding:
+        return stored_encoding(storage, manifest, fixed)
+    return requested
+
+
+def _settle(requested: Encoding | Auto, calibration: Any, num_classes: int) -> tuple[Encoding, dict[str, Any]]:
+    """The encoding of a new cache, chosen and fitted, and what provenance says of it."""
+    if isinstance(requested, Encoding) and not requested.fitted_arrays:
+        return requested, {}
+    if calibration is None:
+        raise UsageError(
+            f"encoding {requested.name!r} needs a sample of the teacher's logits; "
+            "pass calibration=logits, (M, C), at best some ten thousand rows of different samples"
+        )
+    sample = calibration() if callable(calibration) else calibration
+    sample = sample if isinstance(sample, Calibration) else Calibration(np.asarray(sample))
+    if sample.logits.ndim != 2 or sample.logits.shape[1] != num_classes:
+        raise UsageError(f"calibration logits are {tuple(sample.logits.shape)}; expected (M, {num_classes})")
+    if not np.isfinite(np.asarray(sample.logits).max(axis=1)).all():
+        raise InvalidLogits("the calibration logits hold NaN or +inf, or a row of nothing but -inf")
+    notes: dict[str, Any] = {"calibration_rows": len(sample.logits)}
+    if isinstance(requested, Encoding):
+        return requested.fit(sample.logits), notes
+    tried = [each for each in candidates(num_classes, len(sample.logits)) if each.holds_masks or not _masked(sample)]
+    with track("choosing an encoding", len(tried), unit="encodings") as meter:
+        results = compare(sample, tried, advance=meter.advance)
+    choice = choose(results, max_kl=requested.max_kl)
+    notes |= {"chosen_by": requested.config(), "kl": choice.kl[1.0], "bytes_per_sample": choice.bytes_per_sample}
+    return choice.encoding.fit(sample.logits), notes
+
+
+def _masked(sample: Calibration) -> bool:
+    return bool(np.isneginf(np.asarray(sample.logits)).any())
 
 
 def make_identity(
@@ -127,20 +195,27 @@ def make_identity(
     return Identity.model_validate(json.loads(canonical_json(fields)))
 
 
-def _open_manifest(storage: LocalStorage, identity: Identity, layout: Layout) -> Manifest:
+def _open_manifest(
+    storage: LocalStorage, identity: Identity, layout: Layout, *, fixed_stored: bool, notes: dict[str, Any]
+) -> Manifest:
     """The manifest of the cache at hand, written anew where there is none or where views are added."""
     existing = storage.get(MANIFEST)
-    if existing is None:
+    if existing is not None and not fixed_stored:
+        # Cut off before anything was stored but this: begun again, unless it is another cache that was begun.
+        differences = read_manifest(existing, url=storage.url).identity.differences(identity)
+        existing = existing if differences else None
+    elif existing is None:
         stranger = next(iter(storage.list_keys()), None)
         if stranger is not None:
             raise NotACache(f"{storage.url} is not empty and no logit cache (it holds {stranger}); choose another path")
+    if existing is None:
         manifest = Manifest(
             id=identity.cache_id,
             identity=identity,
             layout=layout,
             state="open",
             digest=None,
-            provenance=provenance(),
+            provenance=provenance() | ({"encoding": notes} if notes else {}),
         )
         storage.put(MANIFEST, dump(manifest))
         return manifest
@@ -169,9 +244,8 @@ def _forget_views(storage: LocalStorage, manifest: Manifest, layout: Layout) -> 
     names = read_receipts(gathered, url=storage.url).keys() - {FIXED} if gathered is not None else set()
     num_views = max([layout.num_views, *(Block.from_name(name).view + 1 for name in names)])
     kept = manifest.layout.model_copy(update={"num_views": num_views})
-    arrays = encoding_from_config(manifest.identity.encoding).arrays(kept.num_classes)
     for view in range(num_views, manifest.layout.num_views):
-        for folder in (f"receipts/v{view:05d}", *(f"{GROUP}/{array}/c/{view}" for array in arrays)):
+        for folder in (f"receipts/v{view:05d}", *(f"{GROUP}/{array}/c/{view}" for array in kept.arrays)):
             for key in list(storage.list_keys(folder)):
                 storage.delete(key)
     manifest = manifest.model_copy(update={"layout": kept})

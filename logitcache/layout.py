@@ -7,11 +7,12 @@ bytes, zstd with checksum. One chunk is one block, so every object is written wh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import zarr
+from numcodecs.zstd import Zstd
 from zarr.buffer import cpu
 from zarr.codecs import BytesCodec, TransposeCodec, ZstdCodec
 from zarr.storage import MemoryStore
@@ -23,7 +24,7 @@ from logitcache.manifest import Layout
 
 GROUP = "labels.zarr"
 FIXED = "fixed"
-"""Name of the receipt of the arrays that are stored once: the sample table."""
+"""Name of the receipt of the arrays that are stored once: the sample table, and what an encoding was fitted to."""
 
 
 @dataclasses.dataclass(frozen=True, order=True, slots=True)
@@ -73,32 +74,62 @@ def block_key(array: str, spec: ArraySpec, block: Block) -> str:
     return "/".join([GROUP, array, "c", str(block.view), str(block.number), *("0" for _ in spec.row_shape)])
 
 
-FIXED_ARRAYS = {"sample_keys": 1, "sample_targets": 1, "sample_contents": 2}
-"""The arrays of the sample table, and their ranks."""
+SAMPLE_ARRAYS = {"sample_keys": 1, "sample_targets": 1, "sample_contents": 2}
+"""The arrays of the sample table, and their numbers of dimensions; an encoding's `fitted_arrays` lie beside them."""
 
 
-def fixed_array_key(array: str) -> str:
+def fixed_array_key(array: str, ndim: int) -> str:
     """Key of the one object of a fixed array."""
-    return "/".join([GROUP, array, "c", *["0"] * FIXED_ARRAYS.get(array, 1)])
+    return "/".join([GROUP, array, "c", *["0"] * ndim])
 
 
-def group_metadata(specs: Mapping[str, ArraySpec], layout: Layout) -> dict[str, bytes]:
+def group_metadata(layout: Layout) -> dict[str, bytes]:
     """The `zarr.json` of the group and of each per-row array, by key."""
     objects = _Objects()
     zarr.create_group(objects.store, zarr_format=3)
-    for name, spec in specs.items():
-        shape = (layout.num_views, layout.num_samples, *spec.row_shape)
-        objects.create(name, spec.dtype, shape, (1, layout.rows_per_block, *spec.row_shape))
+    for name, spec in layout.arrays.items():
+        objects.create_rows(name, spec, (layout.num_views, layout.num_samples), layout.rows_per_block)
     return objects.dump()
 
 
-def encode_block(values: np.ndarray, rows_per_block: int) -> bytes:
-    """One block of one array, (rows, *row_shape), as the bytes of its chunk."""
-    rows, *row_shape = values.shape
-    objects = _Objects()
-    array = objects.create("block", values.dtype.name, (1, rows, *row_shape), (1, rows_per_block, *row_shape))
-    array[0] = values
-    return objects.chunk("block", (0,) * array.ndim)
+def encode_block(spec: ArraySpec, values: np.ndarray, rows_per_block: int) -> bytes:
+    """One block of one array, (rows, *row_shape), as the bytes of its chunk.
+
+    What the codecs of its `zarr.json` would make of it, without the machinery; a test holds it to zarr. A chunk is
+    always whole: a last block that is shorter is filled up with zeros.
+    """
+    chunk = np.zeros((rows_per_block, *spec.row_shape), dtype=spec.dtype)
+    chunk[: len(values)] = values
+    stored = chunk.T if chunk.ndim == COLUMNS_FIRST_NDIM else chunk
+    return bytes(Zstd(level=spec.level, checksum=True).encode(np.ascontiguousarray(_little_endian(stored))))
+
+
+def decode_rows(spec: ArraySpec, chunks: Sequence[bytes], num_rows: int, rows_per_block: int) -> np.ndarray:
+    """The rows (num_rows, *row_shape) of consecutive blocks, from their chunks' bytes.
+
+    Raises:
+        ValueError, RuntimeError: bytes that are no such chunk.
+    """
+    values = np.empty((num_rows, *spec.row_shape), dtype=spec.dtype)
+    shape = (rows_per_block, *spec.row_shape)
+    if len(shape) == COLUMNS_FIRST_NDIM:
+        shape = shape[::-1]
+    for number, data in enumerate(chunks):
+        stored = np.frombuffer(Zstd().decode(data), dtype=np.dtype(spec.dtype).newbyteorder("<")).reshape(shape)
+        rows = values[number * rows_per_block : (number + 1) * rows_per_block]
+        rows[...] = (stored.T if stored.ndim == COLUMNS_FIRST_NDIM else stored)[: len(rows)]
+    return values
+
+
+COLUMNS_FIRST_NDIM = 2
+"""Dimensions, without the view's, of a chunk whose columns are stored one after the other.
+
+zstd finds more in a column of one kind than across a row.
+"""
+
+
+def _little_endian(values: np.ndarray) -> np.ndarray:
+    return values.astype(values.dtype.newbyteorder("<"), copy=False)
 
 
 def encode_fixed(name: str, values: np.ndarray) -> dict[str, bytes]:
@@ -106,18 +137,6 @@ def encode_fixed(name: str, values: np.ndarray) -> dict[str, bytes]:
     objects = _Objects()
     objects.create(name, values.dtype.name, values.shape, values.shape)[...] = values
     return objects.dump()
-
-
-def decode_rows(spec: ArraySpec, chunks: Sequence[bytes], num_rows: int, rows_per_block: int) -> np.ndarray:
-    """The rows (num_rows, *row_shape) of consecutive blocks, from their chunks' bytes.
-
-    Raises zarr's own errors for bytes that are no such chunk.
-    """
-    objects = _Objects()
-    array = objects.create("view", spec.dtype, (1, num_rows, *spec.row_shape), (1, rows_per_block, *spec.row_shape))
-    for number, data in enumerate(chunks):
-        objects.put_chunk("view", (0, number, *(0 for _ in spec.row_shape)), data)
-    return np.asarray(array[0])
 
 
 def decode_fixed(metadata: bytes, chunk: bytes) -> np.ndarray:
@@ -139,10 +158,18 @@ class _Objects:
         self._objects: dict[str, Any] = {}
         self.store = MemoryStore(self._objects)
 
-    def create(self, name: str, dtype: str, shape: tuple[int, ...], chunks: tuple[int, ...]) -> zarr.Array[Any]:
+    def create_rows(
+        self, name: str, spec: ArraySpec, views_and_samples: tuple[int, int], rows_per_block: int
+    ) -> zarr.Array[Any]:
+        """An array with an entry for every row, a chunk for every block."""
+        shape, chunks = (*views_and_samples, *spec.row_shape), (1, rows_per_block, *spec.row_shape)
+        return self.create(name, spec.dtype, shape, chunks, level=spec.level)
+
+    def create(
+        self, name: str, dtype: str, shape: tuple[int, ...], chunks: tuple[int, ...], *, level: int = 3
+    ) -> zarr.Array[Any]:
         ndim = len(shape)
-        # Each stored column contiguous: zstd finds more in a column of one kind than across a row.
-        columns_first = [TransposeCodec(order=(0, 2, 1))] if ndim == 3 else []
+        columns_first = [TransposeCodec(order=(0, 2, 1))] if ndim == 1 + COLUMNS_FIRST_NDIM else []
         return zarr.create_array(
             self.store,
             name=name,
@@ -151,7 +178,7 @@ class _Objects:
             dtype=dtype,
             filters=columns_first,
             serializer=BytesCodec(endian="little" if np.dtype(dtype).itemsize > 1 else None),
-            compressors=[ZstdCodec(level=3, checksum=True)],
+            compressors=[ZstdCodec(level=level, checksum=True)],
             fill_value=0,
             zarr_format=3,
             # A block of nothing but zeros must be an object too, or its receipt would have nothing to hash.
@@ -163,9 +190,6 @@ class _Objects:
 
     def put_chunk(self, name: str, index: tuple[int, ...], data: bytes) -> None:
         self.put("/".join([name, "c", *map(str, index)]), data)
-
-    def chunk(self, name: str, index: tuple[int, ...]) -> bytes:
-        return bytes(self._objects["/".join([name, "c", *map(str, index)])].to_bytes())
 
     def dump(self) -> dict[str, bytes]:
         return {f"{GROUP}/{key}": value.to_bytes() for key, value in self._objects.items()}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from logitcache.digest import json_digest, sha256_hex
+from logitcache.encodings import ArraySpec
 from logitcache.errors import CorruptCache, NotACache, UnsupportedFormat
 
 FORMAT_VERSION = 1
@@ -61,6 +62,8 @@ class Layout(_Record):
     num_views: int = Field(ge=1)
     num_classes: int = Field(ge=2)
     rows_per_block: int = Field(ge=1)
+    arrays: dict[str, ArraySpec]
+    """What is stored for every row, by array name."""
 
 
 class Manifest(_Record):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from logitcache.encodings import Encoding, encoding_from_config
+from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.errors import LogitCacheError, UsageError
 from logitcache.losses import Loss, loss_from_config
 from logitcache.transforms import normalise_spec
@@ -113,6 +113,8 @@ class CacheConfig(_Section):
 
     path: str
     encoding: dict[str, Any] = {"name": "dense", "dtype": "float16"}
+    calibration: int = Field(default=10_000, ge=2)
+    """Rows that the teacher is run on beforehand, for encodings that are fitted or chosen."""
     rows_per_block: int = Field(default=16_384, ge=1)
     memory_budget_mb: float | None = Field(default=None, gt=0)
     """A view larger than this streams block by block in stage 2; none keeps every view resident."""
@@ -120,7 +122,7 @@ class CacheConfig(_Section):
     @field_validator("encoding", mode="before")
     @classmethod
     def _known_encoding(cls, value: Any) -> Any:
-        return encoding_from_config(value).config() if isinstance(value, str | Mapping | Encoding) else value
+        return encoding_or_auto(value).config() if isinstance(value, str | Mapping | Encoding | Auto) else value
 
 
 class StudentConfig(ModelConfig):
@@ -186,9 +188,9 @@ class Pipeline(_Section):
                 raise ValueError(_unknown_key(f"train.{key}", key, known))
         return TrainConfig.model_validate(self.train.model_dump() | owner.train)
 
-    def encoding(self) -> Encoding:
-        """The cache's encoding."""
-        return encoding_from_config(self.cache.encoding)
+    def encoding(self) -> Encoding | Auto:
+        """The cache's encoding, or what it is to be chosen by."""
+        return encoding_or_auto(self.cache.encoding)
 
     def student(self, name: str) -> StudentConfig:
         """A student by name.
@@ -273,7 +275,7 @@ def _descend(node: Any, key: str, dotted: str) -> Any:
     place: Any = _position(node, key, dotted) if isinstance(node, list) else key
     child = node[place] if isinstance(node, list) else node.get(place)
     if isinstance(child, str) and key == "encoding":
-        child = encoding_from_config(child).config()
+        child = encoding_or_auto(child).config()
     if child is None:
         child = {}
     if not isinstance(child, dict | list):

@@ -22,14 +22,23 @@ def counter_seed(purpose: str, *counters: int) -> int:
 
 
 def keyed_permutation(length: int, purpose: str, *counters: int) -> np.ndarray:
-    """A permutation of range(length), int64 (length,): the order of SplitMix64 hashes under the key."""
+    """A permutation of range(length), int64 (length,): the order of keyed hashes."""
+    return np.argsort(_keyed_hashes(range(length), purpose, *counters), kind="stable")
+
+
+def keyed_uniform(rows: range, purpose: str, *counters: int) -> np.ndarray:
+    """A number in [0, 1) for each row, float64 (len(rows),), whatever other rows are asked for with it."""
+    return (_keyed_hashes(rows, purpose, *counters) >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def _keyed_hashes(rows: range, purpose: str, *counters: int) -> np.ndarray:
+    """A 64-bit hash of each row number under a key, uint64: SplitMix64 (Steele, Lea and Flood 2014)."""
     with np.errstate(over="ignore"):
-        z = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = np.arange(rows.start + 1, rows.stop + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         z += np.uint64(counter_seed(purpose, *counters))
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    return np.argsort(z, kind="stable")
+        return z ^ (z >> np.uint64(31))
 
 
 def seed_generators(seed: int) -> None:

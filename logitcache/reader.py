@@ -7,39 +7,32 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from logitcache.digest import array_digest, sha256_hex
-from logitcache.encodings import ArraySpec, Encoding, encoding_from_config
+from logitcache.committed import collect_receipts, read_fixed, stored_encoding
+from logitcache.digest import sha256_hex
+from logitcache.encodings import Encoding, encoding_from_config
 from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, UsageError
 from logitcache.labelview import ResidentView, StreamedView, View
 from logitcache.layout import (
     FIXED,
-    FIXED_RECEIPT_KEY,
-    GROUP,
+    SAMPLE_ARRAYS,
     Block,
-    all_blocks,
     block_key,
     block_rows,
     blocks_per_view,
-    decode_fixed,
     decode_rows,
-    fixed_array_key,
 )
 from logitcache.manifest import (
     MANIFEST,
-    RECEIPTS,
-    Manifest,
     Receipt,
     content_digest,
     read_manifest,
-    read_receipt,
-    read_receipts,
 )
 from logitcache.samples import SampleTable, input_digest
 from logitcache.storage import LocalStorage, open_storage
@@ -73,8 +66,7 @@ class LogitCache:
         self.layout = self.manifest.layout
         self.encoding: Encoding = encoding_from_config(self.manifest.identity.encoding)
         self.trust = trust
-        self._specs = self.encoding.arrays(self.layout.num_classes)
-        self.receipts: dict[str, Receipt] = collect_receipts(storage, self.manifest, self._specs)
+        self.receipts: dict[str, Receipt] = collect_receipts(storage, self.manifest)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="logitcache-loader")
         self._loading: dict[tuple[int, str], Future[View]] = {}
         if self.sealed and content_digest(list(self.receipts.values())) != self.manifest.digest:
@@ -133,7 +125,7 @@ class LogitCache:
     @property
     def view_bytes(self) -> int:
         """Memory of one resident view."""
-        row = sum(np.dtype(spec.dtype).itemsize * int(np.prod(spec.row_shape)) for spec in self._specs.values())
+        row = sum(np.dtype(spec.dtype).itemsize * int(np.prod(spec.row_shape)) for spec in self.layout.arrays.values())
         return row * self.num_samples
 
     @cached_property
@@ -146,9 +138,14 @@ class LogitCache:
         fixed = self.receipts.get(FIXED)
         if fixed is None or "sample_targets" not in fixed.objects:
             return None
-        arrays = {name: self._read_fixed(name) for name in fixed.objects}
+        wanted = [name for name in SAMPLE_ARRAYS if name in fixed.objects]
+        arrays = {name: read_fixed(self.storage, fixed, name, SAMPLE_ARRAYS[name]) for name in wanted}
         keys = arrays["sample_keys"].tobytes().decode().split("\n") if "sample_keys" in arrays else None
         return SampleTable(self.num_samples, keys, arrays["sample_targets"], arrays["sample_contents"])
+
+    @cached_property
+    def _fitted_encoding(self) -> Encoding:
+        return stored_encoding(self.storage, self.manifest, self.receipts[FIXED])
 
     @cached_property
     def view_plan(self) -> ViewPlan:
@@ -252,7 +249,9 @@ class LogitCache:
         window = self.window_blocks(memory_budget)
         if window is not None:
             read = functools.partial(self.read_blocks, view)
-            return StreamedView(view, self.encoding, read, self.layout, torch.device(device), max_blocks=2 * window)
+            return StreamedView(
+                view, self._fitted_encoding, read, self.layout, torch.device(device), max_blocks=2 * window
+            )
         loading = self._loading.pop((view, str(device)), None)
         return loading.result() if loading is not None else self._load_view(view, device)
 
@@ -277,7 +276,7 @@ class LogitCache:
         numbers = range(blocks_per_view(self.layout))
         arrays = self.read_blocks(view, numbers)
         tensors = {name: torch.from_numpy(values).to(device) for name, values in arrays.items()}
-        return ResidentView(view, self.encoding, tensors, self.num_classes)
+        return ResidentView(view, self._fitted_encoding, tensors, self.num_classes)
 
     def read_blocks(self, view: int, numbers: Sequence[int]) -> dict[str, np.ndarray]:
         """The encoded arrays (rows, *row_shape) of consecutive blocks of a view, checked and decompressed.
@@ -288,7 +287,7 @@ class LogitCache:
         blocks = [Block(view, number) for number in numbers]
         num_rows = sum(len(block_rows(self.layout, block)) for block in blocks)
         arrays = {}
-        for name, spec in self._specs.items():
+        for name, spec in self.layout.arrays.items():
             chunks = [self._checked_object(block, name) for block in blocks]
             try:
                 arrays[name] = decode_rows(spec, chunks, num_rows, self.layout.rows_per_block)
@@ -302,7 +301,7 @@ class LogitCache:
             raise IncompleteCache(
                 f"{self.storage.url}: block {block.name} is missing; run `logitcache cache-teacher` again"
             )
-        key = block_key(array, self._specs[array], block)
+        key = block_key(array, self.layout.arrays[array], block)
         data = self.storage.get(key)
         stored = receipt.objects[array]
         if data is None:
@@ -313,20 +312,6 @@ class LogitCache:
                 f"{block.name}.\nRun `logitcache verify --deep` for every such block."
             )
         return data
-
-    def _read_fixed(self, name: str) -> np.ndarray:
-        stored = self.receipts[FIXED].objects[name]
-        metadata = self.storage.get(f"{GROUP}/{name}/zarr.json")
-        data = self.storage.get(fixed_array_key(name))
-        try:
-            values = decode_fixed(metadata or b"", data or b"")
-        except Exception:  # whatever zarr raises for bytes that are no such array
-            values = None
-        if values is None or array_digest(values) != stored.values_sha256:
-            raise CorruptCache(
-                f"{self.storage.url}: {GROUP}/{name} is not what was written; run `logitcache verify --deep`"
-            )
-        return values
 
     def _check_complete(self, view: int) -> None:
         if not 0 <= view < self.num_views:
@@ -359,37 +344,3 @@ class LogitCache:
             f"{built_with or 'unknown library versions'} on {self.manifest.provenance.get('platform', 'unknown')}.\n"
             "Use those versions, or build the cache again."
         )
-
-
-def collect_receipts(storage: LocalStorage, manifest: Manifest, specs: Mapping[str, ArraySpec]) -> dict[str, Receipt]:
-    """The receipts of a cache by name: of a sealed one all, of an open one those whose objects are in place.
-
-    Raises:
-        CorruptCache: a sealed cache without its receipts.
-    """
-    gathered = storage.get(RECEIPTS)
-    wanted = {FIXED, *(block.name for block in all_blocks(manifest.layout))}
-    receipts = {} if gathered is None else read_receipts(gathered, url=storage.url)
-    receipts = {name: receipt for name, receipt in receipts.items() if name in wanted}
-    if manifest.state == "sealed":
-        if wanted - receipts.keys():
-            raise CorruptCache(f"{storage.url} is sealed, but {RECEIPTS} lacks {sorted(wanted - receipts.keys())[0]}")
-        return receipts
-    for key in storage.list_keys("receipts"):
-        name = FIXED if key == FIXED_RECEIPT_KEY else key.removeprefix("receipts/").removesuffix(".json")
-        data = storage.get(key)
-        if name in wanted and data is not None:
-            try:
-                receipts[name] = read_receipt(data, key=key)
-            except CorruptCache:
-                continue  # the block counts as missing, and is computed again
-    return {name: receipt for name, receipt in receipts.items() if _in_place(storage, specs, name, receipt)}
-
-
-def _in_place(storage: LocalStorage, specs: Mapping[str, ArraySpec], name: str, receipt: Receipt) -> bool:
-    if name == FIXED:
-        return True
-    block = Block.from_name(name)
-    return receipt.objects.keys() == specs.keys() and all(
-        storage.size(block_key(array, specs[array], block)) == stored.bytes for array, stored in receipt.objects.items()
-    )

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logitcache.committed import collect_receipts
 from logitcache.digest import array_digest, canonical_json, sha256_hex
-from logitcache.encodings import ArraySpec, Encoding, encoding_from_config
+from logitcache.encodings import ArraySpec, Encoding
 from logitcache.errors import IncompleteCache, InvalidLogits, ShapeError
+from logitcache.fidelity import fidelity_kl
 from logitcache.layout import (
     FIXED,
     FIXED_RECEIPT_KEY,
@@ -32,7 +34,6 @@ from logitcache.layout import (
     fixed_array_key,
     group_metadata,
 )
-from logitcache.losses import kl_divergence
 from logitcache.manifest import (
     MANIFEST,
     RECEIPTS,
@@ -42,7 +43,6 @@ from logitcache.manifest import (
     content_digest,
     dump,
 )
-from logitcache.reader import collect_receipts
 from logitcache.samples import SampleTable, input_digest
 from logitcache.storage import LocalStorage
 from logitcache.views import proof_rows
@@ -67,17 +67,18 @@ class CacheWriter:
         self,
         storage: LocalStorage,
         manifest: Manifest,
+        encoding: Encoding,
         *,
         samples: SampleTable | None = None,
     ) -> None:
         self.storage = storage
         self.manifest = manifest
         self.layout = manifest.layout
-        self.encoding = encoding_from_config(manifest.identity.encoding)
-        self._specs = self.encoding.arrays(self.layout.num_classes)
+        self.encoding = encoding
+        """Fitted, where it is one that is."""
         self.committed_blocks: list[Block] = []
         """Blocks committed by this writer, in the order of their receipts."""
-        self._receipts = collect_receipts(storage, self.manifest, self._specs)
+        self._receipts = collect_receipts(storage, self.manifest)
         self._open_blocks: dict[Block, _OpenBlock] = {}
         self._lock = threading.Lock()
         self._commits: list[Future[None]] = []
@@ -85,11 +86,11 @@ class CacheWriter:
         self._threads = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="logitcache-writer")
         if self.manifest.state == "open":
             storage.remove_leftovers()
-            for key, data in group_metadata(self._specs, self.layout).items():
+            for key, data in group_metadata(self.layout).items():
                 if storage.get(key) != data:
                     storage.put(key, data)
             if FIXED not in self._receipts:
-                self._receipts[FIXED] = self._commit_samples(samples)
+                self._receipts[FIXED] = self._commit_fixed(samples)
 
     def missing_blocks(self) -> list[Block]:
         """The blocks that have no valid receipt yet, view by view."""
@@ -137,7 +138,7 @@ class CacheWriter:
             piece_stop = min(stop, rows.stop)
             if block.name not in self._receipts:
                 if block not in self._open_blocks:
-                    self._open_blocks[block] = _OpenBlock(block, rows, self.encoding, self._specs, logits_BC)
+                    self._open_blocks[block] = _OpenBlock(block, rows, self.encoding, self.layout.arrays, logits_BC)
                 opened = self._open_blocks[block]
                 opened.fill(row, logits_BC[row - start : piece_stop - start])
                 opened.inputs.update({str(r): digest for r, digest in digests.items() if r in rows})
@@ -202,15 +203,16 @@ class CacheWriter:
             objects = {}
             for name, buffer in opened.buffers.items():
                 values = buffer.numpy()
-                data = encode_block(values, self.layout.rows_per_block)
-                self.storage.put(block_key(name, self._specs[name], opened.block), data)
+                spec = self.layout.arrays[name]
+                data = encode_block(spec, values, self.layout.rows_per_block)
+                self.storage.put(block_key(name, spec, opened.block), data)
                 objects[name] = _stored(data, values)
             kl = opened.kl.double()
             receipt = Receipt(
                 rows=len(opened.rows),
                 objects=objects,
-                kl_mean=float(kl.mean()),
-                kl_max=float(kl.max()),
+                kl_mean=_finite(float(kl.mean())),
+                kl_max=_finite(float(kl.max())),
                 inputs=opened.inputs,
             )
             # Receipt last: a block without one never happened.
@@ -221,12 +223,12 @@ class CacheWriter:
         finally:
             self._slots.release()
 
-    def _commit_samples(self, samples: SampleTable | None) -> Receipt:
-        """Store the sample table once, as fixed arrays beside the labels."""
-        arrays: dict[str, np.ndarray] = {}
+    def _commit_fixed(self, samples: SampleTable | None) -> Receipt:
+        """Store what the encoding was fitted to, and the sample table, once, beside the labels."""
+        arrays = dict(self.encoding.fitted_values())
         if samples is not None:
             assert samples.contents is not None
-            arrays = {"sample_targets": samples.targets, "sample_contents": samples.contents}
+            arrays |= {"sample_targets": samples.targets, "sample_contents": samples.contents}
             if samples.keys is not None:
                 arrays["sample_keys"] = np.frombuffer("\n".join(samples.keys).encode(), dtype=np.uint8)
         objects = {}
@@ -234,7 +236,7 @@ class CacheWriter:
             encoded = encode_fixed(name, values)
             for key, data in encoded.items():
                 self.storage.put(key, data)
-            objects[name] = _stored(encoded[fixed_array_key(name)], values)
+            objects[name] = _stored(encoded[fixed_array_key(name, values.ndim)], values)
         receipt = Receipt(rows=self.layout.num_samples, objects=objects, kl_mean=None, kl_max=None, inputs={})
         self.storage.put(FIXED_RECEIPT_KEY, dump(receipt))
         return receipt
@@ -305,7 +307,7 @@ class _OpenBlock:
         """Take rows of this block; slabs that are whole are encoded on their device, without waiting for a GPU."""
         first = start - self.rows.start
         if logits_BC.device.type == "cpu" and not math.isfinite(float(logits_BC.sum())):  # NaN, infinite, or masked
-            self.invalid[first : first + len(logits_BC)] = _invalid(logits_BC)
+            self.invalid[first : first + len(logits_BC)] = self._invalid(logits_BC)
             self.check()
         for number in range(first // self._slab_rows, -(-(first + len(logits_BC)) // self._slab_rows)):
             place = slice(number * self._slab_rows, min((number + 1) * self._slab_rows, len(self.rows)))
@@ -325,13 +327,13 @@ class _OpenBlock:
 
     def _encode(self, place: slice, logits_BC: Tensor) -> None:
         if self.pinned:
-            self.invalid[place].copy_(_invalid(logits_BC), non_blocking=True)
-        encoded = self._encoding.encode(logits_BC)
+            self.invalid[place].copy_(self._invalid(logits_BC), non_blocking=True)
+        start = self.rows.start + place.start
+        encoded = self._encoding.encode(logits_BC, view=self.block.view, start=start)
         for name, values in encoded.items():
             self.buffers[name][place].copy_(values, non_blocking=self.pinned)
-        # A class that is masked by -inf in both would make the divergence 0 * -inf.
-        decoded_BC = self._encoding.decode(encoded, self._num_classes).clamp(min=-1e30)
-        self.kl[place].copy_(kl_divergence(decoded_BC, logits_BC), non_blocking=self.pinned)
+        decoded_BC = self._encoding.decode(encoded, self._num_classes)
+        self.kl[place].copy_(fidelity_kl(decoded_BC, logits_BC), non_blocking=self.pinned)
 
     def wait_for_device(self) -> None:
         """Until the copies that were started have arrived."""
@@ -342,17 +344,27 @@ class _OpenBlock:
         """Refuse rows that no distribution can be made of, naming them."""
         invalid = np.flatnonzero(self.invalid.numpy())
         if len(invalid):
+            what = "NaN or +inf, or nothing but -inf" if self._encoding.holds_masks else "NaN, +inf or -inf"
+            masks = (
+                "" if self._encoding.holds_masks else f" {self._encoding.name} can't hold masked classes: use Dense."
+            )
             raise InvalidLogits(
-                f"view {self.block.view}, row {self.rows.start + invalid[0]}: the teacher's logits hold NaN or +inf, "
-                f"or nothing but -inf ({len(invalid)} such rows of {len(self.rows)} in this block).\n"
+                f"view {self.block.view}, row {self.rows.start + invalid[0]}: the teacher's logits hold {what} "
+                f"({len(invalid)} such rows of {len(self.rows)} in this block).\n"
                 "The block was not stored. Look at the teacher's weights and inputs, or at its precision "
-                "(float16 overflows; try bfloat16)."
+                f"(float16 overflows; try bfloat16).{masks}"
             )
 
+    def _invalid(self, logits_BC: Tensor) -> Tensor:
+        """Where no distribution can be made of a row, or this encoding can't hold it, bool (B,)."""
+        # A row's largest logit is NaN, +inf or -inf exactly where no distribution can be made of it.
+        invalid_B = ~torch.isfinite(logits_BC.amax(dim=1))
+        return invalid_B if self._encoding.holds_masks else invalid_B | ~torch.isfinite(logits_BC.amin(dim=1))
 
-def _invalid(logits_BC: Tensor) -> Tensor:
-    """Where a row's largest logit is NaN, +inf or -inf: exactly where no distribution can be made of it, bool (B,)."""
-    return ~torch.isfinite(logits_BC.amax(dim=1))
+
+def _finite(nats: float) -> float | None:
+    """A divergence for a receipt; none where classes that the teacher may choose are left out altogether."""
+    return nats if math.isfinite(nats) else None
 
 
 def _stored(data: bytes, values: np.ndarray) -> StoredObject:

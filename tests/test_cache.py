@@ -211,6 +211,29 @@ def test_plain_zarr_reads_the_labels(tmp_path: Path) -> None:
     assert cache.encoding == ENCODINGS[1]
 
 
+@pytest.mark.parametrize("encoding", [*ENCODINGS, logitcache.LowRank(rank=5, k=1)], ids=repr)
+def test_a_chunk_is_what_zarr_makes_of_the_same_values(tmp_path: Path, encoding: logitcache.Dense) -> None:
+    cache = built(tmp_path / "a", encoding=encoding, calibration=some_logits(1).flatten(0, 1))
+    labels = zarr.open_group(tmp_path / "a" / "labels.zarr", mode="r")
+    again = zarr.create_group(tmp_path / "b", zarr_format=3)
+    for name in cache.layout.arrays:
+        written = again.create_array(name=name, data=np.asarray(labels[name]), **_codecs(labels[name]))
+        for path in sorted((tmp_path / "a" / "labels.zarr" / name / "c").rglob("*")):
+            if path.is_file():
+                theirs = tmp_path / "b" / written.path / path.relative_to(tmp_path / "a" / "labels.zarr" / name)
+                assert path.read_bytes() == theirs.read_bytes(), path
+
+
+def _codecs(array: zarr.Array) -> dict[str, object]:
+    return {
+        "chunks": array.chunks,
+        "filters": array.filters,
+        "serializer": array.serializer,
+        "compressors": array.compressors,
+        "config": {"write_empty_chunks": True},
+    }
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=repr)
 def test_any_flipped_bit_of_a_label_is_noticed(tmp_path: Path, encoding: logitcache.Dense) -> None:
     built(tmp_path / "a", encoding=encoding)
@@ -230,7 +253,7 @@ def test_any_flipped_bit_of_a_label_is_noticed(tmp_path: Path, encoding: logitca
 def test_a_block_that_says_something_else_is_noticed_though_its_bytes_have_a_receipt(tmp_path: Path) -> None:
     """Somebody rewrote a block and its receipt; the digest of the cache still covers the values."""
     cache = built(tmp_path / "a")
-    zeros = encode_block(np.zeros((32, CLASSES), np.float32), 32)
+    zeros = encode_block(cache.layout.arrays["logits"], np.zeros((32, CLASSES), np.float32), 32)
     (tmp_path / "a" / "labels.zarr/logits/c/0/1/0").write_bytes(zeros)
     stored = cache.receipts["v00000/b00001"].objects["logits"]
     receipts = (tmp_path / "a" / "receipts.json").read_text()
@@ -338,3 +361,113 @@ def test_a_cache_that_can_not_be_is_refused_before_a_folder_is_made(
         writer(tmp_path / "a", **changes)
 
     assert not (tmp_path / "a").exists()
+
+
+def calibration(seed: int = 7) -> Tensor:
+    return torch.randn(300, CLASSES, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def test_a_fitted_encoding_is_fitted_once(tmp_path: Path) -> None:
+    """A build that goes on, or grows, takes the basis that is stored, whatever it is calibrated with."""
+    encoding = logitcache.LowRank(rank=6, k=2)
+    whole = built(tmp_path / "whole", encoding=encoding, calibration=calibration())
+
+    def never() -> Tensor:
+        raise AssertionError("asked for calibration though the basis is stored")
+
+    first = writer(tmp_path / "parts", encoding=encoding, calibration=calibration, num_views=1)
+    first.write(view=0, start=0, logits=some_logits()[0, :50])
+    first.flush()
+    first.close()
+    with writer(tmp_path / "parts", encoding=encoding, calibration=never) as second:
+        for view in range(VIEWS):
+            second.write(view=view, start=0, logits=some_logits()[view])
+    parts = logitcache.open(tmp_path / "parts")
+
+    assert (whole.id, whole.digest) == (parts.id, parts.digest)
+    assert torch.equal(whole.view(1).logits(range(SAMPLES)), parts.view(1).logits(range(SAMPLES)))
+    assert [] == verify(str(tmp_path / "parts"), deep=True)
+
+
+def test_a_build_cut_off_before_its_basis_was_stored_begins_again(tmp_path: Path) -> None:
+    encoding = logitcache.LowRank(rank=6, k=2)
+    begun = writer(tmp_path / "a", encoding=encoding, calibration=calibration())
+    begun.close()
+    (tmp_path / "a/receipts/fixed.json").unlink()
+    cache = built(tmp_path / "a", encoding=encoding, calibration=calibration(8))
+
+    assert cache.digest == built(tmp_path / "b", encoding=encoding, calibration=calibration(8)).digest
+
+
+def test_batches_never_show_in_a_fitted_encoding(tmp_path: Path) -> None:
+    digests = set()
+    for number, size in enumerate((1, 7, 32, 100)):
+        encoding = logitcache.LowRank(rank=6, k=2)
+        with writer(tmp_path / str(number), encoding=encoding, calibration=calibration()) as cache:
+            for view in range(VIEWS):
+                for start in range(0, SAMPLES, size):
+                    cache.write(view=view, start=start, logits=some_logits()[view, start : start + size])
+        digests.add(logitcache.open(tmp_path / str(number)).digest)
+
+    assert 1 == len(digests)
+
+
+def test_a_damaged_basis_is_noticed(tmp_path: Path) -> None:
+    cache = built(tmp_path / "a", encoding=logitcache.LowRank(rank=6), calibration=calibration())
+    (tmp_path / "a/labels.zarr/basis/c/0/0").write_bytes(b"nothing")
+
+    with pytest.raises(CorruptCache, match="basis is not what was written"):
+        cache.view(0)
+    assert {("fixed", "wrong size")} == {(problem.block, problem.kind) for problem in verify(str(tmp_path / "a"))}
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        pytest.param({}, UsageError, "needs a sample of the teacher's logits", id="none"),
+        pytest.param({"calibration": np.zeros((300, 7))}, UsageError, r"\(300, 7\); expected \(M, 30\)", id="classes"),
+        pytest.param(
+            {"calibration": np.full((300, 30), np.nan)}, InvalidLogits, "calibration logits hold NaN", id="NaN"
+        ),
+        pytest.param({"calibration": np.zeros((4, 30))}, UsageError, "more rows than the rank", id="few rows"),
+    ],
+)
+def test_calibration_that_will_not_do_is_refused(
+    tmp_path: Path, settings: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        writer(tmp_path / "a", encoding=logitcache.LowRank(rank=6), **settings)
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_masked_classes_are_refused_where_they_can_not_be_held(tmp_path: Path) -> None:
+    cache = writer(tmp_path / "a", encoding=logitcache.LowRank(rank=6), calibration=calibration())
+    logits = some_logits()[0]
+    logits[40, 3] = -torch.inf
+    with pytest.raises(InvalidLogits, match=r"row 40: .*(?s:.*)lowrank can't hold masked classes: use Dense"):
+        cache.write(view=0, start=0, logits=logits)
+
+
+def test_auto_takes_the_cheapest_encoding_within_its_limit(tmp_path: Path) -> None:
+    strict = built(tmp_path / "strict", encoding="auto", calibration=calibration())
+    loose = built(tmp_path / "loose", encoding={"name": "auto", "max_kl": 0.5}, calibration=calibration())
+
+    assert logitcache.Dense(dtype="uint8") == strict.encoding
+    assert strict.kl_mean is not None
+    assert strict.kl_mean < 0.01
+    assert loose.label_bytes < strict.label_bytes
+    assert {"name": "auto", "max_kl": 0.01} == strict.manifest.provenance["encoding"]["chosen_by"]
+    # It goes on with what was chosen, and only for the same limit.
+    writer(tmp_path / "strict", encoding="auto").close()
+    with pytest.raises(IdentityMismatch, match="chosen by"):
+        writer(tmp_path / "strict", encoding=logitcache.Auto(max_kl=0.5))
+
+
+def test_sampled_labels_have_no_divergence_to_state(tmp_path: Path) -> None:
+    cache = built(tmp_path / "a", encoding=logitcache.Sampled(draws=20))
+
+    assert cache.kl_mean is None
+    shares = cache.view(1).logits(range(SAMPLES)).exp()
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(SAMPLES))
+    again = built(tmp_path / "b", encoding=logitcache.Sampled(draws=20))
+    assert cache.digest == again.digest

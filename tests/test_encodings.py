@@ -6,10 +6,15 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from logitcache.encodings import Dense, Encoding, TopK, encoding_from_config
+from logitcache.encodings import Dense, Encoding, LowRank, Sampled, TopK, encoding_from_config
+from logitcache.encodings.lowrank import principal_components
+from logitcache.encodings.packing import LARGEST, MixedRadix
 from logitcache.errors import UsageError
+from logitcache.fidelity import fidelity_kl
 from logitcache.losses import kl_divergence
 
 
@@ -24,13 +29,26 @@ class EncodingContract:
     encoding: ClassVar[Encoding]
     largest_kl: ClassVar[float]
     """Mean KL(teacher ‖ decoded) at T = 1 that this configuration may lose on `teacher_like` rows of 100 classes."""
+    keeps_every_class: ClassVar[bool] = True
+    """Whether a class that the teacher gives any probability has some when decoded."""
+    top1_agreement: ClassVar[float] = 1.0
+    odd_rows_atol: ClassVar[float] = 2e-3
+    class_counts: ClassVar[tuple[int, ...]] = (22, 300, 70_000)
+
+    def fitted(self, classes: int) -> Encoding:
+        """As it is used for so many classes: fitted to other rows of the same kind."""
+        if not self.encoding.fitted_arrays:
+            return self.encoding
+        return self.encoding.fit(teacher_like(max(400, 2 * classes), classes, seed=1))
 
     def roundtrip(self, logits: Tensor) -> Tensor:
-        return self.encoding.decode(self.encoding.encode(logits), logits.shape[1])
+        encoding = self.fitted(logits.shape[1])
+        return encoding.decode(encoding.encode(logits), logits.shape[1])
 
     def test_arrays_have_the_declared_dtype_and_shape(self) -> None:
-        specs = self.encoding.arrays(100)
-        encoded = self.encoding.encode(teacher_like(7, 100))
+        encoding = self.fitted(100)
+        specs = encoding.arrays(100)
+        encoded = encoding.encode(teacher_like(7, 100))
 
         assert specs.keys() == encoded.keys()
         for name, spec in specs.items():
@@ -42,30 +60,41 @@ class EncodingContract:
         decoded = self.roundtrip(logits)
 
         assert (torch.float32, (64, 100)) == (decoded.dtype, tuple(decoded.shape))
-        assert kl_divergence(decoded, logits).mean() <= self.largest_kl
+        if self.keeps_every_class:
+            assert fidelity_kl(decoded, logits).mean() <= self.largest_kl
 
     def test_the_most_probable_class_survives(self) -> None:
         logits = teacher_like(64, 100)
+        agreeing = logits.argmax(dim=1) == self.roundtrip(logits).argmax(dim=1)
 
-        assert torch.equal(logits.argmax(dim=1), self.roundtrip(logits).argmax(dim=1))
+        assert agreeing.float().mean() >= self.top1_agreement
 
     def test_a_row_does_not_depend_on_its_batch(self) -> None:
         logits = teacher_like(9, 100)
-        whole = self.encoding.encode(logits)
-        alone = self.encoding.encode(logits[4:5])
+        encoding = self.fitted(100)
+        whole = encoding.encode(logits)
+        alone = encoding.encode(logits[4:5], start=4)
 
         assert all(torch.equal(whole[name][4:5], alone[name]) for name in whole)
+
+    def test_encoding_twice_gives_the_same(self) -> None:
+        logits = teacher_like(9, 100)
+        first, second = (self.fitted(100).encode(logits, view=3, start=5) for _ in range(2))
+
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
     def test_a_constant_per_row_changes_nothing_but_rounding(self) -> None:
         logits = teacher_like(16, 100)
 
-        assert kl_divergence(self.roundtrip(logits + 300.0), self.roundtrip(logits)).max() < 1e-3
+        torch.testing.assert_close(
+            self.roundtrip(logits + 300.0).softmax(dim=1), self.roundtrip(logits).softmax(dim=1), atol=0.02, rtol=0.02
+        )
 
-    @pytest.mark.parametrize("classes", [22, 300, 70_000])
-    def test_any_number_of_classes(self, classes: int) -> None:
-        logits = teacher_like(3, classes)
+    def test_any_number_of_classes(self) -> None:
+        for classes in self.class_counts:
+            logits = teacher_like(3, classes)
 
-        assert torch.equal(logits.argmax(dim=1), self.roundtrip(logits).argmax(dim=1))
+            assert torch.equal(logits.argmax(dim=1), self.roundtrip(logits).argmax(dim=1)), classes
 
     @pytest.mark.parametrize(
         "row",
@@ -78,14 +107,26 @@ class EncodingContract:
     )
     def test_odd_rows_keep_their_distribution(self, row: list[float]) -> None:
         logits = torch.tensor([row])
+        if -math.inf in row and not self.encoding.holds_masks:
+            return  # the writer refuses such a row
         decoded = self.roundtrip(logits).softmax(dim=1)
 
-        torch.testing.assert_close(decoded, logits.softmax(dim=1), atol=2e-3, rtol=2e-2)
+        torch.testing.assert_close(decoded, logits.softmax(dim=1), atol=self.odd_rows_atol, rtol=2e-2)
 
     def test_its_configuration_survives_json(self) -> None:
         config: dict[str, Any] = self.encoding.config()
 
         assert self.encoding == encoding_from_config(config) == encoding_from_config(repr(self.encoding))
+
+    def test_what_was_fitted_survives_its_arrays(self) -> None:
+        fitted = self.fitted(100)
+        again = self.encoding.with_fitted(fitted.fitted_values())
+        logits = teacher_like(8, 100)
+
+        assert {name: values.ndim for name, values in fitted.fitted_values().items()} == dict(fitted.fitted_arrays)
+        assert again.arrays(100) == fitted.arrays(100)
+        first, second = fitted.encode(logits), again.encode(logits)
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 class TestDenseFloat32(EncodingContract):
@@ -101,6 +142,19 @@ class TestDenseFloat32(EncodingContract):
 class TestDenseFloat16(EncodingContract):
     encoding = Dense(dtype="float16")
     largest_kl = 1e-6
+
+
+class TestDenseUint8(EncodingContract):
+    encoding = Dense(dtype="uint8")
+    largest_kl = 1e-3
+
+    def test_is_at_most_half_a_step_off(self) -> None:
+        logits = teacher_like(32, 100)
+        step = (logits.amax(dim=1) - logits.amin(dim=1)) / 254
+        decoded = self.roundtrip(logits)
+        off = logits - logits.amax(dim=1, keepdim=True) - (decoded - decoded.amax(dim=1, keepdim=True))
+
+        assert (off.abs().amax(dim=1) <= 0.501 * step).all()
 
 
 class TestTopK(EncodingContract):
@@ -121,15 +175,163 @@ class TestTopKFloat32(EncodingContract):
     largest_kl = 0.12
 
 
+class TestTopKUint8(EncodingContract):
+    encoding = TopK(k=21, dtype="uint8")
+    largest_kl = 0.13
+
+
+class TestLowRank(EncodingContract):
+    encoding = LowRank(rank=20, k=4, step=0.1)
+    largest_kl = 0.5  # these rows are noise in every direction: the worst that a basis can meet
+    top1_agreement = 0.85
+    odd_rows_atol = 0.02
+    class_counts = (22, 300, 5000)
+
+    def test_a_row_does_not_depend_on_its_batch(self) -> None:
+        """But for the rounding of matrix products, which the writer's fixed slabs keep from showing."""
+        logits = teacher_like(9, 100)
+        encoding = self.fitted(100)
+        whole, alone = (encoding.decode(encoding.encode(part), 100) for part in (logits, logits[4:5]))
+
+        assert fidelity_kl(alone, whole[4:5]).max() < 1e-3
+
+    def test_more_search_loses_less(self) -> None:
+        logits = teacher_like(256, 300, seed=2)
+        sample = teacher_like(1000, 300, seed=1)
+        lost = []
+        for rounds in (0, 2, 6):
+            encoding = LowRank(rank=40, k=0, step=0.3, search=rounds).fit(sample)
+            lost.append(float(fidelity_kl(encoding.decode(encoding.encode(logits), 300), logits).mean()))
+
+        assert lost[0] > lost[1] > lost[2]
+
+    def test_a_higher_bit_price_saves_entropy(self) -> None:
+        """Of the coefficients, in bits a row, over what an entropy coder of order zero would need."""
+        logits = teacher_like(512, 300, seed=2)
+        sample = teacher_like(1000, 300, seed=1)
+        bits = []
+        for price in (0.0, 0.01):
+            encoding = LowRank(rank=40, k=0, step=0.2, bit_price=price).fit(sample)
+            bits.append(sum(entropy(column) for column in encoding.encode(logits)["coefficients"].T))
+
+        assert bits[1] < 0.9 * bits[0]
+
+    def test_the_basis_has_the_components_of_a_singular_value_decomposition(self) -> None:
+        sample = teacher_like(300, 40, seed=1)
+        mean, basis = principal_components(sample, 5)
+        centred = sample - sample.mean(dim=1, keepdim=True)
+        vectors = torch.linalg.svd(centred - centred.mean(dim=0))[2][:5]
+
+        torch.testing.assert_close(mean, centred.mean(dim=0), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close((basis @ vectors.T).abs(), torch.eye(5), atol=1e-3, rtol=1e-3)
+
+    def test_many_classes_take_a_randomised_basis_that_explains_as_much(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        sample = torch.randn(400, 8, generator=generator) @ torch.randn(8, 5000, generator=generator)
+        sample += 0.01 * torch.randn(400, 5000, generator=generator)
+        mean, basis = principal_components(sample, 8)
+        centred = sample - sample.mean(dim=1, keepdim=True) - mean
+        left = centred - (centred @ basis.T) @ basis
+
+        assert left.square().sum() < 1e-3 * centred.square().sum()
+
+    @pytest.mark.parametrize(
+        ("encoding", "rows", "message"),
+        [
+            pytest.param(LowRank(rank=50), 50, "more rows than the rank", id="too few rows"),
+            pytest.param(LowRank(rank=100), 200, "needs more than 100 classes", id="rank of all classes"),
+            pytest.param(LowRank(rank=5, step=1e-7), 200, "too fine", id="step too fine"),
+        ],
+    )
+    def test_a_fit_that_can_not_be_is_refused(self, encoding: LowRank, rows: int, message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            encoding.fit(teacher_like(rows, 100))
+
+    def test_encoding_before_fitting_is_refused(self) -> None:
+        with pytest.raises(UsageError, match="not fitted yet"):
+            LowRank(rank=5).encode(teacher_like(3, 100))
+
+
+class TestSampled(EncodingContract):
+    encoding = Sampled(draws=200, seed=3)
+    largest_kl = math.inf
+    keeps_every_class = False
+    top1_agreement = 0.9
+    odd_rows_atol = 0.01  # a share is a multiple of 1/200
+    class_counts = (22, 300)
+
+    def test_shares_are_unbiased_and_renormalised_top_k_is_not(self) -> None:
+        """Within 4σ of independent draws, which is more than these spread, and their mean's own σ."""
+        logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(0)).mul(1.5)
+        draws, builds = 10, 4000
+        encoding = Sampled(draws=draws, seed=1)
+        encoded = encoding.encode(logits.expand(builds, -1), view=0, start=0)
+        shares = encoding.decode(encoded, 30).exp()
+        p = logits.softmax(dim=1)[0]
+        sigma = (p * (1 - p) / (draws * builds)).sqrt()
+
+        assert ((shares.mean(dim=0) - p).abs() < 4 * sigma).all()
+        assert shares.var(dim=0).sum() < (p * (1 - p) / draws).sum()
+        kept = logits.topk(10, dim=1)
+        renormalised = torch.zeros(30).scatter(0, kept.indices[0], kept.values[0].softmax(dim=0))
+        assert ((renormalised - p).abs() > 4 * sigma).sum() > 20
+
+    def test_the_expected_gradient_is_that_of_the_full_distribution(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        logits, student = torch.randn(2, 30, generator=generator)
+        student = student.expand(4000, -1).clone().requires_grad_()
+        encoding = Sampled(draws=10)
+        sampled = encoding.decode(encoding.encode(logits.expand(4000, -1)), 30)
+        kl_divergence(student, sampled).sum().backward()
+        assert student.grad is not None
+        full = student.detach()[0].softmax(dim=0) - logits.softmax(dim=0)
+        sigma = student.grad.std(dim=0) / 4000**0.5
+
+        assert ((student.grad.mean(dim=0) - full).abs() <= 4 * sigma + 1e-6).all()
+
+    def test_draws_depend_on_seed_view_and_row_alone(self) -> None:
+        logits = teacher_like(1, 100).expand(6, -1)
+        ids = Sampled(draws=20).encode(logits, view=1, start=10)["ids"]
+
+        assert torch.equal(ids[2:4], Sampled(draws=20).encode(logits[:2], view=1, start=12)["ids"])
+        assert not torch.equal(ids, Sampled(draws=20).encode(logits, view=2, start=10)["ids"])
+        assert not torch.equal(ids, Sampled(draws=20, seed=1).encode(logits, view=1, start=10)["ids"])
+
+
+@given(st.lists(st.integers(1, 5) | st.integers(1, LARGEST), min_size=1, max_size=60), st.integers(0, 2**32 - 1))
+def test_mixed_radix_packs_and_unpacks(limits: list[int], seed: int) -> None:
+    radix = MixedRadix(limits)
+    bounds = torch.tensor(limits, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    numbers = (torch.rand(20, len(limits), generator=generator) * (2 * bounds + 1)).floor() - bounds
+    numbers[0], numbers[1] = bounds, -bounds
+    packed = radix.pack(numbers)
+
+    assert (torch.uint8, (20, radix.num_bytes)) == (packed.dtype, tuple(packed.shape))
+    assert torch.equal(numbers, radix.unpack(packed))
+
+
+def entropy(symbols: Tensor) -> float:
+    """In bits a symbol."""
+    p = symbols.unique(return_counts=True)[1] / len(symbols)
+    return float(-(p * p.log2()).sum())
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         pytest.param("Topk(k=0)", "at least 1", id="k is zero"),
         pytest.param({"name": "topk"}, "k", id="k is missing"),
         pytest.param({"name": "dense", "bits": 8}, "no parameter 'bits'", id="unknown parameter"),
-        pytest.param("zip", "unknown encoding 'zip'; expected one of: dense, topk", id="unknown encoding"),
+        pytest.param(
+            "zip", "unknown encoding 'zip'; expected one of: dense, topk, lowrank, sampled, auto", id="unknown encoding"
+        ),
         pytest.param("__import__('os').system('true')", "can't read the encoding", id="code"),
-        pytest.param({"name": "dense", "dtype": "int8"}, "'float16' or 'float32'", id="unknown dtype"),
+        pytest.param({"name": "dense", "dtype": "int8"}, "'float16' or 'uint8'", id="unknown dtype"),
+        pytest.param("LowRank(rank=0)", "rank is a whole number, at least 1", id="rank"),
+        pytest.param("Sampled(draws=-1)", "draws is a whole number, at least 1", id="draws"),
+        pytest.param("Auto(max_kl=0)", "max_kl is a positive number", id="max_kl"),
+        pytest.param("auto", "still to be chosen", id="auto"),
     ],
 )
 def test_a_wrong_encoding_says_what_is_wrong(config: Any, message: str) -> None:

@@ -7,17 +7,20 @@ To add one: subclass `Encoding` in a file of its own, name it in `ENCODINGS` bel
 from __future__ import annotations
 
 import ast
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from logitcache.encodings.auto import Auto as Auto
 from logitcache.encodings.dense import Dense as Dense
+from logitcache.encodings.lowrank import LowRank as LowRank
 from logitcache.encodings.protocol import ArraySpec as ArraySpec
 from logitcache.encodings.protocol import Encoding as Encoding
+from logitcache.encodings.protocol import parameters
+from logitcache.encodings.sampled import Sampled as Sampled
 from logitcache.encodings.topk import TopK as TopK
 from logitcache.errors import UsageError
 
-ENCODINGS: dict[str, type[Encoding]] = {"dense": Dense, "topk": TopK}
+ENCODINGS: dict[str, type[Encoding]] = {kind.name: kind for kind in (Dense, TopK, LowRank, Sampled)}
 
 
 def encoding_from_config(config: Encoding | str | Mapping[str, Any]) -> Encoding:
@@ -26,22 +29,33 @@ def encoding_from_config(config: Encoding | str | Mapping[str, Any]) -> Encoding
     Raises:
         UsageError: an unknown encoding or parameter, or a parameter out of range.
     """
-    if isinstance(config, Encoding):
+    encoding = encoding_or_auto(config)
+    if isinstance(encoding, Auto):
+        raise UsageError("'auto' stands for an encoding that is still to be chosen; expected the one that was")
+    return encoding
+
+
+def encoding_or_auto(config: Encoding | Auto | str | Mapping[str, Any]) -> Encoding | Auto:
+    """The same, with `auto` (`{"name": "auto", "max_kl": 0.01}`) for one to be chosen.
+
+    Raises:
+        UsageError: likewise.
+    """
+    if isinstance(config, Encoding | Auto):
         return config
     fields = _parse_call(config) if isinstance(config, str) else dict(config)
     name = str(fields.pop("name", "")).lower()
-    if name not in ENCODINGS:
-        known = ", ".join(ENCODINGS)
-        raise UsageError(f"unknown encoding {name!r}; expected one of: {known}")
-    kind = ENCODINGS[name]
-    known_fields = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    kinds: dict[str, Any] = {**ENCODINGS, Auto.name: Auto}
+    if name not in kinds:
+        raise UsageError(f"unknown encoding {name!r}; expected one of: {', '.join(kinds)}")
+    known = parameters(kinds[name])
     for field in fields:
-        if field not in known_fields:
-            raise UsageError(f"encoding {name!r} has no parameter {field!r}; it has: {', '.join(known_fields)}")
+        if field not in known:
+            raise UsageError(f"encoding {name!r} has no parameter {field!r}; it has: {', '.join(known)}")
     try:
-        return kind(**fields)
+        return kinds[name](**fields)  # type: ignore[no-any-return]
     except TypeError as error:
-        raise UsageError(f"encoding {name!r}: {error}; its parameters are: {', '.join(known_fields)}") from error
+        raise UsageError(f"encoding {name!r}: {error}; its parameters are: {', '.join(known)}") from error
 
 
 def _parse_call(text: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Every logit, in a float of 16 or 32 bits."""
+"""Every logit, in 32, 16 or 8 bits."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,30 +15,51 @@ from logitcache.errors import UsageError
 
 # B batch, C classes
 
+MASKED = 0
+"""Code of -inf in uint8; the others, 1 to 255, run from the row's lowest finite logit to its largest."""
+STEPS = 254
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(Encoding):
-    """All C logits of a row: exact in float32; in float16 stored as distances from the row's largest."""
+    """All C logits of a row.
+
+    Exact in float32; in float16 stored as distances from the row's largest; in uint8 affine, with a step for each
+    row, so that a logit is at most half a step off.
+    """
 
     name: ClassVar[str] = "dense"
 
     dtype: str = "float16"
-    """"float16" or "float32"."""
+    """"float32", "float16" or "uint8"."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float16", "float32"):
-            raise UsageError(f"Dense: dtype is 'float16' or 'float32', not {self.dtype!r}")
+        if self.dtype not in ("float32", "float16", "uint8"):
+            raise UsageError(f"Dense: dtype is 'float32', 'float16' or 'uint8', not {self.dtype!r}")
 
     def arrays(self, num_classes: int) -> dict[str, ArraySpec]:
-        return {"logits": ArraySpec(dtype=self.dtype, row_shape=(num_classes,))}
+        arrays = {"logits": ArraySpec(dtype=self.dtype, row_shape=(num_classes,))}
+        if self.dtype == "uint8":
+            arrays["step"] = ArraySpec(dtype="float32", row_shape=())
+        return arrays
 
-    def encode(self, logits_BC: Tensor) -> dict[str, Tensor]:
+    def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:
+        del view, start
         if self.dtype == "float32":
             return {"logits": logits_BC}
         # Distances from the maximum put float16's finest steps where the probability is, and keep a row of
         # large logits from overflowing.
         below_max_BC = logits_BC - logits_BC.amax(dim=1, keepdim=True)
-        return {"logits": below_max_BC.to(torch.float16)}
+        if self.dtype == "float16":
+            return {"logits": below_max_BC.to(torch.float16)}
+        masked_BC = below_max_BC == -math.inf
+        lowest_B = below_max_BC.masked_fill(masked_BC, 0.0).amin(dim=1)
+        step_B = torch.where(lowest_B < 0, -lowest_B / STEPS, 1.0)
+        codes_BC = (below_max_BC / step_B[:, None]).round_().add_(STEPS + 1).masked_fill_(masked_BC, MASKED)
+        return {"logits": codes_BC.to(torch.uint8), "step": step_B}
 
     def decode(self, encoded: Mapping[str, Tensor], num_classes: int) -> Tensor:
-        return encoded["logits"].float()
+        if self.dtype != "uint8":
+            return encoded["logits"].float()
+        decoded_BC = encoded["logits"].float().mul_(encoded["step"][:, None])
+        return decoded_BC.masked_fill_(encoded["logits"] == MASKED, -math.inf)

@@ -7,9 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
-# B batch, C classes
+# B batch, C classes, M calibration rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,17 +21,24 @@ class ArraySpec:
     """NumPy name, such as "float16" or "uint16"."""
     row_shape: tuple[int, ...]
     """Shape of a single row's entry; () for one number a row."""
+    level: int = 3
+    """Of zstd."""
 
 
 class Encoding(ABC):
     """A frozen configuration that turns (B, C) logits into named arrays and back.
 
-    Implementations are dataclasses whose fields survive JSON. Rows are encoded independently of each other, so
-    how rows are grouped into batches and blocks never shows in what is stored.
+    Implementations are dataclasses whose fields survive JSON. Rows are encoded independently of each other. Where a
+    matrix product's rounding might depend on how many rows it has, the writer sees to it that it never shows: it
+    always encodes the same rows together.
     """
 
     name: ClassVar[str]
     """Its name in manifests and pipelines."""
+    fitted_arrays: ClassVar[Mapping[str, int]] = {}
+    """Arrays that fitting makes, which a cache stores once: name -> number of dimensions."""
+    holds_masks: ClassVar[bool] = True
+    """Whether a logit may be -inf."""
 
     @abstractmethod
     def arrays(self, num_classes: int) -> dict[str, ArraySpec]:
@@ -41,17 +49,52 @@ class Encoding(ABC):
         """
 
     @abstractmethod
-    def encode(self, logits_BC: Tensor) -> dict[str, Tensor]:
+    def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:
         """Encode float32 (B, C) logits on their own device; -inf stands for a masked class.
 
         Each returned tensor is (B, *row_shape) of the dtype that `arrays` names.
+
+        Args:
+            logits_BC: rows of one view, in their order.
+            view: which view, and
+            start: which row comes first, for encodings that draw random numbers.
         """
 
     @abstractmethod
     def decode(self, encoded: Mapping[str, Tensor], num_classes: int) -> Tensor:
         """Float32 (B, C) logits, right up to a constant per row, on the arrays' device."""
 
+    def fit(self, calibration: Any) -> Encoding:
+        """The same encoding, fitted to a sample of the teacher's logits where it needs that.
+
+        Args:
+            calibration: (M, C) floats that can be sliced by rows: a tensor, an array or a memory map.
+
+        Raises:
+            UsageError: too few rows.
+        """
+        del calibration
+        return self
+
+    def fitted_values(self) -> dict[str, np.ndarray]:
+        """The arrays that `fitted_arrays` names."""
+        return {}
+
+    def with_fitted(self, arrays: Mapping[str, np.ndarray]) -> Encoding:
+        """The same encoding, with what a cache stored of its fit."""
+        del arrays
+        return self
+
     def config(self) -> dict[str, Any]:
         """The JSON object that `encoding_from_config` reads back."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
-        return {"name": self.name, **fields}
+        return {"name": self.name, **{name: getattr(self, name) for name in parameters(type(self))}}
+
+
+def parameters(kind: type) -> list[str]:
+    """Names of an encoding's parameters; what fitting found is none."""
+    return [field.name for field in dataclasses.fields(kind) if field.compare]
+
+
+def smallest_id_dtype(num_classes: int) -> str:
+    """The smallest unsigned integer that holds every class id."""
+    return "uint8" if num_classes <= 2**8 else "uint16" if num_classes <= 2**16 else "uint32"

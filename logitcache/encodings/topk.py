@@ -10,10 +10,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from logitcache.encodings.protocol import ArraySpec, Encoding
+from logitcache.encodings.protocol import ArraySpec, Encoding, smallest_id_dtype
 from logitcache.errors import UsageError
 
 # B batch, C classes, K kept classes
+
+DEEPEST = 64.0
+"""Distance from the row's largest logit beyond which uint8 does not tell."""
+MASKED = 255
+"""Code of -inf."""
+CODES_PER_E = 254 / math.log1p(DEEPEST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +35,14 @@ class TopK(Encoding):
     k: int
     """Classes kept, largest first; 1 <= k < C."""
     dtype: str = "float16"
-    """Of the kept logits, as distances from the row's largest: "float16" or "float32"."""
+    """Of the kept logits, as distances d from the row's largest: "float32", "float16", or "uint8" in logarithmic
+    steps, which are within 0.8 % of 1 + d."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
             raise UsageError(f"TopK: k is a whole number of classes, at least 1, not {self.k!r}")
-        if self.dtype not in ("float16", "float32"):
-            raise UsageError(f"TopK: dtype is 'float16' or 'float32', not {self.dtype!r}")
+        if self.dtype not in ("float32", "float16", "uint8"):
+            raise UsageError(f"TopK: dtype is 'float32', 'float16' or 'uint8', not {self.dtype!r}")
 
     def arrays(self, num_classes: int) -> dict[str, ArraySpec]:
         if self.k >= num_classes:
@@ -43,29 +50,30 @@ class TopK(Encoding):
                 f"TopK(k={self.k}) keeps every one of {num_classes} classes; use Dense, or k <= {num_classes - 1}"
             )
         return {
-            "ids": ArraySpec(dtype=_id_dtype(num_classes), row_shape=(self.k,)),
+            "ids": ArraySpec(dtype=smallest_id_dtype(num_classes), row_shape=(self.k,)),
             "values": ArraySpec(dtype=self.dtype, row_shape=(self.k,)),
-            "tail": ArraySpec(dtype="float32", row_shape=()),
+            "tail": ArraySpec(dtype="float32" if self.dtype == "float32" else "float16", row_shape=()),
         }
 
-    def encode(self, logits_BC: Tensor) -> dict[str, Tensor]:
-        num_classes = logits_BC.shape[1]
+    def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:
+        del view, start
+        specs = self.arrays(logits_BC.shape[1])
         values_BK, ids_BK = logits_BC.topk(self.k, dim=1, sorted=True)
         max_B1 = values_BK[:, :1]
         rest_BC = logits_BC.scatter(1, ids_BK, -math.inf)
         tail_B = torch.logsumexp(rest_BC - max_B1, dim=1)
-        return {
-            "ids": ids_BK.to(getattr(torch, _id_dtype(num_classes))),
-            "values": (values_BK - max_B1).to(getattr(torch, self.dtype)),
-            "tail": tail_B,
-        }
+        values_BK = values_BK - max_B1
+        if self.dtype == "uint8":
+            codes_BK = values_BK.neg().log1p_().mul_(CODES_PER_E).round_().clamp_(max=MASKED - 1)
+            values_BK = codes_BK.masked_fill_(values_BK == -math.inf, MASKED)
+        parts = {"ids": ids_BK, "values": values_BK, "tail": tail_B}
+        return {name: part.to(getattr(torch, specs[name].dtype)) for name, part in parts.items()}
 
     def decode(self, encoded: Mapping[str, Tensor], num_classes: int) -> Tensor:
-        each_B1 = (encoded["tail"] - math.log(num_classes - self.k))[:, None]
+        each_B1 = (encoded["tail"].float() - math.log(num_classes - self.k))[:, None]
+        values_BK = encoded["values"].float()
+        if self.dtype == "uint8":
+            values_BK = -torch.expm1(values_BK / CODES_PER_E)
+            values_BK.masked_fill_(encoded["values"] == MASKED, -math.inf)
         logits_BC = each_B1.expand(-1, num_classes).contiguous()
-        return logits_BC.scatter_(1, encoded["ids"].to(torch.int64), encoded["values"].float())
-
-
-def _id_dtype(num_classes: int) -> str:
-    """The smallest unsigned integer that holds every class id."""
-    return "uint8" if num_classes <= 2**8 else "uint16" if num_classes <= 2**16 else "uint32"
+        return logits_BC.scatter_(1, encoded["ids"].to(torch.int64), values_BK)

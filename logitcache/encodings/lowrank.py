@@ -1,0 +1,382 @@
+"""A few coefficients over a basis that the teacher's classes share, searched for what the divergence feels.
+
+decoded = mean + coefficients @ basis, and exact corrections of k classes. Coefficients are small integers. Rounding
+each of them would spread the error over all classes alike; they are chosen instead so that the error lies where the
+softmax does not feel it, at a price for every bit (rate-distortion optimisation, as in video coding).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from logitcache.encodings.packing import LARGEST, MixedRadix
+from logitcache.encodings.protocol import ArraySpec, Encoding, smallest_id_dtype
+from logitcache.errors import UsageError
+
+# B batch, C classes, R rank, K corrected classes, M classes that a row's first estimate heeds, J flips of a round
+
+FURTHEST_CORRECTION = 127
+DEEPEST = 40.0
+"""Logits further below a row's largest count as this far: their probability is below 1e-17."""
+CORRECTION_STEP = 0.25
+HEEDED = 8
+INTERACTING = 16
+"""Most probable classes that decide whether two flips help together."""
+FLIPS = 8
+"""Coefficients that may change in one round of the search."""
+SQUARED_ERROR = 0.2
+"""Weight of a row's mean squared error beside its KL at T = 1, in nats: what higher temperatures feel."""
+ROWS_AT_ONCE = 512
+FORBIDDEN = 64.0
+"""Price of a step beyond the limit, in nats."""
+FIT_ROWS = 2048
+"""Rows that the frequencies of coefficients are taken from."""
+EXACT_CLASSES = 4096
+"""Up to so many classes the basis comes from the whole covariance; beyond, from a randomised subspace iteration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Encoding):
+    """Quantised coefficients over a fitted basis, and corrections of the k classes where they matter most.
+
+    The basis holds the principal components of the calibration logits, each row's constant removed. A row's
+    coefficients start at the least-squares solution under the Fisher metric diag(p) - pp' of its most probable
+    classes, are rounded, and then changed by single steps while that lowers
+    KL(teacher ‖ decoded) + 0.2 mean squared error + bit_price · bits. Decoding is one matrix product and a scatter.
+
+    Sources: principal components of logits, `Hinton et al. 2015` for why small logits matter; the quadratic form of
+    KL is Fisher's; choosing quantised values by their rate is Sullivan and Wiegand 1998 (rate-distortion
+    optimization for video compression). The combination is ours.
+    """
+
+    name: ClassVar[str] = "lowrank"
+    fitted_arrays: ClassVar[Mapping[str, int]] = {"basis": 2, "mean": 1, "limits": 1, "bit_costs": 2}
+    holds_masks: ClassVar[bool] = False
+
+    rank: int = 256
+    """Components of the basis; 1 <= rank < C."""
+    k: int = 1
+    """Classes corrected in each row; 0 for none."""
+    step: float = 0.075
+    """Change of a class's logit, root mean square, by one step of one coefficient."""
+    bit_price: float = 1e-4
+    """Nats of divergence that are accepted to save one bit."""
+    search: int = 4
+    """Rounds of the search, each of which may change eight coefficients; more rounds, smaller divergence."""
+    fitted: Fitted | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (("rank", 1), ("k", 0), ("search", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UsageError(f"LowRank: {name} is a whole number, at least {least}, not {value!r}")
+        if not self.step > 0 or not self.bit_price >= 0:
+            raise UsageError(
+                f"LowRank: step is positive and bit_price at least 0, not {self.step} and {self.bit_price}"
+            )
+
+    def arrays(self, num_classes: int) -> dict[str, ArraySpec]:
+        if self.rank >= num_classes or self.k > num_classes:
+            raise UsageError(
+                f"LowRank(rank={self.rank}, k={self.k}) needs more than {max(self.rank, self.k)} classes, not "
+                f"{num_classes}; use Dense, or a smaller rank"
+            )
+        num_bytes = self.rank if self.fitted is None else self.fitted.radix.num_bytes
+        specs = {"coefficients": ArraySpec(dtype="uint8", row_shape=(num_bytes,), level=19)}
+        if self.k:
+            specs["ids"] = ArraySpec(dtype=smallest_id_dtype(num_classes), row_shape=(self.k,))
+            specs["corrections"] = ArraySpec(dtype="int8", row_shape=(self.k,))
+        return specs
+
+    def fit(self, calibration: Any) -> LowRank:
+        num_rows, num_classes = calibration.shape
+        self.arrays(num_classes)
+        if num_rows <= self.rank:
+            raise UsageError(
+                f"LowRank(rank={self.rank}) can't be fitted on {num_rows} calibration rows; it needs more rows than "
+                f"the rank, at best some ten thousand: raise `cache.calibration`, or lower the rank"
+            )
+        mean_C, basis_RC = principal_components(calibration, self.rank)
+        # In float16 from here on, as it is stored: encoder and decoder must have the same basis.
+        basis_RC = (basis_RC * (self.step * math.sqrt(num_classes))).half().float()
+        limits_R = np.full(self.rank, LARGEST, dtype=np.uint16)
+        fitted = Fitted(basis_RC.half().numpy(), mean_C.numpy(), limits_R, np.zeros((2, self.rank), dtype=np.float32))
+        sample = np.random.default_rng(0).choice(num_rows, min(FIT_ROWS, num_rows), replace=False)
+        logits_BC = _float_rows(calibration, np.sort(sample))
+        steps_BR = self._with(fitted)._coefficients(logits_BC)
+        if float(steps_BR.abs().max()) >= LARGEST:
+            raise UsageError(f"LowRank: step={self.step} is too fine: these logits are more than {LARGEST} steps apart")
+        for _ in range(2):  # what the bits cost decides which values are chosen, and these what the bits cost
+            fitted = Fitted(fitted.basis, fitted.mean, limits_R, _bit_costs(steps_BR))
+            steps_BR = self._with(fitted)._coefficients(logits_BC)
+        return self._with(Fitted(fitted.basis, fitted.mean, _limits(steps_BR), fitted.bit_costs))
+
+    def fitted_values(self) -> dict[str, np.ndarray]:
+        fitted = self._fitted()
+        return {name: getattr(fitted, name) for name in self.fitted_arrays}
+
+    def with_fitted(self, arrays: Mapping[str, np.ndarray]) -> LowRank:
+        return self._with(Fitted(**{name: arrays[name] for name in self.fitted_arrays}))
+
+    def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:
+        del view, start
+        fitted = self._fitted()
+        on = fitted.on(logits_BC.device)
+        parts: dict[str, list[Tensor]] = {}
+        for piece_BC in torch.split(logits_BC, ROWS_AT_ONCE):
+            steps_BR = self._coefficients(piece_BC)
+            encoded = {"coefficients": on.radix.pack(steps_BR)}
+            if self.k:
+                encoded |= self._corrections(_shifted(piece_BC), on.mean_C + steps_BR @ on.basis_RC)
+            for name, values in encoded.items():
+                parts.setdefault(name, []).append(values)
+        return {name: torch.cat(values) for name, values in parts.items()}
+
+    def decode(self, encoded: Mapping[str, Tensor], num_classes: int) -> Tensor:
+        on = self._fitted().on(encoded["coefficients"].device)
+        logits_BC = torch.addmm(on.mean_C, on.radix.unpack(encoded["coefficients"]), on.basis_RC)
+        if self.k:
+            corrections_BK = encoded["corrections"].float() * CORRECTION_STEP
+            logits_BC.scatter_add_(1, encoded["ids"].to(torch.int64), corrections_BK)
+        return logits_BC
+
+    def _with(self, fitted: Fitted) -> LowRank:
+        return LowRank(**{name: getattr(self, name) for name in self.config() if name != "name"}, fitted=fitted)
+
+    def _fitted(self) -> Fitted:
+        if self.fitted is None:
+            raise UsageError("LowRank is not fitted yet: pass `calibration=` logits (M, C), or call .fit(logits)")
+        return self.fitted
+
+    def _coefficients(self, logits_BC: Tensor) -> Tensor:
+        """Whole numbers of steps, float32 (B, R)."""
+        on = self._fitted().on(logits_BC.device)
+        return torch.cat([self._search(_shifted(piece_BC), on) for piece_BC in torch.split(logits_BC, ROWS_AT_ONCE)])
+
+    def _search(self, logits_BC: Tensor, on: _OnDevice) -> Tensor:
+        error_weight = 2 * SQUARED_ERROR / logits_BC.shape[1] * on.squared_norm
+        p_BC = logits_BC.softmax(dim=1)
+        top_BM, ids_BM = p_BC.topk(min(INTERACTING, logits_BC.shape[1]), dim=1)
+        wanted_BC = logits_BC - on.mean_C
+        plain_BR = (wanted_BC @ on.basis_CR).div_(on.squared_norm)
+        steps_BR = plain_BR + _fisher_correction(
+            wanted_BC, plain_BR, top_BM[:, :HEEDED], ids_BM[:, :HEEDED], error_weight, on
+        )
+        steps_BR = steps_BR.round_().clamp_(-on.limit_R, on.limit_R)
+        if not self.search:
+            return steps_BR
+        # The cost changes by ±gradient + half the curvature when a coefficient changes by a step, to second order.
+        curvature_BR = (p_BC @ on.squared_CR).sub_((p_BC @ on.basis_CR).square_()).add_(error_weight).mul_(0.5)
+        up_BR, down_BR = (bits_BR.add_(curvature_BR) for bits_BR in self._bits(steps_BR, on.bit_costs_2R, on.limit_R))
+        decoded_BC = torch.addmm(on.mean_C, steps_BR, on.basis_RC)
+        for _ in range(self.search):
+            q_BC = decoded_BC.softmax(dim=1)
+            q_BM = q_BC.gather(1, ids_BM)
+            # The basis is orthogonal, so the squared error's part of the gradient needs no product with it.
+            gradient_BR = q_BC.sub_(p_BC) @ on.basis_CR
+            gradient_BR.add_(steps_BR, alpha=error_weight).sub_(plain_BR, alpha=error_weight)
+            rising_BR, falling_BR = up_BR + gradient_BR, down_BR - gradient_BR
+            change_BJ, which_BJ = _best_of_each_group(torch.minimum(rising_BR, falling_BR))
+            sign_BJ = (rising_BR.gather(1, which_BJ) == change_BJ).float().mul_(2).sub_(1)
+            flips_BJ = _flips_that_help_together(change_BJ, which_BJ, sign_BJ, q_BM, ids_BM, on)
+            before_BJ = steps_BR.gather(1, which_BJ)
+            after_BJ = before_BJ + flips_BJ
+            steps_BR.scatter_(1, which_BJ, after_BJ)
+            costs_2BJ, limit_BJ = on.bit_costs_2R[:, which_BJ], on.limit_R[which_BJ]
+            for total_BR, old_BJ, new_BJ in zip(
+                (up_BR, down_BR),
+                self._bits(before_BJ, costs_2BJ, limit_BJ),
+                self._bits(after_BJ, costs_2BJ, limit_BJ),
+                strict=True,
+            ):
+                total_BR.scatter_add_(1, which_BJ, new_BJ.sub_(old_BJ))
+            decoded_BC += F.embedding_bag(which_BJ, on.basis_RC, per_sample_weights=flips_BJ, mode="sum")
+        return steps_BR
+
+    def _bits(self, steps: Tensor, costs: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+        """What a step up and a step down cost in bits, priced; out of bounds it is more than any gain."""
+        away, nonzero = self.bit_price * costs
+        magnitude = steps.abs()
+        grown = away + nonzero * (magnitude == 0) + FORBIDDEN * (magnitude >= limit)
+        shrunk = -away - nonzero * (magnitude == 1)
+        return torch.where(steps >= 0, grown, shrunk), torch.where(steps <= 0, grown, shrunk)
+
+    def _corrections(self, logits_BC: Tensor, decoded_BC: Tensor) -> dict[str, Tensor]:
+        """Exact logits, relative to all others, of the classes whose probability is furthest off."""
+        off_BC = (logits_BC.softmax(dim=1) - decoded_BC.softmax(dim=1)).abs_()
+        ids_BK = off_BC.topk(self.k, dim=1).indices
+        # The row's constant is free: the classes that are not corrected get their teacher's mass together.
+        rest = [x_BC.scatter(1, ids_BK, -math.inf).logsumexp(dim=1, keepdim=True) for x_BC in (logits_BC, decoded_BC)]
+        wanted_BK = (logits_BC - decoded_BC).gather(1, ids_BK) - (rest[0] - rest[1])
+        steps_BK = (wanted_BK / CORRECTION_STEP).round_().clamp_(-FURTHEST_CORRECTION, FURTHEST_CORRECTION)
+        return {
+            "ids": ids_BK.to(getattr(torch, smallest_id_dtype(logits_BC.shape[1]))),
+            "corrections": steps_BK.to(torch.int8),
+        }
+
+
+class Fitted:
+    """What fitting found, as it is stored once in a cache."""
+
+    def __init__(self, basis: np.ndarray, mean: np.ndarray, limits: np.ndarray, bit_costs: np.ndarray) -> None:
+        self.basis = basis
+        """float16 (R, C): what one step of a coefficient adds to the logits."""
+        self.mean = mean
+        """float32 (C,)."""
+        self.limits = limits
+        """uint16 (R,): steps that a coefficient may be away from zero."""
+        self.bit_costs = bit_costs
+        """float32 (2, R): bits of every step away from zero, and of the first one besides; for the encoder alone."""
+        self.radix = MixedRadix(limits.tolist())
+        self._on: dict[torch.device, _OnDevice] = {}
+
+    def on(self, device: torch.device) -> _OnDevice:
+        """The same as tensors on a device, made once."""
+        if device not in self._on:
+            self._on[device] = _OnDevice(self, device)
+        return self._on[device]
+
+
+class _OnDevice:
+    """Fitted arrays as float32 tensors, with what the search asks of them."""
+
+    def __init__(self, fitted: Fitted, device: torch.device) -> None:
+        self.radix = fitted.radix.to(device)
+        self.mean_C = torch.from_numpy(fitted.mean).to(device)
+        self.basis_RC = torch.from_numpy(fitted.basis).to(device).float()
+        self.basis_CR = self.basis_RC.T.contiguous()
+        self.squared_CR = self.basis_CR.square()
+        self.squared_norm = float(self.squared_CR.sum(dim=0).mean())
+        """Of every component alike."""
+        self.limit_R = torch.from_numpy(fitted.limits.astype(np.float32)).to(device)
+        self.bit_costs_2R = torch.from_numpy(fitted.bit_costs).to(device)
+
+
+def principal_components(calibration: Any, rank: int) -> tuple[Tensor, Tensor]:
+    """Mean (C,) and orthonormal principal components (rank, C) of logits, each row's own mean removed.
+
+    The calibration logits are read a few rows at a time, several times over, so that a memory map larger than memory
+    will do. Beyond `EXACT_CLASSES` classes: randomised subspace iteration (Halko, Martinsson and Tropp 2011,
+    arXiv:0909.4061, algorithm 4.4).
+    """
+    num_rows, num_classes = calibration.shape
+    total_C = torch.zeros(num_classes, dtype=torch.float64)
+    for rows_BC in _batches(calibration):
+        total_C += rows_BC.sum(dim=0, dtype=torch.float64)
+    mean_C = (total_C / num_rows).float()
+    if num_classes <= EXACT_CLASSES:
+        covariance_CC = torch.zeros(num_classes, num_classes)
+        for rows_BC in _batches(calibration):
+            rows_BC -= mean_C
+            covariance_CC += rows_BC.T @ rows_BC
+        vectors_CR = torch.linalg.eigh(covariance_CC)[1].flip(1)[:, :rank]
+        return mean_C, _sign_fixed(vectors_CR.T)
+    width = min(rank + 32, num_classes)
+    vectors_CR = torch.randn(num_classes, width, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        vectors_CR = torch.linalg.qr(vectors_CR)[0]
+        product_CR = torch.zeros_like(vectors_CR)
+        for rows_BC in _batches(calibration):
+            rows_BC -= mean_C
+            product_CR += rows_BC.T @ (rows_BC @ vectors_CR)
+        inner_RR = vectors_CR.T @ product_CR
+        vectors_CR = product_CR
+    # Rayleigh and Ritz: the components in order of their variance.
+    basis_CR = torch.linalg.qr(product_CR)[0]
+    inner_RR = torch.zeros(width, width)
+    for rows_BC in _batches(calibration):
+        inner_RR += (projected := (rows_BC - mean_C) @ basis_CR).T @ projected
+    return mean_C, _sign_fixed((basis_CR @ torch.linalg.eigh(inner_RR)[1].flip(1)[:, :rank]).T)
+
+
+def _sign_fixed(basis_RC: Tensor) -> Tensor:
+    """The same components, each with its largest entry positive: an eigenvector's sign is a library's whim."""
+    largest_R1 = basis_RC.gather(1, basis_RC.abs().argmax(dim=1, keepdim=True))
+    return (basis_RC * largest_R1.sign()).contiguous()
+
+
+def _batches(calibration: Any) -> Any:
+    size = max(1, 2**24 // calibration.shape[1])
+    for start in range(0, len(calibration), size):
+        yield _shifted(_float_rows(calibration, slice(start, start + size)))
+
+
+def _float_rows(calibration: Any, rows: Any) -> Tensor:
+    return torch.as_tensor(np.asarray(calibration[rows])).float()
+
+
+def _shifted(logits_BC: Tensor) -> Tensor:
+    """Logits less their mean in each row, the lowest of them raised to what still makes a difference."""
+    deepest_B1 = logits_BC.amax(dim=1, keepdim=True) - DEEPEST
+    logits_BC = torch.maximum(logits_BC, deepest_B1)
+    return logits_BC - logits_BC.mean(dim=1, keepdim=True)
+
+
+def _fisher_correction(
+    wanted_BC: Tensor, plain_BR: Tensor, p_BM: Tensor, ids_BM: Tensor, error_weight: float, on: _OnDevice
+) -> Tensor:
+    """What to add to least-squares coefficients, in steps, for the Fisher metric of each row's likeliest classes.
+
+    Minimises ½ e'(diag(p) - pp')e over those classes plus the weighted squared error of all; by the Woodbury
+    identity it takes a system of as many unknowns as there are such classes, not of the rank.
+    """
+    basis_BMR = on.basis_CR[ids_BM]
+    error_BM1 = wanted_BC.gather(1, ids_BM).unsqueeze(2) - torch.bmm(basis_BMR, plain_BR.unsqueeze(2))
+    rest_B = (1.0 - p_BM.sum(dim=1)).clamp_(min=1e-4)
+    # The inverse of diag(p) - pp' is diag(1/p) + 1/(1 - sum p), by Sherman and Morrison.
+    system_BMM = torch.bmm(basis_BMR, basis_BMR.transpose(1, 2)).add_((error_weight / rest_B)[:, None, None])
+    system_BMM.diagonal(dim1=1, dim2=2).add_(error_weight / p_BM.clamp(min=1e-6))
+    solution_BM1 = torch.cholesky_solve(error_BM1, torch.linalg.cholesky_ex(system_BMM)[0])
+    return torch.bmm(solution_BM1.transpose(1, 2), basis_BMR).squeeze(1)
+
+
+def _best_of_each_group(change_BR: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest entry, and its column, of each of `FLIPS` groups of columns, smallest first; (B, J) both."""
+    num_groups = min(FLIPS, change_BR.shape[1])
+    padded_BR = F.pad(change_BR, (0, -change_BR.shape[1] % num_groups), value=math.inf)
+    # Neighbouring columns in different groups; a selection of the J smallest of all takes ten times as long.
+    change_BJ, place_BJ = padded_BR.view(len(padded_BR), -1, num_groups).min(dim=1)
+    change_BJ, order_BJ = change_BJ.sort(dim=1)
+    return change_BJ, (place_BJ * num_groups + torch.arange(num_groups, device=place_BJ.device)).gather(1, order_BJ)
+
+
+def _flips_that_help_together(
+    change_BJ: Tensor, which_BJ: Tensor, sign_BJ: Tensor, q_BM: Tensor, ids_BM: Tensor, on: _OnDevice
+) -> Tensor:
+    """Of the steps that look best alone, those that still lower the cost beside the ones already taken; (B, J)."""
+    moved_BJM = on.basis_RC[which_BJ.unsqueeze(2), ids_BM.unsqueeze(1)] * sign_BJ.unsqueeze(2)
+    felt_BJM = moved_BJM * q_BM.unsqueeze(1)
+    mean_BJ1 = felt_BJM.sum(dim=2, keepdim=True)
+    together_BJJ = torch.bmm(felt_BJM, moved_BJM.transpose(1, 2)).sub_(mean_BJ1 * mean_BJ1.transpose(1, 2))
+    taken_BJ = torch.zeros_like(change_BJ)
+    for j in range(change_BJ.shape[1]):
+        in_all_B = change_BJ[:, j] + (together_BJJ[:, j] * taken_BJ).sum(dim=1)
+        taken_BJ[:, j] = in_all_B < 0
+    return taken_BJ * sign_BJ
+
+
+def _bit_costs(steps_BR: Tensor) -> np.ndarray:
+    """Bits of each step away from zero, and of leaving it, float32 (2, R), if magnitudes are geometric."""
+    num_rows = len(steps_BR)
+    nonzero_R = (steps_BR != 0).float().sum(dim=0) + 0.5
+    further_R = 1.0 - nonzero_R / (steps_BR.abs().sum(dim=0) + 1.0)
+    away_R = -further_R.clamp(1e-3, 0.999).log2()
+    p_nonzero_R = (nonzero_R / (num_rows + 1)).clamp(max=0.999)
+    one_R = -(0.5 * p_nonzero_R * (1.0 - further_R)).log2()
+    return torch.stack([away_R, one_R + (1.0 - p_nonzero_R).log2() - away_R]).numpy().astype(np.float32)
+
+
+def _limits(steps_BR: Tensor) -> np.ndarray:
+    """How far each coefficient may go, uint16 (R,): rare large values of the small ones are not worth their room."""
+    magnitudes_BR = steps_BR.abs()
+    common_R = torch.quantile(magnitudes_BR, 0.98, dim=0).ceil()
+    limits_R = torch.where(common_R <= 3, common_R, magnitudes_BR.amax(dim=0))
+    return limits_R.clamp(1, LARGEST).numpy().astype(np.uint16)

@@ -1,0 +1,156 @@
+"""Before the run: what each encoding would cost and lose, and how long the teacher would take."""
+
+from __future__ import annotations
+
+import time
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from logitcache.devices import pick_device
+from logitcache.errors import InvalidLogits, UsageError
+from logitcache.fidelity import Calibration, Fidelity, candidates, choose, compare
+from logitcache.inference import calibrate
+from logitcache.pipeline import Pipeline
+from logitcache.progress import track
+from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
+from logitcache.views import ViewDataset
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table of encodings, cheapest first, and the one to take."""
+
+    num_rows: int
+    """Calibration rows that it rests on."""
+    num_classes: int
+    fidelities: list[Fidelity]
+    recommended: Fidelity
+    num_samples: int | None = None
+    """Of the whole cache, in each view; None where only logits were given."""
+    num_views: int | None = None
+    samples_per_second: float | None = None
+    """Of the teacher, views rendered; measured on the calibration rows."""
+
+    @property
+    def hours(self) -> float | None:
+        """Of `cache-teacher` at that rate."""
+        if self.samples_per_second is None or self.num_samples is None or self.num_views is None:
+            return None
+        return self.num_samples * self.num_views / self.samples_per_second / 3600
+
+    def total_bytes(self, fidelity: Fidelity) -> float | None:
+        """Of the whole cache in one of the encodings."""
+        if self.num_samples is None or self.num_views is None:
+            return None
+        return fidelity.bytes_per_sample * self.num_samples * self.num_views + fidelity.fixed_bytes
+
+
+def plan_pipeline(
+    pipeline: Pipeline, *, max_kl: float | None = None, max_bytes: float | None = None, trust: bool = False
+) -> Plan:
+    """Run the pipeline's teacher on its calibration sample, and try the encodings on what it says.
+
+    Raises:
+        LogitCacheError: data or teacher that can't be had, or no encoding within the limits.
+    """
+    data = resolve_data(pipeline, trust=trust)
+    views = ViewDataset(data.train, resolve_plan(pipeline, data, trust=trust))
+    device = pick_device(pipeline.device, threads=pipeline.threads)
+    teacher, _ = resolve_teacher(pipeline, data, views.plan, trust=trust)
+    start = time.perf_counter()
+    calibration = calibrate(pipeline, teacher, views, device)
+    rate = len(calibration.logits) / (time.perf_counter() - start)
+    plan = plan_logits(calibration, max_kl=max_kl, max_bytes=max_bytes)
+    return replace(plan, num_samples=len(views), num_views=pipeline.views.count, samples_per_second=rate)
+
+
+def plan_logits(calibration: Calibration, *, max_kl: float | None = None, max_bytes: float | None = None) -> Plan:
+    """Try the encodings on logits at hand.
+
+    Raises:
+        UsageError: no encoding within the limits, or too few rows.
+    """
+    num_rows, num_classes = calibration.logits.shape
+    tried = candidates(num_classes, len(calibration.split()[0]))
+    if bool(np.isneginf(np.asarray(calibration.logits)).any()):
+        tried = [encoding for encoding in tried if encoding.holds_masks]
+    with track("trying encodings", len(tried), unit="encodings") as meter:
+        fidelities = compare(calibration, tried, advance=meter.advance)
+    return Plan(num_rows, num_classes, fidelities, choose(fidelities, max_kl=max_kl, max_bytes=max_bytes))
+
+
+def read_logits(path: Path, group: str | None = None) -> Calibration:
+    """Logits from a `.npy` file, or from a `.npz` file's `logits` with, if it is named, a column of groups.
+
+    Raises:
+        UsageError: no such file, array or shape.
+        InvalidLogits: NaN, +inf or a row of nothing but -inf.
+    """
+    if path.suffix not in (".npy", ".npz") or not path.is_file():
+        raise UsageError(f"{path}: expected a .npy file, or a .npz file that holds `logits`")
+    wanted = ["logits", *([] if group is None else [group])]
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        names = ["logits"] if isinstance(loaded, np.ndarray) else list(loaded)
+        found = [loaded] if isinstance(loaded, np.ndarray) else [loaded[name] for name in wanted if name in names]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path} can't be read: {error}") from error
+    for name in wanted:
+        if name not in names:
+            raise UsageError(f"{path} holds no array {name!r}; it has: {', '.join(names)}")
+    logits, groups = found[0], None if group is None else found[1]
+    if logits.ndim != 2 or logits.shape[1] < 2 or logits.dtype.kind != "f":
+        raise UsageError(
+            f"{path}: logits are {logits.dtype} {logits.shape}; expected floats (M, C) of two or more classes"
+        )
+    if groups is not None and groups.shape != (len(logits),):
+        raise UsageError(f"{path}: {group} is {groups.shape}; expected one for each of the {len(logits)} rows")
+    if not np.isfinite(np.max(logits, axis=1)).all():
+        raise InvalidLogits(f"{path}: logits hold NaN or +inf, or a row of nothing but -inf")
+    return Calibration(logits, groups)
+
+
+def pareto_front(fidelities: Sequence[Fidelity]) -> list[Fidelity]:
+    """Those that no other one beats in bytes and KL at T = 1 both, cheapest first."""
+    front: list[Fidelity] = []
+    for each in sorted(fidelities, key=lambda each: (each.bytes_per_sample, each.kl[1.0])):
+        if np.isfinite(each.kl[1.0]) and (not front or each.kl[1.0] < front[-1].kl[1.0]):
+            front.append(each)
+    return front
+
+
+def plot(plan: Plan, path: Path) -> None:
+    """KL against bytes, a point for each encoding, and the Pareto front.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("a plot needs matplotlib: pip install 'logitcache[plot]'") from error
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    shown = [each for each in plan.fidelities if np.isfinite(each.kl[1.0]) and each.kl[1.0] > 0]
+    front = [each for each in pareto_front(plan.fidelities) if each in shown]
+    axes.plot([each.bytes_per_sample for each in front], [each.kl[1.0] for each in front], color="0.7", zorder=1)
+    for name, marker in MARKERS.items():
+        points = [each for each in shown if each.encoding.name == name]
+        if points:
+            axes.scatter([p.bytes_per_sample for p in points], [p.kl[1.0] for p in points], marker=marker, label=name)
+    if plan.recommended in shown:
+        place = (plan.recommended.bytes_per_sample, plan.recommended.kl[1.0])
+        axes.annotate("recommended", place, xytext=(8, 8), textcoords="offset points")
+    axes.set(
+        xscale="log", yscale="log", xlabel="bytes a sample, compressed", ylabel="KL(teacher ‖ decoded) at T = 1, nats"
+    )
+    axes.grid(which="both", alpha=0.2)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+MARKERS = {"dense": "s", "lowrank": "o", "topk": "^", "sampled": "x"}
