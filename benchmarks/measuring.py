@@ -95,13 +95,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def write_result(subject: str, body: str, *, device: torch.device) -> Path:
-    """Write a result to `results/YEAR-MONTH-DEVICE-COMMIT-SUBJECT.md`, such as `2026-11-cpu2-a1b2c3d-stage1.md`.
+    """Write a result in Markdown to `result_path`."""
+    path = result_path(subject, "md", device=device)
+    path.write_text(body, encoding="utf-8")
+    return path
+
+
+def result_path(subject: str, suffix: str, *, device: torch.device) -> Path:
+    """`results/YEAR-MONTH-DEVICE-COMMIT-SUBJECT.SUFFIX`, such as `2026-11-cpu2-a1b2c3d-stage1.md`.
 
     DEVICE is the kind that was computed on, with the number of cores (of GPUs, on a GPU).
     """
     count = torch.cuda.device_count() if device.type == "cuda" else num_cores()
-    month = f"{datetime.now():%Y-%m}"
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{month}-{device.type}{count}-{commit().partition('+')[0]}-{subject}.md"
-    path.write_text(body, encoding="utf-8")
-    return path
+    name = f"{datetime.now():%Y-%m}-{device.type}{count}-{commit().partition('+')[0]}-{subject}.{suffix}"
+    return RESULTS / name

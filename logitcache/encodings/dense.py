@@ -61,5 +61,10 @@ class Dense(Encoding):
     def decode(self, encoded: Mapping[str, Tensor], num_classes: int) -> Tensor:
         if self.dtype != "uint8":
             return encoded["logits"].float()
-        decoded_BC = encoded["logits"].float().mul_(encoded["step"][:, None])
-        return decoded_BC.masked_fill_(encoded["logits"] == MASKED, -math.inf)
+        codes_BC = encoded["logits"]
+        decoded_BC = codes_BC.float().mul_(encoded["step"][:, None])
+        masked_BC = codes_BC == MASKED
+        # Masks are rare, and filling takes as long as all else; a GPU would have to wait for the answer.
+        if codes_BC.device.type == "cpu" and not bool(masked_BC.any()):
+            return decoded_BC
+        return decoded_BC.masked_fill_(masked_BC, -math.inf)

@@ -21,15 +21,14 @@ from logitcache.encodings.packing import LARGEST, MixedRadix
 from logitcache.encodings.protocol import ArraySpec, Encoding, smallest_id_dtype
 from logitcache.errors import UsageError
 
-# B batch, C classes, R rank, K corrected classes, M classes that a row's first estimate heeds, J flips of a round
+# B batch, C classes, R rank, K corrected classes, M classes that a row's search heeds, J flips of a round
 
 FURTHEST_CORRECTION = 127
 DEEPEST = 40.0
 """Logits further below a row's largest count as this far: their probability is below 1e-17."""
 CORRECTION_STEP = 0.25
 HEEDED = 8
-INTERACTING = 16
-"""Most probable classes that decide whether two flips help together."""
+"""Most probable classes of a row, that its first estimate and the flips' interactions are computed for."""
 FLIPS = 8
 """Coefficients that may change in one round of the search."""
 SQUARED_ERROR = 0.2
@@ -132,10 +131,10 @@ class LowRank(Encoding):
         on = fitted.on(logits_BC.device)
         parts: dict[str, list[Tensor]] = {}
         for piece_BC in torch.split(logits_BC, ROWS_AT_ONCE):
-            steps_BR = self._coefficients(piece_BC)
+            steps_BR, decoded_BC, p_BC = self._search(_shifted(piece_BC), on)
             encoded = {"coefficients": on.radix.pack(steps_BR)}
             if self.k:
-                encoded |= self._corrections(_shifted(piece_BC), on.mean_C + steps_BR @ on.basis_RC)
+                encoded |= self._corrections(p_BC, decoded_BC.softmax(dim=1))
             for name, values in encoded.items():
                 parts.setdefault(name, []).append(values)
         return {name: torch.cat(values) for name, values in parts.items()}
@@ -159,24 +158,27 @@ class LowRank(Encoding):
     def _coefficients(self, logits_BC: Tensor) -> Tensor:
         """Whole numbers of steps, float32 (B, R)."""
         on = self._fitted().on(logits_BC.device)
-        return torch.cat([self._search(_shifted(piece_BC), on) for piece_BC in torch.split(logits_BC, ROWS_AT_ONCE)])
+        pieces = torch.split(logits_BC, ROWS_AT_ONCE)
+        return torch.cat([self._search(_shifted(piece_BC), on)[0] for piece_BC in pieces])
 
-    def _search(self, logits_BC: Tensor, on: _OnDevice) -> Tensor:
-        error_weight = 2 * SQUARED_ERROR / logits_BC.shape[1] * on.squared_norm
+    def _search(self, logits_BC: Tensor, on: _OnDevice) -> tuple[Tensor, Tensor, Tensor]:
+        """Coefficients (B, R) in whole steps, what they decode to (B, C), and the teacher's probabilities (B, C)."""
+        num_classes = logits_BC.shape[1]
+        error_weight = 2 * SQUARED_ERROR / num_classes * on.squared_norm
         p_BC = logits_BC.softmax(dim=1)
-        top_BM, ids_BM = p_BC.topk(min(INTERACTING, logits_BC.shape[1]), dim=1)
+        top_BM, ids_BM = p_BC.topk(min(HEEDED, num_classes), dim=1)
         wanted_BC = logits_BC - on.mean_C
         plain_BR = (wanted_BC @ on.basis_CR).div_(on.squared_norm)
-        steps_BR = plain_BR + _fisher_correction(
-            wanted_BC, plain_BR, top_BM[:, :HEEDED], ids_BM[:, :HEEDED], error_weight, on
-        )
+        basis_BMR = on.basis_CR[ids_BM]
+        error_BM = wanted_BC.gather(1, ids_BM)
+        steps_BR = plain_BR + _fisher_correction(error_BM, plain_BR, top_BM, basis_BMR, error_weight)
         steps_BR = steps_BR.round_().clamp_(-on.limit_R, on.limit_R)
-        if not self.search:
-            return steps_BR
-        # The cost changes by ±gradient + half the curvature when a coefficient changes by a step, to second order.
-        curvature_BR = (p_BC @ on.squared_CR).sub_((p_BC @ on.basis_CR).square_()).add_(error_weight).mul_(0.5)
-        up_BR, down_BR = (bits_BR.add_(curvature_BR) for bits_BR in self._bits(steps_BR, on.bit_costs_2R, on.limit_R))
         decoded_BC = torch.addmm(on.mean_C, steps_BR, on.basis_RC)
+        if not self.search:
+            return steps_BR, decoded_BC, p_BC
+        # The cost changes by ±gradient + half the curvature when a coefficient changes by a step, to second order.
+        curvature_BR = _curvature(top_BM, basis_BMR, on.squared_norm / num_classes).add_(error_weight).mul_(0.5)
+        up_BR, down_BR = (bits_BR.add_(curvature_BR) for bits_BR in self._bits(steps_BR, on.bit_costs_2R, on.limit_R))
         for _ in range(self.search):
             q_BC = decoded_BC.softmax(dim=1)
             q_BM = q_BC.gather(1, ids_BM)
@@ -199,7 +201,7 @@ class LowRank(Encoding):
             ):
                 total_BR.scatter_add_(1, which_BJ, new_BJ.sub_(old_BJ))
             decoded_BC += F.embedding_bag(which_BJ, on.basis_RC, per_sample_weights=flips_BJ, mode="sum")
-        return steps_BR
+        return steps_BR, decoded_BC, p_BC
 
     def _bits(self, steps: Tensor, costs: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
         """What a step up and a step down cost in bits, priced; out of bounds it is more than any gain."""
@@ -209,16 +211,16 @@ class LowRank(Encoding):
         shrunk = -away - nonzero * (magnitude == 1)
         return torch.where(steps >= 0, grown, shrunk), torch.where(steps <= 0, grown, shrunk)
 
-    def _corrections(self, logits_BC: Tensor, decoded_BC: Tensor) -> dict[str, Tensor]:
-        """Exact logits, relative to all others, of the classes whose probability is furthest off."""
-        off_BC = (logits_BC.softmax(dim=1) - decoded_BC.softmax(dim=1)).abs_()
-        ids_BK = off_BC.topk(self.k, dim=1).indices
+    def _corrections(self, p_BC: Tensor, q_BC: Tensor) -> dict[str, Tensor]:
+        """What to add to the logits of the classes whose probability is furthest off, in steps."""
+        num_classes = p_BC.shape[1]
+        ids_BK = (p_BC - q_BC).abs_().topk(self.k, dim=1).indices
         # The row's constant is free: the classes that are not corrected get their teacher's mass together.
-        rest = [x_BC.scatter(1, ids_BK, -math.inf).logsumexp(dim=1, keepdim=True) for x_BC in (logits_BC, decoded_BC)]
-        wanted_BK = (logits_BC - decoded_BC).gather(1, ids_BK) - (rest[0] - rest[1])
+        (p_BK, p_rest_B1), (q_BK, q_rest_B1) = (_kept_and_rest(x_BC.gather(1, ids_BK)) for x_BC in (p_BC, q_BC))
+        wanted_BK = (p_BK / q_BK).log_() - (p_rest_B1 / q_rest_B1).log_()
         steps_BK = (wanted_BK / CORRECTION_STEP).round_().clamp_(-FURTHEST_CORRECTION, FURTHEST_CORRECTION)
         return {
-            "ids": ids_BK.to(getattr(torch, smallest_id_dtype(logits_BC.shape[1]))),
+            "ids": ids_BK.to(getattr(torch, smallest_id_dtype(num_classes))),
             "corrections": steps_BK.to(torch.int8),
         }
 
@@ -253,8 +255,7 @@ class _OnDevice:
         self.mean_C = torch.from_numpy(fitted.mean).to(device)
         self.basis_RC = torch.from_numpy(fitted.basis).to(device).float()
         self.basis_CR = self.basis_RC.T.contiguous()
-        self.squared_CR = self.basis_CR.square()
-        self.squared_norm = float(self.squared_CR.sum(dim=0).mean())
+        self.squared_norm = float(self.basis_RC.square().sum(dim=1).mean())
         """Of every component alike."""
         self.limit_R = torch.from_numpy(fitted.limits.astype(np.float32)).to(device)
         self.bit_costs_2R = torch.from_numpy(fitted.bit_costs).to(device)
@@ -320,22 +321,37 @@ def _shifted(logits_BC: Tensor) -> Tensor:
     return logits_BC - logits_BC.mean(dim=1, keepdim=True)
 
 
+def _kept_and_rest(p_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities of some classes, and of all others together; neither is ever zero."""
+    return p_BK.clamp(min=1e-12), (1.0 - p_BK.sum(dim=1, keepdim=True)).clamp_(min=1e-6)
+
+
 def _fisher_correction(
-    wanted_BC: Tensor, plain_BR: Tensor, p_BM: Tensor, ids_BM: Tensor, error_weight: float, on: _OnDevice
+    wanted_BM: Tensor, plain_BR: Tensor, p_BM: Tensor, basis_BMR: Tensor, error_weight: float
 ) -> Tensor:
     """What to add to least-squares coefficients, in steps, for the Fisher metric of each row's likeliest classes.
 
     Minimises ½ e'(diag(p) - pp')e over those classes plus the weighted squared error of all; by the Woodbury
     identity it takes a system of as many unknowns as there are such classes, not of the rank.
     """
-    basis_BMR = on.basis_CR[ids_BM]
-    error_BM1 = wanted_BC.gather(1, ids_BM).unsqueeze(2) - torch.bmm(basis_BMR, plain_BR.unsqueeze(2))
+    error_BM1 = wanted_BM.unsqueeze(2) - torch.bmm(basis_BMR, plain_BR.unsqueeze(2))
     rest_B = (1.0 - p_BM.sum(dim=1)).clamp_(min=1e-4)
     # The inverse of diag(p) - pp' is diag(1/p) + 1/(1 - sum p), by Sherman and Morrison.
     system_BMM = torch.bmm(basis_BMR, basis_BMR.transpose(1, 2)).add_((error_weight / rest_B)[:, None, None])
     system_BMM.diagonal(dim1=1, dim2=2).add_(error_weight / p_BM.clamp(min=1e-6))
     solution_BM1 = torch.cholesky_solve(error_BM1, torch.linalg.cholesky_ex(system_BMM)[0])
     return torch.bmm(solution_BM1.transpose(1, 2), basis_BMR).squeeze(1)
+
+
+def _curvature(p_BM: Tensor, basis_BMR: Tensor, mean_square: float) -> Tensor:
+    """Second derivative of the KL by each coefficient: the variance of its component under p, (B, R).
+
+    The likeliest classes count as they are, all others as if the component had its mean square there and mean zero.
+    """
+    p_B1M = p_BM.unsqueeze(1)
+    rest_B1 = 1.0 - p_BM.sum(dim=1, keepdim=True)
+    mean_BR = torch.bmm(p_B1M, basis_BMR).squeeze(1)
+    return torch.bmm(p_B1M, basis_BMR.square()).squeeze(1).sub_(mean_BR.square_()).add_(rest_B1 * mean_square)
 
 
 def _best_of_each_group(change_BR: Tensor) -> tuple[Tensor, Tensor]:
