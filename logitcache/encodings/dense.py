@@ -16,7 +16,8 @@ from logitcache.errors import UsageError
 # B batch, C classes
 
 MASKED = 0
-"""Code of -inf in uint8; the others, 1 to 255, run from the row's lowest finite logit to its largest."""
+"""Code of -inf in uint8, in rows whose step is negative; the others, 1 to 255, run from the row's lowest finite logit
+to its largest."""
 STEPS = 254
 
 
@@ -56,15 +57,14 @@ class Dense(Encoding):
         lowest_B = below_max_BC.masked_fill(masked_BC, 0.0).amin(dim=1)
         step_B = torch.where(lowest_B < 0, -lowest_B / STEPS, 1.0)
         codes_BC = (below_max_BC / step_B[:, None]).round_().add_(STEPS + 1).masked_fill_(masked_BC, MASKED)
-        return {"logits": codes_BC.to(torch.uint8), "step": step_B}
+        return {"logits": codes_BC.to(torch.uint8), "step": torch.where(masked_BC.any(dim=1), -step_B, step_B)}
 
     def decode(self, encoded: Mapping[str, Tensor], num_classes: int) -> Tensor:
         if self.dtype != "uint8":
             return encoded["logits"].float()
-        codes_BC = encoded["logits"]
-        decoded_BC = codes_BC.float().mul_(encoded["step"][:, None])
-        masked_BC = codes_BC == MASKED
-        # Masks are rare, and filling takes as long as all else; a GPU would have to wait for the answer.
-        if codes_BC.device.type == "cpu" and not bool(masked_BC.any()):
+        codes_BC, step_B = encoded["logits"], encoded["step"]
+        decoded_BC = codes_BC.float().mul_(step_B.abs()[:, None])
+        # To look for masks takes longer than all else, so rows that have them say so; a GPU would wait for the answer.
+        if codes_BC.device.type == "cpu" and not bool((step_B < 0).any()):
             return decoded_BC
-        return decoded_BC.masked_fill_(masked_BC, -math.inf)
+        return decoded_BC.masked_fill_(codes_BC == MASKED, -math.inf)
