@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from logitcache.encodings import Auto, Dense, Encoding, LowRank, Sampled, TopK
+from logitcache.encodings.protocol import float_tensor
 from logitcache.errors import UsageError
 from logitcache.layout import encode_block, encode_fixed
 from logitcache.losses import kl_divergence
@@ -78,7 +79,7 @@ def measure(encoding: Encoding, logits: Any, *, temperatures: Sequence[float] = 
         logits: (B, C) floats.
         temperatures: at which the divergence is taken.
     """
-    logits_BC = torch.as_tensor(np.asarray(logits)).float()
+    logits_BC = float_tensor(logits)
     start = time.perf_counter()
     encoded = encode_all(encoding, logits_BC)
     encoding_seconds = time.perf_counter() - start
@@ -93,7 +94,7 @@ def measure(encoding: Encoding, logits: Any, *, temperatures: Sequence[float] = 
         decoding_seconds += time.perf_counter() - start
         for temperature in temperatures:
             kl_B = fidelity_kl(decoded_BC, logits_BC[rows], temperature)
-            kl[temperature] += float(kl_B.clamp(min=0).double().sum()) / len(logits_BC)
+            kl[temperature] += float(kl_B.double().sum()) / len(logits_BC)
             kl_max = max(kl_max, float(kl_B.max())) if temperature == 1.0 else kl_max
         agreeing += int((decoded_BC.argmax(dim=1) == logits_BC[rows].argmax(dim=1)).sum())
     fixed = sum(
@@ -121,10 +122,10 @@ def encode_all(encoding: Encoding, logits_BC: Tensor) -> dict[str, Tensor]:
 def fidelity_kl(decoded_BC: Tensor, teacher_BC: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher ‖ decoded) at a temperature, in nats, float32 (B,); without the factor T² of the loss.
 
-    A class that the teacher masks by -inf counts for nothing.
+    A class that the teacher masks by -inf counts for nothing, and what rounding makes of zero is zero.
     """
     decoded_BC = decoded_BC.masked_fill(teacher_BC == -torch.inf, MASKED)
-    return kl_divergence(decoded_BC, teacher_BC, temperature=temperature) / temperature**2
+    return kl_divergence(decoded_BC, teacher_BC, temperature=temperature).clamp(min=0) / temperature**2
 
 
 MASKED = -1e30

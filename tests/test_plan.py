@@ -120,6 +120,27 @@ def test_a_plan_of_logits_recommends_and_plots(tmp_path: Path) -> None:
     assert b"\x89PNG" == (tmp_path / "plan.png").read_bytes()[:4]
 
 
+def test_the_classes_of_imagenet_21k_are_planned_from_a_memory_map(tmp_path: Path) -> None:
+    """A memory map is read some rows at a time; the basis of so many classes is a randomised one."""
+    generator = np.random.default_rng(0)
+    low = generator.normal(size=(300, 12)) @ generator.normal(size=(12, 21_841))
+    np.save(tmp_path / "a.npy", low.astype(np.float16))
+    calibration = read_logits(tmp_path / "a.npy")
+    encoding = LowRank(rank=16, k=4)
+    found = measure(encoding.fit(calibration.logits[:250]), calibration.logits[250:])
+
+    assert isinstance(calibration.logits, np.memmap)
+    assert found.bytes_per_sample < 60
+    assert found.kl[1.0] < 0.05
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_few_classes_are_planned(classes: int) -> None:
+    plan = plan_logits(Calibration(logits(300, classes)))
+
+    assert "dense" == plan.recommended.encoding.name
+
+
 def test_masked_classes_rule_out_what_can_not_hold_them() -> None:
     masked = logits(1000)
     masked[:, 7] = -np.inf

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from logitcache.encodings.packing import LARGEST, MixedRadix
-from logitcache.encodings.protocol import ArraySpec, Encoding, smallest_id_dtype
+from logitcache.encodings.protocol import ArraySpec, Encoding, float_tensor, smallest_id_dtype
 from logitcache.errors import UsageError
 
 # B batch, C classes, R rank, K corrected classes, M classes that a row's search heeds, J flips of a round
@@ -311,7 +311,7 @@ def _batches(calibration: Any) -> Any:
 
 
 def _float_rows(calibration: Any, rows: Any) -> Tensor:
-    return torch.as_tensor(np.asarray(calibration[rows])).float()
+    return float_tensor(calibration[rows])
 
 
 def _shifted(logits_BC: Tensor) -> Tensor:

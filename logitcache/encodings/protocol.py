@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 # B batch, C classes, M calibration rows
@@ -98,3 +99,10 @@ def parameters(kind: type) -> list[str]:
 def smallest_id_dtype(num_classes: int) -> str:
     """The smallest unsigned integer that holds every class id."""
     return "uint8" if num_classes <= 2**8 else "uint16" if num_classes <= 2**16 else "uint32"
+
+
+def float_tensor(logits: Any) -> Tensor:
+    """A tensor, an array or a part of a memory map as a float32 tensor on the CPU."""
+    if isinstance(logits, Tensor):
+        return logits.detach().float().cpu()
+    return torch.from_numpy(np.array(logits, dtype=np.float32))  # a copy: a memory map may be read-only
