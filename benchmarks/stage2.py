@@ -33,8 +33,9 @@ from torch import Tensor
 import logitcache
 from logitcache.cache_teacher import cache_teacher
 from logitcache.devices import autocast, pick_device, to_device
-from logitcache.labels import LiveLabels
+from logitcache.labels import CachedLabels, LiveLabels
 from logitcache.loading import rendered_batches
+from logitcache.losses import TrueLabel
 from logitcache.order import batches, epoch_order
 from logitcache.pipeline import Pipeline, StudentConfig, load_pipeline
 from logitcache.progress import silence
@@ -55,7 +56,7 @@ ROWS_AT_ONCE = 8192
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, default=PIPELINE)
-    parser.add_argument("--only", choices=["epochs", "resident"], help="one of the two measurements")
+    parser.add_argument("--only", choices=["epochs", "added", "resident"], help="one of the measurements")
     parser.add_argument("--student", help="trained three ways; by default the first that learns from the cache")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each of the three")
     parser.add_argument("--epochs", type=int, default=8, help="of each run, whose median counts")
@@ -74,10 +75,13 @@ def main() -> None:
         paths = [f"cache.path={folder}/views.cache", f"runs.path={folder}/runs"]
         pipeline = load_pipeline(arguments.pipeline, ["teacher.weights=random", *arguments.overrides, *paths])
         device = pick_device(pipeline.device, threads=pipeline.threads)
-        if arguments.only != "resident":
+        if arguments.only in (None, "epochs"):
             sections.append(epochs_section(pipeline, arguments.student, arguments.repeats, arguments.epochs))
             print(f"\n{sections[-1]}", flush=True)
-        if arguments.only != "epochs":
+        if arguments.only in (None, "added"):
+            sections.append(added_section(pipeline, arguments.student))
+            print(f"\n{sections[-1]}", flush=True)
+        if arguments.only in (None, "resident"):
             sections.append(resident_section(Path(folder), arguments.rows, arguments.opens, arguments.gathers, device))
             print(f"\n{sections[-1]}", flush=True)
     if arguments.write:
@@ -131,6 +135,47 @@ def epochs_section(pipeline: Pipeline, student_name: str | None, repeats: int, e
         ["rendering alone, an epoch", f"{rendering:.3f} s", ""],
     ]
     return f"## Epochs\n\n{about}\n\n{table(['', 'wall time', 'CPU time, with workers'], rows)}"
+
+
+def added_section(pipeline: Pipeline, student_name: str | None, repeats: int = 15) -> str:
+    """What the cache adds to an epoch, part by part, each timed alone: little next to the noise of whole epochs."""
+    cache_teacher(pipeline, trust=True)
+    bench = Bench(pipeline, trust=True)
+    bench.data = replace(bench.data, validation=None, test=None)
+    arms = three_ways(pipeline, student_name, 1)
+    job = bench.job(arms[CACHED], seed=0)
+    loss = job.loss
+    size, num_classes = job.config.batch_size, bench.data.num_classes
+    rows_B = torch.arange(size)
+    student_BC = torch.randn(size, num_classes, requires_grad=True)
+    target_BC = torch.randn(size, num_classes).softmax(dim=1)
+    true_label = TrueLabel()
+    starts, cached, plain, epochs = [], [], [], []
+    for repeat in range(repeats):
+        labels = bench.job(arms[CACHED], seed=0).labels  # one that has proven no view yet
+        assert isinstance(labels, CachedLabels)
+        start = time.perf_counter()
+        labels.start_view(repeat % pipeline.views.count, None)
+        starts.append(time.perf_counter() - start)
+        for seconds, step in (
+            (cached, lambda labels=labels: loss(student_BC, labels.logits(rows_B, None), target_BC)),
+            (plain, lambda: true_label(student_BC, None, target_BC)),
+        ):
+            start = time.perf_counter()
+            for _ in range(200):
+                step().mean().backward()
+            seconds.append((time.perf_counter() - start) / 200)
+        epochs.append(train_once(bench, arms[LABELS_ONLY], repeat).wall)
+    steps = -(-len(job.indices) // size)
+    start_view, per_step = statistics.median(starts), statistics.median(cached) - statistics.median(plain)
+    added, epoch = start_view + steps * per_step, statistics.median(epochs)
+    rows = [
+        ["start of a new view: load, and proof by rendering", f"{1e3 * start_view:.2f} ms"],
+        [f"labels and their loss instead of cross-entropy, {steps} steps", f"{1e3 * steps * per_step:.2f} ms"],
+        ["an epoch, labels only", f"{1e3 * epoch:.0f} ms"],
+        ["added / an epoch on labels only", f"{added / epoch:.3f}"],
+    ]
+    return f"## What the cache adds, alone\n\nMedians of {repeats}, by turns.\n\n{table(['', ''], rows)}"
 
 
 def three_ways(pipeline: Pipeline, student_name: str | None, epochs: int) -> dict[str, StudentConfig]:

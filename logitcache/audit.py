@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from logitcache.committed import num_rows
 from logitcache.digest import array_digest, sha256_hex
-from logitcache.encodings import ArraySpec, encoding_from_config
+from logitcache.encodings import ArraySpec
 from logitcache.errors import CorruptCache
 from logitcache.layout import (
     FIXED,
     FIXED_RECEIPT_KEY,
     GROUP,
-    SAMPLE_ARRAYS,
     Block,
     all_blocks,
     block_key,
@@ -23,6 +23,8 @@ from logitcache.layout import (
 )
 from logitcache.manifest import (
     MANIFEST,
+    MAX_MANIFEST_BYTES,
+    MAX_RECEIPT_BYTES,
     RECEIPTS,
     Layout,
     Manifest,
@@ -32,6 +34,7 @@ from logitcache.manifest import (
     read_manifest,
     read_receipt,
     read_receipts,
+    receipts_limit,
 )
 from logitcache.progress import track
 from logitcache.storage import LocalStorage, open_storage
@@ -60,14 +63,16 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
         CorruptCache: a manifest that can't be read.
     """
     storage = open_storage(location)
-    manifest = read_manifest(storage.get(MANIFEST), url=storage.url)
+    manifest = read_manifest(storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES), url=storage.url)
     specs = manifest.layout.arrays
-    fixed = SAMPLE_ARRAYS | dict(encoding_from_config(manifest.identity.encoding).fitted_arrays)
+    fixed = manifest.layout.fixed
     problems: list[Problem] = []
     receipts = _all_receipts(storage, manifest, problems)
     known = {MANIFEST, RECEIPTS, "README.md"}
     with track("verifying", len(receipts), unit="blocks") as meter:
         for name, receipt in receipts.items():
+            if receipt.rows != num_rows(manifest.layout, name):
+                problems.append(Problem(name, RECEIPTS, "wrong rows"))
             known |= {f"{GROUP}/{array}/zarr.json" for array in receipt.objects}
             for array, stored in receipt.objects.items():
                 spec = specs.get(array)
@@ -87,7 +92,7 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
             meter.advance()
     for path, data in group_metadata(manifest.layout).items():
         known.add(path)
-        found = storage.get(path)
+        found = storage.get(path, limit=len(data))
         if found != data:
             problems.append(Problem("", path, "missing" if found is None else "wrong bytes"))
     strays = [path for path in storage.list_keys() if path not in known and not path.startswith("receipts/")]
@@ -99,17 +104,19 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
 
 def _all_receipts(storage: LocalStorage, manifest: Manifest, problems: list[Problem]) -> dict[str, Receipt]:
     receipts: dict[str, Receipt] = {}
-    gathered = storage.get(RECEIPTS)
+    wanted = {FIXED: FIXED_RECEIPT_KEY} | {block.name: block.receipt_key for block in all_blocks(manifest.layout)}
+    gathered = storage.get(RECEIPTS, limit=receipts_limit(len(wanted)))
     if gathered is not None:
+        if manifest.state == "sealed" and sha256_hex(gathered) != manifest.receipts:
+            problems.append(Problem("", RECEIPTS, "wrong bytes"))
         try:
             receipts = read_receipts(gathered, url=storage.url)
         except CorruptCache:
             problems.append(Problem("", RECEIPTS, "damaged"))
     elif manifest.state == "sealed":
         problems.append(Problem("", RECEIPTS, "missing"))
-    wanted = {FIXED: FIXED_RECEIPT_KEY} | {block.name: block.receipt_key for block in all_blocks(manifest.layout)}
     for name, key in wanted.items():
-        data = storage.get(key) if name not in receipts else None
+        data = storage.get(key, limit=MAX_RECEIPT_BYTES) if name not in receipts else None
         if data is not None:
             try:
                 receipts[name] = read_receipt(data, key=key)
@@ -136,15 +143,15 @@ def _what_is_wrong_inside(
     path: str,
     stored: StoredObject,
 ) -> str | None:
-    data = storage.get(path) or b""
+    data = storage.get(path, limit=stored.bytes) or b""
     if sha256_hex(data) != stored.sha256:
         return "wrong bytes"
     try:
         if spec is None:
-            values = decode_fixed(storage.get(f"{GROUP}/{array}/zarr.json") or b"", data)
+            values = decode_fixed(layout.fixed[array], data)
         else:
             rows = block_rows(layout, Block.from_name(name))
             values = decode_rows(spec, [data], len(rows), layout.rows_per_block)
-    except Exception:  # whatever zarr raises for bytes that are no such chunk
+    except (ValueError, RuntimeError):
         return "damaged"
     return None if array_digest(values) == stored.values_sha256 else "wrong values"

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.filesize import decimal
-from rich.table import Table
 
 from logitcache.errors import LogitCacheError, StorageError, UsageError
+from logitcache.printing import (
+    cache_summary,
+    console,
+    plan_summary,
+    print_mapping,
+    print_plan,
+    print_problems,
+    print_rows,
+    print_steps,
+)
 
 app = typer.Typer(
     name="logitcache",
@@ -162,6 +167,9 @@ def info_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
 def verify_command(
     cache: CacheArgument,
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte and compare its SHA-256.")] = False,
+    recompute: Annotated[
+        int, typer.Option(metavar="N", help="Ask the teacher of --data again about N samples drawn over all views.")
+    ] = 0,
     data: Annotated[
         Path | None, typer.Option(help="A pipeline whose data, views and teacher are compared with the cache.")
     ] = None,
@@ -171,18 +179,61 @@ def verify_command(
     """Check receipts and sizes, with --deep every byte, with --data whether the cache fits; exit 1 on a problem."""
     from logitcache.audit import Problem, verify
 
+    if recompute and data is None:
+        raise UsageError("--recompute asks the teacher again, so it needs the pipeline that has one: --data PIPELINE")
     problems = verify(cache, deep=deep)
     if data is not None and not problems:
         from logitcache.fit import all_differences
-        from logitcache.pipeline import load_pipeline
         from logitcache.reader import open_cache
+        from logitcache.spot_check import spot_check
 
-        differences = all_differences(open_cache(cache, trust=trust), load_pipeline(data), trust=trust)
+        pipeline = pipeline_of(cache, data)
+        differences = all_differences(open_cache(cache, trust=trust), pipeline, trust=trust)
         problems += [Problem("", line, "differs") for line in differences]
+        if recompute and not problems:
+            problems += spot_check(pipeline, recompute, trust=trust)
     found = {"ok": not problems, "problems": [dataclasses.asdict(problem) for problem in problems]}
     show(found, as_json, lambda: print_problems(cache, problems))
     if problems:
         raise typer.Exit(1)
+
+
+@app.command("repair")
+def repair_command(
+    cache: CacheArgument,
+    source: Annotated[str | None, typer.Option("--from", help="A copy of the cache, to take blocks from.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The pipeline that made it, to compute blocks again.")] = None,
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the blocks that `verify --deep` finds bad what they were, and only those; exit 1 if a problem remains."""
+    from logitcache.repair import repair
+
+    pipeline = None if data is None else pipeline_of(cache, data)
+    result = repair(cache, source=source, pipeline=pipeline, trust=trust)
+    found = {"ok": not result.remaining, **dataclasses.asdict(result)}
+
+    def print_repair() -> None:
+        blocks = len(result.fetched) + len(result.recomputed)
+        console().print(
+            f"{cache}: {len(result.problems)} problems found; {len(result.fetched)} blocks fetched, "
+            f"{len(result.recomputed)} recomputed."
+            if blocks or result.problems
+            else f"{cache}: nothing to repair",
+            highlight=False,
+        )
+        print_problems(cache, result.remaining)
+
+    show(found, as_json, print_repair)
+    if result.remaining:
+        raise typer.Exit(1)
+
+
+def pipeline_of(cache: str, file: Path) -> Any:
+    """A pipeline with its cache at another place."""
+    from logitcache.pipeline import load_pipeline
+
+    return load_pipeline(file, [f"cache.path={cache}"])
 
 
 @app.command("demo")
@@ -214,145 +265,12 @@ def demo_command(
     show(summary, as_json, print_demo)
 
 
-def cache_summary(cache: Any) -> dict[str, Any]:
-    """The keys of `info`."""
-    rows = sum(receipt.rows for name, receipt in cache.receipts.items() if name != "fixed")
-    return {
-        "id": cache.id,
-        "digest": cache.digest,
-        "sealed": cache.sealed,
-        "num_samples": cache.num_samples,
-        "num_views": cache.num_views,
-        "num_classes": cache.num_classes,
-        "encoding": repr(cache.encoding),
-        "bytes": cache.stored_bytes,
-        "bytes_per_sample": cache.label_bytes / rows if rows else None,
-        "teacher": cache.manifest.identity.teacher,
-        "dataset": cache.manifest.identity.dataset,
-        "kl_mean": cache.kl_mean,
-        "created": cache.manifest.provenance.get("created"),
-    }
-
-
-def plan_summary(plan: Any) -> dict[str, Any]:
-    """The keys of `plan`."""
-
-    def finite(nats: float) -> float | None:
-        return nats if math.isfinite(nats) else None
-
-    return {
-        "num_rows": plan.num_rows,
-        "num_classes": plan.num_classes,
-        "recommended": repr(plan.recommended.encoding),
-        "encodings": [
-            {
-                "encoding": repr(each.encoding),
-                "bytes_per_sample": each.bytes_per_sample,
-                "fixed_bytes": each.fixed_bytes,
-                "total_bytes": plan.total_bytes(each),
-                "kl": {f"{temperature:g}": finite(nats) for temperature, nats in each.kl.items()},
-                "kl_max": finite(each.kl_max),
-                "top1_agreement": each.top1_agreement,
-            }
-            for each in plan.fidelities
-        ],
-        "num_samples": plan.num_samples,
-        "num_views": plan.num_views,
-        "samples_per_second": plan.samples_per_second,
-        "hours": plan.hours,
-    }
-
-
-def print_plan(plan: Any) -> None:
-    """The table of encodings, and what to make of it."""
-    whole = plan.num_samples is not None
-    temperatures = list(plan.recommended.kl)
-    columns = ["encoding", "bytes/sample", *(["total"] if whole else []), *(f"KL T={t:g}" for t in temperatures)]
-    table = Table(
-        *columns, "largest", "top-1 agreement", title=f"{plan.num_rows:,} rows of {plan.num_classes:,} classes"
-    )
-    for each in plan.fidelities:
-        chosen = each is plan.recommended
-        total = [decimal(int(plan.total_bytes(each)))] if whole else []
-        nats = [f"{nats:.2g}" if math.isfinite(nats) else "-" for nats in (*each.kl.values(), each.kl_max)]
-        cells = [spelled(each.encoding), f"{each.bytes_per_sample:.1f}", *total, *nats, f"{each.top1_agreement:.1%}"]
-        table.add_row(*cells, style="bold" if chosen else None)
-    console().print(table)
-    if plan.hours is not None:
-        console().print(
-            f"{plan.num_views} views of {plan.num_samples:,} samples at {plan.samples_per_second:,.0f} a second: "
-            f"cache-teacher would take {timedelta(seconds=round(3600 * plan.hours))}.",
-            highlight=False,
-        )
-    console().print(f'Recommended: cache.encoding="{spelled(plan.recommended.encoding)}"', highlight=False)
-
-
-def spelled(encoding: Any) -> str:
-    """An encoding as one would write it: without the parameters that have their default."""
-    changed = [
-        f"{field.name}={getattr(encoding, field.name)!r}"
-        for field in dataclasses.fields(encoding)
-        if field.compare and getattr(encoding, field.name) != field.default
-    ]
-    return f"{type(encoding).__name__}({', '.join(changed)})"
-
-
 def show(value: dict[str, Any], as_json: bool, print_it: Any) -> None:
     """One JSON object on stdout, or something for people."""
     if as_json:
         print(json.dumps(value))
     else:
         print_it()
-
-
-def console() -> Console:
-    """Standard output; wide enough for a table where no terminal says how wide it is."""
-    return Console(soft_wrap=True) if sys.stdout.isatty() else Console(soft_wrap=True, width=120)
-
-
-def print_mapping(title: str, values: dict[str, Any]) -> None:
-    """A two-column table."""
-    table = Table(title=title, show_header=False, title_justify="left")
-    for name, value in values.items():
-        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        table.add_row(name.replace("_", " "), f"{shown:.4g}" if isinstance(shown, float) else str(shown))
-    console().print(table)
-
-
-def print_rows(rows: list[Any]) -> None:
-    """The table of students."""
-    table = Table("student", "parameters", "samples", "seeds", "test accuracy", "validation", "s/epoch")
-    for row in rows:
-        spread = "" if row.accuracy_sd is None else f" ± {100 * row.accuracy_sd:.2f}"
-        table.add_row(
-            row.name,
-            f"{row.parameters:,}",
-            f"{row.samples:,}",
-            str(len(row.seeds)),
-            "-" if row.accuracy_mean is None else f"{100 * row.accuracy_mean:.2f}{spread}",
-            "-" if row.validation_accuracy_mean is None else f"{100 * row.validation_accuracy_mean:.2f}",
-            "-" if row.epoch_seconds is None else f"{row.epoch_seconds:.2f}",
-        )
-    console().print(table)
-
-
-def print_steps(steps: list[Any]) -> None:
-    """What a run would do."""
-    table = Table("stage", "what", "state")
-    for step in steps:
-        table.add_row(step.stage, step.what, "done" if step.done else "to do")
-    console().print(table)
-
-
-def print_problems(cache: str, problems: list[Any]) -> None:
-    """What `verify` found."""
-    if not problems:
-        console().print(f"{cache}: no problem found", highlight=False)
-        return
-    table = Table("block", "path", "kind", title=f"{cache}: {len(problems)} problems", title_justify="left")
-    for problem in problems:
-        table.add_row(problem.block, problem.path, problem.kind)
-    console().print(table)
 
 
 def main() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from logitcache.digest import array_digest
+from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import Encoding, encoding_from_config
-from logitcache.errors import CorruptCache
+from logitcache.errors import CorruptCache, LogitCacheError
 from logitcache.layout import (
     FIXED,
     FIXED_RECEIPT_KEY,
@@ -14,10 +14,21 @@ from logitcache.layout import (
     Block,
     all_blocks,
     block_key,
+    block_rows,
     decode_fixed,
     fixed_array_key,
 )
-from logitcache.manifest import RECEIPTS, Layout, Manifest, Receipt, read_receipt, read_receipts
+from logitcache.manifest import (
+    MANIFEST,
+    MAX_RECEIPT_BYTES,
+    RECEIPTS,
+    Layout,
+    Manifest,
+    Receipt,
+    read_receipt,
+    read_receipts,
+    receipts_limit,
+)
 from logitcache.storage import LocalStorage
 
 
@@ -28,25 +39,33 @@ def stored_encoding(storage: LocalStorage, manifest: Manifest, fixed: Receipt) -
         CorruptCache: that is damaged, or gone.
     """
     encoding = encoding_from_config(manifest.identity.encoding)
-    if missing := encoding.fitted_arrays.keys() - fixed.objects.keys():
-        raise CorruptCache(f"{storage.url}: its receipt of fixed arrays lacks {sorted(missing)[0]}, which it must hold")
-    arrays = {name: read_fixed(storage, fixed, name, ndim) for name, ndim in encoding.fitted_arrays.items()}
-    return encoding.with_fitted(arrays)
+    arrays = {name: read_fixed(storage, manifest.layout, fixed, name) for name in encoding.fitted_arrays}
+    try:
+        return encoding.with_fitted(arrays)
+    except (ValueError, LogitCacheError) as error:
+        raise CorruptCache(f"{storage.url}: what {encoding.name} was fitted to makes no sense: {error}") from None
 
 
-def read_fixed(storage: LocalStorage, fixed: Receipt, name: str, ndim: int) -> np.ndarray:
+def read_fixed(storage: LocalStorage, layout: Layout, fixed: Receipt, name: str) -> np.ndarray:
     """A fixed array, held to its receipt.
 
     Raises:
         CorruptCache: it is not what was written.
     """
-    metadata, data = storage.get(f"{GROUP}/{name}/zarr.json"), storage.get(fixed_array_key(name, ndim))
+    if name not in fixed.objects:
+        raise CorruptCache(f"{storage.url}: the receipt of its fixed arrays lacks {name}, which it must hold")
+    stored, spec = fixed.objects[name], layout.fixed[name]
+    data = storage.get(fixed_array_key(name, spec), limit=stored.bytes)
     try:
-        values = decode_fixed(metadata or b"", data or b"")
-    except Exception:  # whatever zarr raises for bytes that are no such array
-        values = None
-    if values is None or array_digest(values) != fixed.objects[name].values_sha256:
-        raise CorruptCache(f"{storage.url}: {GROUP}/{name} is not what was written; run `logitcache verify --deep`")
+        if data is None or sha256_hex(data) != stored.sha256:
+            raise ValueError("other bytes")
+        values = decode_fixed(spec, data)
+        if array_digest(values) != stored.values_sha256:
+            raise ValueError("other values")
+    except (ValueError, RuntimeError):
+        raise CorruptCache(
+            f"{storage.url}: {GROUP}/{name} is not what was written; run `logitcache verify --deep`"
+        ) from None
     return values
 
 
@@ -56,17 +75,24 @@ def collect_receipts(storage: LocalStorage, manifest: Manifest) -> dict[str, Rec
     Raises:
         CorruptCache: a sealed cache without its receipts.
     """
-    gathered = storage.get(RECEIPTS)
     wanted = {FIXED, *(block.name for block in all_blocks(manifest.layout))}
-    receipts = {} if gathered is None else read_receipts(gathered, url=storage.url)
+    gathered = storage.get(RECEIPTS, limit=receipts_limit(len(wanted)))
+    receipts = {} if gathered is None else read_receipts(gathered, url=storage.url, num_receipts=len(wanted))
     receipts = {name: receipt for name, receipt in receipts.items() if name in wanted}
     if manifest.state == "sealed":
+        if gathered is not None and sha256_hex(gathered) != manifest.receipts:
+            raise CorruptCache(
+                f"{storage.url}: {RECEIPTS} is damaged: it is not the one that the manifest was sealed with"
+            )
         if wanted - receipts.keys():
             raise CorruptCache(f"{storage.url} is sealed, but {RECEIPTS} lacks {sorted(wanted - receipts.keys())[0]}")
+        for name, receipt in receipts.items():
+            if receipt.rows != num_rows(manifest.layout, name):
+                raise CorruptCache(f"{storage.url}: {RECEIPTS} and {MANIFEST} differ in the rows of {name}")
         return receipts
     for key in storage.list_keys("receipts"):
         name = FIXED if key == FIXED_RECEIPT_KEY else key.removeprefix("receipts/").removesuffix(".json")
-        data = storage.get(key)
+        data = storage.get(key, limit=MAX_RECEIPT_BYTES)
         if name in wanted and data is not None:
             try:
                 receipts[name] = read_receipt(data, key=key)
@@ -75,9 +101,16 @@ def collect_receipts(storage: LocalStorage, manifest: Manifest) -> dict[str, Rec
     return {name: receipt for name, receipt in receipts.items() if _in_place(storage, manifest.layout, name, receipt)}
 
 
+def num_rows(layout: Layout, name: str) -> int:
+    """Rows that the receipt of a name must state."""
+    return layout.num_samples if name == FIXED else len(block_rows(layout, Block.from_name(name)))
+
+
 def _in_place(storage: LocalStorage, layout: Layout, name: str, receipt: Receipt) -> bool:
+    if receipt.rows != num_rows(layout, name):
+        return False
     if name == FIXED:
-        return True
+        return receipt.objects.keys() == layout.fixed.keys()
     block = Block.from_name(name)
     return receipt.objects.keys() == layout.arrays.keys() and all(
         storage.size(block_key(array, layout.arrays[array], block)) == stored.bytes

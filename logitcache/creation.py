@@ -18,16 +18,17 @@ from logitcache.digest import canonical_json
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.errors import IdentityMismatch, InvalidLogits, NotACache, UsageError
 from logitcache.fidelity import Calibration, candidates, choose, compare
-from logitcache.layout import FIXED, GROUP, Block
+from logitcache.layout import FIXED, GROUP, Block, fixed_spec
 from logitcache.manifest import (
     FORMAT_VERSION,
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     RECEIPTS,
     Identity,
     Layout,
     Manifest,
     Receipt,
-    dump,
+    dump_manifest,
     read_manifest,
     read_receipts,
 )
@@ -106,20 +107,33 @@ def create(
         num_classes=num_classes,
         class_names=class_names,
     )
+    fixed = (settled.fitted_values() if settled.fitted_arrays else {}) | _sample_arrays(samples)
     layout = Layout(
         num_samples=num_samples,
         num_views=num_views,
         num_classes=num_classes,
         rows_per_block=min(rows_per_block, num_samples),
         arrays=settled.arrays(num_classes) if stored is None else stored[0].layout.arrays,
+        fixed={name: fixed_spec(values) for name, values in fixed.items()},
     )
     manifest = _open_manifest(storage, identity, layout, fixed_stored=stored is not None, notes=notes)
-    return CacheWriter(storage, manifest, settled, samples=samples)
+    return CacheWriter(storage, manifest, settled, fixed=fixed)
+
+
+def _sample_arrays(samples: SampleTable | None) -> dict[str, np.ndarray]:
+    """The sample table as it is stored."""
+    if samples is None:
+        return {}
+    assert samples.contents is not None
+    arrays = {"sample_targets": samples.targets, "sample_contents": samples.contents}
+    if samples.keys is not None:
+        arrays["sample_keys"] = np.frombuffer("\n".join(samples.keys).encode(), dtype=np.uint8)
+    return arrays
 
 
 def _stored(storage: LocalStorage) -> tuple[Manifest, Receipt] | None:
     """The manifest of a cache that was begun here and the receipt of its fixed arrays; blocks come only after both."""
-    data = storage.get(MANIFEST)
+    data = storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES)
     if data is None:
         return None
     manifest = read_manifest(data, url=storage.url)
@@ -199,7 +213,7 @@ def _open_manifest(
     storage: LocalStorage, identity: Identity, layout: Layout, *, fixed_stored: bool, notes: dict[str, Any]
 ) -> Manifest:
     """The manifest of the cache at hand, written anew where there is none or where views are added."""
-    existing = storage.get(MANIFEST)
+    existing = storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES)
     if existing is not None and not fixed_stored:
         # Cut off before anything was stored but this: begun again, unless it is another cache that was begun.
         differences = read_manifest(existing, url=storage.url).identity.differences(identity)
@@ -217,7 +231,7 @@ def _open_manifest(
             digest=None,
             provenance=provenance() | ({"encoding": notes} if notes else {}),
         )
-        storage.put(MANIFEST, dump(manifest))
+        storage.put(MANIFEST, dump_manifest(manifest))
         return manifest
     manifest = read_manifest(existing, url=storage.url)
     differences = manifest.identity.differences(identity)
@@ -234,7 +248,7 @@ def _open_manifest(
         manifest = _forget_views(storage, manifest, layout)
     if layout.num_views > manifest.layout.num_views:
         manifest = manifest.model_copy(update={"layout": layout, "state": "open", "digest": None})
-        storage.put(MANIFEST, dump(manifest))
+        storage.put(MANIFEST, dump_manifest(manifest))
     return manifest
 
 
@@ -249,7 +263,7 @@ def _forget_views(storage: LocalStorage, manifest: Manifest, layout: Layout) -> 
             for key in list(storage.list_keys(folder)):
                 storage.delete(key)
     manifest = manifest.model_copy(update={"layout": kept})
-    storage.put(MANIFEST, dump(manifest))
+    storage.put(MANIFEST, dump_manifest(manifest))
     return manifest
 
 

@@ -97,9 +97,7 @@ def measure(encoding: Encoding, logits: Any, *, temperatures: Sequence[float] = 
             kl[temperature] += float(kl_B.double().sum()) / len(logits_BC)
             kl_max = max(kl_max, float(kl_B.max())) if temperature == 1.0 else kl_max
         agreeing += int((decoded_BC.argmax(dim=1) == logits_BC[rows].argmax(dim=1)).sum())
-    fixed = sum(
-        len(data) for name, values in encoding.fitted_values().items() for data in encode_fixed(name, values).values()
-    )
+    fixed = sum(len(encode_fixed(values)) for values in encoding.fitted_values().values())
     return Fidelity(
         encoding=encoding,
         bytes_per_sample=stored / len(logits_BC),

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import zarr
 from numcodecs.zstd import Zstd
-from zarr.buffer import cpu
 from zarr.codecs import BytesCodec, TransposeCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from logitcache.encodings import ArraySpec
-from logitcache.manifest import Layout
+from logitcache.manifest import FixedSpec, Layout
 
 # V views, N samples
 
@@ -74,21 +73,28 @@ def block_key(array: str, spec: ArraySpec, block: Block) -> str:
     return "/".join([GROUP, array, "c", str(block.view), str(block.number), *("0" for _ in spec.row_shape)])
 
 
-SAMPLE_ARRAYS = {"sample_keys": 1, "sample_targets": 1, "sample_contents": 2}
-"""The arrays of the sample table, and their numbers of dimensions; an encoding's `fitted_arrays` lie beside them."""
+SAMPLE_ARRAYS = ("sample_keys", "sample_targets", "sample_contents")
+"""The arrays of the sample table; what an encoding was fitted to lies beside them."""
 
 
-def fixed_array_key(array: str, ndim: int) -> str:
+def fixed_spec(values: np.ndarray) -> FixedSpec:
+    """How the manifest describes an array that is stored once."""
+    return FixedSpec(dtype=values.dtype.name, shape=list(values.shape))
+
+
+def fixed_array_key(array: str, spec: FixedSpec) -> str:
     """Key of the one object of a fixed array."""
-    return "/".join([GROUP, array, "c", *["0"] * ndim])
+    return "/".join([GROUP, array, "c", *["0"] * len(spec.shape)])
 
 
 def group_metadata(layout: Layout) -> dict[str, bytes]:
-    """The `zarr.json` of the group and of each per-row array, by key."""
+    """The `zarr.json` of the group and of each array, by key."""
     objects = _Objects()
     zarr.create_group(objects.store, zarr_format=3)
     for name, spec in layout.arrays.items():
         objects.create_rows(name, spec, (layout.num_views, layout.num_samples), layout.rows_per_block)
+    for name, fixed in layout.fixed.items():
+        objects.create(name, fixed.dtype, tuple(fixed.shape), tuple(max(length, 1) for length in fixed.shape))
     return objects.dump()
 
 
@@ -115,7 +121,7 @@ def decode_rows(spec: ArraySpec, chunks: Sequence[bytes], num_rows: int, rows_pe
     if len(shape) == COLUMNS_FIRST_NDIM:
         shape = shape[::-1]
     for number, data in enumerate(chunks):
-        stored = np.frombuffer(Zstd().decode(data), dtype=np.dtype(spec.dtype).newbyteorder("<")).reshape(shape)
+        stored = _decompress(data, np.dtype(spec.dtype), shape)
         rows = values[number * rows_per_block : (number + 1) * rows_per_block]
         rows[...] = (stored.T if stored.ndim == COLUMNS_FIRST_NDIM else stored)[: len(rows)]
     return values
@@ -132,27 +138,56 @@ def _little_endian(values: np.ndarray) -> np.ndarray:
     return values.astype(values.dtype.newbyteorder("<"), copy=False)
 
 
-def encode_fixed(name: str, values: np.ndarray) -> dict[str, bytes]:
-    """A fixed array as its objects by key: its `zarr.json`, and its single chunk."""
-    objects = _Objects()
-    objects.create(name, values.dtype.name, values.shape, values.shape)[...] = values
-    return objects.dump()
+def encode_fixed(values: np.ndarray) -> bytes:
+    """A fixed array as the bytes of its single chunk."""
+    return bytes(Zstd(level=3, checksum=True).encode(np.ascontiguousarray(_little_endian(values))))
 
 
-def decode_fixed(metadata: bytes, chunk: bytes) -> np.ndarray:
-    """A fixed array from its `zarr.json` and its chunk."""
-    objects = _Objects()
-    objects.put("fixed/zarr.json", metadata)
-    array = zarr.open_array(objects.store, path="fixed", mode="r")
-    objects.put_chunk("fixed", (0,) * array.ndim, chunk)
-    return np.asarray(array[...])
+def decode_fixed(spec: FixedSpec, data: bytes) -> np.ndarray:
+    """A fixed array from the bytes of its chunk.
+
+    Raises:
+        ValueError, RuntimeError: bytes that are no such chunk.
+    """
+    return _decompress(data, np.dtype(spec.dtype), tuple(spec.shape))
+
+
+def _decompress(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """The values of one zstd frame, which must be of just this size and have a checksum.
+
+    Raises:
+        ValueError: another size; it is what the frame declares, so nothing is decompressed to find out.
+        RuntimeError: a damaged frame.
+    """
+    values = np.empty(shape, dtype=dtype.newbyteorder("<"))
+    if _declared_size(data) != values.nbytes:
+        raise ValueError(f"a chunk of {_declared_size(data)} bytes; expected {values.nbytes}")
+    if values.nbytes:
+        Zstd().decode(data, out=values.reshape(-1).view(np.uint8))
+    return values
+
+
+def _declared_size(data: bytes) -> int | None:
+    """The content size that a zstd frame with a checksum and without a dictionary declares (RFC 8878, 3.1.1)."""
+    if data[:4] != b"\x28\xb5\x2f\xfd" or len(data) < 14:
+        return None
+    descriptor = data[4]
+    size_flag, single_segment, checksum, dictionary = (
+        descriptor >> 6,
+        descriptor >> 5 & 1,
+        descriptor >> 2 & 1,
+        descriptor & 3,
+    )
+    if not checksum or dictionary:
+        return None
+    start = 5 if single_segment else 6
+    length = (1 if single_segment else 0) if size_flag == 0 else 1 << size_flag
+    size = int.from_bytes(data[start : start + length], "little") if length else None
+    return size + 256 if size is not None and size_flag == 1 else size
 
 
 class _Objects:
-    """The objects of a Zarr store in memory: zarr encodes and decodes, and logitcache moves the bytes.
-
-    So that every byte is hashed, committed and checked in one place, wherever it is kept.
-    """
+    """The metadata of a Zarr store in memory: zarr writes it, and is never asked to read any."""
 
     def __init__(self) -> None:
         self._objects: dict[str, Any] = {}
@@ -184,12 +219,6 @@ class _Objects:
             # A block of nothing but zeros must be an object too, or its receipt would have nothing to hash.
             config={"write_empty_chunks": True},
         )
-
-    def put(self, key: str, data: bytes) -> None:
-        self._objects[key] = cpu.Buffer.from_bytes(data)
-
-    def put_chunk(self, name: str, index: tuple[int, ...], data: bytes) -> None:
-        self.put("/".join([name, "c", *map(str, index)]), data)
 
     def dump(self) -> dict[str, bytes]:
         return {f"{GROUP}/{key}": value.to_bytes() for key, value in self._objects.items()}

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from logitcache.digest import json_digest, sha256_hex
-from logitcache.encodings import ArraySpec
-from logitcache.errors import CorruptCache, NotACache, UnsupportedFormat
+from logitcache.encodings import ArraySpec, encoding_from_config
+from logitcache.errors import CorruptCache, LogitCacheError, NotACache, UnsupportedFormat
+from logitcache.strict_json import parse_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 RECEIPTS = "receipts.json"
 """All receipts in one file; written at sealing."""
 
-Sha256 = str
+MAX_MANIFEST_BYTES = 2**24
+MAX_RECEIPT_BYTES = 2**16
+MAX_BLOCKS = 2**24
+MAX_CHUNK_BYTES = 2**33
+"""Of an array's chunk or of a fixed array, decompressed."""
+DTYPES = ("uint8", "uint16", "uint32", "int8", "int64", "float16", "float32")
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ArrayName = Annotated[str, Field(pattern=r"^[a-z][a-z_]{0,39}$")]
 
 
 class _Record(BaseModel):
@@ -55,15 +66,39 @@ class Identity(_Record):
         return lines
 
 
+class FixedSpec(_Record):
+    """An array that is stored once, in one chunk."""
+
+    dtype: str
+    shape: list[int] = Field(min_length=1, max_length=2)
+
+
 class Layout(_Record):
     """Shape of the cache on disk. Views may be added; the rest is fixed when the cache is created."""
 
-    num_samples: int = Field(ge=1)
-    num_views: int = Field(ge=1)
-    num_classes: int = Field(ge=2)
-    rows_per_block: int = Field(ge=1)
-    arrays: dict[str, ArraySpec]
+    num_samples: int = Field(ge=1, le=2**40)
+    num_views: int = Field(ge=1, le=2**20)
+    num_classes: int = Field(ge=2, le=2**24)
+    rows_per_block: int = Field(ge=1, le=2**31)
+    arrays: dict[ArrayName, ArraySpec]
     """What is stored for every row, by array name."""
+    fixed: dict[ArrayName, FixedSpec]
+    """What is stored once: the sample table, and what the encoding was fitted to."""
+
+    @model_validator(mode="after")
+    def _within_bounds(self) -> Layout:
+        """No shape that a reader could not hold: a manifest may come from a stranger."""
+        if self.num_views * -(-self.num_samples // self.rows_per_block) > MAX_BLOCKS:
+            raise ValueError(f"more than {MAX_BLOCKS} blocks")
+        for name, spec in self.arrays.items():
+            if len(spec.row_shape) > 1 or not 0 <= spec.level <= 22:
+                raise ValueError(f"array {name} has no shape or level that logitcache writes: {spec}")
+            _check_size(name, spec.dtype, (self.rows_per_block, *spec.row_shape))
+        for name, fixed in self.fixed.items():
+            _check_size(name, fixed.dtype, tuple(fixed.shape))
+        if self.arrays.keys() & self.fixed.keys():
+            raise ValueError(f"{sorted(self.arrays.keys() & self.fixed.keys())[0]} is stored both by row and once")
+        return self
 
 
 class Manifest(_Record):
@@ -77,7 +112,11 @@ class Manifest(_Record):
     digest: Sha256 | None
     """SHA-256 over the sorted value hashes of every object; set at sealing."""
     provenance: dict[str, Any]
-    """Host, time, versions, command: recorded, never hashed."""
+    """Host, time, versions, command: recorded, and no part of identity or digest."""
+    receipts: Sha256 | None = None
+    """SHA-256 of `receipts.json`; set at sealing."""
+    checksum: Sha256 | None = None
+    """SHA-256 of the canonical JSON of all the above: against accidents, not against liars."""
 
 
 class StoredObject(_Record):
@@ -96,9 +135,9 @@ class Receipt(_Record):
     rows: int = Field(ge=0)
     objects: dict[str, StoredObject]
     """By array name."""
-    kl_mean: float | None
+    kl_mean: float | None = Field(allow_inf_nan=False)
     """KL(teacher ‖ decoded) at T = 1 over the block's rows, in nats."""
-    kl_max: float | None
+    kl_max: float | None = Field(allow_inf_nan=False)
     inputs: dict[str, str]
     """Row -> digest of the teacher's input, for the view's proof rows in this block."""
 
@@ -114,6 +153,15 @@ def dump(record: BaseModel) -> bytes:
     return (json.dumps(record.model_dump(), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
+def dump_manifest(manifest: Manifest) -> bytes:
+    """A manifest as readable JSON, with its checksum."""
+    return dump(manifest.model_copy(update={"checksum": _checksum(manifest)}))
+
+
+def _checksum(manifest: Manifest) -> str:
+    return json_digest(manifest.model_dump(mode="json", exclude={"checksum"}))
+
+
 def read_manifest(data: bytes | None, *, url: str) -> Manifest:
     """A manifest from its bytes.
 
@@ -125,9 +173,9 @@ def read_manifest(data: bytes | None, *, url: str) -> Manifest:
     if data is None:
         raise NotACache(f"{url} is no logit cache: it has no {MANIFEST}; run `logitcache cache-teacher` to build one")
     try:
-        raw = json.loads(data)
+        raw = parse_json(data, max_bytes=MAX_MANIFEST_BYTES)
         is_ours = isinstance(raw, dict) and raw.get("format") == "logitcache"
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise NotACache(f"{url} is no logit cache: its {MANIFEST} is not JSON ({error})") from None
     if not is_ours:
         raise NotACache(f"{url} is no logit cache: its {MANIFEST} was not written by logitcache")
@@ -140,13 +188,37 @@ def read_manifest(data: bytes | None, *, url: str) -> Manifest:
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
-        raise CorruptCache(f"{url}: {MANIFEST} is damaged: {_first_error(error)}") from None
+        raise CorruptCache(f"{url}: {MANIFEST} is damaged: {_reason(error)}") from None
     if manifest.identity.cache_id != manifest.id:
         raise CorruptCache(
             f"{url}: {MANIFEST} is damaged: its identity hashes to {manifest.identity.cache_id[:12]}…, "
             f"but it says {manifest.id[:12]}…"
         )
+    if manifest.checksum != _checksum(manifest):
+        raise CorruptCache(f"{url}: {MANIFEST} is damaged: it does not have the checksum that it states")
+    _check_encoding(manifest, url=url)
     return manifest
+
+
+def _check_encoding(manifest: Manifest, *, url: str) -> None:
+    """The arrays must be those of the encoding, which it is asked to decode."""
+    layout = manifest.layout
+    try:
+        encoding = encoding_from_config(manifest.identity.encoding)
+        expected = encoding.arrays(layout.num_classes)
+    except LogitCacheError as error:
+        raise CorruptCache(f"{url}: {MANIFEST} is damaged: identity.encoding: {error}") from None
+    # Fitting may change how long a row of an array is, and nothing else.
+    differs = layout.arrays.keys() != expected.keys() or any(
+        layout.arrays[name].dtype != spec.dtype
+        or len(layout.arrays[name].row_shape) != len(spec.row_shape)
+        or (not encoding.fitted_arrays and layout.arrays[name] != spec)
+        for name, spec in expected.items()
+    )
+    if manifest.identity.outputs != {"logits": [layout.num_classes]}:
+        raise CorruptCache(f"{url}: {MANIFEST} is damaged: identity.outputs and layout.num_classes differ")
+    if differs or not encoding.fitted_arrays.keys() <= layout.fixed.keys():
+        raise CorruptCache(f"{url}: {MANIFEST} is damaged: layout.arrays are not those of {encoding!r}")
 
 
 def read_receipt(data: bytes, *, key: str) -> Receipt:
@@ -156,26 +228,41 @@ def read_receipt(data: bytes, *, key: str) -> Receipt:
         CorruptCache: bytes that are no receipt.
     """
     try:
-        return Receipt.model_validate_json(data)
-    except ValidationError as error:
-        raise CorruptCache(f"{key} is damaged: {_first_error(error)}") from None
+        return Receipt.model_validate(parse_json(data, max_bytes=MAX_RECEIPT_BYTES))
+    except ValueError as error:
+        raise CorruptCache(f"{key} is damaged: {_reason(error)}") from None
 
 
-def read_receipts(data: bytes, *, url: str) -> dict[str, Receipt]:
+def receipts_limit(num_receipts: int) -> int:
+    """Bytes that the gathered receipts may take; those of a cache that had more views may be among them."""
+    return 2 * (num_receipts + 16) * MAX_RECEIPT_BYTES
+
+
+def read_receipts(data: bytes, *, url: str, num_receipts: int = MAX_BLOCKS) -> dict[str, Receipt]:
     """The gathered receipts by name, from the bytes of `receipts.json`.
 
     Raises:
         CorruptCache: bytes that are no receipts.
     """
     try:
-        raw = json.loads(data)
-        return {str(name): Receipt.model_validate(receipt) for name, receipt in raw.items()}
-    except (ValueError, AttributeError, RecursionError) as error:
-        reason = _first_error(error) if isinstance(error, ValidationError) else error
-        raise CorruptCache(f"{url}: {RECEIPTS} is damaged: {reason}") from None
+        raw = parse_json(data, max_bytes=receipts_limit(num_receipts))
+        if not isinstance(raw, dict):
+            raise ValueError("no JSON object")
+        return {name: Receipt.model_validate(receipt) for name, receipt in raw.items()}
+    except ValueError as error:
+        raise CorruptCache(f"{url}: {RECEIPTS} is damaged: {_reason(error)}") from None
 
 
-def _first_error(error: ValidationError) -> str:
+def _check_size(name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"array {name} has dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if min(shape) < 0 or math.prod(shape) * np.dtype(dtype).itemsize > MAX_CHUNK_BYTES:
+        raise ValueError(f"array {name} has chunks of shape {shape}, more than {MAX_CHUNK_BYTES} bytes")
+
+
+def _reason(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 

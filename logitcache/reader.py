@@ -30,6 +30,7 @@ from logitcache.layout import (
 )
 from logitcache.manifest import (
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     Receipt,
     content_digest,
     read_manifest,
@@ -62,7 +63,7 @@ class LogitCache:
 
     def __init__(self, storage: LocalStorage, *, trust: bool = False) -> None:
         self.storage = storage
-        self.manifest = read_manifest(storage.get(MANIFEST), url=storage.url)
+        self.manifest = read_manifest(storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES), url=storage.url)
         self.layout = self.manifest.layout
         self.encoding: Encoding = encoding_from_config(self.manifest.identity.encoding)
         self.trust = trust
@@ -136,10 +137,10 @@ class LogitCache:
             CorruptCache: the table is damaged.
         """
         fixed = self.receipts.get(FIXED)
-        if fixed is None or "sample_targets" not in fixed.objects:
+        if fixed is None or "sample_targets" not in self.layout.fixed:
             return None
-        wanted = [name for name in SAMPLE_ARRAYS if name in fixed.objects]
-        arrays = {name: read_fixed(self.storage, fixed, name, SAMPLE_ARRAYS[name]) for name in wanted}
+        wanted = [name for name in SAMPLE_ARRAYS if name in self.layout.fixed]
+        arrays = {name: read_fixed(self.storage, self.layout, fixed, name) for name in wanted}
         keys = arrays["sample_keys"].tobytes().decode().split("\n") if "sample_keys" in arrays else None
         return SampleTable(self.num_samples, keys, arrays["sample_targets"], arrays["sample_contents"])
 
@@ -302,8 +303,8 @@ class LogitCache:
                 f"{self.storage.url}: block {block.name} is missing; run `logitcache cache-teacher` again"
             )
         key = block_key(array, self.layout.arrays[array], block)
-        data = self.storage.get(key)
         stored = receipt.objects[array]
+        data = self.storage.get(key, limit=stored.bytes)
         if data is None:
             raise CorruptCache(f"{self.storage.url}: {key} is gone, though block {block.name} has a receipt")
         if len(data) != stored.bytes or sha256_hex(data) != stored.sha256:

@@ -10,13 +10,14 @@ import itertools
 import os
 import re
 import socket
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from logitcache.errors import StorageError, UsageError
+from logitcache.errors import CorruptCache, StorageError, UsageError
 
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 _PARTIAL = re.compile(r"\.[^/]+\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.\d+\.partial$")
@@ -28,8 +29,8 @@ class Storage(Protocol):
 
     url: str
 
-    def get(self, key: str) -> bytes | None:
-        """The object's bytes, or None where there is none."""
+    def get(self, key: str, *, limit: int | None = None) -> bytes | None:
+        """The object's bytes, or None where there is none; no more than one byte beyond the limit is read."""
 
     def put(self, key: str, data: bytes) -> None:
         """Store an object whole or not at all; on return it survives a power loss."""
@@ -63,16 +64,22 @@ class LocalStorage:
     """A directory. Objects appear under their name only when they are whole and on the disk."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root = root.absolute()
         self.url = str(root)
+        self._real_root = os.path.realpath(root)
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str, *, limit: int | None = None) -> bytes | None:
+        path = self._path(key)
         try:
-            return self._path(key).read_bytes()
+            # A pipe or a device in the place of an object would block, or never end.
+            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise CorruptCache(f"{path} is no regular file")
+                return file.read() if limit is None else file.read(limit + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise _storage_error("read", self._path(key), error) from error
+            raise _storage_error("read", path, error) from error
 
     def put(self, key: str, data: bytes) -> None:
         path = self._path(key)
@@ -125,7 +132,11 @@ class LocalStorage:
         parts = key.split("/")
         if key.startswith("/") or ".." in parts or "" in parts:
             raise UsageError(f"{key!r} is not a key inside the cache")
-        return self.root.joinpath(*parts)
+        path = self.root.joinpath(*parts)
+        real = os.path.realpath(path)
+        if real != self._real_root and not real.startswith(self._real_root.rstrip(os.sep) + os.sep):
+            raise CorruptCache(f"{path} is a link that leads out of the cache; it is not followed")
+        return path
 
     def _make_folder(self, folder: Path) -> None:
         if folder.is_dir():

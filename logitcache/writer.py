@@ -42,8 +42,9 @@ from logitcache.manifest import (
     StoredObject,
     content_digest,
     dump,
+    dump_manifest,
 )
-from logitcache.samples import SampleTable, input_digest
+from logitcache.samples import input_digest
 from logitcache.storage import LocalStorage
 from logitcache.views import proof_rows
 
@@ -69,7 +70,7 @@ class CacheWriter:
         manifest: Manifest,
         encoding: Encoding,
         *,
-        samples: SampleTable | None = None,
+        fixed: Mapping[str, np.ndarray],
     ) -> None:
         self.storage = storage
         self.manifest = manifest
@@ -90,7 +91,7 @@ class CacheWriter:
                 if storage.get(key) != data:
                     storage.put(key, data)
             if FIXED not in self._receipts:
-                self._receipts[FIXED] = self._commit_fixed(samples)
+                self._receipts[FIXED] = self._commit_fixed(fixed)
 
     def missing_blocks(self) -> list[Block]:
         """The blocks that have no valid receipt yet, view by view."""
@@ -161,10 +162,15 @@ class CacheWriter:
         names = [FIXED, *(block.name for block in all_blocks(self.layout))]
         receipts = {name: self._receipts[name] for name in names}
         compact = {name: receipt.model_dump() for name, receipt in receipts.items()}
-        self.storage.put(RECEIPTS, canonical_json(compact))
-        digest = content_digest(list(receipts.values()))
-        self.manifest = self.manifest.model_copy(update={"state": "sealed", "digest": digest})
-        self.storage.put(MANIFEST, dump(self.manifest))
+        gathered = canonical_json(compact)
+        self.storage.put(RECEIPTS, gathered)
+        changes = {
+            "state": "sealed",
+            "digest": content_digest(list(receipts.values())),
+            "receipts": sha256_hex(gathered),
+        }
+        self.manifest = self.manifest.model_copy(update=changes)
+        self.storage.put(MANIFEST, dump_manifest(self.manifest))
         for key in list(self.storage.list_keys("receipts")):
             self.storage.delete(key)
         return self.manifest
@@ -223,20 +229,13 @@ class CacheWriter:
         finally:
             self._slots.release()
 
-    def _commit_fixed(self, samples: SampleTable | None) -> Receipt:
-        """Store what the encoding was fitted to, and the sample table, once, beside the labels."""
-        arrays = dict(self.encoding.fitted_values())
-        if samples is not None:
-            assert samples.contents is not None
-            arrays |= {"sample_targets": samples.targets, "sample_contents": samples.contents}
-            if samples.keys is not None:
-                arrays["sample_keys"] = np.frombuffer("\n".join(samples.keys).encode(), dtype=np.uint8)
+    def _commit_fixed(self, arrays: Mapping[str, np.ndarray]) -> Receipt:
+        """Store what is stored once, beside the labels."""
         objects = {}
         for name, values in arrays.items():
-            encoded = encode_fixed(name, values)
-            for key, data in encoded.items():
-                self.storage.put(key, data)
-            objects[name] = _stored(encoded[fixed_array_key(name, values.ndim)], values)
+            data = encode_fixed(values)
+            self.storage.put(fixed_array_key(name, self.layout.fixed[name]), data)
+            objects[name] = _stored(data, values)
         receipt = Receipt(rows=self.layout.num_samples, objects=objects, kl_mean=None, kl_max=None, inputs={})
         self.storage.put(FIXED_RECEIPT_KEY, dump(receipt))
         return receipt

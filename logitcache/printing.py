@@ -1,0 +1,146 @@
+"""What commands print: JSON objects for scripts, tables for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+
+def cache_summary(cache: Any) -> dict[str, Any]:
+    """The keys of `info`."""
+    rows = sum(receipt.rows for name, receipt in cache.receipts.items() if name != "fixed")
+    return {
+        "id": cache.id,
+        "digest": cache.digest,
+        "sealed": cache.sealed,
+        "num_samples": cache.num_samples,
+        "num_views": cache.num_views,
+        "num_classes": cache.num_classes,
+        "encoding": repr(cache.encoding),
+        "bytes": cache.stored_bytes,
+        "bytes_per_sample": cache.label_bytes / rows if rows else None,
+        "teacher": cache.manifest.identity.teacher,
+        "dataset": cache.manifest.identity.dataset,
+        "kl_mean": cache.kl_mean,
+        "created": cache.manifest.provenance.get("created"),
+    }
+
+
+def plan_summary(plan: Any) -> dict[str, Any]:
+    """The keys of `plan`."""
+
+    def finite(nats: float) -> float | None:
+        return nats if math.isfinite(nats) else None
+
+    return {
+        "num_rows": plan.num_rows,
+        "num_classes": plan.num_classes,
+        "recommended": repr(plan.recommended.encoding),
+        "encodings": [
+            {
+                "encoding": repr(each.encoding),
+                "bytes_per_sample": each.bytes_per_sample,
+                "fixed_bytes": each.fixed_bytes,
+                "total_bytes": plan.total_bytes(each),
+                "kl": {f"{temperature:g}": finite(nats) for temperature, nats in each.kl.items()},
+                "kl_max": finite(each.kl_max),
+                "top1_agreement": each.top1_agreement,
+            }
+            for each in plan.fidelities
+        ],
+        "num_samples": plan.num_samples,
+        "num_views": plan.num_views,
+        "samples_per_second": plan.samples_per_second,
+        "hours": plan.hours,
+    }
+
+
+def print_plan(plan: Any) -> None:
+    """The table of encodings, and what to make of it."""
+    whole = plan.num_samples is not None
+    temperatures = list(plan.recommended.kl)
+    columns = ["encoding", "bytes/sample", *(["total"] if whole else []), *(f"KL T={t:g}" for t in temperatures)]
+    table = Table(
+        *columns, "largest", "top-1 agreement", title=f"{plan.num_rows:,} rows of {plan.num_classes:,} classes"
+    )
+    for each in plan.fidelities:
+        chosen = each is plan.recommended
+        total = [decimal(int(plan.total_bytes(each)))] if whole else []
+        nats = [f"{nats:.2g}" if math.isfinite(nats) else "-" for nats in (*each.kl.values(), each.kl_max)]
+        cells = [spelled(each.encoding), f"{each.bytes_per_sample:.1f}", *total, *nats, f"{each.top1_agreement:.1%}"]
+        table.add_row(*cells, style="bold" if chosen else None)
+    console().print(table)
+    if plan.hours is not None:
+        console().print(
+            f"{plan.num_views} views of {plan.num_samples:,} samples at {plan.samples_per_second:,.0f} a second: "
+            f"cache-teacher would take {timedelta(seconds=round(3600 * plan.hours))}.",
+            highlight=False,
+        )
+    console().print(f'Recommended: cache.encoding="{spelled(plan.recommended.encoding)}"', highlight=False)
+
+
+def spelled(encoding: Any) -> str:
+    """An encoding as one would write it: without the parameters that have their default."""
+    changed = [
+        f"{field.name}={getattr(encoding, field.name)!r}"
+        for field in dataclasses.fields(encoding)
+        if field.compare and getattr(encoding, field.name) != field.default
+    ]
+    return f"{type(encoding).__name__}({', '.join(changed)})"
+
+
+def console() -> Console:
+    """Standard output; wide enough for a table where no terminal says how wide it is."""
+    return Console(soft_wrap=True) if sys.stdout.isatty() else Console(soft_wrap=True, width=120)
+
+
+def print_mapping(title: str, values: dict[str, Any]) -> None:
+    """A two-column table."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in values.items():
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        table.add_row(name.replace("_", " "), f"{shown:.4g}" if isinstance(shown, float) else str(shown))
+    console().print(table)
+
+
+def print_rows(rows: list[Any]) -> None:
+    """The table of students."""
+    table = Table("student", "parameters", "samples", "seeds", "test accuracy", "validation", "s/epoch")
+    for row in rows:
+        spread = "" if row.accuracy_sd is None else f" ± {100 * row.accuracy_sd:.2f}"
+        table.add_row(
+            row.name,
+            f"{row.parameters:,}",
+            f"{row.samples:,}",
+            str(len(row.seeds)),
+            "-" if row.accuracy_mean is None else f"{100 * row.accuracy_mean:.2f}{spread}",
+            "-" if row.validation_accuracy_mean is None else f"{100 * row.validation_accuracy_mean:.2f}",
+            "-" if row.epoch_seconds is None else f"{row.epoch_seconds:.2f}",
+        )
+    console().print(table)
+
+
+def print_steps(steps: list[Any]) -> None:
+    """What a run would do."""
+    table = Table("stage", "what", "state")
+    for step in steps:
+        table.add_row(step.stage, step.what, "done" if step.done else "to do")
+    console().print(table)
+
+
+def print_problems(cache: str, problems: list[Any]) -> None:
+    """What `verify` found."""
+    if not problems:
+        console().print(f"{cache}: no problem found", highlight=False)
+        return
+    table = Table("block", "path", "kind", title=f"{cache}: {len(problems)} problems", title_justify="left")
+    for problem in problems:
+        table.add_row(problem.block, problem.path, problem.kind)
+    console().print(table)
