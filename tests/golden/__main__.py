@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import logitcache
+from logitcache import creation
 from logitcache.manifest import FORMAT_VERSION
 
 HERE = Path(__file__).parent
@@ -19,6 +20,7 @@ def main() -> None:
     path = HERE / f"format-{FORMAT_VERSION}.cache"
     if path.exists():
         raise SystemExit(f"{path} is there already; a format that was published is not written again")
+    creation.provenance = dict  # type: ignore[assignment]  # no machine's name or path in a file that is kept
     generator = torch.Generator().manual_seed(0)
     factors = torch.randn(6, CLASSES, generator=generator)
     logits = torch.randn(VIEWS, SAMPLES, 6, generator=generator) @ factors
