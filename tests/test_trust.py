@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from numcodecs.zstd import Zstd
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from logitcache.audit import verify
 from logitcache.digest import canonical_json, json_digest, sha256_hex
 from logitcache.errors import CorruptCache, LogitCacheError, NotACache, StorageError
 from logitcache.manifest import Identity, Manifest, read_manifest, read_receipts
+from logitcache.pipeline import load_pipeline
 from logitcache.storage import LocalStorage
 from logitcache.strict_json import parse_json
 
@@ -359,7 +362,7 @@ class executes_nothing:  # noqa: N801
             executes_nothing.seen.append(event)
 
 
-def fuzz(rounds: int, seed: int) -> int:
+def fuzz(rounds: int, seed: int, folder: Path) -> int:
     """Feed damaged metadata to every parser; anything but a value or our own error escapes. Returns how many it fed."""
     identity = {
         "format_version": 1, "dataset": "d", "teacher": "t", "precision": "float32", "transform": None, "view_seed": 0,
@@ -379,49 +382,101 @@ def fuzz(rounds: int, seed: int) -> int:
     receipt = {"rows": 8, "objects": {"ids": stored}, "kl_mean": 0.1, "kl_max": 0.2, "inputs": {"3": "ab"}}
     assert isinstance(read_manifest(json.dumps(manifest).encode(), url="x"), Manifest)
     seeds = [json.dumps(manifest).encode(), json.dumps({"fixed": receipt, "v00000/b00000": receipt}).encode()]
+    pipeline = Path(__file__).parent.parent / "pipelines" / "mnist5k.yaml"
+    seeds.append(pipeline.read_bytes())
+    fuzzed = folder / "fuzzed.yaml"
+
+    def parse_pipeline(data: bytes) -> object:
+        fuzzed.write_bytes(data)
+        return load_pipeline(fuzzed)
+
     parsers: list[Callable[[bytes], object]] = [
         lambda data: read_manifest(data, url="x"),
         lambda data: read_receipts(data, url="x"),
-    ]
-    tokens = [
-        b"null",
-        b"-1",
-        b"1e400",
-        b"[]",
-        b"{}",
-        b'"x"',
-        b"NaN",
-        b"9" * 5000,
-        b"[" * 3000,
-        b"\xff",
-        b'"\\ud800"',
-        b"true",
+        parse_pipeline,
     ]
     draw = random.Random(seed)
     for _ in range(rounds):
-        which = draw.randrange(2)
-        data = bytearray(seeds[which])
-        for _ in range(draw.randint(1, 4)):
-            place, length = draw.randrange(len(data)), draw.randrange(12)
-            kind = draw.randrange(4)
-            if kind == 0:
-                data[place] ^= 1 << draw.randrange(8)
-            elif kind == 1:
-                data[place : place + length] = draw.choice(tokens)
-            elif kind == 2:
-                del data[place : place + length]
-            else:
-                data[place:place] = data[draw.randrange(len(data)) :][:length]
+        which = draw.choices(range(3), weights=[4, 4, 1])[0]
+        if draw.random() < 0.5:
+            data = damaged_bytes(seeds[which], draw)
+        else:
+            tree = yaml.safe_load(seeds[which]) if which == 2 else json.loads(seeds[which])
+            data = json.dumps(damaged_tree(tree, draw)).encode()  # JSON is YAML
         try:
-            parsers[which](bytes(data))
+            parsers[which](data)
         except LogitCacheError:
             continue
     return rounds
 
 
-def test_damaged_metadata_meets_no_foreign_exception() -> None:
+TOKENS = [
+    b"null",
+    b"-1",
+    b"1e400",
+    b"[]",
+    b"{}",
+    b'"x"',
+    b"NaN",
+    b"9" * 5000,
+    b"[" * 3000,
+    b"\xff",
+    b'"\\ud800"',
+    b"true",
+]
+VALUES: list[Any] = [
+    None,
+    -1,
+    0,
+    2**70,
+    1.5,
+    -0.0,
+    True,
+    "",
+    "x",
+    "../..",
+    "\ud800",
+    "\x00",
+    [],
+    [[]],
+    {},
+    {"": {}},
+    "9" * 5000,
+]
+
+
+def damaged_bytes(data: bytes, draw: random.Random) -> bytes:
+    """With some bytes flipped, replaced, cut out or repeated."""
+    damaged = bytearray(data)
+    for _ in range(draw.randint(1, 4)):
+        place, length = draw.randrange(len(damaged)), draw.randrange(12)
+        kind = draw.randrange(4)
+        if kind == 0:
+            damaged[place] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            damaged[place : place + length] = draw.choice(TOKENS)
+        elif kind == 2:
+            del damaged[place : place + length]
+        else:
+            damaged[place:place] = damaged[draw.randrange(len(damaged)) :][:length]
+    return bytes(damaged)
+
+
+def damaged_tree(tree: Any, draw: random.Random) -> Any:
+    """With one value somewhere inside replaced, removed or wrapped."""
+    if isinstance(tree, dict | list) and tree and draw.random() < 0.85:
+        key = draw.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
+        if draw.random() < 0.1:
+            del tree[key]
+        else:
+            tree[key] = damaged_tree(tree[key], draw)
+        return tree
+    return draw.choice([*VALUES, [tree], {"x": tree}, str(tree)])
+
+
+def test_damaged_metadata_meets_no_foreign_exception(tmp_path: Path) -> None:
     """`python -m tests.test_trust 100000` for more."""
-    fuzz(3000, seed=0)
+    assert 3000 == fuzz(3000, 0, tmp_path)
 
 
 def test_strict_json_reads_what_json_reads() -> None:
@@ -468,5 +523,5 @@ def test_the_golden_cache_of_format_1_stays_readable() -> None:
 
 
 if __name__ == "__main__":
-    count = int(sys.argv[1])
-    print(f"{fuzz(count, seed=1)} damaged inputs, no foreign exception")
+    with tempfile.TemporaryDirectory() as scratch:
+        print(f"{fuzz(int(sys.argv[1]), 1, Path(scratch))} damaged inputs, no foreign exception")
