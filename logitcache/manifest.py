@@ -116,7 +116,7 @@ class Manifest(_Record):
     receipts: Sha256 | None = None
     """SHA-256 of `receipts.json`; set at sealing."""
     checksum: Sha256 | None = None
-    """SHA-256 of the canonical JSON of all the above: against accidents, not against liars."""
+    """SHA-256 of the canonical JSON of all the above: against accidents, not against liars. Only ever on disk."""
 
 
 class StoredObject(_Record):
@@ -197,7 +197,7 @@ def read_manifest(data: bytes | None, *, url: str) -> Manifest:
     if manifest.checksum != _checksum(manifest):
         raise CorruptCache(f"{url}: {MANIFEST} is damaged: it does not have the checksum that it states")
     _check_encoding(manifest, url=url)
-    return manifest
+    return manifest.model_copy(update={"checksum": None})
 
 
 def _check_encoding(manifest: Manifest, *, url: str) -> None:
