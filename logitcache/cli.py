@@ -65,11 +65,13 @@ def plan_command(
 ) -> None:
     """Before any long run: bytes, fidelity and time of each encoding on a calibration sample."""
     from logitcache.pipeline import load_pipeline
-    from logitcache.plan import plan_logits, plan_pipeline, read_logits
+    from logitcache.plan import check_plot, plan_logits, plan_pipeline, read_logits
     from logitcache.plan import plot as plot_plan
 
     if (pipeline is None) == (logits is None):
         raise UsageError("plan needs a pipeline file, or logits of its own (--logits FILE): one of the two")
+    if plot is not None:
+        check_plot(plot)
     if logits is not None:
         result = plan_logits(read_logits(logits, group), max_kl=max_kl, max_bytes=max_bytes)
     else:

@@ -41,8 +41,11 @@ def stored_encoding(storage: LocalStorage, manifest: Manifest, fixed: Receipt) -
     encoding = encoding_from_config(manifest.identity.encoding)
     arrays = {name: read_fixed(storage, manifest.layout, fixed, name) for name in encoding.fitted_arrays}
     try:
-        return encoding.with_fitted(arrays)
-    except (ValueError, LogitCacheError) as error:
+        fitted = encoding.with_fitted(arrays)
+        if fitted.arrays(manifest.layout.num_classes) != manifest.layout.arrays:
+            raise ValueError("the rows of layout.arrays are of another length")
+        return fitted
+    except (ValueError, TypeError, LogitCacheError) as error:
         raise CorruptCache(f"{storage.url}: what {encoding.name} was fitted to makes no sense: {error}") from None
 
 

@@ -12,10 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
+from torch import Tensor
 
 from logitcache.committed import collect_receipts, stored_encoding
 from logitcache.digest import canonical_json
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
+from logitcache.encodings.protocol import float_tensor
 from logitcache.errors import IdentityMismatch, InvalidLogits, NotACache, UsageError
 from logitcache.fidelity import Calibration, candidates, choose, compare
 from logitcache.layout import FIXED, GROUP, Block, fixed_spec
@@ -108,14 +111,19 @@ def create(
         class_names=class_names,
     )
     fixed = (settled.fitted_values() if settled.fitted_arrays else {}) | _sample_arrays(samples)
-    layout = Layout(
-        num_samples=num_samples,
-        num_views=num_views,
-        num_classes=num_classes,
-        rows_per_block=min(rows_per_block, num_samples),
-        arrays=settled.arrays(num_classes) if stored is None else stored[0].layout.arrays,
-        fixed={name: fixed_spec(values) for name, values in fixed.items()},
-    )
+    try:
+        layout = Layout(
+            num_samples=num_samples,
+            num_views=num_views,
+            num_classes=num_classes,
+            rows_per_block=min(rows_per_block, num_samples),
+            arrays=settled.arrays(num_classes) if stored is None else stored[0].layout.arrays,
+            fixed={name: fixed_spec(values) for name, values in fixed.items()},
+        )
+    except ValidationError as error:
+        raise UsageError(
+            f"a cache can't have this shape: {error.errors()[0]['msg']}; try a smaller rows_per_block"
+        ) from None
     manifest = _open_manifest(storage, identity, layout, fixed_stored=stored is not None, notes=notes)
     return CacheWriter(storage, manifest, settled, fixed=fixed)
 
@@ -156,7 +164,7 @@ def _encoding_of(storage: LocalStorage, manifest: Manifest, fixed: Receipt, requ
 
 def _settle(requested: Encoding | Auto, calibration: Any, num_classes: int) -> tuple[Encoding, dict[str, Any]]:
     """The encoding of a new cache, chosen and fitted, and what provenance says of it."""
-    if isinstance(requested, Encoding) and not requested.fitted_arrays:
+    if isinstance(requested, Encoding) and requested.is_fitted:
         return requested, {}
     if calibration is None:
         raise UsageError(
@@ -164,7 +172,8 @@ def _settle(requested: Encoding | Auto, calibration: Any, num_classes: int) -> t
             "pass calibration=logits, (M, C), at best some ten thousand rows of different samples"
         )
     sample = calibration() if callable(calibration) else calibration
-    sample = sample if isinstance(sample, Calibration) else Calibration(np.asarray(sample))
+    if not isinstance(sample, Calibration):
+        sample = Calibration(float_tensor(sample).numpy() if isinstance(sample, Tensor) else np.asarray(sample))
     if sample.logits.ndim != 2 or sample.logits.shape[1] != num_classes:
         raise UsageError(f"calibration logits are {tuple(sample.logits.shape)}; expected (M, {num_classes})")
     if not np.isfinite(np.asarray(sample.logits).max(axis=1)).all():
@@ -172,7 +181,9 @@ def _settle(requested: Encoding | Auto, calibration: Any, num_classes: int) -> t
     notes: dict[str, Any] = {"calibration_rows": len(sample.logits)}
     if isinstance(requested, Encoding):
         return requested.fit(sample.logits), notes
-    tried = [each for each in candidates(num_classes, len(sample.logits)) if each.holds_masks or not _masked(sample)]
+    tried = [
+        each for each in candidates(num_classes, len(sample.split()[0])) if each.holds_masks or not _masked(sample)
+    ]
     with track("choosing an encoding", len(tried), unit="encodings") as meter:
         results = compare(sample, tried, advance=meter.advance)
     choice = choose(results, max_kl=requested.max_kl)

@@ -120,9 +120,10 @@ def encode_all(encoding: Encoding, logits_BC: Tensor) -> dict[str, Tensor]:
 def fidelity_kl(decoded_BC: Tensor, teacher_BC: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher ‖ decoded) at a temperature, in nats, float32 (B,); without the factor T² of the loss.
 
-    A class that the teacher masks by -inf counts for nothing, and what rounding makes of zero is zero.
+    A class that has no probability on either side counts for nothing, and what rounding makes of zero is zero.
     """
-    decoded_BC = decoded_BC.masked_fill(teacher_BC == -torch.inf, MASKED)
+    impossible_BC = (decoded_BC == -torch.inf) & ((teacher_BC / temperature).softmax(dim=1) == 0)
+    decoded_BC = decoded_BC.masked_fill(impossible_BC, MASKED)
     return kl_divergence(decoded_BC, teacher_BC, temperature=temperature).clamp(min=0) / temperature**2
 
 

@@ -191,13 +191,16 @@ def loss_from_config(config: str | Mapping[str, Any]) -> Loss:
         raise UsageError(f"a loss is a name or a mapping such as {{name: kl, temperature: 2}}, not {config!r}")
     fields = {"name": config} if isinstance(config, str) else dict(config)
     name = fields.pop("name", None)
-    if name not in LOSSES:
+    if not isinstance(name, str) or name not in LOSSES:
         raise UsageError(f"unknown loss {name!r}; expected one of: {', '.join(LOSSES)}")
     known = [field.name for field in dataclasses.fields(LOSSES[name])]  # type: ignore[arg-type]
     for field in fields:
         if field not in known:
             raise UsageError(f"loss {name!r} has no parameter {field!r}; it has: {', '.join(known) or 'none'}")
-    return LOSSES[name](**fields)
+    try:
+        return LOSSES[name](**fields)
+    except TypeError as error:
+        raise UsageError(f"loss {name!r}: {error}; its parameters are: {', '.join(known) or 'none'}") from error
 
 
 def _softened(logits_BC: Tensor, temperature: float) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from logitcache.devices import pick_device
+from logitcache.encodings import Auto
 from logitcache.errors import InvalidLogits, UsageError
 from logitcache.fidelity import Calibration, Fidelity, candidates, choose, compare
 from logitcache.inference import calibrate
@@ -64,6 +65,9 @@ def plan_pipeline(
     start = time.perf_counter()
     calibration = calibrate(pipeline, teacher, views, device)
     rate = len(calibration.logits) / (time.perf_counter() - start)
+    requested = pipeline.encoding()
+    if max_kl is None and max_bytes is None and isinstance(requested, Auto):
+        max_kl = requested.max_kl
     plan = plan_logits(calibration, max_kl=max_kl, max_bytes=max_bytes)
     return replace(plan, num_samples=len(views), num_views=pipeline.views.count, samples_per_second=rate)
 
@@ -97,7 +101,7 @@ def read_logits(path: Path, group: str | None = None) -> Calibration:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         names = ["logits"] if isinstance(loaded, np.ndarray) else list(loaded)
         found = [loaded] if isinstance(loaded, np.ndarray) else [loaded[name] for name in wanted if name in names]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever NumPy raises for bytes that are no arrays
         raise UsageError(f"{path} can't be read: {error}") from error
     for name in wanted:
         if name not in names:
@@ -123,16 +127,27 @@ def pareto_front(fidelities: Sequence[Fidelity]) -> list[Fidelity]:
     return front
 
 
+def check_plot(path: Path) -> None:
+    """Refuse a plot that can't be made, before anything is computed for it.
+
+    Raises:
+        UsageError: another suffix than .png, no such folder, or matplotlib is not installed.
+    """
+    if path.suffix != ".png" or not path.absolute().parent.is_dir():
+        raise UsageError(f"--plot writes a .png file into a folder that is there, not {path}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("a plot needs matplotlib: pip install 'logitcache[plot]'")
+
+
 def plot(plan: Plan, path: Path) -> None:
     """KL against bytes, a point for each encoding, and the Pareto front.
 
     Raises:
-        UsageError: matplotlib is not installed.
+        UsageError: see `check_plot`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("a plot needs matplotlib: pip install 'logitcache[plot]'") from error
+    check_plot(path)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     shown = [each for each in plan.fidelities if np.isfinite(each.kl[1.0]) and each.kl[1.0] > 0]

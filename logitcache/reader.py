@@ -146,6 +146,10 @@ class LogitCache:
 
     @cached_property
     def _fitted_encoding(self) -> Encoding:
+        if FIXED not in self.receipts:
+            raise IncompleteCache(
+                f"{self.storage.url}: what is stored once is missing; run `logitcache cache-teacher` again"
+            )
         return stored_encoding(self.storage, self.manifest, self.receipts[FIXED])
 
     @cached_property
@@ -294,6 +298,10 @@ class LogitCache:
                 arrays[name] = decode_rows(spec, chunks, num_rows, self.layout.rows_per_block)
             except Exception as error:
                 raise CorruptCache(f"{self.storage.url}: {name} of view {view} can't be decoded: {error}") from error
+            if name == "ids" and arrays[name].size and int(arrays[name].max()) >= self.num_classes:
+                raise CorruptCache(
+                    f"{self.storage.url}: {name} of view {view} holds class {arrays[name].max()} of {self.num_classes}"
+                )
         return arrays
 
     def _checked_object(self, block: Block, array: str) -> bytes:

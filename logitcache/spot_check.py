@@ -23,7 +23,7 @@ from logitcache.views import ViewDataset
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 5e-3}
 """Nats at T = 1 by which a teacher's distribution may differ between devices and batches, by its precision."""
 DIFFERENT_DRAWS = 0.05
-"""Share of a `Sampled` row's draws that may come out otherwise."""
+"""Share of a `Sampled` row's draws that may come out otherwise; one draw always may."""
 
 # B batch, C classes
 
@@ -82,7 +82,9 @@ def _differing(cache: LogitCache, view: int, rows_B: np.ndarray, again_BC: Tenso
         else:
             encoded = cache.encoding.encode(again_BC[place : place + 1], view=view, start=row)
             shares_BC = cache.encoding.decode(encoded, cache.num_classes).exp()
-            wrong = float((shares_BC[0] - decoded_BC[place].exp()).abs().sum()) / 2 > DIFFERENT_DRAWS
+            smallest = float(shares_BC[0][shares_BC[0] > 0].min())
+            moved = float((shares_BC[0] - decoded_BC[place].exp()).abs().sum()) / 2
+            wrong = moved > max(DIFFERENT_DRAWS, 1.01 * smallest)
         if wrong:
             differing.append(row)
     return differing

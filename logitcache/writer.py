@@ -81,6 +81,7 @@ class CacheWriter:
         """Blocks committed by this writer, in the order of their receipts."""
         self._receipts = collect_receipts(storage, self.manifest)
         self._open_blocks: dict[Block, _OpenBlock] = {}
+        self._submitted: set[Block] = set()
         self._lock = threading.Lock()
         self._commits: list[Future[None]] = []
         self._slots = threading.BoundedSemaphore(BLOCKS_IN_FLIGHT)
@@ -91,7 +92,15 @@ class CacheWriter:
                 if storage.get(key) != data:
                     storage.put(key, data)
             if FIXED not in self._receipts:
+                if encoding.fitted_arrays:
+                    self._forget_blocks()
                 self._receipts[FIXED] = self._commit_fixed(fixed)
+
+    def _forget_blocks(self) -> None:
+        """Blocks in the terms of a basis that is gone say nothing: they are computed again."""
+        for key in [*self.storage.list_keys("receipts"), RECEIPTS]:
+            self.storage.delete(key)
+        self._receipts = {}
 
     def missing_blocks(self) -> list[Block]:
         """The blocks that have no valid receipt yet, view by view."""
@@ -137,7 +146,7 @@ class CacheWriter:
             block = Block(view, row // self.layout.rows_per_block)
             rows = block_rows(self.layout, block)
             piece_stop = min(stop, rows.stop)
-            if block.name not in self._receipts:
+            if block.name not in self._receipts and block not in self._submitted:
                 if block not in self._open_blocks:
                     self._open_blocks[block] = _OpenBlock(block, rows, self.encoding, self.layout.arrays, logits_BC)
                 opened = self._open_blocks[block]
@@ -168,6 +177,7 @@ class CacheWriter:
             "state": "sealed",
             "digest": content_digest(list(receipts.values())),
             "receipts": sha256_hex(gathered),
+            "provenance": {name: value for name, value in self.manifest.provenance.items() if name != "repairing"},
         }
         self.manifest = self.manifest.model_copy(update=changes)
         self.storage.put(MANIFEST, dump_manifest(self.manifest))
@@ -201,6 +211,7 @@ class CacheWriter:
         opened.wait_for_device()
         opened.check()
         self._slots.acquire()
+        self._submitted.add(opened.block)
         self._commits.append(self._threads.submit(self._commit, opened))
 
     def _commit(self, opened: _OpenBlock) -> None:
@@ -325,8 +336,8 @@ class _OpenBlock:
                 self._encode(place, self._slabs.pop(number))
 
     def _encode(self, place: slice, logits_BC: Tensor) -> None:
-        if self.pinned:
-            self.invalid[place].copy_(self._invalid(logits_BC), non_blocking=True)
+        if logits_BC.device.type != "cpu":
+            self.invalid[place].copy_(self._invalid(logits_BC), non_blocking=self.pinned)
         start = self.rows.start + place.start
         encoded = self._encoding.encode(logits_BC, view=self.block.view, start=start)
         for name, values in encoded.items():

@@ -470,3 +470,39 @@ def test_sampled_labels_have_no_divergence_to_state(tmp_path: Path) -> None:
     torch.testing.assert_close(shares.sum(dim=1), torch.ones(SAMPLES))
     again = built(tmp_path / "b", encoding=logitcache.Sampled(draws=20))
     assert cache.digest == again.digest
+
+
+def test_blocks_in_the_terms_of_a_lost_basis_are_computed_again(tmp_path: Path) -> None:
+    encoding = logitcache.LowRank(rank=6)
+    begun = writer(tmp_path / "a", encoding=encoding, calibration=calibration())
+    begun.write(view=0, start=0, logits=some_logits()[0, :40])
+    begun.flush()
+    begun.close()
+    (tmp_path / "a/receipts/fixed.json").write_text("{")
+    with pytest.raises(IncompleteCache):
+        logitcache.open(tmp_path / "a").view(0)
+    cache = built(tmp_path / "a", encoding=encoding, calibration=calibration(8))
+
+    assert cache.digest == built(tmp_path / "b", encoding=encoding, calibration=calibration(8)).digest
+
+
+def test_a_block_that_is_written_twice_is_stored_once(tmp_path: Path) -> None:
+    for number in range(10):
+        with writer(tmp_path / str(number), num_views=1) as cache:
+            cache.write(view=0, start=0, logits=some_logits()[0])
+            cache.write(view=0, start=0, logits=some_logits()[0].flip(0))
+        assert [] == verify(str(tmp_path / str(number)), deep=True)
+        assert torch.equal(some_logits()[0], logitcache.open(tmp_path / str(number)).view(0).logits(range(SAMPLES)))
+
+
+def test_an_encoding_that_is_fitted_already_needs_no_calibration(tmp_path: Path) -> None:
+    encoding = logitcache.LowRank(rank=6)
+    fitted = built(tmp_path / "a", encoding=encoding.fit(calibration()))
+    other = built(tmp_path / "b", encoding=encoding, calibration=calibration())
+
+    assert (other.id, other.digest) == (fitted.id, fitted.digest)
+
+
+def test_a_shape_that_can_not_be_stored_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="can't have this shape.*rows_per_block"):
+        writer(tmp_path / "a", num_samples=2**20, num_classes=2_000_000, rows_per_block=2**20)

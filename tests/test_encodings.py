@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logitcache.encodings import Dense, Encoding, LowRank, Sampled, TopK, encoding_from_config
-from logitcache.encodings.lowrank import principal_components
+from logitcache.encodings.basis import principal_components
 from logitcache.encodings.packing import LARGEST, MixedRadix
 from logitcache.errors import UsageError
 from logitcache.fidelity import fidelity_kl
@@ -342,3 +342,53 @@ def test_a_wrong_encoding_says_what_is_wrong(config: Any, message: str) -> None:
 def test_top_k_of_all_classes_is_refused() -> None:
     with pytest.raises(UsageError, match="use Dense"):
         TopK(k=10).arrays(10)
+
+
+@pytest.mark.parametrize("encoding", [Dense(), Dense(dtype="uint8"), TopK(k=5), TopK(k=5, dtype="uint8")], ids=repr)
+@pytest.mark.parametrize("lowest", [-1e9, -1e5, -math.inf])
+def test_nearly_masked_classes_cost_the_others_nothing(encoding: Encoding, lowest: float) -> None:
+    logits = teacher_like(64, 40)
+    logits[:, ::4] = lowest
+    logits[:, 0] = 5.0
+    decoded = encoding.decode(encoding.encode(logits), 40)
+    exact = fidelity_kl(decoded, logits).mean()
+    top5 = encoding.name == "topk"
+
+    assert (logits.argmax(dim=1) == decoded.argmax(dim=1)).float().mean() > 0.9
+    assert exact < (0.8 if top5 else 5e-3)
+
+
+def test_the_divergence_counts_what_is_spread_over_masked_classes() -> None:
+    logits = teacher_like(64, 100)
+    logits[:, 50:] = -math.inf
+    decoded = TopK(k=10).decode(TopK(k=10).encode(logits), 100)
+    p, q = logits.softmax(dim=1), decoded.softmax(dim=1)
+    by_hand = (p[:, :50] * (p[:, :50] / q[:, :50]).log()).sum(dim=1)
+
+    torch.testing.assert_close(by_hand, fidelity_kl(decoded, logits), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_autocast_around_a_training_step_changes_nothing(k: int) -> None:
+    logits = teacher_like(64, 100)
+    encoding = LowRank(rank=20, k=k).fit(teacher_like(300, 100, seed=1))
+    encoded = encoding.encode(logits)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again, decoded = encoding.encode(logits), encoding.decode(encoded, 100)
+
+    assert torch.float32 == decoded.dtype
+    assert torch.equal(encoding.decode(encoded, 100), decoded)
+    assert all(torch.equal(encoded[name], again[name]) for name in encoded)
+
+
+@pytest.mark.parametrize("part", ["basis", "mean", "limits", "bit_costs"])
+def test_what_was_fitted_must_fit_together(part: str) -> None:
+    import numpy as np
+
+    encoding = LowRank(rank=20).fit(teacher_like(300, 100, seed=1))
+    values = encoding.fitted_values()
+    with pytest.raises(ValueError, match="don't agree|NaN"):
+        encoding.with_fitted({**values, part: values[part][..., :-1]})
+    if part != "limits":
+        with pytest.raises(ValueError, match="NaN"):
+            encoding.with_fitted({**values, part: np.full_like(values[part], np.nan)})

@@ -19,6 +19,8 @@ MASKED = 0
 """Code of -inf in uint8, in rows whose step is negative; the others, 1 to 255, run from the row's lowest finite logit
 to its largest."""
 STEPS = 254
+DEEPEST = 64.0
+"""Distance from the row's largest logit beyond which uint8 does not tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class Dense(Encoding):
         if self.dtype == "float16":
             return {"logits": below_max_BC.to(torch.float16)}
         masked_BC = below_max_BC == -math.inf
+        # One logit that is next to impossible must not make the steps of all others coarse.
+        below_max_BC = below_max_BC.clamp(min=-DEEPEST)
         lowest_B = below_max_BC.masked_fill(masked_BC, 0.0).amin(dim=1)
         step_B = torch.where(lowest_B < 0, -lowest_B / STEPS, 1.0)
         codes_BC = (below_max_BC / step_B[:, None]).round_().add_(STEPS + 1).masked_fill_(masked_BC, MASKED)

@@ -7,25 +7,28 @@ softmax does not feel it, at a price for every bit (rate-distortion optimisation
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from logitcache.encodings.basis import centred, principal_components
 from logitcache.encodings.packing import LARGEST, MixedRadix
 from logitcache.encodings.protocol import ArraySpec, Encoding, float_tensor, smallest_id_dtype
 from logitcache.errors import UsageError
 
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
 # B batch, C classes, R rank, K corrected classes, M classes that a row's search heeds, J flips of a round
 
 FURTHEST_CORRECTION = 127
-DEEPEST = 40.0
-"""Logits further below a row's largest count as this far: their probability is below 1e-17."""
 CORRECTION_STEP = 0.25
 HEEDED = 8
 """Most probable classes of a row, that its first estimate and the flips' interactions are computed for."""
@@ -38,8 +41,17 @@ FORBIDDEN = 64.0
 """Price of a step beyond the limit, in nats."""
 FIT_ROWS = 2048
 """Rows that the frequencies of coefficients are taken from."""
-EXACT_CLASSES = 4096
-"""Up to so many classes the basis comes from the whole covariance; beyond, from a randomised subspace iteration."""
+
+
+def full_precision(method: Callable[P, Result]) -> Callable[P, Result]:
+    """A method whose matrix products are not lowered to 16 bits by an autocast around it."""
+
+    @functools.wraps(method)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Result:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return method(*args, **kwargs)
+
+    return wrapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +100,10 @@ class LowRank(Encoding):
                 f"LowRank(rank={self.rank}, k={self.k}) needs more than {max(self.rank, self.k)} classes, not "
                 f"{num_classes}; use Dense, or a smaller rank"
             )
+        if self.fitted is not None and self.fitted.basis.shape != (self.rank, num_classes):
+            raise UsageError(
+                f"this LowRank was fitted to rank and classes {self.fitted.basis.shape}, not {(self.rank, num_classes)}"
+            )
         num_bytes = self.rank if self.fitted is None else self.fitted.radix.num_bytes
         specs = {"coefficients": ArraySpec(dtype="uint8", row_shape=(num_bytes,), level=19)}
         if self.k:
@@ -95,6 +111,7 @@ class LowRank(Encoding):
             specs["corrections"] = ArraySpec(dtype="int8", row_shape=(self.k,))
         return specs
 
+    @full_precision
     def fit(self, calibration: Any) -> LowRank:
         num_rows, num_classes = calibration.shape
         self.arrays(num_classes)
@@ -106,10 +123,12 @@ class LowRank(Encoding):
         mean_C, basis_RC = principal_components(calibration, self.rank)
         # In float16 from here on, as it is stored: encoder and decoder must have the same basis.
         basis_RC = (basis_RC * (self.step * math.sqrt(num_classes))).half().float()
+        if not bool(torch.isfinite(basis_RC).all()):
+            raise UsageError(f"LowRank: step={self.step} is too coarse: a step would not fit into float16")
         limits_R = np.full(self.rank, LARGEST, dtype=np.uint16)
         fitted = Fitted(basis_RC.half().numpy(), mean_C.numpy(), limits_R, np.zeros((2, self.rank), dtype=np.float32))
         sample = np.random.default_rng(0).choice(num_rows, min(FIT_ROWS, num_rows), replace=False)
-        logits_BC = _float_rows(calibration, np.sort(sample))
+        logits_BC = float_tensor(calibration[np.sort(sample)])
         steps_BR = self._with(fitted)._coefficients(logits_BC)
         if float(steps_BR.abs().max()) >= LARGEST:
             raise UsageError(f"LowRank: step={self.step} is too fine: these logits are more than {LARGEST} steps apart")
@@ -118,6 +137,10 @@ class LowRank(Encoding):
             steps_BR = self._with(fitted)._coefficients(logits_BC)
         return self._with(Fitted(fitted.basis, fitted.mean, _limits(steps_BR), fitted.bit_costs))
 
+    @property
+    def is_fitted(self) -> bool:
+        return self.fitted is not None
+
     def fitted_values(self) -> dict[str, np.ndarray]:
         fitted = self._fitted()
         return {name: getattr(fitted, name) for name in self.fitted_arrays}
@@ -125,13 +148,14 @@ class LowRank(Encoding):
     def with_fitted(self, arrays: Mapping[str, np.ndarray]) -> LowRank:
         return self._with(Fitted(**{name: arrays[name] for name in self.fitted_arrays}))
 
+    @full_precision
     def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:
         del view, start
         fitted = self._fitted()
         on = fitted.on(logits_BC.device)
         parts: dict[str, list[Tensor]] = {}
         for piece_BC in torch.split(logits_BC, ROWS_AT_ONCE):
-            steps_BR, decoded_BC, p_BC = self._search(_shifted(piece_BC), on)
+            steps_BR, decoded_BC, p_BC = self._search(centred(piece_BC), on)
             encoded = {"coefficients": on.radix.pack(steps_BR)}
             if self.k:
                 encoded |= self._corrections(p_BC, decoded_BC.softmax(dim=1))
@@ -139,6 +163,7 @@ class LowRank(Encoding):
                 parts.setdefault(name, []).append(values)
         return {name: torch.cat(values) for name, values in parts.items()}
 
+    @full_precision
     def decode(self, encoded: Mapping[str, Tensor], num_classes: int) -> Tensor:
         on = self._fitted().on(encoded["coefficients"].device)
         logits_BC = torch.addmm(on.mean_C, on.radix.unpack(encoded["coefficients"]), on.basis_RC)
@@ -159,7 +184,7 @@ class LowRank(Encoding):
         """Whole numbers of steps, float32 (B, R)."""
         on = self._fitted().on(logits_BC.device)
         pieces = torch.split(logits_BC, ROWS_AT_ONCE)
-        return torch.cat([self._search(_shifted(piece_BC), on)[0] for piece_BC in pieces])
+        return torch.cat([self._search(centred(piece_BC), on)[0] for piece_BC in pieces])
 
     def _search(self, logits_BC: Tensor, on: _OnDevice) -> tuple[Tensor, Tensor, Tensor]:
         """Coefficients (B, R) in whole steps, what they decode to (B, C), and the teacher's probabilities (B, C)."""
@@ -229,6 +254,11 @@ class Fitted:
     """What fitting found, as it is stored once in a cache."""
 
     def __init__(self, basis: np.ndarray, mean: np.ndarray, limits: np.ndarray, bit_costs: np.ndarray) -> None:
+        rank = len(limits)
+        if basis.shape != (rank, len(mean)) or bit_costs.shape != (2, rank) or limits.ndim != 1 or mean.ndim != 1:
+            raise ValueError(f"shapes {basis.shape}, {mean.shape}, {limits.shape} and {bit_costs.shape} don't agree")
+        if not all(np.isfinite(values).all() for values in (basis, mean, bit_costs)):
+            raise ValueError("NaN or an infinite number")
         self.basis = basis
         """float16 (R, C): what one step of a coefficient adds to the logits."""
         self.mean = mean
@@ -259,66 +289,6 @@ class _OnDevice:
         """Of every component alike."""
         self.limit_R = torch.from_numpy(fitted.limits.astype(np.float32)).to(device)
         self.bit_costs_2R = torch.from_numpy(fitted.bit_costs).to(device)
-
-
-def principal_components(calibration: Any, rank: int) -> tuple[Tensor, Tensor]:
-    """Mean (C,) and orthonormal principal components (rank, C) of logits, each row's own mean removed.
-
-    The calibration logits are read a few rows at a time, several times over, so that a memory map larger than memory
-    will do. Beyond `EXACT_CLASSES` classes: randomised subspace iteration (Halko, Martinsson and Tropp 2011,
-    arXiv:0909.4061, algorithm 4.4).
-    """
-    num_rows, num_classes = calibration.shape
-    total_C = torch.zeros(num_classes, dtype=torch.float64)
-    for rows_BC in _batches(calibration):
-        total_C += rows_BC.sum(dim=0, dtype=torch.float64)
-    mean_C = (total_C / num_rows).float()
-    if num_classes <= EXACT_CLASSES:
-        covariance_CC = torch.zeros(num_classes, num_classes)
-        for rows_BC in _batches(calibration):
-            rows_BC -= mean_C
-            covariance_CC += rows_BC.T @ rows_BC
-        vectors_CR = torch.linalg.eigh(covariance_CC)[1].flip(1)[:, :rank]
-        return mean_C, _sign_fixed(vectors_CR.T)
-    width = min(rank + 32, num_classes)
-    vectors_CR = torch.randn(num_classes, width, generator=torch.Generator().manual_seed(0))
-    for _ in range(3):
-        vectors_CR = torch.linalg.qr(vectors_CR)[0]
-        product_CR = torch.zeros_like(vectors_CR)
-        for rows_BC in _batches(calibration):
-            rows_BC -= mean_C
-            product_CR += rows_BC.T @ (rows_BC @ vectors_CR)
-        inner_RR = vectors_CR.T @ product_CR
-        vectors_CR = product_CR
-    # Rayleigh and Ritz: the components in order of their variance.
-    basis_CR = torch.linalg.qr(product_CR)[0]
-    inner_RR = torch.zeros(width, width)
-    for rows_BC in _batches(calibration):
-        inner_RR += (projected := (rows_BC - mean_C) @ basis_CR).T @ projected
-    return mean_C, _sign_fixed((basis_CR @ torch.linalg.eigh(inner_RR)[1].flip(1)[:, :rank]).T)
-
-
-def _sign_fixed(basis_RC: Tensor) -> Tensor:
-    """The same components, each with its largest entry positive: an eigenvector's sign is a library's whim."""
-    largest_R1 = basis_RC.gather(1, basis_RC.abs().argmax(dim=1, keepdim=True))
-    return (basis_RC * largest_R1.sign()).contiguous()
-
-
-def _batches(calibration: Any) -> Any:
-    size = max(1, 2**24 // calibration.shape[1])
-    for start in range(0, len(calibration), size):
-        yield _shifted(_float_rows(calibration, slice(start, start + size)))
-
-
-def _float_rows(calibration: Any, rows: Any) -> Tensor:
-    return float_tensor(calibration[rows])
-
-
-def _shifted(logits_BC: Tensor) -> Tensor:
-    """Logits less their mean in each row, the lowest of them raised to what still makes a difference."""
-    deepest_B1 = logits_BC.amax(dim=1, keepdim=True) - DEEPEST
-    logits_BC = torch.maximum(logits_BC, deepest_B1)
-    return logits_BC - logits_BC.mean(dim=1, keepdim=True)
 
 
 def _kept_and_rest(p_BK: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,6 +77,11 @@ class Encoding(ABC):
         del calibration
         return self
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it can encode and decode as it is."""
+        return True
+
     def fitted_values(self) -> dict[str, np.ndarray]:
         """The arrays that `fitted_arrays` names."""
         return {}

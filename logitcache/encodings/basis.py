@@ -1,0 +1,72 @@
+"""The subspace that a teacher's logits lie near, found on a sample of them, some rows at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logitcache.encodings.protocol import float_tensor
+
+# B batch, C classes, R rank
+
+DEEPEST = 40.0
+"""Logits further below a row's largest count as this far: their probability is below 1e-17."""
+EXACT_CLASSES = 4096
+"""Up to so many classes the basis comes from the whole covariance; beyond, from a randomised subspace iteration."""
+
+
+def principal_components(calibration: Any, rank: int) -> tuple[Tensor, Tensor]:
+    """Mean (C,) and orthonormal principal components (rank, C) of logits, each row's own mean removed.
+
+    The calibration logits are read a few rows at a time, several times over, so that a memory map larger than memory
+    will do. Beyond `EXACT_CLASSES` classes: randomised subspace iteration (Halko, Martinsson and Tropp 2011,
+    arXiv:0909.4061, algorithm 4.4).
+    """
+    num_rows, num_classes = calibration.shape
+    total_C = torch.zeros(num_classes, dtype=torch.float64)
+    for rows_BC in _batches(calibration):
+        total_C += rows_BC.sum(dim=0, dtype=torch.float64)
+    mean_C = (total_C / num_rows).float()
+    if num_classes <= EXACT_CLASSES:
+        covariance_CC = torch.zeros(num_classes, num_classes)
+        for rows_BC in _batches(calibration):
+            rows_BC -= mean_C
+            covariance_CC += rows_BC.T @ rows_BC
+        vectors_CR = torch.linalg.eigh(covariance_CC)[1].flip(1)[:, :rank]
+        return mean_C, _sign_fixed(vectors_CR.T)
+    width = min(rank + 32, num_classes)
+    vectors_CR = torch.randn(num_classes, width, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        vectors_CR = torch.linalg.qr(vectors_CR)[0]
+        product_CR = torch.zeros_like(vectors_CR)
+        for rows_BC in _batches(calibration):
+            rows_BC -= mean_C
+            product_CR += rows_BC.T @ (rows_BC @ vectors_CR)
+        inner_RR = vectors_CR.T @ product_CR
+        vectors_CR = product_CR
+    # Rayleigh and Ritz: the components in order of their variance.
+    basis_CR = torch.linalg.qr(product_CR)[0]
+    inner_RR = torch.zeros(width, width)
+    for rows_BC in _batches(calibration):
+        inner_RR += (projected := (rows_BC - mean_C) @ basis_CR).T @ projected
+    return mean_C, _sign_fixed((basis_CR @ torch.linalg.eigh(inner_RR)[1].flip(1)[:, :rank]).T)
+
+
+def _sign_fixed(basis_RC: Tensor) -> Tensor:
+    """The same components, each with its largest entry positive: an eigenvector's sign is a library's whim."""
+    largest_R1 = basis_RC.gather(1, basis_RC.abs().argmax(dim=1, keepdim=True))
+    return (basis_RC * largest_R1.sign()).contiguous()
+
+
+def _batches(calibration: Any) -> Any:
+    size = max(1, 2**24 // calibration.shape[1])
+    for start in range(0, len(calibration), size):
+        yield centred(float_tensor(calibration[start : start + size]))
+
+
+def centred(logits_BC: Tensor) -> Tensor:
+    """Logits less their mean in each row, the lowest of them raised to what still makes a difference."""
+    logits_BC = (logits_BC - logits_BC.amax(dim=1, keepdim=True)).clamp_(min=-DEEPEST)
+    return logits_BC - logits_BC.mean(dim=1, keepdim=True)
