@@ -22,6 +22,7 @@ import torch
 
 import logitcache
 from logitcache.audit import verify
+from logitcache.progress import silence
 from logitcache.repair import repair
 
 VIEWS, SAMPLES, CLASSES = 3, 96, 20
@@ -104,5 +105,6 @@ def test_a_killed_job_ends_in_the_digest_of_an_undisturbed_one(tmp_path: Path) -
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    silence()
     with tempfile.TemporaryDirectory() as folder:
         print(dict(kill_at_seeded_instants(int(sys.argv[1]), 1, Path(folder))), "killed, same digests")
