@@ -23,9 +23,10 @@ from torch import Tensor
 import logitcache
 from logitcache.audit import verify
 from logitcache.digest import canonical_json, json_digest, sha256_hex
-from logitcache.errors import CorruptCache, LogitCacheError, NotACache, StorageError
+from logitcache.errors import CorruptCache, LogitCacheError, NotACache, StorageError, UsageError
 from logitcache.manifest import Identity, Manifest, read_manifest, read_receipts
 from logitcache.pipeline import load_pipeline
+from logitcache.runs import CHECKPOINT, RunFolder
 from logitcache.storage import LocalStorage
 from logitcache.strict_json import parse_json
 
@@ -79,7 +80,7 @@ def test_no_flipped_byte_passes(tmp_path: Path) -> None:
             file.write_bytes(damaged)
             reads_right_or_refuses(path, right)
             if draw.random() < 0.1:  # the costlier half
-                assert finds_a_problem(path), f"{file}: byte {place}"
+                assert finds_a_problem(path, file), f"{file}: byte {place}"
             flips += 1
         file.write_bytes(original)
 
@@ -87,11 +88,13 @@ def test_no_flipped_byte_passes(tmp_path: Path) -> None:
     assert [] == verify(str(path), deep=True)
 
 
-def finds_a_problem(path: Path) -> bool:
+def finds_a_problem(path: Path, damaged: Path) -> bool:
+    """Whether verify names the damaged file, or refuses the cache for its manifest."""
     try:
-        return verify(str(path), deep=True) != []
+        problems = verify(str(path), deep=True)
     except LogitCacheError:
-        return True
+        return damaged.name == "manifest.json"
+    return damaged.relative_to(path).as_posix() in {problem.path for problem in problems}
 
 
 def test_no_truncation_or_deletion_passes(tmp_path: Path) -> None:
@@ -103,28 +106,63 @@ def test_no_truncation_or_deletion_passes(tmp_path: Path) -> None:
         for length in range(len(original)) if "zarr/" in str(file) else range(0, len(original), 17):
             file.write_bytes(original[:length])
             reads_right_or_refuses(path, right)
-        assert finds_a_problem(path), file
+        assert finds_a_problem(path, file), file
         file.unlink()
         reads_right_or_refuses(path, right)
-        assert finds_a_problem(path), file
+        assert finds_a_problem(path, file), file
         file.write_bytes(original)
 
 
 def test_swapped_and_replayed_blocks_are_found(tmp_path: Path) -> None:
+    """Every chunk in the place of every other of its array, and that of an older build with other labels."""
     path = tmp_path / "a"
     build(path)
-    build(tmp_path / "old", teacher="net@0", encoding=logitcache.TopK(k=2))
     right = read_all(path)
+    older = build_with(tmp_path / "older", labels().flip(1))
     chunks = [file for file in files(path / "labels.zarr") if file.name != "zarr.json"]
     for file in chunks:
         original = file.read_bytes()
-        others = [other for other in chunks if other.parts[-5] == file.parts[-5] and other.read_bytes() != original]
-        for other in others:
+        array = file.relative_to(path / "labels.zarr").parts[0]
+        others = [other for other in chunks if other.relative_to(path / "labels.zarr").parts[0] == array]
+        for other in [*others, older / file.relative_to(path)]:
+            if other.read_bytes() == original:
+                continue
             file.write_bytes(other.read_bytes())
-            reads_right_or_refuses(path, right)
-            kinds = {problem.kind for problem in verify(str(path), deep=True)}
-            assert kinds & {"wrong bytes", "wrong size"}, file
+            assert reads_right_or_refuses(path, right)
+            (problem,) = verify(str(path), deep=True)
+            assert problem.path == file.relative_to(path).as_posix()
         file.write_bytes(original)
+
+
+def build_with(path: Path, logits: Tensor) -> Path:
+    shape = {"num_samples": SAMPLES, "num_classes": CLASSES, "num_views": VIEWS, "rows_per_block": 8}
+    with logitcache.create(path, **shape, encoding=logitcache.TopK(k=2), teacher="t", dataset="d") as writer:
+        for view in range(VIEWS):
+            writer.write(view=view, start=0, logits=logits[view])
+    return path
+
+
+@pytest.mark.parametrize("encoding", [logitcache.TopK(k=2), logitcache.LowRank(rank=3)], ids=repr)
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_builders_of_one_cache_do_not_harm_each_other(tmp_path: Path, encoding: logitcache.TopK) -> None:
+    calibration = labels().flatten(0, 1)
+    alone = build(tmp_path / "alone", encoding=encoding, calibration=calibration)
+    for attempt in range(4):
+        path = tmp_path / f"together-{attempt}"
+        children = []
+        for _ in range(3):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    build(path, encoding=encoding, calibration=calibration)
+                    code = 0
+                finally:
+                    os._exit(code)
+            children.append(child)
+        assert [0, 0, 0] == [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert alone.digest == logitcache.open(path).digest
+        assert [] == verify(str(path), deep=True)
 
 
 class Faulty(LocalStorage):
@@ -336,6 +374,36 @@ def test_metadata_of_zarr_is_never_read(tmp_path: Path) -> None:
     with executes_nothing():
         assert torch.equal(right, read_all(tmp_path / "a"))
     assert {"wrong bytes"} == {problem.kind for problem in verify(str(tmp_path / "a"))}
+
+
+class Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_checkpoint_with_a_payload_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", {"name": "x"})
+    torch.save({"state": Payload(tmp_path / "executed")}, tmp_path / "run" / CHECKPOINT)
+    with pytest.raises(CorruptCache, match="delete it to train from the start"):
+        folder.checkpoint()
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_pipeline_that_would_run_something_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    for text in (
+        f"name: !!python/object/apply:os.mkdir ['{tmp_path}/executed']",
+        f"data: !!python/object/new:os.mkdir ['{tmp_path}/executed']",
+        "a: &a [*a]",
+        "{" * 50_000,
+    ):
+        file.write_text(text)
+        with executes_nothing(), pytest.raises(UsageError):
+            load_pipeline(file)
+    assert not (tmp_path / "executed").exists()
 
 
 class executes_nothing:  # noqa: N801
