@@ -39,9 +39,10 @@ from logitcache.loading import rendered_batches
 from logitcache.losses import TrueLabel
 from logitcache.order import batches, epoch_order
 from logitcache.pipeline import Pipeline, StudentConfig, load_pipeline
-from logitcache.progress import silence
-from logitcache.runs import METRICS
+from logitcache.progress import silence, track
+from logitcache.runs import METRICS, RunFolder
 from logitcache.train import Job, train
+from logitcache.train import _Run as TrainingRun
 from logitcache.train_student import Bench
 
 # B batch, C classes
@@ -58,7 +59,9 @@ ROWS_AT_ONCE = 8192
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, default=PIPELINE)
-    parser.add_argument("--only", choices=["epochs", "added", "resident"], help="one of the measurements")
+    parser.add_argument(
+        "--only", choices=["epochs", "alternating", "added", "resident"], help="one of the measurements"
+    )
     parser.add_argument("--student", help="trained three ways; by default the first that learns from the cache")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each of the three")
     parser.add_argument("--epochs", type=int, default=8, help="of each run, whose median counts")
@@ -79,6 +82,9 @@ def main() -> None:
         device = pick_device(pipeline.device, threads=pipeline.threads)
         if arguments.only in (None, "epochs"):
             sections.append(epochs_section(pipeline, arguments.student, arguments.repeats, arguments.epochs))
+            print(f"\n{sections[-1]}", flush=True)
+        if arguments.only in (None, "alternating"):
+            sections.append(alternating_section(pipeline, arguments.student))
             print(f"\n{sections[-1]}", flush=True)
         if arguments.only in (None, "added"):
             sections.append(added_section(pipeline, arguments.student))
@@ -139,6 +145,37 @@ def epochs_section(pipeline: Pipeline, student_name: str | None, repeats: int, e
         ["rendering alone, an epoch", f"{rendering:.3f} s", ""],
     ]
     return f"## Epochs\n\n{about}\n\n{table(['', 'wall time', 'CPU time, with workers'], rows)}"
+
+
+def alternating_section(pipeline: Pipeline, student_name: str | None, epochs: int = 40) -> str:
+    """Two runs under way at once, an epoch of the one after an epoch of the other: neighbours share the machine's mood."""
+    cache_teacher(pipeline, trust=True)
+    bench = Bench(pipeline, trust=True)
+    bench.data = replace(bench.data, validation=None, test=None)
+    arms = three_ways(pipeline, student_name, epochs)
+    runs = {}
+    for name in (LABELS_ONLY, CACHED):
+        job = bench.job(arms[name].model_copy(update={"name": f"{arms[name].name}-alternating"}), seed=0)
+        run = TrainingRun(job, RunFolder(job.folder, job.identity))
+        # Workers of the run that waits render a few batches ahead and stop: alike for both.
+        loader = rendered_batches(job.views, run._batches(0, 0), num_workers=job.num_workers)
+        runs[name] = (run, loader)
+    with track("alternating", 2 * epochs, unit="epochs") as meter:
+        for epoch in range(epochs):
+            for run, loader in list(runs.values()) if epoch % 2 == 0 else reversed(runs.values()):
+                run._epoch(epoch, 0, loader, meter)
+    # The first two warm up.
+    plain, cached = (runs[name][0].state.epoch_seconds[2:] for name in (LABELS_ONLY, CACHED))
+    found = compare(cached, plain)
+    quartiles = statistics.quantiles(found.ratios, n=4)
+    rows = [
+        ["an epoch, labels only", f"{found.reference_median:.3f} s"],
+        ["an epoch, from the cache", f"{found.median:.3f} s"],
+        ["ratio of the medians", f"{found.ratio:.3f}"],
+        ["median of the pairs' ratios", f"{quartiles[1]:.3f} (quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f})"],
+        ["bound", f"<= {MAX_RATIO}"],
+    ]
+    return f"## Epochs by turns\n\n{len(plain)} pairs of neighbouring epochs.\n\n{table(['', ''], rows)}"
 
 
 def added_section(pipeline: Pipeline, student_name: str | None, repeats: int = 15) -> str:
