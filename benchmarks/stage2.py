@@ -148,7 +148,7 @@ def epochs_section(pipeline: Pipeline, student_name: str | None, repeats: int, e
 
 
 def alternating_section(pipeline: Pipeline, student_name: str | None, epochs: int = 40) -> str:
-    """Two runs under way at once, an epoch of the one after an epoch of the other: neighbours share the machine's mood."""
+    """Two runs under way at once, an epoch of each by turns: neighbours share what else the machine does."""
     cache_teacher(pipeline, trust=True)
     bench = Bench(pipeline, trust=True)
     bench.data = replace(bench.data, validation=None, test=None)
