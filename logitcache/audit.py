@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from logitcache.committed import num_rows
+from logitcache.arrays import ArraySpec
+from logitcache.committed import num_rows, stored_manifest
 from logitcache.digest import array_digest, sha256_hex
-from logitcache.encodings import ArraySpec
 from logitcache.errors import CorruptCache
 from logitcache.layout import (
     FIXED,
@@ -23,7 +23,6 @@ from logitcache.layout import (
 )
 from logitcache.manifest import (
     MANIFEST,
-    MAX_MANIFEST_BYTES,
     MAX_RECEIPT_BYTES,
     RECEIPTS,
     Layout,
@@ -31,13 +30,12 @@ from logitcache.manifest import (
     Receipt,
     StoredObject,
     content_digest,
-    read_manifest,
     read_receipt,
     read_receipts,
     receipts_limit,
 )
 from logitcache.progress import track
-from logitcache.storage import LocalStorage, open_storage
+from logitcache.storage import Storage, open_storage
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
         CorruptCache: a manifest that can't be read.
     """
     storage = open_storage(location)
-    manifest = read_manifest(storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES), url=storage.url)
+    manifest = stored_manifest(storage)
     specs = manifest.layout.arrays
     fixed = manifest.layout.fixed
     problems: list[Problem] = []
@@ -102,7 +100,7 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
     return problems
 
 
-def _all_receipts(storage: LocalStorage, manifest: Manifest, problems: list[Problem]) -> dict[str, Receipt]:
+def _all_receipts(storage: Storage, manifest: Manifest, problems: list[Problem]) -> dict[str, Receipt]:
     receipts: dict[str, Receipt] = {}
     wanted = {FIXED: FIXED_RECEIPT_KEY} | {block.name: block.receipt_key for block in all_blocks(manifest.layout)}
     gathered = storage.get(RECEIPTS, limit=receipts_limit(len(wanted)))
@@ -127,7 +125,7 @@ def _all_receipts(storage: LocalStorage, manifest: Manifest, problems: list[Prob
     return {name: receipt for name, receipt in receipts.items() if name in wanted}
 
 
-def _what_is_wrong(storage: LocalStorage, path: str, stored: StoredObject) -> str | None:
+def _what_is_wrong(storage: Storage, path: str, stored: StoredObject) -> str | None:
     found = storage.size(path)
     if found is None:
         return "missing"
@@ -135,7 +133,7 @@ def _what_is_wrong(storage: LocalStorage, path: str, stored: StoredObject) -> st
 
 
 def _what_is_wrong_inside(
-    storage: LocalStorage,
+    storage: Storage,
     layout: Layout,
     name: str,
     array: str,

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 from torch import Tensor
 
-from logitcache.committed import collect_receipts, stored_encoding
+from logitcache.committed import collect_receipts, stored_encoding, stored_manifest
 from logitcache.digest import canonical_json
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.encodings.protocol import float_tensor
@@ -37,7 +37,7 @@ from logitcache.manifest import (
 )
 from logitcache.progress import track
 from logitcache.samples import SampleTable
-from logitcache.storage import LocalStorage, open_storage
+from logitcache.storage import Storage, open_storage
 from logitcache.views import ViewPlan
 from logitcache.writer import CacheWriter
 
@@ -139,17 +139,16 @@ def _sample_arrays(samples: SampleTable | None) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _stored(storage: LocalStorage) -> tuple[Manifest, Receipt] | None:
+def _stored(storage: Storage) -> tuple[Manifest, Receipt] | None:
     """The manifest of a cache that was begun here and the receipt of its fixed arrays; blocks come only after both."""
-    data = storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES)
-    if data is None:
+    if storage.size(MANIFEST) is None:
         return None
-    manifest = read_manifest(data, url=storage.url)
+    manifest = stored_manifest(storage)
     fixed = collect_receipts(storage, manifest).get(FIXED)
     return None if fixed is None else (manifest, fixed)
 
 
-def _encoding_of(storage: LocalStorage, manifest: Manifest, fixed: Receipt, requested: Encoding | Auto) -> Encoding:
+def _encoding_of(storage: Storage, manifest: Manifest, fixed: Receipt, requested: Encoding | Auto) -> Encoding:
     """The encoding to go on with: the cache's, where it is the one that is asked for; else that one, to be refused."""
     chosen_by = manifest.provenance.get("encoding", {}).get("chosen_by")
     if isinstance(requested, Auto) and chosen_by is not None and chosen_by != requested.config():
@@ -221,30 +220,30 @@ def make_identity(
 
 
 def _open_manifest(
-    storage: LocalStorage, identity: Identity, layout: Layout, *, fixed_stored: bool, notes: dict[str, Any]
+    storage: Storage, identity: Identity, layout: Layout, *, fixed_stored: bool, notes: dict[str, Any]
 ) -> Manifest:
     """The manifest of the cache at hand, written anew where there is none or where views are added."""
     existing = storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES)
-    if existing is not None and not fixed_stored:
-        # Cut off before anything was stored but this: begun again, unless it is another cache that was begun.
-        differences = read_manifest(existing, url=storage.url).identity.differences(identity)
-        existing = existing if differences else None
-    elif existing is None:
+    new = Manifest(
+        id=identity.cache_id,
+        identity=identity,
+        layout=layout,
+        state="open",
+        digest=None,
+        provenance=provenance() | ({"encoding": notes} if notes else {}),
+    )
+    if existing is None:
         stranger = next(iter(storage.list_keys()), None)
         if stranger is not None:
             raise NotACache(f"{storage.url} is not empty and no logit cache (it holds {stranger}); choose another path")
-    if existing is None:
-        manifest = Manifest(
-            id=identity.cache_id,
-            identity=identity,
-            layout=layout,
-            state="open",
-            digest=None,
-            provenance=provenance() | ({"encoding": notes} if notes else {}),
-        )
-        storage.put(MANIFEST, dump_manifest(manifest))
-        return manifest
+        if storage.create(MANIFEST, dump_manifest(new)):
+            return new
+        existing = storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES)  # somebody else began at the same moment
     manifest = read_manifest(existing, url=storage.url)
+    if not fixed_stored and not manifest.identity.differences(identity):
+        # Cut off before anything was stored but this: begun again.
+        storage.put(MANIFEST, dump_manifest(new))
+        return new
     differences = manifest.identity.differences(identity)
     for name in ("num_samples", "rows_per_block"):
         if getattr(manifest.layout, name) != getattr(layout, name):
@@ -257,13 +256,13 @@ def _open_manifest(
         )
     if manifest.state == "open" and layout.num_views < manifest.layout.num_views:
         manifest = _forget_views(storage, manifest, layout)
-    if layout.num_views > manifest.layout.num_views:
-        manifest = manifest.model_copy(update={"layout": layout, "state": "open", "digest": None})
+    if layout.num_views > manifest.layout.num_views or manifest.layout.first_view > 0:
+        manifest = manifest.model_copy(update={"layout": layout, "state": "open", "digest": None, "contents": None})
         storage.put(MANIFEST, dump_manifest(manifest))
     return manifest
 
 
-def _forget_views(storage: LocalStorage, manifest: Manifest, layout: Layout) -> Manifest:
+def _forget_views(storage: Storage, manifest: Manifest, layout: Layout) -> Manifest:
     """Take back views that were asked for and never finished; those that were sealed before stay."""
     gathered = storage.get(RECEIPTS)
     names = read_receipts(gathered, url=storage.url).keys() - {FIXED} if gathered is not None else set()

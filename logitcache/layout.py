@@ -16,7 +16,7 @@ from numcodecs.zstd import Zstd
 from zarr.codecs import BytesCodec, TransposeCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from logitcache.encodings import ArraySpec
+from logitcache.arrays import ArraySpec
 from logitcache.manifest import FixedSpec, Layout
 
 # V views, N samples
@@ -51,8 +51,8 @@ FIXED_RECEIPT_KEY = f"receipts/{FIXED}.json"
 
 
 def all_blocks(layout: Layout) -> Iterator[Block]:
-    """Every block of a cache, view by view."""
-    for view in range(layout.num_views):
+    """Every block that a cache is to hold, view by view."""
+    for view in layout.views:
         for number in range(blocks_per_view(layout)):
             yield Block(view, number)
 

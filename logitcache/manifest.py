@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from logitcache.arrays import ArraySpec
 from logitcache.digest import json_digest, sha256_hex
-from logitcache.encodings import ArraySpec, encoding_from_config
-from logitcache.errors import CorruptCache, LogitCacheError, NotACache, UnsupportedFormat
+from logitcache.errors import CorruptCache, NotACache, UnsupportedFormat
 from logitcache.strict_json import parse_json
 
 FORMAT_VERSION = 1
@@ -84,10 +85,19 @@ class Layout(_Record):
     """What is stored for every row, by array name."""
     fixed: dict[ArrayName, FixedSpec]
     """What is stored once: the sample table, and what the encoding was fitted to."""
+    first_view: int = Field(default=0, ge=0)
+    """The views from here on are held: more than 0 in a copy that was made of some views only."""
+
+    @property
+    def views(self) -> range:
+        """The views that are held."""
+        return range(self.first_view, self.num_views)
 
     @model_validator(mode="after")
     def _within_bounds(self) -> Layout:
         """No shape that a reader could not hold: a manifest may come from a stranger."""
+        if self.first_view >= self.num_views:
+            raise ValueError(f"first_view is {self.first_view} of {self.num_views} views")
         if self.num_views * -(-self.num_samples // self.rows_per_block) > MAX_BLOCKS:
             raise ValueError(f"more than {MAX_BLOCKS} blocks")
         for name, spec in self.arrays.items():
@@ -99,6 +109,19 @@ class Layout(_Record):
         if self.arrays.keys() & self.fixed.keys():
             raise ValueError(f"{sorted(self.arrays.keys() & self.fixed.keys())[0]} is stored both by row and once")
         return self
+
+
+class Contents(_Record):
+    """What the receipts of a sealed cache add up to, so that `info` need not read them."""
+
+    bytes: int = Field(ge=0)
+    """Of all stored objects."""
+    label_bytes: int = Field(ge=0)
+    """Of these, the labels alone, without what is stored once."""
+    rows: int = Field(ge=0)
+    """Of labels: samples times views."""
+    kl_mean: float | None = Field(default=None, allow_inf_nan=False)
+    """KL(teacher ‖ decoded) at T = 1 over all rows, in nats."""
 
 
 class Manifest(_Record):
@@ -115,6 +138,8 @@ class Manifest(_Record):
     """Host, time, versions, command: recorded, and no part of identity or digest."""
     receipts: Sha256 | None = None
     """SHA-256 of `receipts.json`; set at sealing."""
+    contents: Contents | None = None
+    """Set at sealing."""
     checksum: Sha256 | None = None
     """SHA-256 of the canonical JSON of all the above: against accidents, not against liars. Only ever on disk."""
 
@@ -155,11 +180,26 @@ def dump(record: BaseModel) -> bytes:
 
 def dump_manifest(manifest: Manifest) -> bytes:
     """A manifest as readable JSON, with its checksum."""
-    return dump(manifest.model_copy(update={"checksum": _checksum(manifest)}))
+    return dump(manifest.model_copy(update={"checksum": _checksum(manifest.model_dump(mode="json"))}))
 
 
-def _checksum(manifest: Manifest) -> str:
-    return json_digest(manifest.model_dump(mode="json", exclude={"checksum"}))
+def _checksum(raw: Mapping[str, Any]) -> str:
+    """Over the keys that are there: a manifest from before a key was added keeps its checksum."""
+    return json_digest({key: value for key, value in raw.items() if key != "checksum"})
+
+
+def contents(receipts: Mapping[str, Receipt], *, fixed: str) -> Contents:
+    """What receipts add up to; `fixed` names the one that is not a block's."""
+    sizes = {name: sum(stored.bytes for stored in receipt.objects.values()) for name, receipt in receipts.items()}
+    blocks = [receipt for name, receipt in receipts.items() if name != fixed]
+    measured = [receipt for receipt in blocks if receipt.kl_mean is not None]
+    rows = sum(receipt.rows for receipt in measured)
+    return Contents(
+        bytes=sum(sizes.values()),
+        label_bytes=sum(sizes.values()) - sizes.get(fixed, 0),
+        rows=sum(receipt.rows for receipt in blocks),
+        kl_mean=sum(receipt.rows * (receipt.kl_mean or 0.0) for receipt in measured) / rows if rows else None,
+    )
 
 
 def read_manifest(data: bytes | None, *, url: str) -> Manifest:
@@ -194,31 +234,9 @@ def read_manifest(data: bytes | None, *, url: str) -> Manifest:
             f"{url}: {MANIFEST} is damaged: its identity hashes to {manifest.identity.cache_id[:12]}…, "
             f"but it says {manifest.id[:12]}…"
         )
-    if manifest.checksum != _checksum(manifest):
+    if manifest.checksum != _checksum(raw):
         raise CorruptCache(f"{url}: {MANIFEST} is damaged: it does not have the checksum that it states")
-    _check_encoding(manifest, url=url)
     return manifest.model_copy(update={"checksum": None})
-
-
-def _check_encoding(manifest: Manifest, *, url: str) -> None:
-    """The arrays must be those of the encoding, which it is asked to decode."""
-    layout = manifest.layout
-    try:
-        encoding = encoding_from_config(manifest.identity.encoding)
-        expected = encoding.arrays(layout.num_classes)
-    except LogitCacheError as error:
-        raise CorruptCache(f"{url}: {MANIFEST} is damaged: identity.encoding: {error}") from None
-    # Fitting may change how long a row of an array is, and nothing else.
-    differs = layout.arrays.keys() != expected.keys() or any(
-        layout.arrays[name].dtype != spec.dtype
-        or len(layout.arrays[name].row_shape) != len(spec.row_shape)
-        or (not encoding.fitted_arrays and layout.arrays[name] != spec)
-        for name, spec in expected.items()
-    )
-    if manifest.identity.outputs != {"logits": [layout.num_classes]}:
-        raise CorruptCache(f"{url}: {MANIFEST} is damaged: identity.outputs and layout.num_classes differ")
-    if differs or not encoding.fitted_arrays.keys() <= layout.fixed.keys():
-        raise CorruptCache(f"{url}: {MANIFEST} is damaged: layout.arrays are not those of {encoding!r}")
 
 
 def read_receipt(data: bytes, *, key: str) -> Receipt:

@@ -14,8 +14,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from logitcache.committed import collect_receipts, read_fixed, stored_encoding
-from logitcache.digest import sha256_hex
+from logitcache.committed import read_fixed, read_records, stored_encoding
 from logitcache.encodings import Encoding, encoding_from_config
 from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, UsageError
 from logitcache.labelview import ResidentView, StreamedView, View
@@ -28,15 +27,11 @@ from logitcache.layout import (
     blocks_per_view,
     decode_rows,
 )
-from logitcache.manifest import (
-    MANIFEST,
-    MAX_MANIFEST_BYTES,
-    Receipt,
-    content_digest,
-    read_manifest,
-)
+from logitcache.manifest import Contents, content_digest, contents
+from logitcache.objects import ObjectReader, Wanted
 from logitcache.samples import SampleTable, input_digest
-from logitcache.storage import LocalStorage, open_storage
+from logitcache.storage import Storage, open_storage
+from logitcache.storage.blockdir import shared_block_directory
 from logitcache.transforms import build_transform
 from logitcache.views import Mixing, ViewDataset, ViewPlan, proof_rows
 
@@ -47,13 +42,16 @@ def open_cache(location: str | os.PathLike[str], *, trust: bool = False) -> Logi
     """Open a cache: checks manifest and receipts, reads no labels.
 
     Args:
-        location: a directory or a `file://` URL.
+        location: a directory, or a `file://`, `s3://`, `gs://`, `az://` or `https://` URL. What is read from a remote
+            one is kept in a local directory (`~/.cache/logitcache`, moved by `LOGITCACHE_CACHE_DIR`; at most
+            `LOGITCACHE_CACHE_GB`, 50 by default), and the view after the one that is asked for comes meanwhile.
         trust: allow `package.module:function` transforms from outside the working folder in `view_plan`.
 
     Raises:
         NotACache: no cache there.
         UnsupportedFormat: written by a newer version.
         CorruptCache: manifest and receipts contradict each other.
+        StorageError: the store refuses, or can't be reached.
     """
     return LogitCache(open_storage(location), trust=trust)
 
@@ -61,13 +59,13 @@ def open_cache(location: str | os.PathLike[str], *, trust: bool = False) -> Logi
 class LogitCache:
     """The labels of one teacher over views of one dataset."""
 
-    def __init__(self, storage: LocalStorage, *, trust: bool = False) -> None:
+    def __init__(self, storage: Storage, *, trust: bool = False) -> None:
         self.storage = storage
-        self.manifest = read_manifest(storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES), url=storage.url)
+        self.objects = ObjectReader(storage, shared_block_directory() if storage.is_remote else None)
+        self.manifest, self.receipts = read_records(storage, self.objects)
         self.layout = self.manifest.layout
         self.encoding: Encoding = encoding_from_config(self.manifest.identity.encoding)
         self.trust = trust
-        self.receipts: dict[str, Receipt] = collect_receipts(storage, self.manifest)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="logitcache-loader")
         self._loading: dict[tuple[int, str], Future[View]] = {}
         if self.sealed and content_digest(list(self.receipts.values())) != self.manifest.digest:
@@ -101,27 +99,34 @@ class LogitCache:
         return self.layout.num_views
 
     @property
+    def views(self) -> range:
+        """The views that are held: all of them, but in a copy that was made of some."""
+        return self.layout.views
+
+    @property
     def num_classes(self) -> int:
         """C."""
         return self.layout.num_classes
 
+    @cached_property
+    def contents(self) -> Contents:
+        """Sizes and fidelity of all that is there."""
+        return contents(self.receipts, fixed=FIXED)
+
     @property
     def stored_bytes(self) -> int:
         """Size of all stored objects that have receipts."""
-        return sum(stored.bytes for receipt in self.receipts.values() for stored in receipt.objects.values())
+        return self.contents.bytes
 
     @property
     def label_bytes(self) -> int:
-        """Size of the labels alone, without the sample table."""
-        fixed = self.receipts.get(FIXED)
-        return self.stored_bytes - (sum(stored.bytes for stored in fixed.objects.values()) if fixed else 0)
+        """Size of the labels alone, without what is stored once."""
+        return self.contents.label_bytes
 
     @property
     def kl_mean(self) -> float | None:
         """KL(teacher ‖ decoded) at T = 1, in nats, over all rows that are there."""
-        blocks = [receipt for receipt in self.receipts.values() if receipt.kl_mean is not None]
-        rows = sum(receipt.rows for receipt in blocks)
-        return sum(receipt.rows * (receipt.kl_mean or 0.0) for receipt in blocks) / rows if rows else None
+        return self.contents.kl_mean
 
     @property
     def view_bytes(self) -> int:
@@ -140,7 +145,7 @@ class LogitCache:
         if fixed is None or "sample_targets" not in self.layout.fixed:
             return None
         wanted = [name for name in SAMPLE_ARRAYS if name in self.layout.fixed]
-        arrays = {name: read_fixed(self.storage, self.layout, fixed, name) for name in wanted}
+        arrays = {name: read_fixed(self.storage, self.layout, fixed, name, self.objects) for name in wanted}
         keys = arrays["sample_keys"].tobytes().decode().split("\n") if "sample_keys" in arrays else None
         return SampleTable(self.num_samples, keys, arrays["sample_targets"], arrays["sample_contents"])
 
@@ -150,7 +155,7 @@ class LogitCache:
             raise IncompleteCache(
                 f"{self.storage.url}: what is stored once is missing; run `logitcache cache-teacher` again"
             )
-        return stored_encoding(self.storage, self.manifest, self.receipts[FIXED])
+        return stored_encoding(self.storage, self.manifest, self.receipts[FIXED], self.objects)
 
     @cached_property
     def view_plan(self) -> ViewPlan:
@@ -252,6 +257,8 @@ class LogitCache:
         """
         self._check_complete(view)
         window = self.window_blocks(memory_budget)
+        following = self.views[(self.views.index(view) + 1) % len(self.views)]
+        self._fetch_ahead([view, following] if window is not None else [following])
         if window is not None:
             read = functools.partial(self.read_blocks, view)
             return StreamedView(
@@ -291,9 +298,10 @@ class LogitCache:
         """
         blocks = [Block(view, number) for number in numbers]
         num_rows = sum(len(block_rows(self.layout, block)) for block in blocks)
+        objects = self.objects.read_all([self._wanted(block) for block in blocks])
         arrays = {}
-        for name, spec in self.layout.arrays.items():
-            chunks = [self._checked_object(block, name) for block in blocks]
+        for position, (name, spec) in enumerate(self.layout.arrays.items()):
+            chunks = [of_block[position] for of_block in objects]
             try:
                 arrays[name] = decode_rows(spec, chunks, num_rows, self.layout.rows_per_block)
             except Exception as error:
@@ -304,27 +312,32 @@ class LogitCache:
                 )
         return arrays
 
-    def _checked_object(self, block: Block, array: str) -> bytes:
+    def _wanted(self, block: Block) -> tuple[Wanted, str]:
+        """A block's objects by key, and who vouches for them."""
         receipt = self.receipts.get(block.name)
         if receipt is None:
             raise IncompleteCache(
                 f"{self.storage.url}: block {block.name} is missing; run `logitcache cache-teacher` again"
             )
-        key = block_key(array, self.layout.arrays[array], block)
-        stored = receipt.objects[array]
-        data = self.storage.get(key, limit=stored.bytes)
-        if data is None:
-            raise CorruptCache(f"{self.storage.url}: {key} is gone, though block {block.name} has a receipt")
-        if len(data) != stored.bytes or sha256_hex(data) != stored.sha256:
-            raise CorruptCache(
-                f"{self.storage.url}: {key} is not what was written: its SHA-256 differs from the receipt of block "
-                f"{block.name}.\nRun `logitcache verify --deep` for every such block."
-            )
-        return data
+        keys = {block_key(name, spec, block): receipt.objects[name] for name, spec in self.layout.arrays.items()}
+        return keys, f"block {block.name}"
+
+    def _fetch_ahead(self, views: Sequence[int]) -> None:
+        """Bring views nearby from a remote store in the background, where there is room for them."""
+        nearby = self.objects.nearby
+        label_bytes = self.contents.label_bytes * len(views) // len(self.views)
+        if nearby is not None and 2 * label_bytes <= nearby.max_bytes:
+            blocks = [Block(view, number) for view in views for number in range(blocks_per_view(self.layout))]
+            self.objects.read_ahead([self._wanted(block) for block in blocks if block.name in self.receipts])
 
     def _check_complete(self, view: int) -> None:
         if not 0 <= view < self.num_views:
             raise UsageError(f"no view {view}: the cache has {self.num_views}, numbered from 0")
+        if view not in self.views:
+            raise UsageError(
+                f"{self.storage.url} is a copy of views {self.views.start} to {self.views.stop - 1} only; view {view} "
+                "is not among them: `logitcache pull` the others as well"
+            )
         missing = [
             number for number in range(blocks_per_view(self.layout)) if Block(view, number).name not in self.receipts
         ]

@@ -7,21 +7,19 @@ from typing import Any
 
 from logitcache.audit import Problem, verify
 from logitcache.cache_teacher import cache_teacher
-from logitcache.committed import collect_receipts
+from logitcache.committed import collect_receipts, stored_manifest
 from logitcache.digest import canonical_json, sha256_hex
 from logitcache.errors import CorruptCache, IdentityMismatch, NotACache, UsageError
 from logitcache.layout import FIXED, GROUP, Block, block_key, fixed_array_key, group_metadata
 from logitcache.manifest import (
     MANIFEST,
-    MAX_MANIFEST_BYTES,
     RECEIPTS,
     Manifest,
     Receipt,
     dump_manifest,
-    read_manifest,
 )
 from logitcache.pipeline import Pipeline
-from logitcache.storage import LocalStorage, open_storage
+from logitcache.storage import Storage, open_storage
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ def repair(
         _restore_records(storage, copy)
     problems = verify(location, deep=True)
     if all(problem.kind == "stray" for problem in problems):
-        return RepairResult(problems, [], [], problems, _manifest(storage).digest)
-    manifest = _manifest(storage)
+        return RepairResult(problems, [], [], problems, stored_manifest(storage).digest)
+    manifest = stored_manifest(storage)
     receipts = collect_receipts(storage, manifest)
     for key, data in group_metadata(manifest.layout).items():
         if storage.get(key, limit=len(data)) != data:
@@ -90,18 +88,14 @@ def repair(
                 "differ from those in the manifest's provenance. Take the blocks from a copy to have it as it was."
             )
     remaining = verify(location, deep=True)
-    return RepairResult(problems, fetched, left, remaining, _manifest(storage).digest)
+    return RepairResult(problems, fetched, left, remaining, stored_manifest(storage).digest)
 
 
-def _manifest(storage: LocalStorage) -> Manifest:
-    return read_manifest(storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES), url=storage.url)
-
-
-def _restore_records(storage: LocalStorage, copy: LocalStorage) -> None:
+def _restore_records(storage: Storage, copy: Storage) -> None:
     """Take manifest and receipts from a copy, where ours can't be read and the copy's are of the same cache."""
-    theirs = _manifest(copy)
+    theirs = stored_manifest(copy)
     try:
-        ours: Manifest | None = _manifest(storage)
+        ours: Manifest | None = stored_manifest(storage)
     except (CorruptCache, NotACache):
         if next(storage.list_keys(GROUP), None) is None:
             raise  # no damaged cache, but none
@@ -117,9 +111,7 @@ def _restore_records(storage: LocalStorage, copy: LocalStorage) -> None:
         storage.put(RECEIPTS, _records(collect_receipts(copy, theirs)))
 
 
-def _fetch(
-    storage: LocalStorage, copy: LocalStorage, manifest: Manifest, receipts: dict[str, Receipt], name: str
-) -> bool:
+def _fetch(storage: Storage, copy: Storage, manifest: Manifest, receipts: dict[str, Receipt], name: str) -> bool:
     """Whether every object of a block could be taken from the copy; nothing is stored that its receipt does not fit."""
     if name not in receipts:
         return False
@@ -139,7 +131,7 @@ def _fetch(
     return True
 
 
-def _reopen(storage: LocalStorage, manifest: Manifest, receipts: dict[str, Receipt], bad: list[str]) -> None:
+def _reopen(storage: Storage, manifest: Manifest, receipts: dict[str, Receipt], bad: list[str]) -> None:
     """Open a cache again, with some blocks missing; it says which content it is to come back to."""
     provenance = manifest.provenance | ({} if manifest.digest is None else {"repairing": manifest.digest})
     kept = {name: receipt for name, receipt in receipts.items() if name not in bad}

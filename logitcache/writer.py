@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logitcache.arrays import ArraySpec
 from logitcache.committed import collect_receipts
 from logitcache.digest import array_digest, canonical_json, sha256_hex
-from logitcache.encodings import ArraySpec, Encoding
+from logitcache.encodings import Encoding
 from logitcache.errors import IncompleteCache, InvalidLogits, ShapeError
 from logitcache.fidelity import fidelity_kl
 from logitcache.layout import (
@@ -41,11 +42,12 @@ from logitcache.manifest import (
     Receipt,
     StoredObject,
     content_digest,
+    contents,
     dump,
     dump_manifest,
 )
 from logitcache.samples import input_digest
-from logitcache.storage import LocalStorage
+from logitcache.storage import Storage
 from logitcache.views import proof_rows
 
 # B batch, C classes, N samples
@@ -66,7 +68,7 @@ class CacheWriter:
 
     def __init__(
         self,
-        storage: LocalStorage,
+        storage: Storage,
         manifest: Manifest,
         encoding: Encoding,
         *,
@@ -177,6 +179,7 @@ class CacheWriter:
             "state": "sealed",
             "digest": content_digest(list(receipts.values())),
             "receipts": sha256_hex(gathered),
+            "contents": contents(receipts, fixed=FIXED),
             "provenance": {name: value for name, value in self.manifest.provenance.items() if name != "repairing"},
         }
         self.manifest = self.manifest.model_copy(update=changes)

@@ -73,7 +73,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
     """Everything that is done under `tmp_path / "disk"` from now on, by the calls that storage makes."""
     disk = Disk(tmp_path / "disk")
     disk.root.mkdir()
-    fsync, replace, unlink, mkdir = os.fsync, Path.replace, Path.unlink, Path.mkdir
+    fsync, link, replace, unlink, mkdir = os.fsync, os.link, Path.replace, Path.unlink, Path.mkdir
 
     def recorded_fsync(descriptor: int) -> None:
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
@@ -88,6 +88,10 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
         disk.record("rename", path, target.relative_to(disk.root).as_posix())
         return replace(path, target)
 
+    def recorded_link(path: Path, target: Path) -> None:
+        disk.record("rename", path, target.relative_to(disk.root).as_posix())  # its first name goes with its unlink
+        link(path, target)
+
     def recorded_unlink(path: Path, missing_ok: bool = False) -> None:
         if disk.root in path.parents:
             disk.record("unlink", path)
@@ -98,7 +102,8 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
             disk.record("mkdir", path)
         mkdir(path, mode, parents, exist_ok)
 
-    monkeypatch.setattr("logitcache.storage.os.fsync", recorded_fsync)
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "link", recorded_link)
     monkeypatch.setattr(Path, "replace", recorded_replace)
     monkeypatch.setattr(Path, "unlink", recorded_unlink)
     monkeypatch.setattr(Path, "mkdir", recorded_mkdir)

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 import logitcache
 from logitcache.audit import verify
+from logitcache.committed import check_encoding
 from logitcache.digest import canonical_json, json_digest, sha256_hex
 from logitcache.errors import CorruptCache, LogitCacheError, NotACache, StorageError, UsageError
 from logitcache.manifest import Identity, Manifest, read_manifest, read_receipts
@@ -459,7 +461,7 @@ def fuzz(rounds: int, seed: int, folder: Path) -> int:
         return load_pipeline(fuzzed)
 
     parsers: list[Callable[[bytes], object]] = [
-        lambda data: read_manifest(data, url="x"),
+        lambda data: check_encoding(read_manifest(data, url="x"), url="x"),
         lambda data: read_receipts(data, url="x"),
         parse_pipeline,
     ]
@@ -470,7 +472,11 @@ def fuzz(rounds: int, seed: int, folder: Path) -> int:
             data = damaged_bytes(seeds[which], draw)
         else:
             tree = yaml.safe_load(seeds[which]) if which == 2 else json.loads(seeds[which])
-            data = json.dumps(damaged_tree(tree, draw)).encode()  # JSON is YAML
+            tree = damaged_tree(tree, draw)
+            if which == 0 and isinstance(tree, dict) and draw.random() < 0.5:  # by somebody who knows the format
+                with suppress(ValueError):  # JSON that nobody can write
+                    tree["checksum"] = json_digest({key: value for key, value in tree.items() if key != "checksum"})
+            data = json.dumps(tree).encode()  # JSON is YAML
         try:
             parsers[which](data)
         except LogitCacheError:

@@ -13,7 +13,6 @@ from typing import Any
 from logitcache.encodings.auto import Auto as Auto
 from logitcache.encodings.dense import Dense as Dense
 from logitcache.encodings.lowrank import LowRank as LowRank
-from logitcache.encodings.protocol import ArraySpec as ArraySpec
 from logitcache.encodings.protocol import Encoding as Encoding
 from logitcache.encodings.protocol import parameters
 from logitcache.encodings.sampled import Sampled as Sampled

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from logitcache.encodings.protocol import ArraySpec, Encoding
+from logitcache.arrays import ArraySpec
+from logitcache.encodings.protocol import Encoding
 from logitcache.errors import UsageError
 
 # B batch, C classes

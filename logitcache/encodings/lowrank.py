@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from logitcache.arrays import ArraySpec
 from logitcache.encodings.basis import centred, principal_components
 from logitcache.encodings.packing import LARGEST, MixedRadix
-from logitcache.encodings.protocol import ArraySpec, Encoding, float_tensor, smallest_id_dtype
+from logitcache.encodings.protocol import Encoding, float_tensor, smallest_id_dtype
 from logitcache.errors import UsageError
 
 P = ParamSpec("P")

@@ -11,19 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logitcache.arrays import ArraySpec
+
 # B batch, C classes, M calibration rows
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ArraySpec:
-    """One array of an encoding: what is stored for a row."""
-
-    dtype: str
-    """NumPy name, such as "float16" or "uint16"."""
-    row_shape: tuple[int, ...]
-    """Shape of a single row's entry; () for one number a row."""
-    level: int = 3
-    """Of zstd."""
 
 
 class Encoding(ABC):

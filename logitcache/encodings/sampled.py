@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from logitcache.encodings.protocol import ArraySpec, Encoding, smallest_id_dtype
+from logitcache.arrays import ArraySpec
+from logitcache.encodings.protocol import Encoding, smallest_id_dtype
 from logitcache.errors import UsageError
 from logitcache.randomness import keyed_uniform
 

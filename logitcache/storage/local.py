@@ -1,7 +1,4 @@
-"""Get, put and list objects by key, durably.
-
-`LocalStorage` is the one backend so far; object stores take the same five methods.
-"""
+"""A directory as a store: durable, and never led astray by links, pipes or half-written files."""
 
 from __future__ import annotations
 
@@ -14,8 +11,6 @@ import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
-from urllib.parse import unquote, urlsplit
 
 from logitcache.errors import CorruptCache, StorageError, UsageError
 
@@ -24,44 +19,11 @@ _PARTIAL = re.compile(r"\.[^/]+\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.\d+\.parti
 _COUNTER = itertools.count()
 
 
-class Storage(Protocol):
-    """Objects by key; a key is a relative path with forward slashes."""
-
-    url: str
-
-    def get(self, key: str, *, limit: int | None = None) -> bytes | None:
-        """The object's bytes, or None where there is none; no more than one byte beyond the limit is read."""
-
-    def put(self, key: str, data: bytes) -> None:
-        """Store an object whole or not at all; on return it survives a power loss."""
-
-    def size(self, key: str) -> int | None:
-        """The object's bytes counted, or None where there is none."""
-
-    def list_keys(self, prefix: str = "") -> Iterator[str]:
-        """Every key under a folder."""
-
-    def delete(self, key: str) -> None:
-        """Remove an object; it may be gone already."""
-
-
-def open_storage(location: str | os.PathLike[str]) -> LocalStorage:
-    """The storage at a directory or a `file://` URL; nothing is created.
-
-    Raises:
-        UsageError: a scheme that this version can't open.
-    """
-    text = os.fspath(location)
-    parts = urlsplit(text)
-    if parts.scheme == "file":
-        return LocalStorage(Path(unquote(parts.path)))
-    if "://" in text:
-        raise UsageError(f"{text}: this version opens directories and file:// URLs, not {parts.scheme}://")
-    return LocalStorage(Path(text).expanduser())
-
-
 class LocalStorage:
     """A directory. Objects appear under their name only when they are whole and on the disk."""
+
+    is_remote = False
+    concurrency = 4
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -83,18 +45,33 @@ class LocalStorage:
 
     def put(self, key: str, data: bytes) -> None:
         path = self._path(key)
-        partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{next(_COUNTER)}.partial")
+        partial = self._write_partial(path, data)
         try:
-            self._make_folder(path.parent)
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
             partial.replace(path)
             _fsync_folder(path.parent)
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise _storage_error("write", path, error) from error
+
+    def create(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+        if path.exists():
+            return False
+        partial = self._write_partial(path, data)
+        try:
+            # Unlike a rename, a link fails where somebody else was first.
+            os.link(partial, path)
+            _fsync_folder(path.parent)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise _storage_error("write", path, error) from error
+            partial.replace(path)
+            _fsync_folder(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+        return True
 
     def size(self, key: str) -> int | None:
         try:
@@ -103,6 +80,21 @@ class LocalStorage:
             return None
         except OSError as error:
             raise _storage_error("read", self._path(key), error) from error
+
+    def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        for key in self.list_keys(prefix):
+            size = self.size(key)
+            if size is not None:
+                yield key, size
+
+    def folders(self, prefix: str = "") -> list[str]:
+        start = self._path(prefix) if prefix else self.root
+        try:
+            return sorted(entry.name for entry in os.scandir(start) if entry.is_dir(follow_symlinks=False))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise _storage_error("list", start, error) from error
 
     def list_keys(self, prefix: str = "") -> Iterator[str]:
         start = self._path(prefix) if prefix else self.root
@@ -119,7 +111,7 @@ class LocalStorage:
             raise _storage_error("delete", self._path(key), error) from error
 
     def remove_leftovers(self) -> int:
-        """Delete the partial files of writers on this host that are dead; returns how many."""
+        """Delete the partial files of writers on this host that are dead."""
         removed = 0
         for path in self.root.rglob(".*.partial"):
             leftover = _PARTIAL.search(path.name)
@@ -137,6 +129,20 @@ class LocalStorage:
         if real != self._real_root and not real.startswith(self._real_root.rstrip(os.sep) + os.sep):
             raise CorruptCache(f"{path} is a link that leads out of the cache; it is not followed")
         return path
+
+    def _write_partial(self, path: Path, data: bytes) -> Path:
+        """The data on the disk, under a name that nobody takes for the object."""
+        partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{next(_COUNTER)}.partial")
+        try:
+            self._make_folder(path.parent)
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise _storage_error("write", path, error) from error
+        return partial
 
     def _make_folder(self, folder: Path) -> None:
         if folder.is_dir():
@@ -163,6 +169,9 @@ def _fsync_folder(folder: Path) -> None:
     finally:
         os.close(descriptor)
 
+
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""File systems without hard links: there the second of two writers at the same instant wins."""
 
 _REMEDY = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again, committed blocks are kept",

@@ -1,0 +1,41 @@
+"""Get, put and list objects by key, wherever they lie: one file per kind of store.
+
+To add one: write the methods of `Storage` in a file of its own, and name its URLs in `open_storage` below.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from logitcache.errors import UsageError
+from logitcache.storage.local import LocalStorage as LocalStorage
+from logitcache.storage.protocol import Storage as Storage
+
+LOCATIONS = "a directory, file://, s3://, gs://, az://, https:// (reading) or memory:// (tests)"
+
+
+def open_storage(location: str | os.PathLike[str]) -> Storage:
+    """The storage at a directory or a URL; nothing is created, and nothing is asked of a server yet.
+
+    Raises:
+        UsageError: a URL that this version can't open, or one of an object store without the extra `remote`.
+    """
+    text = os.fspath(location)
+    parts = urlsplit(text)
+    if parts.scheme == "file":
+        return LocalStorage(Path(unquote(parts.path)))
+    if "://" in text:
+        from logitcache.storage.remote import SCHEMES, open_remote
+
+        if parts.scheme not in SCHEMES:
+            raise UsageError(f"{text}: {parts.scheme}:// is no store that logitcache opens; expected {LOCATIONS}")
+        return open_remote(text)
+    return LocalStorage(Path(text).expanduser())
+
+
+def is_remote(location: str | os.PathLike[str]) -> bool:
+    """Whether a location is somewhere on a network, by its spelling."""
+    text = os.fspath(location)
+    return "://" in text and urlsplit(text).scheme != "file"

@@ -1,0 +1,48 @@
+"""What every store owes: objects by key, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+
+class Storage(Protocol):
+    """Objects by key; a key is a relative path with forward slashes."""
+
+    url: str
+    """Where it is, as people and commands name it."""
+    is_remote: bool
+    """Whether every call crosses a network: then objects that were read are worth keeping nearby."""
+    concurrency: int
+    """How many calls at once it is best asked with."""
+
+    def get(self, key: str, *, limit: int | None = None) -> bytes | None:
+        """The object's bytes, or None where there is none; no more than one byte beyond the limit is kept.
+
+        Raises:
+            StorageError: the store refuses, or can't be reached.
+        """
+
+    def put(self, key: str, data: bytes) -> None:
+        """Store an object whole or not at all; on return it survives a power loss."""
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Store an object unless there is one already, of two writers only one; whether it was stored."""
+
+    def size(self, key: str) -> int | None:
+        """The object's bytes counted, or None where there is none."""
+
+    def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """Every key under a folder, with its object's size in bytes."""
+
+    def list_keys(self, prefix: str = "") -> Iterator[str]:
+        """Every key under a folder."""
+
+    def folders(self, prefix: str = "") -> list[str]:
+        """The names of the folders that lie directly in a folder, sorted."""
+
+    def delete(self, key: str) -> None:
+        """Remove an object; it may be gone already."""
+
+    def remove_leftovers(self) -> int:
+        """Delete what dead writers left half-written; returns how many."""

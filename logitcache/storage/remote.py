@@ -1,0 +1,284 @@
+"""Object stores and web servers as a store, by obstore: s3://, gs://, az://, https:// (reading), memory:// (tests).
+
+Credentials, regions and endpoints are found as the ecosystem's own tools find them: the environment
+(`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, …) first,
+for AWS then whatever boto3 finds (profiles, single sign-on, roles), and a bucket without any is read as a public one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+from logitcache.errors import StorageError, UsageError
+from logitcache.storage.web_index import linked_folders
+
+try:
+    import obstore
+    from obstore import exceptions, store
+except ImportError as error:
+    raise UsageError(
+        "s3://, gs://, az:// and https:// need the extra `remote`: pip install 'logitcache[remote]'"
+    ) from error
+
+SCHEMES = ("s3", "gs", "az", "https", "http", "memory")
+READ_ONLY = ("https", "http")
+
+CONCURRENCY = 16
+READ_SECONDS = 30.0
+"""Between two pieces of an answer: a server that is silent for so long is given up."""
+REQUEST_SECONDS = 600.0
+"""For one whole object: a server that trickles is given up in the end."""
+BODY_ATTEMPTS = 4
+"""How often an answer is asked for that breaks off or has the wrong length; obstore repeats refused requests itself."""
+MULTIPART_BYTES = 64 * 2**20
+"""Objects from this size on are sent in parts."""
+
+_RETRY: Any = {
+    "max_retries": 5,
+    "retry_timeout": timedelta(seconds=60),
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
+}
+_memories: dict[str, Any] = {}
+
+
+def open_remote(url: str) -> RemoteStorage:
+    """The store behind a URL; no request is sent.
+
+    Raises:
+        UsageError: a URL without a bucket, or credentials that contradict each other.
+    """
+    parts = urlsplit(url)
+    if not parts.netloc:
+        raise UsageError(f"{url} names no bucket or host; expected for example {parts.scheme}://team/imagenet.cache")
+    if parts.query or parts.fragment:
+        raise UsageError(f"{url}: a cache is a folder of objects; its URL has no ? or # part")
+    try:
+        if parts.scheme == "memory":
+            memory = _memories.setdefault(parts.netloc, store.MemoryStore())
+            return RemoteStorage(url.rstrip("/"), memory, prefix=parts.path.strip("/"))
+        return RemoteStorage(url.rstrip("/"), _connect(parts.scheme, url.rstrip("/")))
+    except (exceptions.BaseError, ValueError) as error:
+        raise UsageError(f"{url} can't be opened: {_first_line(error)}") from error
+
+
+class RemoteStorage:
+    """A prefix of an object store, or a folder of a web server.
+
+    Args:
+        url: as people name it.
+        connection: obstore's store, which has the URL's path as its own prefix, or none.
+        prefix: the path where it has none.
+    """
+
+    is_remote = True
+    concurrency = CONCURRENCY
+
+    def __init__(self, url: str, connection: Any, *, prefix: str = "") -> None:
+        self.url = url
+        self._store = connection
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._scheme = urlsplit(url).scheme
+
+    def get(self, key: str, *, limit: int | None = None) -> bytes | None:
+        for attempt in range(BODY_ATTEMPTS):
+            try:
+                return self._read(self._path(key), limit)
+            except FileNotFoundError:
+                return None
+            except exceptions.GenericError as error:
+                if attempt + 1 == BODY_ATTEMPTS or not _may_pass(error):
+                    raise self._error("read", key, error) from error
+                time.sleep(0.1 * 2**attempt * (1 + random.random()))
+            except (exceptions.BaseError, OSError, ValueError) as error:
+                raise self._error("read", key, error) from error
+        raise AssertionError("the last attempt returns or raises")
+
+    def put(self, key: str, data: bytes) -> None:
+        self._put(key, data, mode="overwrite")
+
+    def create(self, key: str, data: bytes) -> bool:
+        try:
+            self._put(key, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def size(self, key: str) -> int | None:
+        try:
+            return int(obstore.head(self._store, self._path(key))["size"])
+        except FileNotFoundError:
+            return None
+        except (exceptions.BaseError, OSError) as error:
+            raise self._error("read", key, error) from error
+
+    def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        self._refuse_listing()
+        try:
+            for page in obstore.list(self._store, prefix=(self._prefix + prefix).rstrip("/") or None):
+                for entry in page:
+                    yield entry["path"].removeprefix(self._prefix), int(entry["size"])
+        except FileNotFoundError:
+            return
+        except (exceptions.BaseError, OSError) as error:
+            raise self._error("list", prefix, error) from error
+
+    def list_keys(self, prefix: str = "") -> Iterator[str]:
+        return (key for key, _ in self.sizes(prefix))
+
+    def folders(self, prefix: str = "") -> list[str]:
+        if self._scheme in READ_ONLY:
+            return linked_folders(f"{self.url}/{prefix}", timeout=READ_SECONDS)
+        try:
+            found = obstore.list_with_delimiter(self._store, prefix=(self._prefix + prefix).rstrip("/") or None)
+        except FileNotFoundError:
+            return []
+        except (exceptions.BaseError, OSError) as error:
+            raise self._error("list", prefix, error) from error
+        return sorted(folder.rstrip("/").rsplit("/", 1)[-1] for folder in found["common_prefixes"])
+
+    def delete(self, key: str) -> None:
+        self._refuse_writing()
+        try:
+            obstore.delete(self._store, self._path(key))
+        except FileNotFoundError:
+            return
+        except (exceptions.BaseError, OSError) as error:
+            raise self._error("delete", key, error) from error
+
+    def remove_leftovers(self) -> int:
+        """Nothing to do: an object store never shows half an object."""
+        return 0
+
+    def _read(self, key: str, limit: int | None) -> bytes:
+        answer = obstore.get(self._store, key)
+        if limit is None:
+            return bytes(answer.bytes())
+        data = bytearray()
+        for piece in answer.stream():
+            data += piece
+            if len(data) > limit:
+                return bytes(data[: limit + 1])  # whatever else the server would send is not asked for
+        return bytes(data)
+
+    def _put(self, key: str, data: bytes, *, mode: Any) -> None:
+        self._refuse_writing()
+        try:
+            obstore.put(
+                self._store,
+                self._path(key),
+                data,
+                mode=mode,
+                use_multipart=len(data) > MULTIPART_BYTES,
+                chunk_size=2**24,
+            )
+        except (exceptions.AlreadyExistsError, FileExistsError):
+            raise FileExistsError(key) from None
+        except (exceptions.BaseError, OSError) as error:
+            raise self._error("write", key, error) from error
+
+    def _path(self, key: str) -> str:
+        parts = key.split("/")
+        if key.startswith("/") or ".." in parts or "." in parts or "" in parts:
+            raise UsageError(f"{key!r} is not a key inside the cache")
+        return self._prefix + key
+
+    def _refuse_writing(self) -> None:
+        if self._scheme in READ_ONLY:
+            raise UsageError(
+                f"{self.url} can only be read: a web server takes no objects. Write to a directory that it serves, or "
+                "to s3://, gs:// or az://"
+            )
+
+    def _refuse_listing(self) -> None:
+        if self._scheme in READ_ONLY:
+            raise StorageError(
+                f"{self.url} can't be listed, as no web server can: open a cache there that is sealed, by its whole URL"
+            )
+
+    def _error(self, action: str, key: str, error: Exception) -> StorageError:
+        reason = _first_line(error)
+        if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+            reason = f"access denied; check the credentials that are set ({_CREDENTIALS[self._scheme]}). {reason}"
+        elif isinstance(error, FileNotFoundError):
+            reason = f"no such bucket or container. {reason}"
+        return StorageError(f"can't {action} {self.url}/{key}: {reason}")
+
+
+_CREDENTIALS = {
+    "s3": "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a store of your own",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY or another of Azure's",
+    "https": "web servers are asked without any",
+    "http": "web servers are asked without any",
+    "memory": "none",
+}
+
+
+def _connect(scheme: str, url: str) -> Any:
+    options: Any = {
+        "timeout": timedelta(seconds=REQUEST_SECONDS),
+        "read_timeout": timedelta(seconds=READ_SECONDS),
+        "connect_timeout": timedelta(seconds=10),
+        "user_agent": "logitcache",
+    }
+    if scheme in READ_ONLY:
+        return store.HTTPStore(url, client_options=options | {"allow_http": scheme == "http"}, retry_config=_RETRY)
+    if scheme == "gs":
+        return store.GCSStore.from_url(url, client_options=options, retry_config=_RETRY)
+    if scheme == "az":
+        return store.AzureStore.from_url(url, client_options=options, retry_config=_RETRY)
+    config: Any
+    config, provider = _aws_settings()
+    endpoint = config.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+    if endpoint.startswith("http://"):
+        options["allow_http"] = True
+    # The store itself holds each object to the SHA-256 that is sent along, before it is seen.
+    config["checksum_algorithm"] = "SHA256"
+    return store.S3Store.from_url(
+        url, config=config, client_options=options, retry_config=_RETRY, credential_provider=provider
+    )
+
+
+def _aws_settings() -> tuple[dict[str, Any], Any]:
+    """What the environment does not say by itself: boto3's credentials, region and endpoint, or none at all."""
+    config: dict[str, Any] = {}
+    if "AWS_ACCESS_KEY_ID" in os.environ and "AWS_PROFILE" not in os.environ:
+        return config, None
+    try:
+        import boto3
+        from botocore.exceptions import BotoCoreError
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError:
+        if "AWS_PROFILE" in os.environ:
+            raise UsageError(
+                "AWS_PROFILE is set, and profiles are read by boto3: pip install 'logitcache[remote]'"
+            ) from None
+        return config, None
+    try:
+        session = boto3.Session()
+        if session.get_credentials() is None:
+            return {"skip_signature": True}, None
+        client = session.client("s3", region_name=session.region_name or "us-east-1")
+    except BotoCoreError as error:
+        raise UsageError(f"AWS credentials can't be read: {error}") from error
+    endpoint = str(client.meta.endpoint_url)
+    if not (urlsplit(endpoint).hostname or "").endswith("amazonaws.com"):
+        config["endpoint"] = endpoint
+    if session.region_name:
+        config["region"] = session.region_name
+    return config, Boto3CredentialProvider(session)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether asking again may help: an answer that broke off may be whole the next time, a refusal stays one."""
+    return "status code: 4" not in str(error) or "status code: 429" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

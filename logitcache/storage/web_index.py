@@ -1,0 +1,51 @@
+"""The folders that a web server's index page links to: what a listing is on the web."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from html.parser import HTMLParser
+from urllib.parse import unquote, urljoin, urlsplit
+
+from logitcache.errors import StorageError
+
+MAX_PAGE_BYTES = 2**22
+
+
+def linked_folders(url: str, *, timeout: float) -> list[str]:
+    """Names of the folders directly below a URL that its index page links to, sorted; none without such a page.
+
+    Understands the pages that nginx, Apache, Caddy and Python's own server make: links that end in a slash.
+
+    Raises:
+        StorageError: the server can't be reached.
+    """
+    base = url.rstrip("/") + "/"
+    request = urllib.request.Request(base, headers={"User-Agent": "logitcache", "Accept": "text/html"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            page = answer.read(MAX_PAGE_BYTES).decode("utf-8", errors="replace")
+    except urllib.error.HTTPError:
+        return []
+    except OSError as error:
+        raise StorageError(f"can't list {base}: {getattr(error, 'reason', None) or error}") from error
+    links = _Links()
+    links.feed(page)
+    here = urlsplit(base)
+    names = set()
+    for link in links.found:
+        target = urlsplit(urljoin(base, link))
+        name = unquote(target.path.removeprefix(here.path)).rstrip("/")
+        is_below = target.netloc == here.netloc and target.path.startswith(here.path) and target.path.endswith("/")
+        if is_below and name and "/" not in name and name not in (".", ".."):
+            names.add(name)
+    return sorted(names)
+
+
+class _Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value for name, value in attrs if tag == "a" and name == "href" and value]
