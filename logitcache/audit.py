@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from logitcache.arrays import ArraySpec
@@ -67,33 +69,40 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
     problems: list[Problem] = []
     receipts = _all_receipts(storage, manifest, problems)
     known = {MANIFEST, RECEIPTS, "README.md"}
-    with track("verifying", len(receipts), unit="blocks") as meter:
-        for name, receipt in receipts.items():
-            if receipt.rows != num_rows(manifest.layout, name):
-                problems.append(Problem(name, RECEIPTS, "wrong rows"))
-            known |= {f"{GROUP}/{array}/zarr.json" for array in receipt.objects}
-            for array, stored in receipt.objects.items():
-                spec = specs.get(array)
-                if array not in (fixed if name == FIXED else specs):
-                    problems.append(Problem(name, array, "damaged"))
-                    continue
-                path = (
-                    fixed_array_key(array, fixed[array])
-                    if spec is None
-                    else block_key(array, spec, Block.from_name(name))
-                )
-                known.add(path)
-                kind = _what_is_wrong(storage, path, stored)
-                if kind is None and deep:
-                    kind = _what_is_wrong_inside(storage, manifest.layout, name, array, spec, path, stored)
-                problems += [] if kind is None else [Problem(name, path, kind)]
+    checks = []
+    for name, receipt in receipts.items():
+        if receipt.rows != num_rows(manifest.layout, name):
+            problems.append(Problem(name, RECEIPTS, "wrong rows"))
+        known |= {f"{GROUP}/{array}/zarr.json" for array in receipt.objects}
+        for array, stored in receipt.objects.items():
+            spec = specs.get(array)
+            if array not in (fixed if name == FIXED else specs):
+                problems.append(Problem(name, array, "damaged"))
+                continue
+            path = (
+                fixed_array_key(array, fixed[array]) if spec is None else block_key(array, spec, Block.from_name(name))
+            )
+            known.add(path)
+            checks.append((name, array, spec, path, stored))
+
+    def check(name: str, array: str, spec: ArraySpec | None, path: str, stored: StoredObject) -> Problem | None:
+        kind = _what_is_wrong(storage, path, stored, sizes)
+        if kind is None and deep:
+            kind = _what_is_wrong_inside(storage, manifest.layout, name, array, spec, path, stored)
+        return None if kind is None else Problem(name, path, kind)
+
+    # Listed once, where that can be done: asking a store for each size would take a request each.
+    sizes = dict(storage.sizes()) if storage.can_list else None
+    with ThreadPoolExecutor(storage.concurrency) as threads, track("verifying", len(checks), unit="objects") as meter:
+        for problem in threads.map(check, *zip(*checks, strict=True)) if checks else ():
+            problems += [] if problem is None else [problem]
             meter.advance()
     for path, data in group_metadata(manifest.layout).items():
         known.add(path)
         found = storage.get(path, limit=len(data))
         if found != data:
             problems.append(Problem("", path, "missing" if found is None else "wrong bytes"))
-    strays = [path for path in storage.list_keys() if path not in known and not path.startswith("receipts/")]
+    strays = [path for path in sizes or () if path not in known and not path.startswith("receipts/")]
     problems += [Problem("", path, "stray") for path in strays]
     if manifest.state == "sealed" and content_digest(list(receipts.values())) != manifest.digest:
         problems.append(Problem("", MANIFEST, "wrong digest"))
@@ -125,8 +134,8 @@ def _all_receipts(storage: Storage, manifest: Manifest, problems: list[Problem])
     return {name: receipt for name, receipt in receipts.items() if name in wanted}
 
 
-def _what_is_wrong(storage: Storage, path: str, stored: StoredObject) -> str | None:
-    found = storage.size(path)
+def _what_is_wrong(storage: Storage, path: str, stored: StoredObject, sizes: Mapping[str, int] | None) -> str | None:
+    found = storage.size(path) if sizes is None else sizes.get(path)
     if found is None:
         return "missing"
     return None if found == stored.bytes else "wrong size"

@@ -15,11 +15,13 @@ from logitcache.printing import (
     cache_summary,
     console,
     plan_summary,
+    print_caches,
     print_mapping,
     print_plan,
     print_problems,
     print_rows,
     print_steps,
+    print_transfer,
 )
 
 app = typer.Typer(
@@ -31,7 +33,7 @@ app = typer.Typer(
 )
 
 PipelineArgument = Annotated[Path, typer.Argument(help="A pipeline file, such as pipelines/mnist5k.yaml.")]
-CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="A cache's directory or file:// URL.")]
+CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="A cache's directory or URL.")]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
@@ -108,11 +110,11 @@ def cache_teacher_command(
     """Stage 1: compute the blocks of the cache that are missing, then seal it. Interrupted? Run it again."""
     from logitcache.cache_teacher import cache_teacher
     from logitcache.pipeline import load_pipeline
-    from logitcache.reader import open_cache
+    from logitcache.summary import summarise
 
     loaded = load_pipeline(pipeline, overrides or ())
     result = cache_teacher(loaded, trust=trust)
-    summary = cache_summary(open_cache(loaded.cache.path))
+    summary = cache_summary(summarise(loaded.cache.path))
     summary |= {"computed_blocks": len(result.computed_blocks), "total_blocks": result.total_blocks}
     show(summary, as_json, lambda: print_mapping(loaded.cache.path, summary))
 
@@ -159,10 +161,54 @@ def run_command(
 @app.command("info")
 def info_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
     """What a cache is."""
-    from logitcache.reader import open_cache
+    from logitcache.summary import summarise
 
-    summary = cache_summary(open_cache(cache))
+    summary = cache_summary(summarise(cache))
     show(summary, as_json, lambda: print_mapping(cache, summary))
+
+
+@app.command("ls")
+def ls_command(
+    location: Annotated[str, typer.Argument(metavar="URL", help="A directory or URL with caches in or below it.")],
+    as_json: JsonOption = False,
+) -> None:
+    """What caches lie at a location, and in the folders below it."""
+    from logitcache.summary import find_caches
+
+    caches = [{"url": found.url} | cache_summary(found) for found in find_caches(location)]
+    show({"caches": caches}, as_json, lambda: print_caches(location, caches))
+
+
+@app.command("push")
+def push_command(
+    cache: CacheArgument,
+    url: Annotated[str, typer.Argument(metavar="URL", help="Where to: s3://, gs://, az://, or a directory.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a cache to where others find it. Interrupted? Run it again; it shows there once it is whole."""
+    from logitcache.transfer import push
+
+    result = push(cache, url)
+    show(dataclasses.asdict(result), as_json, lambda: print_transfer(url, result))
+
+
+@app.command("pull")
+def pull_command(
+    url: Annotated[str, typer.Argument(metavar="URL", help="The cache: s3://, gs://, az://, https:// or a directory.")],
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="The directory to copy it to.")],
+    views: Annotated[
+        str | None, typer.Option(metavar="FIRST:END", help="Some of its views only, such as 0:8 or 8:16; END excluded.")
+    ] = None,
+    expect: Annotated[
+        str | None, typer.Option(metavar="DIGEST", help="Refuse any other content digest, before anything is copied.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a cache here, every object held to its SHA-256. Interrupted? Run it again; asked again, it adds views."""
+    from logitcache.transfer import pull
+
+    result = pull(url, cache, views=views, expect=expect)
+    show(dataclasses.asdict(result), as_json, lambda: print_transfer(cache, result))
 
 
 @app.command("verify")

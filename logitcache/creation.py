@@ -234,11 +234,12 @@ def _open_manifest(
     )
     if existing is None:
         stranger = next(iter(storage.list_keys()), None)
-        if stranger is not None:
+        if stranger is not None and storage.size(MANIFEST) is None:
             raise NotACache(f"{storage.url} is not empty and no logit cache (it holds {stranger}); choose another path")
         if storage.create(MANIFEST, dump_manifest(new)):
             return new
-        existing = storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES)  # somebody else began at the same moment
+        # Somebody else began at the same moment.
+        existing = storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES)
     manifest = read_manifest(existing, url=storage.url)
     if not fixed_stored and not manifest.identity.differences(identity):
         # Cut off before anything was stored but this: begun again.

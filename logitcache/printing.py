@@ -10,27 +10,68 @@ from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 
-def cache_summary(cache: Any) -> dict[str, Any]:
+def cache_summary(summary: Any) -> dict[str, Any]:
     """The keys of `info`."""
-    rows = sum(receipt.rows for name, receipt in cache.receipts.items() if name != "fixed")
+    manifest, contents = summary.manifest, summary.contents
     return {
-        "id": cache.id,
-        "digest": cache.digest,
-        "sealed": cache.sealed,
-        "num_samples": cache.num_samples,
-        "num_views": cache.num_views,
-        "num_classes": cache.num_classes,
-        "encoding": repr(cache.encoding),
-        "bytes": cache.stored_bytes,
-        "bytes_per_sample": cache.label_bytes / rows if rows else None,
-        "teacher": cache.manifest.identity.teacher,
-        "dataset": cache.manifest.identity.dataset,
-        "kl_mean": cache.kl_mean,
-        "created": cache.manifest.provenance.get("created"),
+        "id": manifest.id,
+        "digest": manifest.digest,
+        "sealed": manifest.state == "sealed",
+        "num_samples": manifest.layout.num_samples,
+        "num_views": manifest.layout.num_views,
+        "num_classes": manifest.layout.num_classes,
+        "encoding": summary.encoding,
+        "bytes": None if contents is None else contents.bytes,
+        "bytes_per_sample": summary.bytes_per_sample,
+        "teacher": manifest.identity.teacher,
+        "dataset": manifest.identity.dataset,
+        "views": f"{manifest.layout.first_view}:{manifest.layout.num_views}",
+        "kl_mean": None if contents is None else contents.kl_mean,
+        "created": manifest.provenance.get("created"),
     }
+
+
+def print_caches(location: str, caches: list[dict[str, Any]]) -> None:
+    """The table of `ls`."""
+    if not caches:
+        console().print(f"{location}: no cache there", highlight=False, markup=False)
+        return
+    table = Table("cache", "id", "teacher", "dataset", "views", "samples", "size", "state")
+    for cache in caches:
+        shown = [cache["url"], cache["id"][:12], _short(cache["teacher"]), _short(cache["dataset"]), cache["views"]]
+        size = "-" if cache["bytes"] is None else decimal(cache["bytes"])
+        state = "sealed" if cache["sealed"] else "open"
+        table.add_row(*map(_plain, [*shown, f"{cache['num_samples']:,}", size, state]))
+    console().print(table)
+
+
+def print_transfer(where: str, transfer: Any) -> None:
+    """What a push or a pull did."""
+    rate = f", {decimal(int(transfer.copied_bytes / transfer.seconds))}/s" if transfer.copied_bytes else ""
+    console().print(
+        f"{where}: views {transfer.views}; {transfer.copied_objects:,} objects copied "
+        f"({decimal(transfer.copied_bytes)}{rate}), {transfer.kept_objects:,} were there.\n"
+        f"Pin this content with --expect {transfer.digest}",
+        highlight=False,
+        markup=False,
+    )
+
+
+def _short(fingerprint: str) -> str:
+    """A name as it is, a hash by its beginning."""
+    name, at, digest = fingerprint.rpartition("@")
+    return f"{name}{at}{digest[:12]}" if len(digest) == 64 else fingerprint
+
+
+def _plain(text: Any) -> str:
+    """Text from a stranger, without markup and control characters."""
+    return escape(
+        "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
+    )
 
 
 def plan_summary(plan: Any) -> dict[str, Any]:
@@ -106,7 +147,7 @@ def print_mapping(title: str, values: dict[str, Any]) -> None:
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in values.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        table.add_row(name.replace("_", " "), f"{shown:.4g}" if isinstance(shown, float) else str(shown))
+        table.add_row(name.replace("_", " "), _plain(f"{shown:.4g}" if isinstance(shown, float) else shown))
     console().print(table)
 
 

@@ -8,9 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
+BYTES = "bytes"
+"""The unit that is shown as kB, MB and so on."""
 PLAIN_SECONDS = 10.0
 """Between two plain lines."""
 
@@ -39,8 +52,8 @@ def track(description: str, total: int, *, unit: str) -> Iterator[Meter]:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            _Rate(unit),
+            DownloadColumn() if unit == BYTES else MofNCompleteColumn(),
+            TransferSpeedColumn() if unit == BYTES else _Rate(unit),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
@@ -76,11 +89,16 @@ class _LineMeter(Meter):
             self._shown = now
             rate = self._done / (now - self._start)
             left = (self._total - self._done) / rate if rate else 0.0
-            self._print(f"{self._done}/{self._total} {self._unit}, {rate:.0f}/s, {left:.0f} s left")
+            if self._unit == BYTES:
+                amount = f"{decimal(self._done)} of {decimal(self._total)}, {decimal(int(rate))}/s"
+            else:
+                amount = f"{self._done}/{self._total} {self._unit}, {rate:.0f}/s"
+            self._print(f"{amount}, {left:.0f} s left")
 
     def finish(self) -> None:
         seconds = time.monotonic() - self._start
-        self._print(f"{self._done} {self._unit} in {seconds:.1f} s")
+        amount = decimal(self._done) if self._unit == BYTES else f"{self._done} {self._unit}"
+        self._print(f"{amount} in {seconds:.1f} s")
 
     def _print(self, text: str) -> None:
         print(f"{self._description}: {text}{f', {self._note}' if self._note else ''}", file=sys.stderr, flush=True)

@@ -183,9 +183,13 @@ class Faulty(LocalStorage):
         self._count()
         return super().get(key, limit=limit)
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes, *, durable: bool = True) -> None:
         self._count()
-        super().put(key, data)
+        super().put(key, data, durable=durable)
+
+    def create(self, key: str, data: bytes) -> bool:
+        self._count()
+        return super().create(key, data)
 
     def size(self, key: str) -> int | None:
         self._count()

@@ -9,7 +9,8 @@ import re
 import socket
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from logitcache.errors import CorruptCache, StorageError, UsageError
@@ -24,6 +25,8 @@ class LocalStorage:
 
     is_remote = False
     concurrency = 4
+    can_write = True
+    can_list = True
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -43,15 +46,25 @@ class LocalStorage:
         except OSError as error:
             raise _storage_error("read", path, error) from error
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes, *, durable: bool = True) -> None:
         path = self._path(key)
-        partial = self._write_partial(path, data)
+        partial = self._write_partial(path, data, durable=durable)
         try:
             partial.replace(path)
-            _fsync_folder(path.parent)
+            if durable:
+                _fsync(path.parent)
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise _storage_error("write", path, error) from error
+
+    def make_durable(self, keys: Iterable[str]) -> None:
+        paths = [self._path(key) for key in keys]
+        try:
+            with ThreadPoolExecutor(self.concurrency) as threads:
+                list(threads.map(_fsync, paths))
+                list(threads.map(_fsync, {path.parent for path in paths}))
+        except OSError as error:
+            raise _storage_error("write", Path(error.filename or self.root), error) from error
 
     def create(self, key: str, data: bytes) -> bool:
         path = self._path(key)
@@ -61,14 +74,14 @@ class LocalStorage:
         try:
             # Unlike a rename, a link fails where somebody else was first.
             os.link(partial, path)
-            _fsync_folder(path.parent)
+            _fsync(path.parent)
         except FileExistsError:
             return False
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise _storage_error("write", path, error) from error
             partial.replace(path)
-            _fsync_folder(path.parent)
+            _fsync(path.parent)
         finally:
             partial.unlink(missing_ok=True)
         return True
@@ -130,15 +143,16 @@ class LocalStorage:
             raise CorruptCache(f"{path} is a link that leads out of the cache; it is not followed")
         return path
 
-    def _write_partial(self, path: Path, data: bytes) -> Path:
+    def _write_partial(self, path: Path, data: bytes, *, durable: bool = True) -> Path:
         """The data on the disk, under a name that nobody takes for the object."""
         partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{next(_COUNTER)}.partial")
         try:
             self._make_folder(path.parent)
             with partial.open("wb") as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise _storage_error("write", path, error) from error
@@ -149,7 +163,7 @@ class LocalStorage:
             return
         self._make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        _fsync_folder(folder.parent)
+        _fsync(folder.parent)
 
 
 def _alive(pid: int) -> bool:
@@ -162,8 +176,8 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

