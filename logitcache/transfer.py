@@ -328,10 +328,12 @@ def _publish(
         replaces = read_manifest(target.get(MANIFEST, limit=MAX_MANIFEST_BYTES), url=target.url)
         if (replaces.id, replaces.digest) != (manifest.id, manifest.digest):
             raise IdentityMismatch(f"{target.url}: somebody else put cache {replaces.id[:12]}… there meanwhile")
-    elif replaces.receipts != manifest.receipts:
+        return
+    pinned = pinned_receipts_key(str(manifest.receipts))
+    if replaces.receipts != manifest.receipts:
         # Receipts under a second name first, so that those that the manifest names are there at every moment.
-        pinned = pinned_receipts_key(str(manifest.receipts))
         target.put(pinned, gathered)
         target.put(MANIFEST, dump_manifest(manifest))
+    if target.get(RECEIPTS, limit=len(gathered)) != gathered:
         target.put(RECEIPTS, gathered)
-        target.delete(pinned)
+    target.delete(pinned)

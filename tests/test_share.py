@@ -422,6 +422,7 @@ def test_a_pull_that_is_killed_goes_on_and_shows_nothing_before(
         done = not killed(forks, call, pull, place, str(here))
         assert logitcache.open(here).num_views in (2, 4)
         assert_reads(here, whole, range(logitcache.open(here).num_views))
+        assert {"stray", "wrong bytes"} >= {problem.kind for problem in verify(str(here), deep=True)}
         pull(place, str(here))
         assert [] == verify(str(here), deep=True)
         shutil.rmtree(here)
