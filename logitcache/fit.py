@@ -43,10 +43,11 @@ def open_fitting_cache(
             + "\n  ".join(differences)
             + "\nRestore what differs, or build a cache of its own under another `cache.path`."
         )
-    if pipeline.views.count > cache.num_views:
+    if pipeline.views.count > len(cache.views):
         raise IncompleteCache(
-            f"the pipeline asks for {pipeline.views.count} views; {pipeline.cache.path} holds {cache.num_views}. "
-            "Run `logitcache cache-teacher` to add the others, or lower views.count"
+            f"the pipeline asks for {pipeline.views.count} views; {pipeline.cache.path} holds {len(cache.views)}. "
+            "Run `logitcache cache-teacher` to add the others, `logitcache pull` where they are shared, or lower "
+            "views.count"
         )
     if cache.samples is None:
         if cache.num_samples != len(data.train):
@@ -99,7 +100,7 @@ def all_differences(cache: LogitCache, pipeline: Pipeline, *, trust: bool) -> li
     differences += compare_samples(cache.samples, here)
     if not differences:
         views = ViewDataset(data.train, plan, rows=match_rows(cache.samples, here, cache_id=cache.id))
-        for view in range(cache.num_views):
+        for view in cache.views:
             try:
                 cache.check_inputs(views, view)
             except IdentityMismatch as error:

@@ -51,9 +51,9 @@ def spot_check(pipeline: Pipeline, count: int, *, seed: int = 0, trust: bool = F
     samples = cache.samples
     plan = replace(plan, num_samples=cache.num_samples, contents=None if samples is None else samples.contents)
     views = ViewDataset(data.train, plan, rows=rows)
-    total = len(views) * cache.num_views
+    total = len(views) * len(cache.views)
     draws = {counter_seed("spot check", seed, number) % total for number in range(min(count, total))}
-    places = sorted((draw // len(views), draw % len(views)) for draw in draws)
+    places = sorted((cache.views[draw // len(views)], draw % len(views)) for draw in draws)
     size = pipeline.teacher.batch_size
     batches = [places[start : start + size] for start in range(0, len(places), size)]
     problems = []

@@ -113,10 +113,12 @@ class Job:
     rows_per_block: int | None = None
     window_blocks: int | None = None
     """Set where views are streamed: batches then stay within so many blocks."""
+    first_view: int = 0
+    """More than 0 where the cache is a copy of later views only."""
 
     def view_of(self, epoch: int) -> int:
         """The view that an epoch uses."""
-        return epoch if self.num_views is None else epoch % self.num_views
+        return epoch if self.num_views is None else self.first_view + epoch % self.num_views
 
 
 @dataclass

@@ -147,6 +147,7 @@ class Bench:
         loss = pipeline.loss(student)
         student_input = input_part(student, trust=trust)
         rows_per_block = window_blocks = None
+        first_view = 0
         num_views: int | None = pipeline.views.count
         identity: dict[str, Any] = {
             "student": student.model_dump(exclude={"train"}),
@@ -184,6 +185,9 @@ class Bench:
                 rows_per_block, window_blocks = cache.layout.rows_per_block, cached.window_blocks
                 labels = cached
             identity["labels"] = {"cache": cache.id, "window_blocks": window_blocks}
+            first_view = cache.views.start
+            if first_view:
+                identity["first_view"] = first_view
         identity["num_views"] = num_views
         return Job(
             name=student.name,
@@ -206,6 +210,7 @@ class Bench:
             resolved=pipeline.as_yaml(),
             rows_per_block=rows_per_block,
             window_blocks=window_blocks,
+            first_view=first_view,
         )
 
     def cache(self) -> tuple[LogitCache, np.ndarray | None]:

@@ -33,6 +33,7 @@ from logitcache.errors import (
 )
 from logitcache.layout import group_metadata
 from logitcache.pipeline import Pipeline
+from logitcache.spot_check import spot_check
 from logitcache.storage import LocalStorage, open_storage, remote
 from logitcache.storage.remote import RemoteStorage
 from logitcache.summary import find_caches, summarise
@@ -267,6 +268,19 @@ def test_students_train_from_the_url_as_from_the_folder(
             assert (tmp_path / "here" / weights).read_bytes() == (tmp_path / name / weights).read_bytes()
             assert right.accuracy_mean == found.accuracy_mean
     assert any(nearby.glob("blocks/*/*"))
+
+
+def test_students_train_on_a_copy_of_later_views_only(tiny: Callable[..., Pipeline], tmp_path: Path) -> None:
+    pipeline = tiny("views.count=3")
+    cache_teacher(pipeline)
+    pull(pipeline.cache.path, str(tmp_path / "later.cache"), views="1:3")
+    later = tiny(f"cache.path={tmp_path / 'later.cache'}", f"runs.path={tmp_path / 'later'}")
+    [row] = train_students(later, ["small"])
+
+    assert row.accuracy_mean is not None
+    assert [] == spot_check(later, 20)
+    with pytest.raises(IncompleteCache, match="asks for 3 views.*holds 2"):
+        train_students(tiny("views.count=3", f"cache.path={tmp_path / 'later.cache'}"), ["small"])
 
 
 def test_what_was_read_once_is_read_nearby(on: Any, whole: Path, monkeypatch: pytest.MonkeyPatch, nearby: Path) -> None:

@@ -33,9 +33,3 @@ def open_storage(location: str | os.PathLike[str]) -> Storage:
             raise UsageError(f"{text}: {parts.scheme}:// is no store that logitcache opens; expected {LOCATIONS}")
         return open_remote(text)
     return LocalStorage(Path(text).expanduser())
-
-
-def is_remote(location: str | os.PathLike[str]) -> bool:
-    """Whether a location is somewhere on a network, by its spelling."""
-    text = os.fspath(location)
-    return "://" in text and urlsplit(text).scheme != "file"

@@ -89,7 +89,7 @@ class BlockDirectory:
                     return True
                 total = self._counted()
                 if total is None or total + len(data) > self.max_bytes:
-                    total = self._evict(int(self.max_bytes * KEPT_SHARE) - len(data))
+                    total = self._make_room(len(data))
                 # Counted before it is there: a process killed in between leaves too high a number, never too low.
                 self._count(total + len(data))
                 partial = path.with_suffix(".partial")
@@ -126,17 +126,22 @@ class BlockDirectory:
     def _count(self, total: int) -> None:
         self._total.write_text(str(total))
 
-    def _evict(self, goal: int) -> int:
-        """Let the least recently used entries go until no more than the goal is left; under the lock."""
+    def _make_room(self, coming: int) -> int:
+        """Let the least recently used entries go where so many bytes more are too much; returns what is left."""
         found = []
         for path in self._entries():
+            if path.suffix == ".partial":  # of a writer that died: nobody else writes while we hold the lock
+                path.unlink(missing_ok=True)
+                continue
             with contextlib.suppress(OSError):
                 status = path.stat()
                 found.append((status.st_mtime_ns, status.st_size, path))
         left = sum(size for _, size, _ in found)
+        if left + coming <= self.max_bytes:
+            return left
         for _, size, path in sorted(found):
-            is_partial = path.suffix == ".partial"  # of a writer that died: nobody else writes while we hold the lock
-            if left > max(goal, 0) or is_partial:
-                path.unlink(missing_ok=True)
-                left -= size
+            if left + coming <= self.max_bytes * KEPT_SHARE:
+                break
+            path.unlink(missing_ok=True)
+            left -= size
         return left

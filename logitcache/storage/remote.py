@@ -87,9 +87,10 @@ class RemoteStorage:
         self.can_write = self.can_list = self._scheme not in READ_ONLY
 
     def get(self, key: str, *, limit: int | None = None) -> bytes | None:
+        path = self._path(key)
         for attempt in range(BODY_ATTEMPTS):
             try:
-                return self._read(self._path(key), limit)
+                return self._read(path, limit)
             except FileNotFoundError:
                 return None
             except exceptions.GenericError as error:

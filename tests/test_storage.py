@@ -1,0 +1,137 @@
+"""What every store owes, held against each of them."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from logitcache.errors import StorageError, UsageError
+from logitcache.storage import Storage, open_storage
+from tests import servers
+
+
+class StorageContract:
+    """Inherited by a test class for each kind of store, which gives an empty `storage`."""
+
+    def test_an_object_is_there_whole_or_not_at_all(self, storage: Storage) -> None:
+        assert storage.get("a/b/c.json") is None
+        assert storage.size("a/b/c.json") is None
+        storage.put("a/b/c.json", b"one")
+        storage.put("a/b/c.json", b"two!")
+        assert b"two!" == storage.get("a/b/c.json")
+        assert 4 == storage.size("a/b/c.json")
+
+    def test_no_more_than_a_byte_beyond_the_limit_is_kept(self, storage: Storage) -> None:
+        storage.put("a", bytes(range(200)) * 1000)
+        assert bytes(range(11)) == storage.get("a", limit=10)
+        assert 200_000 == len(storage.get("a", limit=200_000) or b"")
+
+    def test_an_empty_object_is_one(self, storage: Storage) -> None:
+        storage.put("a", b"")
+        assert b"" == storage.get("a", limit=0)
+        assert 0 == storage.size("a")
+
+    def test_of_many_that_create_one_succeeds(self, storage: Storage) -> None:
+        created = []
+        threads = [
+            threading.Thread(target=lambda n=n: created.append((storage.create("a", b"%d" % n), b"%d" % n)))
+            for n in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        [winner] = [data for was_first, data in created if was_first]
+        assert winner == storage.get("a")
+        assert not storage.create("a", b"late")
+
+    def test_listing_gives_keys_sizes_and_folders(self, storage: Storage) -> None:
+        for key in ("a/1", "a/10", "a/2/x", "ab", "b/1"):
+            storage.put(key, key.encode())
+        assert ["a/1", "a/10", "a/2/x", "ab", "b/1"] == sorted(storage.list_keys())
+        assert {"a/1": 3, "a/10": 4, "a/2/x": 5} == dict(storage.sizes("a"))
+        assert ["a/2/x"] == list(storage.list_keys("a/2"))
+        assert ["a", "b"] == storage.folders()
+        assert ["2"] == storage.folders("a")
+        assert [] == storage.folders("nothing")
+        assert [] == list(storage.list_keys("nothing"))
+
+    def test_what_is_deleted_is_gone_and_may_have_been_before(self, storage: Storage) -> None:
+        storage.put("a", b"1")
+        storage.delete("a")
+        storage.delete("a")
+        assert storage.get("a") is None
+
+    def test_many_are_stored_at_once_and_made_durable(self, storage: Storage) -> None:
+        keys = [f"c/{number}/0" for number in range(20)]
+        for key in keys:
+            storage.put(key, key.encode(), durable=False)
+        storage.make_durable(keys)
+        assert 0 == storage.remove_leftovers()
+        assert keys == sorted(storage.list_keys(), key=lambda key: int(key.split("/")[1]))
+
+    @pytest.mark.parametrize("key", ["/etc/passwd", "../a", "a/../../b", "a//b", ""])
+    def test_a_key_stays_inside(self, storage: Storage, key: str) -> None:
+        with pytest.raises(UsageError, match="not a key"):
+            storage.get(key)
+
+
+class TestLocal(StorageContract):
+    @pytest.fixture
+    def storage(self, tmp_path: Path) -> Storage:
+        return open_storage(tmp_path / "a.cache")
+
+
+class TestFileUrl(StorageContract):
+    @pytest.fixture
+    def storage(self, tmp_path: Path) -> Storage:
+        return open_storage(f"file://{tmp_path}/a%20b.cache")
+
+
+class TestMemory(StorageContract):
+    @pytest.fixture
+    def storage(self) -> Storage:
+        return open_storage(f"memory://{uuid.uuid4().hex}/a.cache")
+
+
+@pytest.fixture(scope="module")
+def moto_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with servers.moto(tmp_path_factory.mktemp("moto")) as url:
+        yield url
+
+
+class TestS3(StorageContract):
+    @pytest.fixture
+    def storage(self, moto_url: str, monkeypatch: pytest.MonkeyPatch) -> Storage:
+        for name, value in (servers.KEYS | {"AWS_ENDPOINT_URL": moto_url}).items():
+            monkeypatch.setenv(name, value)
+        return open_storage(f"s3://team/{uuid.uuid4().hex}/a.cache")
+
+
+def test_a_store_of_one_url_sees_what_another_below_it_stored() -> None:
+    name = uuid.uuid4().hex
+    open_storage(f"memory://{name}/team/a.cache").put("x", b"1")
+
+    assert b"1" == open_storage(f"memory://{name}").get("team/a.cache/x")
+    assert ["team"] == open_storage(f"memory://{name}/").folders()
+
+
+def test_a_web_server_is_read_and_its_index_pages_are_followed(tmp_path: Path) -> None:
+    for folder in ("www/a b", "www/ü", "www/.hidden", "nginx"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "www/file").write_bytes(b"12345")
+    with servers.nginx(tmp_path / "nginx", tmp_path / "www") as url:
+        storage = open_storage(url)
+        assert b"12345" == storage.get("file", limit=5)
+        assert 5 == storage.size("file")
+        assert storage.get("nothing") is None
+        assert ["a b", "ü"] == storage.folders()
+        with pytest.raises(StorageError, match="can't be listed"):
+            list(storage.list_keys())
+        for change in (lambda: storage.put("a", b""), lambda: storage.create("a", b""), lambda: storage.delete("a")):
+            with pytest.raises(UsageError, match="can only be read"):
+                change()
