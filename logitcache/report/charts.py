@@ -1,0 +1,188 @@
+"""Charts as Vega-Lite specifications, made by Altair; colours and fonts come from the page, which knows the theme.
+
+Each takes rows of plain data and gives a JSON object. A mark's `style` names an entry of the page's configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+
+Rows = Sequence[dict[str, Any]]
+Spec = dict[str, Any]
+
+HEIGHT = 260
+ROW_HEIGHT = 22
+"""Of one bar or cell where names stand on the vertical axis."""
+HIGHLIGHT = "student"
+"""The signal by which the page says which student is looked at; empty for all."""
+
+
+def reliability_chart(rows: Rows) -> Spec:
+    """Accuracy against confidence: rows of lower, upper, confidence, accuracy, rows."""
+    data, percent = _data(rows), alt.Axis(format="%", tickCount=5)
+    whole = alt.Scale(domain=[0, 1])
+    tips = _tips(confidence=".1%", accuracy=".1%", rows=",")
+    bars = (
+        alt.Chart(data)
+        .mark_bar(style="quantity", binSpacing=1)
+        .encode(
+            alt.X("lower:Q", title="confidence", scale=whole, axis=percent),
+            alt.X2("upper:Q"),
+            alt.Y("accuracy:Q", title="accuracy", scale=whole, axis=percent),
+            tooltip=tips,
+        )
+    )
+    ideal = alt.Chart(_data([{"x": 0, "y": 0}, {"x": 1, "y": 1}])).mark_line(style="reference").encode(x="x:Q", y="y:Q")
+    means = alt.Chart(data).mark_point(style="mean").encode(x="confidence:Q", y="accuracy:Q", tooltip=tips)
+    return _finish(
+        alt.layer(bars, ideal, means), "Bars of accuracy for each confidence, and the diagonal of perfect calibration"
+    )
+
+
+def histogram(rows: Rows, *, title: str, axis_format: str, groups: Sequence[str] = ()) -> Spec:
+    """Shares of rows by some quantity: rows of lower, upper, share, and group where there is more than one."""
+    chart = alt.Chart(_data(rows)).mark_bar(style="quantity", binSpacing=1)
+    tips = [
+        alt.Tooltip("from:Q", format=axis_format),
+        alt.Tooltip("to:Q", format=axis_format),
+        alt.Tooltip("share:Q", format=".2%"),
+        *([alt.Tooltip("group:N")] if groups else []),
+    ]
+    encoded = chart.encode(
+        alt.X("lower:Q", title=title, axis=alt.Axis(format=axis_format, tickCount=6), scale=alt.Scale(nice=False)),
+        alt.X2("upper:Q"),
+        alt.Y("share:Q", title="share", axis=alt.Axis(format="~%", tickCount=5)),
+        tooltip=tips,
+    )
+    if groups:
+        encoded = encoded.encode(
+            color=alt.Color("group:N", title=None, sort=list(groups), legend=alt.Legend(orient="top"))
+        )
+    return _finish(encoded, f"Histogram of {title}")
+
+
+def confusion_chart(rows: Rows, names: Sequence[str]) -> Spec:
+    """Which class was taken for which: rows of true, predicted, count, share; the right ones are not coloured."""
+    base = alt.Chart(_data(rows)).encode(
+        alt.X("predicted:N", title="teacher's class", sort=list(names), axis=alt.Axis(labelAngle=-40, labelLimit=90)),
+        alt.Y("true:N", title="true class", sort=list(names), axis=alt.Axis(labelLimit=90)),
+        tooltip=_tips(true=None, predicted=None, count=",", share=".2%"),
+    )
+    wrong = base.transform_filter("datum.true_number != datum.predicted_number").mark_rect(style="cell")
+    right = base.transform_filter("datum.true_number == datum.predicted_number").mark_rect(style="diagonal")
+    layers = [
+        wrong.encode(
+            color=alt.Color("share:Q", title="share of the true class", legend=alt.Legend(format="~%", orient="top"))
+        ),
+        right,
+    ]
+    if len(names) <= 12:
+        shown = base.transform_filter("datum.true_number == datum.predicted_number")
+        layers.append(shown.mark_text(style="inside").encode(text=alt.Text("share:Q", format=".0%")))
+    return _finish(alt.layer(*layers), "Heat map of true classes against the teacher's", height=alt.Step(ROW_HEIGHT))
+
+
+def bars(rows: Rows, *, title: str, axis_format: str, domain: Sequence[float] | None = None) -> Spec:
+    """Horizontal bars in the order given: rows of name, value."""
+    scale = alt.Scale(domain=list(domain)) if domain is not None else alt.Scale(zero=True)
+    base = alt.Chart(_data(rows)).encode(
+        alt.Y("name:N", title=None, sort=[row["name"] for row in rows], axis=alt.Axis(labelLimit=130)),
+        alt.X("value:Q", title=title, scale=scale, axis=alt.Axis(format=axis_format, tickCount=5)),
+        tooltip=_tips(name=None, value=axis_format),
+    )
+    return _finish(base.mark_bar(style="quantity"), f"Bars of {title}", height=alt.Step(ROW_HEIGHT))
+
+
+def divergence_by_view(rows: Rows, *, logarithmic: bool) -> Spec:
+    """KL by view: rows of views, mean, low, high, largest."""
+    axis = alt.Axis(format="~g", tickCount=5)
+    scale = alt.Scale(type="log") if logarithmic else alt.Scale(zero=True)
+    order = [row["views"] for row in rows]
+    tips = _tips(views=None, mean=".3g", low=".3g", high=".3g", largest=".3g")
+    base = alt.Chart(_data(rows)).encode(
+        alt.X("views:N", title="view", sort=order, axis=alt.Axis(labelAngle=0, labelOverlap=True)), tooltip=tips
+    )
+    value = {"title": "KL, nats", "scale": scale, "axis": axis}
+    return _finish(
+        alt.layer(
+            base.mark_rule(style="spread").encode(alt.Y("low:Q", **value), alt.Y2("high:Q")),
+            base.mark_point(style="mean").encode(alt.Y("mean:Q", **value)),
+            base.mark_point(style="extreme").encode(alt.Y("largest:Q", **value)),
+        ),
+        "KL between teacher and decoded labels, by view: the mean of the rows, and the largest",
+    )
+
+
+def accuracy_against(
+    rows: Rows, *, students: Sequence[str], title: str, axis_format: str, logarithmic: bool, teacher: float | None
+) -> Spec:
+    """Test accuracy against some cost: rows of student, value, accuracy, low, high."""
+    names = list(students)
+    scale = alt.Scale(type="log", padding=24) if logarithmic else alt.Scale(zero=False, padding=24)
+    base = alt.Chart(_data(rows)).encode(
+        alt.X("value:Q", title=title, scale=scale, axis=alt.Axis(format=axis_format, tickCount=4)),
+        opacity=_highlighted(),
+        color=alt.Color("student:N", sort=names, scale=alt.Scale(domain=names), legend=None),
+        tooltip=_tips(student=None, value=axis_format, accuracy=".2%", low=".2%", high=".2%"),
+    )
+    accuracy = {"title": "test accuracy", "scale": alt.Scale(zero=False), "axis": alt.Axis(format="~%", tickCount=5)}
+    shape = alt.Shape("student:N", sort=names, scale=alt.Scale(domain=names), legend=None)
+    layers = [
+        base.mark_rule(style="spread").encode(alt.Y("low:Q", **accuracy), alt.Y2("high:Q")),
+        base.mark_point(style="student").encode(alt.Y("accuracy:Q", **accuracy), shape=shape),
+    ]
+    if teacher is not None:
+        level = alt.Chart(_data([{"accuracy": teacher, "name": "teacher"}])).encode(alt.Y("accuracy:Q", **accuracy))
+        layers += [
+            level.mark_rule(style="reference").encode(tooltip=_tips(name=None, accuracy=".2%")),
+            level.mark_text(style="reference-label").encode(text="name:N", x=alt.value(4)),
+        ]
+    return _finish(alt.layer(*layers), f"Test accuracy against {title}, a point for each student", highlight=True)
+
+
+def learning_curves(rows: Rows, *, students: Sequence[str], title: str, axis_format: str) -> Spec:
+    """A quantity along training: rows of student, step, mean, low, high."""
+    base = alt.Chart(_data(rows)).encode(
+        alt.X("step:Q", title="optimizer steps", axis=alt.Axis(format="~s", tickCount=6)),
+        color=alt.Color("student:N", scale=alt.Scale(domain=list(students)), legend=None),
+        tooltip=_tips(student=None, step=",", mean=axis_format, low=axis_format, high=axis_format),
+    )
+    value = {"title": title, "scale": alt.Scale(zero=False), "axis": alt.Axis(format=axis_format, tickCount=5)}
+    return _finish(
+        alt.layer(
+            base.mark_area(style="band").encode(
+                alt.Y("low:Q", **value), alt.Y2("high:Q"), opacity=_highlighted(0.18, 0.03)
+            ),
+            base.mark_line(style="curve").encode(alt.Y("mean:Q", **value), opacity=_highlighted()),
+            base.mark_point(style="curve-point").encode(alt.Y("mean:Q", **value), opacity=_highlighted()),
+        ),
+        f"{title} along training, a line for each student",
+        highlight=True,
+    )
+
+
+def _highlighted(on: float = 1.0, off: float = 0.12) -> Any:
+    return alt.condition(f"!{HIGHLIGHT} || datum.student == {HIGHLIGHT}", alt.value(on), alt.value(off))
+
+
+def _data(rows: Rows) -> alt.Data:
+    return alt.Data(values=list(rows))
+
+
+def _tips(**formats: str | None) -> list[alt.Tooltip]:
+    return [
+        alt.Tooltip(f"{name}:N") if form is None else alt.Tooltip(f"{name}:Q", format=form)
+        for name, form in formats.items()
+    ]
+
+
+def _finish(chart: Any, description: str, *, height: Any = HEIGHT, highlight: bool = False) -> Spec:
+    """Sized by its container, described for those who don't see it."""
+    sized = chart.properties(width="container", height=height, description=description)
+    if highlight:
+        sized = sized.add_params(alt.param(name=HIGHLIGHT, value=""))
+    spec: Spec = sized.to_dict()
+    return spec

@@ -1,0 +1,84 @@
+// Draws the charts in the page's own colours, again when the theme or the room changes, and highlights one student.
+(() => {
+  "use strict";
+  const specs = JSON.parse(document.getElementById("specs").textContent);
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const views = new Map();
+  let highlighted = "";
+
+  function theme() {
+    const style = getComputedStyle(document.documentElement);
+    const colour = (name) => style.getPropertyValue(`--${name}`).trim();
+    const font = style.getPropertyValue("--font").trim();
+    const series = [1, 2, 3, 4, 5, 6].map((number) => colour(`series-${number}`));
+    const text = { labelFont: font, titleFont: font, labelFontSize: 12, titleFontSize: 12, titleFontWeight: 500 };
+    return {
+      background: "transparent",
+      font,
+      padding: 4,
+      view: { stroke: null },
+      axis: {
+        ...text, labelColor: colour("muted"), titleColor: colour("muted"), gridColor: colour("grid"),
+        domainColor: colour("line"), tickColor: colour("line"), titlePadding: 8,
+      },
+      axisX: { grid: false },
+      legend: { ...text, labelColor: colour("ink"), titleColor: colour("muted"), titleLimit: 240, labelLimit: 240 },
+      range: {
+        category: series,
+        symbol: ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross"],
+        heatmap: [colour("heat-low"), colour("heat-middle"), colour("heat-high")],
+      },
+      style: {
+        quantity: { fill: series[0] },
+        reference: { stroke: colour("muted"), strokeDash: [4, 4], strokeWidth: 1.5 },
+        "reference-label": { fill: colour("muted"), align: "left", baseline: "bottom", dy: -3, fontSize: 12 },
+        mean: { stroke: colour("ink"), fill: colour("surface"), filled: true, strokeWidth: 1.5, size: 44, opacity: 1 },
+        extreme: { stroke: series[1], shape: "triangle-up", strokeWidth: 1.5, size: 44, opacity: 1 },
+        spread: { stroke: colour("ink"), strokeWidth: 1.5 },
+        cell: { stroke: colour("surface"), strokeWidth: 1 },
+        diagonal: { fill: colour("quiet"), stroke: colour("surface"), strokeWidth: 1 },
+        inside: { fill: colour("muted"), fontSize: 11 },
+        student: { filled: true, size: 110, stroke: colour("surface"), strokeWidth: 1 },
+        band: { strokeWidth: 0 },
+        curve: { strokeWidth: 2 },
+        "curve-point": { filled: true, size: 18 },
+      },
+    };
+  }
+
+  async function draw(id) {
+    const place = document.getElementById(id);
+    const options = {
+      mode: "vega-lite", renderer: "svg", actions: false, config: theme(),
+      ast: true, // expressions are interpreted, so that the page needs no 'unsafe-eval'
+      tooltip: { theme: dark.matches ? "dark" : "light" },
+    };
+    views.get(id)?.finalize();
+    const result = await vegaEmbed(place, structuredClone(specs[id]), options);
+    views.set(id, result);
+    if (highlighted) await highlight(result.view);
+  }
+
+  async function highlight(view) {
+    if ("student" in (view.getState().signals ?? {})) await view.signal("student", highlighted).runAsync();
+  }
+
+  async function drawAll() {
+    document.documentElement.dataset.drawn = "no";
+    for (const id of Object.keys(specs)) await draw(id);
+    document.documentElement.dataset.drawn = "yes";
+  }
+
+  for (const button of document.querySelectorAll("[data-student]")) {
+    button.addEventListener("click", () => {
+      highlighted = highlighted === button.dataset.student ? "" : button.dataset.student;
+      for (const other of document.querySelectorAll("[data-student]")) {
+        other.setAttribute("aria-pressed", String(highlighted !== "" && other.dataset.student === highlighted));
+      }
+      for (const { view } of views.values()) highlight(view);
+    });
+  }
+
+  let drawing = drawAll();
+  dark.addEventListener("change", () => { drawing = drawing.then(drawAll); });
+})();

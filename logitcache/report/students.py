@@ -1,0 +1,336 @@
+"""Students from a folder of runs: results, learning curves, latency, and agreement with the teacher."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from logitcache.errors import LogitCacheError, UsageError
+from logitcache.loading import collate
+from logitcache.pipeline import Pipeline, StudentConfig, parse_pipeline
+from logitcache.progress import track
+from logitcache.reader import LogitCache
+from logitcache.report.fitted import FittedData, fit_data
+from logitcache.report.teacher import chosen_rows, decoded_batches
+from logitcache.resolve import resolve_model
+from logitcache.runs import CONFIG, METRICS, RESOLVED, RESULT
+from logitcache.train_student import Row, summarise
+
+# B batch, C classes
+
+AGREEMENT_ROWS = 1_000
+"""Rows of one view on which students and teacher are compared, at most."""
+AGREEMENT_BLOCKS = 8
+RENDERED_BYTES = 2**28
+"""Of rendered inputs that are held for it."""
+LATENCY_PASSES = 50
+LATENCY_SECONDS = 2.0
+"""After which no further pass is made, if there were five."""
+MAX_FILE_BYTES = 2**26
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class RunResult(BaseModel):
+    """`result.json` of a finished run."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str
+    seed: int
+    accuracy: Share | None
+    validation_accuracy: Share | None
+    epoch_seconds: Positive | None
+    epochs: int = Field(ge=1)
+    samples: int = Field(ge=1)
+    parameters: int = Field(ge=0)
+
+
+class CurvePoint(BaseModel):
+    """One epoch's line of `metrics.jsonl`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    step: int = Field(ge=0)
+    epoch: int = Field(ge=1)
+    loss: Annotated[float, Field(allow_inf_nan=False)]
+    validation_accuracy: Share | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    config: dict[str, Any]
+    """What the run is: its `run.yaml`."""
+    result: RunResult
+    curve: list[CurvePoint]
+
+
+@dataclass
+class Student:
+    """One student's runs, a seed each."""
+
+    name: str
+    runs: list[Run]
+    row: Row
+    labels: str
+    """Where its labels came from, in words."""
+    latency_ms: float | None = None
+    """Median of forward passes of one sample on one thread of the CPU."""
+    agreement: list[float] | None = None
+    """With the teacher's first class, for each seed."""
+    not_measured: str | None = None
+    """Why latency and agreement are missing."""
+
+
+@dataclass(frozen=True)
+class RunsFound:
+    """What lies in a folder of runs."""
+
+    students: list[Student]
+    teachers: list[Run]
+    unfinished: list[str]
+    unreadable: list[str]
+    agreement_rows: int = 0
+    """On which agreement was measured."""
+
+
+def find_runs(folder: Path, cache: LogitCache) -> RunsFound:
+    """Every run under a folder; nothing is measured yet.
+
+    Raises:
+        UsageError: no such folder, or no run in it.
+    """
+    if not folder.is_dir():
+        raise UsageError(
+            f"--runs {folder}: there is no such folder; expected one that `train-student` left its runs in"
+        )
+    finished: dict[Path, list[Run]] = {}
+    teachers, unfinished, unreadable = [], [], []
+    for path in _run_folders(folder):
+        name = path.relative_to(folder).as_posix()
+        if not (path / RESULT).is_file():
+            unfinished.append(name)
+            continue
+        try:
+            run = _read_run(path)
+        except (OSError, ValueError, yaml.YAMLError):
+            unreadable.append(name)
+            continue
+        if "teacher" in run.config:
+            teachers.append(run)
+        else:
+            finished.setdefault(path.parent, []).append(run)
+    if not (finished or teachers or unfinished or unreadable):
+        raise UsageError(
+            f"--runs {folder} holds no run; expected folders with {CONFIG} and {RESULT} somewhere below it"
+        )
+    names = [runs[0].result.name for runs in finished.values()]
+    students = []
+    for parent, runs in finished.items():
+        name = runs[0].result.name
+        if names.count(name) > 1:
+            name = f"{name} ({parent.relative_to(folder).as_posix()})"
+        runs.sort(key=lambda run: run.result.seed)
+        row = summarise(name, [run.result.model_dump() for run in runs])
+        students.append(Student(name, runs, row, _labels(runs[0].config, cache)))
+    return RunsFound(students, teachers, unfinished, unreadable)
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    for path, subfolders, files in os.walk(folder):
+        subfolders.sort()
+        if CONFIG in files:
+            yield Path(path)
+
+
+def _read_run(folder: Path) -> Run:
+    config = yaml.safe_load(_read(folder / CONFIG))
+    if not isinstance(config, dict):
+        raise ValueError(f"{CONFIG} is no mapping")
+    result = RunResult.model_validate_json(_read(folder / RESULT))
+    return Run(folder, config, result, _curve(folder))
+
+
+def _read(path: Path) -> str:
+    with path.open("rb") as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"{path} has more than {MAX_FILE_BYTES} bytes")
+    return data.decode()
+
+
+def _curve(folder: Path) -> list[CurvePoint]:
+    """The epochs of a run's log; the lines between them hold other values."""
+    points = []
+    for line in _read(folder / METRICS).splitlines():
+        try:
+            points.append(CurvePoint.model_validate_json(line))
+        except ValidationError:
+            continue
+    return points
+
+
+def _labels(config: dict[str, Any], cache: LogitCache) -> str:
+    """Where a student's labels came from."""
+    source = config.get("labels")
+    source = source if isinstance(source, dict) else {}
+    if source.get("cache") == cache.id:
+        return "this cache"
+    if "cache" in source:
+        return f"another cache ({str(source['cache'])[:12]}…)"
+    if "teacher" in source:
+        return "the live teacher"
+    student = config.get("student")
+    loss = student.get("loss") if isinstance(student, dict) else None
+    truth_only = isinstance(loss, dict) and loss.get("name") == "true_label"
+    return "true labels" if truth_only else "given by the program"
+
+
+def measure_students(
+    found: RunsFound, cache: LogitCache, location: str, fitted: FittedData | None, view: int, *, trust: bool
+) -> RunsFound:
+    """Load each student's weights and measure its latency and its agreement with the teacher.
+
+    Args:
+        fitted: the data to measure on; without it each run's own pipeline is asked for its data.
+        view: which one the agreement is measured on.
+    """
+    bench = _Measuring(cache, location, fitted, view, trust=trust)
+    with track("measuring students", sum(len(student.runs) for student in found.students), unit="runs") as meter:
+        for student in found.students:
+            try:
+                bench.measure(student)
+            except LogitCacheError as error:
+                student.not_measured = str(error).splitlines()[0]
+                student.latency_ms = student.agreement = None
+            meter.advance(len(student.runs))
+    return RunsFound(found.students, found.teachers, found.unfinished, found.unreadable, bench.num_rows)
+
+
+class _Measuring:
+    """What students share while they are measured: data that fits, rendered inputs, the teacher's classes."""
+
+    def __init__(self, cache: LogitCache, location: str, fitted: FittedData | None, view: int, *, trust: bool) -> None:
+        self._cache, self._location, self._view, self._trust = cache, location, view, trust
+        self._given = fitted
+        self._fitted: dict[str, FittedData | LogitCacheError] = {}
+        self._rendered: dict[str, tuple[np.ndarray, Any]] = {}
+        self._classes: dict[int, int] = {}
+        self.num_rows = 0
+
+    def measure(self, student: Student) -> None:
+        fitted = self._data_of(student.runs[0])
+        config = StudentConfig.model_validate(student.runs[0].config.get("student"))
+        rows, inputs = self._inputs(fitted, config)
+        classes = np.array([self._classes[row] for row in rows.tolist()])
+        agreement = []
+        for run in student.runs:
+            weights = str(run.folder / "last.safetensors")
+            model = resolve_model(config, fitted.data, fitted.plan, weights=weights, seed=0, trust=self._trust).eval()
+            with torch.inference_mode():
+                predicted = torch.cat([model(batch).argmax(dim=1) for batch in inputs.split(64)]).numpy()
+            agreement.append(float((predicted == classes).mean()))
+            if run is student.runs[0]:
+                student.latency_ms = 1000 * latency(model, inputs[:1])
+        student.agreement = agreement
+        self.num_rows = max(self.num_rows, len(rows))
+
+    def _data_of(self, run: Run) -> FittedData:
+        if self._given is not None:
+            return self._given
+        try:
+            raw = yaml.safe_load(_read(run.folder / RESOLVED))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UsageError(f"{RESOLVED} of the run can't be read; name a pipeline with --data") from error
+        if not isinstance(raw, dict):
+            raise UsageError(f"{RESOLVED} of the run is no mapping; name a pipeline with --data")
+        pipeline = parse_pipeline(raw, source=RESOLVED)
+        key = json.dumps([pipeline.data.model_dump(), pipeline.views.model_dump(), pipeline.teacher.model_dump()])
+        if key not in self._fitted:
+            try:
+                self._fitted[key] = fit_data(
+                    self._cache, self._location, _without_download(pipeline), trust=self._trust
+                )
+            except LogitCacheError as error:
+                self._fitted[key] = error
+        fitted = self._fitted[key]
+        if isinstance(fitted, LogitCacheError):
+            raise fitted
+        return fitted
+
+    def _inputs(self, fitted: FittedData, config: StudentConfig) -> tuple[np.ndarray, torch.Tensor]:
+        """(rows, rendered inputs) as a student takes them; students with the same input share them."""
+        key = json.dumps([id(fitted), config.input])
+        if key not in self._rendered:
+            index_of_row = fitted.index_of_row()
+            views = fitted.views(config)
+            (rows,) = chosen_rows(
+                self._cache, [self._view], max_rows=AGREEMENT_ROWS, max_blocks=AGREEMENT_BLOCKS
+            ).values()
+            rows = np.array([row for row in rows.tolist() if row in index_of_row], dtype=np.int64)
+            if not len(rows):
+                raise UsageError("none of the rows that agreement is measured on is among the data at hand")
+            sample = views[(self._view, index_of_row[int(rows[0])])][1]
+            if not isinstance(sample, torch.Tensor):
+                raise UsageError(f"the student's inputs are {type(sample).__name__}s, not tensors")
+            step = -(-len(rows) * sample.nbytes // RENDERED_BYTES)
+            rows = rows[::step]
+            items = [(self._view, index_of_row[row]) for row in rows.tolist()]
+            inputs = collate(views.__getitems__(items))[1]
+            self._learn_classes(rows)
+            self._rendered[key] = rows, inputs
+        return self._rendered[key]
+
+    def _learn_classes(self, rows: np.ndarray) -> None:
+        for batch, logits_BC in decoded_batches(self._cache, self._view, rows):
+            self._classes.update(zip(batch.tolist(), logits_BC.argmax(axis=1).tolist(), strict=True))
+
+
+def _without_download(pipeline: Pipeline) -> Pipeline:
+    """A pipeline found in a folder of runs must not fetch anything."""
+    return pipeline.model_copy(update={"data": pipeline.data.model_copy(update={"download": False})})
+
+
+def latency(model: torch.nn.Module, input_1: torch.Tensor) -> float:
+    """Seconds of a forward pass of one sample on one CPU thread: the median of `LATENCY_PASSES`, after five to warm up."""
+    seconds: list[float] = []
+    with _one_thread(), torch.inference_mode():
+        for number in range(5 + LATENCY_PASSES):
+            start = time.perf_counter()
+            model(input_1)
+            if number >= 5:
+                seconds.append(time.perf_counter() - start)
+            if len(seconds) >= 5 and sum(seconds) > LATENCY_SECONDS:
+                break
+    return statistics.median(seconds)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """(mean, standard deviation between seeds; None for a single one)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
