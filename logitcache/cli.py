@@ -19,6 +19,7 @@ from logitcache.printing import (
     print_mapping,
     print_plan,
     print_problems,
+    print_report,
     print_rows,
     print_steps,
     print_transfer,
@@ -284,6 +285,29 @@ def pipeline_of(cache: str, file: Path) -> Any:
     return load_pipeline(file, [f"cache.path={cache}"])
 
 
+@app.command("report")
+def report_command(
+    cache: CacheArgument,
+    runs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder below which students left their runs.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="PIPELINE", help="The pipeline that has the data: for pictures, and to measure students."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """One page that opens offline: the cache, its teacher, its fidelity, its views, and students side by side."""
+    from logitcache.report import write_report
+
+    pipeline = None if data is None else pipeline_of(cache, data)
+    written = write_report(cache, output, runs=runs, data=pipeline, trust=trust)
+    summary = {"report": str(written.path), "bytes": written.bytes, **written.headline}
+    show(summary, as_json, lambda: print_report(written))
+
+
 @app.command("demo")
 def demo_command(
     overrides: OverridesArgument = None,
@@ -299,6 +323,7 @@ def demo_command(
         "rows": [dataclasses.asdict(row) for row in result.rows],
         "findings": result.findings,
         "cache": result.cache_path,
+        "report": result.report_path,
     }
 
     def print_demo() -> None:
@@ -306,6 +331,7 @@ def demo_command(
         print_rows(result.rows)
         for line in result.findings:
             console().print(f"  {line}", highlight=False)
+        console().print(f"The report is {result.report_path}: open it in a browser.", highlight=False)
         console().print(
             f"The cache is in {result.cache_path}: try `logitcache info {result.cache_path}`.", highlight=False
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from logitcache.cache_teacher import cache_teacher
 from logitcache.pipeline import Pipeline, load_pipeline
 from logitcache.reader import LogitCache, open_cache
+from logitcache.report import check_installed, write_report
 from logitcache.train import train
 from logitcache.train_student import Bench, Row, summarise, train_teacher
 from logitcache.views import ViewPlan
@@ -29,6 +30,7 @@ class DemoResult:
     teacher_accuracy: float
     findings: list[str]
     cache_path: str
+    report_path: str
 
 
 def embedded_pipeline(overrides: Sequence[str] = ()) -> Pipeline:
@@ -42,6 +44,7 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> DemoResult:
     """Teacher, cache, and the same student five ways with every seed; what is done already is not repeated."""
     paths = [f"runs.path={folder}/runs", f"cache.path={folder}/views.cache"]
     pipeline = embedded_pipeline([*paths, *overrides])
+    check_installed()  # now, rather than after minutes of training
     teacher = train_teacher(pipeline)
     cache_teacher(pipeline)
     clean = pipeline.model_copy(
@@ -69,7 +72,10 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> DemoResult:
             labels = clean_labels if student.name == MISMATCHED else None
             results[student.name].append(train(bench.job(student, seed, labels=labels)))
     rows = [summarise(name, runs) for name, runs in results.items()]
-    return DemoResult(rows, teacher["accuracy"], findings({row.name: row for row in rows}), pipeline.cache.path)
+    report = write_report(pipeline.cache.path, folder / "report.html", runs=pipeline.runs.path, data=pipeline)
+    return DemoResult(
+        rows, teacher["accuracy"], findings({row.name: row for row in rows}), pipeline.cache.path, str(report.path)
+    )
 
 
 TENTH, ALL, MISMATCHED, MATCHED, LIVE = (

@@ -176,6 +176,11 @@ def print_steps(steps: list[Any]) -> None:
     console().print(table)
 
 
+def print_report(written: Any) -> None:
+    """What `report` wrote."""
+    console().print(f"{written.path}: {decimal(written.bytes)}, opens in any browser, offline.", highlight=False)
+
+
 def print_problems(cache: str, problems: list[Any]) -> None:
     """What `verify` found."""
     if not problems:

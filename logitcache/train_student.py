@@ -177,6 +177,7 @@ class Bench:
                 self.plan, num_samples=cache.num_samples, contents=None if samples is None else samples.contents
             )
             views = ViewDataset(self.data.train, plan, model_input=student_input, rows=rows)
+            given = {} if labels is None else {"given": type(labels).__name__}
             if labels is None:
                 budget = pipeline.cache.memory_budget_mb
                 cached = CachedLabels(
@@ -184,7 +185,7 @@ class Bench:
                 )
                 rows_per_block, window_blocks = cache.layout.rows_per_block, cached.window_blocks
                 labels = cached
-            identity["labels"] = {"cache": cache.id, "window_blocks": window_blocks}
+            identity["labels"] = {"cache": cache.id, "window_blocks": window_blocks, **given}
             first_view = cache.views.start
             if first_view:
                 identity["first_view"] = first_view

@@ -11,7 +11,8 @@ from logitcache.errors import UsageError
 from logitcache.pipeline import Pipeline
 from logitcache.reader import LogitCache, open_cache
 from logitcache.report.fitted import FittedData, fit_data
-from logitcache.report.page import check_installed, render
+from logitcache.report.page import check_installed as check_installed
+from logitcache.report.page import render
 from logitcache.report.samples import disagreement, shown_rows, shown_samples
 from logitcache.report.sections import cache_section, disagreement_section, fidelity_section, teacher_section
 from logitcache.report.student_section import student_section

@@ -27,9 +27,9 @@ def reliability_chart(rows: Rows) -> Spec:
     tips = _tips(confidence=".1%", accuracy=".1%", rows=",")
     bars = (
         alt.Chart(data)
-        .mark_bar(style="quantity", binSpacing=1)
+        .mark_bar(style="quantity")
         .encode(
-            alt.X("lower:Q", title="confidence", scale=whole, axis=percent),
+            alt.X("lower:Q", bin="binned", title="confidence", scale=whole, axis=percent),
             alt.X2("upper:Q"),
             alt.Y("accuracy:Q", title="accuracy", scale=whole, axis=percent),
             tooltip=tips,
@@ -42,9 +42,9 @@ def reliability_chart(rows: Rows) -> Spec:
     )
 
 
-def histogram(rows: Rows, *, title: str, axis_format: str, groups: Sequence[str] = ()) -> Spec:
+def histogram(rows: Rows, *, title: str, axis_format: str, domain: Sequence[float], groups: Sequence[str] = ()) -> Spec:
     """Shares of rows by some quantity: rows of lower, upper, share, and group where there is more than one."""
-    chart = alt.Chart(_data(rows)).mark_bar(style="quantity", binSpacing=1)
+    chart = alt.Chart(_data(rows)).mark_bar(style="quantity")
     tips = [
         alt.Tooltip("from:Q", format=axis_format),
         alt.Tooltip("to:Q", format=axis_format),
@@ -52,7 +52,13 @@ def histogram(rows: Rows, *, title: str, axis_format: str, groups: Sequence[str]
         *([alt.Tooltip("group:N")] if groups else []),
     ]
     encoded = chart.encode(
-        alt.X("lower:Q", title=title, axis=alt.Axis(format=axis_format, tickCount=6), scale=alt.Scale(nice=False)),
+        alt.X(
+            "lower:Q",
+            bin="binned",
+            title=title,
+            axis=alt.Axis(format=axis_format, tickCount=6),
+            scale=alt.Scale(domain=list(domain)),
+        ),
         alt.X2("upper:Q"),
         alt.Y("share:Q", title="share", axis=alt.Axis(format="~%", tickCount=5)),
         tooltip=tips,
@@ -67,7 +73,12 @@ def histogram(rows: Rows, *, title: str, axis_format: str, groups: Sequence[str]
 def confusion_chart(rows: Rows, names: Sequence[str]) -> Spec:
     """Which class was taken for which: rows of true, predicted, count, share; the right ones are not coloured."""
     base = alt.Chart(_data(rows)).encode(
-        alt.X("predicted:N", title="teacher's class", sort=list(names), axis=alt.Axis(labelAngle=-40, labelLimit=90)),
+        alt.X(
+            "predicted:N",
+            title="teacher's class",
+            sort=list(names),
+            axis=alt.Axis(labelAngle=0 if max(map(len, names)) <= 3 else -40, labelLimit=90),
+        ),
         alt.Y("true:N", title="true class", sort=list(names), axis=alt.Axis(labelLimit=90)),
         tooltip=_tips(true=None, predicted=None, count=",", share=".2%"),
     )
@@ -82,7 +93,9 @@ def confusion_chart(rows: Rows, names: Sequence[str]) -> Spec:
     if len(names) <= 12:
         shown = base.transform_filter("datum.true_number == datum.predicted_number")
         layers.append(shown.mark_text(style="inside").encode(text=alt.Text("share:Q", format=".0%")))
-    return _finish(alt.layer(*layers), "Heat map of true classes against the teacher's", height=alt.Step(ROW_HEIGHT))
+    return _finish(
+        alt.layer(*layers), "Heat map of true classes against the teacher's", height=max(len(names), 3) * ROW_HEIGHT
+    )
 
 
 def bars(rows: Rows, *, title: str, axis_format: str, domain: Sequence[float] | None = None) -> Spec:
@@ -93,7 +106,7 @@ def bars(rows: Rows, *, title: str, axis_format: str, domain: Sequence[float] | 
         alt.X("value:Q", title=title, scale=scale, axis=alt.Axis(format=axis_format, tickCount=5)),
         tooltip=_tips(name=None, value=axis_format),
     )
-    return _finish(base.mark_bar(style="quantity"), f"Bars of {title}", height=alt.Step(ROW_HEIGHT))
+    return _finish(base.mark_bar(style="quantity"), f"Bars of {title}", height=max(len(rows), 3) * ROW_HEIGHT)
 
 
 def divergence_by_view(rows: Rows, *, logarithmic: bool) -> Spec:
@@ -105,7 +118,7 @@ def divergence_by_view(rows: Rows, *, logarithmic: bool) -> Spec:
     base = alt.Chart(_data(rows)).encode(
         alt.X("views:N", title="view", sort=order, axis=alt.Axis(labelAngle=0, labelOverlap=True)), tooltip=tips
     )
-    value = {"title": "KL, nats", "scale": scale, "axis": axis}
+    value: Any = {"title": "KL, nats", "scale": scale, "axis": axis}
     return _finish(
         alt.layer(
             base.mark_rule(style="spread").encode(alt.Y("low:Q", **value), alt.Y2("high:Q")),
@@ -121,14 +134,18 @@ def accuracy_against(
 ) -> Spec:
     """Test accuracy against some cost: rows of student, value, accuracy, low, high."""
     names = list(students)
-    scale = alt.Scale(type="log", padding=24) if logarithmic else alt.Scale(zero=False, padding=24)
+    scale = alt.Scale(type="log", padding=24) if logarithmic else alt.Scale(zero=True, padding=24)
     base = alt.Chart(_data(rows)).encode(
         alt.X("value:Q", title=title, scale=scale, axis=alt.Axis(format=axis_format, tickCount=4)),
         opacity=_highlighted(),
         color=alt.Color("student:N", sort=names, scale=alt.Scale(domain=names), legend=None),
         tooltip=_tips(student=None, value=axis_format, accuracy=".2%", low=".2%", high=".2%"),
     )
-    accuracy = {"title": "test accuracy", "scale": alt.Scale(zero=False), "axis": alt.Axis(format="~%", tickCount=5)}
+    accuracy: Any = {
+        "title": "test accuracy",
+        "scale": alt.Scale(zero=False),
+        "axis": alt.Axis(format="~%", tickCount=5),
+    }
     shape = alt.Shape("student:N", sort=names, scale=alt.Scale(domain=names), legend=None)
     layers = [
         base.mark_rule(style="spread").encode(alt.Y("low:Q", **accuracy), alt.Y2("high:Q")),
@@ -146,11 +163,11 @@ def accuracy_against(
 def learning_curves(rows: Rows, *, students: Sequence[str], title: str, axis_format: str) -> Spec:
     """A quantity along training: rows of student, step, mean, low, high."""
     base = alt.Chart(_data(rows)).encode(
-        alt.X("step:Q", title="optimizer steps", axis=alt.Axis(format="~s", tickCount=6)),
+        alt.X("step:Q", title="optimizer steps", axis=alt.Axis(format=",d", tickCount=6)),
         color=alt.Color("student:N", scale=alt.Scale(domain=list(students)), legend=None),
         tooltip=_tips(student=None, step=",", mean=axis_format, low=axis_format, high=axis_format),
     )
-    value = {"title": title, "scale": alt.Scale(zero=False), "axis": alt.Axis(format=axis_format, tickCount=5)}
+    value: Any = {"title": title, "scale": alt.Scale(zero=False), "axis": alt.Axis(format=axis_format, tickCount=5)}
     return _finish(
         alt.layer(
             base.mark_area(style="band").encode(
@@ -169,7 +186,7 @@ def _highlighted(on: float = 1.0, off: float = 0.12) -> Any:
 
 
 def _data(rows: Rows) -> alt.Data:
-    return alt.Data(values=list(rows))
+    return alt.Data(values=list(rows))  # type: ignore[no-untyped-call]
 
 
 def _tips(**formats: str | None) -> list[alt.Tooltip]:
@@ -184,5 +201,6 @@ def _finish(chart: Any, description: str, *, height: Any = HEIGHT, highlight: bo
     sized = chart.properties(width="container", height=height, description=description)
     if highlight:
         sized = sized.add_params(alt.param(name=HIGHLIGHT, value=""))
+    sized = sized.properties(autosize=alt.AutoSizeParams(type="fit-x", contains="padding"))
     spec: Spec = sized.to_dict()
     return spec

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 
 from logitcache.report import charts
 from logitcache.report.samples import ShownSample
-from logitcache.report.words import count, decimal, percent
+from logitcache.report.words import decimal, percent
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Figure:
     caption: str
     spec: dict[str, Any]
     table: Table
-    wide: bool = False
+    width: Literal["third", "half", "two-thirds", "full"] = "third"
+    """Of the page, where that is wide."""
 
 
 @dataclass
@@ -76,7 +78,9 @@ def histogram_figure(
     caption: str,
     quantity: str,
     axis_format: str,
+    width: Literal["third", "full"] = "third",
 ) -> Figure:
+    """A histogram of one quantity, the groups side by side, each as shares of its own."""
     groups = {name: values for name, values in groups.items() if len(values)}
     several = len(groups) > 1
     rows: list[dict[str, Any]] = []
@@ -90,8 +94,14 @@ def histogram_figure(
 
     cells = [
         [f"{shown(low)} to {shown(high)}", *(percent(share[number]) for share in shares)]
-        for number, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True))
+        for number, (low, high) in enumerate(pairwise(edges))
         if any(share[number] for share in shares)
     ]
-    spec = charts.histogram(rows, title=quantity, axis_format=axis_format, groups=list(groups) if several else ())
-    return Figure(id, title, caption, spec, Table([quantity, *(f"share of {name}" for name in groups)], cells))
+    spec = charts.histogram(
+        rows,
+        title=quantity,
+        axis_format=axis_format,
+        groups=list(groups) if several else (),
+        domain=(float(edges[0]), float(edges[-1])),
+    )
+    return Figure(id, title, caption, spec, Table([quantity, *(f"share of {name}" for name in groups)], cells), width)

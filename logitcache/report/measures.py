@@ -45,12 +45,12 @@ class Answers:
     @property
     def judged(self) -> np.ndarray:
         """bool (M,): the rows with a true class."""
-        return self.targets != NO_TARGET
+        return np.asarray(self.targets != NO_TARGET)
 
     @property
     def right(self) -> np.ndarray:
         """bool (M,): the most probable class is the true one."""
-        return self.targets == self.predicted
+        return np.asarray(self.targets == self.predicted)
 
     def where(self, chosen: np.ndarray) -> Answers:
         """Some of the rows."""
@@ -71,13 +71,14 @@ def log_softmax(logits_BC: np.ndarray) -> np.ndarray:
         )
     shifted_BC = logits_BC - largest_B1
     sums_B1 = np.exp(shifted_BC).sum(axis=1, keepdims=True, dtype=np.float64)
-    return (shifted_BC - np.log(sums_B1).astype(np.float32)).astype(np.float32, copy=False)
+    log_p_BC: np.ndarray = (shifted_BC - np.log(sums_B1)).astype(np.float32)
+    return log_p_BC
 
 
 def entropies(log_p_BC: np.ndarray) -> np.ndarray:
     """Shannon entropy of each row, float32 (B,), in nats; a class of no probability adds nothing."""
     finite_BC = np.where(np.isneginf(log_p_BC), np.float32(0), log_p_BC)
-    return -np.einsum("bc,bc->b", np.exp(log_p_BC), finite_BC)
+    return np.asarray(-np.einsum("bc,bc->b", np.exp(log_p_BC), finite_BC))
 
 
 def answers_of(logits_BC: np.ndarray, targets_B: np.ndarray, mixed_B: np.ndarray) -> Answers:
@@ -168,4 +169,5 @@ def jensen_shannon(mean_p_SC: np.ndarray, mean_entropy_S: np.ndarray) -> np.ndar
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         terms_SC = np.where(mean_p_SC > 0, mean_p_SC * np.log(mean_p_SC), 0.0)
-    return np.maximum(-terms_SC.sum(axis=1) - mean_entropy_S, 0.0)
+    divergence_S: np.ndarray = np.maximum(-terms_SC.sum(axis=1) - mean_entropy_S, 0.0)
+    return divergence_S

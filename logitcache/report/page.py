@@ -17,6 +17,7 @@ from logitcache.report.figures import Section
 from logitcache.report.words import ClassNames, decimal, name_of, percent
 
 _HERE = Path(__file__).parent
+_SNIPPET = "window.vegaEmbed = vegaEmbed;"
 
 
 def check_installed() -> None:
@@ -88,7 +89,8 @@ def _plot_library() -> str:
     import altair
     import vl_convert
 
-    return str(vl_convert.javascript_bundle(vl_version=".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2])))
+    vl_version = ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+    return vl_convert.javascript_bundle(snippet=_SNIPPET, vl_version=vl_version)
 
 
 def _embeddable(script: str) -> str:

@@ -111,8 +111,8 @@ def _judged_by(heard: Heard, judged: int) -> str:
         )
     if heard.judged_by == "dominant sample":
         return (
-            f"Nearly every row mixes two samples: on these {count(judged)} rows the class of the sample with the greater "
-            "weight counts as the true one, so accuracy and calibration are rough."
+            f"Nearly every row mixes two samples: on these {count(judged)} rows the class of the sample with the "
+            "greater weight counts as the true one, so accuracy and calibration are rough."
         )
     return f"True classes are known for {count(judged)} of them; they are training samples, seen through augmentation."
 
@@ -146,7 +146,8 @@ def _reliability_figure(judged: measures.Answers) -> Figure:
     caption = (
         f"The teacher is right on {percent(accuracy)} and on average {percent(confidence)} sure, "
         f"{abs(gap):.2f} points {'more' if gap > 0 else 'less'} than it should be; "
-        f"the expected calibration error over {num_bins} bins is {percent(found.ece)}. Bars below the diagonal are overconfident."
+        f"the expected calibration error over {num_bins} bins is {percent(found.ece)}. "
+        "Bars below the diagonal are overconfident."
     )
     table = Table(["confidence", "mean confidence", "accuracy", "rows"], cells)
     return Figure("reliability", "Calibration", caption, charts.reliability_chart(rows), table)
@@ -191,8 +192,8 @@ def _confusion_figure(judged: measures.Answers, names: ClassNames, num_classes: 
     if pairs:
         a, b, number = pairs[0]
         caption = (
-            f"Most often {names[a]} is taken for {names[b]}: {counted(number, 'row', 'rows')}, {percent(number / in_class[a])} "
-            f"of its class; {counted(wrong, 'row is', 'rows are')} wrong in all."
+            f"Most often {names[a]} is taken for {names[b]}: {counted(number, 'row', 'rows')}, "
+            f"{percent(number / in_class[a])} of its class; {counted(wrong, 'row is', 'rows are')} wrong in all."
         )
     else:
         caption = "The teacher is wrong on no row."
@@ -202,7 +203,7 @@ def _confusion_figure(judged: measures.Answers, names: ClassNames, num_classes: 
             title="rows", axis_format="~s",
         )  # fmt: skip
         title = f"The {len(pairs)} most confused pairs of classes"
-        return Figure("confusion", title, caption, spec, Table(columns, cells), wide=True)
+        return Figure("confusion", title, caption, spec, Table(columns, cells), width="two-thirds")
     matrix = measures.confusion(judged.targets, judged.predicted, num_classes)
     rows = [
         {
@@ -227,7 +228,7 @@ def _confusion_figure(judged: measures.Answers, names: ClassNames, num_classes: 
         caption,
         charts.confusion_chart(rows, [names[number] for number in range(num_classes)]),
         table,
-        wide=True,
+        width="two-thirds",
     )
 
 
@@ -237,9 +238,8 @@ def _classes_figure(judged: measures.Answers, names: ClassNames, num_classes: in
     worst = seen[np.argsort(accuracy_C[seen], kind="stable")][:WORST].tolist()
     rows = [{"name": names[number], "value": float(accuracy_C[number])} for number in worst]
     best = int(seen[np.argmax(accuracy_C[seen])])
-    caption = (
-        f"From {percent(rows[0]['value'])} ({names[worst[0]]}) to {percent(float(accuracy_C[best]))} ({names[best]})."
-    )
+    least, greatest = (f"{percent(float(accuracy_C[number]))} ({names[number]})" for number in (worst[0], best))
+    caption = f"From {least} to {greatest}."
     title = (
         "Accuracy by class" if len(worst) == len(seen) else f"Accuracy of the {len(worst)} worst of {len(seen)} classes"
     )
@@ -248,7 +248,7 @@ def _classes_figure(judged: measures.Answers, names: ClassNames, num_classes: in
         [[names[number], percent(float(accuracy_C[number])), count(int(counts_C[number]))] for number in worst],
     )
     spec = charts.bars(rows, title="accuracy", axis_format="~%", domain=(0, 1))
-    return Figure("classes", title, caption, spec, table, wide=True)
+    return Figure("classes", title, caption, spec, table)
 
 
 def fidelity_section(cache: LogitCache) -> Section:
@@ -274,7 +274,7 @@ def fidelity_section(cache: LogitCache) -> Section:
     )
     spec = charts.bars([{"name": name, "value": held} for name, held in ordered], title="bytes", axis_format="~s")
     table = Table(["array", "bytes", "share"], [[name, count(held), percent(held / total)] for name, held in ordered])
-    section.figures.append(Figure("bytes", "Where the bytes are", caption, spec, table))
+    section.figures.append(Figure("bytes", "Where the bytes are", caption, spec, table, "half"))
     return section
 
 
@@ -304,11 +304,13 @@ def _divergence_figure(cache: LogitCache) -> Figure | None:
     largest = [row["largest"] for row in rows if row["largest"] is not None]
     caption = f"On average {decimal(cache.kl_mean)} nats are lost"
     caption += f"; the worst row loses {decimal(max(largest))}." if largest else "."
-    logarithmic = all(value is None or value > 0 for row in rows for name, value in row.items() if name != "views")
+    caption += " Circles are means, lines reach from the best to the worst block, triangles are the worst rows."
+    values = [value for row in rows for name, value in row.items() if name != "views" and value is not None]
+    logarithmic = min(values) > 0 and max(values) > 20 * min(values)
     columns = ["view", "mean", "least block", "greatest block", "worst row"]
     cells = [[row["views"], *(decimal(row[name]) for name in ("mean", "low", "high", "largest"))] for row in rows]
     spec = charts.divergence_by_view(rows, logarithmic=logarithmic)
-    return Figure("divergence", "Divergence by view", caption, spec, Table(columns, cells))
+    return Figure("divergence", "Divergence by view", caption, spec, Table(columns, cells), "half")
 
 
 def disagreement_section(
@@ -321,8 +323,8 @@ def disagreement_section(
         return section
     mixing = " Views in which the sample is mixed with another are left out." if found.unmixed else ""
     section.lead.append(
-        f"How far the teacher's distributions over {counted(len(found.views), 'view', 'views')} of one sample lie apart: "
-        f"their Jensen-Shannon divergence, on {counted(len(found.rows), 'sample', 'samples')}.{mixing}"
+        f"How far the teacher's distributions over {counted(len(found.views), 'view', 'views')} of one sample lie "
+        f"apart: their Jensen-Shannon divergence, on {counted(len(found.rows), 'sample', 'samples')}.{mixing}"
     )
     if not pictures:
         section.lead.append("For the pictures, name the pipeline that has the data: --data PIPELINE.")
@@ -333,7 +335,7 @@ def disagreement_section(
     )
     edges = np.linspace(0, max(float(values.max()), 1e-6) * (1 + 1e-6), 25)
     figure = histogram_figure(
-        {"samples": values}, edges, id="disagreement", title="Divergence between views", caption=caption,
+        {"samples": values}, edges, width="full", id="disagreement", title="Divergence between views", caption=caption,
         quantity="divergence, nats", axis_format="~g",
     )  # fmt: skip
     section.figures.append(figure)

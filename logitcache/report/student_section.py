@@ -55,9 +55,9 @@ def _lead(found: RunsFound, students: list[Student]) -> list[str]:
         lead.append("No run of a student is finished yet.")
     if found.agreement_rows:
         lead.append(
-            f"Agreement: how often a student's first class is the teacher's, on {count(found.agreement_rows)} rows of one "
-            "cached view of the training samples. Latency: median of forward passes of one sample on one CPU thread of the "
-            "machine that wrote this page."
+            f"Agreement: how often a student's first class is the teacher's, on {count(found.agreement_rows)} rows of "
+            "one cached view of the training samples. Latency: median of forward passes of one sample on one CPU "
+            "thread of the machine that wrote this page."
         )
     reasons = dict.fromkeys(student.not_measured for student in students if student.not_measured)
     for reason in reasons:
@@ -109,6 +109,10 @@ def _cost(student: Student, kind: str) -> float | None:
     return student.latency_ms if kind == "latency" else student.row.epoch_seconds
 
 
+def _shown(cost: float) -> str:
+    return count(int(cost)) if cost.is_integer() else decimal(cost)
+
+
 def _cost_figure(
     students: list[Student], kind: str, title: str, quantity: str, axis_format: str, teacher: float | None
 ) -> Figure | None:
@@ -123,14 +127,14 @@ def _cost_figure(
         return None
     costs = [row["value"] for row in rows]
     best, cheapest = rows[0], min(rows, key=lambda row: row["value"])
-    if min(costs) == max(costs):
-        caption = f"All have {decimal(costs[0])} {quantity}; the best, {name_of(best['student'])}, is right on {percent(best['accuracy'])}."
+    unit = {"parameters": "parameters", "latency": "ms a sample", "epoch": "seconds an epoch"}[kind]
+    said = f"The best, {name_of(best['student'])}, is right on {percent(best['accuracy'])}"
+    said += f" at {_shown(best['value'])} {unit}"
+    if cheapest["value"] == best["value"]:
+        caption = f"{said}; none has less."
     else:
-        caption = (
-            f"The best, {name_of(best['student'])}, is right on {percent(best['accuracy'])} at {decimal(best['value'])} "
-            f"{quantity}; the cheapest, {name_of(cheapest['student'])}, on {percent(cheapest['accuracy'])} at "
-            f"{decimal(cheapest['value'])}."
-        )
+        cheap = f"{name_of(cheapest['student'])}, on {percent(cheapest['accuracy'])} at {_shown(cheapest['value'])}"
+        caption = f"{said}; the cheapest, {cheap}."
     logarithmic = min(costs) > 0 and max(costs) > 10 * min(costs)
     spec = charts.accuracy_against(
         rows, title=quantity, axis_format=axis_format, logarithmic=logarithmic, teacher=teacher,
@@ -138,7 +142,7 @@ def _cost_figure(
     )  # fmt: skip
     table = Table(
         ["student", quantity, "test accuracy"],
-        [[name_of(row["student"]), decimal(row["value"]), percent(row["accuracy"])] for row in rows],
+        [[name_of(row["student"]), _shown(row["value"]), percent(row["accuracy"])] for row in rows],
     )
     return Figure(f"accuracy-{kind}", title, caption, spec, table)
 
@@ -176,7 +180,7 @@ def _curve_figure(students: list[Student], quantity: str, title: str, axis: str,
             for row in rows
         ],
     )
-    return Figure(f"curve-{quantity.replace('_', '-')}", title, caption, spec, table, wide=True)
+    return Figure(f"curve-{quantity.replace('_', '-')}", title, caption, spec, table, width="half")
 
 
 def _mean_curve(student: Student, quantity: str) -> list[dict[str, Any]]:

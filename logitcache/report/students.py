@@ -35,7 +35,7 @@ AGREEMENT_ROWS = 1_000
 AGREEMENT_BLOCKS = 8
 RENDERED_BYTES = 2**28
 """Of rendered inputs that are held for it."""
-LATENCY_PASSES = 50
+LATENCY_PASSES = 200
 LATENCY_SECONDS = 2.0
 """After which no further pass is made, if there were five."""
 MAX_FILE_BYTES = 2**26
@@ -190,6 +190,8 @@ def _labels(config: dict[str, Any], cache: LogitCache) -> str:
     """Where a student's labels came from."""
     source = config.get("labels")
     source = source if isinstance(source, dict) else {}
+    if "given" in source:
+        return "given by the program"
     if source.get("cache") == cache.id:
         return "this cache"
     if "cache" in source:
@@ -199,7 +201,7 @@ def _labels(config: dict[str, Any], cache: LogitCache) -> str:
     student = config.get("student")
     loss = student.get("loss") if isinstance(student, dict) else None
     truth_only = isinstance(loss, dict) and loss.get("name") == "true_label"
-    return "true labels" if truth_only else "given by the program"
+    return "true labels" if truth_only else "not stated"
 
 
 def measure_students(
@@ -216,7 +218,7 @@ def measure_students(
         for student in found.students:
             try:
                 bench.measure(student)
-            except LogitCacheError as error:
+            except (LogitCacheError, ValidationError) as error:
                 student.not_measured = str(error).splitlines()[0]
                 student.latency_ms = student.agreement = None
             meter.advance(len(student.runs))
@@ -244,7 +246,7 @@ class _Measuring:
             weights = str(run.folder / "last.safetensors")
             model = resolve_model(config, fitted.data, fitted.plan, weights=weights, seed=0, trust=self._trust).eval()
             with torch.inference_mode():
-                predicted = torch.cat([model(batch).argmax(dim=1) for batch in inputs.split(64)]).numpy()
+                predicted = torch.cat([model(batch).argmax(dim=1) for batch in torch.split(inputs, 64)]).numpy()
             agreement.append(float((predicted == classes).mean()))
             if run is student.runs[0]:
                 student.latency_ms = 1000 * latency(model, inputs[:1])
@@ -308,7 +310,7 @@ def _without_download(pipeline: Pipeline) -> Pipeline:
 
 
 def latency(model: torch.nn.Module, input_1: torch.Tensor) -> float:
-    """Seconds of a forward pass of one sample on one CPU thread: the median of `LATENCY_PASSES`, after five to warm up."""
+    """Seconds of a forward pass of one sample on one CPU thread: a median, after five passes to warm up."""
     seconds: list[float] = []
     with _one_thread(), torch.inference_mode():
         for number in range(5 + LATENCY_PASSES):

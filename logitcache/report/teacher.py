@@ -191,6 +191,6 @@ def _own_weight(mixture: Mixture) -> float:
     """The weight that a sample keeps; CutMix's patch may lie partly outside, and then takes less than was drawn."""
     if mixture.box is None:
         return mixture.weight
-    side = (1.0 - mixture.weight) ** 0.5
+    side = math.sqrt(1.0 - mixture.weight)
     lengths = [max(0.0, min(centre + side / 2, 1.0) - max(centre - side / 2, 0.0)) for centre in mixture.box]
     return 1.0 - lengths[0] * lengths[1]

@@ -69,13 +69,8 @@ def with_spread(mean: float | None, deviation: float | None) -> str:
 
 def size(num_bytes: float) -> str:
     """Bytes in the unit that suits, 1 kB being 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(num_bytes) < 1000:
-            break
-        num_bytes /= 1000
-    else:
-        unit = "TB"
-    return f"{num_bytes:.4g}\N{NO-BREAK SPACE}{unit}"
+    power = min(max(int(math.log10(num_bytes)) // 3, 0), 4) if num_bytes else 0
+    return f"{num_bytes / 1000**power:.4g}\N{NO-BREAK SPACE}{('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def counted(number: int, one: str, many: str) -> str:
