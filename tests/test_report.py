@@ -270,7 +270,7 @@ def test_json_inside_a_script_ends_no_script_and_stays_the_same() -> None:
 
 
 def test_a_strangers_names_are_one_line_without_control_characters() -> None:
-    assert "a\ufffdb\ufffdc" == name_of("a\nb\u202ec")
+    assert "a\ufffdb\ufffdc\ufffdd" == name_of("a\nb\u202ec\u2028d")
     assert 80 >= len(name_of("x" * 10_000))
     assert '{"a": 1}' == name_of({"a": 1})
 

@@ -145,5 +145,5 @@ def _tiles(cache: LogitCache, numbers: dict[str, float | None], found: RunsFound
     if best:
         student = max(best, key=lambda each: each.row.accuracy_mean or 0.0)
         accuracy = with_spread(student.row.accuracy_mean, student.row.accuracy_sd)
-        tiles.append(("best student", accuracy, f"{name_of(student.name)}; {count(student.row.parameters)} parameters"))
+        tiles.append(("best student", accuracy, f"{student.name}; {count(student.row.parameters)} parameters"))
     return tiles

@@ -65,7 +65,14 @@
 
   async function drawAll() {
     document.documentElement.dataset.drawn = "no";
-    for (const id of Object.keys(specs)) await draw(id);
+    for (const id of Object.keys(specs)) {
+      try {
+        await draw(id);
+      } catch (error) { // the others are drawn all the same
+        document.getElementById(id).textContent = "This chart could not be drawn; its numbers are below.";
+        console.error(error);
+      }
+    }
     document.documentElement.dataset.drawn = "yes";
   }
 

@@ -83,7 +83,7 @@ def _table(students: list[Student], teachers: list[Run]) -> Table:
         agreement = "–" if student.agreement is None else with_spread(*spread(student.agreement))
         rows.append(
             [
-                name_of(student.name),
+                student.name,
                 with_spread(row.accuracy_mean, row.accuracy_sd),
                 agreement,
                 count(row.parameters),
@@ -128,12 +128,12 @@ def _cost_figure(
     costs = [row["value"] for row in rows]
     best, cheapest = rows[0], min(rows, key=lambda row: row["value"])
     unit = {"parameters": "parameters", "latency": "ms a sample", "epoch": "seconds an epoch"}[kind]
-    said = f"The best, {name_of(best['student'])}, is right on {percent(best['accuracy'])}"
+    said = f"The best, {best['student']}, is right on {percent(best['accuracy'])}"
     said += f" at {_shown(best['value'])} {unit}"
     if cheapest["value"] == best["value"]:
         caption = f"{said}; none has less."
     else:
-        cheap = f"{name_of(cheapest['student'])}, on {percent(cheapest['accuracy'])} at {_shown(cheapest['value'])}"
+        cheap = f"{cheapest['student']}, on {percent(cheapest['accuracy'])} at {_shown(cheapest['value'])}"
         caption = f"{said}; the cheapest, {cheap}."
     logarithmic = min(costs) > 0 and max(costs) > 10 * min(costs)
     spec = charts.accuracy_against(
@@ -142,7 +142,7 @@ def _cost_figure(
     )  # fmt: skip
     table = Table(
         ["student", quantity, "test accuracy"],
-        [[name_of(row["student"]), _shown(row["value"]), percent(row["accuracy"])] for row in rows],
+        [[row["student"], _shown(row["value"]), percent(row["accuracy"])] for row in rows],
     )
     return Figure(f"accuracy-{kind}", title, caption, spec, table)
 
@@ -167,7 +167,7 @@ def _curve_figure(students: list[Student], quantity: str, title: str, axis: str,
         caption = "Mean loss of each epoch. Students with different losses can't be compared by its height."
     else:
         caption = (
-            f"At the end {name_of(greatest[0])} is highest with {shown(greatest[1])}, {name_of(least[0])} lowest with "
+            f"At the end {greatest[0]} is highest with {shown(greatest[1])}, {least[0]} lowest with "
             f"{shown(least[1])}; bands reach from the least to the greatest of the seeds."
         )
     spec = charts.learning_curves(
@@ -175,10 +175,7 @@ def _curve_figure(students: list[Student], quantity: str, title: str, axis: str,
     )
     table = Table(
         ["student", "steps", f"mean {axis}", "least seed", "greatest seed"],
-        [
-            [name_of(row["student"]), count(row["step"]), *(shown(row[key]) for key in ("mean", "low", "high"))]
-            for row in rows
-        ],
+        [[row["student"], count(row["step"]), *(shown(row[key]) for key in ("mean", "low", "high"))] for row in rows],
     )
     return Figure(f"curve-{quantity.replace('_', '-')}", title, caption, spec, table, width="half")
 

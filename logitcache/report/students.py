@@ -24,6 +24,7 @@ from logitcache.progress import track
 from logitcache.reader import LogitCache
 from logitcache.report.fitted import FittedData, fit_data
 from logitcache.report.teacher import chosen_rows, decoded_batches
+from logitcache.report.words import name_of
 from logitcache.resolve import resolve_model
 from logitcache.runs import CONFIG, METRICS, RESOLVED, RESULT
 from logitcache.train_student import Row, summarise
@@ -140,12 +141,12 @@ def find_runs(folder: Path, cache: LogitCache) -> RunsFound:
         raise UsageError(
             f"--runs {folder} holds no run; expected folders with {CONFIG} and {RESULT} somewhere below it"
         )
-    names = [runs[0].result.name for runs in finished.values()]
-    students = []
+    names = [name_of(runs[0].result.name) for runs in finished.values()]
+    students: list[Student] = []
     for parent, runs in finished.items():
-        name = runs[0].result.name
+        name = name_of(runs[0].result.name)
         if names.count(name) > 1:
-            name = f"{name} ({parent.relative_to(folder).as_posix()})"
+            name = f"{name} ({name_of(parent.relative_to(folder).as_posix())})"
         runs.sort(key=lambda run: run.result.seed)
         row = summarise(name, [run.result.model_dump() for run in runs])
         students.append(Student(name, runs, row, _labels(runs[0].config, cache)))
@@ -195,7 +196,7 @@ def _labels(config: dict[str, Any], cache: LogitCache) -> str:
     if source.get("cache") == cache.id:
         return "this cache"
     if "cache" in source:
-        return f"another cache ({str(source['cache'])[:12]}…)"
+        return f"another cache ({name_of(source['cache'])[:12]}…)"
     if "teacher" in source:
         return "the live teacher"
     student = config.get("student")

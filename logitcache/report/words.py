@@ -16,12 +16,18 @@ MAX_NAME = 80
 def name_of(value: Any, limit: int = MAX_NAME) -> str:
     """Any value on one line: without control, direction or unassigned characters, and cut in the middle if long.
 
-    Markup needs no care here: the template escapes it.
+    Markup needs no care here: the template escapes it. Line and paragraph separators would end a string of a chart's
+    expressions.
     """
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(each)[0] == "C" else each for each in text)
+    text = "".join("\N{REPLACEMENT CHARACTER}" if _is_hidden(each) else each for each in text)
     half = (limit - 1) // 2
     return text if len(text) <= limit else f"{text[:half]}…{text[-half:]}"
+
+
+def _is_hidden(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category[0] == "C" or category in ("Zl", "Zp")
 
 
 class ClassNames:
