@@ -1,6 +1,6 @@
 """Take the README's picture of a report: `python docs/report_screenshot.py runs/demo/report.html docs/report.png`.
 
-Light on the left and dark on the right, from the top of the page and from its students, by Debian's Chromium.
+The teacher in the light theme, and below it some samples and the students in the dark one, by Debian's Chromium.
 """
 
 from __future__ import annotations
@@ -12,31 +12,43 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-WIDTH, HEIGHT = 1180, 900
-GAP = 24
-COLOURS = 128
+WIDTH = 1180
+PARTS = (
+    ("light", "#teacher-title", "#figure-confusion"),
+    ("dark", "#views > h3", ".samples > li"),
+    ("dark", "#students .legend", "#figure-curve-loss"),
+)
+"""(theme, first element, last element) of each part."""
+MARGIN = 18
+COLOURS = 256
 """Of the picture's palette, which keeps it small."""
 
 
 def screenshot(report: Path, picture: Path) -> None:
-    """Two parts of the page in two themes, side by side."""
+    """Three parts of the page in two themes, one below the other."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path="/usr/bin/chromium",
             args=["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"],
         )
         parts = []
-        for scheme, place in (("light", "#teacher"), ("dark", "#students .legend")):
-            page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme=scheme)
+        for scheme, first, last in PARTS:
+            page = browser.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme=scheme)
             page.goto(report.absolute().as_uri())
             page.wait_for_selector("html[data-drawn=yes]")
             page.evaluate("document.querySelector('nav').style.position = 'static'")
-            page.evaluate(f"document.querySelector({place!r}).scrollIntoView({{block: 'start'}})")
-            parts.append(Image.open(io.BytesIO(page.screenshot())).convert("RGB"))
+            top, bottom = (
+                page.evaluate(f"document.querySelector({selector!r}).getBoundingClientRect().{side}")
+                for selector, side in ((first, "top"), (last, "bottom"))
+            )
+            clip = {"x": 0, "y": top - MARGIN, "width": WIDTH, "height": bottom - top + 2 * MARGIN}
+            parts.append(Image.open(io.BytesIO(page.screenshot(full_page=True, clip=clip))).convert("RGB"))
         browser.close()
-    sheet = Image.new("RGB", (2 * WIDTH + GAP, HEIGHT), "#8a94a0")
-    for number, part in enumerate(parts):
-        sheet.paste(part, (number * (WIDTH + GAP), 0))
+    sheet = Image.new("RGB", (WIDTH, sum(part.height for part in parts)))
+    top = 0
+    for part in parts:
+        sheet.paste(part, (0, top))
+        top += part.height
     sheet.quantize(COLOURS, dither=Image.Dither.NONE).save(picture, optimize=True)
 
 

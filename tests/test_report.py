@@ -30,6 +30,7 @@ from logitcache.report.samples import data_uri, disagreement
 from logitcache.report.students import find_runs
 from logitcache.report.words import ClassNames, decimal, name_of, size
 from logitcache.samples import SampleTable
+from logitcache.train import train
 from logitcache.train_student import train_students, train_teacher
 from logitcache.views import Mixing, ViewPlan
 from tests.conftest import PICTURES
@@ -647,6 +648,20 @@ def test_runs_say_where_their_labels_came_from(built: Any) -> None:
         student.name: student.labels for student in found.students
     }
     assert ["teacher"] == [run.result.name for run in found.teachers]
+
+
+def test_labels_that_a_program_gave_are_not_called_the_caches(built: Any, tmp_path: Path) -> None:
+    """As the demo does for the student that everybody's mistake is made with."""
+    from logitcache.demo import CleanLabels
+    from logitcache.pipeline import load_pipeline
+    from logitcache.train_student import Bench
+
+    folder, _, _ = built
+    cache = open_cache(folder / "tiny.cache")
+    bench = Bench(load_pipeline(folder / "tiny.yaml", [f"runs.path={tmp_path}"]))
+    train(bench.job(bench.pipeline.student("small"), 0, labels=CleanLabels(cache, bench.plan, bench.device)))
+
+    assert ["given by the program"] == [student.labels for student in find_runs(tmp_path, cache).students]
 
 
 def test_data_of_another_kind_is_refused(built: Any, tiny: Callable[..., Pipeline], tmp_path: Path) -> None:

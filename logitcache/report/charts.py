@@ -1,6 +1,7 @@
 """Charts as Vega-Lite specifications, made by Altair; colours and fonts come from the page, which knows the theme.
 
-Each takes rows of plain data and gives a JSON object. A mark's `style` names an entry of the page's configuration.
+Vega-Lite draws SVG whose marks and axes carry ARIA roles, and is a fifth of Plotly's size inline. Each chart takes rows
+of plain data and gives a JSON object. A mark's `style` names an entry of the page's configuration.
 """
 
 from __future__ import annotations
