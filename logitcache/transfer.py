@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -297,18 +297,31 @@ def _goes_on(target: Storage, digest: str) -> bool:
 def _copy_objects(source: Storage, target: Storage, missing: Objects, meter: Meter) -> None:
     """Several at a time; the first that goes wrong ends it, and what has arrived stays for the next time."""
 
-    def copy(key: str) -> int:
+    def copy(key: str) -> str:
         stored, why = missing[key]
         target.put(key, read_object(source, key, stored, why=why), durable=False)
-        return stored.bytes
+        return key
 
     threads = ThreadPoolExecutor(max(source.concurrency, target.concurrency), thread_name_prefix="logitcache-copy")
+    settler = ThreadPoolExecutor(1, thread_name_prefix="logitcache-settle")
+    settling: Future[None] | None = None
+    arrived: list[str] = []
     try:
         for copied in as_completed([threads.submit(copy, key) for key in missing]):
-            meter.advance(copied.result())
+            arrived.append(copied.result())
+            meter.advance(missing[arrived[-1]][0].bytes)
+            # What has arrived is made to last all together, again and again, while the rest is on its way.
+            if settling is None or settling.done():
+                if settling is not None:
+                    settling.result()
+                settling = settler.submit(target.make_durable, arrived)
+                arrived = []
+        if settling is not None:
+            settling.result()
     finally:
         threads.shutdown(cancel_futures=True)
-    target.make_durable(missing)
+        settler.shutdown()
+    target.make_durable(arrived)
 
 
 def _publish(

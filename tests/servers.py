@@ -109,7 +109,7 @@ def seaweedfs(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def nginx(folder: Path, root: Path) -> Iterator[str]:
+def nginx(folder: Path, root: Path, *, options: str = "") -> Iterator[str]:
     """A static web server over a folder, with index pages."""
     program, port = need("nginx", "apt-get install nginx-light"), free_port()
     paths = "".join(
@@ -119,7 +119,7 @@ def nginx(folder: Path, root: Path) -> Iterator[str]:
         f"daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log; worker_processes 1; "
         f"{'user root;' if os.geteuid() == 0 else ''} events {{}}\n"
         f"http {{ access_log {folder}/access.log; {paths}\n"
-        f"server {{ listen 127.0.0.1:{port}; root {root}; autoindex on; }} }}\n"
+        f"server {{ listen 127.0.0.1:{port}; root {root}; autoindex on; {options} }} }}\n"
     )
     command = [program, "-p", str(folder), "-c", str(folder / "nginx.conf")]
     with running(command, f"http://127.0.0.1:{port}", folder / "nginx.log") as url:

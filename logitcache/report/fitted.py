@@ -54,7 +54,7 @@ def fit_data(cache: LogitCache, location: str, pipeline: Pipeline, *, trust: boo
     """
     here: dict[str, Any] = {
         "cache": pipeline.cache.model_copy(update={"path": location}),
-        "views": pipeline.views.model_copy(update={"count": cache.num_views}),
+        "views": pipeline.views.model_copy(update={"count": len(cache.views)}),
     }
     pipeline = pipeline.model_copy(update=here)
     data = resolve_data(pipeline, trust=trust)

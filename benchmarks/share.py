@@ -1,0 +1,310 @@
+"""Sharing against its bounds, over nginx on the loopback interface.
+
+Pull: `logitcache.transfer.pull` against plain obstore gets of the same objects with the same concurrency, by turns:
+into memory, and into files without fsync. From SeaweedFS, a real S3 server; from nginx, whose connections are slowed
+down to a link of so many gigabits a second; and from nginx at the full speed of the loopback interface, where it costs
+less to send a byte than to hash it. Plain gets / pull is at least 0.9 over the network that people have.
+
+Info: a simulated cache of 300 views of 1 280 000 samples, its manifest and its 23 700 receipts of real size, and no
+label. `logitcache info URL` in a process of its own: requests, seconds, peak memory. Two requests at most, under a
+second, under 100 MB. Opening it for reading is shown beside it.
+
+Warm: a student trained by turns, epoch by epoch, from a local cache and from the same cache by its URL, whose blocks
+are all nearby: at most 1.02; and the seconds to make a view of 1 280 000 rows resident.
+
+    python benchmarks/share.py --write
+    python benchmarks/share.py --only pull --megabytes 100
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import obstore
+import torch
+from measuring import compare, conditions, table, write_result
+from obstore.store import from_url
+
+import logitcache
+from logitcache.arrays import ArraySpec
+from logitcache.cache_teacher import cache_teacher
+from logitcache.digest import canonical_json, sha256_hex
+from logitcache.layout import FIXED, all_blocks, block_rows
+from logitcache.loading import rendered_batches
+from logitcache.manifest import MANIFEST, RECEIPTS, Receipt, StoredObject, content_digest, contents, dump_manifest
+from logitcache.pipeline import load_pipeline
+from logitcache.progress import silence, track
+from logitcache.runs import RunFolder
+from logitcache.storage.remote import CONCURRENCY
+from logitcache.train import _Run as TrainingRun
+from logitcache.train_student import Bench
+from logitcache.transfer import pull, push
+from tests import servers
+
+PIPELINE = Path(__file__).parent.parent / "pipelines" / "mnist5k.yaml"
+LINKS = {"loopback": None, "10 Gbit/s": 10e9, "1 Gbit/s": 1e9}
+NUM_VIEWS, NUM_SAMPLES = 300, 1_280_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["pull", "info", "warm"], help="one of the measurements")
+    parser.add_argument("--megabytes", type=int, default=400, help="of the cache that is pulled")
+    parser.add_argument("--repeats", type=int, default=7, help="of each measurement")
+    parser.add_argument("--epochs", type=int, default=40, help="of each of the two students")
+    parser.add_argument("--write", action="store_true", help="keep the result under benchmarks/results/")
+    arguments = parser.parse_args()
+    silence()
+    sections = ["# Share", conditions()]
+    print(sections[-1], flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["LOGITCACHE_CACHE_DIR"] = str(folder / "nearby")
+        if arguments.only in (None, "pull"):
+            sections.append(pull_section(folder / "pull", arguments.megabytes, arguments.repeats))
+            print(sections[-1], flush=True)
+        if arguments.only in (None, "info"):
+            sections.append(info_section(folder / "info", arguments.repeats))
+            print(sections[-1], flush=True)
+        if arguments.only in (None, "warm"):
+            sections.append(warm_section(folder / "warm", arguments.epochs, arguments.repeats))
+            print(sections[-1], flush=True)
+    if arguments.write:
+        subject = "share" if arguments.only is None else f"share-{arguments.only}"
+        print(write_result(subject, "\n\n".join(sections) + "\n", device=torch.device("cpu")))
+
+
+@contextmanager
+def served(folder: Path, root: Path, *, rate: float | None = None) -> Iterator[str]:
+    """A folder by nginx; each of the connections gets its share of so many bits a second."""
+    folder.mkdir(parents=True)
+    limit = "" if rate is None else f"limit_rate {int(rate / 8 / CONCURRENCY)};"
+    with servers.nginx(folder, root, options=limit) as url:
+        yield url
+
+
+def pull_section(folder: Path, megabytes: int, repeats: int) -> str:
+    """Pull against plain gets."""
+    rows_per_block, num_classes = 8192, 64
+    num_samples = 16 * rows_per_block
+    num_views = max(1, megabytes * 10**6 // (2 * num_samples * num_classes))
+    (folder / "www").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    shape = {"num_samples": num_samples, "num_classes": num_classes, "num_views": num_views}
+    with logitcache.create(
+        folder / "www/a.cache", **shape, rows_per_block=rows_per_block, teacher="noise", dataset="none"
+    ) as writer:
+        for view in range(num_views):
+            for start in range(0, num_samples, rows_per_block):
+                logits = torch.randn(rows_per_block, num_classes, generator=generator)
+                writer.write(view=view, start=start, logits=logits)
+    cache = logitcache.open(folder / "www/a.cache")
+    keys = [key for key in cache.storage.list_keys("labels.zarr") if "/c/" in key]
+    rows = []
+    for link, rate in LINKS.items():
+        with served(folder / f"nginx-{rate}", folder / "www", rate=rate) as url:
+            rows.append([f"nginx, {link}", *by_turns(f"{url}/a.cache", keys, folder, repeats)])
+    (folder / "s3").mkdir()
+    with servers.seaweedfs(folder / "s3") as url:
+        os.environ.update(servers.KEYS | {"AWS_ENDPOINT_URL": url})
+        push(str(folder / "www/a.cache"), "s3://team/a.cache")
+        rows.append(["SeaweedFS (S3), loopback", *by_turns("s3://team/a.cache", keys, folder, repeats)])
+    header = ["from", "pull", "plain gets into files / pull", "plain gets into memory / pull"]
+    return (
+        f"## Pull\n\n{len(keys)} objects, {cache.stored_bytes / 1e6:.0f} MB, {CONCURRENCY} at a time; medians of "
+        f"{repeats}, by turns. Bound: >= 0.9.\n\n{table(header, rows)}"
+    )
+
+
+def by_turns(url: str, keys: list[str], folder: Path, repeats: int) -> list[str]:
+    """Speed of a pull, and what plain gets take of its time."""
+    ours, memory, files = [], [], []
+    for _ in range(repeats + 1):  # the first warms up
+        memory.append(plain_gets(url, keys, None))
+        files.append(plain_gets(url, keys, folder / "plain"))
+        start = time.perf_counter()
+        done = pull(url, str(folder / "pulled"))
+        ours.append(time.perf_counter() - start)
+        assert done.copied_objects == len(keys)
+        shutil.rmtree(folder / "plain")
+        shutil.rmtree(folder / "pulled")
+    speed = f"{done.copied_bytes / statistics.median(ours[1:]) / 1e6:.0f} MB/s"
+    return [speed, str(compare(files[1:], ours[1:])), str(compare(memory[1:], ours[1:]))]
+
+
+def plain_gets(url: str, keys: list[str], into: Path | None) -> float:
+    """Seconds that obstore takes for the same objects, nothing checked."""
+    store = from_url(url, client_options={"allow_http": True})
+
+    def get(key: str) -> int:
+        data = obstore.get(store, key).bytes()
+        if into is not None:
+            path = into / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        return len(data)
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(CONCURRENCY) as threads:
+        sum(threads.map(get, keys))
+    return time.perf_counter() - start
+
+
+def info_section(folder: Path, repeats: int) -> str:
+    """`info` of a cache that is too large to make."""
+    (folder / "www").mkdir(parents=True)
+    records_of_a_large_cache(folder / "www/a.cache")
+    receipts = (folder / "www/a.cache" / RECEIPTS).stat().st_size
+    seconds, memory, requests = [], [], []
+    with served(folder / "nginx", folder / "www") as url:
+        log = folder / "nginx/access.log"
+        for _ in range(repeats):
+            before = len(log.read_text().splitlines())
+            program = (
+                "import sys; sys.argv = ['logitcache', 'info', sys.argv[1], '--json']\n"
+                "from logitcache.cli import main\n"
+                "try: main()\n"
+                "finally: print(*[line for line in open('/proc/self/status') if 'VmHWM' in line], file=sys.stderr)"
+            )
+            start = time.perf_counter()
+            ended = subprocess.run(
+                [sys.executable, "-c", program, f"{url}/a.cache"], capture_output=True, text=True, check=True
+            )
+            seconds.append(time.perf_counter() - start)
+            said = json.loads(ended.stdout)
+            assert (said["num_views"], said["num_samples"]) == (NUM_VIEWS, NUM_SAMPLES)
+            memory.append(int(ended.stderr.split()[-2]) / 1000)
+            requests.append(len(log.read_text().splitlines()) - before)
+        opens = []
+        for _ in range(repeats):
+            shutil.rmtree(os.environ["LOGITCACHE_CACHE_DIR"], ignore_errors=True)
+            before = len(log.read_text().splitlines())
+            start = time.perf_counter()
+            logitcache.open(f"{url}/a.cache")
+            opens.append(time.perf_counter() - start)
+            open_requests = len(log.read_text().splitlines()) - before
+    rows = [
+        ["requests", f"{max(requests)}", "<= 2"],
+        ["seconds, with the start of Python", f"{statistics.median(seconds):.2f}", "< 1"],
+        ["peak memory of the process", f"{max(memory):.0f} MB", "< 100 MB"],
+        [
+            f"to open it for reading: {open_requests} requests, {receipts / 1e6:.1f} MB",
+            f"{statistics.median(opens):.2f} s",
+            "",
+        ],
+    ]
+    return (
+        f"## Info\n\n{NUM_VIEWS} views of {NUM_SAMPLES:,} samples; medians of {repeats}, or the most.\n\n"
+        f"{table(['`logitcache info URL`', 'measured', 'bound'], rows)}"
+    )
+
+
+def records_of_a_large_cache(path: Path) -> None:
+    """Manifest and receipts as sealing would write them, with hashes of nothing."""
+    encoding = logitcache.TopK(k=20)
+    writer = logitcache.create(
+        path, num_samples=NUM_SAMPLES, num_classes=1000, num_views=NUM_VIEWS, encoding=encoding, teacher="t",
+        dataset="d",
+        class_names=[f"class number {number}" for number in range(1000)],
+    )  # fmt: skip
+    manifest = writer.manifest
+    writer.close()
+
+    def stored(spec: ArraySpec, rows: int) -> StoredObject:
+        return StoredObject(bytes=rows * 20, sha256=secrets.token_hex(32), values_sha256=secrets.token_hex(32))
+
+    receipts = {FIXED: Receipt(rows=NUM_SAMPLES, objects={}, kl_mean=None, kl_max=None, inputs={})}
+    for block in all_blocks(manifest.layout):
+        rows = len(block_rows(manifest.layout, block))
+        objects = {name: stored(spec, rows) for name, spec in manifest.layout.arrays.items()}
+        receipts[block.name] = Receipt(rows=rows, objects=objects, kl_mean=0.0123456789, kl_max=1.23456789, inputs={})
+    gathered = canonical_json({name: receipt.model_dump() for name, receipt in receipts.items()})
+    sealed = manifest.model_copy(
+        update={
+            "state": "sealed",
+            "digest": content_digest(list(receipts.values())),
+            "receipts": sha256_hex(gathered),
+            "contents": contents(receipts, fixed=FIXED),
+        }
+    )
+    (path / RECEIPTS).write_bytes(gathered)
+    (path / MANIFEST).write_bytes(dump_manifest(sealed))
+
+
+def warm_section(folder: Path, epochs: int, repeats: int) -> str:
+    """Training from blocks that are nearby, against a local cache."""
+    (folder / "www").mkdir(parents=True)
+    common = ["teacher.weights=random", f"train.epochs={epochs}", "train.seeds=[0]"]
+    local = load_pipeline(PIPELINE, [*common, f"cache.path={folder / 'www/a.cache'}", f"runs.path={folder / 'local'}"])
+    cache_teacher(local, trust=True)
+    student = next(each for each in local.students if local.loss(each).needs_teacher and each.labels == "cache")
+    with served(folder / "nginx", folder / "www") as url:
+        remote = load_pipeline(PIPELINE, [*common, f"cache.path={url}/a.cache", f"runs.path={folder / 'remote'}"])
+        cache = logitcache.open(remote.cache.path)
+        for view in cache.views:
+            cache.view(view)
+        runs = []
+        for pipeline in (local, remote):
+            bench = Bench(pipeline, trust=True)
+            bench.data = replace(bench.data, validation=None, test=None)
+            job = bench.job(student, seed=0)
+            run = TrainingRun(job, RunFolder(job.folder, job.identity))
+            runs.append((run, rendered_batches(job.views, run._batches(0, 0), num_workers=job.num_workers)))
+        with track("alternating", 2 * epochs, unit="epochs") as meter:
+            for epoch in range(epochs):
+                for run, loader in runs if epoch % 2 == 0 else reversed(runs):
+                    run._epoch(epoch, 0, loader, meter)
+        from_local, from_nearby = (run.state.epoch_seconds[2:] for run, _ in runs)
+        found = compare(from_nearby, from_local)
+        quartiles = statistics.quantiles(found.ratios, n=4)
+        views = large_views(folder, url, repeats)
+    rows = [
+        ["an epoch, local cache", f"{found.reference_median:.3f} s"],
+        ["an epoch, URL with its blocks nearby", f"{found.median:.3f} s"],
+        ["ratio of the medians", f"{found.ratio:.3f}"],
+        ["median of the pairs' ratios", f"{quartiles[1]:.3f} (quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f})"],
+        ["bound", "<= 1.02"],
+        ["a view of 1 280 000 rows, nearby / local", views],
+    ]
+    return f"## A warm local directory\n\n{len(from_local)} pairs of epochs, by turns.\n\n{table(['', ''], rows)}"
+
+
+def large_views(folder: Path, url: str, repeats: int) -> str:
+    """Seconds until a view is resident."""
+    rows_per_block = 65_536
+    with logitcache.create(
+        folder / "www/large.cache", num_samples=NUM_SAMPLES, num_classes=1000, encoding=logitcache.TopK(k=10),
+        rows_per_block=rows_per_block, teacher="noise", dataset="none",
+    ) as writer:  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        for start in range(0, NUM_SAMPLES, 8192):
+            writer.write(
+                view=0, start=start, logits=torch.randn(min(8192, NUM_SAMPLES - start), 1000, generator=generator)
+            )
+    seconds: dict[str, list[float]] = {"local": [], "nearby": []}
+    for _ in range(repeats + 1):
+        for name, location in (("local", str(folder / "www/large.cache")), ("nearby", f"{url}/large.cache")):
+            cache = logitcache.open(location)
+            start = time.perf_counter()
+            cache.view(0)
+            seconds[name].append(time.perf_counter() - start)
+    found = compare(seconds["nearby"][1:], seconds["local"][1:])
+    return f"{found}; {1e3 * found.median:.0f} ms / {1e3 * found.reference_median:.0f} ms"
+
+
+if __name__ == "__main__":
+    main()
