@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from logitcache.card import CARD
 from logitcache.committed import num_rows
 from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import ArraySpec
@@ -68,7 +69,7 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
     fixed = manifest.layout.fixed
     problems: list[Problem] = []
     receipts = _all_receipts(storage, manifest, problems)
-    known = {MANIFEST, RECEIPTS, "README.md"}
+    known = {MANIFEST, RECEIPTS, CARD}
     with track("verifying", len(receipts), unit="blocks") as meter:
         for name, receipt in receipts.items():
             if receipt.rows != num_rows(manifest.layout, name):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logitcache.card import write_card
 from logitcache.committed import collect_receipts
 from logitcache.digest import array_digest, canonical_json, sha256_hex
 from logitcache.encodings import ArraySpec, Encoding
@@ -157,13 +158,14 @@ class CacheWriter:
             row = piece_stop
 
     def seal(self) -> Manifest:
-        """Wait for every commit, gather the receipts, and close the cache for writing.
+        """Wait for every commit, gather the receipts, close the cache for writing, and write its card.
 
         Raises:
             IncompleteCache: names the first rows that are missing.
         """
         self.flush()
         if self.manifest.state == "sealed":
+            write_card(self.storage, keep=True)
             return self.manifest
         missing = self.missing_blocks()
         if missing:
@@ -183,6 +185,7 @@ class CacheWriter:
         self.storage.put(MANIFEST, dump_manifest(self.manifest))
         for key in list(self.storage.list_keys("receipts")):
             self.storage.delete(key)
+        write_card(self.storage)  # last: a cache is whole without it
         return self.manifest
 
     def flush(self) -> None:
