@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from logitcache.printing import (
     cache_summary,
     console,
     plan_summary,
+    print_export,
     print_mapping,
     print_plan,
     print_problems,
@@ -42,6 +44,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 TrustOption = Annotated[
     bool, typer.Option("--trust", help="Run package.module:function code from outside the working folder.")
 ]
+
+
+class ExportFormat(StrEnum):
+    """What `export` writes."""
+
+    parquet = "parquet"
 
 
 @app.command("plan")
@@ -229,6 +237,22 @@ def repair_command(
     show(found, as_json, print_repair)
     if result.remaining:
         raise typer.Exit(1)
+
+
+@app.command("export")
+def export_command(
+    cache: CacheArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder that holds nothing else.")],
+    to: Annotated[ExportFormat, typer.Option("--to", help="What to make of it.")],
+    views: Annotated[str | None, typer.Option(help="Such as 0:2 or 3; all by default.")] = None,
+    top: Annotated[int | None, typer.Option(help="Keep the largest logits of each row only, and the tail.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """A cache's labels as a table: one Parquet file for each view, for pandas, polars, datasets, any SQL engine."""
+    from logitcache.export import export_parquet
+
+    result = export_parquet(cache, out, views=views, top=top)
+    show(dataclasses.asdict(result), as_json, lambda: print_export(str(out), to.value, result))
 
 
 def pipeline_of(cache: str, file: Path) -> Any:

@@ -127,6 +127,17 @@ def print_rows(rows: list[Any]) -> None:
     console().print(table)
 
 
+def print_export(out: str, kind: str, result: Any) -> None:
+    """What an export wrote."""
+    there = len(result.files) - len(result.written)
+    console().print(
+        f"{out}: {result.rows:,} rows in {len(result.files)} {kind} files, {decimal(result.bytes)}"
+        f"{f'; {there} were there already' if there else ''}",
+        highlight=False,
+        markup=False,
+    )
+
+
 def print_steps(steps: list[Any]) -> None:
     """What a run would do."""
     table = Table("stage", "what", "state")

@@ -12,7 +12,7 @@ FLOOR = {
     "transforms": 1, "samples": 1, "encodings": 1, "losses": 1, "order": 1, "views": 1,
     "committed": 3, "fidelity": 3, "manifest": 2, "layout": 2, "storage": 2, "loading": 2,
     "labelview": 3, "reader": 3, "card": 3, "writer": 3, "creation": 3,
-    "catalog": 4, "pipeline": 4, "labels": 4, "runs": 4, "audit": 4, "resolve": 4, "fit": 4, "inference": 4,
+    "catalog": 4, "pipeline": 4, "labels": 4, "runs": 4, "audit": 4, "resolve": 4, "fit": 4, "inference": 4, "export": 4,
     "cache_teacher": 5, "plan": 5, "repair": 5, "spot_check": 5, "train": 5, "train_student": 5, "run": 5, "demo": 5,
     "printing": 6, "cli": 7, "__init__": 7,
 }  # fmt: skip
@@ -30,7 +30,18 @@ def test_imports_only_go_down() -> None:
 
 
 def test_importing_logitcache_loads_nothing_heavy_beside_torch_and_zarr() -> None:
-    heavy = ("torchvision", "ray", "matplotlib", "plotly", "tensorboard", "sklearn", "typer", "albumentations", "timm")
+    heavy = (
+        "torchvision",
+        "ray",
+        "matplotlib",
+        "plotly",
+        "tensorboard",
+        "sklearn",
+        "typer",
+        "albumentations",
+        "timm",
+        "pyarrow",
+    )
     program = f"import sys, logitcache; print([name for name in {heavy!r} if name in sys.modules])"
 
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
