@@ -18,6 +18,7 @@ from logitcache.printing import (
     plan_summary,
     print_export,
     print_mapping,
+    print_merge,
     print_plan,
     print_problems,
     print_rows,
@@ -44,6 +45,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 TrustOption = Annotated[
     bool, typer.Option("--trust", help="Run package.module:function code from outside the working folder.")
 ]
+
+
+class MeanOf(StrEnum):
+    """What `merge` averages."""
+
+    logits = "logits"
+    probabilities = "probabilities"
 
 
 class ExportFormat(StrEnum):
@@ -237,6 +245,36 @@ def repair_command(
     show(found, as_json, print_repair)
     if result.remaining:
         raise typer.Exit(1)
+
+
+@app.command("merge")
+def merge_command(
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE...", help="Two or more caches over the same views.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="The merged cache.")],
+    mean: Annotated[
+        MeanOf, typer.Option(help="Of logits (geometric, at any temperature) or of probabilities (at T = 1).")
+    ] = MeanOf.logits,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="How much a cache counts: once for each, in their order.")
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help='Such as "TopK(k=20)" or auto; the first cache\'s by default.')
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Average several teachers over the same views into one cache. Interrupted? Run it again."""
+    from logitcache.merge import merge
+    from logitcache.reader import open_cache
+
+    result = merge(caches, out, mean=mean.value, weights=weight or None, encoding=encoding)
+    summary = cache_summary(open_cache(out)) | {
+        "mean": mean.value,
+        "parts": [part.model_dump(exclude={"teacher_input"}) for part in result.parts],
+        "left_out_views": result.left_out,
+        "computed_blocks": len(result.computed_blocks),
+        "total_blocks": result.total_blocks,
+    }
+    show(summary, as_json, lambda: print_merge(out, summary))
 
 
 @app.command("export")

@@ -163,7 +163,8 @@ def open_writer(
     else:
         settled, choice = _settle(requested, calibration, num_classes)
         notes |= {"encoding": choice} if choice else {}
-    fixed = (settled.fitted_values() if settled.fitted_arrays else {}) | _sample_arrays(samples)
+    # Unfitted still where the cache that is there has another encoding: about to be refused for that.
+    fixed = (settled.fitted_values() if settled.is_fitted else {}) | _sample_arrays(samples)
     try:
         layout = Layout(
             num_samples=num_samples,

@@ -216,7 +216,7 @@ class LogitCache:
         views = ViewDataset(views.dataset, views.plan, rows=views.rows)  # the teacher's own part, whatever the model's
         index_of_row = None if views.rows is None else {int(row): index for index, row in enumerate(views.rows)}
         compared = 0
-        for row, expected in self._input_digests(view).items():
+        for row, expected in self.input_digests(view).items():
             index = row if index_of_row is None else index_of_row.get(row)
             if index is None:
                 continue
@@ -334,7 +334,8 @@ class LogitCache:
                 f"{Block(view, missing[0]).name}; run `logitcache cache-teacher` again"
             )
 
-    def _input_digests(self, view: int) -> dict[int, str]:
+    def input_digests(self, view: int) -> dict[int, str]:
+        """The digest of what the teacher was given, by row, for the proof rows of a view that are known."""
         digests: dict[int, str] = {}
         for row in proof_rows(self.manifest.identity.view_seed, view, self.num_samples):
             receipt = self.receipts.get(Block(view, row // self.layout.rows_per_block).name)

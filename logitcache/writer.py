@@ -107,7 +107,9 @@ class CacheWriter:
         """The blocks that have no valid receipt yet, view by view."""
         return [block for block in all_blocks(self.layout) if block.name not in self._receipts]
 
-    def write(self, *, view: int, start: int, logits: Any, inputs: Any = None) -> None:
+    def write(
+        self, *, view: int, start: int, logits: Any, inputs: Any = None, input_digests: Mapping[int, str] | None = None
+    ) -> None:
         """Store the logits of consecutive rows of one view; rows of committed blocks are passed over.
 
         Args:
@@ -116,6 +118,7 @@ class CacheWriter:
             logits: (B, C) floats, a tensor on any device or an array; -inf masks a class.
             inputs: what the teacher was given for these rows, batched; digests of a few rows of each view are kept,
                 so that a student can prove that it sees the same.
+            input_digests: these digests by row, where they are known and the inputs are not at hand.
 
         Raises:
             ShapeError: not (B, C), or rows beyond the cache.
@@ -137,7 +140,7 @@ class CacheWriter:
                 f"{self.layout.num_views} views"
             )
         logits_BC = logits_BC.detach().float()
-        digests = {
+        digests = dict(input_digests or {}) | {
             row: input_digest(_item(inputs, row - start)).hex()
             for row in (() if inputs is None else proof_rows(self.manifest.identity.view_seed, view, num_samples))
             if start <= row < stop
