@@ -15,10 +15,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from logitcache.errors import UsageError
+from logitcache.ensemble import Part, merged_parts
+from logitcache.errors import CorruptCache, UsageError
 from logitcache.layout import FIXED, SAMPLE_ARRAYS
 from logitcache.reader import LogitCache
-from logitcache.storage import Storage
 from logitcache.views import Mixing, ViewPlan
 
 CARD = "README.md"
@@ -71,14 +71,14 @@ def card_from(value: Card | Mapping[str, Any]) -> Card:
         ) from None
 
 
-def write_card(storage: Storage, *, keep: bool = False) -> None:
-    """Write the card of the sealed cache at a storage; `keep` leaves one that is there as it is.
+def write_card(cache: LogitCache, *, keep: bool = False) -> None:
+    """Write the card of a sealed cache; `keep` leaves one that is there as it is.
 
     Raises:
         CorruptCache: the labels that the teacher's accuracy is taken over are damaged.
     """
-    if not keep or storage.size(CARD) is None:
-        storage.put(CARD, render_card(LogitCache(storage)).encode())  # type: ignore[arg-type]
+    if not keep or cache.storage.size(CARD) is None:
+        cache.storage.put(CARD, render_card(cache).encode())
 
 
 def render_card(cache: LogitCache) -> str:
@@ -144,17 +144,9 @@ def _what_this_is(cache: LogitCache, stated: Card) -> Iterator[str]:
         "The logits of a teacher over deterministic views of a dataset, for offline knowledge distillation: a student "
         "trains from them without the teacher. The images are not here; a student renders the same views again.\n"
     )
-    lines = []
-    for kind, name, fingerprint in (
-        ("Teacher", stated.teacher, identity.teacher),
-        ("Dataset", stated.dataset, identity.dataset),
-    ):
-        known_as = f"{_escaped(_one_line(name, LONGEST_NAME))}, " if name else ""
-        lines.append(f"- {kind}: {known_as}{_code(fingerprint)}")
-    merged = cache.manifest.provenance.get("merged")
-    if isinstance(merged, dict) and isinstance(merged.get("parts"), list):
-        for part in [part for part in merged["parts"] if isinstance(part, dict)][:SHOWN_CLASSES]:
-            lines.append(f"  - {_code(str(part.get('teacher')))}, weight {_code(str(part.get('weight')))}")
+    lines = [f"- Teacher: {_known_as(stated.teacher)}{_code(identity.teacher)}"]
+    lines += [f"  - {_code(part.teacher)}, weight {part.weight:.4g}" for part in _parts(cache)]
+    lines.append(f"- Dataset: {_known_as(stated.dataset)}{_code(identity.dataset)}")
     if identity.class_names:
         shown = ", ".join(_code(name) for name in identity.class_names[:SHOWN_CLASSES])
         more = cache.num_classes - SHOWN_CLASSES
@@ -164,6 +156,18 @@ def _what_this_is(cache: LogitCache, stated: Card) -> Iterator[str]:
     if stated.url:
         lines.append(f"- More: <{stated.url}>")
     yield "\n".join(lines) + "\n"
+
+
+def _known_as(name: str | None) -> str:
+    return f"{_escaped(_one_line(name, LONGEST_NAME))}, " if name else ""
+
+
+def _parts(cache: LogitCache) -> list[Part]:
+    """What a merged cache is the mean of."""
+    try:
+        return merged_parts(cache.manifest)
+    except CorruptCache:  # a stranger's manifest
+        return []
 
 
 def _how_to_load_it(cache: LogitCache) -> Iterator[str]:
@@ -198,6 +202,8 @@ def _fidelity(cache: LogitCache) -> str:
             f"KL(teacher ‖ cache) at T = 1, over every row when it was written: mean {cache.kl_mean:.2g} nats, "
             f"largest {max(measured):.2g} nats."
         )
+        if _parts(cache):
+            lines.append("The teacher, there, is the mean of what the caches hold that this one was merged from.")
     if len(measured) < len(blocks):
         lines.append(
             f"In {len(blocks) - len(measured):,} of {len(blocks):,} blocks it is infinite: the encoding leaves out "
@@ -279,7 +285,8 @@ def _how_it_was_made(cache: LogitCache) -> Iterator[str]:
 
 
 def _title(cache: LogitCache, stated: Card) -> str:
-    teacher = stated.teacher or cache.manifest.identity.teacher.partition("@")[0]
+    merged = f"the mean of {len(_parts(cache))} teachers" if _parts(cache) else None
+    teacher = stated.teacher or merged or cache.manifest.identity.teacher.partition("@")[0]
     dataset = stated.dataset or cache.manifest.identity.dataset
     dataset = f"{dataset[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", dataset) else dataset
     return _one_line(stated.title or f"Logits of {teacher} on {dataset}", LONGEST_NAME)

@@ -209,7 +209,8 @@ def _stored(storage: LocalStorage) -> tuple[Manifest, Receipt] | None:
     data = storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES)
     if data is None:
         stranger = next(iter(storage.list_keys()), None)
-        if stranger is not None:
+        # Unless another builder began just now: of what it writes, the manifest comes first.
+        if stranger is not None and storage.size(MANIFEST) is None:
             raise NotACache(f"{storage.url} is not empty and no logit cache (it holds {stranger}); choose another path")
         return None
     manifest = read_manifest(data, url=storage.url)

@@ -31,6 +31,7 @@ from logitcache.layout import (
 from logitcache.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
+    Manifest,
     Receipt,
     content_digest,
     read_manifest,
@@ -59,15 +60,29 @@ def open_cache(location: str | os.PathLike[str], *, trust: bool = False) -> Logi
 
 
 class LogitCache:
-    """The labels of one teacher over views of one dataset."""
+    """The labels of one teacher over views of one dataset.
 
-    def __init__(self, storage: LocalStorage, *, trust: bool = False) -> None:
+    Args:
+        storage: where it lies.
+        trust: see `open_cache`.
+        written: manifest and receipts, for the writer that has them at hand.
+    """
+
+    def __init__(
+        self,
+        storage: LocalStorage,
+        *,
+        trust: bool = False,
+        written: tuple[Manifest, dict[str, Receipt]] | None = None,
+    ) -> None:
+        if written is None:
+            manifest = read_manifest(storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES), url=storage.url)
+            written = manifest, collect_receipts(storage, manifest)
         self.storage = storage
-        self.manifest = read_manifest(storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES), url=storage.url)
+        self.manifest, self.receipts = written
         self.layout = self.manifest.layout
         self.encoding: Encoding = encoding_from_config(self.manifest.identity.encoding)
         self.trust = trust
-        self.receipts: dict[str, Receipt] = collect_receipts(storage, self.manifest)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="logitcache-loader")
         self._loading: dict[tuple[int, str], Future[View]] = {}
         if self.sealed and content_digest(list(self.receipts.values())) != self.manifest.digest:

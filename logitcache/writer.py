@@ -45,7 +45,8 @@ from logitcache.manifest import (
     dump,
     dump_manifest,
 )
-from logitcache.samples import input_digest
+from logitcache.reader import LogitCache
+from logitcache.samples import batch_item, input_digest
 from logitcache.storage import LocalStorage
 from logitcache.views import proof_rows
 
@@ -141,7 +142,7 @@ class CacheWriter:
             )
         logits_BC = logits_BC.detach().float()
         digests = dict(input_digests or {}) | {
-            row: input_digest(_item(inputs, row - start)).hex()
+            row: input_digest(batch_item(inputs, row - start)).hex()
             for row in (() if inputs is None else proof_rows(self.manifest.identity.view_seed, view, num_samples))
             if start <= row < stop
         }
@@ -168,7 +169,7 @@ class CacheWriter:
         """
         self.flush()
         if self.manifest.state == "sealed":
-            write_card(self.storage, keep=True)
+            write_card(self._written(), keep=True)
             return self.manifest
         missing = self.missing_blocks()
         if missing:
@@ -188,8 +189,12 @@ class CacheWriter:
         self.storage.put(MANIFEST, dump_manifest(self.manifest))
         for key in list(self.storage.list_keys("receipts")):
             self.storage.delete(key)
-        write_card(self.storage)  # last: a cache is whole without it
+        write_card(self._written())  # last: a cache is whole without it
         return self.manifest
+
+    def _written(self) -> LogitCache:
+        """The cache as this writer knows it: another one may be at work on what lies in the storage."""
+        return LogitCache(self.storage, written=(self.manifest, dict(self._receipts)))
 
     def flush(self) -> None:
         """Wait until every whole block is committed; raises what went wrong in a writer thread."""
@@ -385,12 +390,3 @@ def _finite(nats: float) -> float | None:
 
 def _stored(data: bytes, values: np.ndarray) -> StoredObject:
     return StoredObject(bytes=len(data), sha256=sha256_hex(data), values_sha256=array_digest(values))
-
-
-def _item(batch: Any, index: int) -> Any:
-    """One sample of a batch of tensors, or of a nest of them."""
-    if isinstance(batch, Mapping):
-        return {name: _item(part, index) for name, part in batch.items()}
-    if isinstance(batch, tuple | list) and batch and not isinstance(batch[0], str | bytes):
-        return [_item(part, index) for part in batch]  # what default_collate makes of samples that are tuples
-    return batch[index]
