@@ -94,7 +94,7 @@ class CacheWriter:
                 if storage.get(key) != data:
                     storage.put(key, data)
             if FIXED not in self._receipts:
-                if encoding.fitted_arrays:
+                if encoding.fitted_arrays and self._receipts:  # those seen here, not another builder's since
                     self._forget_blocks()
                 self._receipts[FIXED] = self._commit_fixed(fixed)
 
