@@ -217,11 +217,11 @@ def _accuracy(cache: LogitCache) -> str | None:
     if counted is None:
         return None
     right, rows, looked_at = counted
-    unmixed = "" if rows == looked_at else f" that are not mixed ({rows:,})"
+    looked = f"the first {looked_at:,} rows of view 0"
+    where = looked if rows == looked_at else f"the {rows:,} unmixed ones among {looked}"
     return (
-        f"The first class of the cached labels is the sample's own in **{right / rows:.2%}** of the first "
-        f"{looked_at:,} rows of view 0{unmixed}. These are the samples that students train on, and the teacher may "
-        "have been trained on them too: it is no test accuracy.\n"
+        f"The first class of the cached labels is the sample's own in **{right / rows:.2%}** of {where}. These are the "
+        "samples that students train on, and the teacher may have been trained on them too: it is no test accuracy.\n"
     )
 
 

@@ -249,7 +249,7 @@ def repair_command(
 
 @app.command("merge")
 def merge_command(
-    caches: Annotated[list[str], typer.Argument(metavar="CACHE...", help="Two or more caches over the same views.")],
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE", help="Two or more caches over the same views.")],
     out: Annotated[str, typer.Option("--out", "-o", help="The merged cache.")],
     mean: Annotated[
         MeanOf, typer.Option(help="Of logits (geometric, at any temperature) or of probabilities (at T = 1).")

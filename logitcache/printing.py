@@ -131,8 +131,8 @@ def print_export(out: str, kind: str, result: Any) -> None:
     """What an export wrote."""
     there = len(result.files) - len(result.written)
     console().print(
-        f"{out}: {result.rows:,} rows in {len(result.files)} {kind} files, {decimal(result.bytes)}"
-        f"{f'; {there} were there already' if there else ''}",
+        f"{out}: {result.rows:,} rows in {kind} files, {len(result.files)} in number, {decimal(result.bytes)}"
+        f"{f'; there already: {there}' if there else ''}",
         highlight=False,
         markup=False,
     )
@@ -148,7 +148,7 @@ def print_merge(out: str, summary: dict[str, Any]) -> None:
         )
     for location, count in summary["left_out_views"].items():
         console().print(
-            f"It holds the {summary['num_views']} views that all of them have; {location} has {count} more.",
+            f"It holds the views that all of them have, {summary['num_views']} in number; {location} has {count} more.",
             highlight=False,
             markup=False,
         )

@@ -133,6 +133,7 @@ def test_mixed_rows_are_left_out_of_the_accuracy(tmp_path: Path) -> None:
 
     assert 10 < unmixed < 40
     assert (unmixed, unmixed, 50) == first_class_accuracy(logitcache.open(path))
+    assert f"in **100.00%** of the {unmixed} unmixed ones among the first 50 rows of view 0." in card(path)
 
 
 def test_where_every_row_is_mixed_no_accuracy_is_stated(tmp_path: Path) -> None:
