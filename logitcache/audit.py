@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from logitcache.arrays import ArraySpec
+from logitcache.card import CARD
 from logitcache.committed import num_rows, pinned_receipts_key, stored_manifest
 from logitcache.digest import array_digest, sha256_hex
 from logitcache.errors import CorruptCache
@@ -68,7 +69,7 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
     fixed = manifest.layout.fixed
     problems: list[Problem] = []
     receipts = _all_receipts(storage, manifest, problems)
-    known = {MANIFEST, RECEIPTS, "README.md"}
+    known = {MANIFEST, RECEIPTS, CARD}
     checks = []
     for name, receipt in receipts.items():
         if receipt.rows != num_rows(manifest.layout, name):

@@ -63,6 +63,7 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
         precision=pipeline.teacher.precision,
         class_names=data.class_names,
         rows_per_block=pipeline.cache.rows_per_block,
+        card=pipeline.cache.card if pipeline.cache.card.stated() else None,
     )
     with writer:
         missing = writer.missing_blocks()

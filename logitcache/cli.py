@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,9 @@ from logitcache.printing import (
     console,
     plan_summary,
     print_caches,
+    print_export,
     print_mapping,
+    print_merge,
     print_plan,
     print_problems,
     print_report,
@@ -45,6 +48,19 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 TrustOption = Annotated[
     bool, typer.Option("--trust", help="Run package.module:function code from outside the working folder.")
 ]
+
+
+class MeanOf(StrEnum):
+    """What `merge` averages."""
+
+    logits = "logits"
+    probabilities = "probabilities"
+
+
+class ExportFormat(StrEnum):
+    """What `export` writes."""
+
+    parquet = "parquet"
 
 
 @app.command("plan")
@@ -276,6 +292,52 @@ def repair_command(
     show(found, as_json, print_repair)
     if result.remaining:
         raise typer.Exit(1)
+
+
+@app.command("merge")
+def merge_command(
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE", help="Two or more caches over the same views.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="The merged cache.")],
+    mean: Annotated[
+        MeanOf, typer.Option(help="Of logits (geometric, at any temperature) or of probabilities (at T = 1).")
+    ] = MeanOf.logits,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="How much a cache counts: once for each, in their order.")
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help='Such as "TopK(k=20)" or auto; the first cache\'s by default.')
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Average several teachers over the same views into one cache. Interrupted? Run it again."""
+    from logitcache.merge import merge
+    from logitcache.reader import open_cache
+
+    result = merge(caches, out, mean=mean.value, weights=weight or None, encoding=encoding)
+    summary = cache_summary(open_cache(out)) | {
+        "mean": mean.value,
+        "parts": [part.model_dump(exclude={"teacher_input"}) for part in result.parts],
+        "left_out_views": result.left_out,
+        "computed_blocks": len(result.computed_blocks),
+        "total_blocks": result.total_blocks,
+    }
+    show(summary, as_json, lambda: print_merge(out, summary))
+
+
+@app.command("export")
+def export_command(
+    cache: CacheArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder that holds nothing else.")],
+    to: Annotated[ExportFormat, typer.Option("--to", help="What to make of it.")],
+    views: Annotated[str | None, typer.Option(help="Such as 0:2 or 3; all by default.")] = None,
+    top: Annotated[int | None, typer.Option(help="Keep the largest logits of each row only, and the tail.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """A cache's labels as a table: one Parquet file for each view, for pandas, polars, datasets, any SQL engine."""
+    from logitcache.export import export_parquet
+
+    result = export_parquet(cache, out, views=views, top=top)
+    show(dataclasses.asdict(result), as_json, lambda: print_export(str(out), to.value, result))
 
 
 def pipeline_of(cache: str, file: Path) -> Any:

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from pydantic import ValidationError
 from torch import Tensor
 
+from logitcache.card import CARD, Card, card_from
 from logitcache.committed import collect_receipts, stored_encoding, stored_manifest
 from logitcache.digest import canonical_json
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
@@ -59,6 +61,7 @@ def create(
     precision: str = "float32",
     class_names: Sequence[str] | None = None,
     rows_per_block: int | None = None,
+    card: Card | Mapping[str, Any] | None = None,
 ) -> CacheWriter:
     """Open a cache for writing: a new one, or one of the same identity that was left unfinished or grows by views.
 
@@ -73,6 +76,8 @@ def create(
         view_plan: how the views were made; without one the cache can't hand out a `view_plan`.
         precision: the teacher's arithmetic.
         rows_per_block: rows of one commit, 16 384 by default; fixed once the cache exists.
+        card: what its README.md says beside what it knows itself, such as {"license": "cc-by-4.0"}; it may be changed
+            later, and None leaves what was said before.
 
     Raises:
         UsageError: a shape or an encoding that can't be, or no calibration for one that needs it.
@@ -85,6 +90,60 @@ def create(
         )
     if samples is not None and samples.num_samples != num_samples:
         raise UsageError(f"num_samples is {num_samples}, but the sample table has {samples.num_samples}")
+    origin = Origin(
+        dataset=samples.fingerprint() if samples is not None else str(dataset),
+        teacher=teacher,
+        precision=precision,
+        transform=None if view_plan is None else view_plan.describe(),
+        view_seed=0 if view_plan is None else view_plan.seed,
+        class_names=class_names,
+    )
+    return open_writer(
+        path,
+        origin,
+        num_samples=num_samples,
+        num_classes=num_classes,
+        num_views=num_views,
+        encoding=encoding,
+        calibration=calibration,
+        samples=samples,
+        rows_per_block=rows_per_block,
+        card=card,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What logits come from: a cache's identity, but for the logits' shape and encoding."""
+
+    dataset: str
+    teacher: str
+    precision: str
+    transform: Any
+    """`ViewPlan.describe()`, or None where nobody said how the views were made."""
+    view_seed: int
+    class_names: Sequence[str] | None
+
+
+def open_writer(
+    path: str | os.PathLike[str],
+    origin: Origin,
+    *,
+    num_samples: int,
+    num_classes: int,
+    num_views: int,
+    encoding: Encoding | Auto | str | Mapping[str, Any],
+    calibration: Any = None,
+    samples: SampleTable | None = None,
+    rows_per_block: int | None = None,
+    card: Card | Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> CacheWriter:
+    """The same as `create`, for logits whose origin is known by its parts; `notes` join a new cache's provenance.
+
+    Raises:
+        UsageError, NotACache, IdentityMismatch: as `create` does.
+    """
     if num_classes < 2 or num_samples < 1 or num_views < 1:
         raise UsageError(
             f"a cache has at least 1 sample, 1 view and 2 classes; found {num_samples}, {num_views}, {num_classes}"
@@ -92,25 +151,20 @@ def create(
     rows_per_block = DEFAULT_ROWS_PER_BLOCK if rows_per_block is None else rows_per_block
     if rows_per_block < 1:
         raise UsageError(f"rows_per_block is at least 1, not {rows_per_block}")
+    stated = None if card is None else card_from(card).stated()
     requested = encoding_or_auto(encoding)
     if isinstance(requested, Encoding):
         requested.arrays(num_classes)  # refuses a number of classes that it can't hold, before anything is computed
     storage = open_storage(path)
     stored = _stored(storage)
+    notes = dict(notes or {}) | ({} if stated is None else {"card": stated})
     if stored is not None:
-        settled, notes = _encoding_of(storage, *stored, requested), dict[str, Any]()
+        settled = _encoding_of(storage, *stored, requested)
     else:
-        settled, notes = _settle(requested, calibration, num_classes)
-    identity = make_identity(
-        dataset=samples.fingerprint() if samples is not None else str(dataset),
-        teacher=teacher,
-        precision=precision,
-        view_plan=view_plan,
-        encoding=settled,
-        num_classes=num_classes,
-        class_names=class_names,
-    )
-    fixed = (settled.fitted_values() if settled.fitted_arrays else {}) | _sample_arrays(samples)
+        settled, choice = _settle(requested, calibration, num_classes)
+        notes |= {"encoding": choice} if choice else {}
+    # Unfitted still where the cache that is there has another encoding: about to be refused for that.
+    fixed = (settled.fitted_values() if settled.is_fitted else {}) | _sample_arrays(samples)
     try:
         layout = Layout(
             num_samples=num_samples,
@@ -124,8 +178,19 @@ def create(
         raise UsageError(
             f"a cache can't have this shape: {error.errors()[0]['msg']}; try a smaller rows_per_block"
         ) from None
+    identity = make_identity(origin, settled, num_classes)
     manifest = _open_manifest(storage, identity, layout, fixed_stored=stored is not None, notes=notes)
+    if stated is not None and manifest.provenance.get("card") != stated:
+        manifest = _change_card(storage, manifest, stated)
     return CacheWriter(storage, manifest, settled, fixed=fixed)
+
+
+def _change_card(storage: Storage, manifest: Manifest, stated: dict[str, Any]) -> Manifest:
+    """Say something else of a cache that is there; its card is gone until the writer seals, or finds it sealed."""
+    storage.delete(CARD)
+    manifest = manifest.model_copy(update={"provenance": manifest.provenance | {"card": stated}})
+    storage.put(MANIFEST, dump_manifest(manifest))
+    return manifest
 
 
 def _sample_arrays(samples: SampleTable | None) -> dict[str, np.ndarray]:
@@ -142,6 +207,10 @@ def _sample_arrays(samples: SampleTable | None) -> dict[str, np.ndarray]:
 def _stored(storage: Storage) -> tuple[Manifest, Receipt] | None:
     """The manifest of a cache that was begun here and the receipt of its fixed arrays; blocks come only after both."""
     if storage.size(MANIFEST) is None:
+        stranger = next(iter(storage.list_keys()), None)
+        # Unless another builder began just now: of what it writes, the manifest comes first.
+        if stranger is not None and storage.size(MANIFEST) is None:
+            raise NotACache(f"{storage.url} is not empty and no logit cache (it holds {stranger}); choose another path")
         return None
     manifest = stored_manifest(storage)
     fixed = collect_receipts(storage, manifest).get(FIXED)
@@ -194,27 +263,18 @@ def _masked(sample: Calibration) -> bool:
     return bool(np.isneginf(np.asarray(sample.logits)).any())
 
 
-def make_identity(
-    *,
-    dataset: str,
-    teacher: str,
-    precision: str,
-    view_plan: ViewPlan | None,
-    encoding: Encoding,
-    num_classes: int,
-    class_names: Sequence[str] | None,
-) -> Identity:
+def make_identity(origin: Origin, encoding: Encoding, num_classes: int) -> Identity:
     """An identity in the form that JSON gives back, so that two of them compare field by field."""
     fields = {
         "format_version": FORMAT_VERSION,
-        "dataset": dataset,
-        "teacher": teacher,
-        "precision": precision,
-        "transform": None if view_plan is None else view_plan.describe(),
-        "view_seed": 0 if view_plan is None else view_plan.seed,
+        "dataset": origin.dataset,
+        "teacher": origin.teacher,
+        "precision": origin.precision,
+        "transform": origin.transform,
+        "view_seed": origin.view_seed,
         "encoding": encoding.config(),
         "outputs": {"logits": [num_classes]},
-        "class_names": None if class_names is None else list(class_names),
+        "class_names": None if origin.class_names is None else list(origin.class_names),
     }
     return Identity.model_validate(json.loads(canonical_json(fields)))
 
@@ -230,12 +290,9 @@ def _open_manifest(
         layout=layout,
         state="open",
         digest=None,
-        provenance=provenance() | ({"encoding": notes} if notes else {}),
+        provenance=provenance() | notes,
     )
     if existing is None:
-        stranger = next(iter(storage.list_keys()), None)
-        if stranger is not None and storage.size(MANIFEST) is None:
-            raise NotACache(f"{storage.url} is not empty and no logit cache (it holds {stranger}); choose another path")
         if storage.create(MANIFEST, dump_manifest(new)):
             return new
         # Somebody else began at the same moment.

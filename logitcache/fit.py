@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from logitcache.catalog.datasets import Data
+from logitcache.ensemble import merged_parts
 from logitcache.errors import IdentityMismatch, IncompleteCache
 from logitcache.pipeline import Pipeline
 from logitcache.progress import track
@@ -73,13 +74,25 @@ def fit_differences(cache: LogitCache, pipeline: Pipeline, data: Data, plan: Vie
     if cached.class_names is not None and data.class_names is not None:
         here["class_names"] = data.class_names
     weights = teacher_weights(pipeline)
-    named = teacher_name(pipeline)
     at_hand = weights in (None, RANDOM) or Path(str(weights)).is_file()
-    if at_hand:
-        here["teacher"] = resolve_teacher(pipeline, data, plan, trust=trust)[1]
-    elif cached.teacher.partition("@")[0] != named:
-        here["teacher"] = named
-    return cached.differences(type(cached).model_validate(cached.model_dump() | _through_json(here)))
+    ours = resolve_teacher(pipeline, data, plan, trust=trust)[1] if at_hand else teacher_name(pipeline)
+
+    def is_ours(teacher: str) -> bool:
+        return ours == (teacher if at_hand else teacher.partition("@")[0])
+
+    # A mean has no one teacher: a pipeline fits it with any of those that it is the mean of.
+    parts = merged_parts(cache.manifest)
+    part = next((part for part in parts if is_ours(part.teacher)), None)
+    if part is not None and part.precision == pipeline.teacher.precision:
+        del here["precision"]
+    if part is None and not is_ours(cached.teacher):
+        here["teacher"] = ours
+    differences = cached.differences(type(cached).model_validate(cached.model_dump() | _through_json(here)))
+    if parts and part is None:
+        differences.append(
+            f"it is the mean of {', '.join(part.teacher for part in parts)}: `teacher` must be one of these"
+        )
+    return differences
 
 
 def all_differences(cache: LogitCache, pipeline: Pipeline, *, trust: bool) -> list[str]:

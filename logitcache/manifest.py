@@ -56,14 +56,14 @@ class Identity(_Record):
     def cache_id(self) -> Sha256:
         return json_digest(self.model_dump())
 
-    def differences(self, other: Identity) -> list[str]:
+    def differences(self, other: Identity, *, mine: str = "in the cache", theirs: str = "here") -> list[str]:
         """The fields in which another identity differs, a line each: this one's value first, then the other's."""
         lines = []
         for name in type(self).model_fields:
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                path, mine, theirs = _first_difference(name, mine, theirs)
-                lines.append(f"{path}: {_short(mine)} in the cache, {_short(theirs)} here")
+            ours, others = getattr(self, name), getattr(other, name)
+            if ours != others:
+                path, ours, others = _first_difference(name, ours, others)
+                lines.append(f"{path}: {_short(ours)} {mine}, {_short(others)} {theirs}")
         return lines
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from logitcache.card import Card
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.errors import LogitCacheError, UsageError
 from logitcache.losses import Loss, loss_from_config
@@ -118,6 +119,8 @@ class CacheConfig(_Section):
     rows_per_block: int = Field(default=16_384, ge=1)
     memory_budget_mb: float | None = Field(default=None, gt=0)
     """A view larger than this streams block by block in stage 2; none keeps every view resident."""
+    card: Card = Card()
+    """What the cache's README.md says of it beside what it knows itself."""
 
     @field_validator("encoding", mode="before")
     @classmethod

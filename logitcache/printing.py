@@ -168,6 +168,33 @@ def print_rows(rows: list[Any]) -> None:
     console().print(table)
 
 
+def print_export(out: str, kind: str, result: Any) -> None:
+    """What an export wrote."""
+    there = len(result.files) - len(result.written)
+    console().print(
+        f"{out}: {result.rows:,} rows in {kind} files, {len(result.files)} in number, {decimal(result.bytes)}"
+        f"{f'; there already: {there}' if there else ''}",
+        highlight=False,
+        markup=False,
+    )
+
+
+def print_merge(out: str, summary: dict[str, Any]) -> None:
+    """A merged cache, and what it is the mean of."""
+    plain = {name: value for name, value in summary.items() if name not in ("parts", "left_out_views")}
+    print_mapping(out, plain)
+    for part in summary["parts"]:
+        console().print(
+            f"{part['weight']:.4g} of {part['location']}: {part['teacher']!r}", highlight=False, markup=False
+        )
+    for location, count in summary["left_out_views"].items():
+        console().print(
+            f"It holds the views that all of them have, {summary['num_views']} in number; {location} has {count} more.",
+            highlight=False,
+            markup=False,
+        )
+
+
 def print_steps(steps: list[Any]) -> None:
     """What a run would do."""
     table = Table("stage", "what", "state")

@@ -27,7 +27,7 @@ from logitcache.layout import (
     blocks_per_view,
     decode_rows,
 )
-from logitcache.manifest import Contents, content_digest, contents
+from logitcache.manifest import Contents, Manifest, Receipt, content_digest, contents
 from logitcache.objects import ObjectReader, Wanted
 from logitcache.samples import SampleTable, input_digest
 from logitcache.storage import Storage, open_storage
@@ -57,12 +57,24 @@ def open_cache(location: str | os.PathLike[str], *, trust: bool = False) -> Logi
 
 
 class LogitCache:
-    """The labels of one teacher over views of one dataset."""
+    """The labels of one teacher over views of one dataset.
 
-    def __init__(self, storage: Storage, *, trust: bool = False) -> None:
+    Args:
+        storage: where it lies.
+        trust: see `open_cache`.
+        written: manifest and receipts, for the writer that has them at hand.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        trust: bool = False,
+        written: tuple[Manifest, dict[str, Receipt]] | None = None,
+    ) -> None:
         self.storage = storage
         self.objects = ObjectReader(storage, shared_block_directory() if storage.is_remote else None)
-        self.manifest, self.receipts = read_records(storage, self.objects)
+        self.manifest, self.receipts = read_records(storage, self.objects) if written is None else written
         self.layout = self.manifest.layout
         self.encoding: Encoding = encoding_from_config(self.manifest.identity.encoding)
         self.trust = trust
@@ -221,7 +233,7 @@ class LogitCache:
         views = ViewDataset(views.dataset, views.plan, rows=views.rows)  # the teacher's own part, whatever the model's
         index_of_row = None if views.rows is None else {int(row): index for index, row in enumerate(views.rows)}
         compared = 0
-        for row, expected in self._input_digests(view).items():
+        for row, expected in self.input_digests(view).items():
             index = row if index_of_row is None else index_of_row.get(row)
             if index is None:
                 continue
@@ -347,7 +359,8 @@ class LogitCache:
                 f"{Block(view, missing[0]).name}; run `logitcache cache-teacher` again"
             )
 
-    def _input_digests(self, view: int) -> dict[int, str]:
+    def input_digests(self, view: int) -> dict[int, str]:
+        """The digest of what the teacher was given, by row, for the proof rows of a view that are known."""
         digests: dict[int, str] = {}
         for row in proof_rows(self.manifest.identity.view_seed, view, self.num_samples):
             receipt = self.receipts.get(Block(view, row // self.layout.rows_per_block).name)

@@ -9,6 +9,7 @@ from logitcache.audit import Problem, verify
 from logitcache.cache_teacher import cache_teacher
 from logitcache.committed import collect_receipts, stored_manifest
 from logitcache.digest import canonical_json, sha256_hex
+from logitcache.ensemble import merged_parts
 from logitcache.errors import CorruptCache, IdentityMismatch, NotACache, UsageError
 from logitcache.layout import FIXED, GROUP, Block, block_key, fixed_array_key, group_metadata
 from logitcache.manifest import (
@@ -74,6 +75,11 @@ def repair(
                 f"{location}: {', '.join(left[:5])}{' and more' if len(left) > 5 else ''} can't be repaired without "
                 f"{'a copy that has them (--from)' if copy is None else 'more than this copy has'}, or the pipeline "
                 "that made them (--data)"
+            )
+        if merged_parts(manifest):
+            raise UsageError(
+                f"{location} is the mean of several caches, and no one teacher can make it again; give a copy "
+                "(--from), or delete it and merge again"
             )
         if FIXED in left:
             raise UsageError(

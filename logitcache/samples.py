@@ -192,6 +192,15 @@ def _feed(update: Callable[[bytes], object], value: Any) -> None:
         )
 
 
+def batch_item(batch: Any, index: int) -> Any:
+    """One sample of a batch of tensors, or of a nest of them."""
+    if isinstance(batch, Mapping):
+        return {name: batch_item(part, index) for name, part in batch.items()}
+    if isinstance(batch, tuple | list) and batch and not isinstance(batch[0], str | bytes):
+        return [batch_item(part, index) for part in batch]  # what default_collate makes of samples that are tuples
+    return batch[index]
+
+
 def content_table(
     dataset: Dataset, *, num_workers: int = 0, advance: Callable[[int], object] = lambda count: None
 ) -> np.ndarray:

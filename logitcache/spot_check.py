@@ -9,6 +9,8 @@ from torch import Tensor
 
 from logitcache.audit import Problem
 from logitcache.devices import pick_device
+from logitcache.ensemble import merged_parts
+from logitcache.errors import UsageError
 from logitcache.fidelity import fidelity_kl
 from logitcache.fit import open_fitting_cache
 from logitcache.inference import teacher_outputs
@@ -42,10 +44,16 @@ def spot_check(pipeline: Pipeline, count: int, *, seed: int = 0, trust: bool = F
 
     Raises:
         IdentityMismatch: the pipeline is of another cache.
+        UsageError: the cache is a mean, which no one teacher can be asked about.
     """
     data = resolve_data(pipeline, trust=trust)
     plan = resolve_plan(pipeline, data, trust=trust)
     cache, rows = open_fitting_cache(pipeline, data, plan, trust=trust)
+    if merged_parts(cache.manifest):
+        raise UsageError(
+            f"{pipeline.cache.path} is the mean of several caches, and no one teacher can be asked again; check those "
+            "that it was merged from"
+        )
     device = pick_device(pipeline.device, threads=pipeline.threads)
     teacher, _ = resolve_teacher(pipeline, data, plan, trust=trust)
     samples = cache.samples

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from logitcache.arrays import ArraySpec
+from logitcache.card import write_card
 from logitcache.committed import collect_receipts
 from logitcache.digest import array_digest, canonical_json, sha256_hex
 from logitcache.encodings import Encoding
@@ -46,7 +47,8 @@ from logitcache.manifest import (
     dump,
     dump_manifest,
 )
-from logitcache.samples import input_digest
+from logitcache.reader import LogitCache
+from logitcache.samples import batch_item, input_digest
 from logitcache.storage import Storage
 from logitcache.views import proof_rows
 
@@ -94,7 +96,7 @@ class CacheWriter:
                 if storage.get(key) != data:
                     storage.put(key, data)
             if FIXED not in self._receipts:
-                if encoding.fitted_arrays:
+                if encoding.fitted_arrays and self._receipts:  # those seen here, not another builder's since
                     self._forget_blocks()
                 self._receipts[FIXED] = self._commit_fixed(fixed)
 
@@ -108,7 +110,9 @@ class CacheWriter:
         """The blocks that have no valid receipt yet, view by view."""
         return [block for block in all_blocks(self.layout) if block.name not in self._receipts]
 
-    def write(self, *, view: int, start: int, logits: Any, inputs: Any = None) -> None:
+    def write(
+        self, *, view: int, start: int, logits: Any, inputs: Any = None, input_digests: Mapping[int, str] | None = None
+    ) -> None:
         """Store the logits of consecutive rows of one view; rows of committed blocks are passed over.
 
         Args:
@@ -117,6 +121,7 @@ class CacheWriter:
             logits: (B, C) floats, a tensor on any device or an array; -inf masks a class.
             inputs: what the teacher was given for these rows, batched; digests of a few rows of each view are kept,
                 so that a student can prove that it sees the same.
+            input_digests: these digests by row, where they are known and the inputs are not at hand.
 
         Raises:
             ShapeError: not (B, C), or rows beyond the cache.
@@ -138,8 +143,8 @@ class CacheWriter:
                 f"{self.layout.num_views} views"
             )
         logits_BC = logits_BC.detach().float()
-        digests = {
-            row: input_digest(_item(inputs, row - start)).hex()
+        digests = dict(input_digests or {}) | {
+            row: input_digest(batch_item(inputs, row - start)).hex()
             for row in (() if inputs is None else proof_rows(self.manifest.identity.view_seed, view, num_samples))
             if start <= row < stop
         }
@@ -159,13 +164,14 @@ class CacheWriter:
             row = piece_stop
 
     def seal(self) -> Manifest:
-        """Wait for every commit, gather the receipts, and close the cache for writing.
+        """Wait for every commit, gather the receipts, close the cache for writing, and write its card.
 
         Raises:
             IncompleteCache: names the first rows that are missing.
         """
         self.flush()
         if self.manifest.state == "sealed":
+            write_card(self._written(), keep=True)
             return self.manifest
         missing = self.missing_blocks()
         if missing:
@@ -186,7 +192,12 @@ class CacheWriter:
         self.storage.put(MANIFEST, dump_manifest(self.manifest))
         for key in list(self.storage.list_keys("receipts")):
             self.storage.delete(key)
+        write_card(self._written())  # last: a cache is whole without it
         return self.manifest
+
+    def _written(self) -> LogitCache:
+        """The cache as this writer knows it: another one may be at work on what lies in the storage."""
+        return LogitCache(self.storage, written=(self.manifest, dict(self._receipts)))
 
     def flush(self) -> None:
         """Wait until every whole block is committed; raises what went wrong in a writer thread."""
@@ -382,12 +393,3 @@ def _finite(nats: float) -> float | None:
 
 def _stored(data: bytes, values: np.ndarray) -> StoredObject:
     return StoredObject(bytes=len(data), sha256=sha256_hex(data), values_sha256=array_digest(values))
-
-
-def _item(batch: Any, index: int) -> Any:
-    """One sample of a batch of tensors, or of a nest of them."""
-    if isinstance(batch, Mapping):
-        return {name: _item(part, index) for name, part in batch.items()}
-    if isinstance(batch, tuple | list) and batch and not isinstance(batch[0], str | bytes):
-        return [_item(part, index) for part in batch]  # what default_collate makes of samples that are tuples
-    return batch[index]

@@ -66,6 +66,7 @@ def test_every_key_of_the_readme_exists() -> None:
     table = README.split("| key | what | default |", 1)[1].split("\n\n", 1)[0]
     cells = re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)
     keys = [key for cell in cells for key in re.findall(r"`([^`]+)`", cell)]
+    keys = [f"cache.card{key}" if key.startswith(".") else key for key in keys]
     keys = [key if "*" in key else key.replace("students[]", "students") for key in keys]
 
     assert len(keys) > 30
@@ -80,6 +81,7 @@ def _sections() -> dict[str, Any]:
         "views": pipeline.ViewsConfig,
         "teacher": pipeline.TeacherConfig,
         "cache": pipeline.CacheConfig,
+        "cache.card": pipeline.CacheConfig.model_fields["card"].annotation,
         "students": pipeline.StudentConfig,
         "runs": pipeline.RunsConfig,
     }

@@ -69,9 +69,9 @@ def test_blocks_come_from_a_copy_whatever_was_damaged(tiny: Callable[..., Pipeli
     result = repair(str(path), source=str(copy))
 
     assert (digest, []) == (result.digest, result.remaining)
-    assert {file.read_bytes() for file in path.rglob("*") if file.is_file()} == {
-        file.read_bytes() for file in copy.rglob("*") if file.is_file()
-    }
+    for file in copy.rglob("*"):
+        if file.is_file() and file.name != "README.md":  # the card is for people: theirs to edit, and no receipt has it
+            assert file.read_bytes() == (path / file.relative_to(copy)).read_bytes()
 
 
 def test_a_copy_of_another_cache_is_refused(tiny: Callable[..., Pipeline], tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def read_all(path: Path) -> Tensor:
 
 
 def files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file())
+    """All but the card, which is for people, and theirs to edit."""
+    return sorted(file for file in path.rglob("*") if file.is_file() and file.name != "README.md")
 
 
 def reads_right_or_refuses(path: Path, right: Tensor) -> bool:

@@ -1,0 +1,90 @@
+"""Reads a cache as somebody would who has only its files and `docs/design/`: no logitcache, only NumPy and a Zarr reader.
+
+python tests/stranger.py CACHE zarr|tensorstore OUT.npz
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def read_with_zarr(path: Path) -> dict[str, np.ndarray]:
+    import zarr
+
+    group = zarr.open_group(path, mode="r")
+    return {name: np.asarray(array[...]) for name, array in group.arrays()}
+
+
+def read_with_tensorstore(path: Path) -> dict[str, np.ndarray]:
+    import tensorstore
+
+    found = {}
+    for metadata in path.glob("*/zarr.json"):
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(metadata.parent)}}
+        found[metadata.parent.name] = tensorstore.open(spec, read=True).result().read().result()
+    return found
+
+
+def decode(arrays: dict[str, np.ndarray], encoding: dict[str, Any], num_classes: int) -> np.ndarray:
+    """Logits (V, N, C), right up to a constant per row."""
+    if encoding["name"] == "dense":
+        logits = arrays["logits"].astype(np.float32)
+        if encoding["dtype"] == "uint8":
+            step = arrays["step"][..., None]
+            logits = np.where((step < 0) & (arrays["logits"] == 0), -np.inf, logits * np.abs(step))
+        return logits
+    if encoding["name"] == "topk":
+        values = arrays["values"].astype(np.float32)
+        if encoding["dtype"] == "uint8":
+            values = np.where(arrays["values"] == 255, -np.inf, 1 - np.exp(values * math.log(65) / 254))
+        each = arrays["tail"].astype(np.float32) - math.log(num_classes - encoding["k"])
+        logits = np.repeat(each[..., None], num_classes, axis=-1)
+        np.put_along_axis(logits, arrays["ids"].astype(np.int64), values, axis=-1)
+        return logits
+    if encoding["name"] == "sampled":
+        counts = (arrays["ids"][..., None] == np.arange(num_classes)).sum(axis=-2)
+        with np.errstate(divide="ignore"):
+            return np.log(counts / encoding["draws"])
+    q = unpack(arrays["coefficients"], arrays["limits"].tolist())
+    logits = arrays["mean"] + q @ arrays["basis"].astype(np.float32)
+    if encoding["k"]:
+        corrected = np.take_along_axis(logits, arrays["ids"].astype(np.int64), axis=-1) + arrays["corrections"] / 4
+        np.put_along_axis(logits, arrays["ids"].astype(np.int64), corrected, axis=-1)
+    return logits
+
+
+def unpack(packed: np.ndarray, limits: list[int]) -> np.ndarray:
+    """Coefficients (..., R) of `LowRank`: the digits of mixed-radix bytes."""
+    packed = packed.astype(np.int64)
+    columns, byte, product = [], -1, 256
+    for limit in limits:
+        base = 2 * limit + 1
+        if base > 256:
+            columns.append(packed[..., byte + 1] + 256 * packed[..., byte + 2] - limit)
+            byte, product = byte + 2, 256
+            continue
+        if product * base > 256:
+            byte, product = byte + 1, 1
+        columns.append(packed[..., byte] // product % base - limit)
+        product *= base
+    return np.stack(columns, axis=-1).astype(np.float32)
+
+
+def main() -> None:
+    cache, reader, out = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    identity = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))["identity"]
+    read = {"zarr": read_with_zarr, "tensorstore": read_with_tensorstore}[reader]
+    arrays = read(cache / "labels.zarr")
+    decoded = decode(arrays, identity["encoding"], identity["outputs"]["logits"][0])
+    np.savez(out, decoded=decoded, **{f"array_{name}": values for name, values in arrays.items()})
+    print(sorted(name for name in sys.modules if name.partition(".")[0] in ("logitcache", "torch")))
+
+
+if __name__ == "__main__":
+    main()
