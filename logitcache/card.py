@@ -115,11 +115,11 @@ def _sections(cache: LogitCache, stated: Card) -> Iterator[str]:
     yield from _what_this_is(cache, stated)
     yield from _how_to_load_it(cache)
     yield "## Size\n"
-    rows = cache.num_samples * cache.num_views
+    rows = cache.num_samples * len(cache.views)
     yield _table(
         {
             "samples": f"{cache.num_samples:,}",
-            "views of each": f"{cache.num_views:,}",
+            "views of each": _views(cache),
             "classes": f"{cache.num_classes:,}",
             "encoding": _code(repr(cache.encoding)),
             "bytes": f"{cache.stored_bytes:,}",
@@ -177,7 +177,8 @@ def _how_to_load_it(cache: LogitCache) -> Iterator[str]:
         "```python\nimport logitcache\n\n"
         'cache = logitcache.open(".")  # this folder, or wherever it lies\n'
         f'assert cache.digest == "{cache.digest}"\n'
-        f"print(cache.view(0).logits([0]))  # float32 (1, {cache.num_classes}), right up to a constant per row\n```\n"
+        f"print(cache.view({cache.views.start}).logits([0]))  # float32 (1, {cache.num_classes}), "
+        "right up to a constant per row\n```\n"
     )
     if cache.manifest.identity.transform is not None:
         yield (
@@ -191,6 +192,12 @@ def _how_to_load_it(cache: LogitCache) -> Iterator[str]:
     )
     yield "Any Zarr v3 reader opens the encoded labels, in any language:\n"
     yield f'```python\nimport zarr\n\nprint(zarr.open_group("labels.zarr", mode="r")["{array}"].shape)\n```\n'
+
+
+def _views(cache: LogitCache) -> str:
+    part = cache.manifest.provenance.get("copied_from") is not None
+    numbers = f", {cache.views.start} to {cache.views.stop - 1}: a part of the cache" if part else ""
+    return f"{len(cache.views):,}{numbers}"
 
 
 def _fidelity(cache: LogitCache) -> str:
@@ -217,7 +224,7 @@ def _accuracy(cache: LogitCache) -> str | None:
     if counted is None:
         return None
     right, rows, looked_at = counted
-    looked = f"the first {looked_at:,} rows of view 0"
+    looked = f"the first {looked_at:,} rows of view {cache.views.start}"
     where = looked if rows == looked_at else f"the {rows:,} unmixed ones among {looked}"
     return (
         f"The first class of the cached labels is the sample's own in **{right / rows:.2%}** of {where}. These are the "
@@ -228,8 +235,8 @@ def _accuracy(cache: LogitCache) -> str | None:
 def first_class_accuracy(cache: LogitCache) -> tuple[int, int, int] | None:
     """How often the likeliest cached class is the sample's target: (right, unmixed rows, rows looked at).
 
-    At most the first 65 536 rows of view 0 are looked at, fewer where classes are very many. None without targets,
-    and where mixup or CutMix left no row as it was.
+    At most the first 65 536 rows of the first view are looked at, fewer where classes are very many. None without
+    targets, and where mixup or CutMix left no row as it was.
 
     Raises:
         CorruptCache: labels or sample table are damaged.
@@ -240,7 +247,7 @@ def first_class_accuracy(cache: LogitCache) -> tuple[int, int, int] | None:
     rows = _unmixed_rows(cache, looked_at)
     if not rows:
         return None
-    view = cache.view(0, memory_budget=1)  # a block or two in memory, however long the view is
+    view = cache.view(cache.views.start, memory_budget=1)  # a block or two in memory, however long the view is
     targets = cache.samples.targets
     right = 0
     for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -256,7 +263,7 @@ def _unmixed_rows(cache: LogitCache, count: int) -> list[int]:
     except (AttributeError, TypeError, ValueError):  # not as `ViewPlan.describe` writes it
         return []
     plan = ViewPlan(seed=identity.view_seed, mixing=mixing)
-    return [row for row in range(count) if plan.mixture(0, row, cache.num_samples) is None]
+    return [row for row in range(count) if plan.mixture(cache.views.start, row, cache.num_samples) is None]
 
 
 def _how_it_was_made(cache: LogitCache) -> Iterator[str]:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from logitcache.errors import IncompleteCache, StorageError, UsageError
 from logitcache.labelview import View
-from logitcache.layout import Block, block_rows, blocks_per_view
+from logitcache.layout import Block, block_rows, blocks_per_view, parse_views
 from logitcache.progress import track
 from logitcache.reader import LogitCache, open_cache
+from logitcache.storage.local import is_alive
 
 # B batch, C classes, K kept classes
 
@@ -75,7 +76,7 @@ def export_parquet(
         raise IncompleteCache(f"{location} is not sealed yet; run `logitcache cache-teacher` to finish it")
     if top is not None and not 1 <= top < cache.num_classes:
         raise UsageError(f"--top keeps 1 to {cache.num_classes - 1} of {cache.num_classes} classes, not {top}")
-    numbers = parse_views(views, cache.num_views)
+    numbers = parse_views(views, cache.views)
     folder = Path(out).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,25 +101,6 @@ def export_parquet(
         ) from error
 
 
-def parse_views(text: str | None, num_views: int) -> range:
-    """The views that "3", "0:2", ":2" or "2:" names; all of them for None.
-
-    Raises:
-        UsageError: no such views.
-    """
-    if text is None:
-        return range(num_views)
-    found = re.fullmatch(r"([0-9]{0,9})(:?)([0-9]{0,9})", text.strip())
-    if found and (found[1] or found[2]):
-        start = int(found[1] or 0)
-        stop = int(found[3] or num_views) if found[2] else start + 1
-        if start < stop <= num_views:
-            return range(start, stop)
-    raise UsageError(
-        f"no views {text!r}: the cache has {num_views}, numbered from 0; expected for example 0:{num_views}"
-    )
-
-
 def _name(view: int) -> str:
     return f"view-{view:05d}.parquet"
 
@@ -133,7 +115,7 @@ def _files_there(folder: Path, cache: LogitCache, top: int | None) -> set[int]:
     for path in sorted(folder.iterdir()):
         partial = _PARTIAL.fullmatch(path.name)
         if partial:
-            if not _alive(int(partial["pid"])):
+            if not is_alive(int(partial["pid"])):
                 path.unlink(missing_ok=True)
         elif not _VIEW_FILE.fullmatch(path.name) or not path.is_file():
             raise UsageError(
@@ -263,13 +245,3 @@ def _lists(values_BK: Tensor, kind: Any) -> Any:
     offsets = np.arange(0, num_rows * length + 1, length, dtype=np.int32)
     flat = pa.array(values_BK.contiguous().numpy().reshape(-1), type=kind)
     return pa.ListArray.from_arrays(pa.array(offsets), flat)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

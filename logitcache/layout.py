@@ -7,6 +7,7 @@ bytes, zstd with checksum. One chunk is one block, so every object is written wh
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from zarr.codecs import BytesCodec, TransposeCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from logitcache.arrays import ArraySpec
+from logitcache.errors import UsageError
 from logitcache.manifest import FixedSpec, Layout
 
 # V views, N samples
@@ -55,6 +57,26 @@ def all_blocks(layout: Layout) -> Iterator[Block]:
     for view in layout.views:
         for number in range(blocks_per_view(layout)):
             yield Block(view, number)
+
+
+def parse_views(text: str | None, held: range) -> range:
+    """The views that "3", "0:2", ":2" or "2:" names, of those that are held; all of them for None.
+
+    Raises:
+        UsageError: no such views.
+    """
+    if text is None:
+        return held
+    found = re.fullmatch(r"([0-9]{0,9})(:?)([0-9]{0,9})", text.strip())
+    if found and (found[1] or found[2]):
+        start = int(found[1] or held.start)
+        stop = int(found[3] or held.stop) if found[2] else start + 1
+        if held.start <= start < stop <= held.stop:
+            return range(start, stop)
+    raise UsageError(
+        f"no views {text!r}: the cache holds {held.start}:{held.stop} (the last not included); expected for example "
+        f"--views {held.start}:{held.stop}"
+    )
 
 
 def blocks_per_view(layout: Layout) -> int:

@@ -290,6 +290,11 @@ def _open_sealed(location: str) -> LogitCache:
         raise IncompleteCache(
             f"{location} is not sealed yet: some of its blocks are missing; run `logitcache cache-teacher` to finish it"
         )
+    if cache.views.start > 0:
+        raise IncompleteCache(
+            f"{location} is a copy of views {cache.views.start}:{cache.views.stop} only; `logitcache pull` those "
+            "before them as well"
+        )
     return cache
 
 

@@ -33,11 +33,18 @@ class Summary:
         """As one would write it in Python."""
         config = dict(self.manifest.identity.encoding)
         name = str(config.pop("name", ""))
-        arguments = ", ".join(f"{key}={value!r}" for key, value in config.items())
-        return f"{SPELLINGS.get(name, name)}({arguments})"
+        spelled, order = SPELLINGS.get(name, (name, ()))
+        keys = [*(key for key in order if key in config), *(key for key in config if key not in order)]
+        return f"{spelled}({', '.join(f'{key}={config[key]!r}' for key in keys)})"
 
 
-SPELLINGS = {"dense": "Dense", "topk": "TopK", "lowrank": "LowRank", "sampled": "Sampled"}
+SPELLINGS = {
+    "dense": ("Dense", ("dtype",)),
+    "topk": ("TopK", ("k", "dtype")),
+    "lowrank": ("LowRank", ("rank", "k", "step", "bit_price", "search")),
+    "sampled": ("Sampled", ("draws",)),
+}
+"""Encodings as they are written in Python; a test holds this to the classes, which are not loaded here."""
 
 
 def summarise(location: str) -> Summary:

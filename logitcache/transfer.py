@@ -12,10 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 
+from logitcache.card import CARD, write_card
 from logitcache.committed import pinned_receipts_key, read_records
 from logitcache.digest import canonical_json, sha256_hex
 from logitcache.errors import IdentityMismatch, IncompleteCache, NotACache, UsageError
-from logitcache.layout import FIXED, Block, block_key, fixed_array_key, group_metadata
+from logitcache.layout import FIXED, Block, block_key, fixed_array_key, group_metadata, parse_views
 from logitcache.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -31,9 +32,9 @@ from logitcache.manifest import (
 )
 from logitcache.objects import read_object
 from logitcache.progress import Meter, track
+from logitcache.reader import LogitCache
 from logitcache.storage import Storage, open_storage
 
-CARD = "README.md"
 MAX_CARD_BYTES = 2**20
 UNDER_WAY = "push.json"
 """Says which content an unfinished push to an object store is of: its own objects need not be sent again."""
@@ -102,7 +103,7 @@ def _copy(source: Storage, target: Storage, *, views: str | None, expect: str | 
         raise IncompleteCache(f"{source.url} is not sealed yet; run `logitcache cache-teacher` to finish it")
     _check_digest(source, manifest, receipts, expect)
     there = _records_there(target, manifest, receipts)
-    copied_views = _parse_views(views, manifest.layout, source.url)
+    copied_views = parse_views(views, manifest.layout.views)
     new = _resulting_records(manifest, receipts, _joined(copied_views, there, target.url), source.url)
     wanted, on_offer = _objects(new[0].layout, new[1]), _objects(manifest.layout, receipts)
     sizes = dict(target.sizes())
@@ -115,7 +116,11 @@ def _copy(source: Storage, target: Storage, *, views: str | None, expect: str | 
     total = sum(stored.bytes for stored, _ in missing.values())
     with track(f"copying {len(missing)} objects", total, unit="bytes") as meter:
         _copy_objects(source, target, missing, meter)
-    _publish(source, target, new[0], new[2], replaces=None if there is None else there[0])
+    _publish(target, new[0], new[2], replaces=None if there is None else there[0])
+    if new[0].digest == manifest.digest:
+        _copy_card(source, target)
+    else:
+        write_card(LogitCache(target, written=new[:2]))  # of these views
     for key in sizes.keys() & (on_offer.keys() - wanted.keys()):
         target.delete(key)  # left by a pull of other views that was interrupted
     if target.is_remote:
@@ -146,23 +151,6 @@ def _check_digest(source: Storage, manifest: Manifest, receipts: dict[str, Recei
             f"{source.url} has content digest {found}; expected {expect.lower()}. Nothing was copied. "
             "Ask whoever shared it which digest is meant, or leave out --expect"
         )
-
-
-def _parse_views(text: str | None, layout: Layout, url: str) -> range:
-    """The views that "0:8", ":8", "8:" or "3" means."""
-    if text is None:
-        return layout.views
-    first, colon, end = text.partition(":")
-    try:
-        start = int(first) if first else layout.first_view
-        stop = (int(end) if end else layout.num_views) if colon else start + 1
-    except ValueError:
-        raise UsageError(f"--views is {text!r}; expected FIRST:END, such as 0:8") from None
-    if start >= stop or start < layout.first_view or stop > layout.num_views:
-        raise UsageError(
-            f"--views is {text!r}; {url} holds views {layout.first_view}:{layout.num_views} (the last is not included)"
-        )
-    return range(start, stop)
 
 
 def _records_there(
@@ -324,16 +312,11 @@ def _copy_objects(source: Storage, target: Storage, missing: Objects, meter: Met
     target.make_durable(arrived)
 
 
-def _publish(
-    source: Storage, target: Storage, manifest: Manifest, gathered: bytes, *, replaces: Manifest | None
-) -> None:
-    """Records and card, the manifest last; whoever reads meanwhile finds the old cache, or the new one."""
+def _publish(target: Storage, manifest: Manifest, gathered: bytes, *, replaces: Manifest | None) -> None:
+    """Records, the manifest last; whoever reads meanwhile finds the old cache, or the new one."""
     for key, data in group_metadata(manifest.layout).items():
         if target.get(key, limit=len(data)) != data:
             target.put(key, data)
-    card = source.get(CARD, limit=MAX_CARD_BYTES)
-    if card is not None and len(card) <= MAX_CARD_BYTES and card != target.get(CARD, limit=MAX_CARD_BYTES):
-        target.put(CARD, card)
     if replaces is None:
         target.put(RECEIPTS, gathered)
         if target.create(MANIFEST, dump_manifest(manifest)):
@@ -350,3 +333,10 @@ def _publish(
     if target.get(RECEIPTS, limit=len(gathered)) != gathered:
         target.put(RECEIPTS, gathered)
     target.delete(pinned)
+
+
+def _copy_card(source: Storage, target: Storage) -> None:
+    """As it is, which may be as somebody edited it."""
+    card = source.get(CARD, limit=MAX_CARD_BYTES)
+    if card is not None and len(card) <= MAX_CARD_BYTES and card != target.get(CARD, limit=MAX_CARD_BYTES):
+        target.put(CARD, card)

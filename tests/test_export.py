@@ -22,7 +22,8 @@ from torch import Tensor
 import logitcache
 from logitcache.cache_teacher import cache_teacher
 from logitcache.errors import IncompleteCache, StorageError, UsageError
-from logitcache.export import export_parquet, parse_views
+from logitcache.export import export_parquet
+from logitcache.layout import parse_views
 from logitcache.pipeline import Pipeline
 from tests.conftest import PICTURES
 from tests.test_cli import logitcache as run
@@ -226,13 +227,13 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, case: 
     [(None, range(4)), ("0:2", range(2)), (":1", range(1)), ("2:", range(2, 4)), ("3", range(3, 4))],
 )
 def test_views_are_a_number_or_a_range(text: str | None, expected: range) -> None:
-    assert expected == parse_views(text, 4)
+    assert expected == parse_views(text, range(4))
 
 
 @pytest.mark.parametrize("text", ["", "4", "0:5", "2:2", "3:1", "-1", "a", "1:2:3", "٣"])
 def test_views_that_are_not_there_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="the cache has 4, numbered from 0; expected for example 0:4"):
-        parse_views(text, 4)
+    with pytest.raises(UsageError, match="the cache holds 0:4"):
+        parse_views(text, range(4))
 
 
 def test_an_open_cache_and_a_silly_top_are_refused(tmp_path: Path) -> None:

@@ -147,6 +147,23 @@ def test_ls_finds_what_lies_at_a_location_and_info_says_what_it_is(store: str, o
     assert [] == find_caches(f"{place}/nothing")
 
 
+@pytest.mark.parametrize(
+    "encoding",
+    [
+        logitcache.Dense(dtype="uint8"), logitcache.TopK(k=3), logitcache.Sampled(draws=5),
+        logitcache.LowRank(rank=2, step=0.5),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_info_spells_an_encoding_as_python_does(encoding: Any, tmp_path: Path) -> None:
+    shape = {"num_samples": 4, "num_classes": CLASSES, "teacher": "t", "dataset": "d"}
+    calibration = labels().flatten(0, 1)
+    with logitcache.create(tmp_path / "a", **shape, encoding=encoding, calibration=calibration) as writer:
+        writer.write(view=0, start=0, logits=labels()[0, :4])
+
+    assert repr(encoding) == summarise(str(tmp_path / "a")).encoding
+
+
 @pytest.mark.parametrize("store", STORES)
 def test_some_views_are_a_cache_that_says_which_it_holds(store: str, on: Any, whole: Path, tmp_path: Path) -> None:
     place, part = f"{on(store)}/a.cache", tmp_path / "part.cache"
@@ -179,7 +196,7 @@ def test_some_views_are_a_cache_that_says_which_it_holds(store: str, on: Any, wh
 def test_views_that_are_not_there_are_refused_before_anything_is_copied(
     whole: Path, tmp_path: Path, views: str
 ) -> None:
-    with pytest.raises(UsageError, match="--views"):
+    with pytest.raises(UsageError, match="no views"):
         pull(str(whole), str(tmp_path / "part.cache"), views=views)
 
     assert not (tmp_path / "part.cache").exists()

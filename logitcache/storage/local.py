@@ -128,7 +128,7 @@ class LocalStorage:
         removed = 0
         for path in self.root.rglob(".*.partial"):
             leftover = _PARTIAL.search(path.name)
-            if leftover and leftover["host"] == _HOST and not _alive(int(leftover["pid"])):
+            if leftover and leftover["host"] == _HOST and not is_alive(int(leftover["pid"])):
                 path.unlink(missing_ok=True)
                 removed += 1
         return removed
@@ -166,7 +166,8 @@ class LocalStorage:
         _fsync(folder.parent)
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host still runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,0 +1,5 @@
+"""`python -m logitcache.cli`."""
+
+from logitcache.cli import main
+
+main()

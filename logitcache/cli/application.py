@@ -1,0 +1,68 @@
+"""The application, the arguments that commands share, and how results and errors are printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from logitcache.errors import LogitCacheError, StorageError
+
+app = typer.Typer(
+    name="logitcache",
+    help="Offline knowledge distillation: run the teacher once, keep its logits, train any number of students.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+PipelineArgument = Annotated[Path, typer.Argument(help="A pipeline file, such as pipelines/mnist5k.yaml.")]
+CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="A cache's directory or URL.")]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Keys of the pipeline to override: views.count=4 cache.encoding.k=20"
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust", help="Run package.module:function code from outside the working folder.")
+]
+
+
+def pipeline_of(cache: str, file: Path) -> Any:
+    """A pipeline with its cache at another place."""
+    from logitcache.pipeline import load_pipeline
+
+    return load_pipeline(file, [f"cache.path={cache}"])
+
+
+def show(value: dict[str, Any], as_json: bool, print_it: Any) -> None:
+    """One JSON object on stdout, or something for people."""
+    if as_json:
+        print(json.dumps(value))
+    else:
+        print_it()
+
+
+def main() -> None:
+    """Run the command line; errors become one message and their exit code."""
+    try:
+        app(standalone_mode=True)
+    except LogitCacheError as error:
+        fail(error, str(error), error.exit_code)
+    except OSError as error:
+        fail(
+            error, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", StorageError.exit_code
+        )
+
+
+def fail(error: BaseException, message: str, exit_code: int) -> None:
+    """Say what went wrong, on stderr, and with --json on stdout too."""
+    print(f"error: {message}", file=sys.stderr)
+    if "--json" in sys.argv:
+        print(json.dumps({"error": message, "kind": type(error).__name__}))
+    sys.exit(exit_code)

@@ -1,0 +1,225 @@
+"""Commands on caches that are there."""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from logitcache.cli.application import CacheArgument, JsonOption, TrustOption, app, pipeline_of, show
+from logitcache.errors import UsageError
+from logitcache.printing import (
+    cache_summary,
+    console,
+    print_caches,
+    print_export,
+    print_mapping,
+    print_merge,
+    print_problems,
+    print_report,
+    print_transfer,
+)
+
+
+class MeanOf(StrEnum):
+    """What `merge` averages."""
+
+    logits = "logits"
+    probabilities = "probabilities"
+
+
+class ExportFormat(StrEnum):
+    """What `export` writes."""
+
+    parquet = "parquet"
+
+
+@app.command("info")
+def info_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
+    """What a cache is."""
+    from logitcache.summary import summarise
+
+    summary = cache_summary(summarise(cache))
+    show(summary, as_json, lambda: print_mapping(cache, summary))
+
+
+@app.command("ls")
+def ls_command(
+    location: Annotated[str, typer.Argument(metavar="URL", help="A directory or URL with caches in or below it.")],
+    as_json: JsonOption = False,
+) -> None:
+    """What caches lie at a location, and in the folders below it."""
+    from logitcache.summary import find_caches
+
+    caches = [{"url": found.url} | cache_summary(found) for found in find_caches(location)]
+    show({"caches": caches}, as_json, lambda: print_caches(location, caches))
+
+
+@app.command("verify")
+def verify_command(
+    cache: CacheArgument,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte and compare its SHA-256.")] = False,
+    recompute: Annotated[
+        int, typer.Option(metavar="N", help="Ask the teacher of --data again about N samples drawn over all views.")
+    ] = 0,
+    data: Annotated[
+        Path | None, typer.Option(help="A pipeline whose data, views and teacher are compared with the cache.")
+    ] = None,
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check receipts and sizes, with --deep every byte, with --data whether the cache fits; exit 1 on a problem."""
+    from logitcache.audit import Problem, verify
+
+    if recompute and data is None:
+        raise UsageError("--recompute asks the teacher again, so it needs the pipeline that has one: --data PIPELINE")
+    problems = verify(cache, deep=deep)
+    if data is not None and not problems:
+        from logitcache.fit import all_differences
+        from logitcache.reader import open_cache
+        from logitcache.spot_check import spot_check
+
+        pipeline = pipeline_of(cache, data)
+        differences = all_differences(open_cache(cache, trust=trust), pipeline, trust=trust)
+        problems += [Problem("", line, "differs") for line in differences]
+        if recompute and not problems:
+            problems += spot_check(pipeline, recompute, trust=trust)
+    found = {"ok": not problems, "problems": [dataclasses.asdict(problem) for problem in problems]}
+    show(found, as_json, lambda: print_problems(cache, problems))
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command("repair")
+def repair_command(
+    cache: CacheArgument,
+    source: Annotated[str | None, typer.Option("--from", help="A copy of the cache, to take blocks from.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The pipeline that made it, to compute blocks again.")] = None,
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the blocks that `verify --deep` finds bad what they were, and only those; exit 1 if a problem remains."""
+    from logitcache.repair import repair
+
+    pipeline = None if data is None else pipeline_of(cache, data)
+    result = repair(cache, source=source, pipeline=pipeline, trust=trust)
+    found = {"ok": not result.remaining, **dataclasses.asdict(result)}
+
+    def print_repair() -> None:
+        blocks = len(result.fetched) + len(result.recomputed)
+        console().print(
+            f"{cache}: {len(result.problems)} problems found; {len(result.fetched)} blocks fetched, "
+            f"{len(result.recomputed)} recomputed."
+            if blocks or result.problems
+            else f"{cache}: nothing to repair",
+            highlight=False,
+        )
+        print_problems(cache, result.remaining)
+
+    show(found, as_json, print_repair)
+    if result.remaining:
+        raise typer.Exit(1)
+
+
+@app.command("push")
+def push_command(
+    cache: CacheArgument,
+    url: Annotated[str, typer.Argument(metavar="URL", help="Where to: s3://, gs://, az://, or a directory.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a cache to where others find it. Interrupted? Run it again; it shows there once it is whole."""
+    from logitcache.transfer import push
+
+    result = push(cache, url)
+    show(dataclasses.asdict(result), as_json, lambda: print_transfer(url, result))
+
+
+@app.command("pull")
+def pull_command(
+    url: Annotated[str, typer.Argument(metavar="URL", help="The cache: s3://, gs://, az://, https:// or a directory.")],
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="The directory to copy it to.")],
+    views: Annotated[
+        str | None, typer.Option(metavar="FIRST:END", help="Some of its views only, such as 0:8 or 8:16; END excluded.")
+    ] = None,
+    expect: Annotated[
+        str | None, typer.Option(metavar="DIGEST", help="Refuse any other content digest, before anything is copied.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a cache here, every object held to its SHA-256. Interrupted? Run it again; asked again, it adds views."""
+    from logitcache.transfer import pull
+
+    result = pull(url, cache, views=views, expect=expect)
+    show(dataclasses.asdict(result), as_json, lambda: print_transfer(cache, result))
+
+
+@app.command("merge")
+def merge_command(
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE", help="Two or more caches over the same views.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="The merged cache.")],
+    mean: Annotated[
+        MeanOf, typer.Option(help="Of logits (geometric, at any temperature) or of probabilities (at T = 1).")
+    ] = MeanOf.logits,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="How much a cache counts: once for each, in their order.")
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help='Such as "TopK(k=20)" or auto; the first cache\'s by default.')
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Average several teachers over the same views into one cache. Interrupted? Run it again."""
+    from logitcache.merge import merge
+    from logitcache.summary import summarise
+
+    result = merge(caches, out, mean=mean.value, weights=weight or None, encoding=encoding)
+    summary = cache_summary(summarise(out)) | {
+        "mean": mean.value,
+        "parts": [part.model_dump(exclude={"teacher_input"}) for part in result.parts],
+        "left_out_views": result.left_out,
+        "computed_blocks": len(result.computed_blocks),
+        "total_blocks": result.total_blocks,
+    }
+    show(summary, as_json, lambda: print_merge(out, summary))
+
+
+@app.command("export")
+def export_command(
+    cache: CacheArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder that holds nothing else.")],
+    to: Annotated[ExportFormat, typer.Option("--to", help="What to make of it.")],
+    views: Annotated[str | None, typer.Option(help="Such as 0:2 or 3; all by default.")] = None,
+    top: Annotated[int | None, typer.Option(help="Keep the largest logits of each row only, and the tail.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """A cache's labels as a table: one Parquet file for each view, for pandas, polars, datasets, any SQL engine."""
+    from logitcache.export import export_parquet
+
+    result = export_parquet(cache, out, views=views, top=top)
+    show(dataclasses.asdict(result), as_json, lambda: print_export(str(out), to.value, result))
+
+
+@app.command("report")
+def report_command(
+    cache: CacheArgument,
+    runs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder below which students left their runs.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="PIPELINE", help="The pipeline that has the data: for pictures, and to measure students."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """One page that opens offline: the cache, its teacher, its fidelity, its views, and students side by side."""
+    from logitcache.report import write_report
+
+    pipeline = None if data is None else pipeline_of(cache, data)
+    written = write_report(cache, output, runs=runs, data=pipeline, trust=trust)
+    summary = {"report": str(written.path), "bytes": written.bytes, **written.headline}
+    show(summary, as_json, lambda: print_report(written))

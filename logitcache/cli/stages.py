@@ -1,0 +1,156 @@
+"""Commands that take a pipeline through its stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from logitcache.cli.application import JsonOption, OverridesArgument, PipelineArgument, TrustOption, app, show
+from logitcache.errors import UsageError
+from logitcache.printing import cache_summary, console, plan_summary, print_mapping, print_plan, print_rows, print_steps
+
+
+@app.command("plan")
+def plan_command(
+    pipeline: Annotated[Path | None, typer.Argument(help="A pipeline file; or give --logits.")] = None,
+    overrides: OverridesArgument = None,
+    logits: Annotated[
+        Path | None, typer.Option(help="A .npy or .npz file of logits, in the place of a teacher.")
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(help="An array of the .npz file: rows of one group are never fitted to and measured on."),
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Nats at T = 1 that may be lost; 0.01 if neither is given.")
+    ] = None,
+    max_bytes: Annotated[float | None, typer.Option(help="Bytes a sample that may be spent.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A .png file for KL against bytes.")] = None,
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Before any long run: bytes, fidelity and time of each encoding on a calibration sample."""
+    from logitcache.pipeline import load_pipeline
+    from logitcache.plan import check_plot, plan_logits, plan_pipeline, read_logits
+    from logitcache.plan import plot as plot_plan
+
+    if (pipeline is None) == (logits is None):
+        raise UsageError("plan needs a pipeline file, or logits of its own (--logits FILE): one of the two")
+    if plot is not None:
+        check_plot(plot)
+    if logits is not None:
+        result = plan_logits(read_logits(logits, group), max_kl=max_kl, max_bytes=max_bytes)
+    else:
+        assert pipeline is not None
+        loaded = load_pipeline(pipeline, overrides or ())
+        result = plan_pipeline(loaded, max_kl=max_kl, max_bytes=max_bytes, trust=trust)
+    if plot is not None:
+        plot_plan(result, plot)
+    show(plan_summary(result), as_json, lambda: print_plan(result))
+
+
+@app.command("train-teacher")
+def train_teacher_command(
+    pipeline: PipelineArgument,
+    overrides: OverridesArgument = None,
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train or fine-tune the teacher on true labels, where no ready one exists."""
+    from logitcache.pipeline import load_pipeline
+    from logitcache.train_student import train_teacher
+
+    result = train_teacher(load_pipeline(pipeline, overrides or ()), trust=trust)
+    show(result, as_json, lambda: print_mapping("teacher", result))
+
+
+@app.command("cache-teacher")
+def cache_teacher_command(
+    pipeline: PipelineArgument,
+    overrides: OverridesArgument = None,
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Stage 1: compute the blocks of the cache that are missing, then seal it. Interrupted? Run it again."""
+    from logitcache.cache_teacher import cache_teacher
+    from logitcache.pipeline import load_pipeline
+    from logitcache.summary import summarise
+
+    loaded = load_pipeline(pipeline, overrides or ())
+    result = cache_teacher(loaded, trust=trust)
+    summary = cache_summary(summarise(loaded.cache.path))
+    summary |= {"computed_blocks": len(result.computed_blocks), "total_blocks": result.total_blocks}
+    show(summary, as_json, lambda: print_mapping(loaded.cache.path, summary))
+
+
+@app.command("train-student")
+def train_student_command(
+    pipeline: PipelineArgument,
+    overrides: OverridesArgument = None,
+    student: Annotated[
+        list[str] | None, typer.Option(help="A student of the pipeline; may be given several times.")
+    ] = None,
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Stage 2: train one, several or all students of the pipeline from the cache."""
+    from logitcache.pipeline import load_pipeline
+    from logitcache.train_student import train_students
+
+    rows = train_students(load_pipeline(pipeline, overrides or ()), student or (), trust=trust)
+    show({"rows": [dataclasses.asdict(row) for row in rows]}, as_json, lambda: print_rows(rows))
+
+
+@app.command("run")
+def run_command(
+    pipeline: PipelineArgument,
+    overrides: OverridesArgument = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the file and print what would be done.")] = False,
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """All stages of a pipeline, skipping what is done."""
+    from logitcache.pipeline import load_pipeline
+    from logitcache.run import plan_run, run_pipeline
+
+    loaded = load_pipeline(pipeline, overrides or ())
+    if dry_run:
+        steps = plan_run(loaded, trust=trust)
+        show({"steps": [dataclasses.asdict(step) for step in steps]}, as_json, lambda: print_steps(steps))
+    else:
+        rows = run_pipeline(loaded, trust=trust)
+        show({"rows": [dataclasses.asdict(row) for row in rows]}, as_json, lambda: print_rows(rows))
+
+
+@app.command("demo")
+def demo_command(
+    overrides: OverridesArgument = None,
+    folder: Annotated[Path, typer.Option(help="Where runs and caches go.")] = Path("runs/demo"),
+    as_json: JsonOption = False,
+) -> None:
+    """The whole story on embedded real data: a teacher, a cache, and one small student trained five ways."""
+    from logitcache.demo import run_demo
+
+    result = run_demo(folder, overrides or ())
+    summary = {
+        "teacher_accuracy": result.teacher_accuracy,
+        "rows": [dataclasses.asdict(row) for row in result.rows],
+        "findings": result.findings,
+        "cache": result.cache_path,
+        "report": result.report_path,
+    }
+
+    def print_demo() -> None:
+        console().print(f"The teacher is right on {result.teacher_accuracy:.1%} of the test images.")
+        print_rows(result.rows)
+        for line in result.findings:
+            console().print(f"  {line}", highlight=False)
+        console().print(f"The report is {result.report_path}: open it in a browser.", highlight=False)
+        console().print(
+            f"The cache is in {result.cache_path}: try `logitcache info {result.cache_path}`.", highlight=False
+        )
+
+    show(summary, as_json, print_demo)
