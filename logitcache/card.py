@@ -247,7 +247,9 @@ def first_class_accuracy(cache: LogitCache) -> tuple[int, int, int] | None:
     rows = _unmixed_rows(cache, looked_at)
     if not rows:
         return None
-    view = cache.view(cache.views.start, memory_budget=1)  # a block or two in memory, however long the view is
+    view = cache.view(
+        cache.views.start, memory_budget=1, ahead=False
+    )  # a block or two in memory, however long the view is
     targets = cache.samples.targets
     right = 0
     for start in range(0, len(rows), ROWS_AT_ONCE):

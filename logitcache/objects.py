@@ -105,6 +105,8 @@ class ObjectReader:
                         coming.append(self._begin(wanted, why))
                     if len(coming) >= AHEAD:
                         coming.popleft().result()
+                for reading in coming:
+                    reading.result()
 
         # A daemon: whoever leaves does not wait for what would be needed next.
         threading.Thread(target=bring, name="logitcache-ahead", daemon=True).start()

@@ -254,13 +254,21 @@ class LogitCache:
             raise UsageError(f"{self.storage.url} was created without sample keys; count its rows yourself")
         return self.samples.rows(keys)
 
-    def view(self, view: int, device: str | torch.device = "cpu", *, memory_budget: int | None = None) -> View:
+    def view(
+        self,
+        view: int,
+        device: str | torch.device = "cpu",
+        *,
+        memory_budget: int | None = None,
+        ahead: bool = True,
+    ) -> View:
         """One view on a device: resident, or streamed by blocks where it exceeds the memory budget.
 
         Args:
             view: 0 <= view < num_views.
             device: where the encoded labels lie and `logits` are decoded.
             memory_budget: bytes that the view's encoded labels may take; None is no limit.
+            ahead: of a remote cache, bring the rest of a streamed view and the view after it nearby meanwhile.
 
         Raises:
             UsageError: no such view.
@@ -269,8 +277,9 @@ class LogitCache:
         """
         self._check_complete(view)
         window = self.window_blocks(memory_budget)
-        following = self.views[(self.views.index(view) + 1) % len(self.views)]
-        self._fetch_ahead([view, following] if window is not None else [following])
+        if ahead:
+            following = self.views[(self.views.index(view) + 1) % len(self.views)]
+            self._fetch_ahead([view, following] if window is not None else [following])
         if window is not None:
             read = functools.partial(self.read_blocks, view)
             return StreamedView(

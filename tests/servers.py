@@ -69,8 +69,8 @@ def answers(url: str) -> bool:
         urllib.request.urlopen(url, timeout=5).close()
     except urllib.error.HTTPError:
         return True
-    except OSError:
-        return False
+    except OSError as error:
+        return "CERTIFICATE_VERIFY_FAILED" in str(error)
     return True
 
 
@@ -109,9 +109,12 @@ def seaweedfs(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def nginx(folder: Path, root: Path, *, options: str = "") -> Iterator[str]:
-    """A static web server over a folder, with index pages."""
+def nginx(folder: Path, root: Path, *, options: str = "", tls: bool = False) -> Iterator[str]:
+    """A static web server over a folder, with index pages; with TLS, by a certificate that `folder/ca.pem` signed."""
     program, port = need("nginx", "apt-get install nginx-light"), free_port()
+    if tls:
+        certificate(folder)
+        options += f"ssl_certificate {folder}/server.pem; ssl_certificate_key {folder}/server.key;"
     paths = "".join(
         f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
@@ -119,11 +122,25 @@ def nginx(folder: Path, root: Path, *, options: str = "") -> Iterator[str]:
         f"daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log; worker_processes 1; "
         f"{'user root;' if os.geteuid() == 0 else ''} events {{}}\n"
         f"http {{ access_log {folder}/access.log; {paths}\n"
-        f"server {{ listen 127.0.0.1:{port}; root {root}; autoindex on; {options} }} }}\n"
+        f"server {{ listen 127.0.0.1:{port}{' ssl' if tls else ''}; root {root}; autoindex on; {options} }} }}\n"
     )
     command = [program, "-p", str(folder), "-c", str(folder / "nginx.conf")]
-    with running(command, f"http://127.0.0.1:{port}", folder / "nginx.log") as url:
+    with running(command, f"{'https' if tls else 'http'}://127.0.0.1:{port}", folder / "nginx.log") as url:
         yield url
+
+
+def certificate(folder: Path) -> None:
+    """A certificate authority, and a certificate of its for the loopback interface."""
+    openssl = need("openssl", "apt-get install openssl")
+    new_key = ["-newkey", "rsa:2048", "-nodes"]
+    for command in (
+        ["req", "-x509", *new_key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=authority"],
+        ["req", *new_key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=localhost"],
+        ["x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
+         "-out", "server.pem", "-extfile", "names"],
+    ):  # fmt: skip
+        (folder / "names").write_text("subjectAltName=IP:127.0.0.1\n")
+        subprocess.run([openssl, *command], cwd=folder, check=True, capture_output=True)
 
 
 @dataclass

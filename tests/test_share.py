@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from obstore.exceptions import NotSupportedError
 from torch import Tensor
 
 import logitcache
@@ -31,7 +32,8 @@ from logitcache.errors import (
     StorageError,
     UsageError,
 )
-from logitcache.layout import group_metadata
+from logitcache.layout import Block, group_metadata
+from logitcache.objects import entry_name
 from logitcache.pipeline import Pipeline
 from logitcache.spot_check import spot_check
 from logitcache.storage import LocalStorage, open_storage, remote
@@ -325,6 +327,37 @@ def test_what_was_read_once_is_read_nearby(on: Any, whole: Path, monkeypatch: py
     assert_reads(place, whole)
 
 
+def test_the_next_view_is_fetched_while_this_one_trains(on: Any, whole: Path, nearby: Path) -> None:
+    place = f"{on('memory')}/a.cache"
+    push(str(whole), place)
+    cache = logitcache.open(place)
+    for view, fetched in ((3, {3, 0}), (0, {3, 0, 1})):  # the first follows the last
+        cache.view(view)
+        for thread in threading.enumerate():
+            if thread.name == "logitcache-ahead":
+                thread.join()
+        there = {entry.name for entry in nearby.glob("blocks/*/*")}
+        blocks = {view: [entry_name(cache._wanted(Block(view, number))[0]) for number in range(3)] for view in range(4)}
+        assert fetched == {view for view, names in blocks.items() if there.issuperset(names)}
+
+
+def test_a_store_without_conditional_writes_is_written_to_all_the_same(
+    on: Any, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really_put = RemoteStorage._put
+
+    def put(storage: RemoteStorage, key: str, data: bytes, *, mode: Any) -> None:
+        if mode == "create":
+            raise StorageError(f"can't write {key}") from NotSupportedError("no If-None-Match here")
+        really_put(storage, key, data, mode=mode)
+
+    monkeypatch.setattr(RemoteStorage, "_put", put)
+    place = f"{on('memory')}/a.cache"
+    push(str(whole), place)
+    assert_reads(place, whole)
+    assert not open_storage(place).create("manifest.json", b"{}")
+
+
 def test_without_room_nearby_everything_is_read_from_afar(
     on: Any, whole: Path, monkeypatch: pytest.MonkeyPatch, nearby: Path
 ) -> None:
@@ -498,6 +531,19 @@ def test_a_web_server_shares_a_folder(
             cache_teacher(tiny(f"cache.path={url}/new.cache"))
         with pytest.raises(NotACache, match="no logit cache"):
             logitcache.open(f"{url}/nothing.cache")
+
+
+def test_a_server_is_held_to_its_certificate(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`SSL_CERT_FILE` names an authority of one's own, as for other tools."""
+    (tmp_path / "nginx").mkdir()
+    monkeypatch.setitem(remote._RETRY, "max_retries", 0)
+    monkeypatch.setattr(remote, "BODY_ATTEMPTS", 1)
+    with servers.nginx(tmp_path / "nginx", tmp_path, tls=True) as url:
+        with pytest.raises(StorageError, match="can't read"):
+            logitcache.open(f"{url}/whole.cache")
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "nginx/ca.pem"))
+        assert [f"{url}/whole.cache"] == [found.url for found in find_caches(url)]
+        assert_reads(f"{url}/whole.cache", whole)
 
 
 FAULTS_THAT_PASS = ["reset", "short", "long", "truncated", "page", "changed", "503", "404", "200 for a range"]

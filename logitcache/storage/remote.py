@@ -112,6 +112,13 @@ class RemoteStorage:
             self._put(key, data, mode="create")
         except FileExistsError:
             return False
+        except StorageError as error:
+            if not _is_unknown_there(error.__cause__):
+                raise
+            # A store without conditional writes: there the later of two writers at the same instant wins.
+            if self.size(key) is not None:
+                return False
+            self._put(key, data, mode="overwrite")
         return True
 
     def size(self, key: str) -> int | None:
@@ -283,6 +290,11 @@ def _aws_settings() -> tuple[dict[str, Any], Any]:
 def _may_pass(error: Exception) -> bool:
     """Whether asking again may help: an answer that broke off may be whole the next time, a refusal stays one."""
     return "status code: 4" not in str(error) or "status code: 429" in str(error)
+
+
+def _is_unknown_there(error: BaseException | None) -> bool:
+    """Whether a store does not know conditional writes."""
+    return isinstance(error, exceptions.NotSupportedError) or "status code: 501" in str(error)
 
 
 def _first_line(error: Exception) -> str:
