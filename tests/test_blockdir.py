@@ -120,7 +120,8 @@ def together(seconds: float, folder: Path, *, kill: bool) -> tuple[int, int, int
         until = time.time() + seconds
         next_kill = time.time() + 6
         while time.time() < until:
-            with_partials = sum(size(path) for path in (folder / "nearby").rglob("*") if len(path.name) >= 64)
+            with directory._lock:  # else an entry that leaves and the one that comes for it may both be counted
+                with_partials = sum(size(path) for path in (folder / "nearby").rglob("*") if len(path.name) >= 64)
             most = max(most, with_partials)
             if kill and time.time() > next_kill:
                 victim = kills % 5
@@ -129,7 +130,7 @@ def together(seconds: float, folder: Path, *, kill: bool) -> tuple[int, int, int
                 processes[victim] = start(5 + kills)
                 kills += 1
                 next_kill = time.time() + 6
-            time.sleep(0.01)
+            time.sleep(0.02)
         ended.set()
         for process in processes:
             process.join(60)
