@@ -106,7 +106,7 @@ class CleanLabels:
     def start_view(self, view: int, following: int | None) -> None:
         self._view = view
 
-    def logits(self, rows: Tensor, teacher_inputs: Any) -> Tensor:
+    def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
         mixtures = [self._plan.mixture(self._view, row, self._num_samples) for row in rows.tolist()]
         partners = torch.tensor(
             [row if m is None else m.partner for row, m in zip(rows.tolist(), mixtures, strict=True)]

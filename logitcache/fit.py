@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from logitcache.averaging import check_same_pixels, check_same_views, refuse_sampled
 from logitcache.catalog.datasets import Data
 from logitcache.ensemble import merged_parts
 from logitcache.errors import IdentityMismatch, IncompleteCache
-from logitcache.pipeline import Pipeline
+from logitcache.pipeline import Pipeline, TeachersConfig
 from logitcache.progress import track
 from logitcache.reader import LogitCache, open_cache
 from logitcache.resolve import RANDOM, resolve_data, resolve_plan, resolve_teacher, teacher_name, teacher_weights
@@ -21,11 +22,12 @@ from logitcache.views import ViewDataset, ViewPlan
 
 
 def open_fitting_cache(
-    pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool
+    pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool, any_teacher: bool = False
 ) -> tuple[LogitCache, np.ndarray | None]:
     """Open the pipeline's cache and hold it to data, views and teacher.
 
-    The teacher's weights are compared where they are at hand; a team that has only the cache has only its name.
+    The teacher's weights are compared where they are at hand; a team that has only the cache has only its name. Where
+    caches are named one by one, `any_teacher` is meant: its teacher and its precision are whatever they are.
 
     Returns:
         The cache, and the row of each sample at hand, int64 (M,); None where they are the cache's own in its order.
@@ -35,21 +37,17 @@ def open_fitting_cache(
         IncompleteCache: the cache is not sealed, or holds fewer views than the pipeline asks for.
     """
     cache = open_cache(pipeline.cache.path, trust=trust)
-    if not cache.sealed:
-        raise IncompleteCache(f"{pipeline.cache.path} is not sealed yet; run `logitcache cache-teacher` to finish it")
-    differences = fit_differences(cache, pipeline, data, plan, trust=trust)
+    _check_sealed(cache, pipeline.cache.path)
+    differences = view_differences(cache, data, plan)
+    if not any_teacher:
+        differences += teacher_differences(cache, pipeline, data, plan, trust=trust)
     if differences:
         raise IdentityMismatch(
             f"cache {cache.id[:12]}… at {pipeline.cache.path} was not made for this pipeline; it differs in\n  "
             + "\n  ".join(differences)
             + "\nRestore what differs, or build a cache of its own under another `cache.path`."
         )
-    if pipeline.views.count > len(cache.views):
-        raise IncompleteCache(
-            f"the pipeline asks for {pipeline.views.count} views; {pipeline.cache.path} holds {len(cache.views)}. "
-            "Run `logitcache cache-teacher` to add the others, `logitcache pull` where they are shared, or lower "
-            "views.count"
-        )
+    _check_views(cache, pipeline.cache.path, pipeline.views.count)
     if cache.samples is None:
         if cache.num_samples != len(data.train):
             raise IdentityMismatch(
@@ -61,18 +59,61 @@ def open_fitting_cache(
     return cache, None if same_order else rows
 
 
-def fit_differences(cache: LogitCache, pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool) -> list[str]:
-    """The fields of a cache's identity in which the pipeline at hand differs, but for its samples."""
+def open_fitting_caches(
+    teachers: TeachersConfig, pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool
+) -> tuple[list[LogitCache], np.ndarray | None]:
+    """Open several teachers' caches, hold the first to data and views, and the others to its views and pixels.
+
+    Raises:
+        UsageError: one of drawn classes where a mean of logits is asked for, or a best teacher without true labels.
+        IdentityMismatch, IncompleteCache: as `open_fitting_cache`; names the cache.
+    """
+    caches: list[LogitCache] = []
+    for location in teachers.caches:
+        moved = pipeline.model_copy(update={"cache": pipeline.cache.model_copy(update={"path": location})})
+        if not caches:
+            cache, rows = open_fitting_cache(moved, data, plan, trust=trust, any_teacher=True)
+        else:
+            cache = open_cache(location, trust=trust)
+            _check_sealed(cache, location)
+            check_same_views(teachers.caches[0], caches[0], location, cache)
+        _check_views(cache, location, pipeline.views.count)
+        caches.append(cache)
+    check_same_pixels(teachers.caches, caches, pipeline.views.count)
+    if teachers.combine == "logits":
+        refuse_sampled(teachers.caches, caches)
+    return caches, rows
+
+
+def _check_sealed(cache: LogitCache, location: str) -> None:
+    if not cache.sealed:
+        raise IncompleteCache(f"{location} is not sealed yet; run `logitcache cache-teacher` to finish it")
+
+
+def _check_views(cache: LogitCache, location: str, count: int) -> None:
+    if count > len(cache.views):
+        raise IncompleteCache(
+            f"the pipeline asks for {count} views; {location} holds {len(cache.views)}. "
+            "Run `logitcache cache-teacher` to add the others, `logitcache pull` where they are shared, or lower "
+            "views.count"
+        )
+
+
+def view_differences(cache: LogitCache, data: Data, plan: ViewPlan) -> list[str]:
+    """The fields of a cache's identity in which the views at hand differ, but for their samples."""
     cached = cache.manifest.identity
-    here: dict[str, Any] = {
-        "view_seed": plan.seed,
-        "outputs": {"logits": [data.num_classes]},
-        "precision": pipeline.teacher.precision,
-    }
+    here: dict[str, Any] = {"view_seed": plan.seed, "outputs": {"logits": [data.num_classes]}}
     if cached.transform is not None:
         here["transform"] = plan.describe()
     if cached.class_names is not None and data.class_names is not None:
         here["class_names"] = data.class_names
+    return _differences(cache, here)
+
+
+def teacher_differences(cache: LogitCache, pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool) -> list[str]:
+    """The fields of a cache's identity in which the pipeline's teacher differs."""
+    cached = cache.manifest.identity
+    here: dict[str, Any] = {"precision": pipeline.teacher.precision}
     weights = teacher_weights(pipeline)
     at_hand = weights in (None, RANDOM) or Path(str(weights)).is_file()
     ours = resolve_teacher(pipeline, data, plan, trust=trust)[1] if at_hand else teacher_name(pipeline)
@@ -87,7 +128,7 @@ def fit_differences(cache: LogitCache, pipeline: Pipeline, data: Data, plan: Vie
         del here["precision"]
     if part is None and not is_ours(cached.teacher):
         here["teacher"] = ours
-    differences = cached.differences(type(cached).model_validate(cached.model_dump() | _through_json(here)))
+    differences = _differences(cache, here)
     if parts and part is None:
         differences.append(
             f"it is the mean of {', '.join(part.teacher for part in parts)}: `teacher` must be one of these"
@@ -102,7 +143,8 @@ def all_differences(cache: LogitCache, pipeline: Pipeline, *, trust: bool) -> li
     """
     data = resolve_data(pipeline, trust=trust)
     plan = resolve_plan(pipeline, data, trust=trust)
-    differences = fit_differences(cache, pipeline, data, plan, trust=trust)
+    differences = view_differences(cache, data, plan)
+    differences += teacher_differences(cache, pipeline, data, plan, trust=trust)
     if cache.samples is None:
         return differences
     here = sample_table(data.train)
@@ -121,6 +163,6 @@ def all_differences(cache: LogitCache, pipeline: Pipeline, *, trust: bool) -> li
     return differences
 
 
-def _through_json(fields: dict[str, Any]) -> dict[str, Any]:
-    decoded: dict[str, Any] = json.loads(json.dumps(fields))
-    return decoded
+def _differences(cache: LogitCache, here: dict[str, Any]) -> list[str]:
+    cached = cache.manifest.identity
+    return cached.differences(type(cached).model_validate(cached.model_dump() | json.loads(json.dumps(here))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -26,14 +27,21 @@ class Labels(Protocol):
     def start_view(self, view: int, following: int | None) -> None:
         """Get ready for a view, and begin to get ready for the one that follows."""
 
-    def logits(self, rows: Tensor, teacher_inputs: Any) -> Tensor:
-        """Float32 (B, C) for row numbers (B,) of the current view."""
+    def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
+        """Float32 (B, C) for row numbers (B,) of the current view.
+
+        Args:
+            rows: int (B,).
+            teacher_inputs: what the teacher would see, where `needs_teacher_inputs`.
+            targets: the true labels, int (B,), or float (B, C) where samples were mixed; on any device.
+        """
 
 
 class CachedLabels:
     """Logits from a cache: each view is checked, resident while it is trained on, and the next one loads behind it.
 
-    Before a view's first step its proof rows are rendered as the teacher's input and held to the cache's digests.
+    Before a view's first step its proof rows are rendered as the teacher's input and held to the cache's digests,
+    unless another cache of the same views does that.
     """
 
     needs_teacher_inputs = False
@@ -45,8 +53,10 @@ class CachedLabels:
         device: torch.device,
         *,
         memory_budget: int | None = None,
+        prove: bool = True,
     ) -> None:
         self._cache = cache
+        self._prove = prove
         self._views = views
         self._device = device
         self._memory_budget = memory_budget
@@ -60,7 +70,7 @@ class CachedLabels:
         return self._cache.window_blocks(self._memory_budget)
 
     def start_view(self, view: int, following: int | None) -> None:
-        if view not in self._proven:
+        if self._prove and view not in self._proven:
             self._cache.check_inputs(self._views, view)
             self._proven.add(view)
         if view != self._number:
@@ -69,9 +79,37 @@ class CachedLabels:
         if following is not None and following != view and self.window_blocks is None:
             self._cache.prefetch(following, self._device)
 
-    def logits(self, rows: Tensor, teacher_inputs: Any) -> Tensor:
+    def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
         assert self._view is not None
         return self._view.logits(rows)
+
+
+class EnsembleLabels:
+    """Logits of several teachers, from caches over the same views, put together for each batch.
+
+    Args:
+        members: one for each teacher; the first one proves the pixels, which are the others' too.
+        combine: (logits (B, C) of each, true labels) -> (B, C).
+    """
+
+    needs_teacher_inputs = False
+
+    def __init__(self, members: Sequence[CachedLabels], combine: Callable[[list[Tensor], Tensor], Tensor]) -> None:
+        self._members = members
+        self._combine = combine
+
+    @property
+    def window_blocks(self) -> int | None:
+        """Blocks that batches should stay within, where views are streamed: as many as all members have room for."""
+        windows = [member.window_blocks for member in self._members]
+        return min((window for window in windows if window is not None), default=None)
+
+    def start_view(self, view: int, following: int | None) -> None:
+        for member in self._members:
+            member.start_view(view, following)
+
+    def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
+        return self._combine([member.logits(rows, None, targets) for member in self._members], targets)
 
 
 class LiveLabels:
@@ -88,7 +126,7 @@ class LiveLabels:
     def start_view(self, view: int, following: int | None) -> None:
         """Nothing to get ready."""
 
-    def logits(self, rows: Tensor, teacher_inputs: Any) -> Tensor:
+    def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
         inputs = to_device(teacher_inputs, self._device, channels_last=self._config.channels_last)
         with torch.no_grad(), autocast(self._device, self._config.precision):
             logits_BC: Tensor = self._teacher(inputs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
@@ -18,12 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logitcache.averaging import (
+    check_same_pixels,
+    check_same_views,
+    mean_of_logits,
+    mean_of_probabilities,
+    normalised_weights,
+    refuse_sampled,
+    teacher_input,
+)
 from logitcache.creation import Origin, open_writer
-from logitcache.encodings import Auto, Encoding, Sampled, encoding_from_config
+from logitcache.encodings import Auto, Encoding, encoding_from_config
 from logitcache.ensemble import MERGED, Part, merged_name
 from logitcache.errors import (
     CorruptCache,
-    IdentityMismatch,
     IncompleteCache,
     InvalidLogits,
     NotACache,
@@ -94,15 +102,15 @@ def merge(
         raise UsageError(f"the mean is one of {', '.join(MEANS)}, not {mean!r}")
     if len(locations) < 2:
         raise UsageError(f"merge takes two caches or more, not {len(locations)}")
-    shares = _shares(weights, len(locations))
+    shares = normalised_weights(weights, len(locations))
     sources = [_open_sealed(location) for location in locations]
     _refuse_the_same(locations, sources, out)
     for location, source in zip(locations[1:], sources[1:], strict=True):
-        _check_same_views(locations[0], sources[0], location, source)
+        check_same_views(locations[0], sources[0], location, source)
     num_views = min(source.num_views for source in sources)
-    _check_same_pixels(locations, sources, num_views)
+    check_same_pixels(locations, sources, num_views)
     if mean == "logits":
-        _refuse_sampled(locations, sources)
+        refuse_sampled(locations, sources)
     samples = _common_samples(locations, sources)
 
     parts = [_part(location, source, share) for location, source, share in zip(locations, sources, shares, strict=True)]
@@ -146,32 +154,6 @@ def merge(
             if source.num_views > num_views
         },
     )
-
-
-def mean_of_logits(logits: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted mean of float32 (B, C) logits; a class that one of them masks is masked.
-
-    Its softmax is the normalised geometric mean of the distributions, at every temperature: to soften the mean is to
-    take the mean of the softened.
-    """
-    total_BC: Tensor | None = None
-    for logits_BC, weight in zip(logits, weights, strict=True):
-        total_BC = logits_BC * weight if total_BC is None else total_BC.add_(logits_BC, alpha=weight)
-    assert total_BC is not None
-    return total_BC
-
-
-def mean_of_probabilities(logits: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
-    """The logarithm of the weighted mean of the distributions at T = 1, float32 (B, C), in log space throughout.
-
-    A class is masked where all of them mask it.
-    """
-    total_BC: Tensor | None = None
-    for logits_BC, weight in zip(logits, weights, strict=True):
-        log_p_BC = logits_BC.log_softmax(dim=1).add_(math.log(weight))
-        total_BC = log_p_BC if total_BC is None else torch.logaddexp(total_BC, log_p_BC)
-    assert total_BC is not None
-    return total_BC
 
 
 class _Average:
@@ -247,14 +229,9 @@ def _proof_digests(sources: Sequence[LogitCache], view: int) -> dict[int, str]:
     """What the first source's teacher was given, as far as it, or one with the same input, knows."""
     digests: dict[int, str] = {}
     for source in sources:
-        if _teacher_input(source) == _teacher_input(sources[0]):
+        if teacher_input(source) == teacher_input(sources[0]):
             digests = source.input_digests(view) | digests
     return digests
-
-
-def _teacher_input(cache: LogitCache) -> Any:
-    transform = cache.manifest.identity.transform
-    return transform.get("teacher_input") if isinstance(transform, dict) else transform
 
 
 def _part(location: str, source: LogitCache, share: float) -> Part:
@@ -264,24 +241,10 @@ def _part(location: str, source: LogitCache, share: float) -> Part:
         digest=str(source.digest),
         teacher=identity.teacher,
         precision=identity.precision,
-        teacher_input=_teacher_input(source),
+        teacher_input=teacher_input(source),
         weight=share,
         location=location,
     )
-
-
-def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Weights that sum to 1."""
-    weights = [1.0] * count if weights is None else list(weights)
-    if len(weights) != count:
-        raise UsageError(f"{len(weights)} weights for {count} caches; give one --weight for each, in their order")
-    for weight in weights:
-        if not (math.isfinite(weight) and weight > 0):
-            raise UsageError(f"a weight is a positive number, not {weight}; leave out a cache that is not to count")
-    shares = [weight / math.fsum(weights) for weight in weights]
-    if min(shares) <= 0:
-        raise UsageError(f"the weights {weights} are too far apart; leave out a cache that is not to count")
-    return shares
 
 
 def _open_sealed(location: str) -> LogitCache:
@@ -310,50 +273,6 @@ def _refuse_the_same(locations: Sequence[str], sources: Sequence[LogitCache], ou
         for location, source in zip(locations, sources, strict=True):
             if source.id == there:
                 raise UsageError(f"--out {os.fspath(out)} is the source {location}; choose another path")
-
-
-def _check_same_views(first_location: str, first: LogitCache, location: str, source: LogitCache) -> None:
-    ours, theirs = first.manifest.identity, source.manifest.identity
-    own = {"teacher": ours.teacher, "precision": ours.precision, "encoding": ours.encoding}
-    if isinstance(theirs.transform, dict) and isinstance(ours.transform, dict):
-        own["transform"] = theirs.transform | {"teacher_input": _teacher_input(first)}
-    differences = ours.differences(theirs.model_copy(update=own), mine=f"in {first_location}", theirs=f"in {location}")
-    if first.num_samples != source.num_samples:
-        differences.append(f"num_samples: {first.num_samples} in {first_location}, {source.num_samples} in {location}")
-    if differences:
-        raise IdentityMismatch(
-            f"{location} is not of the same views as {first_location}; they differ in\n  "
-            + "\n  ".join(differences)
-            + "\nOnly teachers that saw the same views of the same samples have a mean: build one of the caches again, "
-            "with the other's data and views. Nothing was written."
-        )
-
-
-def _check_same_pixels(locations: Sequence[str], sources: Sequence[LogitCache], num_views: int) -> None:
-    """Where two teachers take the same input, the digests of what they were given must agree."""
-    pairs = combinations(zip(locations, sources, strict=True), 2)
-    alike = [(one, other) for one, other in pairs if _teacher_input(one[1]) == _teacher_input(other[1])]
-    for view in range(num_views):
-        for (location, source), (other_location, other) in alike:
-            expected, found = source.input_digests(view), other.input_digests(view)
-            for row in sorted(expected.keys() & found.keys()):
-                if expected[row] != found[row]:
-                    key = source.samples.key(row) if source.samples is not None else str(row)
-                    raise IdentityMismatch(
-                        f"the teachers of {location} and {other_location} were given other pixels in view {view}, row "
-                        f"{row} ({key}): the digest is {expected[row]} in the one, {found[row]} in the other.\n"
-                        "Data, transform and seed agree, so one of the machines rendered otherwise: build both caches "
-                        "with the same library versions. Nothing was written."
-                    )
-
-
-def _refuse_sampled(locations: Sequence[str], sources: Sequence[LogitCache]) -> None:
-    for location, source in zip(locations, sources, strict=True):
-        if isinstance(source.encoding, Sampled):
-            raise UsageError(
-                f"{location} holds {source.encoding!r}: each row has only the classes that were drawn, and the mean of "
-                "logits would keep only those that every teacher drew; use --mean probabilities"
-            )
 
 
 def _common_samples(locations: Sequence[str], sources: Sequence[LogitCache]) -> SampleTable | None:

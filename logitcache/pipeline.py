@@ -128,17 +128,49 @@ class CacheConfig(_Section):
         return encoding_or_auto(value).config() if isinstance(value, str | Mapping | Encoding | Auto) else value
 
 
+class TeachersConfig(_Section):
+    """Several teachers at once: caches over the same views, whose labels are put together for each batch."""
+
+    caches: list[str] = Field(min_length=2)
+    """Their paths or URLs; the first one's proofs are rendered."""
+    combine: Literal["logits", "probabilities", "best"] = "logits"
+    """The mean of the logits or of the probabilities, or each sample's best teacher by its true label."""
+    weights: list[float] | None = None
+    """How much each counts in a mean; all alike by default."""
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> TeachersConfig:
+        if self.weights is not None and self.combine == "best":
+            raise ValueError("'best' takes one teacher for each sample, so it takes no weights")
+        if self.weights is not None and len(self.weights) != len(self.caches):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.caches)} caches; give one for each")
+        return self
+
+
 class StudentConfig(ModelConfig):
     """A student: its net, its loss, and what differs from the pipeline's `train`."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
     loss: dict[str, Any] = {"name": "kl"}
-    labels: Literal["cache", "live"] = "cache"
+    labels: Literal["cache", "live"] | TeachersConfig = "cache"
     """Where the teacher's logits come from; "live" runs the teacher on every batch, to compare."""
     samples: float = Field(default=1.0, gt=0, le=1)
     """Fraction of the training samples, stratified by class, that this student sees."""
     train: dict[str, Any] = {}
     """Overrides of the pipeline's `train`."""
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _known_labels(cls, value: Any) -> Any:
+        known = list(TeachersConfig.model_fields)
+        for key in value if isinstance(value, Mapping) else ():
+            if key not in known:
+                raise ValueError(_unknown_key(str(key), str(key), known))
+        if isinstance(value, Mapping):
+            return TeachersConfig.model_validate(value)
+        if value not in ("cache", "live") and not isinstance(value, TeachersConfig):
+            raise ValueError("expected 'cache', 'live', or a mapping such as {caches: [a.cache, b.cache]}")
+        return value
 
     @field_validator("loss", mode="before")
     @classmethod

@@ -238,7 +238,7 @@ class _Run:
             inputs, teacher_inputs = inputs
         inputs = to_device(inputs, job.device, channels_last=config.channels_last)
         targets = to_device(targets, job.device)
-        teacher_BC = None if job.labels is None else job.labels.logits(rows, teacher_inputs)
+        teacher_BC = None if job.labels is None else job.labels.logits(rows, teacher_inputs, targets)
         with autocast(job.device, config.precision):
             student_BC = self.model(inputs)
         loss = job.loss(student_BC, teacher_BC, targets).mean()

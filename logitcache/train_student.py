@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from logitcache.averaging import combination
 from logitcache.catalog.datasets import Data, Selection, stratified_split
 from logitcache.devices import pick_device
 from logitcache.errors import UsageError
-from logitcache.fit import open_fitting_cache
-from logitcache.labels import CachedLabels, Labels, LiveLabels
+from logitcache.fit import open_fitting_cache, open_fitting_caches
+from logitcache.labels import CachedLabels, EnsembleLabels, Labels, LiveLabels
 from logitcache.losses import TrueLabel
 from logitcache.order import run_seed
-from logitcache.pipeline import ModelConfig, Pipeline, StudentConfig
+from logitcache.pipeline import ModelConfig, Pipeline, StudentConfig, TeachersConfig
 from logitcache.reader import LogitCache
 from logitcache.resolve import (
     TRAINED,
@@ -130,7 +131,7 @@ class Bench:
         self.device: torch.device = pick_device(pipeline.device, threads=pipeline.threads)
         self._evaluations: dict[tuple[str, str], Evaluation | None] = {}
         self._live: tuple[nn.Module, str] | None = None
-        self._cache: tuple[LogitCache, np.ndarray | None] | None = None
+        self._caches: dict[str, tuple[list[LogitCache], np.ndarray | None]] = {}
 
     def seeds(self, student: StudentConfig) -> list[int]:
         """The seeds that a student is trained with."""
@@ -171,7 +172,8 @@ class Bench:
             views = ViewDataset(self.data.train, self.plan, model_input=student_input if same_input else both)
             identity["labels"] = {"teacher": fingerprint}
         else:
-            cache, rows = self.cache()
+            caches, rows = self.caches(student)
+            cache = caches[0]
             samples = cache.samples
             plan = replace(
                 self.plan, num_samples=cache.num_samples, contents=None if samples is None else samples.contents
@@ -179,13 +181,14 @@ class Bench:
             views = ViewDataset(self.data.train, plan, model_input=student_input, rows=rows)
             given = {} if labels is None else {"given": type(labels).__name__}
             if labels is None:
-                budget = pipeline.cache.memory_budget_mb
-                cached = CachedLabels(
-                    cache, views, self.device, memory_budget=None if budget is None else int(budget * 2**20)
-                )
+                cached = self._labels(student, caches, views)
                 rows_per_block, window_blocks = cache.layout.rows_per_block, cached.window_blocks
                 labels = cached
             identity["labels"] = {"cache": cache.id, "window_blocks": window_blocks, **given}
+            if isinstance(student.labels, TeachersConfig):
+                # By what they are, not where: a run goes on with copies of the same caches.
+                identity["student"]["labels"] = student.labels.model_dump(exclude={"caches"})
+                identity["labels"]["caches"] = [each.id for each in caches]
             first_view = cache.views.start
             if first_view:
                 identity["first_view"] = first_view
@@ -221,9 +224,39 @@ class Bench:
             IdentityMismatch: names the field or the sample that differs.
             IncompleteCache: the cache is not sealed.
         """
-        if self._cache is None:
-            self._cache = open_fitting_cache(self.pipeline, self.data, self.plan, trust=self.trust)
-        return self._cache
+        caches, rows = self._opened(None)
+        return caches[0], rows
+
+    def caches(self, student: StudentConfig) -> tuple[list[LogitCache], np.ndarray | None]:
+        """The caches that a student's labels come from: the pipeline's, or several teachers'.
+
+        Raises:
+            IdentityMismatch: one that does not fit, or is not of the same views as the first.
+            IncompleteCache: one that is not sealed, or holds too few views.
+        """
+        return self._opened(student.labels if isinstance(student.labels, TeachersConfig) else None)
+
+    def _opened(self, teachers: TeachersConfig | None) -> tuple[list[LogitCache], np.ndarray | None]:
+        key = "" if teachers is None else str(teachers)
+        if key not in self._caches:
+            if teachers is None:
+                cache, rows = open_fitting_cache(self.pipeline, self.data, self.plan, trust=self.trust)
+                self._caches[key] = [cache], rows
+            else:
+                self._caches[key] = open_fitting_caches(teachers, self.pipeline, self.data, self.plan, trust=self.trust)
+        return self._caches[key]
+
+    def _labels(
+        self, student: StudentConfig, caches: list[LogitCache], views: ViewDataset
+    ) -> CachedLabels | EnsembleLabels:
+        budget = self.pipeline.cache.memory_budget_mb
+        share = None if budget is None else int(budget * 2**20) // len(caches)
+        members = [
+            CachedLabels(cache, views, self.device, memory_budget=share, prove=cache is caches[0]) for cache in caches
+        ]
+        if not isinstance(student.labels, TeachersConfig):
+            return members[0]
+        return EnsembleLabels(members, combination(student.labels.combine, student.labels.weights, len(caches)))
 
     def _teacher(self) -> tuple[nn.Module, str]:
         if self._live is None:

@@ -291,7 +291,7 @@ REQUESTS: dict[str, tuple[Callable[[list[str], Path], object], type[Exception], 
     ),
     "drawn classes": (
         lambda three, out: merge([three[0], built(out.parent / "s.cache", 5, encoding="sampled")], out),
-        UsageError, "use --mean probabilities",
+        UsageError, "take the mean of probabilities",
     ),
 }  # fmt: skip
 
