@@ -199,7 +199,7 @@ def added_section(pipeline: Pipeline, student_name: str | None, repeats: int = 1
         labels.start_view(repeat % pipeline.views.count, None)
         starts.append(time.perf_counter() - start)
         for seconds, step in (
-            (cached, lambda labels=labels: loss(student_BC, labels.logits(rows_B, None), target_BC)),
+            (cached, lambda labels=labels: loss(student_BC, labels.logits(rows_B, None, target_BC), target_BC)),
             (plain, lambda: true_label(student_BC, None, target_BC)),
         ):
             start = time.perf_counter()
