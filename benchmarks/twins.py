@@ -1,0 +1,87 @@
+"""The small twins of the systems S0 to S5: each pipeline of pipelines/twins/, run to its table.
+
+Students beside the same net on true labels, over several seeds; nothing is tuned, settings are those of the systems, or were
+written down before the first run. With --write the tables go to pipelines/README.md and to benchmarks/results/.
+
+    python benchmarks/twins.py --write
+    python benchmarks/twins.py s1 s5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import time
+from pathlib import Path
+
+import torch
+from measuring import conditions, table, write_result
+
+from logitcache.pipeline import load_pipeline
+from logitcache.progress import silence
+from logitcache.resolve import teacher_folder
+from logitcache.run import run_pipeline
+from logitcache.runs import RESULT
+from logitcache.train_student import Row
+
+PIPELINES = Path(__file__).parent.parent / "pipelines"
+BEGIN, END = "<!-- made by benchmarks/twins.py -->", "<!-- end -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="some of them, such as s1; all by default")
+    parser.add_argument("--write", action="store_true", help="into pipelines/README.md and benchmarks/results/")
+    arguments = parser.parse_args()
+    silence()
+    sections = [conditions()]
+    for file in sorted((PIPELINES / "twins").glob("s*.yaml")):
+        if not arguments.names or file.stem in arguments.names:
+            sections.append(section(file))
+            print(sections[-1], flush=True)
+    if arguments.write:
+        body = "\n\n".join(sections)
+        path = write_result("twins", f"# Twins\n\n{body}\n", device=torch.device("cpu"))
+        readme = PIPELINES / "README.md"
+        made = f"{BEGIN}\n\n{body.partition(chr(10) * 2)[2]}\n\nResult: [{path.name}](../benchmarks/results/{path.name}).\n\n{END}"
+        readme.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: made, readme.read_text(), flags=re.DOTALL))
+
+
+def section(file: Path) -> str:
+    """One twin's table, and what it says."""
+    about = " ".join(line.lstrip("# ") for line in file.read_text().splitlines() if line.startswith("#"))
+    pipeline = load_pipeline(file)
+    start = time.monotonic()
+    rows = run_pipeline(pipeline, trust=True)
+    minutes = (time.monotonic() - start) / 60
+    teacher = json.loads((teacher_folder(pipeline) / RESULT).read_text())["accuracy"]
+    cells = [
+        [row.name, f"{row.parameters:,}", row.samples, len(row.seeds), f"{100 * (row.accuracy_mean or 0):.2f} ± "
+         f"{100 * (row.accuracy_sd or 0):.2f}"]
+        for row in rows
+    ]  # fmt: skip
+    header = ["student", "parameters", "samples", "seeds", "test accuracy, %"]
+    true = rows[-1]
+    found = " ".join(difference(row, true) for row in rows[:-1])
+    return (
+        f"### {file.stem.upper()}\n\n{about}\n\n`logitcache run pipelines/twins/{file.name}`, {minutes:.1f} minutes. The teacher "
+        f"is right on {100 * teacher:.2f} %.\n\n{table(header, cells)}\n\n{found}"
+    )
+
+
+def difference(row: Row, true: Row) -> str:
+    """What a student gains over the same net on true labels."""
+    assert row.accuracy_mean is not None
+    assert true.accuracy_mean is not None
+    points = 100 * (row.accuracy_mean - true.accuracy_mean)
+    error = 100 * math.sqrt(sum((each.accuracy_sd or 0.0) ** 2 / len(each.seeds) for each in (row, true)))
+    verdict = (
+        "more than two standard errors" if abs(points) > 2 * error else "within two standard errors: nothing shown"
+    )
+    return f"{row.name} against {true.name}: {points:+.2f} points, {verdict} (standard error {error:.2f})."
+
+
+if __name__ == "__main__":
+    main()
