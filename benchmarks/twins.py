@@ -1,7 +1,7 @@
 """The small twins of the systems S0 to S5: each pipeline of pipelines/twins/, run to its table.
 
-Students beside the same net on true labels, over several seeds; nothing is tuned, settings are those of the systems, or were
-written down before the first run. With --write the tables go to pipelines/README.md and to benchmarks/results/.
+Students beside the same net on true labels, over several seeds; nothing is tuned: settings are those of the systems, or
+were written down before the first run. With --write the tables go to pipelines/README.md and to benchmarks/results/.
 
     python benchmarks/twins.py --write
     python benchmarks/twins.py s1 s5
@@ -45,7 +45,8 @@ def main() -> None:
         body = "\n\n".join(sections)
         path = write_result("twins", f"# Twins\n\n{body}\n", device=torch.device("cpu"))
         readme = PIPELINES / "README.md"
-        made = f"{BEGIN}\n\n{body.partition(chr(10) * 2)[2]}\n\nResult: [{path.name}](../benchmarks/results/{path.name}).\n\n{END}"
+        tables = "\n\n".join(sections[1:])
+        made = f"{BEGIN}\n\n{tables}\n\nResult: [{path.name}](../benchmarks/results/{path.name}).\n\n{END}"
         readme.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: made, readme.read_text(), flags=re.DOTALL))
 
 
@@ -66,8 +67,8 @@ def section(file: Path) -> str:
     true = rows[-1]
     found = " ".join(difference(row, true) for row in rows[:-1])
     return (
-        f"### {file.stem.upper()}\n\n{about}\n\n`logitcache run pipelines/twins/{file.name}`, {minutes:.1f} minutes. The teacher "
-        f"is right on {100 * teacher:.2f} %.\n\n{table(header, cells)}\n\n{found}"
+        f"### {file.stem.upper()}\n\n{about}\n\n`logitcache run pipelines/twins/{file.name}`, {minutes:.1f} minutes. The "
+        f"teacher is right on {100 * teacher:.2f} %.\n\n{table(header, cells)}\n\n{found}"
     )
 
 
