@@ -67,8 +67,8 @@ def section(file: Path) -> str:
     true = rows[-1]
     found = " ".join(difference(row, true) for row in rows[:-1])
     return (
-        f"### {file.stem.upper()}\n\n{about}\n\n`logitcache run pipelines/twins/{file.name}`, {minutes:.1f} minutes. The "
-        f"teacher is right on {100 * teacher:.2f} %.\n\n{table(header, cells)}\n\n{found}"
+        f"### {file.stem.upper()}\n\n{about}\n\n`logitcache run pipelines/twins/{file.name}`, {minutes:.1f} minutes. "
+        f"The teacher is right on {100 * teacher:.2f} %.\n\n{table(header, cells)}\n\n{found}"
     )
 
 

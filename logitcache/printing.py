@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 
 def cache_summary(summary: Any) -> dict[str, Any]:
@@ -40,7 +40,8 @@ def print_caches(location: str, caches: list[dict[str, Any]]) -> None:
     if not caches:
         console().print(f"{location}: no cache there", highlight=False, markup=False)
         return
-    table = Table("cache", "id", "teacher", "dataset", "views", "samples", "size", "state")
+    columns = (Column(name, overflow="fold") for name in ("cache", "id", "teacher", "dataset"))
+    table = Table(*columns, "views", "samples", "size", "state")
     for cache in caches:
         shown = [cache["url"], cache["id"][:12], _short(cache["teacher"]), _short(cache["dataset"]), cache["views"]]
         size = "-" if cache["bytes"] is None else decimal(cache["bytes"])
