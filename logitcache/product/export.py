@@ -200,13 +200,13 @@ class _Export:
             models["torch"] = (SAFETENSORS, model)
         if ONNX in self._files:
             opset = export_onnx(model, inputs, folder / ONNX)
-            onnx_model = OnnxModel(folder / ONNX, threads=1)
+            onnx_model = OnnxModel(folder / ONNX, threads=torch.get_num_threads())
             self._onnx = OnnxFacts(opset=opset, max_abs_difference=hold_to_torch(model, onnx_model, inputs))
             models["onnx"] = (ONNX, onnx_model)
         if INT8 in self._files:
             num_weights = quantise(folder / ONNX, folder / INT8, inputs)
             self._int8 = Int8Facts(calibration_samples=len(inputs), weights=num_weights)
-            models["onnx int8"] = (INT8, OnnxModel(folder / INT8, threads=1))
+            models["onnx int8"] = (INT8, OnnxModel(folder / INT8, threads=torch.get_num_threads()))
         return models
 
     def _measure(self, models: dict[str, tuple[str | None, Any]], inputs: Tensor) -> list[Variant]:
@@ -224,9 +224,13 @@ class _Export:
                     )
                     meter.advance()
         latency: dict[str, dict[str, float]] = {name: {} for name in models}
+        one_thread = {
+            name: OnnxModel(self._folder / file, threads=1) if file in (ONNX, INT8) else model
+            for name, (file, model) in models.items()
+        }
         for size in LATENCY_BATCHES:
             batch = inputs[torch.arange(size) % len(inputs)]
-            passes = {name: functools.partial(model, batch) for name, (_, model) in models.items()}
+            passes = {name: functools.partial(model, batch) for name, model in one_thread.items()}
             for name, seconds in median_seconds(passes).items():
                 latency[name][str(size)] = 1000 * seconds
         return [
