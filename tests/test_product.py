@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import signal
 import statistics
 import sys
 from collections.abc import Callable
@@ -350,6 +352,34 @@ def test_what_killed_exports_left_is_removed_and_what_live_ones_have_stays(run: 
     assert [".product.1.partial"] == [path.name for path in run.iterdir() if path.name.startswith(".product")]
 
 
+def test_a_killed_export_leaves_nothing_under_the_name_and_is_made_good(run: Path, forks: Any) -> None:
+    process = forks.Process(target=_export_and_wait, args=(run,))
+    process.start()
+    process.join(120)
+
+    assert -signal.SIGKILL == process.exitcode
+    assert [".product."] == [path.name[:9] for path in run.iterdir() if "product" in path.name]
+    assert export_run(run, to="safetensors").written
+    assert ["product"] == [path.name for path in run.iterdir() if "product" in path.name]
+
+
+def _export_and_wait(run: Path) -> None:
+    """Killed when the card is about to be written: everything else is there."""
+    from logitcache.product import export
+
+    export.render_model_card = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,misc]
+    export_run(run, to="safetensors")
+
+
+def test_what_was_moved_aside_comes_back(run: Path) -> None:
+    """An export that was killed between its two renames."""
+    folder = export_run(run, to="safetensors").folder
+    folder.rename(run / ".product.999999999.before")
+
+    assert not export_run(run, to="safetensors").written
+    assert ["product"] == [path.name for path in run.iterdir() if "product" in path.name]
+
+
 # Refusals
 
 
@@ -474,6 +504,12 @@ def test_a_damaged_export_is_not_loaded(made: Path, tmp_path: Path) -> None:
     (tmp_path / "p/model.safetensors").write_bytes(data)
     with pytest.raises(CorruptCache, match="is not the file that was exported"):
         load_student(tmp_path / "p")
+    shutil.copy(made / "runs/conv/seed-0/product/model.safetensors", tmp_path / "p/model.safetensors")
+    large = facts(tmp_path / "p")
+    large["model"]["args"]["widths"] = [16, 10**9]
+    (tmp_path / "p/product.json").write_text(json.dumps(large))
+    with pytest.raises(UsageError, match=r"does not fit the model that product\.json describes: 5,2\d\d values, not"):
+        load_student(tmp_path / "p")
     (tmp_path / "p/model.safetensors").unlink()
     with pytest.raises(UsageError, match=r"holds no model\.safetensors; export the run with --to safetensors"):
         load_student(tmp_path / "p")
@@ -520,6 +556,8 @@ def test_the_report_shows_what_was_exported(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "runs", tmp_path / "runs")
     shutil.copy(made / "runs/conv/seed-1/last.safetensors", tmp_path / "runs/conv/seed-0/last.safetensors")
     page = write_report(made / "tiny.cache", tmp_path / "r.html", runs=tmp_path / "runs").path.read_text()
+    (tmp_path / "runs/conv/seed-0/product/product.json").write_text(json.dumps(facts(folder) | {"macs": -(10**400)}))
+    write_report(made / "tiny.cache", tmp_path / "r2.html", runs=tmp_path / "runs")
 
     assert "What was exported of conv is left out" in page
     assert "int8 accuracy" not in page

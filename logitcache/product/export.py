@@ -106,7 +106,11 @@ def export_run(
     asked = {SAFETENSORS} if to == "safetensors" else {ONNX, INT8} if int8 else {ONNX}
     source = open_source(Path(run), weights=weights, given=data)
     folder = Path(out).expanduser() if out is not None else source.run.folder / DEFAULT_FOLDER
-    there = _product_there(folder, source)
+    try:
+        _clear_leftovers(folder)
+        there = _product_there(folder, source)
+    except OSError as error:
+        raise StorageError(f"can't read {folder}: {error.strerror or error}") from error
     if there is not None and asked <= there.files.keys():
         return Exported(folder, there, written=False)
     if there is not None:
@@ -323,15 +327,24 @@ def _product_there(folder: Path, source: Source) -> Product | None:
     return product
 
 
-def _fresh_folder(folder: Path) -> Path:
-    """An empty folder beside the one to come; what killed exports left there is removed."""
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    leftover = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)\.(partial|before)")
-    for path in folder.absolute().parent.iterdir():
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what killed exports left beside the folder, and give back what one had moved aside."""
+    parent = folder.absolute().parent
+    leftover = re.compile(rf"\.{re.escape(folder.name)}\.(?P<pid>\d+)\.(?P<what>partial|before)")
+    for path in sorted(parent.iterdir()) if parent.is_dir() else []:
         found = leftover.fullmatch(path.name)
-        if found and not path.is_symlink() and not is_alive(int(found[1])):
+        if found is None or path.is_symlink() or is_alive(int(found["pid"])):
+            continue
+        if found["what"] == "before" and not folder.exists():
+            path.rename(folder)
+        else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _fresh_folder(folder: Path) -> Path:
+    """An empty folder beside the one to come."""
     partial = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     return partial

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +17,9 @@ MODEL_FILES = (SAFETENSORS, ONNX, INT8)
 FORMAT: Literal[1] = 1
 
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -26,14 +29,14 @@ class ModelFacts(_Part):
 
     name: str
     args: dict[str, Any]
-    num_classes: int = Field(ge=1)
+    num_classes: Annotated[int, Field(ge=1, lt=2**31)]
     class_names: list[str] | None
 
 
 class Preprocessing(_Part):
     """What an input is."""
 
-    shape: list[int]
+    shape: list[Count]
     """Of one sample: (channels, height, width) of images."""
     dtype: str
     steps: list[dict[str, Any]]
@@ -56,8 +59,8 @@ class Training(_Part):
     labels: str
     """Where they came from, in words."""
     cache: CacheFacts | None
-    samples: int
-    epochs: int
+    samples: Count
+    epochs: Count
 
 
 class Seeds(_Part):
@@ -76,7 +79,7 @@ class Variant(_Part):
     name: Literal["torch", "onnx", "onnx int8"]
     file: str | None
     """None of torch where its weights were not exported."""
-    bytes: int | None
+    bytes: Count | None
     test_accuracy: Share | None
     validation_accuracy: Share | None
     latency_ms: dict[str, Positive]
@@ -87,13 +90,13 @@ class LatencyFacts(_Part):
     """On what latency was measured."""
 
     processor: str
-    threads: int
+    threads: Count
 
 
 class OnnxFacts(_Part):
     """How the ONNX model was held to torch."""
 
-    opset: int
+    opset: Count
     max_abs_difference: dict[str, Positive]
     """Between logits, by batch size."""
 
@@ -101,16 +104,16 @@ class OnnxFacts(_Part):
 class Int8Facts(_Part):
     """How the int8 model was made."""
 
-    calibration_samples: int
+    calibration_samples: Count
     """Of the training split."""
-    weights: int
+    weights: Count
     """How many arrays are kept in int8."""
 
 
 class FileFacts(_Part):
     """A file as it was written."""
 
-    bytes: int
+    bytes: Count
     sha256: str
 
 
@@ -133,10 +136,10 @@ class Product(_Part):
     model: ModelFacts
     preprocessing: Preprocessing
     training: Training
-    parameters: int = Field(ge=0)
-    macs: int = Field(ge=0)
-    test_samples: int | None
-    validation_samples: int | None
+    parameters: Count
+    macs: Count
+    test_samples: Count | None
+    validation_samples: Count | None
     variants: list[Variant]
     seeds: Seeds
     latency: LatencyFacts
