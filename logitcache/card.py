@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from logitcache.ensemble import Part, merged_parts
 from logitcache.errors import CorruptCache, UsageError
 from logitcache.layout import FIXED, SAMPLE_ARRAYS
+from logitcache.markdown import LONGEST_NAME, code, escaped, fenced, one_line, table
 from logitcache.reader import LogitCache
 from logitcache.views import Mixing, ViewPlan
 
@@ -27,8 +27,8 @@ ACCURACY_LOGITS = 2**26
 """Rows of view 0, and logits of them, that the accuracy is taken over: sealing stays cheap."""
 ROWS_AT_ONCE = 1024
 SHOWN_CLASSES = 20
-LONGEST_NAME, LONGEST_TEXT, LONGEST_TRANSFORM = 200, 10_000, 4_000
-"""Characters of a name, of the description and of the transform that a card shows."""
+LONGEST_TEXT, LONGEST_TRANSFORM = 10_000, 4_000
+"""Characters of the description and of the transform that a card shows."""
 
 
 class Card(BaseModel):
@@ -94,34 +94,34 @@ def render_card(cache: LogitCache) -> str:
 
 def _front_matter(cache: LogitCache, stated: Card) -> dict[str, Any]:
     identity = cache.manifest.identity
-    named = [_one_line(tag, LONGEST_NAME) for tag in stated.tags]
+    named = [one_line(tag, LONGEST_NAME) for tag in stated.tags]
     front: dict[str, Any] = {
-        "license": _one_line(stated.license or "unknown", LONGEST_NAME),
+        "license": one_line(stated.license or "unknown", LONGEST_NAME),
         "pretty_name": _title(cache, stated),
         "tags": list(dict.fromkeys(["knowledge-distillation", "soft-labels", "logits", "logitcache", *named])),
         "size_categories": [_size_category(cache.num_samples)],
-        "dataset": _one_line(stated.dataset or identity.dataset, LONGEST_NAME),
-        "teacher": _one_line(stated.teacher or identity.teacher, LONGEST_NAME),
+        "dataset": one_line(stated.dataset or identity.dataset, LONGEST_NAME),
+        "teacher": one_line(stated.teacher or identity.teacher, LONGEST_NAME),
     }
     if identity.transform is not None:
         front["task_categories"] = ["image-classification"]
     if stated.dataset:
-        front["source_datasets"] = [_one_line(stated.dataset, LONGEST_NAME)]
+        front["source_datasets"] = [one_line(stated.dataset, LONGEST_NAME)]
     return front
 
 
 def _sections(cache: LogitCache, stated: Card) -> Iterator[str]:
-    yield f"# {_escaped(_title(cache, stated))}\n"
+    yield f"# {escaped(_title(cache, stated))}\n"
     yield from _what_this_is(cache, stated)
     yield from _how_to_load_it(cache)
     yield "## Size\n"
     rows = cache.num_samples * len(cache.views)
-    yield _table(
+    yield table(
         {
             "samples": f"{cache.num_samples:,}",
             "views of each": _views(cache),
             "classes": f"{cache.num_classes:,}",
-            "encoding": _code(repr(cache.encoding)),
+            "encoding": code(repr(cache.encoding)),
             "bytes": f"{cache.stored_bytes:,}",
             "bytes a sample and view": f"{cache.label_bytes / rows:.1f}",
         }
@@ -139,19 +139,19 @@ def _what_this_is(cache: LogitCache, stated: Card) -> Iterator[str]:
     identity = cache.manifest.identity
     if stated.description:
         paragraphs = re.split(r"\n\s*\n", stated.description[:LONGEST_TEXT])
-        yield from (f"{_escaped(_one_line(text, LONGEST_TEXT))}\n" for text in paragraphs if text.strip())
+        yield from (f"{escaped(one_line(text, LONGEST_TEXT))}\n" for text in paragraphs if text.strip())
     yield (
         "The logits of a teacher over deterministic views of a dataset, for offline knowledge distillation: a student "
         "trains from them without the teacher. The images are not here; a student renders the same views again.\n"
     )
-    lines = [f"- Teacher: {_known_as(stated.teacher)}{_code(identity.teacher)}"]
-    lines += [f"  - {_code(part.teacher)}, weight {part.weight:.4g}" for part in _parts(cache)]
-    lines.append(f"- Dataset: {_known_as(stated.dataset)}{_code(identity.dataset)}")
+    lines = [f"- Teacher: {_known_as(stated.teacher)}{code(identity.teacher)}"]
+    lines += [f"  - {code(part.teacher)}, weight {part.weight:.4g}" for part in _parts(cache)]
+    lines.append(f"- Dataset: {_known_as(stated.dataset)}{code(identity.dataset)}")
     if identity.class_names:
-        shown = ", ".join(_code(name) for name in identity.class_names[:SHOWN_CLASSES])
+        shown = ", ".join(code(name) for name in identity.class_names[:SHOWN_CLASSES])
         more = cache.num_classes - SHOWN_CLASSES
         lines.append(f"- Classes: {shown}{f' and {more:,} more' if more > 0 else ''}")
-    licensed = _code(stated.license) if stated.license else "unknown: its maker did not say"
+    licensed = code(stated.license) if stated.license else "unknown: its maker did not say"
     lines.append(f"- License: {licensed}")
     if stated.url:
         lines.append(f"- More: <{stated.url}>")
@@ -159,7 +159,7 @@ def _what_this_is(cache: LogitCache, stated: Card) -> Iterator[str]:
 
 
 def _known_as(name: str | None) -> str:
-    return f"{_escaped(_one_line(name, LONGEST_NAME))}, " if name else ""
+    return f"{escaped(one_line(name, LONGEST_NAME))}, " if name else ""
 
 
 def _parts(cache: LogitCache) -> list[Part]:
@@ -274,23 +274,22 @@ def _how_it_was_made(cache: LogitCache) -> Iterator[str]:
     versions = manifest.provenance.get("versions")
     yield "## How it was made\n"
     lines = [
-        f"- Id (what it is): {_code(cache.id)}",
-        f"- Digest (what it says): {_code(cache.digest or '')}; hold a copy to it with `--expect`",
-        f"- Teacher's arithmetic: {_code(manifest.identity.precision)}",
+        f"- Id (what it is): {code(cache.id)}",
+        f"- Digest (what it says): {code(cache.digest or '')}; hold a copy to it with `--expect`",
+        f"- Teacher's arithmetic: {code(manifest.identity.precision)}",
         f"- View seed: {manifest.identity.view_seed}",
     ]
     created = manifest.provenance.get("created")
     if isinstance(created, str):
-        lines.append(f"- Begun: {_code(created)}")
+        lines.append(f"- Begun: {code(created)}")
     if isinstance(versions, dict) and versions:
-        named = ", ".join(_code(f"{name} {version}") for name, version in sorted(versions.items())[:SHOWN_CLASSES])
+        named = ", ".join(code(f"{name} {version}") for name, version in sorted(versions.items())[:SHOWN_CLASSES])
         lines.append(f"- With: {named}")
     yield "\n".join(lines) + "\n"
     if manifest.identity.transform is not None:
         described = json.dumps(manifest.identity.transform, ensure_ascii=True, indent=1, sort_keys=True)
         cut = described[:LONGEST_TRANSFORM] + ("\n…" if len(described) > LONGEST_TRANSFORM else "")
-        fence = "`" * max(3, 1 + _longest_run(cut, "`"))
-        yield f"Its views, each a pure function of sample, transform, seed and view:\n\n{fence}json\n{cut}\n{fence}\n"
+        yield f"Its views, each a pure function of sample, transform, seed and view:\n\n{fenced(cut, 'json')}"
 
 
 def _title(cache: LogitCache, stated: Card) -> str:
@@ -298,7 +297,7 @@ def _title(cache: LogitCache, stated: Card) -> str:
     teacher = stated.teacher or merged or cache.manifest.identity.teacher.partition("@")[0]
     dataset = stated.dataset or cache.manifest.identity.dataset
     dataset = f"{dataset[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", dataset) else dataset
-    return _one_line(stated.title or f"Logits of {teacher} on {dataset}", LONGEST_NAME)
+    return one_line(stated.title or f"Logits of {teacher} on {dataset}", LONGEST_NAME)
 
 
 def _size_category(num_samples: int) -> str:
@@ -308,37 +307,3 @@ def _size_category(num_samples: int) -> str:
         if num_samples < 1000 * 10**power:
             return f"n<{name}" if power == 0 else f"{names[power - 1]}<n<{name}"
     return "n>1T"
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    lines = [f"| {name} | {value} |" for name, value in rows.items()]
-    return "\n".join(["| | |", "|---|---|", *lines]) + "\n"
-
-
-def _one_line(text: str, longest: int) -> str:
-    """Text without line breaks, control characters and marks that turn the writing direction, cut where it is long."""
-    visible = "".join(" " if unicodedata.category(character)[0] in "CZ" else character for character in text)
-    visible = " ".join(visible.split())
-    return visible if len(visible) <= longest else f"{visible[: longest - 1]}…"
-
-
-def _code(text: str) -> str:
-    """A code span that holds just this text, whatever it is."""
-    text = _one_line(text, LONGEST_NAME)
-    fence = "`" * (1 + _longest_run(text, "`"))
-    return f"{fence} {text} {fence}" if "`" in text or not text else f"{fence}{text}{fence}"
-
-
-def _escaped(line: str) -> str:
-    """One line of plain text as Markdown that shows just that, with no link, image or HTML in it."""
-    line = re.sub(r"([\\`*_{}\[\]<>()#!|~&$@:])", r"\\\1", line)
-    line = re.sub(r"www\.", r"www\\.", line, flags=re.IGNORECASE)  # which some renderers make a link of
-    return re.sub(r"^([-+=]|\d+(?=\.))", _as_entities, line)
-
-
-def _as_entities(found: re.Match[str]) -> str:
-    return "".join(f"&#{ord(character)};" for character in found[0])
-
-
-def _longest_run(text: str, character: str) -> int:
-    return max((len(run) for run in re.findall(f"{re.escape(character)}+", text)), default=0)

@@ -180,6 +180,36 @@ def print_export(out: str, kind: str, result: Any) -> None:
     )
 
 
+def print_product(exported: Any) -> None:
+    """An exported student: each of its forms, what it reaches and what it costs."""
+    product = exported.product
+    title = f"{product.student}, seed {product.seed}: {product.parameters:,} parameters, {product.macs:,} MACs a sample"
+    table = Table(
+        "form", "file", "size", "test accuracy", "validation", "ms, batch 1", "ms, batch 64",
+        title=_plain(title), title_justify="left",
+    )  # fmt: skip
+    for form in product.variants:
+        accuracies = [form.test_accuracy, form.validation_accuracy]
+        table.add_row(
+            form.name,
+            form.file or "-",
+            "-" if form.bytes is None else decimal(form.bytes),
+            *("-" if accuracy is None else f"{100 * accuracy:.2f}" for accuracy in accuracies),
+            *(f"{form.latency_ms[size]:.3g}" if size in form.latency_ms else "-" for size in ("1", "64")),
+        )
+    console().print(table)
+    seeds = product.seeds
+    if seeds.test_sd is not None:
+        console().print(
+            f"Over {len(seeds.seeds)} seeds, in torch: test {100 * seeds.test_mean:.2f} ± {100 * seeds.test_sd:.2f}",
+            highlight=False,
+        )
+    there = "" if exported.written else "; all of it was there"
+    console().print(
+        f"{exported.folder}: {', '.join(product.files)}, product.json{there}", highlight=False, markup=False
+    )
+
+
 def print_merge(out: str, summary: dict[str, Any]) -> None:
     """A merged cache, and what it is the mean of."""
     plain = {name: value for name, value in summary.items() if name not in ("parts", "left_out_views")}

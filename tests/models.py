@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import nn
 
@@ -65,3 +66,38 @@ def pictures(**kwargs: object) -> Pictures:
 def shift(by: int) -> Callable[[Image.Image], Image.Image]:
     """A transform of the user's own, made by a function."""
     return lambda image: image.transform(image.size, Image.Transform.AFFINE, (1, 0, by, 0, 1, 0))
+
+
+class Distances(nn.Module):
+    """Nearest centre by squared distance: no matrix product, no convolution."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(num_classes))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return -((inputs.flatten(1).amax(dim=1, keepdim=True) - self.centres).abs())
+
+
+class Noisy(nn.Module):
+    """A net that draws random numbers even when it is only asked."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        logits = self.head(inputs.flatten(1))
+        return logits + 0.01 * torch.rand_like(logits)
+
+
+class Branching(nn.Module):
+    """A net whose path depends on the values that it is given."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(inputs.flatten(1))
+        return logits * 2 if float(inputs.mean()) > 0.3 else logits

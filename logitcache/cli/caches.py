@@ -19,6 +19,7 @@ from logitcache.printing import (
     print_mapping,
     print_merge,
     print_problems,
+    print_product,
     print_report,
     print_transfer,
 )
@@ -35,6 +36,15 @@ class ExportFormat(StrEnum):
     """What `export` writes."""
 
     parquet = "parquet"
+    safetensors = "safetensors"
+    onnx = "onnx"
+
+
+class Weights(StrEnum):
+    """Which of a run's weights `export` takes."""
+
+    last = "last"
+    best = "best"
 
 
 @app.command("info")
@@ -188,18 +198,68 @@ def merge_command(
 
 @app.command("export")
 def export_command(
-    cache: CacheArgument,
-    out: Annotated[Path, typer.Option("--out", "-o", help="A folder that holds nothing else.")],
-    to: Annotated[ExportFormat, typer.Option("--to", help="What to make of it.")],
-    views: Annotated[str | None, typer.Option(help="Such as 0:2 or 3; all by default.")] = None,
+    source: Annotated[str, typer.Argument(metavar="CACHE|RUN", help="A cache; or a run's folder, to get a student.")],
+    to: Annotated[
+        ExportFormat, typer.Option("--to", help="What to make of it: parquet of a cache; the others of a run.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="A folder that holds nothing else; of a run, RUN/product by default."),
+    ] = None,
+    views: Annotated[str | None, typer.Option(help="Of a cache, such as 0:2 or 3; all by default.")] = None,
     top: Annotated[int | None, typer.Option(help="Keep the largest logits of each row only, and the tail.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="With --to onnx: a statically quantised model as well.")] = False,
+    weights: Annotated[Weights, typer.Option(help="Of a run: the last, or the best by validation accuracy.")] = (
+        Weights.last
+    ),
+    data: Annotated[
+        Path | None, typer.Option(metavar="PIPELINE", help="The pipeline that has a run's data; the run's own else.")
+    ] = None,
+    trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """A cache's labels as a table: one Parquet file for each view, for pandas, polars, datasets, any SQL engine."""
-    from logitcache.export import export_parquet
+    """A cache's labels as Parquet files; or a run's student as a product: safetensors or ONNX, card and numbers."""
+    if to is ExportFormat.parquet:
+        _check_is_cache(source, out, int8=int8, weights=weights, data=data)
+        assert out is not None
+        from logitcache.export import export_parquet
 
-    result = export_parquet(cache, out, views=views, top=top)
-    show(dataclasses.asdict(result), as_json, lambda: print_export(str(out), to.value, result))
+        result = export_parquet(source, out, views=views, top=top)
+        show(dataclasses.asdict(result), as_json, lambda: print_export(str(out), to.value, result))
+        return
+    _check_is_run(source, to.value, views=views, top=top)
+    from logitcache.pipeline import load_pipeline
+    from logitcache.product import export_run
+
+    exported = export_run(
+        source,
+        out,
+        to="onnx" if to is ExportFormat.onnx else "safetensors",
+        int8=int8,
+        weights=weights.value,
+        data=None if data is None else load_pipeline(data),
+        trust=trust,
+    )
+    summary = {"folder": str(exported.folder), "written": exported.written, **exported.product.model_dump()}
+    show(summary, as_json, lambda: print_product(exported))
+
+
+def _check_is_cache(source: str, out: Path | None, *, int8: bool, weights: Weights, data: Path | None) -> None:
+    if (Path(source) / "run.yaml").is_file():
+        raise UsageError(f"{source} is a run, whose student goes --to safetensors or onnx; parquet is made of a cache")
+    if int8 or data is not None or weights is not Weights.last:
+        raise UsageError("--int8, --weights and --data are for a run's student; Parquet takes --views and --top")
+    if out is None:
+        raise UsageError("where to? Name a folder with -o")
+
+
+def _check_is_run(source: str, to: str, *, views: str | None, top: int | None) -> None:
+    if "://" in source or (Path(source) / "manifest.json").is_file():
+        raise UsageError(
+            f"{source} is a cache, whose labels go --to parquet; {to} is made of a run, such as runs/STUDENT/seed-0"
+        )
+    if views is not None or top is not None:
+        raise UsageError("--views and --top are for a cache's labels; a student has neither")
 
 
 @app.command("report")

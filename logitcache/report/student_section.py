@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from logitcache.finished import CurvePoint, Run
 from logitcache.report import charts
 from logitcache.report.figures import Figure, Section, Table
-from logitcache.report.students import CurvePoint, Run, RunsFound, Student, spread
-from logitcache.report.words import count, counted, decimal, name_of, percent, with_spread
+from logitcache.report.students import RunsFound, Student, spread
+from logitcache.report.words import count, counted, decimal, name_of, percent, size, with_spread
 
 MAX_SERIES = 12
 """Students that are drawn; all are in the table."""
@@ -63,6 +64,14 @@ def _lead(found: RunsFound, students: list[Student]) -> list[str]:
     for reason in reasons:
         named = ", ".join(student.name for student in students if student.not_measured == reason)
         lead.append(f"Latency and agreement of {name_of(named, 200)} are not measured: {name_of(reason, 300)}")
+    if any(student.product for student in students):
+        lead.append(
+            "Of exported students: multiply-accumulates (MACs) of matrix products and convolutions a sample, sizes of "
+            "the files, and test accuracy in int8 beside the float one of the same seed."
+        )
+    for student in students:
+        if student.not_exported:
+            lead.append(f"What was exported of {student.name} is left out: {name_of(student.not_exported, 300)}")
     if found.unfinished:
         lead.append(f"Not finished, and left out: {name_of(', '.join(found.unfinished), 300)}.")
     if found.unreadable:
@@ -77,6 +86,9 @@ def _table(students: list[Student], teachers: list[Run]) -> Table:
         "student", "test accuracy", "agreement with the teacher", "parameters", "latency, ms", "seconds an epoch",
         "samples", "seeds", "labels from",
     ]  # fmt: skip
+    exported = any(student.product for student in students)
+    if exported:
+        columns += ["MACs", "file size", "int8 accuracy"]
     rows = []
     for student in students:
         row = student.row
@@ -92,15 +104,28 @@ def _table(students: list[Student], teachers: list[Run]) -> Table:
                 count(row.samples),
                 str(len(row.seeds)),
                 student.labels,
+                *(_exported(student) if exported else []),
             ]
         )
     for run in teachers:
         result = run.result
         rows.append(
             ["teacher", percent(result.accuracy), "–", count(result.parameters), "–", decimal(result.epoch_seconds),
-             count(result.samples), "1", "true labels"]
+             count(result.samples), "1", "true labels", *(["–"] * 3 if exported else [])]
         )  # fmt: skip
     return Table(columns, rows)
+
+
+def _exported(student: Student) -> list[str]:
+    """MACs, file sizes and int8 accuracy of what was exported."""
+    product = student.product
+    if product is None:
+        return ["–"] * 3
+    sizes = [f"{form.name} {size(form.bytes)}" for form in product.variants if form.bytes is not None]
+    int8, float32 = product.variant("onnx int8"), product.variant("torch")
+    beside = "" if float32 is None else f" (float {percent(float32.test_accuracy)})"
+    accuracy = "–" if int8 is None else f"{percent(int8.test_accuracy)}{beside}"
+    return [count(product.macs), ", ".join(sizes) or "–", accuracy]
 
 
 def _cost(student: Student, kind: str) -> float | None:

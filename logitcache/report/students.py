@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from logitcache.errors import LogitCacheError, UsageError
+from logitcache.finished import Run, read_run, run_pipeline
 from logitcache.loading import collate
-from logitcache.pipeline import Pipeline, StudentConfig, parse_pipeline
+from logitcache.pipeline import StudentConfig
+from logitcache.product.cost import median_seconds
+from logitcache.product.facts import Product
+from logitcache.product.source import exported_product
 from logitcache.progress import track
 from logitcache.reader import LogitCache
 from logitcache.report.fitted import FittedData, fit_data
 from logitcache.report.teacher import chosen_rows, decoded_batches
 from logitcache.report.words import name_of
 from logitcache.resolve import resolve_model
-from logitcache.runs import CONFIG, METRICS, RESOLVED, RESULT
+from logitcache.runs import CONFIG, RESULT
 from logitcache.train_student import Row, summarise
 
 # B batch, C classes
@@ -36,50 +39,6 @@ AGREEMENT_ROWS = 1_000
 AGREEMENT_BLOCKS = 8
 RENDERED_BYTES = 2**28
 """Of rendered inputs that are held for it."""
-LATENCY_PASSES = 200
-LATENCY_SECONDS = 2.0
-"""After which no further pass is made, if there were five."""
-MAX_FILE_BYTES = 2**26
-
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class RunResult(BaseModel):
-    """`result.json` of a finished run."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    name: str
-    seed: int
-    accuracy: Share | None
-    validation_accuracy: Share | None
-    epoch_seconds: Positive | None
-    epochs: int = Field(ge=1)
-    samples: int = Field(ge=1)
-    parameters: int = Field(ge=0)
-
-
-class CurvePoint(BaseModel):
-    """One epoch's line of `metrics.jsonl`."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    step: int = Field(ge=0)
-    epoch: int = Field(ge=1)
-    loss: Annotated[float, Field(allow_inf_nan=False)]
-    validation_accuracy: Share | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run."""
-
-    folder: Path
-    config: dict[str, Any]
-    """What the run is: its `run.yaml`."""
-    result: RunResult
-    curve: list[CurvePoint]
 
 
 @dataclass
@@ -97,6 +56,10 @@ class Student:
     """With the teacher's first class, for each seed."""
     not_measured: str | None = None
     """Why latency and agreement are missing."""
+    product: Product | None = None
+    """What was exported of the first run that was."""
+    not_exported: str | None = None
+    """Why what was exported is not shown."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +92,7 @@ def find_runs(folder: Path, cache: LogitCache) -> RunsFound:
             unfinished.append(name)
             continue
         try:
-            run = _read_run(path)
+            run = read_run(path)
         except (OSError, ValueError, yaml.YAMLError):
             unreadable.append(name)
             continue
@@ -149,7 +112,12 @@ def find_runs(folder: Path, cache: LogitCache) -> RunsFound:
             name = f"{name} ({name_of(parent.relative_to(folder).as_posix())})"
         runs.sort(key=lambda run: run.result.seed)
         row = summarise(name, [run.result.model_dump() for run in runs])
-        students.append(Student(name, runs, row, _labels(runs[0].config, cache)))
+        student = Student(name, runs, row, _labels(runs[0].config, cache))
+        try:
+            student.product = next(filter(None, map(exported_product, runs)), None)
+        except UsageError as error:
+            student.not_exported = str(error).splitlines()[0]
+        students.append(student)
     return RunsFound(students, teachers, unfinished, unreadable)
 
 
@@ -158,33 +126,6 @@ def _run_folders(folder: Path) -> Iterator[Path]:
         subfolders.sort()
         if CONFIG in files:
             yield Path(path)
-
-
-def _read_run(folder: Path) -> Run:
-    config = yaml.safe_load(_read(folder / CONFIG))
-    if not isinstance(config, dict):
-        raise ValueError(f"{CONFIG} is no mapping")
-    result = RunResult.model_validate_json(_read(folder / RESULT))
-    return Run(folder, config, result, _curve(folder))
-
-
-def _read(path: Path) -> str:
-    with path.open("rb") as file:
-        data = file.read(MAX_FILE_BYTES + 1)
-    if len(data) > MAX_FILE_BYTES:
-        raise ValueError(f"{path} has more than {MAX_FILE_BYTES} bytes")
-    return data.decode()
-
-
-def _curve(folder: Path) -> list[CurvePoint]:
-    """The epochs of a run's log; the lines between them hold other values."""
-    points = []
-    for line in _read(folder / METRICS).splitlines():
-        try:
-            points.append(CurvePoint.model_validate_json(line))
-        except ValidationError:
-            continue
-    return points
 
 
 def _labels(config: dict[str, Any], cache: LogitCache) -> str:
@@ -250,26 +191,19 @@ class _Measuring:
                 predicted = torch.cat([model(batch).argmax(dim=1) for batch in torch.split(inputs, 64)]).numpy()
             agreement.append(float((predicted == classes).mean()))
             if run is student.runs[0]:
-                student.latency_ms = 1000 * latency(model, inputs[:1])
+                forward = functools.partial(model, inputs[:1])
+                student.latency_ms = 1000 * median_seconds({"torch": forward})["torch"]
         student.agreement = agreement
         self.num_rows = max(self.num_rows, len(rows))
 
     def _data_of(self, run: Run) -> FittedData:
         if self._given is not None:
             return self._given
-        try:
-            raw = yaml.safe_load(_read(run.folder / RESOLVED))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UsageError(f"{RESOLVED} of the run can't be read; name a pipeline with --data") from error
-        if not isinstance(raw, dict):
-            raise UsageError(f"{RESOLVED} of the run is no mapping; name a pipeline with --data")
-        pipeline = parse_pipeline(raw, source=RESOLVED)
+        pipeline = run_pipeline(run)
         key = json.dumps([pipeline.data.model_dump(), pipeline.views.model_dump(), pipeline.teacher.model_dump()])
         if key not in self._fitted:
             try:
-                self._fitted[key] = fit_data(
-                    self._cache, self._location, _without_download(pipeline), trust=self._trust
-                )
+                self._fitted[key] = fit_data(self._cache, self._location, pipeline, trust=self._trust)
             except LogitCacheError as error:
                 self._fitted[key] = error
         fitted = self._fitted[key]
@@ -303,35 +237,6 @@ class _Measuring:
     def _learn_classes(self, rows: np.ndarray) -> None:
         for batch, logits_BC in decoded_batches(self._cache, self._view, rows):
             self._classes.update(zip(batch.tolist(), logits_BC.argmax(axis=1).tolist(), strict=True))
-
-
-def _without_download(pipeline: Pipeline) -> Pipeline:
-    """A pipeline found in a folder of runs must not fetch anything."""
-    return pipeline.model_copy(update={"data": pipeline.data.model_copy(update={"download": False})})
-
-
-def latency(model: torch.nn.Module, input_1: torch.Tensor) -> float:
-    """Seconds of a forward pass of one sample on one CPU thread: a median, after five passes to warm up."""
-    seconds: list[float] = []
-    with _one_thread(), torch.inference_mode():
-        for number in range(5 + LATENCY_PASSES):
-            start = time.perf_counter()
-            model(input_1)
-            if number >= 5:
-                seconds.append(time.perf_counter() - start)
-            if len(seconds) >= 5 and sum(seconds) > LATENCY_SECONDS:
-                break
-    return statistics.median(seconds)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
