@@ -100,7 +100,12 @@ def classes_to_balance(student: StudentConfig, data: Data, indices: np.ndarray) 
 
 
 def weights_of_samples(
-    student: StudentConfig, data: Data, indices: np.ndarray, cached: tuple[LogitCache, np.ndarray | None] | None
+    student: StudentConfig,
+    data: Data,
+    indices: np.ndarray,
+    cached: tuple[LogitCache, np.ndarray | None] | None,
+    *,
+    num_views: int,
 ) -> np.ndarray | None:
     """What the loss of each sample of a run is multiplied by, float64 (M,), of mean 1; None where all weigh alike.
 
@@ -108,6 +113,7 @@ def weights_of_samples(
         student, data: of the run.
         indices: its samples, int64 (M,).
         cached: the cache and the row of each of the data's samples, where the weights are the teacher's.
+        num_views: how many of the cache's views the pipeline has; weights are taken over these.
     """
     weights = weights_from_config(student.sample_weights)
     if weights.name == NONE:
@@ -116,7 +122,8 @@ def weights_of_samples(
         return class_balanced_weights(sample_table(data.train).targets[indices], beta=weights.beta)
     assert cached is not None
     cache, rows = cached
-    return of_mean_one(teacher_weights(cache, weights.name, cache.views)[indices if rows is None else rows[indices]])
+    weights_N = teacher_weights(cache, weights.name, cache.views[:num_views])
+    return of_mean_one(weights_N[indices if rows is None else rows[indices]])
 
 
 def by_row(weights: np.ndarray | None, rows: np.ndarray) -> Tensor | None:

@@ -232,8 +232,8 @@ class Bench:
         """The weight of each sample; where it is the teacher's, the run's identity says of which cache."""
         cached = self.cache() if weights_from_config(student.sample_weights).needs_teacher else None
         if cached is not None:
-            identity["weighed_by"] = {"cache": cached[0].id, "views": list(cached[0].views)}
-        return weights_of_samples(student, self.data, chosen, cached)
+            identity["weighed_by"] = {"cache": cached[0].id}
+        return weights_of_samples(student, self.data, chosen, cached, num_views=self.pipeline.views.count)
 
     def _started(
         self, model: nn.Module, student: StudentConfig, chosen: np.ndarray, seed: int, identity: dict[str, Any]

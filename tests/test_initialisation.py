@@ -253,6 +253,36 @@ def test_padded_shortcuts_are_refused_but_for_even_spacing() -> None:
     }
 
 
+def mobilenet(width: float) -> nn.Module:
+    import torchvision
+
+    return torchvision.models.mobilenet_v2(num_classes=10, width_mult=width)  # type: ignore[no-any-return]
+
+
+def transformer(width: int) -> nn.Module:
+    import torchvision
+
+    return torchvision.models.VisionTransformer(32, 16, 2, 2, width, 2 * width, num_classes=10)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "proven"),
+    [(lambda: mobilenet(1.0), lambda: mobilenet(0.5), True), (lambda: transformer(32), lambda: transformer(16), False)],
+    ids=["mobilenet", "transformer"],
+)
+def test_nets_of_torchvision(teacher: Callable[[], nn.Module], student: Callable[[], nn.Module], proven: bool) -> None:
+    """Attention keeps queries, keys and values in one matrix, whose parts must be chosen alike: evenly, or not at all."""
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    for width in ("uniform", "magnitude"):
+        if width == "magnitude" and not proven:
+            with pytest.raises(UsageError, match="can't choose channels of this net"):
+                initialise(student(), teacher(), Init(width=width), seed=0, inputs=images)
+        else:
+            report = initialise(student(), teacher(), Init(width=width), seed=0, inputs=images)
+            assert "width" == report.reading
+            assert all(each.source for each in report.origins)
+
+
 def test_random_channels_depend_on_the_seed_only() -> None:
     chosen = [
         initialise(mlp(8, seed=seed), mlp(32), Init(width="random"), seed=seed, inputs=IMAGES).channels["body.0"]
