@@ -6,7 +6,8 @@ label that they have and the class that the teacher is confident of gives the co
 own counts, it says how many samples of label i are truly of class j. So many of label i are suspects: those with the
 largest margin of j over i ("prune by noise rate").
 
-A teacher that was trained on these very samples and labels has learned some of the mistakes, and then finds too few.
+A teacher that was trained on these very samples and labels has learned some of the mistakes, and then finds too few; a
+poor teacher's own mistakes look like wrong labels.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MAX_CLASSES = 8192
 """Of a confident joint, which takes C x C numbers."""
 CAUTION = (
     "A teacher that was trained on these samples with these labels has learned some of their mistakes; then the list "
-    "is too short. Best is a teacher that never saw them."
+    "is too short. Best is a good teacher that never saw them: where a teacher errs, a right label may be listed too."
 )
 """What everybody who reads the list should know."""
 _TOLERANCE = 1e-6
