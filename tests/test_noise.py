@@ -133,13 +133,13 @@ def test_small_pieces_and_several_passes_find_the_same(tmp_path: Path, monkeypat
 
 def test_it_agrees_with_cleanlab(tmp_path: Path) -> None:
     """Of several confident classes cleanlab counts the first class of all, and it rounds joints row by row."""
-    count = pytest.importorskip("cleanlab.count")
+    from cleanlab import count
+    from cleanlab.filter import find_label_issues
+
     probabilities, labels = noisy(3000, 6)
     probabilities = probabilities.astype(np.float32)
     ours = find_suspects(cached(tmp_path / "noisy.cache", probabilities[None], labels))
     theirs_joint = count.compute_confident_joint(labels, probabilities, calibrate=True)
-    from cleanlab.filter import find_label_issues
-
     theirs = set(find_label_issues(labels, probabilities, filter_by="prune_by_noise_rate", n_jobs=1).nonzero()[0])
     found = {suspect.row for suspect in ours.suspects}
 
