@@ -13,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from logitcache.card import Card
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.errors import LogitCacheError, UsageError
+from logitcache.initialisation import init_from_config
 from logitcache.losses import Loss, loss_from_config
 from logitcache.transforms import normalise_spec
+from logitcache.weighting import weights_config, weights_from_config
 
 
 class _Section(BaseModel):
@@ -156,6 +158,12 @@ class StudentConfig(ModelConfig):
     """Where the teacher's logits come from; "live" runs the teacher on every batch, to compare."""
     samples: float = Field(default=1.0, gt=0, le=1)
     """Fraction of the training samples, stratified by class, that this student sees."""
+    sample_weights: dict[str, Any] = {"name": "none"}
+    """What each sample's loss is multiplied by: by class size, or by what the teacher thinks of the sample."""
+    sampler: Literal["none", "class_balanced"] = "none"
+    """Which samples an epoch has: each once, or as many, every class equally often."""
+    init: dict[str, Any] | None = None
+    """Which of the teacher's weights the student starts from."""
     train: dict[str, Any] = {}
     """Overrides of the pipeline's `train`."""
 
@@ -171,6 +179,22 @@ class StudentConfig(ModelConfig):
         if value not in ("cache", "live") and not isinstance(value, TeachersConfig):
             raise ValueError("expected 'cache', 'live', or a mapping such as {caches: [a.cache, b.cache]}")
         return value
+
+    @field_validator("sample_weights", mode="before")
+    @classmethod
+    def _known_weights(cls, value: Any) -> Any:
+        return weights_config(weights_from_config(value))
+
+    @field_validator("init", mode="before")
+    @classmethod
+    def _known_init(cls, value: Any) -> Any:
+        return None if value is None else init_from_config(value).config()
+
+    @model_validator(mode="after")
+    def _one_start(self) -> StudentConfig:
+        if self.init is not None and self.weights is not None:
+            raise ValueError("a student starts from `weights` or from its teacher (`init`); give one of the two")
+        return self
 
     @field_validator("loss", mode="before")
     @classmethod

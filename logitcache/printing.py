@@ -226,6 +226,48 @@ def print_merge(out: str, summary: dict[str, Any]) -> None:
         )
 
 
+def noise_summary(noise: Any, top: int | None) -> dict[str, Any]:
+    """The keys of `suspects`."""
+    return {
+        "num_suspects": len(noise.suspects),
+        "num_judged": noise.num_judged,
+        "num_samples": noise.num_samples,
+        "noise_rate": noise.noise_rate,
+        "suspects": [
+            dataclasses.asdict(each) | {"given_name": noise.name(each.given), "teacher_name": noise.name(each.teacher)}
+            for each in noise.suspects[:top]
+        ],
+    }
+
+
+def print_suspects(cache: str, summary: dict[str, Any], caution: str) -> None:
+    """The table of `suspects`."""
+    shown = summary["suspects"]
+    table = Table("rank", "row", "key", "label", "its probability", "teacher's label", "its probability")
+    for each in shown:
+        table.add_row(
+            str(each["rank"]),
+            str(each["row"]),
+            _plain(each["key"]),
+            _plain(each["given_name"]),
+            f"{each['given_probability']:.3f}",
+            _plain(each["teacher_name"]),
+            f"{each['probability']:.3f}",
+        )
+    out = console()
+    if shown:
+        out.print(table)
+    unjudged = summary["num_samples"] - summary["num_judged"]
+    out.print(
+        f"{cache}: {summary['num_suspects']:,} of {summary['num_judged']:,} labels are probably wrong"
+        f"{f', of which these are {len(shown):,}' if len(shown) < summary['num_suspects'] else ''}"
+        f"{f'; {unjudged:,} samples have no label or no unmixed view' if unjudged else ''}. "
+        f"Estimated share of wrong labels: {summary['noise_rate']:.2%}.\n{caution}",
+        highlight=False,
+        markup=False,
+    )
+
+
 def print_steps(steps: list[Any]) -> None:
     """What a run would do."""
     table = Table("stage", "what", "state")

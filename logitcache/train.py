@@ -113,6 +113,12 @@ class Job:
     rows_per_block: int | None = None
     window_blocks: int | None = None
     """Set where views are streamed: batches then stay within so many blocks."""
+    sample_weights: Tensor | None = None
+    """What each sample's loss is multiplied by, float32 (N,) by row number, of mean 1 over `indices`; None for 1."""
+    classes: np.ndarray | None = None
+    """The class of each of `indices`, int64 (M,), where every epoch is to have all classes equally often."""
+    documents: dict[str, str] = field(default_factory=dict)
+    """Further files to leave in the folder: text by name."""
     first_view: int = 0
     """More than 0 where the cache is a copy of later views only."""
 
@@ -145,7 +151,8 @@ def train(job: Job) -> dict[str, Any]:
     finished = folder.result()
     if finished is not None:
         return finished
-    folder.write(RESOLVED, job.resolved)
+    for name, text in {RESOLVED: job.resolved, **job.documents}.items():
+        folder.write(name, text)
     with preserved_generators():
         return _Run(job, folder).to_the_end()
 
@@ -241,7 +248,10 @@ class _Run:
         teacher_BC = None if job.labels is None else job.labels.logits(rows, teacher_inputs, targets)
         with autocast(job.device, config.precision):
             student_BC = self.model(inputs)
-        loss = job.loss(student_BC, teacher_BC, targets).mean()
+        losses_B = job.loss(student_BC, teacher_BC, targets)
+        if job.sample_weights is not None:
+            losses_B = losses_B * job.sample_weights[rows].to(losses_B.device)
+        loss = losses_B.mean()
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(self.state.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -261,6 +271,7 @@ class _Run:
                 epoch=epoch,
                 rows_per_block=job.rows_per_block,
                 window_blocks=job.window_blocks,
+                classes=job.classes,
             )
             view = job.view_of(epoch)
             for batch in batches(order, job.config.batch_size)[skipped:]:

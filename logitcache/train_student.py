@@ -33,8 +33,18 @@ from logitcache.resolve import (
     teacher_folder,
 )
 from logitcache.samples import Dataset, sample_table
+from logitcache.student_setup import (
+    INIT_JSON,
+    INIT_TABLE,
+    by_row,
+    classes_to_balance,
+    start_from_teacher,
+    student_identity,
+    weights_of_samples,
+)
 from logitcache.train import Evaluation, Job, train
 from logitcache.views import BothInputs, ViewDataset, ViewPlan
+from logitcache.weighting import weights_from_config
 
 
 @dataclass(frozen=True)
@@ -151,12 +161,15 @@ class Bench:
         first_view = 0
         num_views: int | None = pipeline.views.count
         identity: dict[str, Any] = {
-            "student": student.model_dump(exclude={"train"}),
+            "student": student_identity(student),
             "train": settings.model_dump(exclude={"seeds"}) | {"seed": seed},
             "data": pipeline.data.model_dump(exclude={"root", "download"}),
             "views": pipeline.views.model_dump(exclude={"count"}),
         }
-        indices = self._chosen(student)
+        chosen = indices = self._chosen(student)
+        weights = self._weights(student, chosen, identity)
+        model = resolve_model(student, self.data, self.plan, weights=student.weights, seed=run_seed(seed), trust=trust)
+        documents = self._started(model, student, chosen, seed, identity)
         if not loss.needs_teacher and labels is None:
             # Without a teacher nothing ties a student to the cache: it mixes only with samples whose labels it has, and
             # every epoch has a view of its own, as in any training on true labels.
@@ -195,9 +208,7 @@ class Bench:
         identity["num_views"] = num_views
         return Job(
             name=student.name,
-            model=resolve_model(
-                student, self.data, self.plan, weights=student.weights, seed=run_seed(seed), trust=trust
-            ),
+            model=model,
             views=views,
             indices=indices,
             num_views=num_views,
@@ -214,8 +225,31 @@ class Bench:
             resolved=pipeline.as_yaml(),
             rows_per_block=rows_per_block,
             window_blocks=window_blocks,
+            sample_weights=by_row(weights, indices if views.rows is None else views.rows[indices]),
+            classes=classes_to_balance(student, self.data, chosen),
+            documents=documents,
             first_view=first_view,
         )
+
+    def _weights(self, student: StudentConfig, chosen: np.ndarray, identity: dict[str, Any]) -> np.ndarray | None:
+        """The weight of each sample; where it is the teacher's, the run's identity says of which cache."""
+        cached = self.cache() if weights_from_config(student.sample_weights).needs_teacher else None
+        if cached is not None:
+            identity["weighed_by"] = {"cache": cached[0].id}
+        return weights_of_samples(student, self.data, chosen, cached, num_views=self.pipeline.views.count)
+
+    def _started(
+        self, model: nn.Module, student: StudentConfig, chosen: np.ndarray, seed: int, identity: dict[str, Any]
+    ) -> dict[str, str]:
+        """Put the teacher's weights into a student that asks for them; what the run's folder is to say of it."""
+        if student.init is None:
+            return {}
+        teacher, fingerprint = self._teacher()
+        identity["started_from"] = fingerprint
+        report = start_from_teacher(
+            model, teacher, student, self.pipeline, self.data, chosen, seed=seed, trust=self.trust
+        )
+        return {INIT_JSON: report.as_json(), INIT_TABLE: report.as_table()}
 
     def cache(self) -> tuple[LogitCache, np.ndarray | None]:
         """The pipeline's cache and the row of each sample at hand (None: the same samples in the same order).

@@ -100,6 +100,12 @@ class ViewPlan:
             "teacher_input": describe_transform(self.model_input) or None,
         }
 
+    def mixes(self, view: int, row: int, num_samples: int) -> bool:
+        """Whether one sample is mixed in one view, as `mixture` has it, without looking for its partner."""
+        if not self.mixing.active or num_samples < 2:
+            return False
+        return random.Random(counter_seed("mixing", self.seed, view, row)).random() < self.mixing.probability
+
     def mixture(self, view: int, row: int, num_samples: int) -> Mixture | None:
         """Partner and weight of one sample in one view; None where it is not mixed."""
         if not self.mixing.active or num_samples < 2:

@@ -19,6 +19,8 @@ FLOOR = {
     "inference": 4, "export": 4, "merge": 4, "finished": 4,
     "cache_teacher": 5, "plan": 5, "repair": 5, "report": 5, "spot_check": 5, "train": 5, "train_student": 5, "run": 5,
     "demo": 5, "product": 5,
+    "ground_truth": 3, "opinions": 3, "noise": 4, "weighting": 4, "channels": 4, "initialisation": 4,
+    "student_setup": 5,
     "printing": 6, "cli": 7, "__init__": 7,
 }  # fmt: skip
 

@@ -314,7 +314,8 @@ def test_json_errors_are_one_object_too(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "demo", "report", "train-teacher", "cache-teacher", "train-student", "run", "info", "verify"]
+    "command",
+    ["", "demo", "report", "train-teacher", "cache-teacher", "train-student", "run", "info", "verify", "suspects"],
 )
 def test_every_command_explains_itself(command: str) -> None:
     result = logitcache(*command.split(), "--help")

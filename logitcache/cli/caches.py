@@ -14,6 +14,7 @@ from logitcache.errors import UsageError
 from logitcache.printing import (
     cache_summary,
     console,
+    noise_summary,
     print_caches,
     print_export,
     print_mapping,
@@ -21,6 +22,7 @@ from logitcache.printing import (
     print_problems,
     print_product,
     print_report,
+    print_suspects,
     print_transfer,
 )
 
@@ -260,6 +262,25 @@ def _check_is_run(source: str, to: str, *, views: str | None, top: int | None) -
         )
     if views is not None or top is not None:
         raise UsageError("--views and --top are for a cache's labels; a student has neither")
+
+
+@app.command("suspects")
+def suspects_command(
+    cache: CacheArgument,
+    top: Annotated[int | None, typer.Option(min=1, help="Only the most suspicious ones; 20 on the screen.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="CSV", help="Write the list to a CSV file as well.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Samples whose label is probably wrong, by confident learning on the cached logits."""
+    from logitcache.noise import CAUTION, find_suspects, write_suspects
+
+    noise = find_suspects(cache)
+    if output is not None:
+        write_suspects(noise, output, top=top)
+    shown = noise_summary(noise, top if as_json or top is not None else 20)
+    show(shown, as_json, lambda: print_suspects(cache, shown, CAUTION))
 
 
 @app.command("report")

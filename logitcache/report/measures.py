@@ -11,11 +11,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from logitcache.errors import InvalidLogits
+from logitcache.ground_truth import NO_TARGET
 
 # B batch, C classes, M rows, K bins, S samples
 
-NO_TARGET = -1
-"""In the place of a row's true class where it has none that counts."""
 NUM_BINS = 15
 """Of a reliability diagram, as in Guo et al. 2017."""
 

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from logitcache.ground_truth import NO_TARGET, MixingOfCache, targets_of
 from logitcache.progress import track
 from logitcache.reader import LogitCache
 from logitcache.report.fitted import FittedData
-from logitcache.report.measures import NO_TARGET, entropies, jensen_shannon, log_softmax
-from logitcache.report.teacher import MixingOfCache, chosen_rows, decoded_batches, targets_of
+from logitcache.report.measures import entropies, jensen_shannon, log_softmax
+from logitcache.report.teacher import chosen_rows, decoded_batches
 
 # C classes, H height, W width, S samples, V views
 
