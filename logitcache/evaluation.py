@@ -88,9 +88,11 @@ def _torchmetrics(num_classes: int) -> dict[str, Any]:
         from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
     except ImportError:  # the extra `train` is not installed: top-1 is counted without it
         return {}
+    # Where several processes train one net, one alone evaluates: torchmetrics would wait for the others.
+    alone = {"sync_on_compute": False}
     metrics: dict[str, Any] = {
-        "calibration_error": MulticlassCalibrationError(num_classes, n_bins=CALIBRATION_BINS, norm="l1")
+        "calibration_error": MulticlassCalibrationError(num_classes, n_bins=CALIBRATION_BINS, norm="l1", **alone)
     }
     if num_classes >= TOP_FIVE_CLASSES:
-        metrics["top5_accuracy"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
+        metrics["top5_accuracy"] = MulticlassAccuracy(num_classes, top_k=5, average="micro", **alone)
     return metrics

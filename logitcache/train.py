@@ -163,9 +163,10 @@ class Run:
             view = job.view_of(epoch)
             for batch in batches(order, job.config.batch_size)[skipped:]:
                 share = self.ranks.share(batch)
-                # Every process takes part in every exchange of gradients: one without a share computes on a sample of
-                # another's, which then weighs nothing.
-                yield [(view, int(index)) for index in job.indices[share if len(share) else batch[:1]]]
+                # Every process takes part in every exchange of gradients, and batch norm needs two samples: a smaller
+                # share is filled up with samples of others, which then weigh nothing.
+                filled = np.concatenate([share, np.setdiff1d(batch, share)[: max(2 - len(share), 0)]])
+                yield [(view, int(index)) for index in job.indices[filled]]
             skipped = 0
 
     def begin_epoch(self) -> None:
@@ -196,14 +197,17 @@ class Run:
         seed_device(job.device, seed)
         self.model.train()
         batch_size = self._batch_sizes[state.step % self.steps_per_epoch]
-        idle = len(self.ranks.share(np.arange(batch_size))) == 0
+        share = len(self.ranks.share(np.arange(batch_size)))
         parts = self._micro_batches(len(rows))
         loss = torch.zeros((), device=job.device)
         for number, (start, stop) in enumerate(parts):
             batch = (part_of(value, start, stop) for value in (rows, inputs, targets)) if len(parts) > 1 else None
             loss_B = self._losses(*(batch or (rows, inputs, targets)))
-            weight = 0.0 if idle else (stop - start) / batch_size
-            part_loss = loss_B.mean() * weight
+            counted = min(max(share - start, 0), stop - start)
+            if counted == stop - start:
+                part_loss = loss_B.mean() * (counted / batch_size)
+            else:
+                part_loss = loss_B[:counted].sum() / batch_size
             last = number + 1 == len(parts)
             with nullcontext() if last else self._without_exchange():
                 # The exchange averages over processes; each has its part of the whole batch's mean.

@@ -36,7 +36,7 @@ def torchrun(processes: int, pipeline: Pipeline, command: str, *arguments: str) 
         [sys.executable, *launcher, "-m", "logitcache.cli", command, str(file), *arguments],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=90,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
     )
 
