@@ -2,7 +2,7 @@
 
 Pull: `logitcache.transfer.pull` against plain obstore gets of the same objects with the same concurrency, by turns:
 into memory, and into files without fsync. From two S3 servers, a fast one and a slow one; from nginx, whose connections
-are slowed down to a link of so many gigabits a second; and from nginx at the full speed of the loopback interface, where
+are slowed down to a link of so many gigabits a second; and from nginx at the full speed of the loopback, where
 it costs less to send a byte than to hash it. Plain gets / pull is to be at least 0.9.
 
 Info: a simulated cache of 300 views of 1 280 000 samples, its manifest and its 23 700 receipts of real size, and no

@@ -14,7 +14,8 @@ import pytest
 from logitcache.cache_teacher import cache_teacher
 from logitcache.pipeline import Pipeline
 from logitcache.train_student import train_students
-from tests.test_train import EVERYTHING, log, result, same, weights
+from tests.test_stages import log, same, weights
+from tests.test_train import EVERYTHING, result
 
 Make = Callable[..., Pipeline]
 

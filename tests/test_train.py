@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from logitcache.runs import RunFolder
 from logitcache.train import Run
 from logitcache.train_student import Bench, train_students
 from logitcache.views import ViewDataset, ViewPlan
+from tests.test_stages import log, same, weights
 
 Make = Callable[..., Pipeline]
 
@@ -49,22 +49,9 @@ EVERYTHING = [
 """All that a run may carry from step to step, and 4 epochs of 4 steps."""
 
 
-def weights(folder: Path, name: str = "last") -> dict[str, Tensor]:
-    return safetensors.torch.load_file(folder / f"{name}.safetensors")
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def result(folder: Path) -> dict[str, Any]:
     values: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return {name: value for name, value in values.items() if name != "epoch_seconds"}
-
-
-def log(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "epoch_seconds"} for line in lines]
 
 
 @pytest.mark.parametrize("epochs", [1, 7])
