@@ -50,7 +50,8 @@ from logitcache.pipeline import load_pipeline
 from logitcache.progress import silence, track
 from logitcache.runs import RunFolder
 from logitcache.storage.remote import CONCURRENCY
-from logitcache.train import _Run as TrainingRun
+from logitcache.train import Run as TrainingRun
+from logitcache.train import train_epoch
 from logitcache.train_student import Bench
 from logitcache.transfer import pull, push
 from tests import servers
@@ -264,11 +265,11 @@ def warm_section(folder: Path, epochs: int, repeats: int) -> str:
             bench.data = replace(bench.data, validation=None, test=None)
             job = bench.job(student, seed=0)
             run = TrainingRun(job, RunFolder(job.folder, job.identity))
-            runs.append((run, rendered_batches(job.views, run._batches(0, 0), num_workers=job.num_workers)))
+            runs.append((run, rendered_batches(job.views, run.places(), num_workers=job.num_workers)))
         with track("alternating", 2 * epochs, unit="epochs") as meter:
             for epoch in range(epochs):
                 for run, loader in runs if epoch % 2 == 0 else reversed(runs):
-                    run._epoch(epoch, 0, loader, meter)
+                    train_epoch(run, loader, meter)
         from_local, from_nearby = (run.state.epoch_seconds[2:] for run, _ in runs)
         found = compare(from_nearby, from_local)
         quartiles = statistics.quantiles(found.ratios, n=4)

@@ -34,6 +34,7 @@ from torch import Tensor
 import logitcache
 from logitcache.cache_teacher import cache_teacher
 from logitcache.devices import autocast, pick_device, to_device
+from logitcache.job import Job
 from logitcache.labels import CachedLabels, LiveLabels
 from logitcache.loading import rendered_batches
 from logitcache.losses import TrueLabel
@@ -41,8 +42,8 @@ from logitcache.order import batches, epoch_order
 from logitcache.pipeline import Pipeline, StudentConfig, load_pipeline
 from logitcache.progress import silence, track
 from logitcache.runs import METRICS, RunFolder
-from logitcache.train import Job, train
-from logitcache.train import _Run as TrainingRun
+from logitcache.train import Run as TrainingRun
+from logitcache.train import train, train_epoch
 from logitcache.train_student import Bench
 
 # B batch, C classes
@@ -158,12 +159,12 @@ def alternating_section(pipeline: Pipeline, student_name: str | None, epochs: in
         job = bench.job(arms[name].model_copy(update={"name": f"{arms[name].name}-alternating"}), seed=0)
         run = TrainingRun(job, RunFolder(job.folder, job.identity))
         # Workers of the run that waits render a few batches ahead and stop: alike for both.
-        loader = rendered_batches(job.views, run._batches(0, 0), num_workers=job.num_workers)
+        loader = rendered_batches(job.views, run.places(), num_workers=job.num_workers)
         runs[name] = (run, loader)
     with track("alternating", 2 * epochs, unit="epochs") as meter:
         for epoch in range(epochs):
             for run, loader in list(runs.values()) if epoch % 2 == 0 else reversed(runs.values()):
-                run._epoch(epoch, 0, loader, meter)
+                train_epoch(run, loader, meter)
     # The first two warm up.
     plain, cached = (runs[name][0].state.epoch_seconds[2:] for name in (LABELS_ONLY, CACHED))
     found = compare(cached, plain)

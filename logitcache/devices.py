@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,10 +26,10 @@ def pick_device(name: str, *, threads: int | None = None) -> torch.device:
         torch.set_num_threads(threads)
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device("cuda", _local_rank())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device("cuda", _local_rank()) if name == "cuda" else torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
@@ -37,11 +38,25 @@ def pick_device(name: str, *, threads: int | None = None) -> torch.device:
     return device
 
 
+def seed_device(device: torch.device, seed: int) -> None:
+    """Set an accelerator's own generator; the CPU's is set by `seed_generators`."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """Autocast to "bfloat16" or "float16"; nothing for "float32"."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, precision))
+
+
+def _local_rank() -> int:
+    """Which of this machine's GPUs is this process's, where `torchrun` started several."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def to_device(batch: Any, device: torch.device, *, channels_last: bool = False) -> Any:

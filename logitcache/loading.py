@@ -93,6 +93,17 @@ def collate(samples: list[tuple[int, Any, Any]]) -> Batch:
         ) from error
 
 
+def part_of(value: Any, start: int, stop: int) -> Any:
+    """Some samples of a batch of tensors, or of a nest of them."""
+    if isinstance(value, Tensor):
+        return value[start:stop]
+    if isinstance(value, dict):
+        return {name: part_of(part, start, stop) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(part_of(part, start, stop) for part in value)
+    return value
+
+
 def _for_pipe(value: Any) -> Any:
     """Small tensors as arrays: torch would open a socket for each, which costs more than rendering a small batch."""
     if isinstance(value, Tensor) and value.nbytes <= PIPE_BYTES:

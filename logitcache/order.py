@@ -75,5 +75,10 @@ def batches(order: np.ndarray, batch_size: int) -> list[np.ndarray]:
 
 
 def run_seed(seed: int) -> int:
-    """The seed of a run's own generators (initial weights, dropout), a 63-bit number."""
+    """The seed of a run's own generators (initial weights), a 63-bit number."""
     return counter_seed("run", seed) >> 1
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of the net's own randomness (dropout) in one step and one process, a 63-bit number."""
+    return counter_seed("step", seed, step, rank) >> 1

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from logitcache.card import Card
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
+from logitcache.entry_points import is_entry_point
 from logitcache.errors import LogitCacheError, UsageError
 from logitcache.initialisation import init_from_config
 from logitcache.losses import Loss, loss_from_config
@@ -63,8 +64,21 @@ class TrainConfig(_Section):
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Literal["constant", "cosine", "one_cycle"] = "cosine"
     warmup_epochs: float = Field(default=0.0, ge=0)
+    """Linear; of `one_cycle`, the epochs of its rise, by default 0.3 of all."""
+    accumulate: int = Field(default=1, ge=1)
+    """Parts that a batch is computed in, one after another, where it is too large for the device."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Of all gradients together, at most."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of the moving average of the weights, which then are the run's weights."""
+    early_stopping: int | None = Field(default=None, ge=1)
+    """Epochs without a better validation accuracy after which training stops."""
+    compile: bool = False
+    """Train through `torch.compile`."""
+    sync_batchnorm: bool = False
+    """Batch norm over the whole batch where `torchrun` shares it out to GPUs."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of autocast; weights stay float32."""
     channels_last: bool = False
@@ -208,6 +222,15 @@ class RunsConfig(_Section):
     """Where runs leave their folders."""
 
     path: str = "runs"
+    tracker: str | None = None
+    """`package.module:function`, called once for each run; what it returns has `log(dict, step=)` and `finish()`."""
+
+    @field_validator("tracker")
+    @classmethod
+    def _entry_point(cls, value: str | None) -> str | None:
+        if value is not None and not is_entry_point(value):
+            raise ValueError("expected package.module:function")
+        return value
 
 
 class Pipeline(_Section):

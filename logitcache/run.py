@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from logitcache.cache_teacher import cache_teacher
-from logitcache.errors import NotACache
+from logitcache.errors import NotACache, UsageError
 from logitcache.pipeline import Pipeline
+from logitcache.ranks import launched
 from logitcache.reader import open_cache
 from logitcache.resolve import TRAINED, resolve_data, resolve_plan, teacher_folder
 from logitcache.runs import RESULT
@@ -42,7 +43,16 @@ def plan_run(pipeline: Pipeline, *, trust: bool = False) -> list[Step]:
 
 
 def run_pipeline(pipeline: Pipeline, *, trust: bool = False) -> list[Row]:
-    """Teacher, cache and students of a pipeline; each stage goes on from where it was left."""
+    """Teacher, cache and students of a pipeline; each stage goes on from where it was left.
+
+    Raises:
+        UsageError: under `torchrun`, whose processes would all build the cache.
+    """
+    if launched():
+        raise UsageError(
+            "`run` builds the cache as well, which one process does; run `logitcache cache-teacher` alone, and "
+            "torchrun with train-teacher and train-student"
+        )
     if pipeline.teacher.weights == TRAINED:
         train_teacher(pipeline, trust=trust)
     cache_teacher(pipeline, trust=trust)

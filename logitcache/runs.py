@@ -1,7 +1,8 @@
-"""What a run leaves behind: the resolved YAML, a JSONL log, TensorBoard events, weights, and where to resume."""
+"""What a run leaves behind: the resolved YAML, its logs, weights, and where to resume."""
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
@@ -15,10 +16,13 @@ from torch import nn
 from logitcache.catalog.models import save_weights
 from logitcache.errors import CorruptCache, UsageError
 from logitcache.storage import LocalStorage
+from logitcache.tracking import Tracker
 
 CONFIG, RESOLVED = "run.yaml", "pipeline.yaml"
 """What this run is, and the whole pipeline that it is a part of."""
 METRICS, RESULT, CHECKPOINT = "metrics.jsonl", "result.json", "resume.pt"
+EPOCHS = "metrics.csv"
+"""A line for each epoch."""
 
 
 class RunFolder:
@@ -53,6 +57,8 @@ class RunFolder:
                     "Choose another `runs.path`, or delete that folder to start afresh."
                 )
         self._events: Any = None
+        self._tracker: Tracker | None = None
+        self._epochs: list[dict[str, float]] = []
 
     def result(self) -> dict[str, Any] | None:
         """The result of a finished run."""
@@ -65,6 +71,8 @@ class RunFolder:
         (self.path / CHECKPOINT).unlink(missing_ok=True)
         if self._events is not None:
             self._events.close()
+        if self._tracker is not None:
+            self._tracker.finish()
 
     def checkpoint(self) -> dict[str, Any] | None:
         """The state to resume from, if any.
@@ -91,11 +99,21 @@ class RunFolder:
         """Write a model's weights as `NAME.safetensors`."""
         save_weights(model, self.path / f"{name}.safetensors")
 
-    def start_log(self, step: int) -> None:
-        """Open the logs at a step; what they say of later steps is forgotten."""
+    def start_log(self, step: int, tracker: Tracker | None = None, description: dict[str, Any] | None = None) -> None:
+        """Open the logs at a step; what they say of later steps is forgotten.
+
+        Args:
+            step: where the run goes on.
+            tracker: gets the same metrics.
+            description: what the tracker is told of the run.
+        """
+        self._tracker = tracker
+        if tracker is not None:
+            tracker.start(description or {})
         text = self._read(METRICS) or ""
         kept = [line for line in text.splitlines() if _step_of(line) <= step]
         self.write(METRICS, "".join(f"{line}\n" for line in kept))
+        self._epochs = [values for line in kept if "epoch" in (values := json.loads(line))]
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:  # the extra `train` is not installed: the JSONL log has it all
@@ -109,6 +127,19 @@ class RunFolder:
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.log(values, step)
+
+    def log_epoch(self, step: int, values: dict[str, float]) -> None:
+        """Append a line of metrics, which ends an epoch, and bring the table of epochs up to date."""
+        self.log(step, values)
+        self._epochs.append({"step": step, **values})
+        table = io.StringIO()
+        # Whole each time: a line for each epoch is little, and a file that was cut short needs no mending.
+        writer = csv.DictWriter(table, list(dict.fromkeys(name for line in self._epochs for name in line)))
+        writer.writeheader()
+        writer.writerows(self._epochs)
+        self.write(EPOCHS, table.getvalue())
 
     def write(self, name: str, text: str) -> None:
         """Write a file, whole or not at all."""
@@ -119,6 +150,33 @@ class RunFolder:
             return (self.path / name).read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
+
+
+class Onlooker:
+    """A run's folder as every process but the first has it, where several train one net: nothing is written.
+
+    What is in it comes from the first process.
+    """
+
+    def result(self) -> None: ...
+
+    def checkpoint(self) -> None: ...
+
+    def write(self, name: str, text: str) -> None: ...
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None: ...
+
+    def save_weights(self, model: nn.Module, name: str) -> None: ...
+
+    def start_log(
+        self, step: int, tracker: Tracker | None = None, description: dict[str, Any] | None = None
+    ) -> None: ...
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def log_epoch(self, step: int, values: dict[str, float]) -> None: ...
+
+    def finish(self, result: dict[str, Any]) -> None: ...
 
 
 def _step_of(line: str) -> float:

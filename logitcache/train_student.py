@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,14 @@ from logitcache.averaging import combination
 from logitcache.catalog.datasets import Data, Selection, stratified_split
 from logitcache.devices import pick_device
 from logitcache.errors import UsageError
+from logitcache.evaluation import Evaluation
 from logitcache.fit import open_fitting_cache, open_fitting_caches
+from logitcache.job import Job
 from logitcache.labels import CachedLabels, EnsembleLabels, Labels, LiveLabels
 from logitcache.losses import TrueLabel
 from logitcache.order import run_seed
 from logitcache.pipeline import ModelConfig, Pipeline, StudentConfig, TeachersConfig
+from logitcache.ranks import joined
 from logitcache.reader import LogitCache
 from logitcache.resolve import (
     TRAINED,
@@ -42,7 +45,8 @@ from logitcache.student_setup import (
     student_identity,
     weights_of_samples,
 )
-from logitcache.train import Evaluation, Job, train
+from logitcache.tracking import Tracker, load_tracker
+from logitcache.train import train
 from logitcache.views import BothInputs, ViewDataset, ViewPlan
 from logitcache.weighting import weights_from_config
 
@@ -81,31 +85,35 @@ def train_teacher(pipeline: Pipeline, *, trust: bool = False) -> dict[str, Any]:
     settings = pipeline.train_config(config)
     seed = settings.seeds[0]
     model = resolve_model(config, data, plan, weights=config.start_from, seed=run_seed(seed), trust=trust)
-    return train(
-        Job(
-            name="teacher",
-            model=model,
-            views=ViewDataset(data.train, plan),
-            indices=np.arange(len(data.train)),
-            num_views=None,
-            labels=None,
-            loss=TrueLabel(),
-            config=settings,
-            seed=seed,
-            validation=_evaluation(pipeline, data.validation, config, trust=trust),
-            test=_evaluation(pipeline, data.test, config, trust=trust),
-            device=pick_device(pipeline.device, threads=pipeline.threads),
-            num_workers=pipeline.num_workers,
-            folder=teacher_folder(pipeline),
-            identity={
-                "teacher": config.model_dump(exclude={"batch_size", "compile", "channels_last", "precision"}),
-                "train": settings.model_dump(exclude={"seeds"}) | {"seed": seed},
-                "data": pipeline.data.model_dump(exclude={"root", "download"}),
-                "views": pipeline.views.model_dump(exclude={"count"}),
-            },
-            resolved=pipeline.as_yaml(),
+    device = pick_device(pipeline.device, threads=pipeline.threads)
+    with joined(device) as ranks:
+        return train(
+            Job(
+                name="teacher",
+                model=model,
+                views=ViewDataset(data.train, plan),
+                indices=np.arange(len(data.train)),
+                num_views=None,
+                labels=None,
+                loss=TrueLabel(),
+                config=settings,
+                seed=seed,
+                validation=_evaluation(pipeline, data.validation, config, trust=trust),
+                test=_evaluation(pipeline, data.test, config, trust=trust),
+                device=device,
+                num_workers=pipeline.num_workers,
+                folder=teacher_folder(pipeline),
+                identity={
+                    "teacher": config.model_dump(exclude={"batch_size", "compile", "channels_last", "precision"}),
+                    "train": settings.model_dump(exclude={"seeds"}) | {"seed": seed},
+                    "data": pipeline.data.model_dump(exclude={"root", "download"}),
+                    "views": pipeline.views.model_dump(exclude={"count"}),
+                },
+                resolved=pipeline.as_yaml(),
+                tracker=_tracker(pipeline, trust=trust),
+            ),
+            ranks,
         )
-    )
 
 
 def train_students(pipeline: Pipeline, names: Sequence[str] = (), *, trust: bool = False) -> list[Row]:
@@ -120,10 +128,11 @@ def train_students(pipeline: Pipeline, names: Sequence[str] = (), *, trust: bool
     bench = Bench(pipeline, trust=trust)
     for student in students:
         bench.job(student, bench.seeds(student)[0])  # whatever does not fit is refused before any student's first step
-    return [
-        summarise(student.name, [train(bench.job(student, seed)) for seed in bench.seeds(student)])
-        for student in students
-    ]
+    with joined(bench.device) as ranks:
+        return [
+            summarise(student.name, [train(bench.job(student, seed), ranks) for seed in bench.seeds(student)])
+            for student in students
+        ]
 
 
 class Bench:
@@ -139,6 +148,7 @@ class Bench:
         self.data: Data = resolve_data(pipeline, trust=trust)
         self.plan: ViewPlan = resolve_plan(pipeline, self.data, trust=trust)
         self.device: torch.device = pick_device(pipeline.device, threads=pipeline.threads)
+        self._tracker = _tracker(pipeline, trust=trust)
         self._evaluations: dict[tuple[str, str], Evaluation | None] = {}
         self._live: tuple[nn.Module, str] | None = None
         self._caches: dict[str, tuple[list[LogitCache], np.ndarray | None]] = {}
@@ -229,6 +239,7 @@ class Bench:
             classes=classes_to_balance(student, self.data, chosen),
             documents=documents,
             first_view=first_view,
+            tracker=self._tracker,
         )
 
     def _weights(self, student: StudentConfig, chosen: np.ndarray, identity: dict[str, Any]) -> np.ndarray | None:
@@ -326,6 +337,11 @@ def summarise(name: str, results: Sequence[dict[str, Any]]) -> Row:
         parameters=results[0]["parameters"],
         seeds=[result["seed"] for result in results],
     )
+
+
+def _tracker(pipeline: Pipeline, *, trust: bool) -> Callable[[], Tracker] | None:
+    name = pipeline.runs.tracker
+    return None if name is None else load_tracker(name, trust=trust)
 
 
 def _evaluation(pipeline: Pipeline, dataset: Dataset | None, config: ModelConfig, *, trust: bool) -> Evaluation | None:

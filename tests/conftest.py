@@ -71,5 +71,7 @@ def tiny(tmp_path: Path) -> Callable[..., Pipeline]:
 def forks() -> multiprocessing.context.BaseContext:
     """Processes that start with logitcache imported, to be killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["logitcache.cache_teacher", "logitcache.train_student", "torchvision", "sklearn"])
+    context.set_forkserver_preload(
+        ["logitcache.cache_teacher", "logitcache.train_student", "torchvision", "sklearn", "torchmetrics"]
+    )
     return context

@@ -13,6 +13,12 @@ def dropout_mlp(num_classes: int, inputs: int = 64) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(inputs, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, num_classes))
 
 
+def dropout_norm_mlp(num_classes: int, inputs: int = 64) -> nn.Module:
+    """A net with randomness and running statistics of its own."""
+    layers = [nn.Linear(inputs, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, num_classes)]
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
 def nan_mlp(num_classes: int, inputs: int = 64) -> nn.Module:
     """A net that gives NaN."""
     net = dropout_mlp(num_classes, inputs)

@@ -11,12 +11,13 @@ PACKAGE = Path(__file__).parent.parent / "logitcache"
 
 FLOOR = {
     "errors": 0, "strict_json": 0, "digest": 0, "randomness": 0, "progress": 0, "devices": 0, "entry_points": 0,
+    "ranks": 0,
     "arrays": 0, "markdown": 0, "transforms": 1, "samples": 1, "encodings": 1, "losses": 1, "order": 1, "views": 1,
     "manifest": 2, "layout": 2, "storage": 2, "loading": 2,
     "objects": 3, "committed": 3, "summary": 3, "fidelity": 3, "labelview": 3, "reader": 3, "card": 3, "ensemble": 3, "averaging": 3,
     "writer": 3, "creation": 3,
     "catalog": 4, "pipeline": 4, "labels": 4, "runs": 4, "audit": 4, "transfer": 4, "resolve": 4, "fit": 4,
-    "inference": 4, "export": 4, "merge": 4, "finished": 4,
+    "inference": 4, "export": 4, "merge": 4, "finished": 4, "evaluation": 4, "optimizer": 4, "tracking": 4, "job": 4,
     "cache_teacher": 5, "plan": 5, "repair": 5, "report": 5, "spot_check": 5, "train": 5, "train_student": 5, "run": 5,
     "demo": 5, "product": 5,
     "ground_truth": 3, "opinions": 3, "noise": 4, "weighting": 4, "channels": 4, "initialisation": 4,
@@ -55,6 +56,7 @@ def test_importing_logitcache_loads_nothing_heavy_beside_torch_and_zarr() -> Non
         "onnx",
         "onnxscript",
         "onnxruntime",
+        "torchmetrics",
     )
     program = f"import sys, logitcache; print([name for name in {heavy!r} if name in sys.modules])"
 

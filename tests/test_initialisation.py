@@ -413,7 +413,7 @@ def test_a_head_start_shows(tiny: Make, tmp_path: Path) -> None:
     job = Bench(pipeline).job(pipeline.student("small"), 0)
 
     assert job.test is not None
-    assert result["accuracy"] == job.test.accuracy(job.model, job.device) > 0.7
+    assert result["accuracy"] == job.test.measure(job.model, job.device)["accuracy"] > 0.7
 
 
 def test_a_teacher_without_weights_says_so(tiny: Make) -> None:

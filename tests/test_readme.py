@@ -20,7 +20,7 @@ from logitcache.train_student import train_teacher
 
 CHECKOUT = Path(__file__).parent.parent
 README = (CHECKOUT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+BLOCKS = re.findall(r"```python\n(import logitcache.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_training_loop_of_the_readme_distils(
@@ -80,6 +80,7 @@ def _sections() -> dict[str, Any]:
         "data": pipeline.DataConfig,
         "views": pipeline.ViewsConfig,
         "teacher": pipeline.TeacherConfig,
+        "train": pipeline.TrainConfig,
         "cache": pipeline.CacheConfig,
         "cache.card": pipeline.CacheConfig.model_fields["card"].annotation,
         "students": pipeline.StudentConfig,

@@ -61,10 +61,12 @@ def train_teacher_command(
 ) -> None:
     """Train or fine-tune the teacher on true labels, where no ready one exists."""
     from logitcache.pipeline import load_pipeline
+    from logitcache.ranks import is_first_process
     from logitcache.train_student import train_teacher
 
     result = train_teacher(load_pipeline(pipeline, overrides or ()), trust=trust)
-    show(result, as_json, lambda: print_mapping("teacher", result))
+    if is_first_process():
+        show(result, as_json, lambda: print_mapping("teacher", result))
 
 
 @app.command("cache-teacher")
@@ -98,10 +100,12 @@ def train_student_command(
 ) -> None:
     """Stage 2: train one, several or all students of the pipeline from the cache."""
     from logitcache.pipeline import load_pipeline
+    from logitcache.ranks import is_first_process
     from logitcache.train_student import train_students
 
     rows = train_students(load_pipeline(pipeline, overrides or ()), student or (), trust=trust)
-    show({"rows": [dataclasses.asdict(row) for row in rows]}, as_json, lambda: print_rows(rows))
+    if is_first_process():
+        show({"rows": [dataclasses.asdict(row) for row in rows]}, as_json, lambda: print_rows(rows))
 
 
 @app.command("run")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from logitcache.catalog.datasets import Data
 from logitcache.catalog.models import save_weights
 from logitcache.errors import IdentityMismatch, ShapeError, StorageError, UsageError
+from logitcache.evaluation import Evaluation
 from logitcache.loading import collate
 from logitcache.pipeline import Pipeline
 from logitcache.product.card import render_model_card
@@ -46,7 +47,6 @@ from logitcache.progress import track
 from logitcache.randomness import keyed_permutation
 from logitcache.resolve import clean_views, input_part, resolve_data, resolve_model, resolve_plan
 from logitcache.storage.local import is_alive
-from logitcache.train import Evaluation
 
 # B batch
 
@@ -224,7 +224,7 @@ class _Export:
                     evaluation = Evaluation(views, batch_size=256, num_workers=self._pipeline.num_workers)
                 for name, (_, model) in models.items():
                     accuracy[name][split] = (
-                        None if evaluation is None else evaluation.accuracy(model, torch.device("cpu"))
+                        None if evaluation is None else evaluation.measure(model, torch.device("cpu"))["accuracy"]
                     )
                     meter.advance()
         latency: dict[str, dict[str, float]] = {name: {} for name in models}
