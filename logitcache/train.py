@@ -194,8 +194,8 @@ class _Run:
         job, state = self.job, self.state
         self.model.train()
         start = time.perf_counter()
-        if job.labels is not None:
-            following = job.view_of(epoch + 1) if epoch + 1 < job.config.epochs else None
+        if job.labels is not None and self._needs_teacher(epoch):
+            following = job.view_of(epoch + 1) if self._needs_teacher(epoch + 1) else None
             job.labels.start_view(job.view_of(epoch), following)
         aside = 0.0
         for _ in range(skipped, self.steps_per_epoch):
@@ -238,10 +238,13 @@ class _Run:
             inputs, teacher_inputs = inputs
         inputs = to_device(inputs, job.device, channels_last=config.channels_last)
         targets = to_device(targets, job.device)
-        teacher_BC = None if job.labels is None else job.labels.logits(rows, teacher_inputs)
+        loss_now = job.loss.at(self.state.step / self.total_steps)
+        teacher_BC = None
+        if job.labels is not None and loss_now.needs_teacher:
+            teacher_BC = job.labels.logits(rows, teacher_inputs)
         with autocast(job.device, config.precision):
             student_BC = self.model(inputs)
-        loss = job.loss(student_BC, teacher_BC, targets).mean()
+        loss = loss_now(student_BC, teacher_BC, targets).mean()
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(self.state.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -266,6 +269,14 @@ class _Run:
             for batch in batches(order, job.config.batch_size)[skipped:]:
                 yield [(view, int(index)) for index in job.indices[batch]]
             skipped = 0
+
+    def _needs_teacher(self, epoch: int) -> bool:
+        """Whether any step of an epoch that is to come takes the teacher's logits."""
+        if epoch >= self.job.config.epochs:
+            return False
+        first_step = epoch * self.steps_per_epoch
+        start, end = first_step / self.total_steps, (first_step + self.steps_per_epoch) / self.total_steps
+        return self.job.loss.needs_teacher_during(start, end)
 
     def _lr(self, step: int) -> float:
         return learning_rate(self.job.config, step, self.steps_per_epoch)
