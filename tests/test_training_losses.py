@@ -58,7 +58,7 @@ def same(one: Path, other: Path) -> bool:
 )
 def test_each_loss_falls_in_training_on_mixed_images(tiny: Make, tmp_path: Path, loss: str) -> None:
     """A schedule changes what is measured, so the student's distance to the teacher is the judge where there is one."""
-    pipeline = tiny("views.mixup=0.4", "train.epochs=6", with_loss(loss))
+    pipeline = tiny("views.mixup=0.4", "train.epochs=4", with_loss(loss))
     cache_teacher(pipeline)
     bench = Bench(pipeline)
     before = distance_to_teacher(bench, trained=False)

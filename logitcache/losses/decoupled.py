@@ -52,33 +52,28 @@ def decoupled_kd(
     if student_BC.shape[1] < 2:
         raise ShapeError("DKD weighs the target class against the others; expected two classes at least, found one")
     target_B = target.argmax(dim=1) if target.is_floating_point() else target.long()
-    is_target_BC = F.one_hot(target_B, student_BC.shape[1]).bool()
     student_BC = softened(student_BC, temperature, standardise=standardise)
     teacher_BC = softened(teacher_BC, temperature, standardise=standardise)
-
-    log_student_B2 = _target_or_not(student_BC, is_target_BC)
-    teacher_p_B2 = _target_or_not(teacher_BC, is_target_BC).exp()
+    log_student_B2, _, log_others_B1 = _target_and_others(student_BC, target_B)
+    log_teacher_B2, others_BC, log_teacher_others_B1 = _target_and_others(teacher_BC, target_B)
+    teacher_p_B2 = log_teacher_B2.exp()
     target_part_B = F.kl_div(log_student_B2, teacher_p_B2, reduction="none").sum(dim=1)
-
-    log_student_BC = F.log_softmax(student_BC.masked_fill(is_target_BC, -math.inf), dim=1).masked_fill(
-        is_target_BC, 0.0
-    )
-    others_BC = teacher_BC.masked_fill(is_target_BC, -math.inf)
     # A softmax of nothing but -inf is NaN: the teacher says nothing of the others there.
-    silent_B1 = (others_BC == -math.inf).all(dim=1, keepdim=True)
-    teacher_p_BC = F.softmax(others_BC, dim=1).masked_fill(silent_B1, 0.0)
-    other_part_B = F.kl_div(log_student_BC, teacher_p_BC, reduction="none").sum(dim=1)
-
+    teacher_p_BC = F.softmax(others_BC, dim=1).masked_fill(log_teacher_others_B1 == -math.inf, 0.0)
+    # The target's own entry is no log-probability, and counts nothing: the teacher's is 0.
+    other_part_B = F.kl_div(student_BC - log_others_B1, teacher_p_BC, reduction="none").sum(dim=1)
     weight = teacher_p_B2[:, 1] if isinstance(beta, str) else beta
     return (alpha * target_part_B + weight * other_part_B) * temperature**2
 
 
-def _target_or_not(logits_BC: Tensor, is_target_BC: Tensor) -> Tensor:
-    """Log-probabilities of the target class and of all others together, (B, 2)."""
-    log_p_BC = F.log_softmax(logits_BC, dim=1)
-    target_B = log_p_BC.masked_fill(~is_target_BC, -math.inf).amax(dim=1)
-    others_B = torch.logsumexp(log_p_BC.masked_fill(is_target_BC, -math.inf), dim=1)
-    return torch.stack([target_B, others_B], dim=1)
+def _target_and_others(logits_BC: Tensor, target_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the target and of the rest, (B, 2); logits of the rest, (B, C), and their log-sum-exp."""
+    target_B1 = target_B.unsqueeze(1)
+    others_BC = logits_BC.scatter(1, target_B1, -math.inf)
+    log_all_B1 = torch.logsumexp(logits_BC, dim=1, keepdim=True)
+    log_others_B1 = torch.logsumexp(others_BC, dim=1, keepdim=True)
+    log_p_B2 = torch.cat([logits_BC.gather(1, target_B1), log_others_B1], dim=1) - log_all_B1
+    return log_p_B2, others_BC, log_others_B1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
