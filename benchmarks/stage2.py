@@ -5,31 +5,39 @@ view every epoch, which is the same rendering), from the cache, and with the liv
 most 1.05 of the labels-only one. Its speed-up over the live teacher is shown beside (teacher + student) / student,
 what it would be if there were nothing but the two nets; they are timed alone, on an epoch's rendered inputs.
 
+Losses: a student's training step with each loss and cached logits against the same step on true labels, by turns,
+over the same rendered batches: time, and the peak of what the step allocates (on the CPU as torch's profiler sees its
+allocator, on a GPU as CUDA's does). Then each loss alone, forward and backward, on random logits over 1000 classes.
+
 Resident view: ImageNet's 1.28 M rows of random logits over 1000 classes as TopK(k=10): opening the cache and loading
 the view, and random batches of it, against the same batches from a float16 memmap (2.6 GB of disk while it runs).
 
     python benchmarks/stage2.py --write
     python benchmarks/stage2.py --only epochs --repeats 9 --epochs 16 teacher.model=resnet20 teacher.args={}
     python benchmarks/stage2.py --only resident --rows 100000
+    python benchmarks/stage2.py --only losses
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measuring import compare, conditions, table, write_result
+from measuring import Comparison, compare, conditions, table, write_result
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import logitcache
 from logitcache.cache_teacher import cache_teacher
@@ -37,7 +45,7 @@ from logitcache.devices import autocast, pick_device, to_device
 from logitcache.job import Job
 from logitcache.labels import CachedLabels, LiveLabels
 from logitcache.loading import rendered_batches
-from logitcache.losses import TrueLabel
+from logitcache.losses import LOSSES, Loss, TrueLabel, loss_from_config
 from logitcache.order import batches, epoch_order
 from logitcache.pipeline import Pipeline, StudentConfig, load_pipeline
 from logitcache.progress import silence, track
@@ -55,13 +63,19 @@ NUM_CLASSES, K, ROWS_PER_BLOCK, BATCH_SIZE = 1000, 10, 65_536, 256
 """Of the resident view."""
 ROWS_AT_ONCE = 8192
 """Random rows made at a time."""
+MEASURED_WITH: dict[str, list[dict[str, Any]]] = {
+    "stages": [],  # one of the others at any step
+    "weighted": [{"parts": [{"loss": "true_label"}, {"loss": "dist", "weight": 2.0}]}],
+    "kl": [{}, {"temperature": 2.0}, {"temperature": 2.0, "standardise": True}],
+}
+"""Parameters of the losses that are measured with others than their defaults."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, default=PIPELINE)
     parser.add_argument(
-        "--only", choices=["epochs", "alternating", "added", "resident"], help="one of the measurements"
+        "--only", choices=["epochs", "alternating", "added", "losses", "resident"], help="one of the measurements"
     )
     parser.add_argument("--student", help="trained three ways; by default the first that learns from the cache")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each of the three")
@@ -89,6 +103,9 @@ def main() -> None:
             print(f"\n{sections[-1]}", flush=True)
         if arguments.only in (None, "added"):
             sections.append(added_section(pipeline, arguments.student))
+            print(f"\n{sections[-1]}", flush=True)
+        if arguments.only in (None, "losses"):
+            sections.append(losses_section(pipeline, arguments.student, device))
             print(f"\n{sections[-1]}", flush=True)
         if arguments.only in (None, "resident"):
             sections.append(resident_section(Path(folder), arguments.rows, arguments.opens, arguments.gathers, device))
@@ -218,6 +235,106 @@ def added_section(pipeline: Pipeline, student_name: str | None, repeats: int = 1
         ["added / an epoch on labels only", f"{added / epoch:.3f}"],
     ]
     return f"## What the cache adds, alone\n\nMedians of {repeats}, by turns.\n\n{table(['', ''], rows)}"
+
+
+def losses_section(pipeline: Pipeline, student_name: str | None, device: torch.device, repeats: int = 15) -> str:
+    """A step with each loss from the cache, and each loss alone over many classes, against true labels."""
+    cache_teacher(pipeline, trust=True)
+    bench = Bench(pipeline, trust=True)
+    bench.data = replace(bench.data, validation=None, test=None)
+    cached = three_ways(pipeline, student_name, 1)[CACHED]
+    job = bench.job(cached, seed=0)
+    labels, config = job.labels, job.config
+    assert isinstance(labels, CachedLabels)
+    view = job.view_of(0)
+    labels.start_view(view, None)
+    cuts = batches(epoch_order(job.indices, seed=0, epoch=0), config.batch_size)[:20]
+    places = [[(view, int(index)) for index in job.indices[cut]] for cut in cuts]
+    rendered = [
+        (rows, to_device(inputs, device, channels_last=config.channels_last), to_device(targets, device))
+        for rows, inputs, targets in rendered_batches(job.views, places, num_workers=job.num_workers)
+    ]
+    model = job.model.to(device).train()
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+    following = itertools.cycle(rendered)
+
+    def step(loss: Loss) -> None:
+        rows, inputs, targets = next(following)
+        teacher_BC = labels.logits(rows, None) if loss.needs_teacher else None
+        with autocast(device, config.precision):
+            student_BC = model(inputs)
+        optimizer.zero_grad(set_to_none=True)
+        loss(student_BC, teacher_BC, targets).mean().backward()
+        optimizer.step()
+
+    generator = torch.Generator().manual_seed(0)
+    many_BC = torch.randn(BATCH_SIZE, NUM_CLASSES, generator=generator).to(device).requires_grad_()
+    teacher_BC = torch.randn(BATCH_SIZE, NUM_CLASSES, generator=generator).to(device)
+    target = torch.randint(NUM_CLASSES, (BATCH_SIZE,), generator=generator).to(device)
+
+    def alone(loss: Loss) -> None:
+        many_BC.grad = None
+        loss(many_BC, teacher_BC, target).mean().backward()
+
+    about_step = (
+        f"{pipeline.name}: student {cached.model} {cached.args}, batches of {config.batch_size}, rendered beforehand; "
+        "gather of the cached logits, forward, loss, backward and update with AdamW."
+    )
+    about_alone = f"Forward and backward on {BATCH_SIZE} rows of random logits over {NUM_CLASSES} classes; no net."
+    sections = []
+    for title, about, work, count in (("A step", about_step, step, 20), ("Alone", about_alone, alone, 2)):
+        times, peaks = loss_costs(work, device, repeats=repeats, count=count)
+        rows = [
+            [name, f"{1e3 * time.median:.3f} ms", str(time), f"{peaks[name] / 2**20:.2f} MiB"]
+            for name, time in times.items()
+        ]
+        found = table(["loss", "time", "/ true labels", "peak of what it allocates"], rows)
+        sections.append(f"### {title}\n\n{about} Medians of {repeats} by turns, of {count} each.\n\n{found}")
+    return "## Losses\n\n" + "\n\n".join(sections)
+
+
+def loss_costs(
+    work: Callable[[Loss], None], device: torch.device, *, repeats: int, count: int
+) -> tuple[dict[str, Comparison], dict[str, int]]:
+    """Seconds of a piece of work with each loss, beside true labels, and the most bytes that it holds at once."""
+    arms = {LABELS_ONLY: loss_from_config("true_label")}
+    for name in LOSSES:
+        for arguments in MEASURED_WITH.get(name, [{}]):
+            if name != "true_label":
+                shown = ", ".join(f"{key}={value}" for key, value in arguments.items() if key != "parts")
+                shown = "true_label + 2 dist" if name == "weighted" else shown
+                arms[f"{name} ({shown})" if shown else name] = loss_from_config({"name": name, **arguments})
+    peaks = {}
+    for name, loss in arms.items():
+        work(loss)  # warms up, and makes what an optimizer keeps
+        peaks[name] = peak_bytes(lambda loss=loss: work(loss), device)
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for repeat in range(repeats):
+        for name, loss in list(arms.items()) if repeat % 2 == 0 else reversed(arms.items()):
+            start = now(device)
+            for _ in range(count):
+                work(loss)
+            seconds[name].append((now(device) - start) / count)
+    return {name: compare(seconds[name], seconds[LABELS_ONLY]) for name in arms}, peaks
+
+
+def peak_bytes(work: Callable[[], None], device: torch.device) -> int:
+    """The most that a piece of work holds at once of what it allocates through torch."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    for _ in range(2):  # what the first frees was allocated before there was a profiler, and goes unseen
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            work()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes), default=0)
 
 
 def three_ways(pipeline: Pipeline, student_name: str | None, epochs: int) -> dict[str, StudentConfig]:

@@ -178,8 +178,8 @@ class Run:
         self._stop_at = (self._epoch + 1) * self.steps_per_epoch
         self._start = time.perf_counter()
         self._aside = 0.0
-        if job.labels is not None:
-            following = job.view_of(self._epoch + 1) if self._epoch + 1 < job.config.epochs else None
+        if job.labels is not None and self._needs_teacher(self._epoch):
+            following = job.view_of(self._epoch + 1) if self._needs_teacher(self._epoch + 1) else None
             job.labels.start_view(job.view_of(self._epoch), following)
 
     def take(self, rows: Tensor, inputs: Any, targets: Any) -> None:
@@ -289,10 +289,13 @@ class Run:
             inputs, teacher_inputs = inputs
         inputs = to_device(inputs, job.device, channels_last=config.channels_last)
         targets = to_device(targets, job.device)
-        teacher_BC = None if job.labels is None else job.labels.logits(rows, teacher_inputs, targets)
+        loss = job.loss.at(self.state.step / self.total_steps)
+        teacher_BC = None
+        if job.labels is not None and loss.needs_teacher:
+            teacher_BC = job.labels.logits(rows, teacher_inputs, targets)
         with autocast(job.device, config.precision):
             student_BC = self._net(inputs)
-        loss_B = job.loss(student_BC, teacher_BC, targets)
+        loss_B = loss(student_BC, teacher_BC, targets)
         return loss_B if job.sample_weights is None else loss_B * job.sample_weights[rows].to(loss_B.device)
 
     def _micro_batches(self, size: int) -> list[tuple[int, int]]:
@@ -316,6 +319,14 @@ class Run:
             return {}
         measured = self.ranks.from_first(lambda: evaluation.measure(self.trained, self.job.device))
         return {f"{prefix}{name}": value for name, value in measured.items()}
+
+    def _needs_teacher(self, epoch: int) -> bool:
+        """Whether any step of an epoch that is to come takes the teacher's logits."""
+        if epoch >= self.job.config.epochs:
+            return False
+        first_step = epoch * self.steps_per_epoch
+        start, end = first_step / self.total_steps, (first_step + self.steps_per_epoch) / self.total_steps
+        return self.job.loss.needs_teacher_during(start, end)
 
     def _log_losses(self) -> None:
         if not self._pending:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 import logitcache
 from logitcache.cache_teacher import cache_teacher
 from logitcache.catalog.nets import MLP
+from logitcache.losses import LOSSES, loss_from_config
 from logitcache.pipeline import Pipeline, load_pipeline
 from logitcache.resolve import resolve_data
 from logitcache.train_student import train_teacher
@@ -71,6 +73,25 @@ def test_every_key_of_the_readme_exists() -> None:
 
     assert len(keys) > 30
     assert [] == [key for key in keys if key not in known]
+
+
+def test_every_loss_of_the_readme_exists_with_its_parameters() -> None:
+    """And none is missing, nor any of its parameters."""
+    table = README.split("| | compares | parameters | source |", 1)[1].split("\n\n", 1)[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    stated = {name: set(re.findall(r"`(\w+)`", row[3])) for row in rows for name in re.findall(r"`(\w+)`", row[1])}
+    known = {name: {field.name for field in dataclasses.fields(LOSSES[name])} for name in LOSSES if name != "stages"}  # type: ignore[arg-type]
+    stated["hard_plus_soft"] -= {"alpha"}
+    stated["blend"] -= {"weight"}
+
+    assert known == stated
+
+
+def test_the_losses_of_the_readme_are_well_formed() -> None:
+    lines = [line for line in README.splitlines() if line.startswith("loss: {")]
+
+    assert 2 == len(lines)
+    assert all(loss_from_config(yaml.safe_load(line)["loss"]).at(0.5) for line in lines)
 
 
 def _sections() -> dict[str, Any]:

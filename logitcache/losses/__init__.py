@@ -1,0 +1,37 @@
+"""Every distillation loss: functions on (B, C) logits, and frozen configurations of them by name.
+
+Each gives (B,), one number a sample, so that the caller weighs and averages; in float64 where the logits are, else in
+float32. Divergences and cross-entropies are in nats, and KL is KL(teacher ‖ student). Soft losses carry the factor
+T², which keeps the size of their gradient independent of T (Hinton, Vinyals and Dean 2015, arXiv:1503.02531,
+section 2). None changes when a constant is added to a row of logits: a cache's are right only up to that.
+"""
+
+from logitcache.losses.blends import Blend as Blend
+from logitcache.losses.blends import HardPlusSoft as HardPlusSoft
+from logitcache.losses.blends import Part as Part
+from logitcache.losses.blends import Weighted as Weighted
+from logitcache.losses.configuration import LOSSES as LOSSES
+from logitcache.losses.configuration import loss_from_config as loss_from_config
+from logitcache.losses.correlation import Dist as Dist
+from logitcache.losses.correlation import dist as dist
+from logitcache.losses.decoupled import DecoupledKD as DecoupledKD
+from logitcache.losses.decoupled import decoupled_kd as decoupled_kd
+from logitcache.losses.hard import TeacherLabel as TeacherLabel
+from logitcache.losses.hard import TrueLabel as TrueLabel
+from logitcache.losses.hard import teacher_label_cross_entropy as teacher_label_cross_entropy
+from logitcache.losses.hard import true_label_cross_entropy as true_label_cross_entropy
+from logitcache.losses.protocol import Loss as Loss
+from logitcache.losses.regression import LogitMSE as LogitMSE
+from logitcache.losses.regression import logit_mse as logit_mse
+from logitcache.losses.relational import RKD as RKD
+from logitcache.losses.relational import rkd as rkd
+from logitcache.losses.schedules import Schedule as Schedule
+from logitcache.losses.soft import JensenShannon as JensenShannon
+from logitcache.losses.soft import KLDivergence as KLDivergence
+from logitcache.losses.soft import SoftCrossEntropy as SoftCrossEntropy
+from logitcache.losses.soft import jensen_shannon as jensen_shannon
+from logitcache.losses.soft import kl_divergence as kl_divergence
+from logitcache.losses.soft import soft_cross_entropy as soft_cross_entropy
+from logitcache.losses.soft import standardised as standardised
+from logitcache.losses.stages import Stage as Stage
+from logitcache.losses.stages import Stages as Stages

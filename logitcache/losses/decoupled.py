@@ -1,0 +1,113 @@
+"""Distillation with the target class and the other classes weighed apart (DKD)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from logitcache.errors import ShapeError, UsageError
+from logitcache.losses.protocol import Loss, given, same_shape
+from logitcache.losses.schedules import Scheduled, check_parameter, check_temperature, fixed, shown
+from logitcache.losses.soft import check_standardise, softened
+
+# B batch, C classes
+
+AS_IN_KD = "kd"
+"""The β that gives each sample the weight 1 - p_t, which the divergence as a whole gives it."""
+
+
+def decoupled_kd(
+    student_BC: Tensor,
+    teacher_BC: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float | Literal["kd"] = 8.0,
+    temperature: float = 4.0,
+    standardise: bool = False,
+) -> Tensor:
+    """α · TCKD + β · NCKD, times T², in nats, (B,).
+
+    With p_t the teacher's probability of the target class, TCKD is the divergence of (p_t, 1 - p_t), and NCKD that of
+    the distributions over the other classes alone. KL = TCKD + (1 - p_t) · NCKD: a sure teacher's other classes hardly
+    count there, and get a weight of their own here. No constant β is the same as KL for every sample; `beta="kd"` with
+    α = 1 is. Source: Zhao et al. 2022, "Decoupled Knowledge Distillation", arXiv:2203.08679, section 3; α = 1, β = 8,
+    T = 4 are theirs for most pairs of nets on CIFAR-100.
+
+    A class masked by -inf in the teacher has its probability 0; where it masks all but the target, NCKD is 0.
+
+    Args:
+        target: int (B,); or float (B, C), a mixture of labels, whose dominant class is then the target.
+        standardise: z-score both rows before the temperature; see `standardised`.
+
+    Raises:
+        ShapeError: the two differ in shape, or there are fewer than two classes.
+    """
+    same_shape(student_BC, teacher_BC)
+    if student_BC.shape[1] < 2:
+        raise ShapeError("DKD weighs the target class against the others; expected two classes at least, found one")
+    target_B = target.argmax(dim=1) if target.is_floating_point() else target.long()
+    student_BC = softened(student_BC, temperature, standardise=standardise)
+    teacher_BC = softened(teacher_BC, temperature, standardise=standardise)
+    log_student_B2, _, log_others_B1 = _target_and_others(student_BC, target_B)
+    log_teacher_B2, others_BC, log_teacher_others_B1 = _target_and_others(teacher_BC, target_B)
+    teacher_p_B2 = log_teacher_B2.exp()
+    target_part_B = F.kl_div(log_student_B2, teacher_p_B2, reduction="none").sum(dim=1)
+    # A softmax of nothing but -inf is NaN: the teacher says nothing of the others there.
+    teacher_p_BC = F.softmax(others_BC, dim=1).masked_fill(log_teacher_others_B1 == -math.inf, 0.0)
+    # The target's own entry is no log-probability, and counts nothing: the teacher's is 0.
+    other_part_B = F.kl_div(student_BC - log_others_B1, teacher_p_BC, reduction="none").sum(dim=1)
+    weight = teacher_p_B2[:, 1] if isinstance(beta, str) else beta
+    return (alpha * target_part_B + weight * other_part_B) * temperature**2
+
+
+def _target_and_others(logits_BC: Tensor, target_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the target and of the rest, (B, 2); logits of the rest, (B, C), and their log-sum-exp."""
+    target_B1 = target_B.unsqueeze(1)
+    others_BC = logits_BC.scatter(1, target_B1, -math.inf)
+    log_all_B1 = torch.logsumexp(logits_BC, dim=1, keepdim=True)
+    log_others_B1 = torch.logsumexp(others_BC, dim=1, keepdim=True)
+    log_p_B2 = torch.cat([logits_BC.gather(1, target_B1), log_others_B1], dim=1) - log_all_B1
+    return log_p_B2, others_BC, log_others_B1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoupledKD(Loss):
+    """DKD: α · TCKD + β · NCKD at temperature T, times T² (Zhao et al. 2022, arXiv:2203.08679).
+
+    The target class is the true label; of a mixture of labels, the dominant one.
+    """
+
+    name: ClassVar[str] = "dkd"
+    alpha: Scheduled = 1.0
+    """α, of the target class against the rest."""
+    beta: Scheduled | Literal["kd"] = 8.0
+    """β, of the classes beside the target; "kd" weighs each sample by 1 - p_t, which with α = 1 is KL."""
+    temperature: Scheduled = 4.0
+    standardise: bool = False
+    """Z-score both rows first (Sun et al. 2024, arXiv:2403.01427)."""
+
+    def __post_init__(self) -> None:
+        check_parameter("alpha", self.alpha, least=0.0)
+        if isinstance(self.beta, str) and self.beta != AS_IN_KD:
+            raise UsageError(f"beta is at least 0, or {AS_IN_KD!r} for the weight 1 - p_t, not {shown(self.beta)}")
+        if not isinstance(self.beta, str):
+            check_parameter("beta", self.beta, least=0.0)
+        check_temperature(self.temperature)
+        check_standardise(self.standardise)
+
+    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
+        return decoupled_kd(
+            student_BC,
+            given(teacher_BC),
+            target,
+            alpha=fixed(self.alpha),
+            beta=self.beta if isinstance(self.beta, str) else fixed(self.beta),
+            temperature=fixed(self.temperature),
+            standardise=self.standardise,
+        )

@@ -1,0 +1,108 @@
+"""Parameters that change while a net trains: a pure function of the share of training that is done."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+import sys
+from dataclasses import dataclass
+
+from logitcache.errors import UsageError
+
+shown = reprlib.repr
+"""A value in a message: shortened, for an alias in YAML may stand for more than can be written out."""
+SHAPES = ("linear", "cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """A number that goes from `start` to `end` over the first part of training, and stays there.
+
+    In a pipeline it is `{from: 4, to: 1, over: 0.5, shape: cosine}` in the place of a number. Within a stage the
+    training is the stage.
+
+    Raises:
+        UsageError: `over` lies outside (0, 1], or an unknown shape.
+    """
+
+    start: float
+    end: float
+    over: float = 1.0
+    """Share of training after which `end` is reached, above 0 and at most 1."""
+    shape: str = "linear"
+    """"linear", or "cosine": half a wave, slow at both ends."""
+
+    def __post_init__(self) -> None:
+        check_number("a schedule's `from`", self.start)
+        check_number("a schedule's `to`", self.end)
+        check_number("a schedule's `over`", self.over)
+        if not 0.0 < self.over <= 1.0:
+            raise UsageError(f"a schedule's `over` is a share of training, above 0 and at most 1, not {self.over!r}")
+        if self.shape not in SHAPES:
+            raise UsageError(f"a schedule's `shape` is one of: {', '.join(SHAPES)}; not {shown(self.shape)}")
+
+    def at(self, progress: float) -> float:
+        """The number when so much of training is done, 0 to 1."""
+        share = min(progress / self.over, 1.0)
+        if self.shape == "cosine":
+            share = 0.5 - 0.5 * math.cos(math.pi * share)
+        return (1.0 - share) * self.start + share * self.end
+
+
+Scheduled = float | Schedule
+"""A number, or a schedule of one."""
+
+
+def value_at(value: Scheduled, progress: float) -> float:
+    """The number when so much of training is done, 0 to 1."""
+    return value.at(progress) if isinstance(value, Schedule) else value
+
+
+def fixed(value: Scheduled) -> float:
+    """A parameter of a loss that is being called.
+
+    Raises:
+        UsageError: it is still a schedule.
+    """
+    if isinstance(value, Schedule):
+        raise UsageError(
+            "this loss changes while training goes on; call `loss.at(progress)` with 0 to 1, and that loss"
+        )
+    return value
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuse what is no finite number.
+
+    Raises:
+        UsageError: names the parameter.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise UsageError(f"{name} is a number, not {shown(value)}")
+
+
+def check_parameter(name: str, value: object, *, least: float = -math.inf, most: float = math.inf) -> None:
+    """Refuse a parameter, or a schedule with an end, that is out of range (both ends are within).
+
+    Raises:
+        UsageError: names the parameter and its range.
+    """
+    for number in (value.start, value.end) if isinstance(value, Schedule) else (value,):
+        check_number(name, number)
+        assert isinstance(number, int | float)
+        if not least <= number <= most:
+            range_of = f"is at least {least:g}" if most == math.inf else f"lies between {least:g} and {most:g}"
+            raise UsageError(f"{name} {range_of}, not {shown(number)}")
+
+
+def check_temperature(value: object) -> None:
+    """Refuse a temperature, or a schedule of one, that is not positive.
+
+    Raises:
+        UsageError: says so.
+    """
+    for number in (value.start, value.end) if isinstance(value, Schedule) else (value,):
+        check_number("a temperature", number)
+        assert isinstance(number, int | float)
+        if not number > 0:
+            raise UsageError(f"a temperature is positive, not {shown(number)}")
