@@ -47,6 +47,10 @@ class Job:
     """What the run is, for its folder."""
     resolved: str
     """The whole pipeline as it was resolved, in YAML, to be left there."""
+    views_key: str = ""
+    """What `views` renders, but for the model's own part; the same text for the same pixels."""
+    input_key: str = ""
+    """The model's own part, likewise."""
     rows_per_block: int | None = None
     window_blocks: int | None = None
     """Set where views are streamed: batches then stay within so many blocks."""

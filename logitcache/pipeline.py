@@ -16,6 +16,7 @@ from logitcache.entry_points import is_entry_point
 from logitcache.errors import LogitCacheError, UsageError
 from logitcache.initialisation import init_from_config
 from logitcache.losses import Loss, loss_from_config
+from logitcache.overrides import override
 from logitcache.transforms import normalise_spec
 from logitcache.weighting import weights_config, weights_from_config
 
@@ -243,6 +244,8 @@ class Pipeline(_Section):
     cache: CacheConfig
     train: TrainConfig = TrainConfig()
     students: list[StudentConfig] = []
+    together: bool = False
+    """Train all students on each rendered batch, where their batches are the same; each ends as it would alone."""
     runs: RunsConfig = RunsConfig()
     device: str = "auto"
     """"auto", "cpu", "cuda", "cuda:1", "mps"."""
@@ -317,8 +320,8 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
             f"{path} holds {type(raw).__name__}; expected a mapping with data, views, teacher, cache, students"
         )
     raw.setdefault("name", path.stem)
-    for override in overrides:
-        _override(raw, override)
+    for text in overrides:
+        override(raw, text)
     return parse_pipeline(raw, source=str(path))
 
 
@@ -335,44 +338,6 @@ def parse_pipeline(raw: Mapping[str, Any], *, source: str) -> Pipeline:
         raise UsageError(f"{source}: " + "\n".join(lines)) from None
     except LogitCacheError as error:
         raise UsageError(f"{source}: {error}") from None
-
-
-def _override(raw: dict[str, Any], text: str) -> None:
-    """Lay `a.b.c=value` over nested mappings; list items go by number, or by their `name`."""
-    dotted, separator, value_text = text.partition("=")
-    keys = dotted.split(".")
-    if not separator or not all(keys):
-        raise UsageError(f"{text!r} is no override; expected for example cache.encoding.k=20")
-    try:
-        value = yaml.safe_load(value_text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"the value of {text!r} is no YAML: {error}") from error
-    node: Any = raw
-    for depth, key in enumerate(keys[:-1]):
-        node = _descend(node, key, ".".join(keys[: depth + 1]))
-    node[_position(node, keys[-1], dotted) if isinstance(node, list) else keys[-1]] = value
-
-
-def _descend(node: Any, key: str, dotted: str) -> Any:
-    place: Any = _position(node, key, dotted) if isinstance(node, list) else key
-    child = node[place] if isinstance(node, list) else node.get(place)
-    if isinstance(child, str) and key == "encoding":
-        child = encoding_or_auto(child).config()
-    if child is None:
-        child = {}
-    if not isinstance(child, dict | list):
-        raise UsageError(f"{dotted} is {child!r}, which has no keys below it to override")
-    node[place] = child
-    return child
-
-
-def _position(items: list[Any], key: str, dotted: str) -> int:
-    names = [item.get("name") if isinstance(item, dict) else None for item in items]
-    if key in names:
-        return names.index(key)
-    if key.isdecimal() and int(key) < len(items):
-        return int(key)
-    raise UsageError(f"{dotted}: no item {key!r}; expected a number below {len(items)} or one of {names}")
 
 
 def _describe(problem: Any, raw: Mapping[str, Any]) -> str:

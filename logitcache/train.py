@@ -62,14 +62,10 @@ def train(job: Job, ranks: Ranks = ALONE) -> dict[str, Any]:
         UsageError: the folder holds a run of another configuration.
         InvalidLogits: the loss became NaN or infinite.
     """
-    folder = Onlooker() if ranks.rank else RunFolder(job.folder, job.identity)
-    finished = ranks.from_first(folder.result)
-    if finished is not None:
-        return finished
-    for name, text in {RESOLVED: job.resolved, **job.documents}.items():
-        folder.write(name, text)
     with preserved_generators():
-        run = Run(job, folder, ranks)
+        run = begin(job, ranks)
+        if not isinstance(run, Run):
+            return run
         loader = rendered_batches(
             job.views, run.places(), num_workers=job.num_workers, pin_memory=job.device.type == "cuda"
         )
@@ -78,6 +74,21 @@ def train(job: Job, ranks: Ranks = ALONE) -> dict[str, Any]:
             while not run.done:
                 train_epoch(run, loader, meter)
         return run.finish()
+
+
+def begin(job: Job, ranks: Ranks = ALONE) -> Run | dict[str, Any]:
+    """A run, where its folder says that it was left, or its result where it is finished.
+
+    Raises:
+        UsageError: the folder holds a run of another configuration.
+    """
+    folder = Onlooker() if ranks.rank else RunFolder(job.folder, job.identity)
+    finished = ranks.from_first(folder.result)
+    if finished is not None:
+        return finished
+    for name, text in {RESOLVED: job.resolved, **job.documents}.items():
+        folder.write(name, text)
+    return Run(job, folder, ranks)
 
 
 def train_epoch(run: Run, loader: Iterator[Batch], meter: Meter) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from logitcache.averaging import combination
 from logitcache.catalog.datasets import Data, Selection, stratified_split
 from logitcache.devices import pick_device
+from logitcache.digest import array_digest, json_digest
 from logitcache.errors import UsageError
 from logitcache.evaluation import Evaluation
 from logitcache.fit import open_fitting_cache, open_fitting_caches
@@ -23,7 +24,7 @@ from logitcache.labels import CachedLabels, EnsembleLabels, Labels, LiveLabels
 from logitcache.losses import TrueLabel
 from logitcache.order import run_seed
 from logitcache.pipeline import ModelConfig, Pipeline, StudentConfig, TeachersConfig
-from logitcache.ranks import joined
+from logitcache.ranks import Ranks, joined
 from logitcache.reader import LogitCache
 from logitcache.resolve import (
     TRAINED,
@@ -45,6 +46,7 @@ from logitcache.student_setup import (
     student_identity,
     weights_of_samples,
 )
+from logitcache.together import groups, train_together
 from logitcache.tracking import Tracker, load_tracker
 from logitcache.train import train
 from logitcache.views import BothInputs, ViewDataset, ViewPlan
@@ -129,10 +131,27 @@ def train_students(pipeline: Pipeline, names: Sequence[str] = (), *, trust: bool
     for student in students:
         bench.job(student, bench.seeds(student)[0])  # whatever does not fit is refused before any student's first step
     with joined(bench.device) as ranks:
+        results = train_by_turns(bench, students, ranks) if pipeline.together else None
         return [
-            summarise(student.name, [train(bench.job(student, seed), ranks) for seed in bench.seeds(student)])
+            summarise(
+                student.name,
+                [train(bench.job(student, seed), ranks) for seed in bench.seeds(student)]
+                if results is None
+                else results[student.name],
+            )
             for student in students
         ]
+
+
+def train_by_turns(bench: Bench, students: Sequence[StudentConfig], ranks: Ranks) -> dict[str, list[dict[str, Any]]]:
+    """Train students batch by batch, those together whose batches are the same; the results of each, by name."""
+    results: dict[str, dict[int, dict[str, Any]]] = {student.name: {} for student in students}
+    for seed in sorted({seed for student in students for seed in bench.seeds(student)}):
+        jobs = [bench.job(student, seed) for student in students if seed in bench.seeds(student)]
+        for group in groups(jobs):
+            for job, result in zip(group, train_together(group, ranks), strict=True):
+                results[job.name][seed] = result
+    return {student.name: [results[student.name][seed] for seed in bench.seeds(student)] for student in students}
 
 
 class Bench:
@@ -152,6 +171,7 @@ class Bench:
         self._evaluations: dict[tuple[str, str], Evaluation | None] = {}
         self._live: tuple[nn.Module, str] | None = None
         self._caches: dict[str, tuple[list[LogitCache], np.ndarray | None]] = {}
+        self._shared_labels: dict[tuple[str, int | None, bool], CachedLabels] = {}
 
     def seeds(self, student: StudentConfig) -> list[int]:
         """The seeds that a student is trained with."""
@@ -180,7 +200,9 @@ class Bench:
         weights = self._weights(student, chosen, identity)
         model = resolve_model(student, self.data, self.plan, weights=student.weights, seed=run_seed(seed), trust=trust)
         documents = self._started(model, student, chosen, seed, identity)
+        kind = "cache"
         if not loss.needs_teacher and labels is None:
+            kind = "fresh"
             # Without a teacher nothing ties a student to the cache: it mixes only with samples whose labels it has, and
             # every epoch has a view of its own, as in any training on true labels.
             num_views = None
@@ -188,6 +210,7 @@ class Bench:
             views = ViewDataset(dataset, replace(self.plan, num_samples=len(dataset)), model_input=student_input)
             indices = np.arange(len(dataset))
         elif student.labels == "live" and labels is None:
+            kind = "live"
             teacher, fingerprint = self._teacher()
             same_input = student.input == pipeline.teacher.input
             labels = LiveLabels(teacher, self.device, pipeline.teacher, needs_teacher_inputs=not same_input)
@@ -233,6 +256,8 @@ class Bench:
             folder=Path(pipeline.runs.path) / student.name / f"seed-{seed}",
             identity=identity,
             resolved=pipeline.as_yaml(),
+            views_key=json_digest([kind, array_digest(chosen) if kind == "fresh" else self._rows_key(views)]),
+            input_key=json_digest([student.input, isinstance(views.model_input, BothInputs)]),
             rows_per_block=rows_per_block,
             window_blocks=window_blocks,
             sample_weights=by_row(weights, indices if views.rows is None else views.rows[indices]),
@@ -241,6 +266,9 @@ class Bench:
             first_view=first_view,
             tracker=self._tracker,
         )
+
+    def _rows_key(self, views: ViewDataset) -> str | None:
+        return None if views.rows is None else array_digest(views.rows)
 
     def _weights(self, student: StudentConfig, chosen: np.ndarray, identity: dict[str, Any]) -> np.ndarray | None:
         """The weight of each sample; where it is the teacher's, the run's identity says of which cache."""
@@ -296,12 +324,21 @@ class Bench:
     ) -> CachedLabels | EnsembleLabels:
         budget = self.pipeline.cache.memory_budget_mb
         share = None if budget is None else int(budget * 2**20) // len(caches)
-        members = [
-            CachedLabels(cache, views, self.device, memory_budget=share, prove=cache is caches[0]) for cache in caches
-        ]
+        members = [self._labels_of(cache, views, share, prove=cache is caches[0]) for cache in caches]
         if not isinstance(student.labels, TeachersConfig):
             return members[0]
         return EnsembleLabels(members, combination(student.labels.combine, student.labels.weights, len(caches)))
+
+    def _labels_of(
+        self, cache: LogitCache, views: ViewDataset, memory_budget: int | None, *, prove: bool
+    ) -> CachedLabels:
+        """One for all students that take turns: a view is resident once, and proven once."""
+        if not self.pipeline.together:
+            return CachedLabels(cache, views, self.device, memory_budget=memory_budget, prove=prove)
+        key = (cache.id, memory_budget, prove)
+        if key not in self._shared_labels:
+            self._shared_labels[key] = CachedLabels(cache, views, self.device, memory_budget=memory_budget, prove=prove)
+        return self._shared_labels[key]
 
     def _teacher(self) -> tuple[nn.Module, str]:
         if self._live is None:

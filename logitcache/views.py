@@ -181,7 +181,8 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         if plan.mixing.active and plan.num_classes is None:
             raise UsageError("views with mixup or CutMix give targets as distributions: set ViewPlan(num_classes=...)")
         self._shared = adapt_transform(plan.transform)
-        self._model_input = adapt_transform(plan.model_input if model_input is None else model_input)
+        self.model_input = plan.model_input if model_input is None else model_input
+        self._model_input = adapt_transform(self.model_input)
         # In shared memory, so that DataLoader workers that persist see a new view, and each other's checks.
         self._view: Tensor = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         checked = torch.zeros(len(dataset), dtype=torch.bool)

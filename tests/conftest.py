@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from logitcache import progress
-from logitcache.pipeline import Pipeline, _override, parse_pipeline
+from logitcache.overrides import override
+from logitcache.pipeline import Pipeline, parse_pipeline
 
 torch.set_num_threads(1)
 
@@ -60,8 +61,8 @@ def tiny(tmp_path: Path) -> Callable[..., Pipeline]:
         raw = copy.deepcopy(TINY)
         raw["cache"]["path"] = str(tmp_path / "tiny.cache")
         raw["runs"]["path"] = str(tmp_path / "runs")
-        for override in overrides:
-            _override(raw, override)
+        for text in overrides:
+            override(raw, text)
         return parse_pipeline(raw, source="tiny")
 
     return make

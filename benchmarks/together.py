@@ -1,0 +1,78 @@
+"""Students together against one after another: wall time of the whole, on a pipeline that waits for its augmentation.
+
+Four students of one cache, small nets under the demo's views, trained alone, then together, by turns; the weights that
+are left must be the same to the last bit. The bound is a ratio of 0.5.
+
+    python benchmarks/together.py --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from measuring import compare, conditions, table, write_result
+
+from logitcache.cache_teacher import cache_teacher
+from logitcache.pipeline import load_pipeline
+from logitcache.progress import silence
+from logitcache.train_student import train_students
+
+PIPELINE = Path(__file__).parent.parent / "pipelines" / "mnist5k.yaml"
+STUDENTS = """[
+  {name: kl, model: mlp, args: {hidden: [256]}, loss: {name: kl, temperature: 2.0}},
+  {name: kl-small, model: mlp, args: {hidden: [64]}, loss: kl},
+  {name: dist, model: mlp, args: {hidden: [128]}, loss: dist},
+  {name: dkd, model: mlp, args: {hidden: [128]}, loss: dkd},
+]"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--write", action="store_true", help="keep the result under benchmarks/results/")
+    arguments = parser.parse_args()
+    silence()
+    stated = conditions()
+    print(stated, flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        common = [
+            f"students={STUDENTS}", "teacher.weights=random", f"cache.path={folder / 'a.cache'}", "train.seeds=[0]",
+            f"train.epochs={arguments.epochs}",
+        ]  # fmt: skip
+        cache_teacher(load_pipeline(PIPELINE, common), trust=True)
+        seconds: dict[str, list[float]] = {"alone": [], "together": []}
+        for repeat in range(arguments.repeats):
+            left = {}
+            for how in seconds if repeat % 2 == 0 else reversed(seconds):
+                runs = folder / f"{how}-{repeat}"
+                pipeline = load_pipeline(PIPELINE, [*common, f"runs.path={runs}", f"together={how == 'together'}"])
+                start = time.perf_counter()
+                train_students(pipeline, trust=True)
+                seconds[how].append(time.perf_counter() - start)
+                left[how] = {path.relative_to(runs): path.read_bytes() for path in runs.rglob("*.safetensors")}
+            assert left["alone"] == left["together"], "other weights"
+    found = compare(seconds["together"], seconds["alone"])
+    rows = [
+        ["four students, one after another", f"{found.reference_median:.1f} s"],
+        ["together", f"{found.median:.1f} s"],
+        ["ratio", str(found)],
+        ["bound", "<= 0.5"],
+        ["weights", "the same to the last bit"],
+    ]
+    body = (
+        f"# Together\n\n{stated}\n\n{arguments.epochs} epochs of the demo's views (affine, mixup), two DataLoader "
+        f"workers; medians of {arguments.repeats}, by turns.\n\n{table(['', ''], rows)}\n"
+    )
+    print(body)
+    if arguments.write:
+        print(write_result("together", body, device=torch.device("cpu")))
+
+
+if __name__ == "__main__":
+    main()
