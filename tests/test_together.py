@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from logitcache.cache_teacher import cache_teacher
 from logitcache.pipeline import Pipeline
+from logitcache.progress import silence
 from logitcache.together import groups
 from logitcache.train import Run
 from logitcache.train_student import Bench, train_students
@@ -91,29 +93,33 @@ def test_those_whose_batches_differ_are_not_together(five: Make) -> None:
     ]
 
 
+def die_after(steps: int, pipeline: Pipeline) -> None:
+    """SIGKILL after so many steps of all students."""
+    torch.set_num_threads(1)
+    silence()
+    taken = 0
+    really_take = Run.take
+
+    def take(run: Run, *batch: Any) -> None:
+        nonlocal taken
+        really_take(run, *batch)
+        taken += 1
+        if taken == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Run.take = take  # type: ignore[method-assign]
+    train_students(pipeline, FROM_CACHE)
+
+
 @pytest.mark.parametrize("steps", [1, 30, 61, 77])
-def test_a_kill_loses_nothing(five: Make, tmp_path: Path, steps: int) -> None:
+def test_a_kill_loses_nothing(five: Make, tmp_path: Path, steps: int, forks: Any) -> None:
     """At any of their steps: some have a checkpoint of a later step than others."""
     train_students(five("alone", "train.seeds=[0]"), FROM_CACHE)
     pipeline = five("together", "together=true", "train.seeds=[0]", "train.checkpoint_steps=7")
-    child = os.fork()
-    if child == 0:
-        taken = 0
-        really_take = Run.take
-
-        def take(run: Run, *batch: Any) -> None:
-            nonlocal taken
-            really_take(run, *batch)
-            taken += 1
-            if taken == steps:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        Run.take = take  # type: ignore[method-assign]
-        try:
-            train_students(pipeline, FROM_CACHE)
-        finally:
-            os._exit(0)
-    assert -signal.SIGKILL == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    child = forks.Process(target=die_after, args=(steps, pipeline))
+    child.start()
+    child.join()
+    assert -signal.SIGKILL == child.exitcode
     train_students(pipeline, FROM_CACHE)
 
     assert weights(tmp_path / "alone") == weights(tmp_path / "together")

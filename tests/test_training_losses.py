@@ -79,7 +79,7 @@ def distance_to_teacher(bench: Bench, *, trained: bool, folder: Path | None = No
     inputs = torch.stack([job.views[(0, index)][1] for index in places])
     with torch.no_grad():
         student = job.model.eval()(inputs).argmax(dim=1)
-    teacher = job.labels.logits(torch.tensor(places), None).argmax(dim=1)
+    teacher = job.labels.logits(torch.tensor(places), None, torch.zeros(len(places))).argmax(dim=1)
     return float((student != teacher).float().mean())
 
 
@@ -113,9 +113,9 @@ class Counted:
         self.views.append((view, following))
         self.labels.start_view(view, following)
 
-    def logits(self, rows: Tensor, teacher_inputs: Any) -> Tensor:
+    def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
         self.gathers += 1
-        return self.labels.logits(rows, teacher_inputs)
+        return self.labels.logits(rows, teacher_inputs, targets)
 
 
 @pytest.mark.parametrize("labels", ["cache", "live"])

@@ -146,24 +146,19 @@ def build_with(path: Path, logits: Tensor) -> Path:
 
 
 @pytest.mark.parametrize("encoding", [logitcache.TopK(k=2), logitcache.LowRank(rank=3)], ids=repr)
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_builders_of_one_cache_do_not_harm_each_other(tmp_path: Path, encoding: logitcache.TopK) -> None:
+def test_builders_of_one_cache_do_not_harm_each_other(tmp_path: Path, encoding: logitcache.TopK, forks: Any) -> None:
     calibration = labels().flatten(0, 1)
     alone = build(tmp_path / "alone", encoding=encoding, calibration=calibration)
     for attempt in range(4):
         path = tmp_path / f"together-{attempt}"
-        children = []
-        for _ in range(3):
-            child = os.fork()
-            if child == 0:
-                code = 1
-                try:
-                    build(path, encoding=encoding, calibration=calibration)
-                    code = 0
-                finally:
-                    os._exit(code)
-            children.append(child)
-        assert [0, 0, 0] == [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        # Not forks of this process: torch's threads, which ran here, can't be started again in them.
+        settings = {"encoding": encoding, "calibration": calibration.numpy()}
+        children = [forks.Process(target=build, args=(path,), kwargs=settings) for _ in range(3)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        assert [0, 0, 0] == [child.exitcode for child in children]
         assert alone.digest == logitcache.open(path).digest
         assert [] == verify(str(path), deep=True)
 
