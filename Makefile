@@ -30,6 +30,8 @@ format: $(VENV)/installed
 bench: $(VENV)/installed  ## Measure on this machine, into benchmarks/results/
 	$(BIN)/python benchmarks/stage1.py --write
 	$(BIN)/python benchmarks/stage2.py --write
+	$(BIN)/python benchmarks/share.py --write
+	$(BIN)/python benchmarks/together.py --write
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
