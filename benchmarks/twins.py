@@ -1,9 +1,9 @@
 """The small twins of the systems S0 to S5: each pipeline of pipelines/twins/, run to its table.
 
 Students beside the same net on true labels, over several seeds. Settings are those of the systems, or were written
-down before the first run, but for S3 and S4: their first nets (1 442 weights and fewer, ten epochs) were still at 30 to 50 %
-on the validation split, so they were made larger. Runs that are finished are not repeated. With --write the tables go to
-pipelines/README.md and to benchmarks/results/.
+down before the first run, but for S3 and S4: their first nets (1 442 weights and fewer, ten epochs) were still at 30
+to 50 % on the validation split, so they were made larger. Runs that are finished are not repeated. With --write the
+tables go to pipelines/README.md and to benchmarks/results/.
 
     python benchmarks/twins.py --write
     python benchmarks/twins.py s1 s5
