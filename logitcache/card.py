@@ -71,14 +71,13 @@ def card_from(value: Card | Mapping[str, Any]) -> Card:
         ) from None
 
 
-def write_card(cache: LogitCache, *, keep: bool = False) -> None:
-    """Write the card of a sealed cache; `keep` leaves one that is there as it is.
+def write_card(cache: LogitCache) -> None:
+    """Write the card of a sealed cache.
 
     Raises:
         CorruptCache: the labels that the teacher's accuracy is taken over are damaged.
     """
-    if not keep or cache.storage.size(CARD) is None:
-        cache.storage.put(CARD, render_card(cache).encode())
+    cache.storage.put(CARD, render_card(cache).encode())
 
 
 def render_card(cache: LogitCache) -> str:

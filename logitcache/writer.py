@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from logitcache.arrays import ArraySpec
-from logitcache.card import write_card
+from logitcache.card import CARD, write_card
 from logitcache.committed import collect_receipts
 from logitcache.digest import array_digest, canonical_json, sha256_hex
 from logitcache.encodings import Encoding
@@ -171,7 +171,9 @@ class CacheWriter:
         """
         self.flush()
         if self.manifest.state == "sealed":
-            write_card(self._written(), keep=True)
+            if self.storage.size(CARD) is None:
+                self.storage.remove_leftovers()  # of a writer that was killed as it wrote the card
+                write_card(self._written())
             return self.manifest
         missing = self.missing_blocks()
         if missing:

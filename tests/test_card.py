@@ -23,6 +23,7 @@ from logitcache.card import first_class_accuracy
 from logitcache.errors import UsageError
 from logitcache.pipeline import Pipeline
 from logitcache.samples import SampleTable
+from logitcache.storage.local import _HOST
 from tests.conftest import PICTURES
 
 Make = Callable[..., Pipeline]
@@ -261,3 +262,17 @@ def test_a_pipeline_says_it_under_cache_card(tiny: Make) -> None:
     assert "digits" in front["tags"]
     with pytest.raises(UsageError, match="unknown key 'cache.card.licence'; did you mean 'license'"):
         tiny("cache.card.licence=mit")
+
+
+def test_a_writer_that_was_killed_as_it_wrote_the_card_leaves_nothing_behind(tmp_path: Path) -> None:
+    build(tmp_path / "a")
+    card = (tmp_path / "a/README.md").read_bytes()
+    (tmp_path / "a/README.md").unlink()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    partial = tmp_path / f"a/.README.md.{_HOST}.{dead.pid}.0.partial"
+    partial.write_bytes(card[:100])
+    build(tmp_path / "a")
+
+    assert card == (tmp_path / "a/README.md").read_bytes()
+    assert not partial.exists()
