@@ -262,7 +262,7 @@ def losses_section(pipeline: Pipeline, student_name: str | None, device: torch.d
 
     def step(loss: Loss) -> None:
         rows, inputs, targets = next(following)
-        teacher_BC = labels.logits(rows, None) if loss.needs_teacher else None
+        teacher_BC = labels.logits(rows, None, targets) if loss.needs_teacher else None
         with autocast(device, config.precision):
             student_BC = model(inputs)
         optimizer.zero_grad(set_to_none=True)
