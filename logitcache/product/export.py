@@ -46,7 +46,7 @@ from logitcache.product.source import DEFAULT_FOLDER, Source, Weights, cache_of,
 from logitcache.progress import track
 from logitcache.randomness import keyed_permutation
 from logitcache.resolve import clean_views, input_part, resolve_data, resolve_model, resolve_plan
-from logitcache.storage.local import is_alive
+from logitcache.storage.local import fsync_path, is_alive
 
 # B batch
 
@@ -353,7 +353,7 @@ def _fresh_folder(folder: Path) -> Path:
 def _put_in_place(partial: Path, folder: Path, *, replace: bool) -> None:
     """Make the whole folder durable, and then visible under its name."""
     for path in (*partial.iterdir(), partial):
-        _sync(path)
+        fsync_path(path)
     before = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.before")
     if replace:
         folder.rename(before)
@@ -364,12 +364,4 @@ def _put_in_place(partial: Path, folder: Path, *, replace: bool) -> None:
             before.rename(folder)
         raise StorageError(f"can't put the export at {folder}: {error.strerror}; it is left as it was") from error
     shutil.rmtree(before, ignore_errors=True)
-    _sync(folder.absolute().parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync_path(folder.absolute().parent)

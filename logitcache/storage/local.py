@@ -52,7 +52,7 @@ class LocalStorage:
         try:
             partial.replace(path)
             if durable:
-                _fsync(path.parent)
+                fsync_path(path.parent)
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise _storage_error("write", path, error) from error
@@ -61,8 +61,8 @@ class LocalStorage:
         paths = [self._path(key) for key in keys]
         try:
             with ThreadPoolExecutor(self.concurrency) as threads:
-                list(threads.map(_fsync, paths))
-                list(threads.map(_fsync, {path.parent for path in paths}))
+                list(threads.map(fsync_path, paths))
+                list(threads.map(fsync_path, {path.parent for path in paths}))
         except OSError as error:
             raise _storage_error("write", Path(error.filename or self.root), error) from error
 
@@ -74,14 +74,14 @@ class LocalStorage:
         try:
             # Unlike a rename, a link fails where somebody else was first.
             os.link(partial, path)
-            _fsync(path.parent)
+            fsync_path(path.parent)
         except FileExistsError:
             return False
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise _storage_error("write", path, error) from error
             partial.replace(path)
-            _fsync(path.parent)
+            fsync_path(path.parent)
         finally:
             partial.unlink(missing_ok=True)
         return True
@@ -163,7 +163,7 @@ class LocalStorage:
             return
         self._make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        _fsync(folder.parent)
+        fsync_path(folder.parent)
 
 
 def is_alive(pid: int) -> bool:
@@ -177,7 +177,8 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def _fsync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
+    """Until a file, or a folder with its names, survives a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
