@@ -27,9 +27,9 @@ from peer_formats import PEERS, PeerFormat
 from torch import Tensor
 
 import logitcache
+from logitcache.cache.fidelity import encode_all, fidelity_kl
+from logitcache.cache.labelview import ResidentView
 from logitcache.encodings import Dense, Encoding, LowRank, Sampled, TopK
-from logitcache.fidelity import encode_all, fidelity_kl
-from logitcache.labelview import ResidentView
 
 # B batch, C classes
 

@@ -1,6 +1,6 @@
 """Sharing against its bounds, over nginx on the loopback interface.
 
-Pull: `logitcache.transfer.pull` against plain obstore gets of the same objects with the same concurrency, by turns:
+Pull: `logitcache.sharing.transfer.pull` against plain obstore gets of the same objects, as many at once, by turns:
 into memory, and into files without fsync. From two S3 servers, a fast one and a slow one; from nginx, whose connections
 are slowed down to a link of so many gigabits a second; and from nginx at the full speed of the loopback interface,
 where it costs less to send a byte than to hash it. Plain gets / pull is to be at least 0.9.
@@ -41,19 +41,19 @@ from obstore.store import from_url
 
 import logitcache
 from logitcache.arrays import ArraySpec
+from logitcache.cache.layout import FIXED, all_blocks, block_rows
+from logitcache.cache.manifest import MANIFEST, RECEIPTS, Receipt, StoredObject, content_digest, contents, dump_manifest
 from logitcache.cache_teacher import cache_teacher
+from logitcache.data.loading import rendered_batches
 from logitcache.digest import canonical_json, sha256_hex
-from logitcache.layout import FIXED, all_blocks, block_rows
-from logitcache.loading import rendered_batches
-from logitcache.manifest import MANIFEST, RECEIPTS, Receipt, StoredObject, content_digest, contents, dump_manifest
 from logitcache.pipeline import load_pipeline
 from logitcache.progress import silence, track
-from logitcache.runs import RunFolder
+from logitcache.sharing.transfer import pull, push
 from logitcache.storage.remote import CONCURRENCY
-from logitcache.train import Run as TrainingRun
-from logitcache.train import train_epoch
 from logitcache.train_student import Bench
-from logitcache.transfer import pull, push
+from logitcache.training.loop import Run as TrainingRun
+from logitcache.training.loop import train_epoch
+from logitcache.training.runs import RunFolder
 from tests import servers
 
 PIPELINE = Path(__file__).parent.parent / "pipelines" / "mnist5k.yaml"

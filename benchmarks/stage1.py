@@ -33,15 +33,15 @@ import torch
 from measuring import compare, conditions, table, write_result
 from torch import Tensor, nn
 
+from logitcache.cache.layout import all_blocks
+from logitcache.cache.manifest import Layout
 from logitcache.cache_teacher import cache_teacher, teacher_batches
+from logitcache.data.loading import rendered_batches
+from logitcache.data.views import ViewDataset
 from logitcache.devices import autocast, pick_device, to_device
-from logitcache.layout import all_blocks
-from logitcache.loading import rendered_batches
-from logitcache.manifest import Layout
 from logitcache.pipeline import Pipeline, load_pipeline, parse_pipeline
 from logitcache.progress import silence
 from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
-from logitcache.views import ViewDataset
 
 PIPELINE = Path(__file__).parent.parent / "pipelines" / "mnist5k.yaml"
 MAX_RATIO = 1.05

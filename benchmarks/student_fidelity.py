@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 import logitcache
+from logitcache.cache.fidelity import fidelity_kl
 from logitcache.catalog.nets import CNN
+from logitcache.data.loading import rendered_batches
+from logitcache.data.views import BothInputs, ViewDataset
 from logitcache.encodings import Dense, Encoding, LowRank, Sampled, TopK
-from logitcache.fidelity import fidelity_kl
-from logitcache.loading import rendered_batches
 from logitcache.losses import kl_divergence
-from logitcache.views import BothInputs, ViewDataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from pipelines.foolbox20 import efficientnet_lite0

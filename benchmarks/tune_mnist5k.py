@@ -13,8 +13,8 @@ from pathlib import Path
 
 from logitcache.cache_teacher import cache_teacher
 from logitcache.demo import ALL, MATCHED, TENTH, embedded_pipeline
-from logitcache.train import train
 from logitcache.train_student import Bench, summarise, train_teacher
+from logitcache.training.loop import train
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ from logitcache.pipeline import load_pipeline
 from logitcache.progress import silence
 from logitcache.resolve import teacher_folder
 from logitcache.run import run_pipeline
-from logitcache.runs import RESULT
 from logitcache.train_student import Row
+from logitcache.training.runs import RESULT
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 BEGIN, END = "<!-- made by benchmarks/twins.py -->", "<!-- end -->"

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from logitcache import losses as losses
-    from logitcache.creation import create as create
+    from logitcache.cache.creation import create as create
+    from logitcache.cache.fidelity import Calibration as Calibration
+    from logitcache.cache.reader import LogitCache as LogitCache
+    from logitcache.cache.reader import open_cache as open
+    from logitcache.cache.writer import CacheWriter as CacheWriter
+    from logitcache.data.samples import sample_table as sample_table
+    from logitcache.data.views import Mixing as Mixing
+    from logitcache.data.views import ViewDataset as ViewDataset
+    from logitcache.data.views import ViewPlan as ViewPlan
     from logitcache.encodings import Auto as Auto
     from logitcache.encodings import Dense as Dense
     from logitcache.encodings import LowRank as LowRank
     from logitcache.encodings import Sampled as Sampled
     from logitcache.encodings import TopK as TopK
-    from logitcache.fidelity import Calibration as Calibration
-    from logitcache.reader import LogitCache as LogitCache
-    from logitcache.reader import open_cache as open
-    from logitcache.samples import sample_table as sample_table
-    from logitcache.views import Mixing as Mixing
-    from logitcache.views import ViewDataset as ViewDataset
-    from logitcache.views import ViewPlan as ViewPlan
-    from logitcache.writer import CacheWriter as CacheWriter
 
 __all__ = [
     "Auto",
@@ -43,20 +43,20 @@ __all__ = [
 
 _HOMES = {
     "Auto": "encodings:Auto",
-    "CacheWriter": "writer:CacheWriter",
-    "Calibration": "fidelity:Calibration",
+    "CacheWriter": "cache.writer:CacheWriter",
+    "Calibration": "cache.fidelity:Calibration",
     "Dense": "encodings:Dense",
-    "LogitCache": "reader:LogitCache",
+    "LogitCache": "cache.reader:LogitCache",
     "LowRank": "encodings:LowRank",
-    "Mixing": "views:Mixing",
+    "Mixing": "data.views:Mixing",
     "Sampled": "encodings:Sampled",
     "TopK": "encodings:TopK",
-    "ViewDataset": "views:ViewDataset",
-    "ViewPlan": "views:ViewPlan",
-    "create": "creation:create",
+    "ViewDataset": "data.views:ViewDataset",
+    "ViewPlan": "data.views:ViewPlan",
+    "create": "cache.creation:create",
     "losses": "losses",
-    "open": "reader:open_cache",
-    "sample_table": "samples:sample_table",
+    "open": "cache.reader:open_cache",
+    "sample_table": "data.samples:sample_table",
 }
 
 

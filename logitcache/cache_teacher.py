@@ -12,19 +12,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from logitcache.creation import create
+from logitcache.cache.creation import create
+from logitcache.cache.layout import Block, all_blocks, block_rows
+from logitcache.cache.manifest import Layout, Manifest
+from logitcache.cache.reader import open_cache
+from logitcache.cache.writer import CacheWriter
+from logitcache.data.samples import Dataset, SampleTable, compare_samples, content_table, sample_table
+from logitcache.data.views import ViewDataset
 from logitcache.devices import pick_device
 from logitcache.errors import IdentityMismatch, NotACache
 from logitcache.inference import calibrate, teacher_outputs
-from logitcache.layout import Block, all_blocks, block_rows
-from logitcache.manifest import Layout, Manifest
 from logitcache.pipeline import Pipeline
 from logitcache.progress import track
-from logitcache.reader import open_cache
 from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
-from logitcache.samples import Dataset, SampleTable, compare_samples, content_table, sample_table
-from logitcache.views import ViewDataset
-from logitcache.writer import CacheWriter
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.cache_teacher import cache_teacher
+from logitcache.data.views import ViewPlan
 from logitcache.pipeline import Pipeline, load_pipeline
-from logitcache.reader import LogitCache, open_cache
 from logitcache.report import check_installed, write_report
-from logitcache.train import train
 from logitcache.train_student import Bench, Row, summarise, train_teacher
-from logitcache.views import ViewPlan
+from logitcache.training.loop import train
 
 # B batch, C classes
 

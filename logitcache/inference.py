@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from logitcache.cache.fidelity import Calibration
+from logitcache.data.loading import rendered_batches
+from logitcache.data.views import ViewDataset
 from logitcache.devices import autocast, to_device
-from logitcache.fidelity import Calibration
-from logitcache.loading import rendered_batches
 from logitcache.pipeline import Pipeline
 from logitcache.progress import track
 from logitcache.randomness import keyed_permutation
 from logitcache.resolve import place_teacher
-from logitcache.views import ViewDataset
 
 # C classes, M calibration rows
 

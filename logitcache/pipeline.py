@@ -10,15 +10,15 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from logitcache.card import Card
+from logitcache.cache.card import Card
+from logitcache.data.transforms import normalise_spec
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import LogitCacheError, UsageError
-from logitcache.initialisation import init_from_config
 from logitcache.losses import Loss, loss_from_config
 from logitcache.overrides import override
-from logitcache.transforms import normalise_spec
-from logitcache.weighting import weights_config, weights_from_config
+from logitcache.students.initialisation import init_from_config
+from logitcache.students.weighting import weights_config, weights_from_config
 
 
 class _Section(BaseModel):

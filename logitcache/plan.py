@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
+from logitcache.cache.fidelity import Calibration, Fidelity, candidates, choose, compare
+from logitcache.data.views import ViewDataset
 from logitcache.devices import pick_device
 from logitcache.encodings import Auto
 from logitcache.errors import InvalidLogits, UsageError
-from logitcache.fidelity import Calibration, Fidelity, candidates, choose, compare
 from logitcache.inference import calibrate
 from logitcache.pipeline import Pipeline
 from logitcache.progress import track
 from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
-from logitcache.views import ViewDataset
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from torch import nn
 
 from logitcache.catalog.datasets import Data, load_data
 from logitcache.catalog.models import build_model, check_output, model_fingerprint
+from logitcache.data.samples import Dataset
+from logitcache.data.transforms import build_transform
+from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import UsageError
 from logitcache.pipeline import ModelConfig, Pipeline, TeacherConfig
 from logitcache.randomness import preserved_generators, seed_generators
-from logitcache.samples import Dataset
-from logitcache.transforms import build_transform
-from logitcache.views import Mixing, ViewDataset, ViewPlan
 
 TRAINED = "trained"
 """`teacher.weights` of a teacher that `train-teacher` makes."""

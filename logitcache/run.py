@@ -6,14 +6,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from logitcache.cache.reader import open_cache
 from logitcache.cache_teacher import cache_teacher
 from logitcache.errors import NotACache, UsageError
 from logitcache.pipeline import Pipeline
-from logitcache.ranks import launched
-from logitcache.reader import open_cache
 from logitcache.resolve import TRAINED, resolve_data, resolve_plan, teacher_folder
-from logitcache.runs import RESULT
 from logitcache.train_student import Row, train_students, train_teacher
+from logitcache.training.ranks import launched
+from logitcache.training.runs import RESULT
 
 
 @dataclass(frozen=True)

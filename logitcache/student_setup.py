@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from logitcache.cache.reader import LogitCache
 from logitcache.catalog.datasets import Data
+from logitcache.data.loading import collate
+from logitcache.data.order import batches, run_seed
+from logitcache.data.samples import sample_table
+from logitcache.data.views import ViewDataset
 from logitcache.devices import to_device
-from logitcache.initialisation import IMPORTANCE, InitReport, init_from_config, initialise, taylor_importance
-from logitcache.loading import collate
-from logitcache.order import batches, run_seed
 from logitcache.pipeline import Pipeline, StudentConfig
 from logitcache.randomness import keyed_permutation
-from logitcache.reader import LogitCache
 from logitcache.resolve import clean_views
-from logitcache.samples import sample_table
-from logitcache.views import ViewDataset
-from logitcache.weighting import (
+from logitcache.students.initialisation import IMPORTANCE, InitReport, init_from_config, initialise, taylor_importance
+from logitcache.students.weighting import (
     CLASS_BALANCED,
     NONE,
     class_balanced_weights,

@@ -12,20 +12,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from logitcache.averaging import combination
+from logitcache.cache.reader import LogitCache
 from logitcache.catalog.datasets import Data, Selection, stratified_split
+from logitcache.data.order import run_seed
+from logitcache.data.samples import Dataset, sample_table
+from logitcache.data.views import BothInputs, ViewDataset, ViewPlan
 from logitcache.devices import pick_device
 from logitcache.digest import array_digest, json_digest
 from logitcache.errors import UsageError
-from logitcache.evaluation import Evaluation
-from logitcache.fit import open_fitting_cache, open_fitting_caches
-from logitcache.job import Job
-from logitcache.labels import CachedLabels, EnsembleLabels, Labels, LiveLabels
 from logitcache.losses import TrueLabel
-from logitcache.order import run_seed
+from logitcache.merging.averaging import combination
 from logitcache.pipeline import ModelConfig, Pipeline, StudentConfig, TeachersConfig
-from logitcache.ranks import Ranks, joined
-from logitcache.reader import LogitCache
 from logitcache.resolve import (
     TRAINED,
     clean_views,
@@ -36,7 +33,6 @@ from logitcache.resolve import (
     resolve_teacher,
     teacher_folder,
 )
-from logitcache.samples import Dataset, sample_table
 from logitcache.student_setup import (
     INIT_JSON,
     INIT_TABLE,
@@ -46,11 +42,15 @@ from logitcache.student_setup import (
     student_identity,
     weights_of_samples,
 )
-from logitcache.together import groups, train_together
-from logitcache.tracking import Tracker, load_tracker
-from logitcache.train import train
-from logitcache.views import BothInputs, ViewDataset, ViewPlan
-from logitcache.weighting import weights_from_config
+from logitcache.students.weighting import weights_from_config
+from logitcache.training.evaluation import Evaluation
+from logitcache.training.job import Job
+from logitcache.training.labels import CachedLabels, EnsembleLabels, Labels, LiveLabels
+from logitcache.training.loop import train
+from logitcache.training.ranks import Ranks, joined
+from logitcache.training.together import groups, train_together
+from logitcache.training.tracking import Tracker, load_tracker
+from logitcache.trust.fit import open_fitting_cache, open_fitting_caches
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ import pytest
 import torch
 
 import logitcache
-from logitcache.audit import verify
 from logitcache.progress import silence
+from logitcache.sharing.transfer import pull
 from logitcache.storage.blockdir import BlockDirectory, shared_block_directory
-from logitcache.transfer import pull
+from logitcache.trust.audit import verify
 from tests import servers
 
 CACHES, VIEWS, SAMPLES, CLASSES = 3, 4, 600, 16

@@ -13,7 +13,8 @@ import zarr
 from torch import Tensor
 
 import logitcache
-from logitcache.audit import verify
+from logitcache.cache.layout import encode_block
+from logitcache.data.samples import SampleTable, content_table, sample_table
 from logitcache.digest import sha256_hex
 from logitcache.errors import (
     CorruptCache,
@@ -25,8 +26,7 @@ from logitcache.errors import (
     UnsupportedFormat,
     UsageError,
 )
-from logitcache.layout import encode_block
-from logitcache.samples import SampleTable, content_table, sample_table
+from logitcache.trust.audit import verify
 from tests.models import Pictures
 
 VIEWS, SAMPLES, CLASSES = 2, 100, 30
@@ -316,7 +316,7 @@ def test_a_newer_format_is_named_and_not_touched(tmp_path: Path) -> None:
     raw = json.loads(manifest.read_text())
     raw["identity"]["format_version"] = 2
     raw["a new field"] = True
-    manifest.write_text(json.dumps(raw))
+    manifest.write_text(json.dumps(raw) + "\n")
     with pytest.raises(UnsupportedFormat, match="format version 2; this logitcache reads up to 1: upgrade"):
         logitcache.open(tmp_path / "a")
     with pytest.raises(UnsupportedFormat):

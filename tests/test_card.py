@@ -17,13 +17,13 @@ from huggingface_hub import DatasetCard
 from markdown_it import MarkdownIt
 
 import logitcache
-from logitcache.audit import verify
+from logitcache.cache.card import first_class_accuracy
 from logitcache.cache_teacher import cache_teacher
-from logitcache.card import first_class_accuracy
+from logitcache.data.samples import SampleTable
 from logitcache.errors import UsageError
 from logitcache.pipeline import Pipeline
-from logitcache.samples import SampleTable
 from logitcache.storage.local import _HOST
+from logitcache.trust.audit import verify
 from tests.conftest import PICTURES
 
 Make = Callable[..., Pipeline]
@@ -146,7 +146,7 @@ def test_where_every_row_is_mixed_no_accuracy_is_stated(tmp_path: Path) -> None:
 
 def test_the_accuracy_looks_at_a_bounded_number_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = build(tmp_path / "a", dataset=None, samples=table(logits().argmax(dim=1).numpy()))
-    monkeypatch.setattr("logitcache.card.ACCURACY_LOGITS", 20 * CLASSES)
+    monkeypatch.setattr("logitcache.cache.card.ACCURACY_LOGITS", 20 * CLASSES)
     cache = logitcache.open(path)
     read: list[int] = []
     whole = type(cache).read_blocks

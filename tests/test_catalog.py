@@ -14,8 +14,8 @@ from PIL import Image
 from logitcache.catalog import datasets
 from logitcache.catalog.datasets import load_data
 from logitcache.catalog.models import build_model, check_output, load_weights, model_fingerprint, save_weights
+from logitcache.data.samples import sample_table
 from logitcache.errors import DatasetUnavailable, ShapeError, UntrustedCode, UsageError
-from logitcache.samples import sample_table
 
 
 def idx(array: np.ndarray) -> bytes:

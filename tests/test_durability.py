@@ -19,9 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 import logitcache
-from logitcache.audit import verify
 from logitcache.errors import LogitCacheError
-from logitcache.repair import repair
+from logitcache.trust.audit import verify
+from logitcache.trust.repair import repair
 from tests.test_trust import SAMPLES, build, labels, read_all
 
 

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from logitcache.cache.fidelity import fidelity_kl
 from logitcache.encodings import Dense, Encoding, LowRank, Sampled, TopK, encoding_from_config
 from logitcache.encodings.basis import principal_components
 from logitcache.encodings.packing import LARGEST, MixedRadix
 from logitcache.errors import UsageError
-from logitcache.fidelity import fidelity_kl
 from logitcache.losses import kl_divergence
 
 

@@ -12,9 +12,9 @@ import torch
 import logitcache
 from logitcache.cache_teacher import cache_teacher
 from logitcache.errors import IdentityMismatch, IncompleteCache, UsageError
-from logitcache.fit import all_differences
 from logitcache.pipeline import Pipeline
 from logitcache.train_student import Bench, train_students
+from logitcache.trust.fit import all_differences
 from tests.conftest import PICTURES
 
 Make = Callable[..., Pipeline]
@@ -63,7 +63,7 @@ def test_what_differs_is_named_before_the_first_step(
     cache_teacher(tiny(*PICTURES))
     other = tiny(*PICTURES, *change)
     if "repaint" not in change[0]:  # a changed content is noticed when that image is first loaded
-        monkeypatch.setattr("logitcache.train.Run.take", never)
+        monkeypatch.setattr("logitcache.training.loop.Run.take", never)
 
     with pytest.raises(IdentityMismatch, match=message):
         train_students(other, ["small"])
@@ -74,9 +74,10 @@ def test_another_library_that_renders_otherwise_is_noticed_by_its_pixels(
 ) -> None:
     """Data, transform and seed agree; only the proof digests can tell."""
     cache_teacher(tiny(*PICTURES))
-    monkeypatch.setattr("logitcache.train.Run.take", never)
+    monkeypatch.setattr("logitcache.training.loop.Run.take", never)
     monkeypatch.setattr(
-        "logitcache.views.to_float_image", lambda image: torch.from_numpy(np.asarray(image)[None] / np.float32(256))
+        "logitcache.data.views.to_float_image",
+        lambda image: torch.from_numpy(np.asarray(image)[None] / np.float32(256)),
     )
 
     with pytest.raises(
@@ -99,9 +100,9 @@ def test_another_order_is_mapped_by_key_and_trains(tiny: Make) -> None:
 def test_a_subset_that_is_meant_is_mapped_by_key_and_trains(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     cache_teacher(tiny(*PICTURES))
     seen: list[int] = []
-    original = logitcache.reader.ResidentView.logits
+    original = logitcache.cache.reader.ResidentView.logits
     monkeypatch.setattr(
-        "logitcache.labelview.ResidentView.logits",
+        "logitcache.cache.labelview.ResidentView.logits",
         lambda self, index: (seen.extend(index.tolist()), original(self, index))[1],
     )
     train_students(tiny(*PICTURES, "data.args={order: [31, 4, 15, 9, 26]}", "data.subset=true"), ["small"])

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from logitcache.cache_teacher import cache_teacher
 from logitcache.catalog.nets import CNN, MLP, CIFARResNet
 from logitcache.errors import UsageError
-from logitcache.initialisation import Init, init_from_config, initialise, taylor_importance
 from logitcache.pipeline import Pipeline
+from logitcache.students.initialisation import Init, init_from_config, initialise, taylor_importance
 from logitcache.train_student import Bench, train_students, train_teacher
 from tests.test_stages import log, run_for, same, weights
 

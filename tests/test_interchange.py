@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import logitcache
-from logitcache.committed import read_fixed
-from logitcache.layout import FIXED, blocks_per_view
-from logitcache.samples import SampleTable
+from logitcache.cache.committed import read_fixed
+from logitcache.cache.layout import FIXED, blocks_per_view
+from logitcache.data.samples import SampleTable
 
 VIEWS, SAMPLES, CLASSES = 2, 70, 20
 ENCODINGS = [

@@ -21,9 +21,9 @@ import pytest
 import torch
 
 import logitcache
-from logitcache.audit import verify
 from logitcache.progress import silence
-from logitcache.repair import repair
+from logitcache.trust.audit import verify
+from logitcache.trust.repair import repair
 
 VIEWS, SAMPLES, CLASSES = 3, 96, 20
 

@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 import logitcache
-from logitcache.audit import verify
 from logitcache.cache_teacher import cache_teacher
+from logitcache.data.views import ViewDataset
 from logitcache.digest import json_digest
 from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, InvalidLogits, UsageError
-from logitcache.fit import all_differences
-from logitcache.merge import calibration_sample, mean_of_logits, mean_of_probabilities, merge
+from logitcache.merging.merge import calibration_sample, mean_of_logits, mean_of_probabilities, merge
 from logitcache.pipeline import Pipeline
-from logitcache.repair import repair
 from logitcache.resolve import resolve_data
-from logitcache.spot_check import spot_check
 from logitcache.train_student import train_students
-from logitcache.views import ViewDataset
+from logitcache.trust.audit import verify
+from logitcache.trust.fit import all_differences
+from logitcache.trust.repair import repair
+from logitcache.trust.spot_check import spot_check
 from tests.conftest import PICTURES
 from tests.test_cli import logitcache as run
 from tests.test_fit import never
@@ -202,8 +202,8 @@ def test_the_default_encoding_is_the_first_ones_fitted_again(tmp_path: Path) -> 
 
 
 def test_calibration_reads_a_bounded_number_of_blocks(three: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logitcache.merge.CALIBRATION_ROWS", 30)
-    monkeypatch.setattr("logitcache.merge.CALIBRATION_BLOCKS", 5)
+    monkeypatch.setattr("logitcache.merging.merge.CALIBRATION_ROWS", 30)
+    monkeypatch.setattr("logitcache.merging.merge.CALIBRATION_BLOCKS", 5)
     asked: list[tuple[int, np.ndarray]] = []
 
     class Recorded:
@@ -403,7 +403,7 @@ def test_a_pipeline_of_another_teacher_or_other_views_is_refused(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merged = two_teachers(tiny, tmp_path)[2]
-    monkeypatch.setattr("logitcache.train.Run.take", never)
+    monkeypatch.setattr("logitcache.training.loop.Run.take", never)
     common = [*PICTURES, "views.mixup=0.3", "views.mix_probability=0.5", f"cache.path={merged}"]
 
     with pytest.raises(IdentityMismatch, match=r"it is the mean of mlp@\w+, mlp@\w+: `teacher` must be one of these"):
@@ -451,7 +451,7 @@ def test_a_provenance_that_names_other_parts_is_refused(tiny: Make, tmp_path: Pa
     raw["provenance"]["merged"]["parts"][0]["teacher"] = "mlp@0000"
     del raw["checksum"]
     raw["checksum"] = json_digest(raw)
-    manifest.write_text(json.dumps(raw))
+    manifest.write_text(json.dumps(raw) + "\n")
 
     with pytest.raises(CorruptCache, match="not the ones that its teacher's name was made from"):
         train_students(at(one, merged, tmp_path), ["small"])

@@ -13,13 +13,13 @@ import torch
 
 import logitcache
 from logitcache import opinions as opinions_module
+from logitcache.cache.ground_truth import MixingOfCache
+from logitcache.cache.opinions import OpinionsOfCache
 from logitcache.catalog.datasets import load_data
 from logitcache.cli import main
+from logitcache.data.samples import SampleTable, sample_table
 from logitcache.errors import UsageError
-from logitcache.ground_truth import MixingOfCache
-from logitcache.noise import LabelNoise, calibrated, confident_joint, confident_thresholds, find_suspects
-from logitcache.opinions import OpinionsOfCache
-from logitcache.samples import SampleTable, sample_table
+from logitcache.students.noise import LabelNoise, calibrated, confident_joint, confident_thresholds, find_suspects
 
 
 def cached(

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from logitcache.cache.fidelity import Calibration, Fidelity, candidates, choose, measure
+from logitcache.cache.layout import encode_block
+from logitcache.cache.reader import open_cache
 from logitcache.cache_teacher import cache_teacher
 from logitcache.encodings import Dense, LowRank, Sampled, TopK
 from logitcache.errors import InvalidLogits, LogitCacheError, UsageError
-from logitcache.fidelity import Calibration, Fidelity, candidates, choose, measure
-from logitcache.layout import encode_block
 from logitcache.pipeline import Pipeline
 from logitcache.plan import pareto_front, plan_logits, plan_pipeline, plot, read_logits
-from logitcache.reader import open_cache
 
 
 def logits(rows: int = 400, classes: int = 60) -> np.ndarray:

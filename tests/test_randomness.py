@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from logitcache.order import batches, epoch_order
+from logitcache.data.order import batches, epoch_order
 from logitcache.randomness import counter_seed, keyed_permutation, preserved_generators, seed_generators
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from logitcache.audit import verify
 from logitcache.cache_teacher import cache_teacher
 from logitcache.errors import CorruptCache, IdentityMismatch, UsageError
 from logitcache.pipeline import Pipeline
-from logitcache.repair import repair
-from logitcache.spot_check import spot_check
+from logitcache.trust.audit import verify
+from logitcache.trust.repair import repair
+from logitcache.trust.spot_check import spot_check
 
 
 def chunks(path: str) -> list[Path]:
@@ -50,7 +50,7 @@ def test_an_interrupted_repair_goes_on_as_a_build(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("logitcache.repair.cache_teacher", interrupted)
+        patched.setattr("logitcache.trust.repair.cache_teacher", interrupted)
         repair(pipeline.cache.path, pipeline=pipeline)
     assert 2 == len(cache_teacher(pipeline).computed_blocks)
     assert digest == repair(pipeline.cache.path).digest
@@ -124,8 +124,8 @@ def test_labels_that_are_not_the_teachers_are_named(tiny: Callable[..., Pipeline
     """A consistent cache with other labels: written by hand under the identity of this teacher."""
     import torch
 
-    from logitcache.creation import create
-    from logitcache.reader import open_cache
+    from logitcache.cache.creation import create
+    from logitcache.cache.reader import open_cache
 
     pipeline = tiny()
     cache_teacher(pipeline)

@@ -20,19 +20,19 @@ import yaml
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 
 import logitcache
+from logitcache.cache.reader import open_cache
 from logitcache.cache_teacher import cache_teacher
+from logitcache.data.samples import SampleTable
+from logitcache.data.views import Mixing, ViewPlan
 from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, InvalidLogits, UsageError
 from logitcache.pipeline import Pipeline
-from logitcache.reader import open_cache
 from logitcache.report import measures, teacher, write_report
 from logitcache.report.page import json_for_script
 from logitcache.report.samples import data_uri, disagreement
 from logitcache.report.students import find_runs
 from logitcache.report.words import ClassNames, decimal, name_of, size
-from logitcache.samples import SampleTable
-from logitcache.train import train
 from logitcache.train_student import train_students, train_teacher
-from logitcache.views import Mixing, ViewPlan
+from logitcache.training.loop import train
 from tests.conftest import PICTURES
 from tests.test_cli import logitcache as command
 from tests.test_cli import refused

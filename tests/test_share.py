@@ -21,7 +21,9 @@ from torch import Tensor
 
 import logitcache
 from logitcache import objects
-from logitcache.audit import verify
+from logitcache.cache.layout import Block, group_metadata
+from logitcache.cache.objects import entry_name
+from logitcache.cache.summary import find_caches, summarise
 from logitcache.cache_teacher import cache_teacher
 from logitcache.errors import (
     CorruptCache,
@@ -32,15 +34,13 @@ from logitcache.errors import (
     StorageError,
     UsageError,
 )
-from logitcache.layout import Block, group_metadata
-from logitcache.objects import entry_name
 from logitcache.pipeline import Pipeline
-from logitcache.spot_check import spot_check
+from logitcache.sharing.transfer import UNDER_WAY, pull, push
 from logitcache.storage import LocalStorage, open_storage, remote
 from logitcache.storage.remote import RemoteStorage
-from logitcache.summary import find_caches, summarise
 from logitcache.train_student import train_students
-from logitcache.transfer import UNDER_WAY, pull, push
+from logitcache.trust.audit import verify
+from logitcache.trust.spot_check import spot_check
 from tests import servers
 from tests.test_cli import logitcache as run_command
 

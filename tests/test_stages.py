@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 import logitcache
-from logitcache.audit import verify
+from logitcache.cache.layout import all_blocks
 from logitcache.cache_teacher import cache_teacher, teacher_batches
+from logitcache.data.loading import collate
+from logitcache.data.views import ViewDataset
 from logitcache.errors import IncompleteCache, UsageError
-from logitcache.layout import all_blocks
-from logitcache.loading import collate
 from logitcache.pipeline import Pipeline
 from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
 from logitcache.run import plan_run, run_pipeline
-from logitcache.train import train
 from logitcache.train_student import Bench, train_students, train_teacher
-from logitcache.views import ViewDataset
+from logitcache.training.loop import train
+from logitcache.trust.audit import verify
 
 Make = Callable[..., Pipeline]
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import logitcache
-from logitcache.averaging import best_by_label, combination
 from logitcache.cache_teacher import cache_teacher
 from logitcache.errors import IdentityMismatch, IncompleteCache, LogitCacheError, UsageError
-from logitcache.labels import EnsembleLabels
-from logitcache.merge import merge
+from logitcache.merging.averaging import best_by_label, combination
+from logitcache.merging.merge import merge
 from logitcache.pipeline import Pipeline
 from logitcache.train_student import Bench, train_students
+from logitcache.training.labels import EnsembleLabels
 
 Tiny = Callable[..., Pipeline]
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from logitcache.cache_teacher import cache_teacher
+from logitcache.data.views import ViewDataset
 from logitcache.pipeline import Pipeline
 from logitcache.progress import silence
-from logitcache.together import groups
-from logitcache.train import Run
 from logitcache.train_student import Bench, train_students
-from logitcache.views import ViewDataset
+from logitcache.training.loop import Run
+from logitcache.training.together import groups
 
 Make = Callable[..., Pipeline]
 STUDENTS = """[

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.cache_teacher import cache_teacher
+from logitcache.data.loading import rendered_batches
+from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.errors import UntrustedCode, UsageError
-from logitcache.evaluation import Evaluation
-from logitcache.loading import rendered_batches
-from logitcache.optimizer import Updates, WeightAverage, learning_rate
 from logitcache.pipeline import Pipeline, TrainConfig
-from logitcache.ranks import Ranks
-from logitcache.runs import RunFolder
-from logitcache.train import Run
 from logitcache.train_student import Bench, train_students
-from logitcache.views import ViewDataset, ViewPlan
+from logitcache.training.evaluation import Evaluation
+from logitcache.training.loop import Run
+from logitcache.training.optimizer import Updates, WeightAverage, learning_rate
+from logitcache.training.ranks import Ranks
+from logitcache.training.runs import RunFolder
 from tests.test_stages import log, same, weights
 
 Make = Callable[..., Pipeline]

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from logitcache.cache_teacher import cache_teacher
 from logitcache.errors import UsageError
-from logitcache.labels import Labels
 from logitcache.losses import Loss
 from logitcache.pipeline import Pipeline
-from logitcache.train import train
 from logitcache.train_student import Bench, train_students
+from logitcache.training.labels import Labels
+from logitcache.training.loop import train
 
 # B batch, C classes
 

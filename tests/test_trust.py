@@ -22,15 +22,15 @@ from numcodecs.zstd import Zstd
 from torch import Tensor
 
 import logitcache
-from logitcache.audit import verify
-from logitcache.committed import check_encoding
+from logitcache.cache.committed import check_encoding
+from logitcache.cache.manifest import Identity, Manifest, read_manifest, read_receipts
 from logitcache.digest import canonical_json, json_digest, sha256_hex
 from logitcache.errors import CorruptCache, LogitCacheError, NotACache, StorageError, UsageError
-from logitcache.manifest import Identity, Manifest, read_manifest, read_receipts
 from logitcache.pipeline import load_pipeline
-from logitcache.runs import CHECKPOINT, RunFolder
 from logitcache.storage import LocalStorage
 from logitcache.strict_json import parse_json
+from logitcache.training.runs import CHECKPOINT, RunFolder
+from logitcache.trust.audit import verify
 
 VIEWS, SAMPLES, CLASSES = 2, 20, 6
 
@@ -109,6 +109,7 @@ def test_no_truncation_or_deletion_passes(tmp_path: Path) -> None:
         for length in range(len(original)) if "zarr/" in str(file) else range(0, len(original), 17):
             file.write_bytes(original[:length])
             reads_right_or_refuses(path, right)
+        file.write_bytes(original[:-1])  # a byte less, be it the last newline
         assert finds_a_problem(path, file), file
         file.unlink()
         reads_right_or_refuses(path, right)
@@ -211,7 +212,7 @@ def test_a_storage_that_fails_once_at_any_call_ends_in_an_error_or_the_right_cac
         path = tmp_path / f"at-{fail_at}"
         storage = Faulty(path, fail_at, OSError(code, os.strerror(code)))
         with monkeypatch.context() as patched:
-            patched.setattr("logitcache.creation.open_storage", lambda _, storage=storage: storage)
+            patched.setattr("logitcache.cache.creation.open_storage", lambda _, storage=storage: storage)
             try:
                 build(path)
                 done = True
@@ -234,7 +235,7 @@ def test_a_storage_that_fails_while_reading_gives_an_error_or_the_right_numbers(
     right = read_all(tmp_path / "a")
     for fail_at in range(1, 100):
         storage = Faulty(tmp_path / "a", fail_at, OSError(errno.EIO, "I/O error"))
-        monkeypatch.setattr("logitcache.reader.open_storage", lambda _, storage=storage: storage)
+        monkeypatch.setattr("logitcache.cache.reader.open_storage", lambda _, storage=storage: storage)
         refused = reads_right_or_refuses(tmp_path / "a", right)
         if storage.calls < fail_at:
             break
@@ -248,7 +249,7 @@ def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> 
     raw["id"] = Identity.model_validate(raw["identity"]).cache_id
     del raw["checksum"]
     raw["checksum"] = json_digest(raw)
-    (path / "manifest.json").write_text(json.dumps(raw))
+    (path / "manifest.json").write_text(json.dumps(raw) + "\n")
 
 
 HOSTILE_MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -450,8 +451,9 @@ def fuzz(rounds: int, seed: int, folder: Path) -> int:
     manifest["checksum"] = json_digest(manifest)
     stored = {"bytes": 3, "sha256": "0" * 64, "values_sha256": "0" * 64}
     receipt = {"rows": 8, "objects": {"ids": stored}, "kl_mean": 0.1, "kl_max": 0.2, "inputs": {"3": "ab"}}
-    assert isinstance(read_manifest(json.dumps(manifest).encode(), url="x"), Manifest)
-    seeds = [json.dumps(manifest).encode(), json.dumps({"fixed": receipt, "v00000/b00000": receipt}).encode()]
+    text = json.dumps(manifest).encode() + b"\n"
+    assert isinstance(read_manifest(text, url="x"), Manifest)
+    seeds = [text, json.dumps({"fixed": receipt, "v00000/b00000": receipt}).encode()]
     pipeline = Path(__file__).parent.parent / "pipelines" / "mnist5k.yaml"
     seeds.append(pipeline.read_bytes())
     fuzzed = folder / "fuzzed.yaml"
@@ -476,7 +478,7 @@ def fuzz(rounds: int, seed: int, folder: Path) -> int:
             if which == 0 and isinstance(tree, dict) and draw.random() < 0.5:  # by somebody who knows the format
                 with suppress(ValueError):  # JSON that nobody can write
                     tree["checksum"] = json_digest({key: value for key, value in tree.items() if key != "checksum"})
-            data = json.dumps(tree).encode()  # JSON is YAML
+            data = json.dumps(tree).encode() + b"\n"  # JSON is YAML
         try:
             parsers[which](data)
         except LogitCacheError:

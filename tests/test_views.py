@@ -13,10 +13,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from logitcache.data.samples import content_table, input_digest
+from logitcache.data.transforms import build_transform, describe_transform
+from logitcache.data.views import Mixing, ViewDataset, ViewPlan, to_float_image
 from logitcache.errors import SampleMismatch, ShapeError, UnreadableSample, UntrustedCode, UsageError
-from logitcache.samples import content_table, input_digest
-from logitcache.transforms import build_transform, describe_transform
-from logitcache.views import Mixing, ViewDataset, ViewPlan, to_float_image
 from tests.models import Pictures
 
 

@@ -11,13 +11,13 @@ import torch
 
 import logitcache
 from logitcache.cache_teacher import cache_teacher
+from logitcache.data.order import balanced_choice, epoch_order
 from logitcache.errors import UsageError
 from logitcache.losses import kl_divergence
-from logitcache.order import balanced_choice, epoch_order
 from logitcache.pipeline import Pipeline
-from logitcache.train import train
+from logitcache.students.weighting import class_balanced_weights, of_mean_one, teacher_weights, weights_from_config
 from logitcache.train_student import Bench, train_students
-from logitcache.weighting import class_balanced_weights, of_mean_one, teacher_weights, weights_from_config
+from logitcache.training.loop import train
 from tests.test_noise import cached
 from tests.test_stages import log, same, weights
 

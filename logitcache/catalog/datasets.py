@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from logitcache.data.samples import Dataset, content_digest, load_sample, sample_key, sample_table
 from logitcache.entry_points import call_entry_point, is_entry_point, load_entry_point
 from logitcache.errors import DatasetUnavailable, UsageError
 from logitcache.randomness import keyed_permutation
-from logitcache.samples import Dataset, content_digest, load_sample, sample_key, sample_table
 
 # N samples, H height, W width, C channels
 

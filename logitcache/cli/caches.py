@@ -10,8 +10,7 @@ from typing import Annotated
 import typer
 
 from logitcache.cli.application import CacheArgument, JsonOption, TrustOption, app, pipeline_of, show
-from logitcache.errors import UsageError
-from logitcache.printing import (
+from logitcache.cli.printing import (
     cache_summary,
     console,
     noise_summary,
@@ -25,6 +24,7 @@ from logitcache.printing import (
     print_suspects,
     print_transfer,
 )
+from logitcache.errors import UsageError
 
 
 class MeanOf(StrEnum):
@@ -52,7 +52,7 @@ class Weights(StrEnum):
 @app.command("info")
 def info_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
     """What a cache is."""
-    from logitcache.summary import summarise
+    from logitcache.cache.summary import summarise
 
     summary = cache_summary(summarise(cache))
     show(summary, as_json, lambda: print_mapping(cache, summary))
@@ -64,7 +64,7 @@ def ls_command(
     as_json: JsonOption = False,
 ) -> None:
     """What caches lie at a location, and in the folders below it."""
-    from logitcache.summary import find_caches
+    from logitcache.cache.summary import find_caches
 
     caches = [{"url": found.url} | cache_summary(found) for found in find_caches(location)]
     show({"caches": caches}, as_json, lambda: print_caches(location, caches))
@@ -84,15 +84,15 @@ def verify_command(
     as_json: JsonOption = False,
 ) -> None:
     """Check receipts and sizes, with --deep every byte, with --data whether the cache fits; exit 1 on a problem."""
-    from logitcache.audit import Problem, verify
+    from logitcache.trust.audit import Problem, verify
 
     if recompute and data is None:
         raise UsageError("--recompute asks the teacher again, so it needs the pipeline that has one: --data PIPELINE")
     problems = verify(cache, deep=deep)
     if data is not None and not problems:
-        from logitcache.fit import all_differences
-        from logitcache.reader import open_cache
-        from logitcache.spot_check import spot_check
+        from logitcache.cache.reader import open_cache
+        from logitcache.trust.fit import all_differences
+        from logitcache.trust.spot_check import spot_check
 
         pipeline = pipeline_of(cache, data)
         differences = all_differences(open_cache(cache, trust=trust), pipeline, trust=trust)
@@ -114,7 +114,7 @@ def repair_command(
     as_json: JsonOption = False,
 ) -> None:
     """Make the blocks that `verify --deep` finds bad what they were, and only those; exit 1 if a problem remains."""
-    from logitcache.repair import repair
+    from logitcache.trust.repair import repair
 
     pipeline = None if data is None else pipeline_of(cache, data)
     result = repair(cache, source=source, pipeline=pipeline, trust=trust)
@@ -143,7 +143,7 @@ def push_command(
     as_json: JsonOption = False,
 ) -> None:
     """Copy a cache to where others find it. Interrupted? Run it again; it shows there once it is whole."""
-    from logitcache.transfer import push
+    from logitcache.sharing.transfer import push
 
     result = push(cache, url)
     show(dataclasses.asdict(result), as_json, lambda: print_transfer(url, result))
@@ -162,7 +162,7 @@ def pull_command(
     as_json: JsonOption = False,
 ) -> None:
     """Copy a cache here, every object held to its SHA-256. Interrupted? Run it again; asked again, it adds views."""
-    from logitcache.transfer import pull
+    from logitcache.sharing.transfer import pull
 
     result = pull(url, cache, views=views, expect=expect)
     show(dataclasses.asdict(result), as_json, lambda: print_transfer(cache, result))
@@ -184,8 +184,8 @@ def merge_command(
     as_json: JsonOption = False,
 ) -> None:
     """Average several teachers over the same views into one cache. Interrupted? Run it again."""
-    from logitcache.merge import merge
-    from logitcache.summary import summarise
+    from logitcache.cache.summary import summarise
+    from logitcache.merging.merge import merge
 
     result = merge(caches, out, mean=mean.value, weights=weight or None, encoding=encoding)
     summary = cache_summary(summarise(out)) | {
@@ -224,7 +224,7 @@ def export_command(
     if to is ExportFormat.parquet:
         _check_is_cache(source, out, int8=int8, weights=weights, data=data)
         assert out is not None
-        from logitcache.export import export_parquet
+        from logitcache.sharing.export import export_parquet
 
         result = export_parquet(source, out, views=views, top=top)
         show(dataclasses.asdict(result), as_json, lambda: print_export(str(out), to.value, result))
@@ -274,7 +274,7 @@ def suspects_command(
     as_json: JsonOption = False,
 ) -> None:
     """Samples whose label is probably wrong, by confident learning on the cached logits."""
-    from logitcache.noise import CAUTION, find_suspects, write_suspects
+    from logitcache.students.noise import CAUTION, find_suspects, write_suspects
 
     noise = find_suspects(cache)
     if output is not None:

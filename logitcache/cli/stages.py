@@ -9,8 +9,16 @@ from typing import Annotated
 import typer
 
 from logitcache.cli.application import JsonOption, OverridesArgument, PipelineArgument, TrustOption, app, show
+from logitcache.cli.printing import (
+    cache_summary,
+    console,
+    plan_summary,
+    print_mapping,
+    print_plan,
+    print_rows,
+    print_steps,
+)
 from logitcache.errors import UsageError
-from logitcache.printing import cache_summary, console, plan_summary, print_mapping, print_plan, print_rows, print_steps
 
 
 @app.command("plan")
@@ -61,8 +69,8 @@ def train_teacher_command(
 ) -> None:
     """Train or fine-tune the teacher on true labels, where no ready one exists."""
     from logitcache.pipeline import load_pipeline
-    from logitcache.ranks import is_first_process
     from logitcache.train_student import train_teacher
+    from logitcache.training.ranks import is_first_process
 
     result = train_teacher(load_pipeline(pipeline, overrides or ()), trust=trust)
     if is_first_process():
@@ -77,9 +85,9 @@ def cache_teacher_command(
     as_json: JsonOption = False,
 ) -> None:
     """Stage 1: compute the blocks of the cache that are missing, then seal it. Interrupted? Run it again."""
+    from logitcache.cache.summary import summarise
     from logitcache.cache_teacher import cache_teacher
     from logitcache.pipeline import load_pipeline
-    from logitcache.summary import summarise
 
     loaded = load_pipeline(pipeline, overrides or ())
     result = cache_teacher(loaded, trust=trust)
@@ -100,8 +108,8 @@ def train_student_command(
 ) -> None:
     """Stage 2: train one, several or all students of the pipeline from the cache."""
     from logitcache.pipeline import load_pipeline
-    from logitcache.ranks import is_first_process
     from logitcache.train_student import train_students
+    from logitcache.training.ranks import is_first_process
 
     rows = train_students(load_pipeline(pipeline, overrides or ()), student or (), trust=trust)
     if is_first_process():

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from logitcache.card import Card
+from logitcache.cache.card import Card
 from logitcache.markdown import LONGEST_NAME, code, escaped, fenced, one_line
 from logitcache.product.facts import INT8, ONNX, SAFETENSORS, Product, Variant
 

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from logitcache.catalog.datasets import Data
 from logitcache.catalog.models import save_weights
+from logitcache.data.loading import collate
 from logitcache.errors import IdentityMismatch, ShapeError, StorageError, UsageError
-from logitcache.evaluation import Evaluation
-from logitcache.loading import collate
 from logitcache.pipeline import Pipeline
 from logitcache.product.card import render_model_card
 from logitcache.product.cost import count_macs, median_seconds, processor
@@ -47,6 +46,7 @@ from logitcache.progress import track
 from logitcache.randomness import keyed_permutation
 from logitcache.resolve import clean_views, input_part, resolve_data, resolve_model, resolve_plan
 from logitcache.storage.local import fsync_path, is_alive
+from logitcache.training.evaluation import Evaluation
 
 # B batch
 

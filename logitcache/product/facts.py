@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from logitcache.errors import UsageError
-from logitcache.finished import Positive, Share, read_text
+from logitcache.training.finished import Positive, Share, read_text
 
 FACTS, CARD = "product.json", "README.md"
 SAFETENSORS, ONNX, INT8 = "model.safetensors", "model.onnx", "model-int8.onnx"

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.catalog.models import build_model
+from logitcache.data.transforms import build_transform
+from logitcache.data.views import to_float_image
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import CorruptCache, UsageError
 from logitcache.product.facts import FACTS, SAFETENSORS, Product, file_facts, read_product
-from logitcache.transforms import build_transform
-from logitcache.views import to_float_image
 
 
 @dataclass(frozen=True)

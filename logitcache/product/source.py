@@ -13,10 +13,10 @@ import yaml
 from pydantic import ValidationError
 
 from logitcache.errors import IdentityMismatch, LogitCacheError, UsageError
-from logitcache.finished import Run, read_run, run_pipeline
 from logitcache.pipeline import DataConfig, Pipeline, StudentConfig
 from logitcache.product.facts import FACTS, CacheFacts, Product, Seeds, SourceFacts, file_facts, read_product
-from logitcache.runs import CONFIG, RESULT
+from logitcache.training.finished import Run, read_run, run_pipeline
+from logitcache.training.runs import CONFIG, RESULT
 
 Weights = Literal["best", "last"]
 DEFAULT_FOLDER = "product"
@@ -152,7 +152,7 @@ def cache_of(run: Run, pipeline: Pipeline, *, given: bool) -> CacheFacts | None:
         return None
     digest = None
     if given or "://" not in pipeline.cache.path:
-        from logitcache.summary import summarise
+        from logitcache.cache.summary import summarise
 
         try:
             manifest = summarise(pipeline.cache.path).manifest

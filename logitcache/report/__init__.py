@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.errors import UsageError
 from logitcache.pipeline import Pipeline
-from logitcache.reader import LogitCache, open_cache
 from logitcache.report.fitted import FittedData, fit_data
 from logitcache.report.page import check_installed as check_installed
 from logitcache.report.page import render

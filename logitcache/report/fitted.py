@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from logitcache.cache.reader import LogitCache
 from logitcache.catalog.datasets import Data
-from logitcache.fit import open_fitting_cache
+from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.pipeline import ModelConfig, Pipeline
-from logitcache.reader import LogitCache
 from logitcache.resolve import input_part, resolve_data, resolve_plan
-from logitcache.views import ViewDataset, ViewPlan
+from logitcache.trust.fit import open_fitting_cache
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from logitcache.cache.ground_truth import NO_TARGET
 from logitcache.errors import InvalidLogits
-from logitcache.ground_truth import NO_TARGET
 
 # B batch, C classes, M rows, K bins, S samples
 

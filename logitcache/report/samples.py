@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from logitcache.ground_truth import NO_TARGET, MixingOfCache, targets_of
+from logitcache.cache.ground_truth import NO_TARGET, MixingOfCache, targets_of
+from logitcache.cache.reader import LogitCache
 from logitcache.progress import track
-from logitcache.reader import LogitCache
 from logitcache.report.fitted import FittedData
 from logitcache.report.measures import entropies, jensen_shannon, log_softmax
 from logitcache.report.teacher import chosen_rows, decoded_batches

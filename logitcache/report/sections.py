@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.layout import FIXED, Block
-from logitcache.reader import LogitCache
+from logitcache.cache.layout import FIXED, Block
+from logitcache.cache.reader import LogitCache
 from logitcache.report import charts, measures
 from logitcache.report.figures import Figure, Section, Table, histogram_figure
 from logitcache.report.samples import TOP, Disagreement, ShownSample

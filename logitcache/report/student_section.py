@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from logitcache.finished import CurvePoint, Run
 from logitcache.report import charts
 from logitcache.report.figures import Figure, Section, Table
 from logitcache.report.students import RunsFound, Student, spread
 from logitcache.report.words import count, counted, decimal, name_of, percent, size, with_spread
+from logitcache.training.finished import CurvePoint, Run
 
 MAX_SERIES = 12
 """Students that are drawn; all are in the table."""

@@ -16,21 +16,21 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from logitcache.cache.reader import LogitCache
+from logitcache.data.loading import collate
 from logitcache.errors import LogitCacheError, UsageError
-from logitcache.finished import Run, read_run, run_pipeline
-from logitcache.loading import collate
 from logitcache.pipeline import StudentConfig
 from logitcache.product.cost import median_seconds
 from logitcache.product.facts import Product
 from logitcache.product.source import exported_product
 from logitcache.progress import track
-from logitcache.reader import LogitCache
 from logitcache.report.fitted import FittedData, fit_data
 from logitcache.report.teacher import chosen_rows, decoded_batches
 from logitcache.report.words import name_of
 from logitcache.resolve import resolve_model
-from logitcache.runs import CONFIG, RESULT
 from logitcache.train_student import Row, summarise
+from logitcache.training.finished import Run, read_run, run_pipeline
+from logitcache.training.runs import CONFIG, RESULT
 
 # B batch, C classes
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from logitcache.cache.ground_truth import NO_TARGET, MixingOfCache, targets_of
+from logitcache.cache.layout import Block, block_rows, blocks_per_view
+from logitcache.cache.reader import LogitCache
 from logitcache.errors import IncompleteCache
-from logitcache.ground_truth import NO_TARGET, MixingOfCache, targets_of
-from logitcache.layout import Block, block_rows, blocks_per_view
 from logitcache.progress import track
-from logitcache.reader import LogitCache
 from logitcache.report.measures import Answers, answers_of, concatenate
 
 # B batch, C classes, N samples

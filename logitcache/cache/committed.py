@@ -1,0 +1,227 @@
+"""What of a cache has been committed: its receipts, and the arrays that are stored once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import numpy as np
+
+from logitcache.cache.layout import (
+    FIXED,
+    FIXED_RECEIPT_KEY,
+    GROUP,
+    Block,
+    all_blocks,
+    block_key,
+    block_rows,
+    decode_fixed,
+    fixed_array_key,
+)
+from logitcache.cache.manifest import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    MAX_RECEIPT_BYTES,
+    RECEIPTS,
+    Layout,
+    Manifest,
+    Receipt,
+    read_manifest,
+    read_receipt,
+    read_receipts,
+    receipts_limit,
+)
+from logitcache.cache.objects import ATTEMPTS, PAUSE_SECONDS, ObjectReader
+from logitcache.digest import array_digest, sha256_hex
+from logitcache.encodings import Encoding, encoding_from_config
+from logitcache.errors import CorruptCache, LogitCacheError
+from logitcache.storage import Storage
+
+
+def stored_encoding(
+    storage: Storage, manifest: Manifest, fixed: Receipt, objects: ObjectReader | None = None
+) -> Encoding:
+    """A cache's encoding, with what it was fitted to.
+
+    Raises:
+        CorruptCache: that is damaged, or gone.
+    """
+    encoding = encoding_from_config(manifest.identity.encoding)
+    arrays = {name: read_fixed(storage, manifest.layout, fixed, name, objects) for name in encoding.fitted_arrays}
+    try:
+        fitted = encoding.with_fitted(arrays)
+        if fitted.arrays(manifest.layout.num_classes) != manifest.layout.arrays:
+            raise ValueError("the rows of layout.arrays are of another length")
+        return fitted
+    except (ValueError, TypeError, LogitCacheError) as error:
+        raise CorruptCache(f"{storage.url}: what {encoding.name} was fitted to makes no sense: {error}") from None
+
+
+def read_fixed(
+    storage: Storage, layout: Layout, fixed: Receipt, name: str, objects: ObjectReader | None = None
+) -> np.ndarray:
+    """A fixed array, held to its receipt.
+
+    Raises:
+        CorruptCache: it is not what was written.
+    """
+    if name not in fixed.objects:
+        raise CorruptCache(f"{storage.url}: the receipt of its fixed arrays lacks {name}, which it must hold")
+    spec = layout.fixed[name]
+    [data] = (objects or ObjectReader(storage)).read(
+        {fixed_array_key(name, spec): fixed.objects[name]}, why="what is stored once"
+    )
+    try:
+        values = decode_fixed(spec, data)
+        if array_digest(values) != fixed.objects[name].values_sha256:
+            raise ValueError("other values")
+    except (ValueError, RuntimeError):
+        raise CorruptCache(
+            f"{storage.url}: {GROUP}/{name} is not what was written; run `logitcache verify --deep`"
+        ) from None
+    return values
+
+
+def stored_manifest(storage: Storage) -> Manifest:
+    """The manifest of the cache in a storage.
+
+    Raises:
+        NotACache, UnsupportedFormat, CorruptCache: as `manifest.read_manifest`.
+    """
+    manifest = read_manifest(storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES), url=storage.url)
+    check_encoding(manifest, url=storage.url)
+    return manifest
+
+
+def check_encoding(manifest: Manifest, *, url: str) -> None:
+    """Hold a manifest's arrays to those of its encoding, which is asked to decode them.
+
+    Raises:
+        CorruptCache: they are others.
+    """
+    layout = manifest.layout
+    try:
+        encoding = encoding_from_config(manifest.identity.encoding)
+        expected = encoding.arrays(layout.num_classes)
+    except LogitCacheError as error:
+        raise CorruptCache(f"{url}: {MANIFEST} is damaged: identity.encoding: {error}") from None
+    # Fitting may change how long a row of an array is, and nothing else.
+    differs = layout.arrays.keys() != expected.keys() or any(
+        layout.arrays[name].dtype != spec.dtype
+        or len(layout.arrays[name].row_shape) != len(spec.row_shape)
+        or (not encoding.fitted_arrays and layout.arrays[name] != spec)
+        for name, spec in expected.items()
+    )
+    if manifest.identity.outputs != {"logits": [layout.num_classes]}:
+        raise CorruptCache(f"{url}: {MANIFEST} is damaged: identity.outputs and layout.num_classes differ")
+    if differs or not encoding.fitted_arrays.keys() <= layout.fixed.keys():
+        raise CorruptCache(f"{url}: {MANIFEST} is damaged: layout.arrays are not those of {encoding!r}")
+
+
+def read_records(storage: Storage, objects: ObjectReader | None = None) -> tuple[Manifest, dict[str, Receipt]]:
+    """Manifest and receipts that belong together, of a cache that may be replaced by a grown one meanwhile.
+
+    Raises:
+        NotACache, UnsupportedFormat, CorruptCache: as `stored_manifest` and `collect_receipts`.
+    """
+    manifest = stored_manifest(storage)
+    for attempt in range(ATTEMPTS - 1 if storage.is_remote else 0):
+        try:
+            return manifest, collect_receipts(storage, manifest, objects)
+        except CorruptCache:
+            time.sleep(PAUSE_SECONDS * 2**attempt)
+            manifest = stored_manifest(storage)
+    return manifest, collect_receipts(storage, manifest, objects)
+
+
+def collect_receipts(storage: Storage, manifest: Manifest, objects: ObjectReader | None = None) -> dict[str, Receipt]:
+    """The receipts of a cache by name: of a sealed one all, of an open one those whose objects are in place.
+
+    Args:
+        storage: the cache.
+        manifest: its manifest.
+        objects: reads what a hash is known of, from nearby where that is possible.
+
+    Raises:
+        CorruptCache: a sealed cache without its receipts.
+    """
+    wanted = {FIXED, *(block.name for block in all_blocks(manifest.layout))}
+    if manifest.state == "sealed":
+        return _sealed_receipts(storage, manifest, wanted, objects)
+    gathered = storage.get(RECEIPTS, limit=receipts_limit(len(wanted)))
+    receipts = {} if gathered is None else read_receipts(gathered, url=storage.url, num_receipts=len(wanted))
+    keys = [key for key in storage.list_keys("receipts") if _receipt_name(key) in wanted]
+    with ThreadPoolExecutor(storage.concurrency) as threads:
+        found = threads.map(lambda key: storage.get(key, limit=MAX_RECEIPT_BYTES), keys)
+    for key, data in zip(keys, found, strict=True):
+        if data is not None:
+            # One that is damaged counts as missing: its block is computed again.
+            with suppress(CorruptCache):
+                receipts[_receipt_name(key)] = read_receipt(data, key=key)
+    receipts = {name: receipt for name, receipt in receipts.items() if name in wanted}
+    sizes = dict(storage.sizes(GROUP)) if receipts else {}
+    return {name: receipt for name, receipt in receipts.items() if _in_place(sizes, manifest.layout, name, receipt)}
+
+
+def _sealed_receipts(
+    storage: Storage, manifest: Manifest, wanted: set[str], objects: ObjectReader | None
+) -> dict[str, Receipt]:
+    gathered = _gathered_receipts(storage, manifest, receipts_limit(len(wanted)), objects)
+    receipts = {} if gathered is None else read_receipts(gathered, url=storage.url, num_receipts=len(wanted))
+    receipts = {name: receipt for name, receipt in receipts.items() if name in wanted}
+    if wanted - receipts.keys():
+        raise CorruptCache(f"{storage.url} is sealed, but {RECEIPTS} lacks {sorted(wanted - receipts.keys())[0]}")
+    for name, receipt in receipts.items():
+        if receipt.rows != num_rows(manifest.layout, name):
+            raise CorruptCache(f"{storage.url}: {RECEIPTS} and {MANIFEST} differ in the rows of {name}")
+        if name != FIXED and receipt.objects.keys() != manifest.layout.arrays.keys():
+            raise CorruptCache(f"{storage.url}: {RECEIPTS} and {MANIFEST} differ in the arrays of {name}")
+    return receipts
+
+
+def _gathered_receipts(storage: Storage, manifest: Manifest, limit: int, objects: ObjectReader | None) -> bytes | None:
+    """The receipts that the manifest was sealed with; while a cache is replaced, they have a name of their own."""
+    nearby = None if objects is None else objects.nearby
+    sealed_with = str(manifest.receipts)
+    kept = None if nearby is None else nearby.get(sealed_with)
+    if kept is not None and sha256_hex(kept) == sealed_with:
+        return kept
+    any_found = None
+    for key in (RECEIPTS, pinned_receipts_key(sealed_with)):
+        found = storage.get(key, limit=limit)
+        if found is not None and sha256_hex(found) == sealed_with:
+            if objects is not None:
+                objects.keep(sealed_with, [found])
+            return found
+        any_found = any_found or found
+    if any_found is not None:
+        raise CorruptCache(f"{storage.url}: {RECEIPTS} is damaged: it is not the one that the manifest was sealed with")
+    return None
+
+
+def pinned_receipts_key(sha256: str) -> str:
+    """Where a cache's receipts lie as well while its manifest and `receipts.json` are replaced one after the other."""
+    return f"receipts/{sha256}.json"
+
+
+def _receipt_name(key: str) -> str:
+    return FIXED if key == FIXED_RECEIPT_KEY else key.removeprefix("receipts/").removesuffix(".json")
+
+
+def num_rows(layout: Layout, name: str) -> int:
+    """Rows that the receipt of a name must state."""
+    return layout.num_samples if name == FIXED else len(block_rows(layout, Block.from_name(name)))
+
+
+def _in_place(sizes: Mapping[str, int], layout: Layout, name: str, receipt: Receipt) -> bool:
+    if receipt.rows != num_rows(layout, name):
+        return False
+    if name == FIXED:
+        return receipt.objects.keys() == layout.fixed.keys()
+    block = Block.from_name(name)
+    return receipt.objects.keys() == layout.arrays.keys() and all(
+        sizes.get(block_key(array, layout.arrays[array], block)) == stored.bytes
+        for array, stored in receipt.objects.items()
+    )

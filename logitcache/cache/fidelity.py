@@ -1,0 +1,210 @@
+"""What an encoding costs and what it loses, measured on real logits; and the choice that follows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitcache.cache.layout import encode_block, encode_fixed
+from logitcache.encodings import Auto, Dense, Encoding, LowRank, Sampled, TopK
+from logitcache.encodings.protocol import float_tensor
+from logitcache.errors import UsageError
+from logitcache.losses import kl_divergence
+
+# B batch, C classes, M calibration rows
+
+TEMPERATURES = (1.0, 2.0, 4.0)
+HELD_OUT = 0.2
+"""Share of the calibration groups that encodings are measured on, and not fitted to."""
+ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A sample of a teacher's logits, to fit encodings to and to measure them on."""
+
+    logits: Any
+    """(M, C) floats that can be sliced by rows: a tensor, an array or a memory map."""
+    groups: np.ndarray | None = None
+    """int64 (M,): rows of one group, such as the views of one photo, are never on both sides of the split."""
+
+    def split(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Rows to fit to and rows to measure on, sorted; a fifth of the groups is held out.
+
+        Raises:
+            UsageError: fewer than two groups.
+        """
+        groups = np.arange(len(self.logits)) if self.groups is None else np.asarray(self.groups)
+        names = np.unique(groups)
+        if len(names) < 2:
+            raise UsageError(
+                f"{len(self.logits)} calibration rows in {len(names)} group make no split; expected at least two "
+                "groups, one to fit to and one to measure on"
+            )
+        held_out = np.random.default_rng(seed).permutation(names)[: max(1, round(HELD_OUT * len(names)))]
+        measured = np.isin(groups, held_out)
+        return np.flatnonzero(~measured), np.flatnonzero(measured)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One encoding on logits that it was not fitted to."""
+
+    encoding: Encoding
+    bytes_per_sample: float
+    """Compressed, as one block of these rows on disk."""
+    fixed_bytes: int
+    """Stored once in a cache, however many rows it has."""
+    kl: dict[float, float]
+    """Mean KL(teacher ‖ decoded) by temperature, in nats, without the factor T²; infinite if classes are left out."""
+    kl_max: float
+    """The largest of any row at T = 1."""
+    top1_agreement: float
+    """Share of rows whose most probable class survives."""
+    encode_rows_per_second: float
+    decode_rows_per_second: float
+
+
+def measure(encoding: Encoding, logits: Any, *, temperatures: Sequence[float] = TEMPERATURES) -> Fidelity:
+    """Encode logits, store them as a block would be, decode them, and compare.
+
+    Args:
+        encoding: fitted, where it needs that.
+        logits: (B, C) floats.
+        temperatures: at which the divergence is taken.
+    """
+    logits_BC = float_tensor(logits)
+    start = time.perf_counter()
+    encoded = encode_all(encoding, logits_BC)
+    encoding_seconds = time.perf_counter() - start
+    specs = encoding.arrays(logits_BC.shape[1])
+    stored = sum(len(encode_block(specs[name], values.numpy(), len(values))) for name, values in encoded.items())
+    kl: dict[float, float] = dict.fromkeys(temperatures, 0.0)
+    kl_max, agreeing, decoding_seconds = 0.0, 0, 0.0
+    for first in range(0, len(logits_BC), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        start = time.perf_counter()
+        decoded_BC = encoding.decode({name: values[rows] for name, values in encoded.items()}, logits_BC.shape[1])
+        decoding_seconds += time.perf_counter() - start
+        for temperature in temperatures:
+            kl_B = fidelity_kl(decoded_BC, logits_BC[rows], temperature)
+            kl[temperature] += float(kl_B.double().sum()) / len(logits_BC)
+            kl_max = max(kl_max, float(kl_B.max())) if temperature == 1.0 else kl_max
+        agreeing += int((decoded_BC.argmax(dim=1) == logits_BC[rows].argmax(dim=1)).sum())
+    fixed = sum(len(encode_fixed(values)) for values in encoding.fitted_values().values())
+    return Fidelity(
+        encoding=encoding,
+        bytes_per_sample=stored / len(logits_BC),
+        fixed_bytes=fixed,
+        kl=kl,
+        kl_max=kl_max,
+        top1_agreement=agreeing / len(logits_BC),
+        encode_rows_per_second=len(logits_BC) / encoding_seconds,
+        decode_rows_per_second=len(logits_BC) / decoding_seconds,
+    )
+
+
+def encode_all(encoding: Encoding, logits_BC: Tensor) -> dict[str, Tensor]:
+    """Encode rows of view 0, some at a time."""
+    starts = range(0, len(logits_BC), ROWS_AT_ONCE)
+    parts = [encoding.encode(logits_BC[start : start + ROWS_AT_ONCE], view=0, start=start) for start in starts]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def fidelity_kl(decoded_BC: Tensor, teacher_BC: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher ‖ decoded) at a temperature, in nats, float32 (B,); without the factor T² of the loss.
+
+    A class that has no probability on either side counts for nothing, and what rounding makes of zero is zero.
+    """
+    impossible_BC = (decoded_BC == -torch.inf) & ((teacher_BC / temperature).softmax(dim=1) == 0)
+    decoded_BC = decoded_BC.masked_fill(impossible_BC, MASKED)
+    return kl_divergence(decoded_BC, teacher_BC, temperature=temperature).clamp(min=0) / temperature**2
+
+
+MASKED = -1e30
+"""Of a masked class on both sides: -inf would make its share of the divergence 0 * -inf."""
+
+
+def candidates(num_classes: int, num_rows: int) -> list[Encoding]:
+    """Encodings worth trying for so many classes, and so many rows to fit them to."""
+    most = min(int(0.55 * num_classes), num_rows // 4)
+    lowranks = [
+        LowRank(rank=min(rank, most), step=step, bit_price=bit_price)
+        for rank, step, bit_price in LOWRANKS
+        if most >= FEWEST_COMPONENTS
+    ]
+    topks = [TopK(k=k, dtype="uint8") for k in (5, 10, 20, 50, 100) if 4 * k <= num_classes]
+    sampled = [Sampled(draws=50)] if num_classes >= 200 else []
+    return [Dense(dtype="float32"), Dense(dtype="float16"), Dense(dtype="uint8"), *lowranks, *topks, *sampled]
+
+
+FEWEST_COMPONENTS = 16
+"""With fewer classes or rows than allow so many, a dense encoding is small enough."""
+LOWRANKS = [
+    (32, 0.1, 2e-4),
+    (96, 0.1, 2e-4),
+    (256, 0.15, 5e-4),
+    (256, 0.11, 3e-4),
+    (256, 0.075, 1e-4),
+    (384, 0.05, 3e-5),
+    (512, 0.03, 1e-5),
+]
+"""Rank, step and bit price, from few bytes to many."""
+
+
+def compare(calibration: Calibration, encodings: Sequence[Encoding], *, advance: Any = None) -> list[Fidelity]:
+    """Fit encodings to four fifths of a calibration sample, and measure them on the rest; cheapest first.
+
+    Args:
+        calibration: the sample.
+        encodings: what to compare.
+        advance: called after each encoding.
+
+    Raises:
+        UsageError: a sample that can't be split, or is too small for an encoding.
+    """
+    fitted_rows, measured_rows = calibration.split()
+    to_fit, to_measure = calibration.logits[fitted_rows], calibration.logits[measured_rows]
+    results = []
+    for encoding in encodings:
+        results.append(measure(encoding.fit(to_fit), to_measure))
+        if advance is not None:
+            advance()
+    return sorted(results, key=lambda result: result.bytes_per_sample)
+
+
+def choose(results: Sequence[Fidelity], *, max_kl: float | None = None, max_bytes: float | None = None) -> Fidelity:
+    """The cheapest encoding within `max_kl` nats at T = 1, or the most faithful within `max_bytes` a sample.
+
+    Raises:
+        UsageError: none is; says what comes nearest.
+    """
+    if max_bytes is not None:
+        within = [
+            each
+            for each in results
+            if each.bytes_per_sample <= max_bytes and (max_kl is None or each.kl[1.0] <= max_kl)
+        ]
+        if not within:
+            smallest = min(results, key=lambda each: each.bytes_per_sample)
+            raise UsageError(
+                f"no encoding stays within {max_bytes:g} bytes a sample"
+                f"{'' if max_kl is None else f' and {max_kl:g} nats'}; the smallest, {smallest.encoding!r}, takes "
+                f"{smallest.bytes_per_sample:.1f} bytes and loses {smallest.kl[1.0]:.4f} nats at T = 1"
+            )
+        return min(within, key=lambda each: each.kl[1.0])
+    limit = Auto().max_kl if max_kl is None else max_kl
+    within = [each for each in results if each.kl[1.0] <= limit]
+    if not within:
+        best = min(results, key=lambda each: each.kl[1.0])
+        raise UsageError(
+            f"no encoding stays within {limit:g} nats at T = 1; the most faithful, {best.encoding!r}, loses "
+            f"{best.kl[1.0]:.2g}: raise max_kl"
+        )
+    return min(within, key=lambda each: each.bytes_per_sample)

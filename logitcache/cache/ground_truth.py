@@ -1,0 +1,97 @@
+"""What a cache says of its samples beside logits: their targets, and which rows of which views are mixed.
+
+A cache may come from a stranger, so both are checked, and no transform of it is built to find out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from logitcache.cache.reader import LogitCache
+from logitcache.data.views import Mixing, Mixture, ViewPlan
+from logitcache.errors import CorruptCache, LogitCacheError
+
+# B batch, N samples
+
+NO_TARGET = -1
+"""In the place of a target that is no class."""
+MAX_ALPHA = 1e6
+"""Of a Beta distribution that a cache may ask to draw from."""
+
+
+def targets_of(cache: LogitCache) -> np.ndarray | None:
+    """The true class of each sample, int64 (N,), `NO_TARGET` where it is no class; None in a cache without targets.
+
+    Raises:
+        CorruptCache: a table of another shape.
+    """
+    try:
+        samples = cache.samples
+    except (KeyError, UnicodeDecodeError) as error:
+        raise CorruptCache(f"{cache.storage.url}: its sample table makes no sense: {error}") from None
+    if samples is None:
+        return None
+    targets_N = samples.targets
+    if targets_N.shape != (cache.num_samples,) or targets_N.dtype.kind not in "iu":
+        raise CorruptCache(
+            f"{cache.storage.url}: its targets are {targets_N.dtype} {targets_N.shape}; "
+            f"expected whole numbers ({cache.num_samples},)"
+        )
+    if samples.keys is not None and len(samples.keys) != cache.num_samples:
+        raise CorruptCache(f"{cache.storage.url} has {len(samples.keys)} keys for {cache.num_samples} samples")
+    known = (targets_N >= 0) & (targets_N < cache.num_classes)
+    return np.where(known, targets_N, NO_TARGET).astype(np.int64)
+
+
+class MixingOfCache:
+    """Which rows of a cache are mixed; it needs no transform, so no foreign code is built to find out.
+
+    Raises:
+        CorruptCache: an identity whose mixing makes no sense.
+    """
+
+    def __init__(self, cache: LogitCache) -> None:
+        self._num_samples = cache.num_samples
+        identity = cache.manifest.identity
+        transform: Any = identity.transform
+        config = transform.get("mixing") if isinstance(transform, dict) else None
+        try:
+            mixing = Mixing(**{name: float(value) for name, value in (config or {}).items()})
+            if not all(math.isfinite(value) and value <= MAX_ALPHA for value in mixing.config().values()):
+                raise ValueError(mixing)
+        except (TypeError, ValueError, AttributeError, LogitCacheError) as error:
+            raise CorruptCache(
+                f"{cache.storage.url}: its identity mixes samples in a way that makes no sense"
+            ) from error
+        self.active = mixing.active
+        self.always = mixing.active and mixing.probability == 1 and cache.num_samples > 1
+        self._plan = ViewPlan(seed=identity.view_seed, mixing=mixing, num_classes=cache.num_classes)
+
+    def mixed(self, view: int, rows: range) -> np.ndarray:
+        """Whether each of some rows of a view is mixed, bool (B,); finds no partner, which would cost a permutation."""
+        if not self.active:
+            return np.zeros(len(rows), dtype=np.bool_)
+        return np.array([self._plan.mixes(view, row, self._num_samples) for row in rows], dtype=np.bool_)
+
+    def of_rows(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(whether mixed, bool (B,); the row of the sample that has the most weight, int64 (B,)) of rows of a view."""
+        if not self.active:
+            return np.zeros(len(rows), dtype=np.bool_), rows
+        mixtures = [self._plan.mixture(view, row, self._num_samples) for row in rows.tolist()]
+        dominant = [
+            row if mixture is None or _own_weight(mixture) >= 0.5 else mixture.partner
+            for row, mixture in zip(rows.tolist(), mixtures, strict=True)
+        ]
+        return np.array([mixture is not None for mixture in mixtures]), np.array(dominant, dtype=np.int64)
+
+
+def _own_weight(mixture: Mixture) -> float:
+    """The weight that a sample keeps; CutMix's patch may lie partly outside, and then takes less than was drawn."""
+    if mixture.box is None:
+        return mixture.weight
+    side = math.sqrt(1.0 - mixture.weight)
+    lengths = [max(0.0, min(centre + side / 2, 1.0) - max(centre - side / 2, 0.0)) for centre in mixture.box]
+    return 1.0 - lengths[0] * lengths[1]

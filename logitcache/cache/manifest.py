@@ -1,0 +1,313 @@
+"""What a cache is (identity), how it came to be (provenance), and which blocks are whole (receipts)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from logitcache.arrays import ArraySpec
+from logitcache.digest import json_digest, sha256_hex
+from logitcache.errors import CorruptCache, NotACache, UnsupportedFormat
+from logitcache.strict_json import parse_json
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+RECEIPTS = "receipts.json"
+"""All receipts in one file; written at sealing."""
+
+MAX_MANIFEST_BYTES = 2**24
+MAX_RECEIPT_BYTES = 2**16
+MAX_BLOCKS = 2**24
+MAX_CHUNK_BYTES = 2**33
+"""Of an array's chunk or of a fixed array, decompressed."""
+DTYPES = ("uint8", "uint16", "uint32", "int8", "int64", "float16", "float32")
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ArrayName = Annotated[str, Field(pattern=r"^[a-z][a-z_]{0,39}$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Identity(_Record):
+    """What makes two caches the same cache; the cache id is the SHA-256 of its canonical JSON."""
+
+    format_version: int
+    dataset: str
+    """Fingerprint of ordered keys, targets and contents; or the name that `create` was given."""
+    teacher: str
+    """Fingerprint of entry point and weights; or the name that `create` was given."""
+    precision: str
+    transform: Any
+    """`ViewPlan.describe()`: shared part, mixing, the teacher's own part."""
+    view_seed: int
+    encoding: dict[str, Any]
+    outputs: dict[str, list[int]]
+    """Shape of each output for one sample: {"logits": [C]}."""
+    class_names: list[str] | None
+
+    @property
+    def cache_id(self) -> Sha256:
+        return json_digest(self.model_dump())
+
+    def differences(self, other: Identity, *, mine: str = "in the cache", theirs: str = "here") -> list[str]:
+        """The fields in which another identity differs, a line each: this one's value first, then the other's."""
+        lines = []
+        for name in type(self).model_fields:
+            ours, others = getattr(self, name), getattr(other, name)
+            if ours != others:
+                path, ours, others = _first_difference(name, ours, others)
+                lines.append(f"{path}: {_short(ours)} {mine}, {_short(others)} {theirs}")
+        return lines
+
+
+class FixedSpec(_Record):
+    """An array that is stored once, in one chunk."""
+
+    dtype: str
+    shape: list[int] = Field(min_length=1, max_length=2)
+
+
+class Layout(_Record):
+    """Shape of the cache on disk. Views may be added; the rest is fixed when the cache is created."""
+
+    num_samples: int = Field(ge=1, le=2**40)
+    num_views: int = Field(ge=1, le=2**20)
+    num_classes: int = Field(ge=2, le=2**24)
+    rows_per_block: int = Field(ge=1, le=2**31)
+    arrays: dict[ArrayName, ArraySpec]
+    """What is stored for every row, by array name."""
+    fixed: dict[ArrayName, FixedSpec]
+    """What is stored once: the sample table, and what the encoding was fitted to."""
+    first_view: int = Field(default=0, ge=0)
+    """The views from here on are held: more than 0 in a copy that was made of some views only."""
+
+    @property
+    def views(self) -> range:
+        """The views that are held."""
+        return range(self.first_view, self.num_views)
+
+    @model_validator(mode="after")
+    def _within_bounds(self) -> Layout:
+        """No shape that a reader could not hold: a manifest may come from a stranger."""
+        if self.first_view >= self.num_views:
+            raise ValueError(f"first_view is {self.first_view} of {self.num_views} views")
+        if self.num_views * -(-self.num_samples // self.rows_per_block) > MAX_BLOCKS:
+            raise ValueError(f"more than {MAX_BLOCKS} blocks")
+        for name, spec in self.arrays.items():
+            if len(spec.row_shape) > 1 or not 0 <= spec.level <= 22:
+                raise ValueError(f"array {name} has no shape or level that logitcache writes: {spec}")
+            _check_size(name, spec.dtype, (self.rows_per_block, *spec.row_shape))
+        for name, fixed in self.fixed.items():
+            _check_size(name, fixed.dtype, tuple(fixed.shape))
+        if self.arrays.keys() & self.fixed.keys():
+            raise ValueError(f"{sorted(self.arrays.keys() & self.fixed.keys())[0]} is stored both by row and once")
+        return self
+
+
+class Contents(_Record):
+    """What the receipts of a sealed cache add up to, so that `info` need not read them."""
+
+    bytes: int = Field(ge=0)
+    """Of all stored objects."""
+    label_bytes: int = Field(ge=0)
+    """Of these, the labels alone, without what is stored once."""
+    rows: int = Field(ge=0)
+    """Of labels: samples times views."""
+    kl_mean: float | None = Field(default=None, allow_inf_nan=False)
+    """KL(teacher ‖ decoded) at T = 1 over all rows, in nats."""
+
+
+class Manifest(_Record):
+    """`manifest.json`."""
+
+    format: Literal["logitcache"] = "logitcache"
+    id: Sha256
+    identity: Identity
+    layout: Layout
+    state: Literal["open", "sealed"]
+    digest: Sha256 | None
+    """SHA-256 over the sorted value hashes of every object; set at sealing."""
+    provenance: dict[str, Any]
+    """Host, time, versions, command: recorded, and no part of identity or digest."""
+    receipts: Sha256 | None = None
+    """SHA-256 of `receipts.json`; set at sealing."""
+    contents: Contents | None = None
+    """Set at sealing."""
+    checksum: Sha256 | None = None
+    """SHA-256 of the canonical JSON of all the above: against accidents, not against liars. Only ever on disk."""
+
+
+class StoredObject(_Record):
+    """One object of a block: a chunk of one array."""
+
+    bytes: int = Field(ge=0)
+    sha256: Sha256
+    """Of the stored bytes: guards transport and disk."""
+    values_sha256: Sha256
+    """Of the decoded values: what it says, whatever the compressor's version."""
+
+
+class Receipt(_Record):
+    """The record, written last, that a block is whole."""
+
+    rows: int = Field(ge=0)
+    objects: dict[str, StoredObject]
+    """By array name."""
+    kl_mean: float | None = Field(allow_inf_nan=False)
+    """KL(teacher ‖ decoded) at T = 1 over the block's rows, in nats."""
+    kl_max: float | None = Field(allow_inf_nan=False)
+    inputs: dict[str, str]
+    """Row -> digest of the teacher's input, for the view's proof rows in this block."""
+
+
+def content_digest(receipts: list[Receipt]) -> Sha256:
+    """The digest of what a cache says: SHA-256 over the sorted value hashes."""
+    hashes = sorted(stored.values_sha256 for receipt in receipts for stored in receipt.objects.values())
+    return sha256_hex("\n".join(hashes).encode())
+
+
+def dump(record: BaseModel) -> bytes:
+    """A record as readable JSON."""
+    return (json.dumps(record.model_dump(), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """A manifest as readable JSON, with its checksum."""
+    return dump(manifest.model_copy(update={"checksum": _checksum(manifest.model_dump(mode="json"))}))
+
+
+def _checksum(raw: Mapping[str, Any]) -> str:
+    """Over the keys that are there: a manifest from before a key was added keeps its checksum."""
+    return json_digest({key: value for key, value in raw.items() if key != "checksum"})
+
+
+def contents(receipts: Mapping[str, Receipt], *, fixed: str) -> Contents:
+    """What receipts add up to; `fixed` names the one that is not a block's."""
+    sizes = {name: sum(stored.bytes for stored in receipt.objects.values()) for name, receipt in receipts.items()}
+    blocks = [receipt for name, receipt in receipts.items() if name != fixed]
+    measured = [receipt for receipt in blocks if receipt.kl_mean is not None]
+    rows = sum(receipt.rows for receipt in measured)
+    return Contents(
+        bytes=sum(sizes.values()),
+        label_bytes=sum(sizes.values()) - sizes.get(fixed, 0),
+        rows=sum(receipt.rows for receipt in blocks),
+        kl_mean=sum(receipt.rows * (receipt.kl_mean or 0.0) for receipt in measured) / rows if rows else None,
+    )
+
+
+def read_manifest(data: bytes | None, *, url: str) -> Manifest:
+    """A manifest from its bytes.
+
+    Raises:
+        NotACache: no manifest, or the manifest of something else.
+        UnsupportedFormat: written by a newer version.
+        CorruptCache: a manifest that contradicts itself.
+    """
+    if data is None:
+        raise NotACache(f"{url} is no logit cache: it has no {MANIFEST}; run `logitcache cache-teacher` to build one")
+    try:
+        raw = parse_json(data, max_bytes=MAX_MANIFEST_BYTES)
+        is_ours = isinstance(raw, dict) and raw.get("format") == "logitcache"
+    except ValueError as error:
+        raise NotACache(f"{url} is no logit cache: its {MANIFEST} is not JSON ({error})") from None
+    if not is_ours:
+        raise NotACache(f"{url} is no logit cache: its {MANIFEST} was not written by logitcache")
+    identity = raw.get("identity")
+    version = identity.get("format_version") if isinstance(identity, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UnsupportedFormat(
+            f"{url} has format version {version}; this logitcache reads up to {FORMAT_VERSION}: upgrade logitcache"
+        )
+    try:
+        manifest = Manifest.model_validate(raw)
+    except ValidationError as error:
+        raise CorruptCache(f"{url}: {MANIFEST} is damaged: {_reason(error)}") from None
+    if manifest.identity.cache_id != manifest.id:
+        raise CorruptCache(
+            f"{url}: {MANIFEST} is damaged: its identity hashes to {manifest.identity.cache_id[:12]}…, "
+            f"but it says {manifest.id[:12]}…"
+        )
+    if manifest.checksum != _checksum(raw):
+        raise CorruptCache(f"{url}: {MANIFEST} is damaged: it does not have the checksum that it states")
+    if not data.endswith(b"\n"):
+        raise CorruptCache(f"{url}: {MANIFEST} is damaged: its last newline is missing")
+    return manifest.model_copy(update={"checksum": None})
+
+
+def read_receipt(data: bytes, *, key: str) -> Receipt:
+    """A receipt from its bytes.
+
+    Raises:
+        CorruptCache: bytes that are no receipt.
+    """
+    try:
+        return Receipt.model_validate(parse_json(data, max_bytes=MAX_RECEIPT_BYTES))
+    except ValueError as error:
+        raise CorruptCache(f"{key} is damaged: {_reason(error)}") from None
+
+
+def receipts_limit(num_receipts: int) -> int:
+    """Bytes that the gathered receipts may take; those of a cache that had more views may be among them."""
+    return 2 * (num_receipts + 16) * MAX_RECEIPT_BYTES
+
+
+def read_receipts(data: bytes, *, url: str, num_receipts: int = MAX_BLOCKS) -> dict[str, Receipt]:
+    """The gathered receipts by name, from the bytes of `receipts.json`.
+
+    Raises:
+        CorruptCache: bytes that are no receipts.
+    """
+    try:
+        raw = parse_json(data, max_bytes=receipts_limit(num_receipts))
+        if not isinstance(raw, dict):
+            raise ValueError("no JSON object")
+        return {name: Receipt.model_validate(receipt) for name, receipt in raw.items()}
+    except ValueError as error:
+        raise CorruptCache(f"{url}: {RECEIPTS} is damaged: {_reason(error)}") from None
+
+
+def _check_size(name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"array {name} has dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if min(shape) < 0 or math.prod(shape) * np.dtype(dtype).itemsize > MAX_CHUNK_BYTES:
+        raise ValueError(f"array {name} has chunks of shape {shape}, more than {MAX_CHUNK_BYTES} bytes")
+
+
+def _reason(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def _first_difference(path: str, mine: Any, theirs: Any) -> tuple[str, Any, Any]:
+    """Descend to the first place in which two JSON values differ."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in sorted(mine.keys() | theirs.keys()):
+            if mine.get(key, _ABSENT) != theirs.get(key, _ABSENT):
+                return _first_difference(f"{path}.{key}", mine.get(key, _ABSENT), theirs.get(key, _ABSENT))
+    if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
+        for index, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            if a != b:
+                return _first_difference(f"{path}[{index}]", a, b)
+    return path, mine, theirs
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+_ABSENT = _Absent()
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value) if isinstance(value, _Absent) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:28]}…{text[-28:]}"

@@ -1,0 +1,104 @@
+"""What a cache is, and what caches lie somewhere, from the smallest reads: no torch, no receipts, no labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from logitcache.cache.manifest import MANIFEST, MAX_MANIFEST_BYTES, Contents, Manifest, read_manifest
+from logitcache.errors import NotACache
+from logitcache.storage import Storage, open_storage
+
+MAX_DEPTH = 5
+"""Folders between a location and the caches that `find_caches` finds below it."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `info` and `ls` say of a cache."""
+
+    url: str
+    manifest: Manifest
+    contents: Contents | None
+    """None where it would take more than reading the manifest to know."""
+
+    @property
+    def bytes_per_sample(self) -> float | None:
+        """Of the labels of one view."""
+        return self.contents.label_bytes / self.contents.rows if self.contents and self.contents.rows else None
+
+    @property
+    def encoding(self) -> str:
+        """As one would write it in Python."""
+        config = dict(self.manifest.identity.encoding)
+        name = str(config.pop("name", ""))
+        spelled, order = SPELLINGS.get(name, (name, ()))
+        keys = [*(key for key in order if key in config), *(key for key in config if key not in order)]
+        return f"{spelled}({', '.join(f'{key}={config[key]!r}' for key in keys)})"
+
+
+SPELLINGS = {
+    "dense": ("Dense", ("dtype",)),
+    "topk": ("TopK", ("k", "dtype")),
+    "lowrank": ("LowRank", ("rank", "k", "step", "bit_price", "search")),
+    "sampled": ("Sampled", ("draws",)),
+}
+"""Encodings as they are written in Python; a test holds this to the classes, which are not loaded here."""
+
+
+def summarise(location: str) -> Summary:
+    """What a cache is: one small read where it is sealed, all receipts where it is still open.
+
+    Raises:
+        NotACache, UnsupportedFormat, CorruptCache: as `manifest.read_manifest`.
+        StorageError: the store refuses, or can't be reached.
+    """
+    storage = open_storage(location)
+    manifest = _manifest(storage, "")
+    if manifest.contents is not None:
+        return Summary(storage.url, manifest, manifest.contents)
+    from logitcache.cache.reader import LogitCache
+
+    return Summary(storage.url, manifest, LogitCache(storage).contents)
+
+
+def find_caches(location: str) -> list[Summary]:
+    """The caches at a location and in the folders below it, by URL; a read each, and what is no cache is passed over.
+
+    Raises:
+        StorageError: the location can't be listed.
+    """
+    storage = open_storage(location)
+    found = []
+    with ThreadPoolExecutor(storage.concurrency) as threads:
+        level = [""]
+        for _ in range(MAX_DEPTH + 1):
+            manifests = list(threads.map(lambda folder: _manifest_if_any(storage, folder), level))
+            for folder, manifest in zip(level, manifests, strict=True):
+                if manifest is not None:
+                    found.append(Summary(f"{storage.url}/{folder}".rstrip("/"), manifest, manifest.contents))
+            unknown = [folder for folder, manifest in zip(level, manifests, strict=True) if manifest is None]
+            below = threads.map(lambda folder: list(_below(storage, folder)), unknown)
+            level = [folder for folders in below for folder in folders]
+            if not level:
+                break
+    return sorted(found, key=lambda summary: summary.url)
+
+
+def _below(storage: Storage, folder: str) -> Iterator[str]:
+    for name in storage.folders(folder):
+        if not name.startswith(".") and not name.endswith(".zarr"):
+            yield f"{folder}/{name}" if folder else name
+
+
+def _manifest(storage: Storage, folder: str) -> Manifest:
+    key = f"{folder}/{MANIFEST}" if folder else MANIFEST
+    return read_manifest(storage.get(key, limit=MAX_MANIFEST_BYTES), url=f"{storage.url}/{folder}".rstrip("/"))
+
+
+def _manifest_if_any(storage: Storage, folder: str) -> Manifest | None:
+    try:
+        return _manifest(storage, folder)
+    except NotACache:
+        return None

@@ -1,0 +1,1 @@
+"""Samples, transforms and views: the same pixels for everyone who asks, in an order that the seed gives."""

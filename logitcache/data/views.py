@@ -1,0 +1,339 @@
+"""Views: one deterministic augmentation of a whole dataset, the same pixels for everyone who asks.
+
+View v of row i is a pure function of (sample, transform, view seed, v, i). The shared random part runs first,
+then mixing with a keyed partner, then each model's own deterministic part, so that a teacher may see 384 px
+and its student 224 px of one crop.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitcache.data.samples import Dataset, content_digest, load_sample, sample_key
+from logitcache.data.transforms import adapt_transform, describe_transform
+from logitcache.errors import LogitCacheError, SampleMismatch, ShapeError, UsageError
+from logitcache.randomness import counter_seed, keyed_permutation, preserved_generators, seed_generators
+
+# C classes, H height, W width
+
+PROOF_ROWS = 8
+"""Rows of each view whose input digest is kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mixing:
+    """Mixup and CutMix with a partner drawn from the whole dataset, not from the batch.
+
+    Sources: Zhang et al. 2018 (arXiv:1710.09412), Yun et al. 2019 (arXiv:1905.04899). With both alphas positive
+    each sample takes one of the two with equal chance.
+    """
+
+    mixup: float = 0.0
+    """α of the Beta(α, α) that mixup's weight is drawn from; 0 is off."""
+    cutmix: float = 0.0
+    """α of CutMix, likewise."""
+    probability: float = 1.0
+    """Of mixing a sample at all."""
+
+    def __post_init__(self) -> None:
+        if self.mixup < 0 or self.cutmix < 0 or not 0 <= self.probability <= 1:
+            raise UsageError(
+                f"mixup and cutmix are at least 0 and the probability lies in [0, 1]; found {self.config()}"
+            )
+
+    @property
+    def active(self) -> bool:
+        """Whether any sample is mixed."""
+        return (self.mixup > 0 or self.cutmix > 0) and self.probability > 0
+
+    def config(self) -> dict[str, float]:
+        """As JSON."""
+        return {"mixup": float(self.mixup), "cutmix": float(self.cutmix), "probability": float(self.probability)}
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """How one sample of one view is mixed: `weight` of the sample itself, the rest of its partner."""
+
+    partner: int
+    weight: float
+    box: tuple[float, float] | None = None
+    """Centre (row, column) of CutMix's patch in [0, 1]; None for mixup."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewPlan:
+    """How every view of a dataset is made; the whole of what teacher and student must share."""
+
+    transform: Callable[[Any], Any] | None = None
+    """The shared random part: torchvision v2, timm, albumentations or any callable; None leaves samples clean."""
+    seed: int = 0
+    """Which views, out of all that this transform could give."""
+    mixing: Mixing = field(default_factory=Mixing)
+    model_input: Callable[[Any], Any] | None = None
+    """The teacher's own deterministic part (size, normalisation); a student may have another."""
+    num_classes: int | None = None
+    """Needed with mixing, where targets become (C,) distributions."""
+    num_samples: int | None = None
+    """Length of the dataset that rows count in; None takes the dataset at hand as the whole."""
+    contents: np.ndarray | None = None
+    """uint8 (N, 16) content digests that samples are held to when first loaded; None checks nothing."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the plan is, as JSON that two machines agree on; `seed` is kept apart in an identity.
+
+        Raises:
+            UsageError: a transform that can't be told from another one.
+        """
+        return {
+            "shared": describe_transform(self.transform) or None,
+            "mixing": self.mixing.config() if self.mixing.active else None,
+            "teacher_input": describe_transform(self.model_input) or None,
+        }
+
+    def mixes(self, view: int, row: int, num_samples: int) -> bool:
+        """Whether one sample is mixed in one view, as `mixture` has it, without looking for its partner."""
+        if not self.mixing.active or num_samples < 2:
+            return False
+        return random.Random(counter_seed("mixing", self.seed, view, row)).random() < self.mixing.probability
+
+    def mixture(self, view: int, row: int, num_samples: int) -> Mixture | None:
+        """Partner and weight of one sample in one view; None where it is not mixed."""
+        if not self.mixing.active or num_samples < 2:
+            return None
+        draw = random.Random(counter_seed("mixing", self.seed, view, row))
+        if draw.random() >= self.mixing.probability:
+            return None
+        cut = self.mixing.cutmix > 0 and (self.mixing.mixup == 0 or draw.random() < 0.5)
+        alpha = self.mixing.cutmix if cut else self.mixing.mixup
+        weight = draw.betavariate(alpha, alpha)
+        box = (draw.random(), draw.random()) if cut else None
+        return Mixture(int(_partners(num_samples, self.seed, view)[row]), weight, box)
+
+
+@functools.lru_cache(maxsize=256)
+def proof_rows(seed: int, view: int, num_samples: int) -> tuple[int, ...]:
+    """The rows of a view whose input digest the cache keeps, sorted."""
+    if num_samples <= PROOF_ROWS:
+        return tuple(range(num_samples))
+    draws = (counter_seed("proof", seed, view, number) % num_samples for number in itertools.count())
+    rows: set[int] = set()
+    while len(rows) < PROOF_ROWS:
+        rows.add(next(draws))
+    return tuple(sorted(rows))
+
+
+class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
+    """A dataset as a teacher saw it: item i of the current view is (row, input, target).
+
+    `row` is the sample's row number in the cache, for `view.logits(row)`. The target is the dataset's own, or a
+    float32 (C,) distribution where the plan mixes samples. Index with i, or with (view, i).
+
+    Args:
+        dataset: map-style, `dataset[i]` gives (input, target).
+        plan: such as `cache.view_plan`.
+        model_input: the deterministic part of the model at hand; the plan's own (the teacher's) by default.
+        rows: the cache's row of each sample, from `cache.rows(keys)`, for a subset or another order.
+
+    Raises:
+        UsageError: the dataset's length does not fit the plan, or a partner for mixing is not in the subset.
+        SampleMismatch: a sample's content is not what the teacher saw (when it is first loaded).
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        plan: ViewPlan,
+        *,
+        model_input: Callable[[Any], Any] | None = None,
+        rows: np.ndarray | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.plan = plan
+        self.num_samples = len(dataset) if plan.num_samples is None else plan.num_samples
+        self.rows = rows
+        self._index_of_row: dict[int, int] | None = None
+        if rows is None and len(dataset) != self.num_samples:
+            raise UsageError(
+                f"the dataset has {len(dataset)} samples, the cache {self.num_samples}; "
+                "pass rows=cache.rows(keys) to say which these are"
+            )
+        if rows is not None:
+            if len(rows) != len(dataset):
+                raise UsageError(f"{len(rows)} rows for a dataset of {len(dataset)} samples; expected one each")
+            if plan.mixing.active:
+                self._index_of_row = {int(row): index for index, row in enumerate(rows)}
+                if len(self._index_of_row) != self.num_samples:
+                    raise UsageError(
+                        f"views with mixup or CutMix draw partners from all {self.num_samples} samples; this dataset "
+                        f"has {len(self._index_of_row)} of them.\nKeep the whole dataset at hand and choose what to "
+                        "train on by index (`samples` in a pipeline), or build the cache without mixing."
+                    )
+        if plan.mixing.active and plan.num_classes is None:
+            raise UsageError("views with mixup or CutMix give targets as distributions: set ViewPlan(num_classes=...)")
+        self._shared = adapt_transform(plan.transform)
+        self.model_input = plan.model_input if model_input is None else model_input
+        self._model_input = adapt_transform(self.model_input)
+        # In shared memory, so that DataLoader workers that persist see a new view, and each other's checks.
+        self._view: Tensor = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        checked = torch.zeros(len(dataset), dtype=torch.bool)
+        self._shared_checked: Tensor = checked.share_memory_()  # type: ignore[no-untyped-call]
+        # Asked for every sample: NumPy answers thirty times as fast as torch.
+        self._checked = self._shared_checked.numpy()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_checked"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._checked = self._shared_checked.numpy()  # shared still: pickling the array would have copied it
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_view(self, view: int) -> int:
+        """Choose the view that plain indices give, and return it; takes effect in running workers too."""
+        if view < 0:
+            raise UsageError(f"a view is numbered from 0, not {view}")
+        self._view[0] = view
+        return view
+
+    def __getitem__(self, item: int | tuple[int, int]) -> tuple[int, Any, Any]:
+        return self.__getitems__([item])[0]
+
+    def __getitems__(self, items: Iterable[int | tuple[int, int]]) -> list[tuple[int, Any, Any]]:
+        current = int(self._view[0])
+        with preserved_generators():
+            return [self._render(*(item if isinstance(item, tuple) else (current, int(item)))) for item in items]
+
+    def row(self, index: int) -> int:
+        """The cache's row number of a sample of this dataset."""
+        return index if self.rows is None else int(self.rows[index])
+
+    def _render(self, view: int, index: int) -> tuple[int, Any, Any]:
+        row = self.row(index)
+        pixels, target = self._augmented(view, row, index)
+        if self.plan.mixing.active:
+            pixels, target = self._mixed(view, row, pixels, int(target))
+        if self._model_input is not None:
+            pixels = self._run(self._model_input, pixels, index, "input")
+        return row, pixels, target
+
+    def _augmented(self, view: int, row: int, index: int) -> tuple[Any, Any]:
+        value, target = load_sample(self.dataset, index)
+        if self.plan.contents is not None and not self._checked[index]:
+            self._check_content(row, index, value)
+        if self._shared is not None:
+            seed_generators(counter_seed("view", self.plan.seed, view, row))
+            value = self._run(self._shared, value, index, "views.transform")
+        return to_float_image(value), target
+
+    def _run(self, transform: Callable[[Any], Any], value: Any, index: int, name: str) -> Any:
+        try:
+            return transform(value)
+        except LogitCacheError:
+            raise
+        except Exception as error:
+            size = getattr(value, "size", None) if hasattr(value, "mode") else getattr(value, "shape", None)
+            raise UsageError(
+                f"the transform of `{name}` fails on sample {sample_key(self.dataset, index)!r} "
+                f"({type(value).__name__} of size {size and tuple(size)}): {type(error).__name__}: {error}"
+            ) from error
+
+    def _mixed(self, view: int, row: int, pixels: Any, target: int) -> tuple[Any, Tensor]:
+        assert self.plan.num_classes is not None
+        distribution = np.zeros(self.plan.num_classes, dtype=np.float32)
+        mixture = self.plan.mixture(view, row, self.num_samples)
+        weight = 1.0
+        if mixture is not None:
+            partner = mixture.partner if self._index_of_row is None else self._index_of_row[mixture.partner]
+            other, other_target = self._augmented(view, mixture.partner, partner)
+            pixels, weight = _mix(pixels, other, mixture)
+            distribution[int(other_target)] += 1.0 - weight
+        distribution[target] += weight
+        return pixels, torch.from_numpy(distribution)
+
+    def _check_content(self, row: int, index: int, value: Any) -> None:
+        assert self.plan.contents is not None
+        found, expected = content_digest(self.dataset, index, value), self.plan.contents[row].tobytes()
+        if found != expected:
+            raise SampleMismatch(
+                f"sample {row} ({sample_key(self.dataset, index)}) is not what the teacher saw: its content has the "
+                f"digest {found.hex()} here, {expected.hex()} in the cache.\n"
+                "Restore the sample, or build a new cache from this data."
+            )
+        self._checked[index] = True
+
+
+@dataclass(frozen=True)
+class BothInputs:
+    """The deterministic parts of two models on one rendered view: (student's input, teacher's input)."""
+
+    student: Callable[[Any], Any] | None
+    teacher: Callable[[Any], Any] | None
+
+    def __call__(self, pixels: Any) -> tuple[Any, Any]:
+        return (
+            pixels if self.student is None else self.student(pixels),
+            pixels if self.teacher is None else self.teacher(pixels),
+        )
+
+
+def to_float_image(value: Any) -> Any:
+    """A PIL image or uint8 (H, W), (H, W, C) array or (C, H, W) tensor as float32 (C, H, W) in [0, 1].
+
+    Anything else (a float tensor, text) passes as it is. Arrays of shape (H, W, C) are images as OpenCV and
+    albumentations have them; tensors are torch's.
+    """
+    if hasattr(value, "mode") and hasattr(value, "tobytes"):
+        value = np.asarray(value)
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3):
+        # One NumPy division: three torch calls on an image this small cost more than the rendering.
+        scaled = np.divide(value, np.float32(255), dtype=np.float32)
+        channels_last = scaled[:, :, None] if scaled.ndim == 2 else scaled
+        return torch.from_numpy(np.ascontiguousarray(channels_last.transpose(2, 0, 1)))
+    if isinstance(value, Tensor) and value.dtype == torch.uint8:
+        return value.as_subclass(Tensor).float().div_(255.0)
+    return value.as_subclass(Tensor) if type(value) is not Tensor and isinstance(value, Tensor) else value
+
+
+def _mix(pixels: Any, other: Any, mixture: Mixture) -> tuple[Tensor, float]:
+    """The mixed image, and the weight that the sample itself keeps in it."""
+    if not isinstance(pixels, Tensor) or not isinstance(other, Tensor) or pixels.shape != other.shape:
+        shapes = [tuple(getattr(value, "shape", ())) or type(value).__name__ for value in (pixels, other)]
+        raise ShapeError(
+            f"mixup and CutMix need views of one size, found {shapes[0]} and {shapes[1]}; "
+            "end the shared transform with a crop or a resize to a fixed size"
+        )
+    if mixture.box is None:
+        return torch.lerp(other, pixels, mixture.weight), mixture.weight
+    height, width = pixels.shape[-2:]
+    side = (1.0 - mixture.weight) ** 0.5
+    top, bottom = _span(mixture.box[0], side, height)
+    left, right = _span(mixture.box[1], side, width)
+    pixels = pixels.clone()
+    pixels[..., top:bottom, left:right] = other[..., top:bottom, left:right]
+    return pixels, 1.0 - (bottom - top) * (right - left) / (height * width)
+
+
+def _span(centre: float, side: float, length: int) -> tuple[int, int]:
+    start = round((centre - side / 2) * length)
+    return max(start, 0), min(max(start + round(side * length), 0), length)
+
+
+@functools.lru_cache(maxsize=2)
+def _partners(num_samples: int, seed: int, view: int) -> np.ndarray:
+    """Partner of each row, int64 (N,): its successor on one keyed cycle through all rows, never itself."""
+    cycle = keyed_permutation(num_samples, "partner", seed, view)
+    partners = np.empty_like(cycle)
+    partners[cycle] = np.roll(cycle, -1)
+    return partners

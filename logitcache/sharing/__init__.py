@@ -1,0 +1,1 @@
+"""Caches leave: to object stores and back, and to Parquet."""

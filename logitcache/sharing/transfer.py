@@ -1,0 +1,342 @@
+"""Caches from place to place: push and pull, resumable, every object held to its SHA-256, visible once whole.
+
+objects that are missing -> held to their receipts -> durable -> receipts -> card -> manifest, last.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass
+
+from logitcache.cache.card import CARD, write_card
+from logitcache.cache.committed import pinned_receipts_key, read_records
+from logitcache.cache.layout import FIXED, Block, block_key, fixed_array_key, group_metadata, parse_views
+from logitcache.cache.manifest import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    RECEIPTS,
+    Layout,
+    Manifest,
+    Receipt,
+    StoredObject,
+    content_digest,
+    contents,
+    dump_manifest,
+    read_manifest,
+)
+from logitcache.cache.objects import read_object
+from logitcache.cache.reader import LogitCache
+from logitcache.digest import canonical_json, sha256_hex
+from logitcache.errors import IdentityMismatch, IncompleteCache, NotACache, UsageError
+from logitcache.progress import Meter, track
+from logitcache.storage import Storage, open_storage
+
+MAX_CARD_BYTES = 2**20
+UNDER_WAY = "push.json"
+"""Says which content an unfinished push to an object store is of: its own objects need not be sent again."""
+
+Objects = dict[str, tuple[StoredObject, str]]
+"""By key: what a receipt says of an object, and whose receipt it is."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What a push or a pull did."""
+
+    id: str
+    digest: str
+    """Of what is there now."""
+    views: str
+    """That are there now, as FIRST:END."""
+    copied_objects: int
+    copied_bytes: int
+    kept_objects: int
+    """That were there already, from before or from an interrupted run."""
+    seconds: float
+
+
+def push(cache: str, url: str) -> Transfer:
+    """Copy a sealed cache to a store.
+
+    Raises:
+        UsageError: the store can't be written to, or somebody else's unfinished push is in the way.
+        IncompleteCache: the cache is not sealed.
+        IdentityMismatch: another cache is there.
+        CorruptCache: an object of the cache is not what was written.
+        StorageError: a store refuses, or can't be reached.
+    """
+    return _copy(open_storage(cache), open_storage(url), views=None, expect=None)
+
+
+def pull(url: str, cache: str, *, views: str | None = None, expect: str | None = None) -> Transfer:
+    """Copy a sealed cache, or some of its views, from a store; views join those that were pulled before.
+
+    Args:
+        url: the cache.
+        cache: where to, at best a directory.
+        views: such as "0:8"; all if None.
+        expect: the content digest that the cache must have, or its first 12 digits and more.
+
+    Raises:
+        UsageError: views that it does not have, or that would leave a gap.
+        IncompleteCache: the cache is not sealed.
+        IdentityMismatch: another digest than expected, or another cache is in the place.
+        CorruptCache: an object is not what was written.
+        StorageError: a store refuses, or can't be reached.
+    """
+    return _copy(open_storage(url), open_storage(cache), views=views, expect=expect)
+
+
+def _copy(source: Storage, target: Storage, *, views: str | None, expect: str | None) -> Transfer:
+    start = time.monotonic()
+    if not target.can_write:
+        raise UsageError(
+            f"{target.url} can only be read: a web server takes no objects. Write to a directory that it serves, or to "
+            "s3://, gs:// or az://"
+        )
+    manifest, receipts = read_records(source)
+    if manifest.state != "sealed":
+        raise IncompleteCache(f"{source.url} is not sealed yet; run `logitcache cache-teacher` to finish it")
+    _check_digest(source, manifest, receipts, expect)
+    there = _records_there(target, manifest, receipts)
+    copied_views = parse_views(views, manifest.layout.views)
+    new = _resulting_records(manifest, receipts, _joined(copied_views, there, target.url), source.url)
+    wanted, on_offer = _objects(new[0].layout, new[1]), _objects(manifest.layout, receipts)
+    sizes = dict(target.sizes())
+    _refuse_strangers(target, sizes, on_offer | wanted)
+    present = _present(target, sizes, wanted, there, str(manifest.digest))
+    missing = {key: wanted[key] for key in wanted if key not in present}
+    lacking = [why for key, (_, why) in missing.items() if key not in on_offer]
+    if lacking:
+        raise IncompleteCache(f"{target.url} has lost {lacking[0]}, which {source.url} does not hold; repair it first")
+    total = sum(stored.bytes for stored, _ in missing.values())
+    with track(f"copying {len(missing)} objects", total, unit="bytes") as meter:
+        _copy_objects(source, target, missing, meter)
+    _publish(target, new[0], new[2], replaces=None if there is None else there[0])
+    if new[0].digest == manifest.digest:
+        _copy_card(source, target)
+    else:
+        write_card(LogitCache(target, written=new[:2]))  # of these views
+    for key in sizes.keys() & (on_offer.keys() - wanted.keys()):
+        target.delete(key)  # left by a pull of other views that was interrupted
+    if target.is_remote:
+        target.delete(UNDER_WAY)
+    return Transfer(
+        id=new[0].id,
+        digest=str(new[0].digest),
+        views=f"{new[0].layout.first_view}:{new[0].layout.num_views}",
+        copied_objects=len(missing),
+        copied_bytes=total,
+        kept_objects=len(present),
+        seconds=time.monotonic() - start,
+    )
+
+
+def _check_digest(source: Storage, manifest: Manifest, receipts: dict[str, Receipt], expect: str | None) -> None:
+    found = content_digest(list(receipts.values()))
+    if found != manifest.digest:
+        raise IdentityMismatch(
+            f"{source.url}: the receipts don't add up to the manifest's digest; run `logitcache verify` on it"
+        )
+    if expect is None:
+        return
+    if len(expect) < 12 or set(expect.lower()) - set("0123456789abcdef"):
+        raise UsageError(f"--expect is {expect!r}; expected the content digest, or 12 hexadecimal digits of it or more")
+    if not found.startswith(expect.lower()):
+        raise IdentityMismatch(
+            f"{source.url} has content digest {found}; expected {expect.lower()}. Nothing was copied. "
+            "Ask whoever shared it which digest is meant, or leave out --expect"
+        )
+
+
+def _records_there(
+    target: Storage, manifest: Manifest, receipts: dict[str, Receipt]
+) -> tuple[Manifest, dict[str, Receipt]] | None:
+    """What the target holds of this cache already."""
+    try:
+        there, there_receipts = read_records(target)
+    except NotACache:
+        if target.size(MANIFEST) is not None:
+            raise
+        return None
+    if there.id != manifest.id:
+        raise IdentityMismatch(
+            f"{target.url} holds another cache ({there.id[:12]}…, not {manifest.id[:12]}…); nothing was changed. "
+            "Choose another place, or delete what is there"
+        )
+    if there.state != "sealed":
+        raise UsageError(
+            f"{target.url} holds this very cache, unfinished: `logitcache cache-teacher` goes on with it; nothing was "
+            "changed. To copy over it, delete it first"
+        )
+    for name in there_receipts.keys() & receipts.keys():
+        if _values(there_receipts[name]) != _values(receipts[name]):
+            raise IdentityMismatch(
+                f"{target.url} holds a cache of the same identity, but with other labels: they differ in {name} "
+                f"(digest {str(there.digest)[:12]}…, not {str(manifest.digest)[:12]}…); nothing was changed.\n"
+                "The teacher ran twice, and rounded differently. Choose another place, or delete what is there"
+            )
+    return there, there_receipts
+
+
+def _values(receipt: Receipt) -> dict[str, str]:
+    return {name: stored.values_sha256 for name, stored in receipt.objects.items()}
+
+
+def _joined(
+    copied: range, there: tuple[Manifest, dict[str, Receipt]] | None, url: str
+) -> tuple[range, dict[str, Receipt]]:
+    """The views that there will be, and the receipts of those that are there."""
+    if there is None:
+        return copied, {}
+    held = there[0].layout.views
+    if copied.start > held.stop or held.start > copied.stop:
+        gap = range(min(copied.stop, held.stop), max(copied.start, held.start))
+        raise UsageError(
+            f"{url} holds views {held.start}:{held.stop}; {copied.start}:{copied.stop} would leave a gap. Pull "
+            f"{gap.start}:{gap.stop} first, or into another directory"
+        )
+    return range(min(copied.start, held.start), max(copied.stop, held.stop)), there[1]
+
+
+def _resulting_records(
+    manifest: Manifest, receipts: dict[str, Receipt], joined: tuple[range, dict[str, Receipt]], url: str
+) -> tuple[Manifest, dict[str, Receipt], bytes]:
+    """Manifest, receipts and `receipts.json` of what there will be; of a whole cache they are the source's."""
+    views, held = joined
+    layout = manifest.layout.model_copy(update={"first_view": views.start, "num_views": views.stop})
+    names = [name for name in {**receipts, **held} if name == FIXED or Block.from_name(name).view in views]
+    kept = {name: held[name] if name in held else receipts[name] for name in sorted(names)}
+    gathered = canonical_json({name: receipt.model_dump() for name, receipt in kept.items()})
+    changes = {
+        "layout": layout,
+        "digest": content_digest(list(kept.values())),
+        "receipts": sha256_hex(gathered),
+        "contents": contents(kept, fixed=FIXED),
+    }
+    if views != manifest.layout.views:
+        changes["provenance"] = manifest.provenance | {"copied_from": {"url": url, "digest": manifest.digest}}
+    return manifest.model_copy(update=changes), kept, gathered
+
+
+def _objects(layout: Layout, receipts: dict[str, Receipt]) -> Objects:
+    objects: Objects = {}
+    for name, receipt in receipts.items():
+        for array, stored in receipt.objects.items():
+            if name == FIXED:
+                objects[fixed_array_key(array, layout.fixed[array])] = (stored, "what is stored once")
+            else:
+                key = block_key(array, layout.arrays[array], Block.from_name(name))
+                objects[key] = (stored, f"block {name}")
+    return objects
+
+
+def _refuse_strangers(target: Storage, sizes: Mapping[str, int], ours: Objects) -> None:
+    """Nothing of anybody else's is written over or mixed with."""
+    for key in sizes:
+        is_ours = key in ours or key in (MANIFEST, RECEIPTS, CARD, UNDER_WAY) or key.endswith("/zarr.json")
+        if not is_ours and not key.startswith("receipts/"):
+            raise NotACache(f"{target.url} holds {key}, which is no part of this cache; choose an empty place")
+
+
+def _present(
+    target: Storage,
+    sizes: Mapping[str, int],
+    wanted: Objects,
+    there: tuple[Manifest, dict[str, Receipt]] | None,
+    digest: str,
+) -> set[str]:
+    """The keys whose objects are there and right: read again where that is cheap, else vouched for."""
+    candidates = [key for key, (stored, _) in wanted.items() if sizes.get(key) == stored.bytes]
+    if not target.is_remote:
+        with ThreadPoolExecutor(target.concurrency) as threads:
+            right = threads.map(lambda key: sha256_hex(target.get(key) or b"") == wanted[key][0].sha256, candidates)
+            return {key for key, is_right in zip(candidates, right, strict=True) if is_right}
+    if _goes_on(target, digest):
+        return set(candidates)
+    vouched = {} if there is None else _objects(there[0].layout, there[1])
+    return {key for key in candidates if key in vouched and vouched[key][0].sha256 == wanted[key][0].sha256}
+
+
+def _goes_on(target: Storage, digest: str) -> bool:
+    """Whether a push of this content was interrupted here; one is begun where none was.
+
+    Raises:
+        UsageError: a push of something else was.
+    """
+    mark = canonical_json({"digest": digest})
+    if target.create(UNDER_WAY, mark):
+        return False
+    found = target.get(UNDER_WAY, limit=2**12) or b""
+    if found == mark:
+        return True
+    with suppress(ValueError, KeyError, TypeError):
+        found = str(json.loads(found)["digest"])[:12].encode()
+    raise UsageError(
+        f"{target.url} holds an unfinished push of another content ({found.decode(errors='replace')[:40]}); finish "
+        "that one, delete it, or choose another URL"
+    )
+
+
+def _copy_objects(source: Storage, target: Storage, missing: Objects, meter: Meter) -> None:
+    """Several at a time; the first that goes wrong ends it, and what has arrived stays for the next time."""
+
+    def copy(key: str) -> str:
+        stored, why = missing[key]
+        target.put(key, read_object(source, key, stored, why=why), durable=False)
+        return key
+
+    threads = ThreadPoolExecutor(max(source.concurrency, target.concurrency), thread_name_prefix="logitcache-copy")
+    settler = ThreadPoolExecutor(1, thread_name_prefix="logitcache-settle")
+    settling: Future[None] | None = None
+    arrived: list[str] = []
+    try:
+        for copied in as_completed([threads.submit(copy, key) for key in missing]):
+            arrived.append(copied.result())
+            meter.advance(missing[arrived[-1]][0].bytes)
+            # What has arrived is made to last all together, again and again, while the rest is on its way.
+            if settling is None or settling.done():
+                if settling is not None:
+                    settling.result()
+                settling = settler.submit(target.make_durable, arrived)
+                arrived = []
+        if settling is not None:
+            settling.result()
+    finally:
+        threads.shutdown(cancel_futures=True)
+        settler.shutdown()
+    target.make_durable(arrived)
+
+
+def _publish(target: Storage, manifest: Manifest, gathered: bytes, *, replaces: Manifest | None) -> None:
+    """Records, the manifest last; whoever reads meanwhile finds the old cache, or the new one."""
+    for key, data in group_metadata(manifest.layout).items():
+        if target.get(key, limit=len(data)) != data:
+            target.put(key, data)
+    if replaces is None:
+        target.put(RECEIPTS, gathered)
+        if target.create(MANIFEST, dump_manifest(manifest)):
+            return
+        replaces = read_manifest(target.get(MANIFEST, limit=MAX_MANIFEST_BYTES), url=target.url)
+        if (replaces.id, replaces.digest) != (manifest.id, manifest.digest):
+            raise IdentityMismatch(f"{target.url}: somebody else put cache {replaces.id[:12]}… there meanwhile")
+        return
+    pinned = pinned_receipts_key(str(manifest.receipts))
+    if replaces.receipts != manifest.receipts:
+        # Receipts under a second name first, so that those that the manifest names are there at every moment.
+        target.put(pinned, gathered)
+        target.put(MANIFEST, dump_manifest(manifest))
+    if target.get(RECEIPTS, limit=len(gathered)) != gathered:
+        target.put(RECEIPTS, gathered)
+    target.delete(pinned)
+
+
+def _copy_card(source: Storage, target: Storage) -> None:
+    """As it is, which may be as somebody edited it."""
+    card = source.get(CARD, limit=MAX_CARD_BYTES)
+    if card is not None and len(card) <= MAX_CARD_BYTES and card != target.get(CARD, limit=MAX_CARD_BYTES):
+        target.put(CARD, card)

@@ -1,0 +1,1 @@
+"""What a student starts from, and how much each of its samples counts."""

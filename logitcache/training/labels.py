@@ -1,0 +1,133 @@
+"""Where a student's teacher logits come from: the cache, or the teacher itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from logitcache.cache.labelview import View
+from logitcache.cache.reader import LogitCache
+from logitcache.data.views import ViewDataset
+from logitcache.devices import autocast, to_device
+from logitcache.pipeline import TeacherConfig
+from logitcache.resolve import place_teacher
+
+# B batch, C classes
+
+
+class Labels(Protocol):
+    """Teacher logits for the batches of a run, joined in the main process."""
+
+    needs_teacher_inputs: bool
+    """Whether batches must carry the teacher's own rendering beside the student's; else it sees the student's."""
+
+    def start_view(self, view: int, following: int | None) -> None:
+        """Get ready for a view, and begin to get ready for the one that follows."""
+
+    def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
+        """Float32 (B, C) for row numbers (B,) of the current view.
+
+        Args:
+            rows: int (B,).
+            teacher_inputs: what the teacher would see, where `needs_teacher_inputs`.
+            targets: the true labels, int (B,), or float (B, C) where samples were mixed; on any device.
+        """
+
+
+class CachedLabels:
+    """Logits from a cache: each view is checked, resident while it is trained on, and the next one loads behind it.
+
+    Before a view's first step its proof rows are rendered as the teacher's input and held to the cache's digests,
+    unless another cache of the same views does that.
+    """
+
+    needs_teacher_inputs = False
+
+    def __init__(
+        self,
+        cache: LogitCache,
+        views: ViewDataset,
+        device: torch.device,
+        *,
+        memory_budget: int | None = None,
+        prove: bool = True,
+    ) -> None:
+        self._cache = cache
+        self._prove = prove
+        self._views = views
+        self._device = device
+        self._memory_budget = memory_budget
+        self._proven: set[int] = set()
+        self._view: View | None = None
+        self._number: int | None = None
+
+    @property
+    def window_blocks(self) -> int | None:
+        """Blocks that batches should stay within, where views are streamed."""
+        return self._cache.window_blocks(self._memory_budget)
+
+    def start_view(self, view: int, following: int | None) -> None:
+        if self._prove and view not in self._proven:
+            self._cache.check_inputs(self._views, view)
+            self._proven.add(view)
+        if view != self._number:
+            self._view = self._cache.view(view, self._device, memory_budget=self._memory_budget)
+            self._number = view
+        if following is not None and following != view and self.window_blocks is None:
+            self._cache.prefetch(following, self._device)
+
+    def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
+        assert self._view is not None
+        return self._view.logits(rows)
+
+
+class EnsembleLabels:
+    """Logits of several teachers, from caches over the same views, put together for each batch.
+
+    Args:
+        members: one for each teacher; the first one proves the pixels, which are the others' too.
+        combine: (logits (B, C) of each, true labels) -> (B, C).
+    """
+
+    needs_teacher_inputs = False
+
+    def __init__(self, members: Sequence[CachedLabels], combine: Callable[[list[Tensor], Tensor], Tensor]) -> None:
+        self._members = members
+        self._combine = combine
+
+    @property
+    def window_blocks(self) -> int | None:
+        """Blocks that batches should stay within, where views are streamed: as many as all members have room for."""
+        windows = [member.window_blocks for member in self._members]
+        return min((window for window in windows if window is not None), default=None)
+
+    def start_view(self, view: int, following: int | None) -> None:
+        for member in self._members:
+            member.start_view(view, following)
+
+    def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
+        return self._combine([member.logits(rows, None, targets) for member in self._members], targets)
+
+
+class LiveLabels:
+    """Logits from the teacher, run on every batch: what a cache saves."""
+
+    def __init__(
+        self, teacher: nn.Module, device: torch.device, config: TeacherConfig, *, needs_teacher_inputs: bool
+    ) -> None:
+        self.needs_teacher_inputs = needs_teacher_inputs
+        self._teacher = place_teacher(teacher, device, config)
+        self._device = device
+        self._config = config
+
+    def start_view(self, view: int, following: int | None) -> None:
+        """Nothing to get ready."""
+
+    def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
+        inputs = to_device(teacher_inputs, self._device, channels_last=self._config.channels_last)
+        with torch.no_grad(), autocast(self._device, self._config.precision):
+            logits_BC: Tensor = self._teacher(inputs)
+        return logits_BC.float()

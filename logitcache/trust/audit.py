@@ -1,0 +1,169 @@
+"""Is everything there, and is it what was written?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from logitcache.arrays import ArraySpec
+from logitcache.cache.card import CARD
+from logitcache.cache.committed import num_rows, pinned_receipts_key, stored_manifest
+from logitcache.cache.layout import (
+    FIXED,
+    FIXED_RECEIPT_KEY,
+    GROUP,
+    Block,
+    all_blocks,
+    block_key,
+    block_rows,
+    decode_fixed,
+    decode_rows,
+    fixed_array_key,
+    group_metadata,
+)
+from logitcache.cache.manifest import (
+    MANIFEST,
+    MAX_RECEIPT_BYTES,
+    RECEIPTS,
+    Layout,
+    Manifest,
+    Receipt,
+    StoredObject,
+    content_digest,
+    read_receipt,
+    read_receipts,
+    receipts_limit,
+)
+from logitcache.digest import array_digest, sha256_hex
+from logitcache.errors import CorruptCache
+from logitcache.progress import track
+from logitcache.storage import Storage, open_storage
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it should be."""
+
+    block: str
+    """Such as "v00003/b00012", "fixed" for the sample table, "" for the cache as a whole."""
+    path: str
+    kind: str
+    """"missing", "wrong size", "wrong bytes", "wrong values", "wrong digest", "damaged", "stray" or "differs"."""
+
+
+def verify(location: str, *, deep: bool = False) -> list[Problem]:
+    """Hold a cache to its receipts: what is missing, of another size, or not accounted for.
+
+    Args:
+        location: the cache.
+        deep: also read every byte, compare its SHA-256, decode it, and compare the SHA-256 of its values.
+
+    Raises:
+        NotACache: no cache there.
+        CorruptCache: a manifest that can't be read.
+    """
+    storage = open_storage(location)
+    manifest = stored_manifest(storage)
+    specs = manifest.layout.arrays
+    fixed = manifest.layout.fixed
+    problems: list[Problem] = []
+    receipts = _all_receipts(storage, manifest, problems)
+    known = {MANIFEST, RECEIPTS, CARD}
+    checks = []
+    for name, receipt in receipts.items():
+        if receipt.rows != num_rows(manifest.layout, name):
+            problems.append(Problem(name, RECEIPTS, "wrong rows"))
+        known |= {f"{GROUP}/{array}/zarr.json" for array in receipt.objects}
+        for array, stored in receipt.objects.items():
+            spec = specs.get(array)
+            if array not in (fixed if name == FIXED else specs):
+                problems.append(Problem(name, array, "damaged"))
+                continue
+            path = (
+                fixed_array_key(array, fixed[array]) if spec is None else block_key(array, spec, Block.from_name(name))
+            )
+            known.add(path)
+            checks.append((name, array, spec, path, stored))
+
+    def check(name: str, array: str, spec: ArraySpec | None, path: str, stored: StoredObject) -> Problem | None:
+        kind = _what_is_wrong(storage, path, stored, sizes)
+        if kind is None and deep:
+            kind = _what_is_wrong_inside(storage, manifest.layout, name, array, spec, path, stored)
+        return None if kind is None else Problem(name, path, kind)
+
+    # Listed once, where that can be done: asking a store for each size would take a request each.
+    sizes = dict(storage.sizes()) if storage.can_list else None
+    with ThreadPoolExecutor(storage.concurrency) as threads, track("verifying", len(checks), unit="objects") as meter:
+        for problem in threads.map(check, *zip(*checks, strict=True)) if checks else ():
+            problems += [] if problem is None else [problem]
+            meter.advance()
+    for path, data in group_metadata(manifest.layout).items():
+        known.add(path)
+        found = storage.get(path, limit=len(data))
+        if found != data:
+            problems.append(Problem("", path, "missing" if found is None else "wrong bytes"))
+    strays = [path for path in sizes or () if path not in known and not path.startswith("receipts/")]
+    problems += [Problem("", path, "stray") for path in strays]
+    if manifest.state == "sealed" and content_digest(list(receipts.values())) != manifest.digest:
+        problems.append(Problem("", MANIFEST, "wrong digest"))
+    return problems
+
+
+def _all_receipts(storage: Storage, manifest: Manifest, problems: list[Problem]) -> dict[str, Receipt]:
+    receipts: dict[str, Receipt] = {}
+    wanted = {FIXED: FIXED_RECEIPT_KEY} | {block.name: block.receipt_key for block in all_blocks(manifest.layout)}
+    gathered = storage.get(RECEIPTS, limit=receipts_limit(len(wanted)))
+    if gathered is not None:
+        if manifest.state == "sealed" and sha256_hex(gathered) != manifest.receipts:
+            # A copy that was cut off while it was given more views has them under another name, whole.
+            pinned = storage.get(pinned_receipts_key(str(manifest.receipts)), limit=receipts_limit(len(wanted)))
+            gathered = gathered if pinned is None else pinned
+        if manifest.state == "sealed" and sha256_hex(gathered) != manifest.receipts:
+            problems.append(Problem("", RECEIPTS, "wrong bytes"))
+        try:
+            receipts = read_receipts(gathered, url=storage.url)
+        except CorruptCache:
+            problems.append(Problem("", RECEIPTS, "damaged"))
+    elif manifest.state == "sealed":
+        problems.append(Problem("", RECEIPTS, "missing"))
+    for name, key in wanted.items():
+        data = storage.get(key, limit=MAX_RECEIPT_BYTES) if name not in receipts else None
+        if data is not None:
+            try:
+                receipts[name] = read_receipt(data, key=key)
+            except CorruptCache:
+                problems.append(Problem(name, key, "damaged"))
+        elif name not in receipts:
+            problems.append(Problem(name, key, "missing"))
+    return {name: receipt for name, receipt in receipts.items() if name in wanted}
+
+
+def _what_is_wrong(storage: Storage, path: str, stored: StoredObject, sizes: Mapping[str, int] | None) -> str | None:
+    found = storage.size(path) if sizes is None else sizes.get(path)
+    if found is None:
+        return "missing"
+    return None if found == stored.bytes else "wrong size"
+
+
+def _what_is_wrong_inside(
+    storage: Storage,
+    layout: Layout,
+    name: str,
+    array: str,
+    spec: ArraySpec | None,
+    path: str,
+    stored: StoredObject,
+) -> str | None:
+    data = storage.get(path, limit=stored.bytes) or b""
+    if sha256_hex(data) != stored.sha256:
+        return "wrong bytes"
+    try:
+        if spec is None:
+            values = decode_fixed(layout.fixed[array], data)
+        else:
+            rows = block_rows(layout, Block.from_name(name))
+            values = decode_rows(spec, [data], len(rows), layout.rows_per_block)
+    except (ValueError, RuntimeError):
+        return "damaged"
+    return None if array_digest(values) == stored.values_sha256 else "wrong values"
