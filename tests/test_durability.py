@@ -19,7 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 import logitcache
-from logitcache.errors import LogitCacheError
+from logitcache.errors import LogitCacheError, NotACache
+from logitcache.sharing.transfer import pull
 from logitcache.trust.audit import verify
 from logitcache.trust.repair import repair
 from tests.test_trust import SAMPLES, build, labels, read_all
@@ -38,6 +39,8 @@ class Disk:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def record(self, kind: str, path: Path, value: Any = None) -> None:
+        if not path.is_relative_to(self.root):
+            return
         with self.lock:
             self.events.append((kind, path.relative_to(self.root).as_posix(), value))
 
@@ -56,7 +59,8 @@ class Disk:
                 if lasting or draw.random() < 0.5:
                     names[path] = volatile[path]
             elif kind == "rename" and (lasting or draw.random() < 0.5):
-                names[value] = volatile[path]
+                to, data = value
+                names[to] = data if ("fsync", to, None) in events[number + 1 :] else volatile[path]
                 names.pop(path, None)
             elif kind == "unlink" and (lasting or draw.random() < 0.5):
                 names.pop(path, None)
@@ -85,21 +89,25 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
         fsync(descriptor)
 
     def recorded_replace(path: Path, target: Path) -> Path:
-        disk.record("rename", path, target.relative_to(disk.root).as_posix())
+        data = path.read_bytes()
+        if not path.is_relative_to(disk.root):
+            return replace(path, target)
+        if not any(event[:2] == ("write", path.relative_to(disk.root).as_posix()) for event in disk.events):
+            disk.record("write", path, data)  # to be fsynced under its next name
+        disk.record("rename", path, (target.relative_to(disk.root).as_posix(), data))
         return replace(path, target)
 
     def recorded_link(path: Path, target: Path) -> None:
-        disk.record("rename", path, target.relative_to(disk.root).as_posix())  # its first name goes with its unlink
+        if path.is_relative_to(disk.root):  # its first name goes with its unlink
+            disk.record("rename", path, (target.relative_to(disk.root).as_posix(), path.read_bytes()))
         link(path, target)
 
     def recorded_unlink(path: Path, missing_ok: bool = False) -> None:
-        if disk.root in path.parents:
-            disk.record("unlink", path)
+        disk.record("unlink", path)
         unlink(path, missing_ok=missing_ok)
 
     def recorded_mkdir(path: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
-        if disk.root in path.parents:
-            disk.record("mkdir", path)
+        disk.record("mkdir", path)
         mkdir(path, mode, parents, exist_ok)
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
@@ -141,6 +149,34 @@ def test_a_power_loss_at_any_moment_leaves_whole_blocks_only(
         shutil.rmtree(left)
 
     assert opened > 50
+
+
+def test_a_power_loss_in_a_pull_leaves_a_whole_cache_or_none(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are made durable all together there, after they have their names, and their folders with them."""
+    build(tmp_path / "a.cache")
+    right = read_all(tmp_path / "a.cache")
+    pull(str(tmp_path / "a.cache"), str(disk.root / "b.cache"))
+    monkeypatch.undo()
+    draw = random.Random(0)
+    opened = 0
+    for count in range(len(disk.events) + 1):
+        left = tmp_path / f"left-{count}"
+        left.mkdir()
+        disk.after_power_loss(count, draw, left)
+        try:
+            found = read_all(left / "b.cache")
+        except NotACache:
+            continue
+        finally:
+            pull(str(tmp_path / "a.cache"), str(left / "b.cache"))
+            assert [] == verify(str(left / "b.cache"), deep=True)
+            shutil.rmtree(left)
+        opened += 1
+        assert torch.equal(right, found)
+
+    assert opened > 0
 
 
 class CacheMachine(RuleBasedStateMachine):

@@ -62,7 +62,7 @@ class LocalStorage:
         try:
             with ThreadPoolExecutor(self.concurrency) as threads:
                 list(threads.map(fsync_path, paths))
-                list(threads.map(fsync_path, {path.parent for path in paths}))
+                list(threads.map(fsync_path, {folder for path in paths for folder in self._folders_of(path)}))
         except OSError as error:
             raise _storage_error("write", Path(error.filename or self.root), error) from error
 
@@ -147,7 +147,11 @@ class LocalStorage:
         """The data on the disk, under a name that nobody takes for the object."""
         partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{next(_COUNTER)}.partial")
         try:
-            self._make_folder(path.parent)
+            if durable:
+                self._make_folder(path.parent)
+            else:
+                self._make_folder(self.root)
+                path.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
                 file.write(data)
                 if durable:
@@ -157,6 +161,10 @@ class LocalStorage:
             partial.unlink(missing_ok=True)
             raise _storage_error("write", path, error) from error
         return partial
+
+    def _folders_of(self, path: Path) -> Iterator[Path]:
+        """The folders between an object and the root, which any of its neighbours may have made."""
+        return itertools.takewhile(lambda folder: folder != self.root.parent, path.parents)
 
     def _make_folder(self, folder: Path) -> None:
         if folder.is_dir():
