@@ -43,6 +43,7 @@ SPELLINGS = {
     "topk": ("TopK", ("k", "dtype")),
     "lowrank": ("LowRank", ("rank", "k", "step", "bit_price", "search")),
     "sampled": ("Sampled", ("draws",)),
+    "values": ("Values", ("dtype",)),
 }
 """Encodings as they are written in Python; a test holds this to the classes, which are not loaded here."""
 
