@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from logitcache.cache.card import Card
+from logitcache.catalog.outputs import outputs_config
 from logitcache.data.transforms import normalise_spec
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.entry_points import is_entry_point
@@ -134,6 +135,8 @@ class CacheConfig(_Section):
     calibration: int = Field(default=10_000, ge=2)
     """Rows that the teacher is run on beforehand, for encodings that are fitted or chosen."""
     rows_per_block: int = Field(default=16_384, ge=1)
+    outputs: dict[str, dict[str, Any]] = {}
+    """What else of the teacher is kept: modules by name, each with an encoding; `logits` names another module's."""
     memory_budget_mb: float | None = Field(default=None, gt=0)
     """A view larger than this streams block by block in stage 2; none keeps every view resident."""
     card: Card = Card()
@@ -143,6 +146,11 @@ class CacheConfig(_Section):
     @classmethod
     def _known_encoding(cls, value: Any) -> Any:
         return encoding_or_auto(value).config() if isinstance(value, str | Mapping | Encoding | Auto) else value
+
+    @field_validator("outputs", mode="before")
+    @classmethod
+    def _known_outputs(cls, value: Any) -> Any:
+        return outputs_config(value)
 
 
 class TeachersConfig(_Section):

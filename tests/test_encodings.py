@@ -324,7 +324,9 @@ def entropy(symbols: Tensor) -> float:
         pytest.param({"name": "topk"}, "k", id="k is missing"),
         pytest.param({"name": "dense", "bits": 8}, "no parameter 'bits'", id="unknown parameter"),
         pytest.param(
-            "zip", "unknown encoding 'zip'; expected one of: dense, topk, lowrank, sampled, values, auto", id="unknown encoding"
+            "zip",
+            "unknown encoding 'zip'; expected one of: dense, topk, lowrank, sampled, values, auto",
+            id="unknown encoding",
         ),
         pytest.param("__import__('os').system('true')", "can't read the encoding", id="code"),
         pytest.param({"name": "dense", "dtype": "int8"}, "'float16' or 'uint8'", id="unknown dtype"),
