@@ -352,7 +352,7 @@ class LogitCache:
         """The arrays of rows of some outputs, in their order."""
         return [name for name in self.layout.arrays if output_of(name) in outputs]
 
-    def _wanted(self, block: Block, outputs: Sequence[str]) -> tuple[Wanted, str]:
+    def _wanted(self, block: Block, outputs: Sequence[str] = (LOGITS,)) -> tuple[Wanted, str]:
         """A block's objects of some outputs by key, and who vouches for them."""
         receipt = self.receipts.get(block.name)
         if receipt is None:

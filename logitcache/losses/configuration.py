@@ -11,11 +11,12 @@ from logitcache.errors import UsageError
 from logitcache.losses.blends import Blend, HardPlusSoft, Part, Weighted
 from logitcache.losses.correlation import Dist
 from logitcache.losses.decoupled import DecoupledKD
+from logitcache.losses.features import AttentionLoss, FeatureLoss, HintLoss, RelationalLoss
 from logitcache.losses.hard import TeacherLabel, TrueLabel
 from logitcache.losses.protocol import Loss
 from logitcache.losses.regression import LogitMSE
 from logitcache.losses.relational import RKD
-from logitcache.losses.schedules import Schedule, check_number, shown
+from logitcache.losses.schedules import Schedule, Scheduled, check_number, check_parameter, shown
 from logitcache.losses.soft import JensenShannon, KLDivergence, SoftCrossEntropy
 from logitcache.losses.stages import Stage, Stages
 
@@ -50,6 +51,44 @@ def loss_from_config(config: str | Mapping[str, Any]) -> Loss:
         UsageError: an unknown loss or parameter, or a parameter out of range.
     """
     return _loss(config, {})
+
+
+FEATURE_LOSSES: dict[str, type[FeatureLoss]] = {loss.name: loss for loss in (HintLoss, AttentionLoss, RelationalLoss)}
+
+
+def hint_loss_from_config(config: Any) -> FeatureLoss | Loss:
+    """What a student learns of an output: a loss between features, or one of logits, for another head.
+
+    Raises:
+        UsageError: an unknown loss or parameter, or a loss that takes true labels, which another head has none of.
+    """
+    name = config.get("name") if isinstance(config, Mapping) else config
+    if isinstance(name, str) and name in FEATURE_LOSSES:
+        fields = {key: value for key, value in config.items() if key != "name"} if isinstance(config, Mapping) else {}
+        _check_keys(f"loss {name!r} has no parameter", fields, _parameters(FEATURE_LOSSES[name]))
+        return FEATURE_LOSSES[name](**{field: _number_or_schedule(field, value) for field, value in fields.items()})
+    stages = isinstance(config, Mapping) and "stages" in config
+    if not stages and not (isinstance(name, str) and name in LOSSES):
+        known = [*FEATURE_LOSSES, *LOSSES]
+        raise UsageError(f"unknown loss {shown(name)}{_nearest(name, known)}; expected one of: {', '.join(known)}")
+    loss = _loss(config, {})
+    if loss.needs_target:
+        raise UsageError(
+            f"loss {loss.name!r} takes the true labels, which are the logits' and not another output's; expected a "
+            "loss of teacher and student alone, such as 'kl'"
+        )
+    return loss
+
+
+def scheduled_weight(value: Any) -> Scheduled:
+    """A weight, or a schedule of one from its mapping.
+
+    Raises:
+        UsageError: neither, or one below 0.
+    """
+    weight: Scheduled = _number_or_schedule("weight", value)
+    check_parameter("weight", weight, least=0.0)
+    return weight
 
 
 def _loss(config: Any, refused: Mapping[str, str]) -> Loss:
