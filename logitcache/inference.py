@@ -91,7 +91,8 @@ def output_shapes(pipeline: Pipeline, teacher: nn.Module, views: ViewDataset) ->
         UsageError, ShapeError: a module that is not there, is not called, or gives something else; names the output.
     """
     taps = taps_of(pipeline.cache.outputs)
-    return captured_shapes(teacher, taps, two_of(views)) if taps else {}
+    where = next((parameter.device for parameter in teacher.parameters()), torch.device("cpu"))
+    return captured_shapes(teacher, taps, to_device(two_of(views), where)) if taps else {}
 
 
 def two_of(views: ViewDataset) -> Any:
