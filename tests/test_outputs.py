@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -20,6 +21,7 @@ from logitcache.cache.objects import read_object
 from logitcache.cache.summary import summarise
 from logitcache.cache_teacher import cache_teacher
 from logitcache.catalog.capture import Capture, Tap, captured_shapes
+from logitcache.catalog.outputs import outputs_config
 from logitcache.cli import app
 from logitcache.encodings import ENCODINGS, Dense, LowRank, Sampled, TopK, Values
 from logitcache.errors import CorruptCache, IdentityMismatch, InvalidLogits, LogitCacheError, ShapeError, UsageError
@@ -28,12 +30,14 @@ from logitcache.pipeline import Pipeline
 from logitcache.plan import plan_pipeline
 from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
 from logitcache.sharing.transfer import pull, push
+from logitcache.students.hints import hints_config
 from logitcache.train_student import train_students
 from logitcache.trust.audit import verify
 from logitcache.trust.repair import repair
 from logitcache.trust.spot_check import spot_check
 
 Make = Callable[..., Pipeline]
+README = Path(__file__).parent.parent / "README.md"
 
 SAMPLES, CLASSES, VIEWS = 40, 10, 2
 SHAPES = {"features": (6, 3, 3), "parity": (4,)}
@@ -552,6 +556,20 @@ def test_a_pipeline_without_outputs_fits_a_cache_that_has_some_but_not_other_mod
         train_students(tiny("cache.outputs={hidden: body.1}", "train.lr=0.02"), ["small"])
     with pytest.raises(IdentityMismatch, match=r"output_sources.logits"):
         train_students(tiny("cache.outputs={logits: head}", "train.lr=0.02"), ["small"])
+
+
+def test_what_the_readme_says_of_outputs_is_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = README.read_text().split("## More than logits", 1)[1].split("\n## ", 1)[0]
+    configured = yaml.safe_load(section.split("```yaml", 1)[1].split("```", 1)[0])
+    monkeypatch.chdir(tmp_path)
+    given = {"logits": torch.randn(50, 10), "features": torch.randn(50, 64, 7, 7)}
+    shape = {"num_samples": 50, "num_classes": 10, "teacher": "net", "dataset": "d"}
+    exec(section.split("```python", 1)[1].split("```", 1)[0], {"logitcache": logitcache, "shape": shape, **given})
+    read = logitcache.open("caches/mine.cache").view(0).output("features", [7, 0, 42])
+
+    assert ["features", "maps", "colour"] == list(outputs_config(configured["cache"]["outputs"]))
+    assert 3 == len(hints_config(configured["students"][0]["hints"]))
+    torch.testing.assert_close(read, given["features"][[7, 0, 42]], atol=1e-2, rtol=1e-3)
 
 
 def test_a_memory_budget_streams_features_and_keeps_logits(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def print_mapping(title: str, values: dict[str, Any]) -> None:
     flat = {key: value for name, value in values.items() for key, value in _rows_of(name, value)}
     for name, value in flat.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        table.add_row(name.replace("_", " "), _plain(f"{shown:.4g}" if isinstance(shown, float) else shown))
+        table.add_row(_plain(name.replace("_", " ")), _plain(f"{shown:.4g}" if isinstance(shown, float) else shown))
     console().print(table)
 
 

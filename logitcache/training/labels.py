@@ -40,8 +40,8 @@ class Labels(Protocol):
 class OutputLabels(Labels, Protocol):
     """Labels that have more of the teacher than its logits."""
 
-    def expect(self, outputs: Sequence[str]) -> None:
-        """Which outputs the views that are started from now on are asked for."""
+    def expect(self, outputs: Sequence[str], following: Sequence[str]) -> None:
+        """Which outputs the view that is started next is asked for, and the one that follows it."""
 
     def outputs(self, names: Sequence[str], rows: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
         """Some of the teacher's outputs by name, `logits` among them if asked for, float32 (B, *shape); as `logits`."""
@@ -68,7 +68,7 @@ class CachedLabels:
     ) -> None:
         self._cache = cache
         self._all_outputs = outputs
-        self._expected = outputs
+        self._expected = outputs, outputs
         self._prove = prove
         self._views = views
         self._device = device
@@ -82,18 +82,20 @@ class CachedLabels:
         """Blocks that batches should stay within, where views are streamed."""
         return self._cache.window_blocks(self._memory_budget, self._all_outputs)
 
-    def expect(self, outputs: Sequence[str]) -> None:
-        self._expected = outputs
+    def expect(self, outputs: Sequence[str], following: Sequence[str]) -> None:
+        self._expected = outputs, following
 
     def start_view(self, view: int, following: int | None) -> None:
         if self._prove and view not in self._proven:
             self._cache.check_inputs(self._views, view)
             self._proven.add(view)
         if view != self._number:
-            self._view = self._cache.view(view, self._device, memory_budget=self._memory_budget, outputs=self._expected)
+            self._view = self._cache.view(
+                view, self._device, memory_budget=self._memory_budget, outputs=self._expected[0]
+            )
             self._number = view
         if following is not None and following != view and self.window_blocks is None:
-            self._cache.prefetch(following, self._device, self._expected)
+            self._cache.prefetch(following, self._device, self._expected[1])
 
     def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
         assert self._view is not None
@@ -140,7 +142,7 @@ class LiveLabels:
         self.needs_teacher_inputs = needs_teacher_inputs
         self._teacher = teacher
 
-    def expect(self, outputs: Sequence[str]) -> None:
+    def expect(self, outputs: Sequence[str], following: Sequence[str]) -> None:
         """Nothing to get ready."""
 
     def start_view(self, view: int, following: int | None) -> None:

@@ -195,11 +195,11 @@ class Run:
         self._stop_at = (self._epoch + 1) * self.steps_per_epoch
         self._start = time.perf_counter()
         self._aside = 0.0
-        needed = self._needed(self._epoch)
+        needed, next_needed = self._needed(self._epoch), self._needed(self._epoch + 1)
         if job.labels is not None and needed:
             if isinstance(job.labels, OutputLabels):
-                job.labels.expect(needed)
-            following = job.view_of(self._epoch + 1) if self._needed(self._epoch + 1) else None
+                job.labels.expect(needed, next_needed)
+            following = job.view_of(self._epoch + 1) if next_needed else None
             job.labels.start_view(job.view_of(self._epoch), following)
 
     def take(self, rows: Tensor, inputs: Any, targets: Any) -> None:
