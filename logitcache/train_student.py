@@ -212,8 +212,11 @@ class Bench:
             both = BothInputs(student_input, self.plan.model_input)
             views = ViewDataset(self.data.train, self.plan, model_input=student_input if same_input else both)
             identity["labels"] = {"teacher": fingerprint}
+            if asked & pipeline.cache.outputs.keys():
+                identity["labels"]["outputs"] = {
+                    name: each for name, each in pipeline.cache.outputs.items() if name in asked
+                }
             if hints:
-                identity["labels"]["outputs"] = {name: pipeline.cache.outputs.get(name) for name in sorted(asked)}
                 found = output_shapes(pipeline, teacher, ViewDataset(self.data.train, self.plan))
                 declared = declared_outputs(pipeline.cache.outputs, found)
                 bound = self._hints(hints, model, student_input, declared, seed)

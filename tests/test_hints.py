@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -35,7 +36,8 @@ from logitcache.losses import (
     rkd,
 )
 from logitcache.losses.schedules import is_zero_during
-from logitcache.pipeline import Pipeline
+from logitcache.overrides import override
+from logitcache.pipeline import Pipeline, parse_pipeline
 from logitcache.progress import silence
 from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
 from logitcache.students.hints import hint_from_config
@@ -44,6 +46,7 @@ from logitcache.training.hints import Regressor
 from logitcache.training.labels import CachedLabels
 from logitcache.training.loop import Run, train
 from logitcache.training.runs import RunFolder
+from tests.conftest import TINY
 from tests.test_ranks import torchrun
 from tests.test_stages import log, same, weights
 from tests.test_train import result
@@ -80,6 +83,19 @@ FITNETS = [
     "students.small.hints=[{output: maps, module: body, loss: hint, weight: {from: 1, to: 0, over: 0.5, shape: step}}]",
 ]
 """The hint first, and then the logits alone."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache that most tests share."""
+    path = tmp_path_factory.mktemp("shared") / "tiny.cache"
+    raw = copy.deepcopy(TINY)
+    raw["runs"]["path"] = "nowhere"
+    for text in (*TEACHER, f"cache.path={path}"):
+        override(raw, text)
+    cache_teacher(parse_pipeline(raw, source="shared"))
+    TEACHER.append(f"cache.path={path}")
+    return path
 
 
 def features(*shape: int, seed: int = 0) -> Tensor:
@@ -215,7 +231,6 @@ def test_a_hint_that_can_not_be_is_refused_with_the_pipeline(tiny: Make, hint: s
 def test_a_hint_that_does_not_fit_is_refused_before_any_step(
     tiny: Make, tmp_path: Path, hint: str, message: str
 ) -> None:
-    cache_teacher(small(tiny))
     for labels in ("cache", "live"):
         pipeline = small(tiny, f"students.small.hints=[{hint}]", f"students.small.labels={labels}")
         with pytest.raises(LogitCacheError, match=message.replace("head, maps, pooled", ".*")):
@@ -259,7 +274,6 @@ def gap(pipeline: Pipeline, *, trained: Path | None) -> float:
 @pytest.mark.parametrize("name", ["attention", "relational", "head"])
 def test_a_student_comes_closer_to_what_it_is_hinted_at(tiny: Make, tmp_path: Path, name: str) -> None:
     """By the hint alone, with a head that the logits' loss leaves alone."""
-    cache_teacher(small(tiny))
     quiet = "students.small.loss={name: weighted, parts: [{loss: kl, weight: 0}]}"
     pipeline = small(tiny, quiet, f"students.small.hints=[{HINTS[name]}]", "train.epochs=10", "train.lr=0.03")
     before = gap(pipeline, trained=None)
@@ -269,7 +283,6 @@ def test_a_student_comes_closer_to_what_it_is_hinted_at(tiny: Make, tmp_path: Pa
 
 
 def test_regressors_are_trained_with_the_student_and_no_part_of_it(tiny: Make, tmp_path: Path) -> None:
-    cache_teacher(small(tiny))
     pipeline = small(tiny, ALL, "train.ema=0.9")
     job = Bench(pipeline).job(pipeline.student("small"), 0)
     run = Run(job, RunFolder(job.folder, job.identity))
@@ -291,7 +304,6 @@ def test_regressors_are_trained_with_the_student_and_no_part_of_it(tiny: Make, t
 
 
 def test_hints_leave_the_students_own_start_alone(tiny: Make) -> None:
-    cache_teacher(small(tiny))
     states = []
     for overrides in ([], [ALL]):
         pipeline = small(tiny, *overrides)
@@ -301,7 +313,6 @@ def test_hints_leave_the_students_own_start_alone(tiny: Make) -> None:
 
 
 def test_a_hint_that_weighs_nothing_leaves_no_trace(tiny: Make, tmp_path: Path) -> None:
-    cache_teacher(small(tiny))
     train_students(small(tiny), ["small"])
     nothing = "students.small.hints=[{output: maps, module: body, loss: hint, weight: 0}]"
     train_students(small(tiny, nothing, f"runs.path={tmp_path}/hinted"), ["small"])
@@ -313,7 +324,6 @@ def test_a_hint_that_weighs_nothing_leaves_no_trace(tiny: Make, tmp_path: Path) 
 def test_fitnets_reads_features_in_its_first_stage_and_logits_in_its_second(
     tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache_teacher(small(tiny))
     read: list[str] = []
     whole = logitcache.LogitCache.read_blocks
     monkeypatch.setattr(
@@ -361,10 +371,11 @@ class LiveOnTheCachesBatches:
 
 
 def test_hints_of_the_cache_are_bit_for_bit_those_of_the_live_teacher(tiny: Make, tmp_path: Path) -> None:
-    pipeline = small(tiny, ALL, "views.mixup=0.4", "train.batch_size=60")
+    settings = [ALL, "views.mixup=0.4", "train.batch_size=60", f"cache.path={tmp_path}/mixed.cache"]
+    pipeline = small(tiny, *settings)
     cache_teacher(pipeline)
     train_students(pipeline, ["small"])
-    bench = Bench(small(tiny, ALL, "views.mixup=0.4", "train.batch_size=60", f"runs.path={tmp_path}/live"))
+    bench = Bench(small(tiny, *settings, f"runs.path={tmp_path}/live"))
     train(bench.job(bench.pipeline.student("small"), 0, labels=LiveOnTheCachesBatches(pipeline)))
 
     cached, live = tmp_path / "runs/small/seed-0", tmp_path / "live/small/seed-0"
@@ -375,7 +386,6 @@ def test_hints_of_the_cache_are_bit_for_bit_those_of_the_live_teacher(tiny: Make
 def test_the_live_teacher_gives_hints_without_a_cache(tiny: Make, tmp_path: Path) -> None:
     """As the cached ones but for rounding: the student's batches are others than stage 1's."""
     train_students(small(tiny, ALL, "students.small.labels=live", f"runs.path={tmp_path}/live"), ["small"])
-    cache_teacher(small(tiny))
     train_students(small(tiny, ALL), ["small"])
 
     losses = [
@@ -405,7 +415,6 @@ def test_a_hinted_run_that_was_killed_ends_with_the_same_weights(
     tiny: Make, tmp_path: Path, forks: BaseContext, hints: list[str]
 ) -> None:
     """Regressors and their momentum are in the checkpoint."""
-    cache_teacher(small(tiny))
     train_students(small(tiny, *EVERYTHING, *hints), ["small"])
     whole = tmp_path / "runs/small/seed-0"
     for kill_at in (3, 7):
@@ -426,7 +435,6 @@ def test_hinted_students_that_take_turns_end_as_they_would_alone(tiny: Make, tmp
         {{name: hinted, model: cnn, args: {{widths: [4]}}, hints: [{HINTS["hint"]}]}},
         {{name: plain, model: cnn, args: {{widths: [4]}}}},
         {{name: attentive, model: cnn, args: {{widths: [6]}}, loss: true_label, hints: [{HINTS["attention"]}]}}]"""
-    cache_teacher(small(tiny))
     train_students(tiny(*TEACHER, students))
     train_students(tiny(*TEACHER, students, "together=true", f"runs.path={tmp_path}/together"))
 
@@ -441,7 +449,6 @@ def test_two_processes_have_the_losses_of_one(tiny: Make, tmp_path: Path) -> Non
     student = ["students.small.model=tests.models:plain_cnn", "students.small.args={}"]
     hints = f"students.small.hints=[{hint}, {attention}, {head}]"
     settings = [*student, hints, "train.optimizer=sgd", "train.lr=0.1", "train.checkpoint_steps=1"]
-    cache_teacher(small(tiny))
     train_students(small(tiny, *settings), ["small"])
     done = torchrun(2, small(tiny, *settings, f"runs.path={tmp_path}/shared"), "train-student", "--student=small")
     assert 0 == done.returncode, done.stderr
@@ -454,7 +461,6 @@ def test_two_processes_have_the_losses_of_one(tiny: Make, tmp_path: Path) -> Non
 
 
 def test_a_compiled_student_learns_from_hints(tiny: Make, tmp_path: Path) -> None:
-    cache_teacher(small(tiny))
     hints = "{output: pooled, module: body, loss: relational}, {output: head, module: head, loss: kl}"
     settings = [
         f"students.small.hints=[{hints}]",
@@ -472,7 +478,6 @@ def test_a_compiled_student_learns_from_hints(tiny: Make, tmp_path: Path) -> Non
 
 
 def test_features_larger_than_memory_are_streamed(tiny: Make, tmp_path: Path) -> None:
-    cache_teacher(small(tiny))
     budget = "cache.memory_budget_mb=0.1"
     train_students(small(tiny, ALL, budget), ["small"])
     pipeline = small(tiny, ALL, budget, f"runs.path={tmp_path}/again")
@@ -484,7 +489,6 @@ def test_features_larger_than_memory_are_streamed(tiny: Make, tmp_path: Path) ->
 
 
 def test_a_run_knows_its_hints(tiny: Make, tmp_path: Path) -> None:
-    cache_teacher(small(tiny))
     train_students(small(tiny), ["small"])
     assert "hints" not in (tmp_path / "runs/small/seed-0/run.yaml").read_text(), "as before there were any"
     with pytest.raises(UsageError, match="another configuration .differs in student.hints"):
