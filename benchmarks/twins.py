@@ -1,12 +1,14 @@
-"""The small twins of the systems S0 to S5: each pipeline of pipelines/twins/, run to its table.
+"""The small twins of the systems S0 to S5, each pipeline of pipelines/twins/, run to its table; and that of hints.
 
 Students beside the same net on true labels, over several seeds. Settings are those of the systems, or were written
 down before the first run, but for S3 and S4: their first nets (1 442 weights and fewer, ten epochs) were still at 30
 to 50 % on the validation split, so they were made larger. Runs that are finished are not repeated. With --write the
-tables go to pipelines/README.md and to benchmarks/results/.
+tables go to pipelines/README.md and to benchmarks/results/. Students are held to the last one of their pipeline: true
+labels in a twin, and KD alone in that of hints, whose rates and weights were chosen on the validation split by seed 0.
 
     python benchmarks/twins.py --write
     python benchmarks/twins.py s1 s5
+    python benchmarks/twins.py hints --write
 """
 
 from __future__ import annotations
@@ -28,31 +30,35 @@ from logitcache.train_student import Row
 from logitcache.training.runs import RESULT
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"
-BEGIN, END = "<!-- made by benchmarks/twins.py -->", "<!-- end -->"
+END = "<!-- end -->"
+HINTS = "hints"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="some of them, such as s1; all by default")
+    parser.add_argument("names", nargs="*", help="some twins, such as s1, all by default; or hints")
     parser.add_argument("--write", action="store_true", help="into pipelines/README.md and benchmarks/results/")
     arguments = parser.parse_args()
     silence()
+    what = HINTS if arguments.names == [HINTS] else "twins"
+    files = [PIPELINES / "hints_mnist.yaml"] if what == HINTS else sorted((PIPELINES / "twins").glob("s*.yaml"))
     sections = [conditions()]
-    for file in sorted((PIPELINES / "twins").glob("s*.yaml")):
-        if not arguments.names or file.stem in arguments.names:
+    for file in files:
+        if what == HINTS or not arguments.names or file.stem in arguments.names:
             sections.append(section(file))
             print(sections[-1], flush=True)
     if arguments.write:
         body = "\n\n".join(sections)
-        path = write_result("twins", f"# Twins\n\n{body}\n", device=torch.device("cpu"))
+        path = write_result(what, f"# {what.capitalize()}\n\n{body}\n", device=torch.device("cpu"))
         readme = PIPELINES / "README.md"
         tables = "\n\n".join(sections[1:])
-        made = f"{BEGIN}\n\n{tables}\n\nResult: [{path.name}](../benchmarks/results/{path.name}).\n\n{END}"
-        readme.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: made, readme.read_text(), flags=re.DOTALL))
+        begin = f"<!-- made by benchmarks/twins.py{'' if what == 'twins' else f' {what}'} -->"
+        made = f"{begin}\n\n{tables}\n\nResult: [{path.name}](../benchmarks/results/{path.name}).\n\n{END}"
+        readme.write_text(re.sub(f"{begin}.*?{END}", lambda _: made, readme.read_text(), flags=re.DOTALL))
 
 
 def section(file: Path) -> str:
-    """One twin's table, and what it says."""
+    """One pipeline's table, and what it says."""
     about = " ".join(line.lstrip("# ") for line in file.read_text().splitlines() if line.startswith("#"))
     pipeline = load_pipeline(file)
     rows = run_pipeline(pipeline, trust=True)
@@ -63,24 +69,23 @@ def section(file: Path) -> str:
         for row in rows
     ]  # fmt: skip
     header = ["student", "parameters", "samples", "seeds", "test accuracy, %"]
-    true = rows[-1]
-    found = " ".join(difference(row, true) for row in rows[:-1])
+    found = " ".join(difference(row, rows[-1]) for row in rows[:-1])
     return (
-        f"### {file.stem.upper()}\n\n{about}\n\n`logitcache run pipelines/twins/{file.name}`. "
+        f"### {file.stem.upper()}\n\n{about}\n\n`logitcache run {file.relative_to(PIPELINES.parent)}`. "
         f"The teacher is right on {100 * teacher:.2f} %.\n\n{table(header, cells)}\n\n{found}"
     )
 
 
-def difference(row: Row, true: Row) -> str:
-    """What a student gains over the same net on true labels."""
+def difference(row: Row, other: Row) -> str:
+    """What a student gains over the same net that was trained otherwise."""
     assert row.accuracy_mean is not None
-    assert true.accuracy_mean is not None
-    points = 100 * (row.accuracy_mean - true.accuracy_mean)
-    error = 100 * math.sqrt(sum((each.accuracy_sd or 0.0) ** 2 / len(each.seeds) for each in (row, true)))
+    assert other.accuracy_mean is not None
+    points = 100 * (row.accuracy_mean - other.accuracy_mean)
+    error = 100 * math.sqrt(sum((each.accuracy_sd or 0.0) ** 2 / len(each.seeds) for each in (row, other)))
     verdict = (
         "more than two standard errors" if abs(points) > 2 * error else "within two standard errors: nothing shown"
     )
-    return f"{row.name} against {true.name}: {points:+.2f} points, {verdict} (standard error {error:.2f})."
+    return f"{row.name} against {other.name}: {points:+.2f} points, {verdict} (standard error {error:.2f})."
 
 
 if __name__ == "__main__":

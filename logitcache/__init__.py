@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from logitcache import losses as losses
     from logitcache.cache.creation import create as create
     from logitcache.cache.fidelity import Calibration as Calibration
+    from logitcache.cache.outputs import Output as Output
     from logitcache.cache.reader import LogitCache as LogitCache
     from logitcache.cache.reader import open_cache as open
     from logitcache.cache.writer import CacheWriter as CacheWriter
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from logitcache.encodings import LowRank as LowRank
     from logitcache.encodings import Sampled as Sampled
     from logitcache.encodings import TopK as TopK
+    from logitcache.encodings import Values as Values
 
 __all__ = [
     "Auto",
@@ -31,8 +33,10 @@ __all__ = [
     "LogitCache",
     "LowRank",
     "Mixing",
+    "Output",
     "Sampled",
     "TopK",
+    "Values",
     "ViewDataset",
     "ViewPlan",
     "create",
@@ -49,8 +53,10 @@ _HOMES = {
     "LogitCache": "cache.reader:LogitCache",
     "LowRank": "encodings:LowRank",
     "Mixing": "data.views:Mixing",
+    "Output": "cache.outputs:Output",
     "Sampled": "encodings:Sampled",
     "TopK": "encodings:TopK",
+    "Values": "encodings:Values",
     "ViewDataset": "data.views:ViewDataset",
     "ViewPlan": "data.views:ViewPlan",
     "create": "cache.creation:create",

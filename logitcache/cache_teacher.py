@@ -14,14 +14,15 @@ from torch import nn
 
 from logitcache.cache.creation import create
 from logitcache.cache.layout import Block, all_blocks, block_rows
-from logitcache.cache.manifest import Layout, Manifest
+from logitcache.cache.manifest import LOGITS, Layout, Manifest
 from logitcache.cache.reader import open_cache
 from logitcache.cache.writer import CacheWriter
+from logitcache.catalog.outputs import declared_outputs, sources_of
 from logitcache.data.samples import Dataset, SampleTable, compare_samples, content_table, sample_table
 from logitcache.data.views import ViewDataset
 from logitcache.devices import pick_device
 from logitcache.errors import IdentityMismatch, NotACache
-from logitcache.inference import calibrate, teacher_outputs
+from logitcache.inference import calibrate, output_shapes, teacher_outputs
 from logitcache.pipeline import Pipeline
 from logitcache.progress import track
 from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
@@ -48,6 +49,8 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
     plan = resolve_plan(pipeline, data, trust=trust)
     device = pick_device(pipeline.device, threads=pipeline.threads)
     teacher, fingerprint = resolve_teacher(pipeline, data, plan, trust=trust)
+    outputs = pipeline.cache.outputs
+    declared = declared_outputs(outputs, output_shapes(pipeline, teacher, ViewDataset(data.train, plan)))
     samples = identify_samples(data.train, pipeline.cache.path, num_workers=pipeline.num_workers)
     views = ViewDataset(data.train, replace(plan, contents=samples.contents))
     writer = create(
@@ -56,6 +59,8 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
         num_classes=data.num_classes,
         num_views=pipeline.views.count,
         encoding=pipeline.encoding(),
+        outputs=declared,
+        logits_source=sources_of(outputs).get(LOGITS),
         calibration=lambda: calibrate(pipeline, teacher, views, device),
         teacher=fingerprint,
         samples=samples,
@@ -83,16 +88,15 @@ def run_blocks(
     views: ViewDataset,
     device: torch.device,
 ) -> None:
-    """Run the teacher over the given blocks and hand its logits to the writer."""
+    """Run the teacher over the given blocks and hand what it says to the writer."""
     layout = writer.layout
     batches = list(teacher_batches(layout, blocks, pipeline.teacher.batch_size))
-    outputs = teacher_outputs(
-        pipeline, teacher, views, ([(view, row) for row in rows] for view, rows in batches), device
-    )
+    places = ([(view, row) for row in rows] for view, rows in batches)
+    answers = teacher_outputs(pipeline, teacher, views, places, device, list(writer.outputs))
     total = sum(len(block_rows(layout, block)) for block in blocks)
     with track("caching the teacher", total, unit="samples") as meter:
-        for (view, rows), (inputs, logits) in zip(batches, outputs, strict=True):
-            writer.write(view=view, start=rows.start, logits=logits, inputs=inputs)
+        for (view, rows), said in zip(batches, answers, strict=True):
+            writer.write(view=view, start=rows.start, logits=said.logits, outputs=said.outputs, inputs=said.inputs)
             meter.advance(len(rows), note=f"view {view + 1}/{layout.num_views}")
 
 

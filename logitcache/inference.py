@@ -1,8 +1,9 @@
-"""The teacher over rendered batches, in the order that they are asked for; and over a sample of them, to calibrate."""
+"""The teacher over rendered batches, in the order that they are asked for; and over a sample of them, beforehand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.cache.fidelity import Calibration
+from logitcache.cache.manifest import LOGITS
+from logitcache.catalog.capture import Capture, captured_shapes
+from logitcache.catalog.outputs import taps_of
 from logitcache.data.loading import rendered_batches
 from logitcache.data.views import ViewDataset
 from logitcache.devices import autocast, to_device
@@ -21,25 +25,80 @@ from logitcache.resolve import place_teacher
 # C classes, M calibration rows
 
 
+@dataclass(frozen=True)
+class Said:
+    """What the teacher was given, and what it said of it."""
+
+    inputs: Any
+    logits: Tensor
+    """(B, C), on the device."""
+    outputs: dict[str, Tensor]
+    """(B, *shape) of each other output that was asked for, likewise."""
+
+
 def teacher_outputs(
     pipeline: Pipeline,
     teacher: nn.Module,
     views: ViewDataset,
     batches: Iterable[list[tuple[int, int]]],
     device: torch.device,
-) -> Iterator[tuple[Any, Tensor]]:
-    """What the teacher was given and what it said, (inputs, logits on the device), for batches of (view, index)."""
-    config = pipeline.teacher
-    teacher = place_teacher(teacher, device, config)
+    outputs: Sequence[str] = (),
+) -> Iterator[Said]:
+    """What the teacher says of batches of (view, index): its logits, and the named ones of `cache.outputs`."""
+    asked = AskedTeacher(pipeline, teacher, device, outputs)
     loader = rendered_batches(views, batches, num_workers=pipeline.num_workers, pin_memory=device.type == "cuda")
 
-    def logits(inputs: Any) -> Tensor:
-        on_device = to_device(inputs, device, channels_last=config.channels_last)
-        with torch.inference_mode(), autocast(device, config.precision):
-            outputs: Tensor = teacher(on_device)
-        return outputs
+    def said(inputs: Any) -> Said:
+        with torch.inference_mode():
+            return Said(inputs, *asked(inputs))
 
-    return ((inputs, logits(inputs)) for _, inputs, _ in loader)
+    return (said(inputs) for _, inputs, _ in loader)
+
+
+class AskedTeacher:
+    """The teacher on its device as `teacher` of the pipeline says, with hooks where `cache.outputs` says.
+
+    Args:
+        pipeline: of the teacher.
+        teacher: in evaluation mode.
+        device: where it goes.
+        outputs: those of `cache.outputs` that are asked for; `logits` always are.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, teacher: nn.Module, device: torch.device, outputs: Sequence[str] = ()
+    ) -> None:
+        self._config = pipeline.teacher
+        self._device = device
+        taps = taps_of(pipeline.cache.outputs)
+        capture = Capture(teacher, {name: tap for name, tap in taps.items() if name == LOGITS or name in outputs})
+        capture.hook()
+        self._captures = bool(capture.taps)
+        self._net = place_teacher(capture if self._captures else teacher, device, self._config)
+
+    def __call__(self, inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, C), and each other output by name, on the device."""
+        on_device = to_device(inputs, self._device, channels_last=self._config.channels_last)
+        with autocast(self._device, self._config.precision):
+            given = self._net(on_device)
+        return given if self._captures else (given, {})
+
+
+def output_shapes(pipeline: Pipeline, teacher: nn.Module, views: ViewDataset) -> dict[str, tuple[int, ...]]:
+    """The shape of each of `cache.outputs` for one sample, from one forward pass.
+
+    Raises:
+        UsageError, ShapeError: a module that is not there, is not called, or gives something else; names the output.
+    """
+    taps = taps_of(pipeline.cache.outputs)
+    where = next((parameter.device for parameter in teacher.parameters()), torch.device("cpu"))
+    return captured_shapes(teacher, taps, to_device(two_of(views), where)) if taps else {}
+
+
+def two_of(views: ViewDataset) -> Any:
+    """A batch of the first sample, twice, as a model takes it."""
+    sample = views[(0, 0)][1]
+    return torch.stack([sample, sample]) if isinstance(sample, Tensor) else [sample, sample]
 
 
 def calibrate(pipeline: Pipeline, teacher: nn.Module, views: ViewDataset, device: torch.device) -> Calibration:
@@ -58,7 +117,7 @@ def calibrate(pipeline: Pipeline, teacher: nn.Module, views: ViewDataset, device
     batches = [[(int(view), int(row)) for view, row in places[start : start + size]] for start in range(0, count, size)]
     parts = []
     with track("calibrating", count, unit="samples") as meter:
-        for _, logits in teacher_outputs(pipeline, teacher, views, batches, device):
-            parts.append(logits.float().cpu().numpy())
+        for said in teacher_outputs(pipeline, teacher, views, batches, device):
+            parts.append(said.logits.float().cpu().numpy())
             meter.advance(len(parts[-1]))
     return Calibration(np.concatenate(parts), places[:, 1])

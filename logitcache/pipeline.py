@@ -11,12 +11,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from logitcache.cache.card import Card
+from logitcache.catalog.outputs import outputs_config
 from logitcache.data.transforms import normalise_spec
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import LogitCacheError, UsageError
 from logitcache.losses import Loss, loss_from_config
 from logitcache.overrides import override
+from logitcache.students.hints import hints_config
 from logitcache.students.initialisation import init_from_config
 from logitcache.students.weighting import weights_config, weights_from_config
 
@@ -134,6 +136,8 @@ class CacheConfig(_Section):
     calibration: int = Field(default=10_000, ge=2)
     """Rows that the teacher is run on beforehand, for encodings that are fitted or chosen."""
     rows_per_block: int = Field(default=16_384, ge=1)
+    outputs: dict[str, dict[str, Any]] = {}
+    """What else of the teacher is kept: modules by name, each with an encoding; `logits` names another module's."""
     memory_budget_mb: float | None = Field(default=None, gt=0)
     """A view larger than this streams block by block in stage 2; none keeps every view resident."""
     card: Card = Card()
@@ -143,6 +147,11 @@ class CacheConfig(_Section):
     @classmethod
     def _known_encoding(cls, value: Any) -> Any:
         return encoding_or_auto(value).config() if isinstance(value, str | Mapping | Encoding | Auto) else value
+
+    @field_validator("outputs", mode="before")
+    @classmethod
+    def _known_outputs(cls, value: Any) -> Any:
+        return outputs_config(value)
 
 
 class TeachersConfig(_Section):
@@ -177,6 +186,8 @@ class StudentConfig(ModelConfig):
     """What each sample's loss is multiplied by: by class size, or by what the teacher thinks of the sample."""
     sampler: Literal["none", "class_balanced"] = "none"
     """Which samples an epoch has: each once, or as many, every class equally often."""
+    hints: list[dict[str, Any]] = []
+    """What the student's modules learn of the cache's other outputs, beside `loss`."""
     init: dict[str, Any] | None = None
     """Which of the teacher's weights the student starts from."""
     train: dict[str, Any] = {}
@@ -200,15 +211,22 @@ class StudentConfig(ModelConfig):
     def _known_weights(cls, value: Any) -> Any:
         return weights_config(weights_from_config(value))
 
+    @field_validator("hints", mode="before")
+    @classmethod
+    def _known_hints(cls, value: Any) -> Any:
+        return hints_config(value)
+
     @field_validator("init", mode="before")
     @classmethod
     def _known_init(cls, value: Any) -> Any:
         return None if value is None else init_from_config(value).config()
 
     @model_validator(mode="after")
-    def _one_start(self) -> StudentConfig:
+    def _fits_together(self) -> StudentConfig:
         if self.init is not None and self.weights is not None:
             raise ValueError("a student starts from `weights` or from its teacher (`init`); give one of the two")
+        if self.hints and isinstance(self.labels, TeachersConfig):
+            raise ValueError("only logits of several teachers are put together; `hints` take the labels of one cache")
         return self
 
     @field_validator("loss", mode="before")

@@ -5,19 +5,24 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
 from logitcache.cache.fidelity import Calibration, Fidelity, candidates, choose, compare
+from logitcache.cache.layout import encode_block
+from logitcache.catalog.outputs import declared_outputs
 from logitcache.data.views import ViewDataset
 from logitcache.devices import pick_device
 from logitcache.encodings import Auto
 from logitcache.errors import InvalidLogits, UsageError
-from logitcache.inference import calibrate
+from logitcache.inference import calibrate, output_shapes, teacher_outputs
 from logitcache.pipeline import Pipeline
 from logitcache.progress import track
+from logitcache.randomness import keyed_permutation
 from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
 
 
@@ -35,6 +40,8 @@ class Plan:
     num_views: int | None = None
     samples_per_second: float | None = None
     """Of the teacher, views rendered; measured on the calibration rows."""
+    output_bytes: dict[str, float] = field(default_factory=dict)
+    """Of a sample and view, of each output beside the logits, as the pipeline encodes it; measured on some rows."""
 
     @property
     def hours(self) -> float | None:
@@ -44,10 +51,11 @@ class Plan:
         return self.num_samples * self.num_views / self.samples_per_second / 3600
 
     def total_bytes(self, fidelity: Fidelity) -> float | None:
-        """Of the whole cache in one of the encodings."""
+        """Of the whole cache in one of the encodings, other outputs and all."""
         if self.num_samples is None or self.num_views is None:
             return None
-        return fidelity.bytes_per_sample * self.num_samples * self.num_views + fidelity.fixed_bytes
+        row = fidelity.bytes_per_sample + sum(self.output_bytes.values())
+        return row * self.num_samples * self.num_views + fidelity.fixed_bytes
 
 
 def plan_pipeline(
@@ -65,11 +73,37 @@ def plan_pipeline(
     start = time.perf_counter()
     calibration = calibrate(pipeline, teacher, views, device)
     rate = len(calibration.logits) / (time.perf_counter() - start)
+    output_bytes = measure_outputs(pipeline, teacher, views, device)
     requested = pipeline.encoding()
     if max_kl is None and max_bytes is None and isinstance(requested, Auto):
         max_kl = requested.max_kl
     plan = plan_logits(calibration, max_kl=max_kl, max_bytes=max_bytes)
-    return replace(plan, num_samples=len(views), num_views=pipeline.views.count, samples_per_second=rate)
+    return replace(
+        plan,
+        num_samples=len(views),
+        num_views=pipeline.views.count,
+        samples_per_second=rate,
+        output_bytes=output_bytes,
+    )
+
+
+def measure_outputs(
+    pipeline: Pipeline, teacher: nn.Module, views: ViewDataset, device: torch.device
+) -> dict[str, float]:
+    """Bytes of a sample, compressed as a block would be, of each output beside the logits; from one batch's rows."""
+    outputs = declared_outputs(pipeline.cache.outputs, output_shapes(pipeline, teacher, views))
+    if not outputs:
+        return {}
+    chosen = keyed_permutation(len(views), "outputs", pipeline.views.seed)[: pipeline.teacher.batch_size]
+    batch = [(0, int(index)) for index in chosen]
+    [said] = teacher_outputs(pipeline, teacher, views, [batch], device, list(outputs))
+    measured = {}
+    for name, output in outputs.items():
+        specs = output.arrays()
+        encoded = output.encoding.encode(said.outputs[name].float().cpu().flatten(1))
+        stored = sum(len(encode_block(specs[array], rows.numpy(), len(batch))) for array, rows in encoded.items())
+        measured[name] = stored / len(batch)
+    return measured
 
 
 def plan_logits(calibration: Calibration, *, max_kl: float | None = None, max_bytes: float | None = None) -> Plan:

@@ -10,13 +10,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from logitcache.cache.manifest import LOGITS
+from logitcache.catalog.capture import Tap, captured_shapes
 from logitcache.catalog.datasets import Data, load_data
 from logitcache.catalog.models import build_model, check_output, model_fingerprint
+from logitcache.catalog.outputs import taps_of
 from logitcache.data.samples import Dataset
 from logitcache.data.transforms import build_transform
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.entry_points import is_entry_point
-from logitcache.errors import UsageError
+from logitcache.errors import ShapeError, UsageError
 from logitcache.pipeline import ModelConfig, Pipeline, TeacherConfig
 from logitcache.randomness import preserved_generators, seed_generators
 
@@ -66,10 +69,12 @@ def resolve_model(
     seed: int,
     trust: bool,
     new_head: bool = True,
+    logits: Tap | None = None,
 ) -> nn.Module:
     """A model sized for the data, its fresh weights drawn from a seed, and held to the data's classes.
 
-    Without `new_head` ready weights keep the head that they came with, or are refused.
+    Without `new_head` ready weights keep the head that they came with, or are refused. With `logits` a module's
+    output is held to the classes, rather than what the model gives.
 
     Raises:
         UsageError, ShapeError: a model that can't be built or does not fit the data.
@@ -88,7 +93,16 @@ def resolve_model(
             new_head=new_head,
         )
     batch = sample[None] if isinstance(sample, torch.Tensor) else [sample]
-    check_output(model, batch, data.num_classes, name=config.model)
+    if logits is None:
+        check_output(model, batch, data.num_classes, name=config.model)
+    else:
+        two = torch.stack([sample, sample]) if isinstance(sample, torch.Tensor) else [sample, sample]
+        shape = captured_shapes(model, {LOGITS: logits}, two)[LOGITS]
+        if shape != (data.num_classes,):
+            raise ShapeError(
+                f"module {logits.module!r} of {config.model!r} gives {shape} for one sample; expected "
+                f"({data.num_classes},), one logit for each of the data's classes"
+            )
     return model
 
 
@@ -133,6 +147,7 @@ def resolve_teacher(pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bo
         seed=0,
         trust=trust,
         new_head=False,
+        logits=taps_of(pipeline.cache.outputs).get(LOGITS),
     )
     fingerprint = model_fingerprint(model, name=teacher_name(pipeline), args=pipeline.teacher.args)
     return model.eval().requires_grad_(False), fingerprint

@@ -40,7 +40,7 @@ INIT_JSON, INIT_TABLE = "init.json", "init.txt"
 
 def student_identity(student: StudentConfig) -> dict[str, Any]:
     """A student as part of what its run is, without what differs between runs of its own or was not asked for."""
-    unasked = {"init": None, "sample_weights": {"name": NONE}, "sampler": NONE}
+    unasked: dict[str, Any] = {"init": None, "sample_weights": {"name": NONE}, "sampler": NONE, "hints": []}
     stated = student.model_dump(exclude={"train"})
     return {key: value for key, value in stated.items() if key not in unasked or value != unasked[key]}
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from logitcache.cache.manifest import LOGITS
+from logitcache.cache.outputs import Output
 from logitcache.cache.reader import LogitCache
 from logitcache.catalog.datasets import Data, Selection, stratified_split
+from logitcache.catalog.outputs import declared_outputs
 from logitcache.data.order import run_seed
 from logitcache.data.samples import Dataset, sample_table
 from logitcache.data.views import BothInputs, ViewDataset, ViewPlan
 from logitcache.devices import pick_device
 from logitcache.digest import array_digest, json_digest
 from logitcache.errors import UsageError
+from logitcache.inference import AskedTeacher, output_shapes, two_of
 from logitcache.losses import TrueLabel
 from logitcache.merging.averaging import combination
 from logitcache.pipeline import ModelConfig, Pipeline, StudentConfig, TeachersConfig
@@ -42,32 +45,19 @@ from logitcache.student_setup import (
     student_identity,
     weights_of_samples,
 )
+from logitcache.students.hints import Hint, hint_from_config
 from logitcache.students.weighting import weights_from_config
 from logitcache.training.evaluation import Evaluation
+from logitcache.training.hints import Hints
 from logitcache.training.job import Job
 from logitcache.training.labels import CachedLabels, EnsembleLabels, Labels, LiveLabels
 from logitcache.training.loop import train
 from logitcache.training.ranks import Ranks, joined
+from logitcache.training.table import Row as Row
+from logitcache.training.table import summarise as summarise
 from logitcache.training.together import groups, train_together
 from logitcache.training.tracking import Tracker, load_tracker
 from logitcache.trust.fit import open_fitting_cache, open_fitting_caches
-
-
-@dataclass(frozen=True)
-class Row:
-    """One student's results over its seeds: a row of the table."""
-
-    name: str
-    accuracy_mean: float | None
-    """On the test split; None where there is none."""
-    accuracy_sd: float | None
-    """Between seeds; None for a single one."""
-    epoch_seconds: float | None
-    """Median over epochs and seeds, without evaluation."""
-    validation_accuracy_mean: float | None
-    samples: int
-    parameters: int
-    seeds: list[int]
 
 
 def train_teacher(pipeline: Pipeline, *, trust: bool = False) -> dict[str, Any]:
@@ -171,7 +161,7 @@ class Bench:
         self._evaluations: dict[tuple[str, str], Evaluation | None] = {}
         self._live: tuple[nn.Module, str] | None = None
         self._caches: dict[str, tuple[list[LogitCache], np.ndarray | None]] = {}
-        self._shared_labels: dict[tuple[str, int | None, bool], CachedLabels] = {}
+        self._shared_labels: dict[tuple[object, ...], CachedLabels] = {}
 
     def seeds(self, student: StudentConfig) -> list[int]:
         """The seeds that a student is trained with."""
@@ -201,7 +191,10 @@ class Bench:
         model = resolve_model(student, self.data, self.plan, weights=student.weights, seed=run_seed(seed), trust=trust)
         documents = self._started(model, student, chosen, seed, identity)
         kind = "cache"
-        if not loss.needs_teacher and labels is None:
+        hints = [hint_from_config(config) for config in student.hints]
+        asked = {hint.output for hint in hints} | ({LOGITS} if loss.needs_teacher else set())
+        bound: Hints | None = None
+        if not asked and labels is None:
             kind = "fresh"
             # Without a teacher nothing ties a student to the cache: it mixes only with samples whose labels it has, and
             # every epoch has a view of its own, as in any training on true labels.
@@ -213,10 +206,20 @@ class Bench:
             kind = "live"
             teacher, fingerprint = self._teacher()
             same_input = student.input == pipeline.teacher.input
-            labels = LiveLabels(teacher, self.device, pipeline.teacher, needs_teacher_inputs=not same_input)
+            others = sorted(asked & pipeline.cache.outputs.keys() - {LOGITS})
+            live = AskedTeacher(pipeline, teacher, self.device, others)
+            labels = LiveLabels(live, needs_teacher_inputs=not same_input)
             both = BothInputs(student_input, self.plan.model_input)
             views = ViewDataset(self.data.train, self.plan, model_input=student_input if same_input else both)
             identity["labels"] = {"teacher": fingerprint}
+            if asked & pipeline.cache.outputs.keys():
+                identity["labels"]["outputs"] = {
+                    name: each for name, each in pipeline.cache.outputs.items() if name in asked
+                }
+            if hints:
+                found = output_shapes(pipeline, teacher, ViewDataset(self.data.train, self.plan))
+                declared = declared_outputs(pipeline.cache.outputs, found)
+                bound = self._hints(hints, model, student_input, declared, seed)
         else:
             caches, rows = self.caches(student)
             cache = caches[0]
@@ -226,8 +229,10 @@ class Bench:
             )
             views = ViewDataset(self.data.train, plan, model_input=student_input, rows=rows)
             given = {} if labels is None else {"given": type(labels).__name__}
+            if hints:
+                bound = self._hints(hints, model, student_input, cache.others, seed)
             if labels is None:
-                cached = self._labels(student, caches, views)
+                cached = self._labels(student, caches, views, sorted(asked))
                 rows_per_block, window_blocks = cache.layout.rows_per_block, cached.window_blocks
                 labels = cached
             identity["labels"] = {"cache": cache.id, "window_blocks": window_blocks, **given}
@@ -265,7 +270,20 @@ class Bench:
             documents=documents,
             first_view=first_view,
             tracker=self._tracker,
+            hints=bound,
         )
+
+    def _hints(
+        self,
+        hints: list[Hint],
+        model: nn.Module,
+        model_input: Callable[[Any], Any],
+        outputs: Mapping[str, Output],
+        seed: int,
+    ) -> Hints:
+        """What a student learns beside the logits, held to what there is."""
+        views = ViewDataset(self.data.train, replace(self.plan, contents=None), model_input=model_input)
+        return Hints(hints, model, two_of(views), self.data.num_classes, outputs, seed=seed)
 
     def _rows_key(self, views: ViewDataset) -> str | None:
         return None if views.rows is None else array_digest(views.rows)
@@ -320,25 +338,26 @@ class Bench:
         return self._caches[key]
 
     def _labels(
-        self, student: StudentConfig, caches: list[LogitCache], views: ViewDataset
+        self, student: StudentConfig, caches: list[LogitCache], views: ViewDataset, outputs: list[str]
     ) -> CachedLabels | EnsembleLabels:
         budget = self.pipeline.cache.memory_budget_mb
         share = None if budget is None else int(budget * 2**20) // len(caches)
-        members = [self._labels_of(cache, views, share, prove=cache is caches[0]) for cache in caches]
+        members = [self._labels_of(cache, views, share, outputs, prove=cache is caches[0]) for cache in caches]
         if not isinstance(student.labels, TeachersConfig):
             return members[0]
         return EnsembleLabels(members, combination(student.labels.combine, student.labels.weights, len(caches)))
 
     def _labels_of(
-        self, cache: LogitCache, views: ViewDataset, memory_budget: int | None, *, prove: bool
+        self, cache: LogitCache, views: ViewDataset, memory_budget: int | None, outputs: list[str], *, prove: bool
     ) -> CachedLabels:
-        """One for all students that take turns: a view is resident once, and proven once."""
-        if not self.pipeline.together:
-            return CachedLabels(cache, views, self.device, memory_budget=memory_budget, prove=prove)
-        key = (cache.id, memory_budget, prove)
-        if key not in self._shared_labels:
-            self._shared_labels[key] = CachedLabels(cache, views, self.device, memory_budget=memory_budget, prove=prove)
-        return self._shared_labels[key]
+        """One for all students that take turns and ask for the same: a view is resident once, and proven once."""
+        key = (cache.id, memory_budget, prove, *outputs)
+        labels = self._shared_labels.get(key)
+        if labels is None:
+            labels = CachedLabels(cache, views, self.device, memory_budget=memory_budget, prove=prove, outputs=outputs)
+        if self.pipeline.together:
+            self._shared_labels[key] = labels
+        return labels
 
     def _teacher(self) -> tuple[nn.Module, str]:
         if self._live is None:
@@ -357,23 +376,6 @@ class Bench:
             dataset = getattr(self.data, split)
             self._evaluations[key] = _evaluation(self.pipeline, dataset, student, trust=self.trust)
         return self._evaluations[key]
-
-
-def summarise(name: str, results: Sequence[dict[str, Any]]) -> Row:
-    """A row of the table, from the results of a student's seeds."""
-    accuracies = [result["accuracy"] for result in results if result["accuracy"] is not None]
-    validation = [result["validation_accuracy"] for result in results if result["validation_accuracy"] is not None]
-    seconds = [result["epoch_seconds"] for result in results if result["epoch_seconds"] is not None]
-    return Row(
-        name=name,
-        accuracy_mean=statistics.fmean(accuracies) if accuracies else None,
-        accuracy_sd=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        epoch_seconds=statistics.median(seconds) if seconds else None,
-        validation_accuracy_mean=statistics.fmean(validation) if validation else None,
-        samples=results[0]["samples"],
-        parameters=results[0]["parameters"],
-        seeds=[result["seed"] for result in results],
-    )
 
 
 def _tracker(pipeline: Pipeline, *, trust: bool) -> Callable[[], Tracker] | None:

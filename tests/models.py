@@ -107,3 +107,39 @@ class Branching(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.head(inputs.flatten(1))
         return logits * 2 if float(inputs.mean()) > 0.3 else logits
+
+
+class TwoHeads(nn.Module):
+    """A teacher of two tasks, with a trunk that features are taken from; gives both heads' logits."""
+
+    def __init__(self, num_classes: int, width: int = 6) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.digit = nn.Linear(width, num_classes)
+        self.parity = nn.Linear(width, 2)
+
+    def forward(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        pooled = self.trunk(inputs).mean(dim=(2, 3))
+        return {"digit": self.digit(pooled), "parity": self.parity(pooled)}
+
+
+class TwoHeadedStudent(nn.Module):
+    """A student of two tasks, whose own logits are those of the first."""
+
+    def __init__(self, num_classes: int, width: int = 4) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(1, width, 3, stride=2, padding=1), nn.ReLU())
+        self.digit = nn.Linear(width, num_classes)
+        self.parity = nn.Linear(width, 2)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        pooled = self.trunk(inputs).mean(dim=(2, 3))
+        self.parity(pooled)
+        logits: torch.Tensor = self.digit(pooled)
+        return logits
+
+
+def plain_cnn(num_classes: int, width: int = 4) -> nn.Module:
+    """A net of maps without batch norm, whose every parameter counts."""
+    maps = [nn.Conv2d(1, width, 3, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*maps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))

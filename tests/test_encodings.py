@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logitcache.cache.fidelity import fidelity_kl
-from logitcache.encodings import Dense, Encoding, LowRank, Sampled, TopK, encoding_from_config
+from logitcache.encodings import Dense, Encoding, LowRank, Sampled, TopK, Values, encoding_from_config
 from logitcache.encodings.basis import principal_components
 from logitcache.encodings.packing import LARGEST, MixedRadix
 from logitcache.errors import UsageError
@@ -155,6 +155,32 @@ class TestDenseUint8(EncodingContract):
         off = logits - logits.amax(dim=1, keepdim=True) - (decoded - decoded.amax(dim=1, keepdim=True))
 
         assert (off.abs().amax(dim=1) <= 0.501 * step).all()
+
+
+class TestValuesFloat32(EncodingContract):
+    encoding = Values(dtype="float32")
+    largest_kl = 1e-7
+
+    def test_is_exact_to_the_bit(self) -> None:
+        logits = teacher_like(8, 100)
+
+        assert torch.equal(logits, self.roundtrip(logits))
+
+
+class TestValuesFloat16(EncodingContract):
+    encoding = Values(dtype="float16")
+    largest_kl = 1e-6
+
+    def test_a_constant_per_row_changes_nothing_but_rounding(self) -> None:
+        """It is kept, and so takes its share of the digits: half a step of 300 in float16 is 1/8."""
+        logits = teacher_like(16, 100) + 300.0
+
+        torch.testing.assert_close(self.roundtrip(logits), logits, atol=0.126, rtol=0)
+
+
+class TestValuesUint8(EncodingContract):
+    encoding = Values(dtype="uint8")
+    largest_kl = 1e-3
 
 
 class TestTopK(EncodingContract):
@@ -324,7 +350,9 @@ def entropy(symbols: Tensor) -> float:
         pytest.param({"name": "topk"}, "k", id="k is missing"),
         pytest.param({"name": "dense", "bits": 8}, "no parameter 'bits'", id="unknown parameter"),
         pytest.param(
-            "zip", "unknown encoding 'zip'; expected one of: dense, topk, lowrank, sampled, auto", id="unknown encoding"
+            "zip",
+            "unknown encoding 'zip'; expected one of: dense, topk, lowrank, sampled, values, auto",
+            id="unknown encoding",
         ),
         pytest.param("__import__('os').system('true')", "can't read the encoding", id="code"),
         pytest.param({"name": "dense", "dtype": "int8"}, "'float16' or 'uint8'", id="unknown dtype"),

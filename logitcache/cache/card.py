@@ -123,6 +123,11 @@ def _sections(cache: LogitCache, stated: Card) -> Iterator[str]:
             "encoding": code(repr(cache.encoding)),
             "bytes": f"{cache.stored_bytes:,}",
             "bytes a sample and view": f"{cache.label_bytes / rows:.1f}",
+            **{
+                f"output {name}": f"{code(str(output.shape))} a sample, {code(repr(output.encoding))}, "
+                f"{cache.contents.output_bytes[name] / rows:.1f} bytes"
+                for name, output in cache.others.items()
+            },
         }
     )
     yield "## Fidelity\n"
@@ -177,7 +182,12 @@ def _how_to_load_it(cache: LogitCache) -> Iterator[str]:
         'cache = logitcache.open(".")  # this folder, or wherever it lies\n'
         f'assert cache.digest == "{cache.digest}"\n'
         f"print(cache.view({cache.views.start}).logits([0]))  # float32 (1, {cache.num_classes}), "
-        "right up to a constant per row\n```\n"
+        "right up to a constant per row\n"
+        + "".join(
+            f'print(cache.view({cache.views.start}).output("{name}", [0]))  # float32 {(1, *output.shape)}\n'
+            for name, output in cache.others.items()
+        )
+        + "```\n"
     )
     if cache.manifest.identity.transform is not None:
         yield (
@@ -205,8 +215,8 @@ def _fidelity(cache: LogitCache) -> str:
     lines = []
     if measured:
         lines.append(
-            f"KL(teacher ‖ cache) at T = 1, over every row when it was written: mean {cache.kl_mean:.2g} nats, "
-            f"largest {max(measured):.2g} nats."
+            f"KL(teacher ‖ cache) of the logits at T = 1, over every row when it was written: mean {cache.kl_mean:.2g} "
+            f"nats, largest {max(measured):.2g} nats."
         )
         if _parts(cache):
             lines.append("The teacher, there, is the mean of what the caches hold that this one was merged from.")

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import numpy as np
 
+from logitcache.arrays import ArraySpec
 from logitcache.cache.layout import (
     FIXED,
     FIXED_RECEIPT_KEY,
@@ -21,6 +22,7 @@ from logitcache.cache.layout import (
     fixed_array_key,
 )
 from logitcache.cache.manifest import (
+    LOGITS,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MAX_RECEIPT_BYTES,
@@ -28,12 +30,14 @@ from logitcache.cache.manifest import (
     Layout,
     Manifest,
     Receipt,
+    output_of,
     read_manifest,
     read_receipt,
     read_receipts,
     receipts_limit,
 )
 from logitcache.cache.objects import ATTEMPTS, PAUSE_SECONDS, ObjectReader
+from logitcache.cache.outputs import outputs_of, row_arrays
 from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import Encoding, encoding_from_config
 from logitcache.errors import CorruptCache, LogitCacheError
@@ -52,11 +56,17 @@ def stored_encoding(
     arrays = {name: read_fixed(storage, manifest.layout, fixed, name, objects) for name in encoding.fitted_arrays}
     try:
         fitted = encoding.with_fitted(arrays)
-        if fitted.arrays(manifest.layout.num_classes) != manifest.layout.arrays:
+        if fitted.arrays(manifest.layout.num_classes) != arrays_of(manifest.layout, LOGITS):
             raise ValueError("the rows of layout.arrays are of another length")
         return fitted
     except (ValueError, TypeError, LogitCacheError) as error:
         raise CorruptCache(f"{storage.url}: what {encoding.name} was fitted to makes no sense: {error}") from None
+
+
+def arrays_of(layout: Layout, output: str) -> dict[str, ArraySpec]:
+    """The arrays of one output, by the names that its encoding has for them."""
+    prefix = "" if output == LOGITS else f"{output}_"
+    return {name.removeprefix(prefix): spec for name, spec in layout.arrays.items() if output_of(name) == output}
 
 
 def read_fixed(
@@ -104,20 +114,24 @@ def check_encoding(manifest: Manifest, *, url: str) -> None:
     layout = manifest.layout
     try:
         encoding = encoding_from_config(manifest.identity.encoding)
-        expected = encoding.arrays(layout.num_classes)
+        outputs = outputs_of(manifest.identity)
+        expected = row_arrays(encoding, layout.num_classes, outputs)
     except LogitCacheError as error:
         raise CorruptCache(f"{url}: {MANIFEST} is damaged: identity.encoding: {error}") from None
     # Fitting may change how long a row of an array is, and nothing else.
     differs = layout.arrays.keys() != expected.keys() or any(
         layout.arrays[name].dtype != spec.dtype
         or len(layout.arrays[name].row_shape) != len(spec.row_shape)
-        or (not encoding.fitted_arrays and layout.arrays[name] != spec)
+        or (not (encoding.fitted_arrays and output_of(name) == LOGITS) and layout.arrays[name] != spec)
         for name, spec in expected.items()
     )
-    if manifest.identity.outputs != {"logits": [layout.num_classes]}:
+    if manifest.identity.outputs.get(LOGITS) != [layout.num_classes]:
         raise CorruptCache(f"{url}: {MANIFEST} is damaged: identity.outputs and layout.num_classes differ")
     if differs or not encoding.fitted_arrays.keys() <= layout.fixed.keys():
-        raise CorruptCache(f"{url}: {MANIFEST} is damaged: layout.arrays are not those of {encoding!r}")
+        named = ", ".join(f"{name}: {output.encoding!r}" for name, output in outputs.items())
+        raise CorruptCache(
+            f"{url}: {MANIFEST} is damaged: layout.arrays are not those of {encoding!r}{named and f' and {named}'}"
+        )
 
 
 def read_records(storage: Storage, objects: ObjectReader | None = None) -> tuple[Manifest, dict[str, Receipt]]:

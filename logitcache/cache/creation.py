@@ -22,6 +22,7 @@ from logitcache.cache.fidelity import Calibration, candidates, choose, compare
 from logitcache.cache.layout import FIXED, GROUP, Block, fixed_spec
 from logitcache.cache.manifest import (
     FORMAT_VERSION,
+    LOGITS,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     RECEIPTS,
@@ -33,6 +34,7 @@ from logitcache.cache.manifest import (
     read_manifest,
     read_receipts,
 )
+from logitcache.cache.outputs import Output, checked_outputs, row_arrays
 from logitcache.cache.writer import CacheWriter
 from logitcache.data.samples import SampleTable
 from logitcache.data.views import ViewPlan
@@ -53,6 +55,8 @@ def create(
     num_classes: int,
     num_views: int = 1,
     encoding: Encoding | Auto | str | Mapping[str, Any] = "dense",
+    outputs: Mapping[str, Output | Mapping[str, Any]] | None = None,
+    logits_source: Any = None,
     calibration: Any = None,
     teacher: str,
     dataset: str | None = None,
@@ -69,6 +73,8 @@ def create(
         path: the cache's directory.
         num_samples, num_classes, num_views: its shape; `num_views` may exceed an existing cache's.
         encoding: such as `TopK(k=20)`; "auto" or `Auto(max_kl=...)` for the cheapest that is faithful enough.
+        outputs: what else of the teacher is held, by name, such as {"features": Output(shape=(64, 7, 7))}.
+        logits_source: where in the teacher the logits come from, as JSON, where that is not what its forward gives.
         calibration: logits (M, C), a `Calibration`, or a callable that gives one; for `LowRank`, which is fitted, and
             for "auto". It is asked for only when a cache is new.
         teacher, dataset: what the logits come from, where no fingerprints say it.
@@ -80,7 +86,7 @@ def create(
             later, and None leaves what was said before.
 
     Raises:
-        UsageError: a shape or an encoding that can't be, or no calibration for one that needs it.
+        UsageError: a shape, an encoding or an output that can't be, or no calibration for one that needs it.
         NotACache: a folder that holds something else.
         IdentityMismatch: the path holds a cache of another identity; names the fields.
     """
@@ -105,6 +111,8 @@ def create(
         num_classes=num_classes,
         num_views=num_views,
         encoding=encoding,
+        outputs=outputs,
+        logits_source=logits_source,
         calibration=calibration,
         samples=samples,
         rows_per_block=rows_per_block,
@@ -133,6 +141,8 @@ def open_writer(
     num_classes: int,
     num_views: int,
     encoding: Encoding | Auto | str | Mapping[str, Any],
+    outputs: Mapping[str, Output | Mapping[str, Any]] | None = None,
+    logits_source: Any = None,
     calibration: Any = None,
     samples: SampleTable | None = None,
     rows_per_block: int | None = None,
@@ -152,6 +162,7 @@ def open_writer(
     if rows_per_block < 1:
         raise UsageError(f"rows_per_block is at least 1, not {rows_per_block}")
     stated = None if card is None else card_from(card).stated()
+    others = checked_outputs(outputs or {})
     requested = encoding_or_auto(encoding)
     if isinstance(requested, Encoding):
         requested.arrays(num_classes)  # refuses a number of classes that it can't hold, before anything is computed
@@ -171,14 +182,14 @@ def open_writer(
             num_views=num_views,
             num_classes=num_classes,
             rows_per_block=min(rows_per_block, num_samples),
-            arrays=settled.arrays(num_classes) if stored is None else stored[0].layout.arrays,
+            arrays=row_arrays(settled, num_classes, others) if stored is None else stored[0].layout.arrays,
             fixed={name: fixed_spec(values) for name, values in fixed.items()},
         )
     except ValidationError as error:
         raise UsageError(
             f"a cache can't have this shape: {error.errors()[0]['msg']}; try a smaller rows_per_block"
         ) from None
-    identity = make_identity(origin, settled, num_classes)
+    identity = make_identity(origin, settled, num_classes, others, logits_source)
     manifest = _open_manifest(storage, identity, layout, fixed_stored=stored is not None, notes=notes)
     if stated is not None and manifest.provenance.get("card") != stated:
         manifest = _change_card(storage, manifest, stated)
@@ -263,8 +274,16 @@ def _masked(sample: Calibration) -> bool:
     return bool(np.isneginf(np.asarray(sample.logits)).any())
 
 
-def make_identity(origin: Origin, encoding: Encoding, num_classes: int) -> Identity:
+def make_identity(
+    origin: Origin,
+    encoding: Encoding,
+    num_classes: int,
+    outputs: Mapping[str, Output] | None = None,
+    logits_source: Any = None,
+) -> Identity:
     """An identity in the form that JSON gives back, so that two of them compare field by field."""
+    outputs = outputs or {}
+    sources = {LOGITS: logits_source} | {name: output.source for name, output in outputs.items()}
     fields = {
         "format_version": FORMAT_VERSION,
         "dataset": origin.dataset,
@@ -273,8 +292,10 @@ def make_identity(origin: Origin, encoding: Encoding, num_classes: int) -> Ident
         "transform": origin.transform,
         "view_seed": origin.view_seed,
         "encoding": encoding.config(),
-        "outputs": {"logits": [num_classes]},
+        "outputs": {LOGITS: [num_classes]} | {name: list(output.shape) for name, output in outputs.items()},
         "class_names": None if origin.class_names is None else list(origin.class_names),
+        "output_encodings": {name: output.encoding.config() for name, output in outputs.items()},
+        "output_sources": {name: source for name, source in sources.items() if source is not None},
     }
     return Identity.model_validate(json.loads(canonical_json(fields)))
 

@@ -1,24 +1,25 @@
-"""One view's labels in memory, whole or a few blocks at a time: row numbers in, logits out."""
+"""One view's labels in memory, whole or a few blocks at a time: row numbers in, logits out, or other outputs."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from logitcache.cache.manifest import Layout
+from logitcache.cache.manifest import LOGITS, Layout
 from logitcache.encodings import Encoding
+from logitcache.errors import UsageError
 
 # B batch, C classes
 
 
 class View(ABC):
-    """One view's labels: `logits(index)` gives float32 (B, C) for row numbers (B,)."""
+    """One view's labels: `logits(index)` gives float32 (B, C) for row numbers (B,), `output` whatever else is held."""
 
     number: int
     num_classes: int
@@ -33,6 +34,63 @@ class View(ABC):
         Raises:
             IndexError: a row beyond the cache.
         """
+
+    def output(self, name: str, index: Any) -> Tensor:
+        """One of the teacher's outputs for the given rows, float32 (B, *shape), on the view's device.
+
+        Args:
+            name: "logits", or one of `cache.outputs`.
+            index: int (B,) row numbers: a tensor, array or list.
+
+        Raises:
+            UsageError: no such output.
+            IndexError: a row beyond the cache.
+        """
+        if name != LOGITS:
+            raise no_output(name, [LOGITS])
+        return self.logits(index)
+
+
+def no_output(name: str, known: Iterable[str]) -> UsageError:
+    """The error of an output that a cache does not hold."""
+    return UsageError(f"the cache has no output {name!r}; it has: {', '.join(known)}")
+
+
+class ViewOfOutputs(View):
+    """A view of several outputs, each read when it is first asked for, or beforehand.
+
+    Args:
+        number: of the view.
+        shapes: of one sample, by output.
+        read: gives the rows of an output, by its name, as they lie in memory: as `logits` (B, values of a sample).
+    """
+
+    def __init__(self, number: int, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], View]) -> None:
+        self.number = number
+        self.num_classes = shapes[LOGITS][0]
+        self._shapes = shapes
+        self._read = read
+        self._parts: dict[str, View] = {}
+
+    def read(self, names: Iterable[str]) -> None:
+        """Read outputs that are about to be asked for.
+
+        Raises:
+            UsageError: one that is not held.
+        """
+        for name in names:
+            if name not in self._shapes:
+                raise no_output(name, self._shapes)
+            if name not in self._parts:
+                self._parts[name] = self._read(name)
+
+    def logits(self, index: Any) -> Tensor:
+        return self.output(LOGITS, index)
+
+    def output(self, name: str, index: Any) -> Tensor:
+        self.read([name])
+        rows_BD = self._parts[name].logits(index)
+        return rows_BD.reshape(len(rows_BD), *self._shapes[name])
 
 
 class ResidentView(View):
@@ -67,9 +125,10 @@ class StreamedView(View):
         device: torch.device,
         *,
         max_blocks: int,
+        num_values: int | None = None,
     ) -> None:
         self.number = number
-        self.num_classes = layout.num_classes
+        self.num_classes = layout.num_classes if num_values is None else num_values
         self.max_blocks = max_blocks
         self.blocks_read = 0
         self._encoding = encoding

@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from logitcache.arrays import ArraySpec
 from logitcache.digest import json_digest, sha256_hex
@@ -31,12 +39,26 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ArrayName = Annotated[str, Field(pattern=r"^[a-z][a-z_]{0,39}$")]
 
 
+LOGITS = "logits"
+"""The output that every cache has."""
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    left_out_if_empty: ClassVar[tuple[str, ...]] = ()
+    """Fields that came later: where there is nothing to say, records, and what is hashed of them, are as before."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_empty(self, dump_all: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        dumped: dict[str, Any] = dump_all(self)
+        return {name: value for name, value in dumped.items() if value or name not in self.left_out_if_empty}
 
 
 class Identity(_Record):
     """What makes two caches the same cache; the cache id is the SHA-256 of its canonical JSON."""
+
+    left_out_if_empty = ("output_encodings", "output_sources")
 
     format_version: int
     dataset: str
@@ -49,8 +71,12 @@ class Identity(_Record):
     view_seed: int
     encoding: dict[str, Any]
     outputs: dict[str, list[int]]
-    """Shape of each output for one sample: {"logits": [C]}."""
+    """Shape of each output for one sample: {"logits": [C], "features": [64, 7, 7]}."""
     class_names: list[str] | None
+    output_encodings: dict[str, dict[str, Any]] = {}
+    """Encoding of each output but the logits, which `encoding` is of; left out where there are none."""
+    output_sources: dict[str, Any] = {}
+    """Where in the teacher an output comes from, as far as anybody said; left out likewise."""
 
     @property
     def cache_id(self) -> Sha256:
@@ -114,14 +140,18 @@ class Layout(_Record):
 class Contents(_Record):
     """What the receipts of a sealed cache add up to, so that `info` need not read them."""
 
+    left_out_if_empty = ("output_bytes",)
+
     bytes: int = Field(ge=0)
     """Of all stored objects."""
     label_bytes: int = Field(ge=0)
-    """Of these, the labels alone, without what is stored once."""
+    """Of these, the labels alone, all outputs, without what is stored once."""
     rows: int = Field(ge=0)
     """Of labels: samples times views."""
     kl_mean: float | None = Field(default=None, allow_inf_nan=False)
-    """KL(teacher ‖ decoded) at T = 1 over all rows, in nats."""
+    """KL(teacher ‖ decoded) of the logits at T = 1 over all rows, in nats."""
+    output_bytes: dict[str, int] = {}
+    """Of the labels, by output; left out where there are logits only."""
 
 
 class Manifest(_Record):
@@ -161,10 +191,15 @@ class Receipt(_Record):
     objects: dict[str, StoredObject]
     """By array name."""
     kl_mean: float | None = Field(allow_inf_nan=False)
-    """KL(teacher ‖ decoded) at T = 1 over the block's rows, in nats."""
+    """KL(teacher ‖ decoded) of the logits at T = 1 over the block's rows, in nats."""
     kl_max: float | None = Field(allow_inf_nan=False)
     inputs: dict[str, str]
     """Row -> digest of the teacher's input, for the view's proof rows in this block."""
+
+
+def output_of(array: str) -> str:
+    """The output that an array of rows belongs to: `features` for `features_values`, and else the logits."""
+    return array.rpartition("_")[0] or LOGITS
 
 
 def content_digest(receipts: list[Receipt]) -> Sha256:
@@ -194,11 +229,16 @@ def contents(receipts: Mapping[str, Receipt], *, fixed: str) -> Contents:
     blocks = [receipt for name, receipt in receipts.items() if name != fixed]
     measured = [receipt for receipt in blocks if receipt.kl_mean is not None]
     rows = sum(receipt.rows for receipt in measured)
+    output_bytes: dict[str, int] = {}
+    for receipt in blocks:
+        for array, stored in receipt.objects.items():
+            output_bytes[output_of(array)] = output_bytes.get(output_of(array), 0) + stored.bytes
     return Contents(
         bytes=sum(sizes.values()),
         label_bytes=sum(sizes.values()) - sizes.get(fixed, 0),
         rows=sum(receipt.rows for receipt in blocks),
         kl_mean=sum(receipt.rows * (receipt.kl_mean or 0.0) for receipt in measured) / rows if rows else None,
+        output_bytes=output_bytes if output_bytes.keys() - {LOGITS} else {},
     )
 
 

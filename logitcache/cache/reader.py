@@ -6,16 +6,17 @@ Nothing is ever read row by row. Every object is checked against its receipt whe
 from __future__ import annotations
 
 import functools
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from logitcache.cache.committed import read_fixed, read_records, stored_encoding
-from logitcache.cache.labelview import ResidentView, StreamedView, View
+from logitcache.cache.committed import arrays_of, read_fixed, read_records, stored_encoding
+from logitcache.cache.labelview import ResidentView, StreamedView, View, ViewOfOutputs, no_output
 from logitcache.cache.layout import (
     FIXED,
     SAMPLE_ARRAYS,
@@ -25,11 +26,12 @@ from logitcache.cache.layout import (
     blocks_per_view,
     decode_rows,
 )
-from logitcache.cache.manifest import Contents, Manifest, Receipt, content_digest, contents
+from logitcache.cache.manifest import LOGITS, Contents, Manifest, Receipt, content_digest, contents, output_of
 from logitcache.cache.objects import ObjectReader, Wanted
-from logitcache.data.samples import SampleTable, input_digest
-from logitcache.data.transforms import build_transform
-from logitcache.data.views import Mixing, ViewDataset, ViewPlan, proof_rows
+from logitcache.cache.outputs import outputs_of
+from logitcache.cache.rendering import check_rendered, recorded_digests, recorded_plan
+from logitcache.data.samples import SampleTable
+from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.encodings import Encoding, encoding_from_config
 from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, UsageError
 from logitcache.storage import Storage, open_storage
@@ -77,9 +79,12 @@ class LogitCache:
         self.manifest, self.receipts = read_records(storage, self.objects) if written is None else written
         self.layout = self.manifest.layout
         self.encoding: Encoding = encoding_from_config(self.manifest.identity.encoding)
+        """Of the logits."""
+        self.others = outputs_of(self.manifest.identity)
+        """What is held beside the logits: shape, encoding and source by name."""
         self.trust = trust
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="logitcache-loader")
-        self._loading: dict[tuple[int, str], Future[View]] = {}
+        self._loading: dict[tuple[int, str, str], Future[View]] = {}
         if self.sealed and content_digest(list(self.receipts.values())) != self.manifest.digest:
             raise CorruptCache(
                 f"{storage.url}: the receipts don't add up to the manifest's digest; run `logitcache verify` on it"
@@ -120,6 +125,11 @@ class LogitCache:
         """C."""
         return self.layout.num_classes
 
+    @property
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        """What is held of the teacher, `logits` first: the shape of each output for one sample."""
+        return {LOGITS: (self.num_classes,)} | {name: output.shape for name, output in self.others.items()}
+
     @cached_property
     def contents(self) -> Contents:
         """Sizes and fidelity of all that is there."""
@@ -132,19 +142,22 @@ class LogitCache:
 
     @property
     def label_bytes(self) -> int:
-        """Size of the labels alone, without what is stored once."""
+        """Size of the labels alone, all outputs, without what is stored once."""
         return self.contents.label_bytes
 
     @property
     def kl_mean(self) -> float | None:
-        """KL(teacher ‖ decoded) at T = 1, in nats, over all rows that are there."""
+        """KL(teacher ‖ decoded) of the logits at T = 1, in nats, over all rows that are there."""
         return self.contents.kl_mean
 
     @property
     def view_bytes(self) -> int:
-        """Memory of one resident view."""
-        row = sum(np.dtype(spec.dtype).itemsize * int(np.prod(spec.row_shape)) for spec in self.layout.arrays.values())
-        return row * self.num_samples
+        """Memory of the logits of one resident view."""
+        return self._memory([LOGITS])
+
+    def _memory(self, outputs: Iterable[str]) -> int:
+        specs = [spec for output in outputs for spec in arrays_of(self.layout, output).values()]
+        return self.num_samples * sum(np.dtype(spec.dtype).itemsize * math.prod(spec.row_shape) for spec in specs)
 
     @cached_property
     def samples(self) -> SampleTable | None:
@@ -177,31 +190,7 @@ class LogitCache:
             UsageError: the cache does not say how its views were made.
             UntrustedCode: a transform from outside the working folder; open the cache with trust=True.
         """
-        transform = self.manifest.identity.transform
-        if transform is None:
-            raise UsageError(
-                f"{self.storage.url} does not say how its views were made: it was created without `view_plan`; "
-                "render the views as its maker did"
-            )
-        parts = []
-        for part in ("shared", "teacher_input"):
-            spec = transform[part]
-            if spec is not None and not isinstance(spec, list):
-                raise UsageError(
-                    f"{self.storage.url} was made with a transform given as a Python object ({part}): make the same "
-                    "ViewPlan again, and hold it to the cache with `cache.check_plan(plan)`"
-                )
-            parts.append(None if spec is None else build_transform(spec, trust=self.trust))
-        samples = self.samples
-        return ViewPlan(
-            transform=parts[0],
-            seed=self.manifest.identity.view_seed,
-            mixing=Mixing(**(transform["mixing"] or {})),
-            model_input=parts[1],
-            num_classes=self.num_classes,
-            num_samples=self.num_samples,
-            contents=None if samples is None else samples.contents,
-        )
+        return recorded_plan(self.manifest, self.samples, url=self.storage.url, trust=self.trust)
 
     def check_plan(self, plan: ViewPlan) -> None:
         """Hold a view plan to the one that the cache was built with.
@@ -230,18 +219,7 @@ class LogitCache:
         Raises:
             IdentityMismatch: names the sample, and the library versions that may be the cause.
         """
-        views = ViewDataset(views.dataset, views.plan, rows=views.rows)  # the teacher's own part, whatever the model's
-        index_of_row = None if views.rows is None else {int(row): index for index, row in enumerate(views.rows)}
-        compared = 0
-        for row, expected in self.input_digests(view).items():
-            index = row if index_of_row is None else index_of_row.get(row)
-            if index is None:
-                continue
-            found = input_digest(views[(view, index)][1]).hex()
-            if found != expected:
-                raise IdentityMismatch(self._describe_other_pixels(view, row, found, expected))
-            compared += 1
-        return compared
+        return check_rendered(views, view, self.input_digests(view), self.manifest, self.samples)
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
         """Row numbers of sample keys, int64 (len(keys),), for subsets and other orders.
@@ -261,6 +239,7 @@ class LogitCache:
         *,
         memory_budget: int | None = None,
         ahead: bool = True,
+        outputs: Sequence[str] = (LOGITS,),
     ) -> View:
         """One view on a device: resident, or streamed by blocks where it exceeds the memory budget.
 
@@ -269,87 +248,131 @@ class LogitCache:
             device: where the encoded labels lie and `logits` are decoded.
             memory_budget: bytes that the view's encoded labels may take; None is no limit.
             ahead: of a remote cache, bring the rest of a streamed view and the view after it nearby meanwhile.
+            outputs: what is read now. Others are read when they are first asked for, each as if it were alone.
 
         Raises:
-            UsageError: no such view.
+            UsageError: no such view or output.
             IncompleteCache: a block of it is missing.
             CorruptCache: an object is not the one that was written.
         """
         self._check_complete(view)
-        window = self.window_blocks(memory_budget)
+        window = self.window_blocks(memory_budget, outputs)
         if ahead:
             following = self.views[(self.views.index(view) + 1) % len(self.views)]
-            self._fetch_ahead([view, following] if window is not None else [following])
-        if window is not None:
-            read = functools.partial(self.read_blocks, view)
-            return StreamedView(
-                view, self._fitted_encoding, read, self.layout, torch.device(device), max_blocks=2 * window
-            )
-        loading = self._loading.pop((view, str(device)), None)
-        return loading.result() if loading is not None else self._load_view(view, device)
+            self._fetch_ahead([view, following] if window is not None else [following], outputs)
 
-    def window_blocks(self, memory_budget: int | None) -> int | None:
+        def read(output: str) -> View:
+            streamed = window if output in outputs else self.window_blocks(memory_budget, [output])
+            return self._rows_of(view, output, torch.device(device), streamed)
+
+        if not self.others and tuple(outputs) == (LOGITS,):
+            return read(LOGITS)
+        whole = ViewOfOutputs(view, self.outputs, read)
+        whole.read(outputs)
+        return whole
+
+    def window_blocks(self, memory_budget: int | None, outputs: Sequence[str] = (LOGITS,)) -> int | None:
         """How many blocks of a view batches should stay within, under a budget in bytes; None if the whole view fits.
 
         Two such windows are kept, since a batch may straddle the end of one.
+
+        Raises:
+            UsageError: an output that is not held.
         """
-        if memory_budget is None or self.view_bytes <= memory_budget:
+        for name in outputs:
+            if name not in self.outputs:
+                raise no_output(name, self.outputs)
+        view_bytes = self._memory(outputs)
+        if memory_budget is None or view_bytes <= memory_budget:
             return None
-        block_bytes = self.view_bytes * self.layout.rows_per_block // self.num_samples
+        block_bytes = view_bytes * self.layout.rows_per_block // self.num_samples
         return max(1, memory_budget // (2 * block_bytes))
 
-    def prefetch(self, view: int, device: str | torch.device = "cpu") -> None:
-        """Load a view in the background, for the `view` call to come."""
+    def prefetch(self, view: int, device: str | torch.device = "cpu", outputs: Sequence[str] = (LOGITS,)) -> None:
+        """Load outputs of a view in the background, for the `view` call to come."""
         self._check_complete(view)
-        key = (view, str(device))
-        if key not in self._loading:
-            self._loading[key] = self._loader.submit(self._load_view, view, device)
+        for output in outputs:
+            key = (view, str(device), output)
+            if key not in self._loading:
+                self._loading[key] = self._loader.submit(self._load_view, view, torch.device(device), output)
 
-    def _load_view(self, view: int, device: str | torch.device) -> View:
-        numbers = range(blocks_per_view(self.layout))
-        arrays = self.read_blocks(view, numbers)
+    def _rows_of(self, view: int, output: str, device: torch.device, window: int | None) -> View:
+        """One output of a view: streamed in so many blocks, or resident where that is None."""
+        if window is None:
+            loading = self._loading.pop((view, str(device), output), None)
+            return loading.result() if loading is not None else self._load_view(view, device, output)
+        read = functools.partial(self._read_output, view, output=output)
+        encoding, num_values = self._encoding_of(output)
+        return StreamedView(view, encoding, read, self.layout, device, max_blocks=2 * window, num_values=num_values)
+
+    def _load_view(self, view: int, device: torch.device, output: str) -> View:
+        arrays = self._read_output(view, range(blocks_per_view(self.layout)), output=output)
         tensors = {name: torch.from_numpy(values).to(device) for name, values in arrays.items()}
-        return ResidentView(view, self._fitted_encoding, tensors, self.num_classes)
+        encoding, num_values = self._encoding_of(output)
+        return ResidentView(view, encoding, tensors, num_values)
 
-    def read_blocks(self, view: int, numbers: Sequence[int]) -> dict[str, np.ndarray]:
-        """The encoded arrays (rows, *row_shape) of consecutive blocks of a view, checked and decompressed.
+    def _encoding_of(self, output: str) -> tuple[Encoding, int]:
+        """How the rows of an output are encoded, and how many values a row has."""
+        if output == LOGITS:
+            return self._fitted_encoding, self.num_classes
+        return self.others[output].encoding, self.others[output].num_values
+
+    def _read_output(self, view: int, numbers: Sequence[int], *, output: str) -> dict[str, np.ndarray]:
+        """The arrays of an output as its encoding calls them."""
+        if output == LOGITS:
+            return self.read_blocks(view, numbers)
+        arrays = self.read_blocks(view, numbers, output)
+        return {name.removeprefix(f"{output}_"): values for name, values in arrays.items()}
+
+    def read_blocks(self, view: int, numbers: Sequence[int], output: str = LOGITS) -> dict[str, np.ndarray]:
+        """The encoded arrays (rows, *row_shape) of consecutive blocks of a view, of one output, checked.
 
         Raises:
             CorruptCache: names the first block that is not as it was written.
         """
         blocks = [Block(view, number) for number in numbers]
         num_rows = sum(len(block_rows(self.layout, block)) for block in blocks)
-        objects = self.objects.read_all([self._wanted(block) for block in blocks])
+        objects = self.objects.read_all([self._wanted(block, [output]) for block in blocks])
         arrays = {}
-        for position, (name, spec) in enumerate(self.layout.arrays.items()):
+        num_values = self.num_classes if output == LOGITS else self.others[output].num_values
+        for position, name in enumerate(self._arrays([output])):
+            spec = self.layout.arrays[name]
             chunks = [of_block[position] for of_block in objects]
             try:
                 arrays[name] = decode_rows(spec, chunks, num_rows, self.layout.rows_per_block)
             except Exception as error:
                 raise CorruptCache(f"{self.storage.url}: {name} of view {view} can't be decoded: {error}") from error
-            if name == "ids" and arrays[name].size and int(arrays[name].max()) >= self.num_classes:
+            if name.endswith("ids") and arrays[name].size and int(arrays[name].max()) >= num_values:
                 raise CorruptCache(
-                    f"{self.storage.url}: {name} of view {view} holds class {arrays[name].max()} of {self.num_classes}"
+                    f"{self.storage.url}: {name} of view {view} holds class {arrays[name].max()} of {num_values}"
                 )
         return arrays
 
-    def _wanted(self, block: Block) -> tuple[Wanted, str]:
-        """A block's objects by key, and who vouches for them."""
+    def _arrays(self, outputs: Sequence[str]) -> list[str]:
+        """The arrays of rows of some outputs, in their order."""
+        return [name for name in self.layout.arrays if output_of(name) in outputs]
+
+    def _wanted(self, block: Block, outputs: Sequence[str] = (LOGITS,)) -> tuple[Wanted, str]:
+        """A block's objects of some outputs by key, and who vouches for them."""
         receipt = self.receipts.get(block.name)
         if receipt is None:
             raise IncompleteCache(
                 f"{self.storage.url}: block {block.name} is missing; run `logitcache cache-teacher` again"
             )
-        keys = {block_key(name, spec, block): receipt.objects[name] for name, spec in self.layout.arrays.items()}
+        names = self._arrays(outputs)
+        keys = {block_key(name, self.layout.arrays[name], block): receipt.objects[name] for name in names}
         return keys, f"block {block.name}"
 
-    def _fetch_ahead(self, views: Sequence[int]) -> None:
+    def _fetch_ahead(self, views: Sequence[int], outputs: Sequence[str]) -> None:
         """Bring views nearby from a remote store in the background, where there is room for them."""
         nearby = self.objects.nearby
-        label_bytes = self.contents.label_bytes * len(views) // len(self.views)
+        sizes = self.contents.output_bytes or {LOGITS: self.contents.label_bytes}
+        label_bytes = sum(sizes[output] for output in outputs) * len(views) // len(self.views)
         if nearby is not None and 2 * label_bytes <= nearby.max_bytes:
             blocks = [Block(view, number) for view in views for number in range(blocks_per_view(self.layout))]
-            self.objects.read_ahead([self._wanted(block) for block in blocks if block.name in self.receipts])
+            there = [block for block in blocks if block.name in self.receipts]
+            # An entry nearby for each output: whoever asks for one later asks for it alone.
+            self.objects.read_ahead([self._wanted(block, [output]) for block in there for output in outputs])
 
     def _check_complete(self, view: int) -> None:
         if not 0 <= view < self.num_views:
@@ -370,21 +393,4 @@ class LogitCache:
 
     def input_digests(self, view: int) -> dict[int, str]:
         """The digest of what the teacher was given, by row, for the proof rows of a view that are known."""
-        digests: dict[int, str] = {}
-        for row in proof_rows(self.manifest.identity.view_seed, view, self.num_samples):
-            receipt = self.receipts.get(Block(view, row // self.layout.rows_per_block).name)
-            if receipt is not None and str(row) in receipt.inputs:
-                digests[row] = receipt.inputs[str(row)]
-        return digests
-
-    def _describe_other_pixels(self, view: int, row: int, found: str, expected: str) -> str:
-        key = self.samples.key(row) if self.samples is not None else str(row)
-        versions = self.manifest.provenance.get("versions", {})
-        built_with = ", ".join(f"{name} {versions[name]}" for name in ("torchvision", "pillow") if name in versions)
-        return (
-            f"view {view} of sample {row} ({key}) is not what the teacher saw: rendered here its digest is {found}, "
-            f"in the cache {expected}.\n"
-            "Data, transform and seed agree, so the transform's code renders otherwise here: the cache was built with "
-            f"{built_with or 'unknown library versions'} on {self.manifest.provenance.get('platform', 'unknown')}.\n"
-            "Use those versions, or build the cache again."
-        )
+        return recorded_digests(self.manifest, self.receipts, view)

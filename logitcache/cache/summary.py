@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from logitcache.cache.manifest import MANIFEST, MAX_MANIFEST_BYTES, Contents, Manifest, read_manifest
 from logitcache.errors import NotACache
@@ -31,11 +32,25 @@ class Summary:
     @property
     def encoding(self) -> str:
         """As one would write it in Python."""
-        config = dict(self.manifest.identity.encoding)
-        name = str(config.pop("name", ""))
-        spelled, order = SPELLINGS.get(name, (name, ()))
-        keys = [*(key for key in order if key in config), *(key for key in config if key not in order)]
-        return f"{spelled}({', '.join(f'{key}={config[key]!r}' for key in keys)})"
+        return _spelled(self.manifest.identity.encoding)
+
+    @property
+    def outputs(self) -> dict[str, dict[str, Any]]:
+        """Of each output beside the logits: shape of a sample, encoding, bytes of all rows."""
+        identity = self.manifest.identity
+        sizes = {} if self.contents is None else self.contents.output_bytes
+        return {
+            name: {"shape": identity.outputs.get(name), "encoding": _spelled(encoding), "bytes": sizes.get(name)}
+            for name, encoding in sorted(identity.output_encodings.items())
+        }
+
+
+def _spelled(encoding: Mapping[str, Any]) -> str:
+    config = dict(encoding)
+    name = str(config.pop("name", ""))
+    spelled, order = SPELLINGS.get(name, (name, ()))
+    keys = [*(key for key in order if key in config), *(key for key in config if key not in order)]
+    return f"{spelled}({', '.join(f'{key}={config[key]!r}' for key in keys)})"
 
 
 SPELLINGS = {
@@ -43,6 +58,7 @@ SPELLINGS = {
     "topk": ("TopK", ("k", "dtype")),
     "lowrank": ("LowRank", ("rank", "k", "step", "bit_price", "search")),
     "sampled": ("Sampled", ("draws",)),
+    "values": ("Values", ("dtype",)),
 }
 """Encodings as they are written in Python; a test holds this to the classes, which are not loaded here."""
 

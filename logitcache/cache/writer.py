@@ -17,10 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcache.arrays import ArraySpec
 from logitcache.cache.card import CARD, write_card
 from logitcache.cache.committed import collect_receipts
-from logitcache.cache.fidelity import fidelity_kl
 from logitcache.cache.layout import (
     FIXED,
     FIXED_RECEIPT_KEY,
@@ -34,6 +32,7 @@ from logitcache.cache.layout import (
     group_metadata,
 )
 from logitcache.cache.manifest import (
+    LOGITS,
     MANIFEST,
     RECEIPTS,
     Manifest,
@@ -44,12 +43,14 @@ from logitcache.cache.manifest import (
     dump,
     dump_manifest,
 )
+from logitcache.cache.openblock import OpenBlock
+from logitcache.cache.outputs import outputs_of
 from logitcache.cache.reader import LogitCache
 from logitcache.data.samples import batch_item, input_digest
 from logitcache.data.views import proof_rows
 from logitcache.digest import array_digest, canonical_json, sha256_hex
 from logitcache.encodings import Encoding
-from logitcache.errors import IncompleteCache, InvalidLogits, ShapeError
+from logitcache.errors import IncompleteCache, ShapeError, UsageError
 from logitcache.storage import Storage
 
 # B batch, C classes, N samples
@@ -57,8 +58,6 @@ from logitcache.storage import Storage
 WRITER_THREADS = 2
 BLOCKS_IN_FLIGHT = 4
 """Blocks that wait for a writer thread or are in one: the bound on memory."""
-SLAB_LOGITS = 2**20
-"""Logits that are encoded at once (4 MB): many enough that small operations cost little, few enough for a cache."""
 
 
 class CacheWriter:
@@ -80,11 +79,14 @@ class CacheWriter:
         self.manifest = manifest
         self.layout = manifest.layout
         self.encoding = encoding
-        """Fitted, where it is one that is."""
+        """Of the logits; fitted, where it is one that is."""
+        self.outputs = outputs_of(manifest.identity)
+        """What is written beside the logits, by name."""
+        self._encodings = {LOGITS: encoding} | {name: output.encoding for name, output in self.outputs.items()}
         self.committed_blocks: list[Block] = []
         """Blocks committed by this writer, in the order of their receipts."""
         self._receipts = collect_receipts(storage, self.manifest)
-        self._open_blocks: dict[Block, _OpenBlock] = {}
+        self._open_blocks: dict[Block, OpenBlock] = {}
         self._submitted: set[Block] = set()
         self._lock = threading.Lock()
         self._commits: list[Future[None]] = []
@@ -111,7 +113,14 @@ class CacheWriter:
         return [block for block in all_blocks(self.layout) if block.name not in self._receipts]
 
     def write(
-        self, *, view: int, start: int, logits: Any, inputs: Any = None, input_digests: Mapping[int, str] | None = None
+        self,
+        *,
+        view: int,
+        start: int,
+        logits: Any,
+        outputs: Mapping[str, Any] | None = None,
+        inputs: Any = None,
+        input_digests: Mapping[int, str] | None = None,
     ) -> None:
         """Store the logits of consecutive rows of one view; rows of committed blocks are passed over.
 
@@ -119,13 +128,15 @@ class CacheWriter:
             view: 0 <= view < num_views.
             start: the first row.
             logits: (B, C) floats, a tensor on any device or an array; -inf masks a class.
+            outputs: (B, *shape) of each output that the cache has beside the logits, by name.
             inputs: what the teacher was given for these rows, batched; digests of a few rows of each view are kept,
                 so that a student can prove that it sees the same.
             input_digests: these digests by row, where they are known and the inputs are not at hand.
 
         Raises:
-            ShapeError: not (B, C), or rows beyond the cache.
-            InvalidLogits: NaN, +inf, or a row of -inf only.
+            ShapeError: not (B, C), another shape of an output, or rows beyond the cache.
+            UsageError: an output is missing, or one that the cache does not have.
+            InvalidLogits: NaN, +inf, or a row of -inf only; of another output, anything that its encoding can't hold.
             StorageError: the store refused an earlier block.
         """
         self._raise_failed_commit()
@@ -142,7 +153,7 @@ class CacheWriter:
                 f"rows {start} to {stop} of view {view} lie outside the cache, which has {num_samples} rows in "
                 f"{self.layout.num_views} views"
             )
-        logits_BC = logits_BC.detach().float()
+        parts = {LOGITS: logits_BC.detach().float(), **self._flattened(outputs or {}, len(logits_BC))}
         digests = dict(input_digests or {}) | {
             row: input_digest(batch_item(inputs, row - start)).hex()
             for row in (() if inputs is None else proof_rows(self.manifest.identity.view_seed, view, num_samples))
@@ -155,13 +166,31 @@ class CacheWriter:
             piece_stop = min(stop, rows.stop)
             if block.name not in self._receipts and block not in self._submitted:
                 if block not in self._open_blocks:
-                    self._open_blocks[block] = _OpenBlock(block, rows, self.encoding, self.layout.arrays, logits_BC)
+                    self._open_blocks[block] = OpenBlock(block, rows, self._encodings, self.layout, parts)
                 opened = self._open_blocks[block]
-                opened.fill(row, logits_BC[row - start : piece_stop - start])
+                opened.fill(row, {name: part[row - start : piece_stop - start] for name, part in parts.items()})
                 opened.inputs.update({str(r): digest for r, digest in digests.items() if r in rows})
                 if opened.whole:
                     self._submit(self._open_blocks.pop(block))
             row = piece_stop
+
+    def _flattened(self, outputs: Mapping[str, Any], num_rows: int) -> dict[str, Tensor]:
+        """Outputs beside the logits, held to their shapes, as float32 rows (B, D)."""
+        if outputs.keys() != self.outputs.keys():
+            raise UsageError(
+                f"the outputs beside the logits are {', '.join(sorted(outputs)) or 'none'}; this cache has "
+                f"{', '.join(self.outputs) or 'none'}: give each of them, by its name"
+            )
+        flat = {}
+        for name, output in self.outputs.items():
+            values = torch.as_tensor(outputs[name])
+            if tuple(values.shape) != (num_rows, *output.shape):
+                raise ShapeError(
+                    f"output {name!r} is {tuple(values.shape)}; expected {(num_rows, *output.shape)}, one row for each "
+                    "of the logits"
+                )
+            flat[name] = values.detach().reshape(num_rows, output.num_values).float()
+        return flat
 
     def seal(self) -> Manifest:
         """Wait for every commit, gather the receipts, close the cache for writing, and write its card.
@@ -223,18 +252,18 @@ class CacheWriter:
         finally:
             self.close()
 
-    def _submit(self, opened: _OpenBlock) -> None:
+    def _submit(self, opened: OpenBlock) -> None:
         opened.wait_for_device()
         opened.check()
         self._slots.acquire()
         self._submitted.add(opened.block)
         self._commits.append(self._threads.submit(self._commit, opened))
 
-    def _commit(self, opened: _OpenBlock) -> None:
+    def _commit(self, opened: OpenBlock) -> None:
         """In a writer thread: the block's objects, then its receipt."""
         try:
             objects = {}
-            for name, buffer in opened.buffers.items():
+            for name, buffer in opened.buffers().items():
                 values = buffer.numpy()
                 spec = self.layout.arrays[name]
                 data = encode_block(spec, values, self.layout.rows_per_block)
@@ -294,98 +323,6 @@ class CacheWriter:
             + "\n  ".join(lines)
             + "\nWhat is committed stays; write the missing rows and leave the `with` again."
         )
-
-
-class _OpenBlock:
-    """A block on its way: encoded rows in host memory until all have come.
-
-    Rows are encoded a slab at a time, never batch by batch: a slab is always the same rows, so the batches that they
-    came in show neither in what is stored nor, where classes are few, in the time it takes.
-    """
-
-    def __init__(
-        self, block: Block, rows: range, encoding: Encoding, specs: Mapping[str, ArraySpec], like_BC: Tensor
-    ) -> None:
-        self.block = block
-        self.rows = rows
-        self._encoding = encoding
-        self._device = like_BC.device
-        self._num_classes = like_BC.shape[1]
-        self._slab_rows = max(1, SLAB_LOGITS // self._num_classes)
-        self._slabs: dict[int, Tensor] = {}
-        """The logits of slabs that are not whole yet, by number."""
-        self.pinned = self._device.type == "cuda"
-        """Only copies into pinned memory may be left running; others would be read before they arrive."""
-        self.buffers = {
-            name: torch.empty((len(rows), *spec.row_shape), dtype=getattr(torch, spec.dtype), pin_memory=self.pinned)
-            for name, spec in specs.items()
-        }
-        self.kl = torch.empty(len(rows), pin_memory=self.pinned)
-        self.invalid = torch.zeros(len(rows), dtype=torch.bool, pin_memory=self.pinned)
-        self.filled = np.zeros(len(rows), dtype=bool)
-        self.inputs: dict[str, str] = {}
-
-    @property
-    def whole(self) -> bool:
-        return not self._slabs and bool(self.filled.all())
-
-    def fill(self, start: int, logits_BC: Tensor) -> None:
-        """Take rows of this block; slabs that are whole are encoded on their device, without waiting for a GPU."""
-        first = start - self.rows.start
-        if logits_BC.device.type == "cpu" and not math.isfinite(float(logits_BC.sum())):  # NaN, infinite, or masked
-            self.invalid[first : first + len(logits_BC)] = self._invalid(logits_BC)
-            self.check()
-        for number in range(first // self._slab_rows, -(-(first + len(logits_BC)) // self._slab_rows)):
-            place = slice(number * self._slab_rows, min((number + 1) * self._slab_rows, len(self.rows)))
-            within = slice(max(place.start, first), min(place.stop, first + len(logits_BC)))
-            if number not in self._slabs:
-                if self.filled[place].all():
-                    continue  # written before
-                shape = (place.stop - place.start, self._num_classes)
-                self._slabs[number] = torch.empty(shape, device=self._device)
-            slab_BC = self._slabs[number]
-            slab_BC[within.start - place.start : within.stop - place.start] = logits_BC[
-                within.start - first : within.stop - first
-            ]
-            self.filled[within] = True
-            if self.filled[place].all():
-                self._encode(place, self._slabs.pop(number))
-
-    def _encode(self, place: slice, logits_BC: Tensor) -> None:
-        if logits_BC.device.type != "cpu":
-            self.invalid[place].copy_(self._invalid(logits_BC), non_blocking=self.pinned)
-        start = self.rows.start + place.start
-        encoded = self._encoding.encode(logits_BC, view=self.block.view, start=start)
-        for name, values in encoded.items():
-            self.buffers[name][place].copy_(values, non_blocking=self.pinned)
-        decoded_BC = self._encoding.decode(encoded, self._num_classes)
-        self.kl[place].copy_(fidelity_kl(decoded_BC, logits_BC), non_blocking=self.pinned)
-
-    def wait_for_device(self) -> None:
-        """Until the copies that were started have arrived."""
-        if self.pinned:
-            torch.cuda.current_stream(self._device).synchronize()
-
-    def check(self) -> None:
-        """Refuse rows that no distribution can be made of, naming them."""
-        invalid = np.flatnonzero(self.invalid.numpy())
-        if len(invalid):
-            what = "NaN or +inf, or nothing but -inf" if self._encoding.holds_masks else "NaN, +inf or -inf"
-            masks = (
-                "" if self._encoding.holds_masks else f" {self._encoding.name} can't hold masked classes: use Dense."
-            )
-            raise InvalidLogits(
-                f"view {self.block.view}, row {self.rows.start + invalid[0]}: the teacher's logits hold {what} "
-                f"({len(invalid)} such rows of {len(self.rows)} in this block).\n"
-                "The block was not stored. Look at the teacher's weights and inputs, or at its precision "
-                f"(float16 overflows; try bfloat16).{masks}"
-            )
-
-    def _invalid(self, logits_BC: Tensor) -> Tensor:
-        """Where no distribution can be made of a row, or this encoding can't hold it, bool (B,)."""
-        # A row's largest logit is NaN, +inf or -inf exactly where no distribution can be made of it.
-        invalid_B = ~torch.isfinite(logits_BC.amax(dim=1))
-        return invalid_B if self._encoding.holds_masks else invalid_B | ~torch.isfinite(logits_BC.amin(dim=1))
 
 
 def _finite(nats: float) -> float | None:

@@ -192,6 +192,7 @@ def merge_command(
         "mean": mean.value,
         "parts": [part.model_dump(exclude={"teacher_input"}) for part in result.parts],
         "left_out_views": result.left_out,
+        "left_out_outputs": result.left_out_outputs,
         "computed_blocks": len(result.computed_blocks),
         "total_blocks": result.total_blocks,
     }

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 def cache_summary(summary: Any) -> dict[str, Any]:
     """The keys of `info`."""
     manifest, contents = summary.manifest, summary.contents
+    outputs = {"outputs": summary.outputs} if summary.outputs else {}
     return {
         "id": manifest.id,
         "digest": manifest.digest,
@@ -32,6 +33,7 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         "views": f"{manifest.layout.first_view}:{manifest.layout.num_views}",
         "kl_mean": None if contents is None else contents.kl_mean,
         "created": manifest.provenance.get("created"),
+        **outputs,
     }
 
 
@@ -100,6 +102,7 @@ def plan_summary(plan: Any) -> dict[str, Any]:
         "num_samples": plan.num_samples,
         "num_views": plan.num_views,
         "samples_per_second": plan.samples_per_second,
+        "output_bytes": plan.output_bytes,
         "hours": plan.hours,
     }
 
@@ -119,6 +122,8 @@ def print_plan(plan: Any) -> None:
         cells = [spelled(each.encoding), f"{each.bytes_per_sample:.1f}", *total, *nats, f"{each.top1_agreement:.1%}"]
         table.add_row(*cells, style="bold" if chosen else None)
     console().print(table)
+    for name, size in plan.output_bytes.items():
+        console().print(f"{name}: {size:,.1f} bytes/sample more, counted in the totals.", highlight=False)
     if plan.hours is not None:
         console().print(
             f"{plan.num_views} views of {plan.num_samples:,} samples at {plan.samples_per_second:,.0f} a second: "
@@ -146,10 +151,20 @@ def console() -> Console:
 def print_mapping(title: str, values: dict[str, Any]) -> None:
     """A two-column table."""
     table = Table(title=title, show_header=False, title_justify="left")
-    for name, value in values.items():
+    flat = {key: value for name, value in values.items() for key, value in _rows_of(name, value)}
+    for name, value in flat.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        table.add_row(name.replace("_", " "), _plain(f"{shown:.4g}" if isinstance(shown, float) else shown))
+        table.add_row(_plain(name.replace("_", " ")), _plain(f"{shown:.4g}" if isinstance(shown, float) else shown))
     console().print(table)
+
+
+def _rows_of(name: str, value: Any) -> list[tuple[str, Any]]:
+    """A value, or each of a mapping's, with what is known of it in one line."""
+    if not isinstance(value, dict):
+        return [(name, value)]
+    return [
+        (f"{name}: {key}", ", ".join(f"{what} {each}" for what, each in known.items())) for key, known in value.items()
+    ]
 
 
 def print_rows(rows: list[Any]) -> None:
@@ -212,7 +227,9 @@ def print_product(exported: Any) -> None:
 
 def print_merge(out: str, summary: dict[str, Any]) -> None:
     """A merged cache, and what it is the mean of."""
-    plain = {name: value for name, value in summary.items() if name not in ("parts", "left_out_views")}
+    plain = {
+        name: value for name, value in summary.items() if name not in ("parts", "left_out_views", "left_out_outputs")
+    }
     print_mapping(out, plain)
     for part in summary["parts"]:
         console().print(
@@ -223,6 +240,10 @@ def print_merge(out: str, summary: dict[str, Any]) -> None:
             f"It holds the views that all of them have, {summary['num_views']} in number; {location} has {count} more.",
             highlight=False,
             markup=False,
+        )
+    for location, outputs in summary["left_out_outputs"].items():
+        console().print(
+            f"Only logits have a mean: left out of {location} are {', '.join(outputs)}.", highlight=False, markup=False
         )
 
 

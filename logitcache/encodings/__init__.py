@@ -1,4 +1,4 @@
-"""How a (B, C) batch of logits becomes named arrays and back: one file per encoding.
+"""How a (B, C) batch of logits, or of other values, becomes named arrays and back: one file per encoding.
 
 To add one: subclass `Encoding` in a file of its own, name it in `ENCODINGS` below, and let
 `tests/test_encodings.py` run the contract suite over it.
@@ -17,9 +17,10 @@ from logitcache.encodings.protocol import Encoding as Encoding
 from logitcache.encodings.protocol import parameters
 from logitcache.encodings.sampled import Sampled as Sampled
 from logitcache.encodings.topk import TopK as TopK
+from logitcache.encodings.values import Values as Values
 from logitcache.errors import UsageError
 
-ENCODINGS: dict[str, type[Encoding]] = {kind.name: kind for kind in (Dense, TopK, LowRank, Sampled)}
+ENCODINGS: dict[str, type[Encoding]] = {kind.name: kind for kind in (Dense, TopK, LowRank, Sampled, Values)}
 
 
 def encoding_from_config(config: Encoding | str | Mapping[str, Any]) -> Encoding:

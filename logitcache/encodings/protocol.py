@@ -30,10 +30,12 @@ class Encoding(ABC):
     """Arrays that fitting makes, which a cache stores once: name -> number of dimensions."""
     holds_masks: ClassVar[bool] = True
     """Whether a logit may be -inf."""
+    keeps_constants: ClassVar[bool] = False
+    """Whether a constant per row survives, which logits don't need and other outputs do."""
 
     @abstractmethod
     def arrays(self, num_classes: int) -> dict[str, ArraySpec]:
-        """The arrays that `encode` returns for this many classes.
+        """The arrays that `encode` returns for this many classes; no name has an underscore.
 
         Raises:
             UsageError: the encoding can't hold this many classes.
@@ -54,6 +56,12 @@ class Encoding(ABC):
     @abstractmethod
     def decode(self, encoded: Mapping[str, Tensor], num_classes: int) -> Tensor:
         """Float32 (B, C) logits, right up to a constant per row, on the arrays' device."""
+
+    def refused(self, logits_BC: Tensor) -> Tensor:
+        """The rows of which no distribution can be made, or which it can't hold, bool (B,)."""
+        # A row's largest logit is NaN, +inf or -inf exactly where no distribution can be made of it.
+        refused_B = ~torch.isfinite(logits_BC.amax(dim=1))
+        return refused_B if self.holds_masks else refused_B | ~torch.isfinite(logits_BC.amin(dim=1))
 
     def fit(self, calibration: Any) -> Encoding:
         """The same encoding, fitted to a sample of the teacher's logits where it needs that.

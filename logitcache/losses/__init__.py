@@ -3,19 +3,25 @@
 Each gives (B,), one number a sample, so that the caller weighs and averages; in float64 where the logits are, else in
 float32. Divergences and cross-entropies are in nats, and KL is KL(teacher ‖ student). Soft losses carry the factor
 T², which keeps the size of their gradient independent of T (Hinton, Vinyals and Dean 2015, arXiv:1503.02531,
-section 2). None changes when a constant is added to a row of logits: a cache's are right only up to that.
+section 2). None of those on logits changes when a constant is added to a row: a cache's are right only up to that.
 """
 
 from logitcache.losses.blends import Blend as Blend
 from logitcache.losses.blends import HardPlusSoft as HardPlusSoft
 from logitcache.losses.blends import Part as Part
 from logitcache.losses.blends import Weighted as Weighted
+from logitcache.losses.configuration import FEATURE_LOSSES as FEATURE_LOSSES
 from logitcache.losses.configuration import LOSSES as LOSSES
+from logitcache.losses.configuration import hint_loss_from_config as hint_loss_from_config
 from logitcache.losses.configuration import loss_from_config as loss_from_config
 from logitcache.losses.correlation import Dist as Dist
 from logitcache.losses.correlation import dist as dist
 from logitcache.losses.decoupled import DecoupledKD as DecoupledKD
 from logitcache.losses.decoupled import decoupled_kd as decoupled_kd
+from logitcache.losses.features import FeatureLoss as FeatureLoss
+from logitcache.losses.features import attention_transfer as attention_transfer
+from logitcache.losses.features import feature_mse as feature_mse
+from logitcache.losses.features import feature_rkd as feature_rkd
 from logitcache.losses.hard import TeacherLabel as TeacherLabel
 from logitcache.losses.hard import TrueLabel as TrueLabel
 from logitcache.losses.hard import teacher_label_cross_entropy as teacher_label_cross_entropy

@@ -32,6 +32,10 @@ class HardPlusSoft(Loss):
         check_hard(self.hard)
         check_parameter("weight", self.weight, least=0.0)
 
+    @property
+    def needs_target(self) -> bool:
+        return self.hard == "true_label"
+
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
         soft_B = kl_divergence(student_BC, given(teacher_BC), temperature=fixed(self.temperature))
         return hard_label_cross_entropy(self.hard, student_BC, given(teacher_BC), target) + fixed(self.weight) * soft_B
@@ -52,6 +56,10 @@ class Blend(Loss):
         check_temperature(self.temperature)
         check_hard(self.hard)
         check_parameter("alpha", self.alpha, least=0.0, most=1.0)
+
+    @property
+    def needs_target(self) -> bool:
+        return self.hard == "true_label"
 
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
         alpha = fixed(self.alpha)
@@ -85,6 +93,10 @@ class Weighted(Loss):
     @property
     def needs_teacher(self) -> bool:
         return any(part.loss.needs_teacher for part in self.parts)
+
+    @property
+    def needs_target(self) -> bool:
+        return any(part.loss.needs_target for part in self.parts)
 
     def at(self, progress: float) -> Loss:
         parts = tuple(

@@ -101,6 +101,10 @@ class DecoupledKD(Loss):
         check_temperature(self.temperature)
         check_standardise(self.standardise)
 
+    @property
+    def needs_target(self) -> bool:
+        return True
+
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
         return decoupled_kd(
             student_BC,

@@ -61,6 +61,10 @@ class TrueLabel(Loss):
     def needs_teacher(self) -> bool:
         return False
 
+    @property
+    def needs_target(self) -> bool:
+        return True
+
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
         return true_label_cross_entropy(student_BC, target, label_smoothing=fixed(self.label_smoothing))
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from logitcache.errors import ShapeError, UsageError
-from logitcache.losses.schedules import Schedule
+from logitcache.losses.schedules import settled
 
 # B batch, C classes
 
@@ -25,15 +24,18 @@ class Loss(ABC):
         """Whether any part of it takes the teacher's logits."""
         return True
 
+    @property
+    def needs_target(self) -> bool:
+        """Whether any part of it takes the true label."""
+        return False
+
     def needs_teacher_during(self, start: float, end: float) -> bool:
         """Whether it takes the teacher's logits anywhere between two shares of training, the end left out."""
         return self.needs_teacher
 
     def at(self, progress: float) -> Loss:
         """The loss when so much of training is done, 0 to 1: itself, where nothing in it changes."""
-        fields: dict[str, Any] = vars(self)
-        changing = {name: value.at(progress) for name, value in fields.items() if isinstance(value, Schedule)}
-        return dataclasses.replace(self, **changing) if changing else self  # type: ignore[type-var]
+        return settled(self, progress)
 
     @abstractmethod
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:

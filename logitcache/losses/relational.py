@@ -14,7 +14,7 @@ from logitcache.errors import UsageError
 from logitcache.losses.protocol import Loss, given, same_shape, wide
 from logitcache.losses.schedules import Scheduled, check_parameter, fixed
 
-# B batch, C classes
+# B batch, C classes, D and E values of a row of features
 
 
 def rkd(student_BC: Tensor, teacher_BC: Tensor, *, distance_weight: float = 1.0, angle_weight: float = 2.0) -> Tensor:
@@ -40,14 +40,22 @@ def rkd(student_BC: Tensor, teacher_BC: Tensor, *, distance_weight: float = 1.0,
             "with Sampled do; expected finite logits: use Dense, LowRank or TopK, or a loss such as 'kl'"
         )
     student_BC, teacher_BC = (wide(rows) - wide(rows).mean(dim=1, keepdim=True) for rows in (student_BC, teacher_BC))
-    loss_B = student_BC.new_zeros(len(student_BC))
-    student_BB, teacher_BB = _distances(student_BC), _distances(teacher_BC)
+    return relations(student_BC, teacher_BC, distance_weight=distance_weight, angle_weight=angle_weight)
+
+
+def relations(student_BD: Tensor, teacher_BE: Tensor, *, distance_weight: float, angle_weight: float) -> Tensor:
+    """The losses of `rkd` between points of any two spaces, such as features of other widths, (B,).
+
+    Rows are taken as they are: where a constant per row means something, it counts.
+    """
+    loss_B = student_BD.new_zeros(len(student_BD))
+    student_BB, teacher_BB = _distances(student_BD), _distances(teacher_BE)
     if distance_weight:
         gaps_BB = F.smooth_l1_loss(_relative(student_BB), _relative(teacher_BB), reduction="none")
         loss_B = loss_B + distance_weight * gaps_BB.mean(dim=1)
     if angle_weight:
-        angles_BBB = _angles(teacher_BC, teacher_BB)
-        gaps_BBB = F.smooth_l1_loss(_angles(student_BC, student_BB), angles_BBB, reduction="none")
+        angles_BBB = _angles(teacher_BE, teacher_BB)
+        gaps_BBB = F.smooth_l1_loss(_angles(student_BD, student_BB), angles_BBB, reduction="none")
         loss_B = loss_B + angle_weight * gaps_BBB.mean(dim=(1, 2))
     return loss_B
 

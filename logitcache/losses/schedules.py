@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import reprlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from logitcache.errors import UsageError
 
 shown = reprlib.repr
 """A value in a message: shortened, for an alias in YAML may stand for more than can be written out."""
-SHAPES = ("linear", "cosine")
+SHAPES = ("linear", "cosine", "step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Schedule:
     over: float = 1.0
     """Share of training after which `end` is reached, above 0 and at most 1."""
     shape: str = "linear"
-    """"linear", or "cosine": half a wave, slow at both ends."""
+    """"linear"; "cosine", half a wave, slow at both ends; or "step", `start` until `over` and `end` from there."""
 
     def __post_init__(self) -> None:
         check_number("a schedule's `from`", self.start)
@@ -44,6 +45,8 @@ class Schedule:
     def at(self, progress: float) -> float:
         """The number when so much of training is done, 0 to 1."""
         share = min(progress / self.over, 1.0)
+        if self.shape == "step":
+            return self.end if share == 1.0 else self.start
         if self.shape == "cosine":
             share = 0.5 - 0.5 * math.cos(math.pi * share)
         return (1.0 - share) * self.start + share * self.end
@@ -51,6 +54,11 @@ class Schedule:
 
 Scheduled = float | Schedule
 """A number, or a schedule of one."""
+
+
+def is_zero_during(value: Scheduled, start: float, end: float) -> bool:
+    """Whether a number is 0 all the way between two shares of training: schedules go one way only."""
+    return value_at(value, start) == 0 == value_at(value, end)
 
 
 def value_at(value: Scheduled, progress: float) -> float:
@@ -69,6 +77,15 @@ def fixed(value: Scheduled) -> float:
             "this loss changes while training goes on; call `loss.at(progress)` with 0 to 1, and that loss"
         )
     return value
+
+
+T = TypeVar("T")
+
+
+def settled(config: T, progress: float) -> T:
+    """A configuration when so much of training is done, its schedules' numbers in their place."""
+    changing = {name: value.at(progress) for name, value in vars(config).items() if isinstance(value, Schedule)}
+    return replace(config, **changing) if changing else config  # type: ignore[type-var]
 
 
 def check_number(name: str, value: object) -> None:

@@ -55,6 +55,10 @@ class Stages(Loss):
     def needs_teacher(self) -> bool:
         return any(stage.loss.needs_teacher for stage in self.stages)
 
+    @property
+    def needs_target(self) -> bool:
+        return any(stage.loss.needs_target for stage in self.stages)
+
     def needs_teacher_during(self, start: float, end: float) -> bool:
         return any(
             stage.loss.needs_teacher

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache
 from logitcache.encodings import Sampled
 from logitcache.errors import IdentityMismatch, UsageError
@@ -99,13 +100,16 @@ def normalised_weights(weights: Sequence[float] | None, count: int) -> list[floa
 
 
 def check_same_views(first_location: str, first: LogitCache, location: str, source: LogitCache) -> None:
-    """Hold a cache to the views of another, whoever its teacher is, and whatever that one's own input part.
+    """Hold a cache to the views of another, whoever its teacher is, its own input part, and what it has beside logits.
 
     Raises:
         IdentityMismatch: names the fields that differ.
     """
     ours, theirs = first.manifest.identity, source.manifest.identity
-    own = {"teacher": ours.teacher, "precision": ours.precision, "encoding": ours.encoding}
+    own: dict[str, Any] = {"teacher": ours.teacher, "precision": ours.precision, "encoding": ours.encoding}
+    # Features of two nets have nothing in common that could be averaged or compared; their logits have the classes.
+    own |= {"output_encodings": ours.output_encodings, "output_sources": ours.output_sources}
+    own["outputs"] = ours.outputs | {LOGITS: theirs.outputs[LOGITS]}
     if isinstance(theirs.transform, dict) and isinstance(ours.transform, dict):
         own["transform"] = theirs.transform | {"teacher_input": teacher_input(first)}
     differences = ours.differences(theirs.model_copy(update=own), mine=f"in {first_location}", theirs=f"in {location}")

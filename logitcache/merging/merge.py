@@ -68,6 +68,8 @@ class MergeResult:
     total_blocks: int
     left_out: dict[str, int]
     """Views that a source has beyond those that all have, by location; none where all have equally many."""
+    left_out_outputs: dict[str, list[str]]
+    """What a source has beside its logits, by location: only logits have a mean."""
 
 
 def merge(
@@ -78,7 +80,7 @@ def merge(
     weights: Sequence[float] | None = None,
     encoding: Encoding | Auto | str | Mapping[str, Any] | None = None,
 ) -> MergeResult:
-    """Average the labels of sealed caches over the same views into a cache of its own, and seal it.
+    """Average the logits of sealed caches over the same views into a cache of its own, and seal it.
 
     Idempotent: interrupted, it is run again and goes on at the first missing block. The result holds the views that
     all sources have. Its transform, proof digests, rows per block and default encoding are those of the first
@@ -152,6 +154,9 @@ def merge(
             location: source.num_views - num_views
             for location, source in zip(locations, sources, strict=True)
             if source.num_views > num_views
+        },
+        left_out_outputs={
+            location: list(source.others) for location, source in zip(locations, sources, strict=True) if source.others
         },
     )
 

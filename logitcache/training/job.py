@@ -18,7 +18,8 @@ from logitcache.errors import UsageError
 from logitcache.losses import Loss
 from logitcache.pipeline import TrainConfig
 from logitcache.training.evaluation import Evaluation
-from logitcache.training.labels import Labels
+from logitcache.training.hints import Hints
+from logitcache.training.labels import Labels, OutputLabels
 from logitcache.training.tracking import Tracker
 
 
@@ -64,12 +65,18 @@ class Job:
     """More than 0 where the cache is a copy of later views only."""
     tracker: Callable[[], Tracker] | None = None
     """Makes what else the metrics go to."""
+    hints: Hints | None = None
+    """What the student learns beside the logits."""
 
     def __post_init__(self) -> None:
         if self.config.early_stopping is not None and self.validation is None:
             raise UsageError(
                 f"train.early_stopping of {self.name} needs a validation split, and there is none; set data.validation "
                 "to a fraction such as 0.1"
+            )
+        if self.hints is not None and not isinstance(self.labels, OutputLabels):
+            raise UsageError(
+                f"the hints of {self.name} ask for more than logits, and its labels have no more; name one cache"
             )
 
     def view_of(self, epoch: int) -> int:

@@ -1,19 +1,18 @@
-"""Where a student's teacher logits come from: the cache, or the teacher itself."""
+"""Where a student's labels come from, logits and whatever else: the cache, or the teacher itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from logitcache.cache.labelview import View
+from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache
 from logitcache.data.views import ViewDataset
-from logitcache.devices import autocast, to_device
-from logitcache.pipeline import TeacherConfig
-from logitcache.resolve import place_teacher
+from logitcache.inference import AskedTeacher
 
 # B batch, C classes
 
@@ -37,8 +36,19 @@ class Labels(Protocol):
         """
 
 
+@runtime_checkable
+class OutputLabels(Labels, Protocol):
+    """Labels that have more of the teacher than its logits."""
+
+    def expect(self, outputs: Sequence[str], following: Sequence[str]) -> None:
+        """Which outputs the view that is started next is asked for, and the one that follows it."""
+
+    def outputs(self, names: Sequence[str], rows: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
+        """Some of the teacher's outputs by name, `logits` among them if asked for, float32 (B, *shape); as `logits`."""
+
+
 class CachedLabels:
-    """Logits from a cache: each view is checked, resident while it is trained on, and the next one loads behind it.
+    """Labels from a cache: each view is checked, resident while it is trained on, and the next one loads behind it.
 
     Before a view's first step its proof rows are rendered as the teacher's input and held to the cache's digests,
     unless another cache of the same views does that.
@@ -54,8 +64,11 @@ class CachedLabels:
         *,
         memory_budget: int | None = None,
         prove: bool = True,
+        outputs: Sequence[str] = (LOGITS,),
     ) -> None:
         self._cache = cache
+        self._all_outputs = outputs
+        self._expected = outputs, outputs
         self._prove = prove
         self._views = views
         self._device = device
@@ -67,21 +80,31 @@ class CachedLabels:
     @property
     def window_blocks(self) -> int | None:
         """Blocks that batches should stay within, where views are streamed."""
-        return self._cache.window_blocks(self._memory_budget)
+        return self._cache.window_blocks(self._memory_budget, self._all_outputs)
+
+    def expect(self, outputs: Sequence[str], following: Sequence[str]) -> None:
+        self._expected = outputs, following
 
     def start_view(self, view: int, following: int | None) -> None:
         if self._prove and view not in self._proven:
             self._cache.check_inputs(self._views, view)
             self._proven.add(view)
         if view != self._number:
-            self._view = self._cache.view(view, self._device, memory_budget=self._memory_budget)
+            self._view = self._cache.view(
+                view, self._device, memory_budget=self._memory_budget, outputs=self._expected[0]
+            )
             self._number = view
         if following is not None and following != view and self.window_blocks is None:
-            self._cache.prefetch(following, self._device)
+            self._cache.prefetch(following, self._device, self._expected[1])
 
     def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
         assert self._view is not None
         return self._view.logits(rows)
+
+    def outputs(self, names: Sequence[str], rows: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
+        view = self._view
+        assert view is not None
+        return {name: view.output(name, rows) for name in names}
 
 
 class EnsembleLabels:
@@ -113,21 +136,23 @@ class EnsembleLabels:
 
 
 class LiveLabels:
-    """Logits from the teacher, run on every batch: what a cache saves."""
+    """Labels from the teacher, run on every batch: what a cache saves."""
 
-    def __init__(
-        self, teacher: nn.Module, device: torch.device, config: TeacherConfig, *, needs_teacher_inputs: bool
-    ) -> None:
+    def __init__(self, teacher: AskedTeacher, *, needs_teacher_inputs: bool) -> None:
         self.needs_teacher_inputs = needs_teacher_inputs
-        self._teacher = place_teacher(teacher, device, config)
-        self._device = device
-        self._config = config
+        self._teacher = teacher
+
+    def expect(self, outputs: Sequence[str], following: Sequence[str]) -> None:
+        """Nothing to get ready."""
 
     def start_view(self, view: int, following: int | None) -> None:
         """Nothing to get ready."""
 
     def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
-        inputs = to_device(teacher_inputs, self._device, channels_last=self._config.channels_last)
-        with torch.no_grad(), autocast(self._device, self._config.precision):
-            logits_BC: Tensor = self._teacher(inputs)
-        return logits_BC.float()
+        return self.outputs([LOGITS], rows, teacher_inputs, targets)[LOGITS]
+
+    def outputs(self, names: Sequence[str], rows: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            logits_BC, others = self._teacher(teacher_inputs)
+        said = {LOGITS: logits_BC, **others}
+        return {name: said[name].float() for name in names}

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from logitcache.cache.manifest import LOGITS
 from logitcache.catalog.models import load_weights
 from logitcache.data.loading import Batch, part_of, rendered_batches
 from logitcache.data.order import batches, epoch_order, step_seed
@@ -29,6 +30,7 @@ from logitcache.progress import Meter, track
 from logitcache.randomness import preserved_generators, seed_generators
 from logitcache.training.evaluation import Evaluation
 from logitcache.training.job import Job
+from logitcache.training.labels import OutputLabels
 from logitcache.training.optimizer import Updates, WeightAverage
 from logitcache.training.ranks import ALONE, Ranks
 from logitcache.training.runs import RESOLVED, Onlooker, RunFolder
@@ -124,14 +126,18 @@ class Run:
         self._batch_sizes = [len(batch) for batch in batches(np.arange(len(job.indices)), config.batch_size)]
         self.steps_per_epoch = len(self._batch_sizes)
         self.total_steps = self.steps_per_epoch * config.epochs
-        # Before anything else holds its parameters: synchronised batch norm replaces modules.
-        self._parallel = ranks.wrap(self.model, job.device, sync_batchnorm=config.sync_batchnorm)
+        self._hinted = None if job.hints is None else job.hints.around(self.model).to(job.device)
+        whole = self._hinted or self.model
+        # Before anything else holds its parameters, and before any hook: synchronised batch norm replaces modules.
+        self._parallel = ranks.wrap(whole, job.device, sync_batchnorm=config.sync_batchnorm)
+        if self._hinted is not None:
+            self._hinted.capture.hook()
         # One kernel for each shape: with dynamic shapes the kernel would depend on the shapes that came before, so
         # that a resumed run might round differently.
         self._net = cast(
             "nn.Module", torch.compile(self._parallel, dynamic=False) if config.compile else self._parallel
         )
-        self._updates = Updates(self.model, config, job.device, self.steps_per_epoch)
+        self._updates = Updates(whole, config, job.device, self.steps_per_epoch)
         self._average = None if config.ema is None else WeightAverage(self.model, config.ema)
         self.state = _State()
         self.done = False
@@ -189,8 +195,11 @@ class Run:
         self._stop_at = (self._epoch + 1) * self.steps_per_epoch
         self._start = time.perf_counter()
         self._aside = 0.0
-        if job.labels is not None and self._needs_teacher(self._epoch):
-            following = job.view_of(self._epoch + 1) if self._needs_teacher(self._epoch + 1) else None
+        needed, next_needed = self._needed(self._epoch), self._needed(self._epoch + 1)
+        if job.labels is not None and needed:
+            if isinstance(job.labels, OutputLabels):
+                job.labels.expect(needed, next_needed)
+            following = job.view_of(self._epoch + 1) if next_needed else None
             job.labels.start_view(job.view_of(self._epoch), following)
 
     def take(self, rows: Tensor, inputs: Any, targets: Any) -> None:
@@ -300,13 +309,24 @@ class Run:
             inputs, teacher_inputs = inputs
         inputs = to_device(inputs, job.device, channels_last=config.channels_last)
         targets = to_device(targets, job.device)
-        loss = job.loss.at(self.state.step / self.total_steps)
-        teacher_BC = None
-        if job.labels is not None and loss.needs_teacher:
-            teacher_BC = job.labels.logits(rows, teacher_inputs, targets)
+        progress = self.state.step / self.total_steps
+        loss = job.loss.at(progress)
+        needed = {LOGITS} if loss.needs_teacher else set()
+        said: dict[str, Tensor] = {}
+        if job.hints is not None:
+            assert isinstance(job.labels, OutputLabels)
+            needed |= job.hints.needed_at(progress)
+            said = job.labels.outputs(sorted(needed), rows, teacher_inputs, targets) if needed else {}
+        elif job.labels is not None and needed:
+            said = {LOGITS: job.labels.logits(rows, teacher_inputs, targets)}
         with autocast(job.device, config.precision):
             student_BC = self._net(inputs)
-        loss_B = loss(student_BC, teacher_BC, targets)
+        felt: dict[str, Tensor] = {}
+        if job.hints is not None:
+            student_BC, felt = student_BC
+        loss_B = loss(student_BC, said.get(LOGITS) if loss.needs_teacher else None, targets)
+        if job.hints is not None:
+            loss_B = loss_B + job.hints.losses(felt, said, progress)
         return loss_B if job.sample_weights is None else loss_B * job.sample_weights[rows].to(loss_B.device)
 
     def _micro_batches(self, size: int) -> list[tuple[int, int]]:
@@ -331,13 +351,16 @@ class Run:
         measured = self.ranks.from_first(lambda: evaluation.measure(self.trained, self.job.device))
         return {f"{prefix}{name}": value for name, value in measured.items()}
 
-    def _needs_teacher(self, epoch: int) -> bool:
-        """Whether any step of an epoch that is to come takes the teacher's logits."""
+    def _needed(self, epoch: int) -> list[str]:
+        """The teacher's outputs that any step of an epoch that is to come takes, by name."""
         if epoch >= self.job.config.epochs:
-            return False
+            return []
         first_step = epoch * self.steps_per_epoch
         start, end = first_step / self.total_steps, (first_step + self.steps_per_epoch) / self.total_steps
-        return self.job.loss.needs_teacher_during(start, end)
+        needed = {LOGITS} if self.job.loss.needs_teacher_during(start, end) else set()
+        if self.job.hints is not None:
+            needed |= self.job.hints.needed_during(start, end)
+        return sorted(needed)
 
     def _log_losses(self) -> None:
         if not self._pending:
@@ -357,6 +380,7 @@ class Run:
         self.folder.save_checkpoint(
             {
                 "model": self.model.state_dict(),
+                "regressors": None if self._hinted is None else self._hinted.regressors.state_dict(),
                 "updates": self._updates.state_dict(),
                 "average": None if self._average is None else self._average.state_dict(),
                 "state": vars(self.state),
@@ -365,6 +389,8 @@ class Run:
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
+        if self._hinted is not None:
+            self._hinted.regressors.load_state_dict(saved["regressors"])
         self._updates.load_state_dict(saved["updates"])
         if self._average is not None:
             self._average.load_state_dict(saved["average"])

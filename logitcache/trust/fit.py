@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from logitcache.cache.ensemble import merged_parts
+from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.catalog.datasets import Data
+from logitcache.catalog.outputs import sources_of
 from logitcache.data.samples import compare_samples, content_table, match_rows, sample_table
 from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.errors import IdentityMismatch, IncompleteCache
@@ -102,7 +104,7 @@ def _check_views(cache: LogitCache, location: str, count: int) -> None:
 def view_differences(cache: LogitCache, data: Data, plan: ViewPlan) -> list[str]:
     """The fields of a cache's identity in which the views at hand differ, but for their samples."""
     cached = cache.manifest.identity
-    here: dict[str, Any] = {"view_seed": plan.seed, "outputs": {"logits": [data.num_classes]}}
+    here: dict[str, Any] = {"view_seed": plan.seed, "outputs": cached.outputs | {LOGITS: [data.num_classes]}}
     if cached.transform is not None:
         here["transform"] = plan.describe()
     if cached.class_names is not None and data.class_names is not None:
@@ -111,7 +113,10 @@ def view_differences(cache: LogitCache, data: Data, plan: ViewPlan) -> list[str]
 
 
 def teacher_differences(cache: LogitCache, pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool) -> list[str]:
-    """The fields of a cache's identity in which the pipeline's teacher differs."""
+    """The fields of a cache's identity in which the pipeline's teacher differs, or where its outputs come from.
+
+    Outputs that only one of the two names are no difference: a student is held to those that it asks for.
+    """
     cached = cache.manifest.identity
     here: dict[str, Any] = {"precision": pipeline.teacher.precision}
     weights = teacher_weights(pipeline)
@@ -123,6 +128,8 @@ def teacher_differences(cache: LogitCache, pipeline: Pipeline, data: Data, plan:
 
     # A mean has no one teacher: a pipeline fits it with any of those that it is the mean of.
     parts = merged_parts(cache.manifest)
+    if not parts:
+        here["output_sources"] = _sources(cached.output_sources, sources_of(pipeline.cache.outputs))
     part = next((part for part in parts if is_ours(part.teacher)), None)
     if part is not None and part.precision == pipeline.teacher.precision:
         del here["precision"]
@@ -134,6 +141,13 @@ def teacher_differences(cache: LogitCache, pipeline: Pipeline, data: Data, plan:
             f"it is the mean of {', '.join(part.teacher for part in parts)}: `teacher` must be one of these"
         )
     return differences
+
+
+def _sources(cached: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """The cache's sources, with the pipeline's own for the outputs that both have, and for the logits."""
+    shared = {name: asked[name] for name in cached.keys() & asked.keys()}
+    logits = {LOGITS: asked[LOGITS]} if LOGITS in asked else {}
+    return {name: source for name, source in cached.items() if name != LOGITS} | shared | logits
 
 
 def all_differences(cache: LogitCache, pipeline: Pipeline, *, trust: bool) -> list[str]:

@@ -1,0 +1,176 @@
+"""A block on its way from the teacher to the disk: encoded rows in host memory until all have come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitcache.cache.committed import arrays_of
+from logitcache.cache.fidelity import fidelity_kl
+from logitcache.cache.layout import Block
+from logitcache.cache.manifest import LOGITS, Layout
+from logitcache.encodings import Encoding
+from logitcache.errors import InvalidLogits
+
+# B batch, C classes, or values of another output's row
+
+SLAB_LOGITS = 2**20
+"""Logits that are encoded at once (4 MB): many enough that small operations cost little, few enough for a cache."""
+
+
+class OpenBlock:
+    """A block that rows still come for: its logits, and the other outputs of the same rows.
+
+    Args:
+        block: which.
+        rows: those that it holds.
+        encodings: of each output, fitted, by name.
+        layout: of the cache.
+        like: the first rows of each output, for their device.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        rows: range,
+        encodings: Mapping[str, Encoding],
+        layout: Layout,
+        like: Mapping[str, Tensor],
+    ) -> None:
+        self.block = block
+        self.rows = rows
+        self._parts = {
+            name: _OpenRows(name, block, rows, encoding, layout, like[name]) for name, encoding in encodings.items()
+        }
+        self.kl = self._parts[LOGITS].kl
+        """KL(teacher ‖ decoded) of each row's logits, in nats, float32."""
+        self.inputs: dict[str, str] = {}
+
+    @property
+    def filled(self) -> np.ndarray:
+        """Which rows have come, bool."""
+        return self._parts[LOGITS].filled
+
+    @property
+    def whole(self) -> bool:
+        """Whether all have."""
+        return self._parts[LOGITS].whole
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The encoded rows by the names of the arrays that they are stored in."""
+        return {name: buffer for part in self._parts.values() for name, buffer in part.buffers.items()}
+
+    def fill(self, start: int, parts: Mapping[str, Tensor]) -> None:
+        """Take float32 rows of this block, of every output: (B, C) each."""
+        for name, rows in self._parts.items():
+            rows.fill(start, parts[name])
+
+    def wait_for_device(self) -> None:
+        """Until the copies that were started have arrived."""
+        for rows in self._parts.values():
+            rows.wait_for_device()
+
+    def check(self) -> None:
+        """Refuse rows that can't be stored, naming them."""
+        for rows in self._parts.values():
+            rows.check()
+
+
+class _OpenRows:
+    """One output of a block.
+
+    Rows are encoded a slab at a time, never batch by batch: a slab is always the same rows, so the batches that they
+    came in show neither in what is stored nor, where classes are few, in the time it takes.
+    """
+
+    def __init__(
+        self, output: str, block: Block, rows: range, encoding: Encoding, layout: Layout, like_BC: Tensor
+    ) -> None:
+        self.block = block
+        self.rows = rows
+        self._output = output
+        self._encoding = encoding
+        self._device = like_BC.device
+        self._num_classes = like_BC.shape[1]
+        self._slab_rows = max(1, SLAB_LOGITS // self._num_classes)
+        self._slabs: dict[int, Tensor] = {}
+        """The logits of slabs that are not whole yet, by number."""
+        self.pinned = self._device.type == "cuda"
+        """Only copies into pinned memory may be left running; others would be read before they arrive."""
+        self._prefix = "" if output == LOGITS else f"{output}_"
+        self.buffers = {
+            f"{self._prefix}{name}": torch.empty(
+                (len(rows), *spec.row_shape), dtype=getattr(torch, spec.dtype), pin_memory=self.pinned
+            )
+            for name, spec in arrays_of(layout, output).items()
+        }
+        self.kl = torch.empty(len(rows) if output == LOGITS else 0, pin_memory=self.pinned)
+        self.invalid = torch.zeros(len(rows), dtype=torch.bool, pin_memory=self.pinned)
+        self.filled = np.zeros(len(rows), dtype=bool)
+
+    @property
+    def whole(self) -> bool:
+        return not self._slabs and bool(self.filled.all())
+
+    def fill(self, start: int, logits_BC: Tensor) -> None:
+        """Take rows of this block; slabs that are whole are encoded on their device, without waiting for a GPU."""
+        first = start - self.rows.start
+        if logits_BC.device.type == "cpu" and not math.isfinite(float(logits_BC.sum())):  # NaN, infinite, or masked
+            self.invalid[first : first + len(logits_BC)] = self._encoding.refused(logits_BC)
+            self.check()
+        for number in range(first // self._slab_rows, -(-(first + len(logits_BC)) // self._slab_rows)):
+            place = slice(number * self._slab_rows, min((number + 1) * self._slab_rows, len(self.rows)))
+            within = slice(max(place.start, first), min(place.stop, first + len(logits_BC)))
+            if number not in self._slabs:
+                if self.filled[place].all():
+                    continue  # written before
+                shape = (place.stop - place.start, self._num_classes)
+                self._slabs[number] = torch.empty(shape, device=self._device)
+            slab_BC = self._slabs[number]
+            slab_BC[within.start - place.start : within.stop - place.start] = logits_BC[
+                within.start - first : within.stop - first
+            ]
+            self.filled[within] = True
+            if self.filled[place].all():
+                self._encode(place, self._slabs.pop(number))
+
+    def _encode(self, place: slice, logits_BC: Tensor) -> None:
+        if logits_BC.device.type != "cpu" or self._encoding.keeps_constants:  # which has a bound of its own
+            self.invalid[place].copy_(self._encoding.refused(logits_BC), non_blocking=self.pinned)
+        start = self.rows.start + place.start
+        encoded = self._encoding.encode(logits_BC, view=self.block.view, start=start)
+        for name, values in encoded.items():
+            self.buffers[f"{self._prefix}{name}"][place].copy_(values, non_blocking=self.pinned)
+        if self._output != LOGITS:
+            return
+        decoded_BC = self._encoding.decode(encoded, self._num_classes)
+        self.kl[place].copy_(fidelity_kl(decoded_BC, logits_BC), non_blocking=self.pinned)
+
+    def wait_for_device(self) -> None:
+        """Until the copies that were started have arrived."""
+        if self.pinned:
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def check(self) -> None:
+        """Refuse rows that the encoding can't hold, naming them."""
+        invalid = np.flatnonzero(self.invalid.numpy())
+        if not len(invalid):
+            return
+        masks = ""
+        if self._encoding.keeps_constants:
+            what = "NaN, or values beyond 8.5e37"
+        elif self._encoding.holds_masks:
+            what = "NaN or +inf, or nothing but -inf"
+        else:
+            what = "NaN, +inf or -inf"
+            masks = f" {self._encoding.name} can't hold masked classes: use Dense."
+        raise InvalidLogits(
+            f"view {self.block.view}, row {self.rows.start + invalid[0]}: the teacher's {self._output} hold {what} "
+            f"({len(invalid)} such rows of {len(self.rows)} in this block).\n"
+            "The block was not stored. Look at the teacher's weights and inputs, or at its precision "
+            f"(float16 overflows; try bfloat16).{masks}"
+        )

@@ -1,0 +1,129 @@
+"""What a cache holds of a teacher beside its logits: named outputs of any shape, each with an encoding of its own."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from logitcache.arrays import ArraySpec
+from logitcache.cache.manifest import LOGITS, Identity
+from logitcache.encodings import Encoding, Values, encoding_from_config
+from logitcache.errors import UsageError
+
+MAX_OUTPUTS = 32
+MAX_DIMENSIONS = 6
+MAX_VALUES = 2**28
+"""Numbers of one row of an output."""
+_NAME = re.compile(r"[a-z][a-z_]{0,19}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """An output of the teacher: its shape for one sample, how it is encoded, and what it is of the teacher.
+
+    Raises:
+        UsageError: a shape or an encoding that can't be.
+    """
+
+    shape: tuple[int, ...]
+    encoding: Encoding = field(default_factory=Values)
+    """`Values` for features; for the logits of another head, any encoding that needs no fit."""
+    source: Any = None
+    """Where in the teacher it comes from, as JSON: a part of the cache's identity, where it is known."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "encoding", encoding_from_config(self.encoding))
+        whole = all(isinstance(side, int) and 1 <= side <= MAX_VALUES for side in self.shape)
+        if not whole or not 1 <= len(self.shape) <= MAX_DIMENSIONS or self.num_values > MAX_VALUES:
+            raise UsageError(
+                f"an output has 1 to {MAX_DIMENSIONS} sides of at least 1 and at most {MAX_VALUES} values for a "
+                f"sample, not the shape {self.shape}"
+            )
+        if self.encoding.fitted_arrays:
+            raise UsageError(
+                f"{self.encoding.name!r} is fitted, which only logits have a calibration for; outputs take Values, "
+                "Dense, TopK or Sampled"
+            )
+        if len(self.shape) > 1 and not self.encoding.keeps_constants:
+            raise UsageError(
+                f"an output of shape {self.shape} is no row of logits, and {self.encoding!r} keeps a row only up to a "
+                "constant; use Values"
+            )
+        self.arrays()
+
+    @property
+    def num_values(self) -> int:
+        """Of one sample."""
+        return math.prod(self.shape)
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        """Its arrays, as its encoding names them."""
+        return self.encoding.arrays(self.num_values)
+
+
+def checked_outputs(outputs: Mapping[str, Output | Mapping[str, Any]]) -> dict[str, Output]:
+    """Outputs by name, from themselves or from mappings of their fields.
+
+    Raises:
+        UsageError: a name or an output that can't be; says which.
+    """
+    check_output_names(outputs)
+    checked = {}
+    for name, output in outputs.items():
+        try:
+            checked[name] = output if isinstance(output, Output) else Output(**output)
+        except (UsageError, TypeError) as error:
+            raise UsageError(f"output {name!r}: {error}") from None
+    return checked
+
+
+def check_output_names(names: Iterable[str]) -> None:
+    """Refuse names that no array could be called after.
+
+    Raises:
+        UsageError: names it.
+    """
+    names = list(names)
+    if len(names) > MAX_OUTPUTS:
+        raise UsageError(f"{len(names)} outputs beside the logits; a cache holds at most {MAX_OUTPUTS}")
+    for name in names:
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith("_") or name == LOGITS:
+            raise UsageError(
+                f"an output can't be called {name!r}; expected small letters with _ between them, at most 20, and not "
+                f"{LOGITS!r}, which every cache has"
+            )
+
+
+def outputs_of(identity: Identity) -> dict[str, Output]:
+    """The outputs of a cache beside its logits, in the order of their names.
+
+    Raises:
+        UsageError: a stranger's, which can't be.
+    """
+    shapes = {name: shape for name, shape in identity.outputs.items() if name != LOGITS}
+    if shapes.keys() != identity.output_encodings.keys():
+        raise UsageError("identity.outputs and identity.output_encodings name other outputs")
+    if identity.output_sources.keys() - identity.outputs.keys():
+        raise UsageError("identity.output_sources names an output that is none")
+    return checked_outputs(
+        {
+            name: {
+                "shape": shapes[name],
+                "encoding": identity.output_encodings[name],
+                "source": identity.output_sources.get(name),
+            }
+            for name in sorted(shapes)
+        }
+    )
+
+
+def row_arrays(encoding: Encoding, num_classes: int, outputs: Mapping[str, Output]) -> dict[str, ArraySpec]:
+    """What a cache stores of every row: the arrays of its logits, and `<output>_<array>` of each other output."""
+    arrays = encoding.arrays(num_classes)
+    for name, output in outputs.items():
+        arrays |= {f"{name}_{array}": spec for array, spec in output.arrays().items()}
+    return arrays

@@ -1,0 +1,91 @@
+"""What a student learns beside the logits: which output of the teacher, by which of its own modules, by which loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from logitcache.catalog.capture import Tap
+from logitcache.errors import UsageError
+from logitcache.losses import FeatureLoss, Loss, hint_loss_from_config
+from logitcache.losses.configuration import check_keys, scheduled_weight
+from logitcache.losses.schedules import Scheduled, is_zero_during, value_at
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hint:
+    """One output of the teacher that one module of the student learns from."""
+
+    output: str
+    """By its name in the cache."""
+    module: str
+    """The student's, by its path."""
+    loss: FeatureLoss | Loss
+    """Between features; or one of logits, where the output is another head's."""
+    weight: Scheduled = 1.0
+    key: str | int | None = None
+    """Which part, where the student's module gives a mapping, a list or a tuple."""
+
+    @property
+    def tap(self) -> Tap:
+        """What is taken of the student."""
+        return Tap(module=self.module, key=self.key)
+
+    def weight_at(self, progress: float) -> float:
+        """The weight when so much of training is done, 0 to 1."""
+        return value_at(self.weight, progress)
+
+    def is_needed_during(self, start: float, end: float) -> bool:
+        """Whether it takes the teacher's output anywhere between two shares of training."""
+        return not is_zero_during(self.weight, start, end)
+
+
+def hint_from_config(config: Any) -> Hint:
+    """A hint from a mapping such as `{output: features, module: layer2, loss: attention, weight: 100}`.
+
+    Raises:
+        UsageError: an unknown key, loss or parameter, or one that is missing.
+    """
+    if not isinstance(config, Mapping):
+        raise UsageError(
+            f"a hint is a mapping such as {{output: features, module: layer2, loss: hint}}, not {config!r}"
+        )
+    check_keys("a hint has no key", config, [field.name for field in dataclasses.fields(Hint)])
+    for name in ("output", "module", "loss"):
+        if name not in config:
+            raise UsageError(
+                f"a hint lacks {name!r}; expected for example {{output: features, module: layer2, loss: hint}}"
+            )
+    if not isinstance(config["output"], str):
+        raise UsageError(f"`output` of a hint is the name of one of the cache's outputs, not {config['output']!r}")
+    hint = Hint(
+        output=config["output"],
+        module=config["module"],
+        loss=hint_loss_from_config(config["loss"]),
+        weight=scheduled_weight(config.get("weight", 1.0)),
+        key=config.get("key"),
+    )
+    assert hint.tap
+    return hint
+
+
+def hints_config(value: Any) -> list[dict[str, Any]]:
+    """`students[].hints` in its normal form, each hint checked.
+
+    Raises:
+        UsageError: as `hint_from_config`; says which hint.
+    """
+    if not isinstance(value, list | tuple):
+        raise UsageError(
+            f"expected a list of hints such as {{output: features, module: layer2, loss: hint}}, not {value!r}"
+        )
+    stated = []
+    for number, config in enumerate(value, start=1):
+        try:
+            hint_from_config(config)
+        except UsageError as error:
+            raise UsageError(f"hint {number}: {error}") from None
+        loss = {"name": config["loss"]} if isinstance(config["loss"], str) else dict(config["loss"])
+        stated.append({**config, "loss": loss, "weight": config.get("weight", 1.0)})
+    return stated
