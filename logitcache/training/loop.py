@@ -293,7 +293,7 @@ class Run:
         return result
 
     def _losses(self, rows: Tensor, inputs: Any, targets: Any) -> Tensor:
-        """The loss of each sample of a batch, (B,)."""
+        """The loss of each sample of a batch, (B,), with the penalty that the net itself adds, if it does."""
         job, config = self.job, self.job.config
         teacher_inputs = inputs
         if job.labels is not None and job.labels.needs_teacher_inputs:
@@ -304,10 +304,16 @@ class Run:
         teacher_BC = None
         if job.labels is not None and loss.needs_teacher:
             teacher_BC = job.labels.logits(rows, teacher_inputs, targets)
+        penalty = None
         with autocast(job.device, config.precision):
-            student_BC = self._net(inputs)
+            if getattr(self.model, "adds_penalty", False):
+                student_BC, penalty = self._net(inputs, with_penalty=True)
+            else:
+                student_BC = self._net(inputs)
         loss_B = loss(student_BC, teacher_BC, targets)
-        return loss_B if job.sample_weights is None else loss_B * job.sample_weights[rows].to(loss_B.device)
+        if job.sample_weights is not None:
+            loss_B = loss_B * job.sample_weights[rows].to(loss_B.device)
+        return loss_B if penalty is None else loss_B + penalty
 
     def _micro_batches(self, size: int) -> list[tuple[int, int]]:
         """(start, stop) of the parts of a batch that are computed one after another: alike in size, for batch norm."""
