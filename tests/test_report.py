@@ -390,6 +390,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[st
     raw["teacher"] |= {"weights": "trained", "train": {"epochs": 3}}
     raw["views"] |= {"mixup": 0.3, "mix_probability": 0.4, "count": 3}
     raw["train"]["seeds"] = [0, 1]
+    raw["students"][1] |= {"model": "soft_tree", "args": {"depth": 3}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
     pipeline = parse_pipeline(raw, source="tiny")
     train_teacher(pipeline)
@@ -413,6 +414,7 @@ EXPECTED_CHARTS = {
     "accuracy-epoch",
     "curve-validation-accuracy",
     "curve-loss",
+    "agreement-classes",
 }
 
 
@@ -457,7 +459,7 @@ def test_the_keyboard_reaches_every_part(built: Any, visit: Any) -> None:
     """Tab goes from the skip link through figures and tables; what has the focus is seen, and is outlined."""
     page = visit(built[1]).page
     seen: list[str] = []
-    for _ in range(120):
+    for _ in range(150):
         page.keyboard.press("Tab")
         focused = page.evaluate(
             """() => {
@@ -477,9 +479,9 @@ def test_the_keyboard_reaches_every_part(built: Any, visit: Any) -> None:
         seen.append(focused["name"])
 
     assert "skip" == seen[0]
-    assert {f"figure#figure-{name}" for name in EXPECTED_CHARTS} <= set(seen)
-    assert len(EXPECTED_CHARTS) == seen.count("summary")
-    assert 2 == seen.count("button")
+    assert {f"figure#figure-{name}" for name in (*EXPECTED_CHARTS, "tree-0")} <= set(seen)
+    assert len(EXPECTED_CHARTS) + 1 == seen.count("summary")
+    assert 2 + page.locator("[data-path]").count() == seen.count("button")
 
 
 def test_the_skip_link_and_the_numbers_work_by_keyboard(built: Any, visit: Any) -> None:
@@ -599,7 +601,7 @@ def test_agreement_is_that_of_the_weights(built: Any) -> None:
     views = logitcache.ViewDataset(
         resolve_data(load_pipeline(folder / "tiny.yaml"), trust=False).train, cache.view_plan
     )
-    (rows,) = chosen_rows(cache, [0], max_rows=1000, max_blocks=8).values()
+    (rows,) = chosen_rows(cache, [0], max_rows=2000, max_blocks=8).values()
     inputs = torch.stack([views[(0, int(row))][1] for row in rows])
     expected = cache.view(0).logits(rows).argmax(dim=1)
     shares = []

@@ -178,7 +178,9 @@ def test_a_tree_learns_real_digits(tiny: Make) -> None:
 def test_a_killed_run_of_a_tree_ends_with_the_same_weights(tiny: Make, tmp_path: Path, forks: Any) -> None:
     """With everything else switched on, but batch norm."""
     cache_teacher(tiny())
-    settings = [override for override in EVERYTHING if "students.small.model" not in override and "args" not in override]
+    settings = [
+        override for override in EVERYTHING if "students.small.model" not in override and "args" not in override
+    ]
     whole, cut = (tiny(*settings, *TREE, f"runs.path={tmp_path}/{name}") for name in ("whole", "cut"))
     train_students(whole, ["small"])
     process = forks.Process(target=train_until, args=(cut, 7))

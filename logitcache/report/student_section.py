@@ -17,8 +17,8 @@ MAX_POINTS = 40
 """Of one learning curve; of a longer one every so manyth epoch is drawn."""
 
 
-def student_section(found: RunsFound) -> Section:
-    """What a folder of runs holds."""
+def student_section(found: RunsFound, agreement: Figure | None = None) -> Section:
+    """What a folder of runs holds; `agreement` is the figure of agreement by class."""
     section = Section("students", "Students")
     students = sorted(found.students, key=lambda student: -(student.row.accuracy_mean or 0.0))
     drawn = students[:MAX_SERIES]
@@ -38,6 +38,7 @@ def student_section(found: RunsFound) -> Section:
                 drawn, "validation_accuracy", "Validation accuracy along training", "validation accuracy", "~%"
             ),
             _curve_figure(drawn, "loss", "Training loss", "loss", "~g"),
+            agreement,
         )
         if figure is not None
     ]
