@@ -1,7 +1,7 @@
 """Choose the hyperparameters of `pipelines/soft_tree_mnist.yaml` on its validation split; no test split is looked at.
 
-Every student gets a learning rate of its own, and the trees a strength of their penalty. All tries share rendered
-batches. Prints validation accuracy, mean over seeds; the pipeline file holds the winners.
+Every student gets a learning rate of its own, the trees a strength of their penalty, and those that are distilled a
+temperature. All tries share rendered batches. Prints validation accuracy, mean over seeds; the pipeline file holds the winners.
 
     python benchmarks/tune_soft_tree.py --folder runs/tune-soft-tree
 """
@@ -9,6 +9,7 @@ batches. Prints validation accuracy, mean over seeds; the pipeline file holds th
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 from logitcache.cache_teacher import cache_teacher
@@ -24,6 +25,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/tune-soft-tree"))
     parser.add_argument("--rates", type=float, nargs="+", default=[0.003, 0.01, 0.03])
     parser.add_argument("--balances", type=float, nargs="+", default=[0.01, 0.1])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 2.0, 4.0])
+    parser.add_argument("--students", nargs="+", help="some of them; all by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11])
     arguments = parser.parse_args()
 
@@ -33,12 +36,17 @@ def main() -> None:
     cache_teacher(pipeline)
     tries = []
     for student in pipeline.students:
+        if arguments.students and student.name not in arguments.students:
+            continue
         balances = arguments.balances if student.model == "soft_tree" else [None]
-        for rate in arguments.rates:
-            for balance in balances:
-                label = f"{student.name}-lr{rate}" + ("" if balance is None else f"-balance{balance}")
-                args = student.args if balance is None else {**student.args, "balance": balance}
-                tries.append(student.model_copy(update={"name": label, "args": args, "train": {"lr": rate}}))
+        temperatures = arguments.temperatures if "temperature" in student.loss else [None]
+        for rate, balance, temperature in itertools.product(arguments.rates, balances, temperatures):
+            args = student.args if balance is None else {**student.args, "balance": balance}
+            loss = student.loss if temperature is None else {**student.loss, "temperature": temperature}
+            label = f"{student.name}-lr{rate}" + ("" if balance is None else f"-balance{balance}")
+            label += "" if temperature is None else f"-T{temperature}"
+            changed = {"name": label, "args": args, "loss": loss, "train": {**student.train, "lr": rate}}
+            tries.append(student.model_copy(update=changed))
     bench = Bench(pipeline)
     # Without the test split no run can report on it.
     bench.data = type(bench.data)(**{**vars(bench.data), "test": None})

@@ -19,7 +19,7 @@ from logitcache.errors import UsageError
 
 # B batch, C classes, H height, W width
 
-STEPS = 32
+STEPS = 50
 """Gradients along the way from black to the image, at the nodes of a Gauss-Legendre rule."""
 PASS_SIZE = 16
 """Inputs of one pass, so that large teachers fit into memory."""

@@ -133,10 +133,10 @@ def _drawing(
         f"{counted(2**tree.depth - 1, 'inner node', 'inner nodes')} in {counted(tree.depth, 'row', 'rows')} and "
         f"{counted(2**tree.depth, 'leaf', 'leaves')}; "
     )
-    caption += (
-        "all are drawn. " if num_inner == 2**tree.depth - 1
-        else f"the {MAX_INNER} inner nodes that most samples reach are drawn, the rest as …. "
-    )  # fmt: skip
+    if num_inner == 2**tree.depth - 1:
+        caption += "all are drawn. "
+    else:
+        caption += f"the {MAX_INNER} inner nodes that most samples reach are drawn, what lies below in dashed boxes. "
     if tree.predict == "mixture":
         caption += "It answers with the mean of all leaves, each weighed by its path; a path is the likeliest of many."
     else:
@@ -177,9 +177,9 @@ def _filter(tree: SoftTree, node: int) -> np.ndarray | None:
 
 def _drawn_node(node: Node, tree: SoftTree, names: ClassNames) -> DrawnNode:
     if node.kind != "inner":
-        lines = [f"{_cut(names[number])} {percent(probability, 0)}" for number, probability in node.top_classes]
+        lines = [f"{_cut(names[number])}: {percent(probability, 0)}" for number, probability in node.top_classes]
         if node.kind == "rest":
-            lines = [f"… {counted(node.leaves, 'leaf', 'leaves')}", *lines[:1]]
+            lines = [counted(node.leaves, "leaf", "leaves"), *lines[:1]]
         return DrawnNode(node, None, [], lines)
     values_HW = _filter(tree, node.number)
     if values_HW is None:
@@ -202,8 +202,8 @@ def _words(path: TreePath, names: ClassNames) -> list[str]:
     lines = [
         f"node {step.node}: {'right' if step.right else 'left'}, {percent(step.probability, 1)}" for step in path.steps
     ]
-    said = ", ".join(f"{names[number]} {percent(probability, 0)}" for number, probability in path.top_classes)
-    return [*lines, f"leaf {path.leaf}, reached with {percent(path.probability, 1)}: {said}"]
+    said = ", ".join(f"{names[number]} with {percent(probability, 0)}" for number, probability in path.top_classes)
+    return [*lines, f"leaf {path.leaf}, reached with {percent(path.probability, 1)}, says {said}"]
 
 
 def _table(nodes: list[Node], tree: SoftTree, names: ClassNames) -> Table:
@@ -217,7 +217,7 @@ def _table(nodes: list[Node], tree: SoftTree, names: ClassNames) -> Table:
         for sign in (1, -1):
             place = None if values_HW is None else strongest(values_HW, sign=sign)
             where.append("–" if place is None else place.place)
-        said = ", ".join(f"{names[number]} {percent(probability, 0)}" for number, probability in node.top_classes)
+        said = ", ".join(f"{names[number]} with {percent(probability, 0)}" for number, probability in node.top_classes)
         kind = {"inner": "node", "leaf": "leaf", "rest": "subtree"}[node.kind]
         rows.append(
             [

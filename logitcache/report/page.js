@@ -86,6 +86,10 @@
     });
   }
 
+  for (const place of document.querySelectorAll(".drawing")) { // the root, where the tree is wider than the page
+    place.scrollLeft = (place.scrollWidth - place.clientWidth) / 2;
+  }
+
   for (const button of document.querySelectorAll("[data-path]")) {
     button.addEventListener("click", () => {
       const on = button.getAttribute("aria-pressed") !== "true";

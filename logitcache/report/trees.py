@@ -18,7 +18,7 @@ MAX_INNER = 15
 """Inner nodes that are drawn; of a larger tree, those that most samples reach."""
 TOP = 2
 """Classes named for a leaf."""
-COLUMN, ROW, SIDE = 68, 104, 48
+COLUMN, ROW, SIDE = 62, 104, 48
 """Of the drawing, in pixels: between neighbouring leaves, between rows, and a filter's side."""
 
 
