@@ -1,7 +1,8 @@
 """Choose the hyperparameters of `pipelines/soft_tree_mnist.yaml` on its validation split; no test split is looked at.
 
 Every student gets a learning rate of its own, the trees a strength of their penalty, and those that are distilled a
-temperature. All tries share rendered batches. Prints validation accuracy, mean over seeds; the pipeline file holds the winners.
+temperature. All tries share rendered batches. Prints validation accuracy, mean over seeds; the pipeline file holds the
+winners.
 
     python benchmarks/tune_soft_tree.py --folder runs/tune-soft-tree
 """

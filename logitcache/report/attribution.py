@@ -82,7 +82,7 @@ def signed_picture(values_HW: np.ndarray) -> str:
     """Signed values as a PNG inside a URI: orange where positive, blue where negative, clear where nothing is."""
     from PIL import Image
 
-    values = torch.from_numpy(np.ascontiguousarray(values_HW, dtype=np.float32))[None, None]
+    values = torch.from_numpy(_finite(values_HW))[None, None].float()
     largest_side = max(values.shape[2:])
     if largest_side > MAP_SIDE:
         height, width = (max(1, round(side * MAP_SIDE / largest_side)) for side in values.shape[2:])
@@ -115,7 +115,7 @@ class Strongest:
 
 def strongest(values_HW: np.ndarray, *, sign: int) -> Strongest | None:
     """The ninth of an image where the values of one sign (1 or -1) weigh most; None where there is none."""
-    of_sign_HW = np.maximum(sign * np.asarray(values_HW, dtype=np.float64), 0.0)
+    of_sign_HW = np.maximum(sign * _finite(values_HW), 0.0)
     total = float(of_sign_HW.sum())
     if total <= 0:
         return None
@@ -129,3 +129,8 @@ def strongest(values_HW: np.ndarray, *, sign: int) -> Strongest | None:
     ]
     row, column = divmod(int(np.argmax(sums)), 3)
     return Strongest(row, column, sums[row][column] / total)
+
+
+def _finite(values_HW: np.ndarray) -> np.ndarray:
+    """Values with 0 for NaN and infinity, float64: weights may be a stranger's."""
+    return np.nan_to_num(values_HW.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)

@@ -20,7 +20,7 @@ from torch import nn
 from logitcache.cache.reader import LogitCache
 from logitcache.catalog.soft_tree import SoftTree
 from logitcache.data.loading import collate
-from logitcache.errors import LogitCacheError, UsageError
+from logitcache.errors import InvalidLogits, LogitCacheError, UsageError
 from logitcache.pipeline import StudentConfig
 from logitcache.product.cost import median_seconds
 from logitcache.product.facts import Product
@@ -234,13 +234,12 @@ class _Measuring:
         for run in student.runs:
             weights = str(run.folder / "last.safetensors")
             model = resolve_model(config, fitted.data, fitted.plan, weights=weights, seed=0, trust=self._trust).eval()
-            with torch.inference_mode():
-                logits_MC = torch.cat([model(batch) for batch in torch.split(inputs, 64)]).float()
-            predicted.append(logits_MC.argmax(dim=1).numpy())
+            labels, sureness = _asked(model, inputs)
+            predicted.append(labels)
             if run is student.runs[0]:
                 forward = functools.partial(model, inputs[:1])
                 student.latency_ms = 1000 * median_seconds({"torch": forward})["torch"]
-                confidence = logits_MC.softmax(dim=1).amax(dim=1).numpy()
+                confidence = sureness
                 reached = mean_use(model, inputs) if isinstance(model, SoftTree) else None
         student.agreement = [float((classes_of_seed == classes).mean()) for classes_of_seed in predicted]
         first = str(student.runs[0].folder / "last.safetensors")
@@ -290,6 +289,24 @@ class _Measuring:
             log_p_BC = log_softmax(logits_BC)
             said = zip(log_p_BC.argmax(axis=1).tolist(), np.exp(log_p_BC.max(axis=1)).tolist(), strict=True)
             self.teacher_answers.update(zip(batch.tolist(), said, strict=True))
+
+
+def _asked(model: nn.Module, inputs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(the most probable class, int64 (M,); its probability, float32 (M,)) of rendered inputs.
+
+    Raises:
+        InvalidLogits: NaN.
+    """
+    labels, sureness = [], []
+    with torch.inference_mode():
+        for batch in torch.split(inputs, 64):
+            probability_B, label_B = model(batch).float().softmax(dim=1).max(dim=1)
+            labels.append(label_B)
+            sureness.append(probability_B)
+    confidence = torch.cat(sureness)
+    if confidence.isnan().any():
+        raise InvalidLogits("the student says NaN")
+    return torch.cat(labels).numpy(), confidence.numpy()
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
