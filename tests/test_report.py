@@ -373,7 +373,7 @@ def test_agreement_by_class_shows_the_lowest_of_many() -> None:
     ]
     answers = {row: (int(each), 1.0) for row, each in enumerate(label)}
     found = RunsFound(students, [], [], [], teacher_answers=answers)
-    figure = agreement_figure(found, ClassNames(None), 40)
+    figure = agreement_figure(found, ["half", "right", "not measured"], ClassNames(None), 40)
 
     assert figure is not None
     assert "Agreement by class: the lowest 20 of 40" == figure.title

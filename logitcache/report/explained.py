@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -18,16 +20,22 @@ from logitcache.report.words import ClassNames, count, counted, decimal, name_of
 
 LOWEST = 20
 """Classes shown, those of the least agreement."""
-MAX_SERIES = 12
-"""Students drawn."""
 MAX_TREES = 4
 LEAF_NAME = 10
 """Characters of a class's name in a leaf."""
 
 
-def agreement_figure(found: RunsFound, names: ClassNames, num_classes: int) -> Figure | None:
-    """How often each student's first class is the teacher's, by the teacher's class."""
-    students, rows = found.compared()[:MAX_SERIES], found.common_rows()
+def agreement_figure(found: RunsFound, drawn: Sequence[str], names: ClassNames, num_classes: int) -> Figure | None:
+    """How often each student's first class is the teacher's, by the teacher's class.
+
+    Args:
+        found: with what was measured.
+        drawn: names of the students that are drawn, in the order of their colours.
+        names: of the classes.
+        num_classes: C.
+    """
+    students = [(student, compared) for student, compared in found.compared() if student.name in drawn]
+    rows = found.common_rows()
     if not students or not len(rows):
         return None
     label_M = np.array([found.teacher_answers[row][0] for row in rows.tolist()])
@@ -57,7 +65,7 @@ def agreement_figure(found: RunsFound, names: ClassNames, num_classes: int) -> F
     if len(lowest) < len(seen):
         title = f"Agreement by class: the lowest {len(lowest)} of {count(len(seen))}"
     student_names = [student.name for student, _ in students]
-    spec = charts.shares_by_class(points, students=student_names, title="agreement with the teacher")
+    spec = charts.shares_by_class(points, students=drawn, title="agreement with the teacher")
     return Figure("agreement-classes", title, caption, spec, Table(["class", "rows", *student_names], cells), "half")
 
 
