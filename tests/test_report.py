@@ -29,6 +29,7 @@ from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, I
 from logitcache.pipeline import Pipeline
 from logitcache.report import measures, teacher, write_report
 from logitcache.report.attribution import attributions, signed_picture, strongest
+from logitcache.report.decisions import choose_samples
 from logitcache.report.explained import agreement_figure
 from logitcache.report.page import json_for_script
 from logitcache.report.samples import data_uri, disagreement
@@ -382,6 +383,28 @@ def test_agreement_by_class_shows_the_lowest_of_many() -> None:
     assert expected == [row[2:] for row in figure.table.rows]
     assert {"80"} == {row[1] for row in figure.table.rows}
     assert "On 3\u202f200 rows" in figure.caption
+
+
+def test_samples_that_are_shown_are_the_most_disputed_and_some_on_which_all_agree(tmp_path: Path) -> None:
+    """Three students contradict the teacher of 90 rows on 1, 2 and 5 of them; the rows of one end before the last 10."""
+    values, targets = small_cache(tmp_path / "x.cache")
+    label, rows = values[0].argmax(axis=1), np.arange(90)
+    students = []
+    for number, wrong in enumerate(([7], [7, 85], [7, 85, 20, 30, 40])):
+        predicted = label.copy()
+        predicted[wrong] = (predicted[wrong] + 1) % 4
+        kept = rows if number else rows[:80]
+        students.append(compared_student(str(number), kept, predicted[kept][None]))
+    sure = {row: 0.9 if row == 30 else 0.5 for row in rows.tolist()}
+    answers = {row: (int(label[row]), sure[row]) for row in rows.tolist()}
+    found = RunsFound(students, [], [], [], teacher_answers=answers)
+    chosen = choose_samples(found, open_cache(tmp_path / "x.cache"), None)
+
+    assert [(7, 3), (30, 1), (20, 1)] == [(sample.row, sample.dissenters) for sample in chosen[:3]]
+    assert [0, 0, 0] == [sample.dissenters for sample in chosen[3:]]
+    assert not {sample.row for sample in chosen[3:]} & {7, 20, 30, 40}
+    assert all(sample.row < 80 and sample.target == targets[sample.row] for sample in chosen)
+    assert chosen[0].key == "k7"
 
 
 # Words

@@ -93,7 +93,7 @@ def test_greatest_path_gives_the_likeliest_leaf() -> None:
 
 
 def test_the_penalty_is_the_papers() -> None:
-    """Equations 4 and 5, a node at a time, over the whole batch."""
+    """-λ 2^-row (log α / 2 + log(1 - α) / 2), a node at a time, with α over the whole batch."""
     model = tree(beta=3.0, balance=0.7)
     reached = np.array([walked(model, image.numpy()) for image in images()])
     expected = 0.0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from logitcache.errors import UsageError
 
-# B batch, C classes, D numbers of a flattened input, I inner nodes, L leaves
+# B batch, C classes, I inner nodes, L leaves; what has no suffix belongs to one row of the tree
 
 MAX_DEPTH = 10
 """1023 inner nodes, each with a filter of the input's size; the mixture takes memory for B x L x C numbers."""
@@ -26,13 +26,13 @@ class SoftTree(nn.Module):
     """A binary tree of depth d: 2^d - 1 inner nodes that each look at the whole input, and 2^d leaves.
 
     Inner node i sends an input to its right subtree with probability sigmoid(beta (w_i · x + b_i)), to the left one
-    otherwise (section 3). A leaf holds one distribution over the classes, whatever the input. What comes out are
+    otherwise. A leaf holds one distribution over the classes, whatever the input. What comes out are
     log-probabilities (B, C), which are logits too: the log-softmax of themselves. Nodes are numbered in rows from the
     root, so the children of node i are 2i + 1 and 2i + 2.
 
     Training and, by default, prediction use the mixture of all leaves, each weighed by the probability of the path
-    that leads to it. The paper's loss (equation 2) is another: it averages the cross entropies of the leaves rather
-    than their distributions, and so can't be asked by losses that compare logits.
+    that leads to it. The paper trains on the mean of the leaves' cross entropies instead, weighed likewise, which no
+    loss that compares logits can ask for, and predicts by the greatest path.
 
     Args:
         input_shape: of one sample.
@@ -98,7 +98,7 @@ class SoftTree(nn.Module):
         return log_paths
 
     def _balance_penalty(self, decisions_BI: Tensor, log_paths: Sequence[Tensor]) -> Tensor:
-        """-λ Σ_i 2^-row(i) (log α_i + log(1 - α_i)) / 2 (section 3.2), a scalar.
+        """-λ Σ_i 2^-row(i) (log α_i + log(1 - α_i)) / 2 of a batch, a scalar.
 
         α_i is the share of the batch that node i sends to the right, each input weighed by the probability that it
         gets there. The paper keeps running averages of it; a batch's own needs no state that a resumed run must have.

@@ -92,12 +92,13 @@ def decision_section(decisions: Decisions | None, found: RunsFound) -> Section:
         "teacher, and some drawn at random on which all agree. Rows that mix two samples are taken only where there is "
         "nothing else."
     )
-    section.lead.append(
-        "Maps are integrated gradients (Sundararajan et al. 2017, by captum) of the log-probability of each net's own "
-        "decision, from a black image on: orange places speak for the decision, blue ones against it, and together "
-        "they make up its log-probability beyond that of the black image, here to within "
-        f"{decimal(decisions.largest_gap)} nats. Each map has a scale of its own."
-    )
+    if any(decision.picture for _, here in decisions.samples for decision in here):
+        section.lead.append(
+            "Maps are integrated gradients (Sundararajan et al. 2017, by captum) of the log-probability of each net's "
+            "own decision, from a black image on: orange places speak for the decision, blue ones against it, and "
+            "together they make up its log-probability beyond that of the black image, here to within "
+            f"{decimal(decisions.largest_gap)} nats. Each map has a scale of its own."
+        )
     if decisions.without_map:
         section.lead.append(f"Without maps: {name_of('; '.join(decisions.without_map), 600)}.")
     disputed = [sample for sample in decisions.samples if sample[0].dissenters]
