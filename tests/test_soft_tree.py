@@ -19,6 +19,7 @@ from logitcache.catalog.soft_tree import SoftTree
 from logitcache.errors import UsageError
 from logitcache.pipeline import Pipeline
 from logitcache.product import export_run, load_student
+from logitcache.product.onnx_model import OnnxModel, export_onnx, hold_to_torch
 from logitcache.train_student import train_students, train_teacher
 from tests.test_ranks import torchrun
 from tests.test_stages import log, same, weights
@@ -219,15 +220,8 @@ def test_several_processes_train_a_tree(tiny: Make, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
-@pytest.mark.parametrize("predict", ["mixture", "greatest_path"])
-def test_an_exported_tree_says_what_it_says_in_torch(tiny: Make, tmp_path: Path, predict: str) -> None:
-    pipeline = tiny(
-        "teacher.weights=trained",
-        "teacher.train.epochs=1",
-        *TREE,
-        f"students.small.args={{depth: 3, predict: {predict}}}",
-        "train.epochs=1",
-    )
+def test_an_exported_tree_says_what_it_says_in_torch(tiny: Make, tmp_path: Path) -> None:
+    pipeline = tiny("teacher.weights=trained", "teacher.train.epochs=1", *TREE, "train.epochs=1")
     train_teacher(pipeline)
     cache_teacher(pipeline)
     train_students(pipeline, ["small"])
@@ -235,9 +229,17 @@ def test_an_exported_tree_says_what_it_says_in_torch(tiny: Make, tmp_path: Path,
     export_run(run, to="onnx")
     exported = export_run(run, to="safetensors")
     facts = json.loads((exported.folder / "product.json").read_text())
-    model = SoftTree((1, 8, 8), 10, depth=3, predict=predict)  # type: ignore[arg-type]
+    model = SoftTree((1, 8, 8), 10, depth=3)
     model.load_state_dict(weights(run))
     inputs = torch.rand(7, 1, 8, 8)
 
     assert all(difference < 1e-4 for difference in facts["onnx"]["max_abs_difference"].values())
     assert torch.equal(model.eval()(inputs), load_student(exported.folder).model(inputs))
+
+
+def test_a_tree_that_answers_by_its_greatest_path_is_the_same_in_onnx(tmp_path: Path) -> None:
+    model = tree(predict="greatest_path").float().eval()
+    export_onnx(model, images().float(), tmp_path / "model.onnx")
+    differences = hold_to_torch(model, OnnxModel(tmp_path / "model.onnx", threads=1), images().float())
+
+    assert all(difference < 1e-4 for difference in differences.values())
