@@ -52,6 +52,7 @@ def test_importing_logitcache_loads_nothing_heavy_beside_torch_and_zarr() -> Non
         "onnxscript",
         "onnxruntime",
         "torchmetrics",
+        "captum",
     )
     program = f"import sys, logitcache; print([name for name in {heavy!r} if name in sys.modules])"
 

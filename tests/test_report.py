@@ -22,16 +22,21 @@ from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 import logitcache
 from logitcache.cache.reader import open_cache
 from logitcache.cache_teacher import cache_teacher
+from logitcache.catalog.soft_tree import SoftTree
 from logitcache.data.samples import SampleTable
 from logitcache.data.views import Mixing, ViewPlan
 from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, InvalidLogits, UsageError
 from logitcache.pipeline import Pipeline
 from logitcache.report import measures, teacher, write_report
+from logitcache.report.attribution import attributions, signed_picture, strongest
+from logitcache.report.decisions import choose_samples
+from logitcache.report.explained import agreement_figure
 from logitcache.report.page import json_for_script
 from logitcache.report.samples import data_uri, disagreement
-from logitcache.report.students import find_runs
-from logitcache.report.words import ClassNames, decimal, name_of, size
-from logitcache.train_student import train_students, train_teacher
+from logitcache.report.students import Compared, RunsFound, Student, find_runs
+from logitcache.report.trees import drawn_nodes, mean_use, paths
+from logitcache.report.words import ClassNames, decimal, name_of, percent, size
+from logitcache.train_student import Row, train_students, train_teacher
 from logitcache.training.loop import train
 from tests.conftest import PICTURES
 from tests.test_cli import logitcache as command
@@ -258,6 +263,150 @@ def test_mixing_that_makes_no_sense_is_refused_before_it_is_drawn(tmp_path: Path
             teacher.MixingOfCache(cache)
 
 
+# Trees, maps and agreement
+
+
+def test_a_linear_nets_map_is_weight_times_difference_from_black() -> None:
+    """Where there is nothing to saturate but the softmax, integrated gradients of two classes are known: the logit's
+    difference is w·x, and log-sigmoid's slope along the way integrates to the whole change, shared out by w·x."""
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    images, black = torch.rand(3, 1, 3, 4), torch.full((3, 1, 3, 4), -0.5)
+    found = attributions(net, images, black, torch.tensor([0, 1, 0]))
+    weight, bias = net[1].weight.detach(), net[1].bias.detach()  # type: ignore[union-attr, operator]
+    for image, nothing, label, each in zip(images, black, (0, 1, 0), found, strict=True):
+        direction, offset = weight[label] - weight[1 - label], bias[label] - bias[1 - label]
+        parts = direction * (image - nothing).flatten()
+        ends = [torch.nn.functional.logsigmoid(direction @ x.flatten() + offset) for x in (image, nothing)]
+        expected = (parts / parts.sum() * (ends[0] - ends[1])).reshape(3, 4)
+        np.testing.assert_allclose(expected.numpy(), each.values, atol=1e-5)
+        assert abs(each.gap) < 1e-4
+
+
+def test_a_net_without_gradients_has_no_map() -> None:
+    with pytest.raises(UsageError, match="no gradient by its input"):
+        attributions(NoGradient(), torch.rand(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), torch.tensor([0]))
+
+
+class NoGradient(torch.nn.Module):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.eye(2)[(inputs.flatten(1).sum(dim=1) > 1).long()]
+
+
+def test_a_map_shows_signs_and_says_where_they_are() -> None:
+    import base64
+    import io
+
+    from PIL import Image
+
+    values = np.zeros((90, 60), dtype=np.float32)
+    values[:30, 40:], values[60:, :20] = 2.0, -1.0
+    picture = Image.open(io.BytesIO(base64.b64decode(signed_picture(values).partition(",")[2]))).convert("RGBA")
+    pixels = np.asarray(picture)
+
+    assert (56, 37) == pixels.shape[:2]
+    assert [217, 95, 2, 255] == pixels[2, -2].tolist()
+    assert [31, 111, 180] == pixels[-2, 2, :3].tolist()
+    assert 0.4 < pixels[-2, 2, 3] / 255 < 0.6
+    assert 0 == pixels[28, 18, 3]
+    found = strongest(values, sign=1), strongest(values, sign=-1)
+    assert [("the upper right", 1.0), ("the lower left", 1.0)] == [(each.place, each.share) for each in found if each]
+    assert strongest(values.clip(0), sign=-1) is None
+
+
+def grown_tree(depth: int) -> tuple[SoftTree, torch.Tensor]:
+    torch.manual_seed(depth)
+    tree = SoftTree((1, 4, 4), 3, depth=depth, beta=3.0).eval()
+    torch.nn.init.normal_(tree.leaves)
+    return tree, torch.randn(50, 1, 4, 4)
+
+
+def test_use_of_a_tree_adds_up_and_paths_lead_to_the_likeliest_leaf() -> None:
+    tree, inputs = grown_tree(3)
+    use = mean_use(tree, inputs)
+    leaves = tree.log_path_probabilities(tree.decisions(inputs))[-1].exp().detach().numpy()
+
+    assert [1.0] * 4 == pytest.approx([use[0], use[1:3].sum(), use[3:7].sum(), use[7:].sum()])
+    np.testing.assert_allclose(leaves.mean(axis=0), use[7:], rtol=1e-5)
+    for path, leaves_L in zip(paths(tree, inputs), leaves, strict=True):
+        assert leaves_L.argmax() + 7 == path.leaf
+        assert leaves_L.max() == pytest.approx(path.probability, rel=1e-5)
+        assert path.probability == pytest.approx(math.prod(step.probability for step in path.steps), rel=1e-4)
+        node = 0
+        for step in path.steps:
+            assert step.node == node
+            node = 2 * node + (2 if step.right else 1)
+        assert node == path.leaf
+
+
+@pytest.mark.parametrize(("depth", "inner", "rests"), [(1, 1, 0), (4, 15, 0), (7, 15, 16)])
+def test_of_a_large_tree_the_most_used_part_is_drawn(depth: int, inner: int, rests: int) -> None:
+    tree, inputs = grown_tree(depth)
+    use = mean_use(tree, inputs)
+    nodes = drawn_nodes(tree, use)
+    kinds = [node.kind for node in nodes]
+    shown = {node.number for node in nodes if node.kind == "inner"}
+
+    assert (inner, inner + 1) == (kinds.count("inner"), len(kinds) - inner)
+    assert rests == kinds.count("rest")
+    assert 2**depth == sum(node.leaves for node in nodes if node.kind != "inner")
+    assert 1.0 == pytest.approx(sum(node.use for node in nodes if node.kind != "inner"))
+    assert all(node.parent is None or node.parent in shown for node in nodes)
+    waiting = [use[node.number] for node in nodes if node.kind == "rest"]
+    assert all(use[number] >= max(waiting, default=0.0) for number in shown)
+    assert len({(node.left, node.top) for node in nodes}) == len(nodes)
+
+
+def compared_student(name: str, rows: np.ndarray, predicted: np.ndarray) -> Student:
+    row = Row(name, None, None, None, None, 1, 1, [0])
+    compared: Any = Compared(None, None, "", rows, predicted, np.ones(len(rows)), None)  # type: ignore[arg-type]
+    return Student(name, [], row, "this cache", compared=compared)
+
+
+def test_agreement_by_class_shows_the_lowest_of_many() -> None:
+    """Class c of 40 is met by c/40 of a student's 80 rows; another is always right. On the rows that both have."""
+    label = np.repeat(np.arange(40), 80)
+    rows = np.arange(len(label))
+    met = np.tile(np.arange(80), 40) < 2 * label
+    wrong = np.where(met, label, (label + 1) % 40)
+    students = [
+        compared_student("half", rows, np.stack([wrong, label])),
+        compared_student("right", np.append(rows, 9999), np.append(label, 0)[None]),
+    ]
+    answers = {row: (int(each), 1.0) for row, each in enumerate(label)}
+    found = RunsFound(students, [], [], [], teacher_answers=answers)
+    figure = agreement_figure(found, ["half", "right", "not measured"], ClassNames(None), 40)
+
+    assert figure is not None
+    assert "Agreement by class: the lowest 20 of 40" == figure.title
+    assert [str(number) for number in range(20)] == [row[0] for row in figure.table.rows]
+    expected = [[percent((number / 40 + 1) / 2), percent(1.0)] for number in range(20)]
+    assert expected == [row[2:] for row in figure.table.rows]
+    assert {"80"} == {row[1] for row in figure.table.rows}
+    assert "On 3\u202f200 rows" in figure.caption
+
+
+def test_samples_that_are_shown_are_the_most_disputed_and_some_on_which_all_agree(tmp_path: Path) -> None:
+    """Three students contradict the teacher of 90 rows on 1, 2 and 5 of them; the rows of one end before the last 10."""
+    values, targets = small_cache(tmp_path / "x.cache")
+    label, rows = values[0].argmax(axis=1), np.arange(90)
+    students = []
+    for number, wrong in enumerate(([7], [7, 85], [7, 85, 20, 30, 40])):
+        predicted = label.copy()
+        predicted[wrong] = (predicted[wrong] + 1) % 4
+        kept = rows if number else rows[:80]
+        students.append(compared_student(str(number), kept, predicted[kept][None]))
+    sure = {row: 0.9 if row == 30 else 0.5 for row in rows.tolist()}
+    answers = {row: (int(label[row]), sure[row]) for row in rows.tolist()}
+    found = RunsFound(students, [], [], [], teacher_answers=answers)
+    chosen = choose_samples(found, open_cache(tmp_path / "x.cache"), None)
+
+    assert [(7, 3), (30, 1), (20, 1)] == [(sample.row, sample.dissenters) for sample in chosen[:3]]
+    assert [0, 0, 0] == [sample.dissenters for sample in chosen[3:]]
+    assert not {sample.row for sample in chosen[3:]} & {7, 20, 30, 40}
+    assert all(sample.row < 80 and sample.target == targets[sample.row] for sample in chosen)
+    assert chosen[0].key == "k7"
+
+
 # Words
 
 
@@ -390,6 +539,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[st
     raw["teacher"] |= {"weights": "trained", "train": {"epochs": 3}}
     raw["views"] |= {"mixup": 0.3, "mix_probability": 0.4, "count": 3}
     raw["train"]["seeds"] = [0, 1]
+    raw["students"][1] |= {"model": "soft_tree", "args": {"depth": 3}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
     pipeline = parse_pipeline(raw, source="tiny")
     train_teacher(pipeline)
@@ -413,6 +563,7 @@ EXPECTED_CHARTS = {
     "accuracy-epoch",
     "curve-validation-accuracy",
     "curve-loss",
+    "agreement-classes",
 }
 
 
@@ -457,7 +608,7 @@ def test_the_keyboard_reaches_every_part(built: Any, visit: Any) -> None:
     """Tab goes from the skip link through figures and tables; what has the focus is seen, and is outlined."""
     page = visit(built[1]).page
     seen: list[str] = []
-    for _ in range(120):
+    for _ in range(150):
         page.keyboard.press("Tab")
         focused = page.evaluate(
             """() => {
@@ -477,9 +628,9 @@ def test_the_keyboard_reaches_every_part(built: Any, visit: Any) -> None:
         seen.append(focused["name"])
 
     assert "skip" == seen[0]
-    assert {f"figure#figure-{name}" for name in EXPECTED_CHARTS} <= set(seen)
-    assert len(EXPECTED_CHARTS) == seen.count("summary")
-    assert 2 == seen.count("button")
+    assert {f"figure#figure-{name}" for name in (*EXPECTED_CHARTS, "tree-0")} <= set(seen)
+    assert len(EXPECTED_CHARTS) + 1 == seen.count("summary")
+    assert 2 + page.locator("[data-path]").count() == seen.count("button")
 
 
 def test_the_skip_link_and_the_numbers_work_by_keyboard(built: Any, visit: Any) -> None:
@@ -529,6 +680,40 @@ def test_axe_finds_no_serious_violation(built: Any, visit: Any, scheme: str, wid
     ]
 
 
+def test_a_samples_path_can_be_shown_in_the_tree(built: Any, visit: Any) -> None:
+    page = visit(built[1]).page
+    buttons = page.locator("[data-path]")
+    on = "[...document.querySelectorAll('#tree-0 g.on')].map(node => node.dataset.node)"
+    expected = [each.split() for each in buttons.evaluate_all("all => all.map(each => each.dataset.path)")]
+
+    assert buttons.count() >= 4
+    assert expected[0] == page.evaluate(on)
+    buttons.nth(2).focus()
+    page.keyboard.press("Enter")
+    assert expected[2] == page.evaluate(on)
+    assert ["false", "false", "true"] == [buttons.nth(place).get_attribute("aria-pressed") for place in range(3)]
+    page.keyboard.press("Enter")
+    assert [] == page.evaluate(on)
+
+
+def test_every_decision_is_in_words_beside_its_map(built: Any, visit: Any) -> None:
+    """Whoever does not see the colours reads what is for and against; the samples are of both kinds."""
+    page = visit(built[1]).page
+    titles = page.locator("#decisions > h3").all_inner_texts()
+    alts = page.locator("#decisions .nets img").evaluate_all("all => all.map(each => each.alt)")
+    maps = [text for text in alts if text.startswith("Reasons of ")]
+    words = page.locator("#trees .paths li ol li:last-child").all_inner_texts()
+
+    assert ["Where students and teacher disagree", "Where all agree"] == titles
+    assert 6 == len(alts) - len(maps)
+    assert 6 * 3 == len(maps)
+    assert {"teacher", "small", "labels"} == {text.split(":")[0].removeprefix("Reasons of ") for text in maps}
+    assert all("for it: most in the " in text and "against it: " in text for text in maps)
+    assert 6 == len(words)
+    assert all("reached with" in text and " says " in text for text in words)
+    assert "8 leaves; all are drawn" in page.locator("#tree-0-caption").inner_text()
+
+
 def test_hostile_names_execute_nothing(tmp_path: Path, visit: Any) -> None:
     path = tmp_path / "x.cache"
     small_cache(path, names=[f"{NASTY}{number}" for number in range(4)], key=NASTY, teacher=NASTY, precision=NASTY)
@@ -572,6 +757,32 @@ def test_the_policy_forbids_what_the_page_does_not_hold(built: Any, visit: Any) 
 # Students, data and refusals
 
 
+def test_without_the_teachers_weights_students_have_maps_alone(built: Any, tmp_path: Path) -> None:
+    from logitcache.pipeline import load_pipeline
+
+    folder, _, _ = built
+    gone = load_pipeline(folder / "tiny.yaml", [f"runs.path={tmp_path}/gone"])
+    page = write_report(folder / "tiny.cache", tmp_path / "r.html", runs=folder / "runs", data=gone).path.read_text()
+
+    assert "Without maps: teacher: its weights are not at hand." in page
+    assert "Reasons of teacher" not in page
+    assert 6 * 2 == page.count('alt="Reasons of ')
+
+
+def test_the_same_samples_are_chosen_each_time(built: Any, tmp_path: Path) -> None:
+    folder, report, _ = built
+    from logitcache.pipeline import load_pipeline
+
+    again = write_report(
+        folder / "tiny.cache", tmp_path / "r.html", runs=folder / "runs", data=load_pipeline(folder / "tiny.yaml")
+    ).path.read_text()
+    decisions = [
+        text[text.index('<section id="decisions"') : text.index("</main>")] for text in (report.read_text(), again)
+    ]
+
+    assert decisions[0] == decisions[1]
+
+
 def test_students_are_measured_on_the_data(built: Any) -> None:
     _, _, headline = built
     students = {student["name"]: student for student in headline["students"]}
@@ -599,7 +810,7 @@ def test_agreement_is_that_of_the_weights(built: Any) -> None:
     views = logitcache.ViewDataset(
         resolve_data(load_pipeline(folder / "tiny.yaml"), trust=False).train, cache.view_plan
     )
-    (rows,) = chosen_rows(cache, [0], max_rows=1000, max_blocks=8).values()
+    (rows,) = chosen_rows(cache, [0], max_rows=2000, max_blocks=8).values()
     inputs = torch.stack([views[(0, int(row))][1] for row in rows])
     expected = cache.view(0).logits(rows).argmax(dim=1)
     shares = []

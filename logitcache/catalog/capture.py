@@ -120,10 +120,10 @@ class Capture(nn.Module):
             for name, tap in self.taps.items()
         ]
 
-    def forward(self, inputs: Any) -> tuple[Any, dict[str, Tensor]]:
+    def forward(self, inputs: Any, **options: Any) -> tuple[Any, dict[str, Tensor]]:
         self._taken = {}
         try:
-            logits = self.net(inputs)
+            logits = self.net(inputs, **options)
             taken = self._taken
         finally:
             self._taken = None

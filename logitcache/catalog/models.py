@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from logitcache.catalog.nets import CNN, MLP, CIFARResNet
+from logitcache.catalog.soft_tree import SoftTree
 from logitcache.digest import canonical_json
 from logitcache.entry_points import call_entry_point, is_entry_point, load_entry_point
 from logitcache.errors import LogitCacheError, ShapeError, UsageError
@@ -31,6 +32,7 @@ NETS: dict[str, Callable[..., nn.Module]] = {
     "cifar_resnet": CIFARResNet,
     "resnet20": functools.partial(CIFARResNet, depth=20),
     "resnet32": functools.partial(CIFARResNet, depth=32),
+    "soft_tree": SoftTree,
 }
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.errors import UsageError
 from logitcache.pipeline import Pipeline
+from logitcache.report.decisions import choose_samples, decide
+from logitcache.report.explained import decision_section, tree_section
 from logitcache.report.fitted import FittedData, fit_data
 from logitcache.report.page import check_installed as check_installed
 from logitcache.report.page import render
@@ -102,7 +104,13 @@ def _page(
     students: list[dict[str, Any]] = []
     if found is not None:
         found = measure_students(found, cache, location, fitted, heard.views[0], trust=trust)
-        sections.append(student_section(found))
+        names = ClassNames(cache.manifest.identity.class_names)
+        sections.append(student_section(found, names, cache.num_classes))
+        chosen = choose_samples(found, cache, fitted)
+        trees = tree_section(found, chosen, names)
+        sections += [] if trees is None else [trees]
+        decisions = None if fitted is None or not chosen else decide(found, chosen, fitted)
+        sections.append(decision_section(decisions, found))
         students = [
             {
                 "name": student.name,

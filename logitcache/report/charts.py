@@ -182,6 +182,22 @@ def learning_curves(rows: Rows, *, students: Sequence[str], title: str, axis_for
     )
 
 
+def shares_by_class(rows: Rows, *, students: Sequence[str], title: str) -> Spec:
+    """A share for each class and student: rows of name, student, value, rows; classes in the order given."""
+    names, classes = list(students), list(dict.fromkeys(row["name"] for row in rows))
+    base = alt.Chart(_data(rows)).encode(
+        alt.Y("name:N", title=None, sort=classes, axis=alt.Axis(labelLimit=130, grid=True)),
+        alt.X("value:Q", title=title, scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="~%", tickCount=5)),
+        color=alt.Color("student:N", sort=names, scale=alt.Scale(domain=names), legend=None),
+        shape=alt.Shape("student:N", sort=names, scale=alt.Scale(domain=names), legend=None),
+        opacity=_highlighted(),
+        tooltip=_tips(name=None, student=None, value=".1%", rows=","),
+    )
+    height = max(len(classes), 3) * ROW_HEIGHT
+    chart = base.mark_point(style="student")
+    return _finish(chart, f"{title} by class, a point for each student", height=height, highlight=True)
+
+
 def _highlighted(on: float = 1.0, off: float = 0.12) -> Any:
     return alt.condition(f"!{HIGHLIGHT} || datum.student == {HIGHLIGHT}", alt.value(on), alt.value(off))
 

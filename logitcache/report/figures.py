@@ -9,7 +9,9 @@ from typing import Any, Literal
 import numpy as np
 
 from logitcache.report import charts
+from logitcache.report.decisions import ChosenSample, Decision
 from logitcache.report.samples import ShownSample
+from logitcache.report.trees import Node
 from logitcache.report.words import decimal, percent
 
 
@@ -34,6 +36,45 @@ class Figure:
     """Of the page, where that is wide."""
 
 
+@dataclass(frozen=True)
+class TreeDrawing:
+    """A soft tree, drawn, with the paths of some samples."""
+
+    id: str
+    title: str
+    caption: str
+    width: float
+    height: float
+    """Of the drawing, in pixels."""
+    nodes: list[DrawnNode]
+    edges: list[tuple[float, float, float, float, int]]
+    """(x, y, x, y, the child's number) of the lines from parents to children."""
+    paths: list[DrawnPath]
+    table: Table
+
+
+@dataclass(frozen=True)
+class DrawnNode:
+    """A node with what stands in it."""
+
+    node: Node
+    filter: str | None
+    """Its weights as a picture, a data URI."""
+    signs: list[tuple[float, float, str]]
+    """(x, y, sign) in pixels: where the weights of each sign are strongest."""
+    lines: list[str]
+    """What a leaf says."""
+
+
+@dataclass(frozen=True)
+class DrawnPath:
+    """The path of a sample, in words and as the numbers of its nodes."""
+
+    sample: ChosenSample
+    nodes: list[int]
+    words: list[str]
+
+
 @dataclass
 class Section:
     """A part of the page."""
@@ -45,6 +86,9 @@ class Section:
     figures: list[Figure] = field(default_factory=list)
     tables: list[tuple[str, Table]] = field(default_factory=list)
     gallery: list[tuple[str, list[ShownSample]]] = field(default_factory=list)
+    trees: list[TreeDrawing] = field(default_factory=list)
+    decisions: list[tuple[str, list[tuple[ChosenSample, list[Decision]]]]] = field(default_factory=list)
+    """(title, samples with what each net says of them)."""
     series: list[str] = field(default_factory=list)
     """Names of the students, in the order of their colours."""
 

@@ -1,4 +1,4 @@
-// Draws the charts in the page's own colours, again when the theme or the room changes, and highlights one student.
+// Draws the charts in the page's own colours, again when the theme or the room changes, and highlights one student, or one path in a tree.
 (() => {
   "use strict";
   const specs = JSON.parse(document.getElementById("specs").textContent);
@@ -83,6 +83,23 @@
         other.setAttribute("aria-pressed", String(highlighted !== "" && other.dataset.student === highlighted));
       }
       for (const { view } of views.values()) highlight(view);
+    });
+  }
+
+  for (const place of document.querySelectorAll(".drawing")) { // the root, where the tree is wider than the page
+    place.scrollLeft = (place.scrollWidth - place.clientWidth) / 2;
+  }
+
+  for (const button of document.querySelectorAll("[data-path]")) {
+    button.addEventListener("click", () => {
+      const on = button.getAttribute("aria-pressed") !== "true";
+      for (const other of document.querySelectorAll(`[data-tree="${button.dataset.tree}"]`)) {
+        other.setAttribute("aria-pressed", String(on && other === button));
+      }
+      const path = new Set(on ? button.dataset.path.split(" ") : []);
+      for (const part of document.getElementById(button.dataset.tree).querySelectorAll("[data-node]")) {
+        part.classList.toggle("on", path.has(part.dataset.node));
+      }
     });
   }
 

@@ -26,7 +26,7 @@ def check_installed() -> None:
     Raises:
         UsageError: a package of the extra `report` is not installed.
     """
-    missing = [name for name in ("altair", "vl_convert", "jinja2") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("altair", "vl_convert", "jinja2", "captum") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"a report needs {', '.join(missing)}: pip install 'logitcache[report]'")
 

@@ -133,7 +133,9 @@ def shown_samples(
                 by_row[row].append((view, np.exp(log_p_C)))
     chosen = {row: _telling_views(said) for row, said in by_row.items()}
     pictures = (
-        {} if fitted is None else _pictures(fitted, {row: [view for view, _ in said] for row, said in chosen.items()})
+        {}
+        if fitted is None
+        else rendered_pictures(fitted, {row: [view for view, _ in said] for row, said in chosen.items()})
     )
     targets, samples = targets_of(cache), cache.samples
     shown = []
@@ -159,7 +161,7 @@ def _top(p_C: np.ndarray) -> list[tuple[int, float]]:
     return [(int(each), float(p_C[each])) for each in np.argsort(-p_C, kind="stable")[:TOP]]
 
 
-def _pictures(fitted: FittedData, views_of_row: dict[int, list[int]]) -> dict[tuple[int, int], str | None]:
+def rendered_pictures(fitted: FittedData, views_of_row: dict[int, list[int]]) -> dict[tuple[int, int], str | None]:
     """A data URI for each (view, row) whose sample is at hand."""
     index_of_row = fitted.index_of_row()
     as_teacher, shared = fitted.views(), fitted.shared_views()

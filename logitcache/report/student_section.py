@@ -6,9 +6,10 @@ import statistics
 from typing import Any
 
 from logitcache.report import charts
+from logitcache.report.explained import agreement_figure
 from logitcache.report.figures import Figure, Section, Table
 from logitcache.report.students import RunsFound, Student, spread
-from logitcache.report.words import count, counted, decimal, name_of, percent, size, with_spread
+from logitcache.report.words import ClassNames, count, counted, decimal, name_of, percent, size, with_spread
 from logitcache.training.finished import CurvePoint, Run
 
 MAX_SERIES = 12
@@ -17,7 +18,7 @@ MAX_POINTS = 40
 """Of one learning curve; of a longer one every so manyth epoch is drawn."""
 
 
-def student_section(found: RunsFound) -> Section:
+def student_section(found: RunsFound, class_names: ClassNames, num_classes: int) -> Section:
     """What a folder of runs holds."""
     section = Section("students", "Students")
     students = sorted(found.students, key=lambda student: -(student.row.accuracy_mean or 0.0))
@@ -38,6 +39,7 @@ def student_section(found: RunsFound) -> Section:
                 drawn, "validation_accuracy", "Validation accuracy along training", "validation accuracy", "~%"
             ),
             _curve_figure(drawn, "loss", "Training loss", "loss", "~g"),
+            agreement_figure(found, names, class_names, num_classes),
         )
         if figure is not None
     ]

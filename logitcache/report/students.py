@@ -7,7 +7,7 @@ import json
 import os
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +15,62 @@ import numpy as np
 import torch
 import yaml
 from pydantic import ValidationError
+from torch import nn
 
 from logitcache.cache.reader import LogitCache
+from logitcache.catalog.soft_tree import SoftTree
 from logitcache.data.loading import collate
-from logitcache.errors import LogitCacheError, UsageError
+from logitcache.errors import InvalidLogits, LogitCacheError, UsageError
 from logitcache.pipeline import StudentConfig
 from logitcache.product.cost import median_seconds
 from logitcache.product.facts import Product
 from logitcache.product.source import exported_product
 from logitcache.progress import track
 from logitcache.report.fitted import FittedData, fit_data
+from logitcache.report.measures import log_softmax
 from logitcache.report.teacher import chosen_rows, decoded_batches
+from logitcache.report.trees import mean_use
 from logitcache.report.words import name_of
 from logitcache.resolve import resolve_model
 from logitcache.train_student import Row, summarise
 from logitcache.training.finished import Run, read_run, run_pipeline
 from logitcache.training.runs import CONFIG, RESULT
 
-# B batch, C classes
+# B batch, C classes, I inner nodes, L leaves, M rows, S seeds
 
-AGREEMENT_ROWS = 1_000
+AGREEMENT_ROWS = 2_000
 """Rows of one view on which students and teacher are compared, at most."""
 AGREEMENT_BLOCKS = 8
 RENDERED_BYTES = 2**28
 """Of rendered inputs that are held for it."""
+
+TeacherAnswers = dict[int, tuple[int, float]]
+"""(the teacher's first class, its probability) by row."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a student says of some rows of one view of the cache."""
+
+    fitted: FittedData
+    config: StudentConfig
+    weights: str
+    """The file of the first seed's."""
+    rows: np.ndarray
+    """int64 (M,)."""
+    predicted: np.ndarray
+    """int64 (S, M): the most probable class, by seed."""
+    confidence: np.ndarray
+    """float32 (M,): its probability, by the first seed."""
+    reached: np.ndarray | None
+    """Of a soft tree, the mean probability of reaching each node over these rows, float64 (I + L,), likewise."""
+
+    def load(self) -> nn.Module:
+        """The first seed's net, on the CPU, in evaluation mode."""
+        fitted = self.fitted
+        return resolve_model(
+            self.config, fitted.data, fitted.plan, weights=self.weights, seed=0, trust=fitted.trust
+        ).eval()
 
 
 @dataclass
@@ -54,6 +86,7 @@ class Student:
     """Median of forward passes of one sample on one thread of the CPU."""
     agreement: list[float] | None = None
     """With the teacher's first class, for each seed."""
+    compared: Compared | None = None
     not_measured: str | None = None
     """Why latency and agreement are missing."""
     product: Product | None = None
@@ -72,6 +105,20 @@ class RunsFound:
     unreadable: list[str]
     agreement_rows: int = 0
     """On which agreement was measured."""
+    teacher_answers: TeacherAnswers = field(default_factory=dict)
+    """What the teacher says of these."""
+    view: int = 0
+    """Which view they are of."""
+
+    def compared(self) -> list[tuple[Student, Compared]]:
+        """The students that were compared with the teacher, best first."""
+        best_first = sorted(self.students, key=lambda student: -(student.row.accuracy_mean or 0.0))
+        return [(student, student.compared) for student in best_first if student.compared is not None]
+
+    def common_rows(self) -> np.ndarray:
+        """The rows on which all of them were, int64 (M,), sorted."""
+        rows = [compared.rows for _, compared in self.compared()]
+        return functools.reduce(np.intersect1d, rows) if rows else np.empty(0, dtype=np.int64)
 
 
 def find_runs(folder: Path, cache: LogitCache) -> RunsFound:
@@ -162,9 +209,9 @@ def measure_students(
                 bench.measure(student)
             except (LogitCacheError, ValidationError) as error:
                 student.not_measured = str(error).splitlines()[0]
-                student.latency_ms = student.agreement = None
+                student.latency_ms = student.agreement = student.compared = None
             meter.advance(len(student.runs))
-    return RunsFound(found.students, found.teachers, found.unfinished, found.unreadable, bench.num_rows)
+    return replace(found, agreement_rows=bench.num_rows, teacher_answers=bench.teacher_answers, view=view)
 
 
 class _Measuring:
@@ -175,25 +222,28 @@ class _Measuring:
         self._given = fitted
         self._fitted: dict[str, FittedData | LogitCacheError] = {}
         self._rendered: dict[str, tuple[np.ndarray, Any]] = {}
-        self._classes: dict[int, int] = {}
+        self.teacher_answers: TeacherAnswers = {}
         self.num_rows = 0
 
     def measure(self, student: Student) -> None:
         fitted = self._data_of(student.runs[0])
         config = StudentConfig.model_validate(student.runs[0].config.get("student"))
         rows, inputs = self._inputs(fitted, config)
-        classes = np.array([self._classes[row] for row in rows.tolist()])
-        agreement = []
+        classes = np.array([self.teacher_answers[row][0] for row in rows.tolist()])
+        predicted, confidence, reached = [], np.empty(0, dtype=np.float32), None
         for run in student.runs:
             weights = str(run.folder / "last.safetensors")
             model = resolve_model(config, fitted.data, fitted.plan, weights=weights, seed=0, trust=self._trust).eval()
-            with torch.inference_mode():
-                predicted = torch.cat([model(batch).argmax(dim=1) for batch in torch.split(inputs, 64)]).numpy()
-            agreement.append(float((predicted == classes).mean()))
+            labels, sureness = _asked(model, inputs)
+            predicted.append(labels)
             if run is student.runs[0]:
                 forward = functools.partial(model, inputs[:1])
                 student.latency_ms = 1000 * median_seconds({"torch": forward})["torch"]
-        student.agreement = agreement
+                confidence = sureness
+                reached = mean_use(model, inputs) if isinstance(model, SoftTree) else None
+        student.agreement = [float((classes_of_seed == classes).mean()) for classes_of_seed in predicted]
+        first = str(student.runs[0].folder / "last.safetensors")
+        student.compared = Compared(fitted, config, first, rows, np.stack(predicted), confidence, reached)
         self.num_rows = max(self.num_rows, len(rows))
 
     def _data_of(self, run: Run) -> FittedData:
@@ -230,13 +280,33 @@ class _Measuring:
             rows = rows[::step]
             items = [(self._view, index_of_row[row]) for row in rows.tolist()]
             inputs = collate(views.__getitems__(items))[1]
-            self._learn_classes(rows)
+            self._learn_answers(rows)
             self._rendered[key] = rows, inputs
         return self._rendered[key]
 
-    def _learn_classes(self, rows: np.ndarray) -> None:
+    def _learn_answers(self, rows: np.ndarray) -> None:
         for batch, logits_BC in decoded_batches(self._cache, self._view, rows):
-            self._classes.update(zip(batch.tolist(), logits_BC.argmax(axis=1).tolist(), strict=True))
+            log_p_BC = log_softmax(logits_BC)
+            said = zip(log_p_BC.argmax(axis=1).tolist(), np.exp(log_p_BC.max(axis=1)).tolist(), strict=True)
+            self.teacher_answers.update(zip(batch.tolist(), said, strict=True))
+
+
+def _asked(model: nn.Module, inputs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(the most probable class, int64 (M,); its probability, float32 (M,)) of rendered inputs.
+
+    Raises:
+        InvalidLogits: NaN.
+    """
+    labels, sureness = [], []
+    with torch.inference_mode():
+        for batch in torch.split(inputs, 64):
+            probability_B, label_B = model(batch).float().softmax(dim=1).max(dim=1)
+            labels.append(label_B)
+            sureness.append(probability_B)
+    confidence = torch.cat(sureness)
+    if confidence.isnan().any():
+        raise InvalidLogits("the student says NaN")
+    return torch.cat(labels).numpy(), confidence.numpy()
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:

@@ -112,18 +112,18 @@ class Hints:
 
 
 class HintedStudent(nn.Module):
-    """A student and the regressors beside it: forward -> (logits, {number of the hint: features, regressed})."""
+    """A student and the regressors beside it: forward -> (what it gives, {number of the hint: features, regressed})."""
 
     def __init__(self, capture: Capture, regressors: nn.ModuleDict) -> None:
         super().__init__()
         self.capture = capture
         self.regressors = regressors
 
-    def forward(self, inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        logits, taken = self.capture(inputs)
+    def forward(self, inputs: Any, **options: Any) -> tuple[Any, dict[str, Tensor]]:
+        given, taken = self.capture(inputs, **options)
         for number, regressor in self.regressors.items():
             taken[number] = regressor(taken[number])
-        return logits, taken
+        return given, taken
 
 
 class Regressor(nn.Module):

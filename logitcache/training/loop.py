@@ -24,7 +24,7 @@ from logitcache.cache.manifest import LOGITS
 from logitcache.catalog.models import load_weights
 from logitcache.data.loading import Batch, part_of, rendered_batches
 from logitcache.data.order import batches, epoch_order, step_seed
-from logitcache.devices import autocast, seed_device, to_device
+from logitcache.devices import seed_device
 from logitcache.errors import InvalidLogits
 from logitcache.progress import Meter, track
 from logitcache.randomness import preserved_generators, seed_generators
@@ -34,6 +34,7 @@ from logitcache.training.labels import OutputLabels
 from logitcache.training.optimizer import Updates, WeightAverage
 from logitcache.training.ranks import ALONE, Ranks
 from logitcache.training.runs import RESOLVED, Onlooker, RunFolder
+from logitcache.training.step import losses
 
 # B batch, C classes
 
@@ -224,7 +225,7 @@ class Run:
         loss = torch.zeros((), device=job.device)
         for number, (start, stop) in enumerate(parts):
             batch = (part_of(value, start, stop) for value in (rows, inputs, targets)) if len(parts) > 1 else None
-            loss_B = self._losses(*(batch or (rows, inputs, targets)))
+            loss_B = losses(job, self._net, state.step / self.total_steps, *(batch or (rows, inputs, targets)))
             counted = min(max(share - start, 0), stop - start)
             if counted == stop - start:
                 part_loss = loss_B.mean() * (counted / batch_size)
@@ -300,34 +301,6 @@ class Run:
         result = self.ranks.from_first(lambda: result)
         self.folder.finish(result)
         return result
-
-    def _losses(self, rows: Tensor, inputs: Any, targets: Any) -> Tensor:
-        """The loss of each sample of a batch, (B,)."""
-        job, config = self.job, self.job.config
-        teacher_inputs = inputs
-        if job.labels is not None and job.labels.needs_teacher_inputs:
-            inputs, teacher_inputs = inputs
-        inputs = to_device(inputs, job.device, channels_last=config.channels_last)
-        targets = to_device(targets, job.device)
-        progress = self.state.step / self.total_steps
-        loss = job.loss.at(progress)
-        needed = {LOGITS} if loss.needs_teacher else set()
-        said: dict[str, Tensor] = {}
-        if job.hints is not None:
-            assert isinstance(job.labels, OutputLabels)
-            needed |= job.hints.needed_at(progress)
-            said = job.labels.outputs(sorted(needed), rows, teacher_inputs, targets) if needed else {}
-        elif job.labels is not None and needed:
-            said = {LOGITS: job.labels.logits(rows, teacher_inputs, targets)}
-        with autocast(job.device, config.precision):
-            student_BC = self._net(inputs)
-        felt: dict[str, Tensor] = {}
-        if job.hints is not None:
-            student_BC, felt = student_BC
-        loss_B = loss(student_BC, said.get(LOGITS) if loss.needs_teacher else None, targets)
-        if job.hints is not None:
-            loss_B = loss_B + job.hints.losses(felt, said, progress)
-        return loss_B if job.sample_weights is None else loss_B * job.sample_weights[rows].to(loss_B.device)
 
     def _micro_batches(self, size: int) -> list[tuple[int, int]]:
         """(start, stop) of the parts of a batch that are computed one after another: alike in size, for batch norm."""
