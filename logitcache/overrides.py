@@ -1,13 +1,40 @@
-"""Keys of a pipeline laid over its file: `cache.encoding.k=20`."""
+"""A file that people write, and keys laid over it: `cache.encoding.k=20`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from logitcache.encodings import encoding_or_auto
 from logitcache.errors import UsageError
+
+
+def read_raw(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A file's mapping, named after the file where it has no name, with overrides on top.
+
+    Raises:
+        UsageError: no such file, no YAML, or an override that can't be laid over it.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"there is no pipeline file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"can't read the pipeline file {path}: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"{path} is no YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UsageError(
+            f"{path} holds {type(raw).__name__}; expected a mapping with data, views, teacher, cache, students"
+        )
+    raw.setdefault("name", path.stem)
+    for text in overrides:
+        override(raw, text)
+    return raw
 
 
 def override(raw: dict[str, Any], text: str) -> None:

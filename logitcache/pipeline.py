@@ -5,27 +5,30 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from logitcache.cache.card import Card
+from logitcache.catalog.parts import PartConfig
 from logitcache.data.transforms import normalise_spec
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import LogitCacheError, UsageError
 from logitcache.losses import Loss, loss_from_config
-from logitcache.overrides import override
+from logitcache.overrides import read_raw
 from logitcache.students.initialisation import init_from_config
 from logitcache.students.weighting import weights_config, weights_from_config
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a file that people write: keys that it does not have are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where the samples come from."""
 
     name: str
@@ -37,9 +40,15 @@ class DataConfig(_Section):
     args: dict[str, Any] = {}
     subset: bool = False
     """Train students on a part of the cached samples; otherwise a sample that is missing here is an error."""
+    part: PartConfig | None = None
+    """Take the place of one of several parties, whose parts of the training split have nothing in common."""
+
+    def identity(self) -> dict[str, Any]:
+        """The data as part of what a run is: not where they lie, nor what was not asked for."""
+        return self.model_dump(exclude={"root", "download"} | ({"part"} if self.part is None else set()))
 
 
-class ViewsConfig(_Section):
+class ViewsConfig(Section):
     """How the dataset is augmented, the same for teacher and students."""
 
     count: int = Field(default=1, ge=1)
@@ -56,7 +65,7 @@ class ViewsConfig(_Section):
         return None if value in (None, "clean", []) else normalise_spec(value)
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How one net is trained."""
 
     epochs: int = Field(default=10, ge=1)
@@ -94,7 +103,7 @@ class TrainConfig(_Section):
         return [value] if isinstance(value, int) else value
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """A net, by name."""
 
     model: str
@@ -126,7 +135,7 @@ class TeacherConfig(ModelConfig):
     """Overrides of the pipeline's `train` for `train-teacher`."""
 
 
-class CacheConfig(_Section):
+class CacheConfig(Section):
     """Where and how the labels are kept."""
 
     path: str
@@ -145,7 +154,7 @@ class CacheConfig(_Section):
         return encoding_or_auto(value).config() if isinstance(value, str | Mapping | Encoding | Auto) else value
 
 
-class TeachersConfig(_Section):
+class TeachersConfig(Section):
     """Several teachers at once: caches over the same views, whose labels are put together for each batch."""
 
     caches: list[str] = Field(min_length=2)
@@ -219,7 +228,7 @@ class StudentConfig(ModelConfig):
         return value
 
 
-class RunsConfig(_Section):
+class RunsConfig(Section):
     """Where runs leave their folders."""
 
     path: str = "runs"
@@ -234,7 +243,7 @@ class RunsConfig(_Section):
         return value
 
 
-class Pipeline(_Section):
+class Pipeline(Section):
     """A whole pipeline, as it was resolved."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
@@ -306,23 +315,7 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     Raises:
         UsageError: no such file, no YAML, an unknown key (the message names the nearest known one) or a bad value.
     """
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"there is no pipeline file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"can't read the pipeline file {path}: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"{path} is no YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise UsageError(
-            f"{path} holds {type(raw).__name__}; expected a mapping with data, views, teacher, cache, students"
-        )
-    raw.setdefault("name", path.stem)
-    for text in overrides:
-        override(raw, text)
-    return parse_pipeline(raw, source=str(path))
+    return parse_pipeline(read_raw(path, overrides), source=str(path))
 
 
 def parse_pipeline(raw: Mapping[str, Any], *, source: str) -> Pipeline:
@@ -331,20 +324,32 @@ def parse_pipeline(raw: Mapping[str, Any], *, source: str) -> Pipeline:
     Raises:
         UsageError: every problem found, one a line, each with its key.
     """
+    return parse(Pipeline, raw, source=source)
+
+
+_S = TypeVar("_S", bound=Section)
+
+
+def parse(schema: type[_S], raw: Mapping[str, Any], *, source: str) -> _S:
+    """Plain data held to a schema.
+
+    Raises:
+        UsageError: every problem found, one a line, each with its key.
+    """
     try:
-        return Pipeline.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as error:
-        lines = [_describe(problem, raw) for problem in error.errors()]
+        lines = [_describe(problem, schema) for problem in error.errors()]
         raise UsageError(f"{source}: " + "\n".join(lines)) from None
     except LogitCacheError as error:
         raise UsageError(f"{source}: {error}") from None
 
 
-def _describe(problem: Any, raw: Mapping[str, Any]) -> str:
+def _describe(problem: Any, schema: type[BaseModel]) -> str:
     location = [str(part) for part in problem["loc"]]
     dotted = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        return _unknown_key(dotted, location[-1], _known_keys(location[:-1]))
+        return _unknown_key(dotted, location[-1], _known_keys(schema, location[:-1]))
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"{dotted} is missing"
@@ -362,11 +367,16 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _known_keys(location: list[str]) -> list[str]:
+def _known_keys(schema: type[BaseModel], location: list[str]) -> list[str]:
     """The keys that the section at a location takes."""
-    section: Any = Pipeline
     for part in location:
-        if part.isdecimal():
-            continue
-        section = {"students": StudentConfig}.get(part) or section.model_fields[part].annotation
-    return list(section.model_fields)
+        if not part.isdecimal():
+            schema = _section_in(schema.model_fields[part].annotation) or schema
+    return list(schema.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds: itself, one or none, or a list of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((section for section in map(_section_in, get_args(annotation)) if section is not None), None)
