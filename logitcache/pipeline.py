@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from logitcache.cache.card import Card
 from logitcache.catalog.parts import PartConfig
 from logitcache.data.transforms import normalise_spec
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.entry_points import is_entry_point
-from logitcache.errors import LogitCacheError, UsageError
+from logitcache.errors import UsageError
 from logitcache.losses import Loss, loss_from_config
-from logitcache.overrides import read_raw
+from logitcache.overrides import nearest, parse, read_raw, unknown_key
 from logitcache.students.initialisation import init_from_config
 from logitcache.students.weighting import weights_config, weights_from_config
 
@@ -42,6 +41,10 @@ class DataConfig(Section):
     """Train students on a part of the cached samples; otherwise a sample that is missing here is an error."""
     part: PartConfig | None = None
     """Take the place of one of several parties, whose parts of the training split have nothing in common."""
+
+    def source(self) -> tuple[Any, ...]:
+        """What its samples are taken from, whichever of them: keys of one source name the same samples."""
+        return self.name, self.root, self.args
 
     def identity(self) -> dict[str, Any]:
         """The data as part of what a run is: not where they lie, nor what was not asked for."""
@@ -197,7 +200,7 @@ class StudentConfig(ModelConfig):
         known = list(TeachersConfig.model_fields)
         for key in value if isinstance(value, Mapping) else ():
             if key not in known:
-                raise ValueError(_unknown_key(str(key), str(key), known))
+                raise ValueError(unknown_key(str(key), str(key), known))
         if isinstance(value, Mapping):
             return TeachersConfig.model_validate(value)
         if value not in ("cache", "live") and not isinstance(value, TeachersConfig):
@@ -276,11 +279,7 @@ class Pipeline(Section):
 
     def train_config(self, owner: TeacherConfig | StudentConfig) -> TrainConfig:
         """The training settings of one net: the pipeline's, with its own on top."""
-        known = list(TrainConfig.model_fields)
-        for key in owner.train:
-            if key not in known:
-                raise ValueError(_unknown_key(f"train.{key}", key, known))
-        return TrainConfig.model_validate(self.train.model_dump() | owner.train)
+        return overridden(self.train, owner.train)
 
     def encoding(self) -> Encoding | Auto:
         """The cache's encoding, or what it is to be chosen by."""
@@ -297,7 +296,7 @@ class Pipeline(Section):
                 return student
         names = [student.name for student in self.students]
         raise UsageError(
-            f"no student {name!r} in pipeline {self.name}{_nearest(name, names)}; it has: {', '.join(names)}"
+            f"no student {name!r} in pipeline {self.name}{nearest(name, names)}; it has: {', '.join(names)}"
         )
 
     def loss(self, student: StudentConfig) -> Loss:
@@ -307,6 +306,19 @@ class Pipeline(Section):
     def as_yaml(self) -> str:
         """The resolved pipeline, every default written out."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def overridden(settings: TrainConfig, overrides: Mapping[str, Any]) -> TrainConfig:
+    """Training settings with some of them changed.
+
+    Raises:
+        ValueError: an unknown key, or a bad value.
+    """
+    known = list(TrainConfig.model_fields)
+    for key in overrides:
+        if key not in known:
+            raise ValueError(unknown_key(f"train.{key}", key, known))
+    return TrainConfig.model_validate(settings.model_dump() | dict(overrides))
 
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
@@ -325,58 +337,3 @@ def parse_pipeline(raw: Mapping[str, Any], *, source: str) -> Pipeline:
         UsageError: every problem found, one a line, each with its key.
     """
     return parse(Pipeline, raw, source=source)
-
-
-_S = TypeVar("_S", bound=Section)
-
-
-def parse(schema: type[_S], raw: Mapping[str, Any], *, source: str) -> _S:
-    """Plain data held to a schema.
-
-    Raises:
-        UsageError: every problem found, one a line, each with its key.
-    """
-    try:
-        return schema.model_validate(raw)
-    except ValidationError as error:
-        lines = [_describe(problem, schema) for problem in error.errors()]
-        raise UsageError(f"{source}: " + "\n".join(lines)) from None
-    except LogitCacheError as error:
-        raise UsageError(f"{source}: {error}") from None
-
-
-def _describe(problem: Any, schema: type[BaseModel]) -> str:
-    location = [str(part) for part in problem["loc"]]
-    dotted = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        return _unknown_key(dotted, location[-1], _known_keys(schema, location[:-1]))
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "missing":
-        return f"{dotted} is missing"
-    given = problem.get("input")
-    shown = f" (found {given!r})" if isinstance(given, str | int | float | bool) else ""
-    return f"{dotted}: {message}{shown}" if dotted else message
-
-
-def _unknown_key(dotted: str, key: str, known: list[str]) -> str:
-    return f"unknown key {dotted!r}{_nearest(key, known)}; expected one of: {', '.join(known)}"
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _known_keys(schema: type[BaseModel], location: list[str]) -> list[str]:
-    """The keys that the section at a location takes."""
-    for part in location:
-        if not part.isdecimal():
-            schema = _section_in(schema.model_fields[part].annotation) or schema
-    return list(schema.model_fields)
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds: itself, one or none, or a list of them."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((section for section in map(_section_in, get_args(annotation)) if section is not None), None)

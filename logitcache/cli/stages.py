@@ -17,6 +17,7 @@ from logitcache.cli.printing import (
     print_plan,
     print_rows,
     print_steps,
+    print_turns,
 )
 from logitcache.errors import UsageError
 
@@ -135,6 +136,29 @@ def run_command(
     else:
         rows = run_pipeline(loaded, trust=trust)
         show({"rows": [dataclasses.asdict(row) for row in rows]}, as_json, lambda: print_rows(rows))
+
+
+@app.command("federate")
+def federate_command(
+    file: Annotated[
+        Path, typer.Argument(metavar="PIPELINE", help="A federation file, such as pipelines/federated_mnist.yaml.")
+    ],
+    overrides: OverridesArgument = None,
+    party: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Do the work of this party only; of all in turn by default.")
+    ] = None,
+    wait: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="How long to wait for the others in each round.")
+    ] = 3600.0,
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Federated distillation: parties exchange logits on a public set, in rounds. Interrupted? Run it again."""
+    from logitcache.federation.configuration import load_federation
+    from logitcache.federation.rounds import federate
+
+    outcomes = federate(load_federation(file, overrides or ()), party=party, wait=wait, trust=trust)
+    show({"turns": [dataclasses.asdict(each) for each in outcomes]}, as_json, lambda: print_turns(outcomes))
 
 
 @app.command("demo")

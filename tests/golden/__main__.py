@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 import logitcache
-from logitcache import creation
-from logitcache.manifest import FORMAT_VERSION
+from logitcache.cache import creation
+from logitcache.cache.manifest import FORMAT_VERSION
 
 HERE = Path(__file__).parent
 VIEWS, SAMPLES, CLASSES = 2, 12, 40
