@@ -89,9 +89,12 @@ def cache_teacher_command(
     from logitcache.cache.summary import summarise
     from logitcache.cache_teacher import cache_teacher
     from logitcache.pipeline import load_pipeline
+    from logitcache.training.ranks import is_first_process
 
     loaded = load_pipeline(pipeline, overrides or ())
     result = cache_teacher(loaded, trust=trust)
+    if not is_first_process():
+        return
     summary = cache_summary(summarise(loaded.cache.path))
     summary |= {"computed_blocks": len(result.computed_blocks), "total_blocks": result.total_blocks}
     show(summary, as_json, lambda: print_mapping(loaded.cache.path, summary))
