@@ -327,7 +327,10 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     Raises:
         UsageError: no such file, no YAML, an unknown key (the message names the nearest known one) or a bad value.
     """
-    return parse_pipeline(read_raw(path, overrides), source=str(path))
+    raw = read_raw(path, overrides)
+    if "parties" in raw:
+        raise UsageError(f"{path} has parties, so it is a federation's file: run `logitcache federate` on it")
+    return parse_pipeline(raw, source=str(path))
 
 
 def parse_pipeline(raw: Mapping[str, Any], *, source: str) -> Pipeline:

@@ -8,6 +8,7 @@ is `logitcache train-student PIPELINE` with two processes, of which one dies in 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 
@@ -31,14 +32,12 @@ def die_in_step(kill_at: int) -> None:
     Updates.apply = dying  # type: ignore[method-assign]
 
 
-def die_at_put(kill_at: int) -> None:
-    """Where the so-manieth object would be stored, counted from 0."""
-    put, count = LocalStorage.put, -1
+def die_at_put(pattern: str) -> None:
+    """Where an object would be stored whose path matches."""
+    put = LocalStorage.put
 
     def dying(storage: LocalStorage, key: str, data: bytes, *, durable: bool = True) -> None:
-        nonlocal count
-        count += 1
-        if count == kill_at:
+        if re.search(pattern, f"{storage.url}/{key}"):
             die()
         put(storage, key, data, durable=durable)
 

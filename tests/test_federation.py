@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import platform
 import signal
 import sys
@@ -28,10 +27,10 @@ from logitcache.errors import IdentityMismatch, InvalidLogits, PartyMissing, Usa
 from logitcache.federation.configuration import Federation, load_federation
 from logitcache.federation.rounds import Turn, federate
 from logitcache.overrides import override, parse
-from logitcache.pipeline import DataConfig
+from logitcache.pipeline import DataConfig, load_pipeline
 from logitcache.resolve import resolve_data
-from logitcache.storage import LocalStorage
 from logitcache.trust.audit import verify
+from tests.dying import die_at_put
 from tests.test_stages import same, weights
 
 SPLIT = {"public": 0.5, "of": 2, "alpha": 0.3}
@@ -51,7 +50,7 @@ TWO: dict[str, Any] = {
         },
         {
             "name": "b",
-            "net": {"model": "tests.models:dropout_norm_mlp"},
+            "net": {"model": "tests.models:dropout_norm_mlp", "input": [{"Normalize": {"mean": [0.5], "std": [0.5]}}]},
             "data": {**PICTURES, "part": {**SPLIT, "index": 1}},
             "weight": 2,
         },
@@ -108,6 +107,22 @@ def test_parties_that_take_turns_end_as_parties_on_their_own_do_and_nobody_repea
     assert [turn.accuracy for turn in turns] == [each.accuracy for pair in zip(a, b, strict=True) for each in pair]
 
 
+def test_a_party_waits_for_the_others(two: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the other one is done by the time that it looks again."""
+    federation = two("rounds=1")
+    other = Turn(federation, federation.party("b"), 1)
+    waited = []
+
+    def meanwhile(seconds: float) -> None:
+        waited.append(seconds)
+        other.speak(trust=False)
+
+    monkeypatch.setattr("logitcache.federation.exchange.time.sleep", meanwhile)
+
+    assert 1 == len(federate(federation, party="a", wait=60))
+    assert [2.0] == waited
+
+
 def test_a_round_teaches_a_party_what_it_has_no_sample_of(two: Make) -> None:
     """Digits 5 to 9 are the other party's alone; only its logits on the public set can tell of them."""
     digits = {"name": "digits", "validation": 0.2}
@@ -154,32 +169,25 @@ def test_nothing_but_logits_of_the_public_set_leaves(two: Make) -> None:
             assert [] == [word for word in private_words if word.encode() in text], name
 
 
-STAGES = ("a/round-001/a.cache/labels.zarr/logits/c/1/0", "shared/round-001/b.cache/receipts.json", "a/round-001/b.cache/receipts.json",
-          "metrics.csv")  # fmt: skip
-"""What is stored as a party caches, publishes, takes another's cache, and (the first epoch being over) listens."""
+STAGES = {
+    "caching": r"/a/round-001/a\.cache/.*/c/1/0",
+    "publishing": r"shared/round-001/b\.cache/receipts\.json",
+    "taking another's cache": r"/a/round-001/b\.cache/receipts\.json",
+    "listening": r"digested/a/.*/metrics\.csv",
+}
+"""What is about to be stored when a player is killed."""
 
 
-def kill_at(federation: Federation, stage: str) -> None:
-    """Play, and send SIGKILL to this very process where it would store a certain object."""
-    stored = LocalStorage.put
-
-    def dying(storage: LocalStorage, key: str, data: bytes, *, durable: bool = True) -> None:
-        if (
-            f"{storage.url}/{key}".partition(federation.path)[2].startswith(f"/{stage}")
-            or stage == key == "metrics.csv"
-        ):
-            os.kill(os.getpid(), signal.SIGKILL)
-        stored(storage, key, data, durable=durable)
-
-    LocalStorage.put = dying  # type: ignore[method-assign]
+def play_until(federation: Federation, pattern: str) -> None:
+    die_at_put(pattern)
     federate(federation)
 
 
 def test_a_federation_that_is_killed_goes_on_to_the_same_weights(two: Make, forks: BaseContext) -> None:
     whole, pieces = two("rounds=1"), two("rounds=1", folder="pieces")
     federate(whole)
-    for stage in STAGES:
-        process = forks.Process(target=kill_at, args=(pieces, stage))  # type: ignore[attr-defined]
+    for stage, pattern in STAGES.items():
+        process = forks.Process(target=play_until, args=(pieces, pattern))  # type: ignore[attr-defined]
         process.start()
         process.join()
         assert -signal.SIGKILL == process.exitcode, stage
@@ -300,8 +308,12 @@ def test_the_command_plays_a_file(two: Make, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_example_is_a_federation() -> None:
-    federation = load_federation(Path(__file__).parent.parent / "pipelines/federated_mnist.yaml")
+    file = Path(__file__).parent.parent / "pipelines/federated_mnist.yaml"
+    federation = load_federation(file)
 
+    assert federation == Federation.model_validate(yaml.safe_load(yaml.safe_dump(federation.model_dump())))
+    with pytest.raises(UsageError, match="is a federation's file: run `logitcache federate` on it"):
+        load_pipeline(file)
     assert 3 <= len({party.net.model + str(party.net.args) for party in federation.parties if party.net})
 
 

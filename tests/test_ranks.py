@@ -26,7 +26,6 @@ import torch
 
 import logitcache
 from logitcache import progress
-
 from logitcache.cache_teacher import cache_teacher
 from logitcache.overrides import override
 from logitcache.pipeline import Pipeline, parse_pipeline
@@ -104,7 +103,7 @@ def test_several_processes_of_which_one_is_killed_go_on_to_the_same_weights(tiny
 
 
 def as_rank(
-    rank: int, port: int, victim: tuple[int, Callable[[int], None], int], work: Callable[..., Any], *args: Any
+    rank: int, port: int, victim: tuple[int, Callable[[Any], None], Any], work: Callable[..., Any], *args: Any
 ) -> None:
     """One of two processes, of which one may die: (its rank, how, when)."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "forked"}
@@ -118,7 +117,7 @@ NOBODY = (-1, die_in_step, 0)
 
 
 def two_processes(
-    forks: BaseContext, work: Callable[..., Any], *args: Any, victim: tuple[int, Callable[[int], None], int] = NOBODY
+    forks: BaseContext, work: Callable[..., Any], *args: Any, victim: tuple[int, Callable[[Any], None], Any] = NOBODY
 ) -> bool:
     """Run work in two processes; as `torchrun` does, end the other when one dies. Whether both ended well."""
     port = free_port()
@@ -127,13 +126,14 @@ def two_processes(
         process.start()
     while any(process.is_alive() for process in processes):
         wait([process.sentinel for process in processes if process.is_alive()])
-        if any(process.exitcode for process in processes):
+        ended = [process.exitcode for process in processes]
+        if any(ended):
+            assert victim is NOBODY or ended[victim[0]] == -signal.SIGKILL
             for process in processes:
                 process.kill()
     for process in processes:
         process.join()
-    if victim is not NOBODY:
-        assert -signal.SIGKILL == processes[victim[0]].exitcode
+    assert victim is NOBODY or any(process.exitcode for process in processes), "the victim lives"
     return not any(process.exitcode for process in processes)
 
 
@@ -158,17 +158,11 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert same(weights(one, "best"), weights(other, "best"))
 
 
-CACHES = {
-    "dense": "cache.encoding=Dense(dtype='float32')",
-    "fitted to the teacher": "cache.encoding=LowRank(rank=4, k=2)",
-}
-
-
 def test_a_cache_of_several_processes_is_the_cache_of_one(tiny: Make, tmp_path: Path) -> None:
-    """Under `torchrun`, three processes for eleven blocks; the first one speaks."""
+    """Under `torchrun`, two processes for eleven blocks; the first one speaks."""
     blocks = ["views.count=1", "cache.rows_per_block=120", "cache.encoding=LowRank(rank=4, k=2)"]
     digest = cache_teacher(tiny(*blocks)).manifest.digest
-    done = torchrun(3, tiny(*blocks, f"cache.path={tmp_path}/shared.cache"), "cache-teacher", "--json")
+    done = torchrun(2, tiny(*blocks, f"cache.path={tmp_path}/shared.cache"), "cache-teacher", "--json")
     assert 0 == done.returncode, done.stderr
     told = json.loads(done.stdout)
 
@@ -176,21 +170,21 @@ def test_a_cache_of_several_processes_is_the_cache_of_one(tiny: Make, tmp_path: 
     assert [] == verify(str(tmp_path / "shared.cache"), deep=True)
 
 
-@pytest.mark.parametrize("encoding", CACHES.values(), ids=CACHES)
 def test_either_of_two_builders_killed_again_and_again_leaves_the_same_cache(
-    tiny: Make, tmp_path: Path, forks: BaseContext, encoding: str
+    tiny: Make, tmp_path: Path, forks: BaseContext
 ) -> None:
     """As the cache begins, in its blocks, and as it is sealed; views that are added are shared out as well."""
+    encoding = "cache.encoding=LowRank(rank=4, k=2)"
     digests = [cache_teacher(tiny(encoding, f"views.count={count}")).manifest.digest for count in (1, 2)]
     path = tmp_path / "pieces.cache"
     grown = [
         tiny(encoding, f"cache.path={path}", "cache.rows_per_block=256", f"views.count={count}") for count in (1, 2)
     ]
-    for rank, put in ((0, 2), (1, 1), (0, 7), (1, 3)):
-        assert not two_processes(forks, cache_teacher, grown[0], victim=(rank, die_at_put, put))
+    for rank, key in ((0, "zarr.json"), (1, "receipts/v"), (0, "/c/0/"), (0, "receipts.json"), (0, "README.md")):
+        assert not two_processes(forks, cache_teacher, grown[0], victim=(rank, die_at_put, key))
     assert two_processes(forks, cache_teacher, grown[0])
     assert digests[0] == logitcache.open(path).digest
-    assert not two_processes(forks, cache_teacher, grown[1], victim=(1, die_at_put, 2))
+    assert not two_processes(forks, cache_teacher, grown[1], victim=(1, die_at_put, "/c/1/"))
     assert two_processes(forks, cache_teacher, grown[1])
 
     assert digests[1] == logitcache.open(path).digest
