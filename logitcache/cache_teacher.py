@@ -78,7 +78,7 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
             if ours:
                 run_blocks(pipeline, writer, ours, teacher, views, device)
             writer.flush()
-            ranks.wait()
+            ranks.wait()  # until all blocks are there
             manifest = ranks.from_first(writer.seal)
         finally:
             writer.close()

@@ -17,8 +17,10 @@ import pytest
 import torch
 import yaml
 
+from logitcache.cache.ensemble import merged_parts
 from logitcache.cache.reader import open_cache
 from logitcache.cache.writer import CacheWriter, _OpenBlock
+from logitcache.cache_teacher import cache_teacher
 from logitcache.catalog.datasets import load_data
 from logitcache.catalog.parts import PartConfig, samples_of_part
 from logitcache.cli.stages import federate_command
@@ -26,9 +28,11 @@ from logitcache.data.samples import sample_table
 from logitcache.errors import IdentityMismatch, InvalidLogits, PartyMissing, UsageError
 from logitcache.federation.configuration import Federation, load_federation
 from logitcache.federation.rounds import Turn, federate
+from logitcache.merging.merge import merge
 from logitcache.overrides import override, parse
-from logitcache.pipeline import DataConfig, load_pipeline
+from logitcache.pipeline import DataConfig, Pipeline, load_pipeline
 from logitcache.resolve import resolve_data
+from logitcache.sharing.transfer import push
 from logitcache.trust.audit import verify
 from tests.dying import die_at_put
 from tests.test_stages import same, weights
@@ -167,6 +171,23 @@ def test_nothing_but_logits_of_the_public_set_leaves(two: Make) -> None:
         for name in files:
             text = (path / name).read_bytes()
             assert [] == [word for word in private_words if word.encode() in text], name
+
+
+def test_an_anonymous_push_takes_back_what_an_earlier_one_said(tiny: Callable[..., Pipeline], tmp_path: Path) -> None:
+    """Of a merged cache, too, whose parts it still names, but not where they lay."""
+    for seed in (1, 2):
+        cache_teacher(tiny(f"teacher.args.hidden=[{seed}]", f"cache.path={tmp_path}/{seed}.cache"))
+    merge([f"{tmp_path}/1.cache", f"{tmp_path}/2.cache"], tmp_path / "mean.cache")
+    there = str(tmp_path / "there.cache")
+    push(f"{tmp_path}/mean.cache", there)
+    assert str(tmp_path) in (tmp_path / "there.cache/manifest.json").read_text()
+    first, second = push(f"{tmp_path}/mean.cache", there, anonymous=True), open_cache(there)
+
+    assert str(tmp_path) not in (tmp_path / "there.cache/manifest.json").read_text()
+    assert {"created", "python", "versions", "merged"} == set(second.manifest.provenance)
+    assert ["", ""] == [part.location for part in merged_parts(second.manifest)]
+    assert (first.digest, []) == (second.digest, verify(there, deep=True))
+    assert "host" in open_cache(f"{tmp_path}/mean.cache").manifest.provenance
 
 
 STAGES = {

@@ -38,9 +38,6 @@ from logitcache.train_student import train_students, train_teacher
 from logitcache.training.ranks import launched
 from logitcache.training.runs import RESULT
 
-DEFAULT_WAIT = 3600.0
-"""Seconds that a party waits for the others in each round."""
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -61,14 +58,14 @@ class Outcome:
 
 
 def federate(
-    federation: Federation, *, party: str | None = None, wait: float = DEFAULT_WAIT, trust: bool = False
+    federation: Federation, *, party: str | None = None, wait: float = 0.0, trust: bool = False
 ) -> list[Outcome]:
     """Play a federation to its end, from wherever it was left.
 
     Args:
         federation: its public set, its parties and its rounds.
         party: whose work to do; that of all parties in turn if None.
-        wait: seconds to wait for the others' caches in each round, where one party's work is done.
+        wait: seconds to wait for the others' caches in each round, where one party's work is done; 0 looks once.
         trust: run entry points from outside the working folder.
 
     Raises:
