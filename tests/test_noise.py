@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import logitcache
-from logitcache import opinions as opinions_module
+from logitcache.cache import opinions as opinions_module
 from logitcache.cache.ground_truth import MixingOfCache
 from logitcache.cache.opinions import OpinionsOfCache
 from logitcache.catalog.datasets import load_data

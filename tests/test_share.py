@@ -20,7 +20,7 @@ from obstore.exceptions import NotSupportedError
 from torch import Tensor
 
 import logitcache
-from logitcache import objects
+from logitcache.cache import objects
 from logitcache.cache.layout import Block, group_metadata
 from logitcache.cache.objects import entry_name
 from logitcache.cache.summary import find_caches, summarise
