@@ -26,6 +26,7 @@ from logitcache.inference import calibrate, output_shapes, teacher_outputs
 from logitcache.pipeline import Pipeline
 from logitcache.progress import track
 from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
+from logitcache.training.ranks import joined
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class CacheResult:
 def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
     """Compute the blocks of a pipeline's cache that are not there yet, and seal it.
 
-    Idempotent: interrupted, it is run again and goes on at the first missing block.
+    Idempotent: interrupted, it is run again and goes on at the first missing block. Of several processes that
+    `torchrun` started the first begins the cache and seals it, and each computes its share of the missing blocks.
 
     Raises:
         LogitCacheError: before any teacher work, where data, teacher or an existing cache don't fit the pipeline.
@@ -51,33 +53,41 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
     teacher, fingerprint = resolve_teacher(pipeline, data, plan, trust=trust)
     outputs = pipeline.cache.outputs
     declared = declared_outputs(outputs, output_shapes(pipeline, teacher, ViewDataset(data.train, plan)))
-    samples = identify_samples(data.train, pipeline.cache.path, num_workers=pipeline.num_workers)
-    views = ViewDataset(data.train, replace(plan, contents=samples.contents))
-    writer = create(
-        pipeline.cache.path,
-        num_samples=len(data.train),
-        num_classes=data.num_classes,
-        num_views=pipeline.views.count,
-        encoding=pipeline.encoding(),
-        outputs=declared,
-        logits_source=sources_of(outputs).get(LOGITS),
-        calibration=lambda: calibrate(pipeline, teacher, views, device),
-        teacher=fingerprint,
-        samples=samples,
-        view_plan=plan,
-        precision=pipeline.teacher.precision,
-        class_names=data.class_names,
-        rows_per_block=pipeline.cache.rows_per_block,
-        card=pipeline.cache.card if pipeline.cache.card.stated() else None,
-    )
-    with writer:
-        missing = writer.missing_blocks()
-        if missing:
-            run_blocks(pipeline, writer, missing, teacher, views, device)
-        manifest = writer.seal()
-    return CacheResult(
-        manifest, sorted(writer.committed_blocks), total_blocks=sum(1 for _ in all_blocks(writer.layout))
-    )
+    with joined(device) as ranks:
+        if ranks.rank:
+            ranks.wait()  # until the first one has begun the cache, with all that is stored once
+        samples = identify_samples(data.train, pipeline.cache.path, num_workers=pipeline.num_workers)
+        views = ViewDataset(data.train, replace(plan, contents=samples.contents))
+        writer = create(
+            pipeline.cache.path,
+            num_samples=len(data.train),
+            num_classes=data.num_classes,
+            num_views=pipeline.views.count,
+            encoding=pipeline.encoding(),
+            outputs=declared,
+            logits_source=sources_of(outputs).get(LOGITS),
+            calibration=lambda: calibrate(pipeline, teacher, views, device),
+            teacher=fingerprint,
+            samples=samples,
+            view_plan=plan,
+            precision=pipeline.teacher.precision,
+            class_names=data.class_names,
+            rows_per_block=pipeline.cache.rows_per_block,
+            card=pipeline.cache.card if pipeline.cache.card.stated() else None,
+        )
+        try:
+            if not ranks.rank:
+                ranks.wait()
+            missing = ranks.from_first(writer.missing_blocks)
+            ours = missing[ranks.rank :: ranks.size]
+            if ours:
+                run_blocks(pipeline, writer, ours, teacher, views, device)
+            writer.flush()
+            ranks.wait()  # until all blocks are there
+            manifest = ranks.from_first(writer.seal)
+        finally:
+            writer.close()
+    return CacheResult(manifest, sorted(missing), total_blocks=sum(1 for _ in all_blocks(writer.layout)))
 
 
 def run_blocks(

@@ -47,6 +47,10 @@ class IncompleteCache(LogitCacheError, RuntimeError):
     """Blocks are missing; running `cache-teacher` again computes them."""
 
 
+class PartyMissing(LogitCacheError, TimeoutError):
+    """Another party's cache is not there yet; the same command goes on when it is."""
+
+
 class CorruptCache(LogitCacheError, ValueError):
     """Stored bytes are not the bytes that were written."""
 

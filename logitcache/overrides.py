@@ -1,13 +1,42 @@
-"""Keys of a pipeline laid over its file: `cache.encoding.k=20`."""
+"""A file that people write: read, keys such as `cache.encoding.k=20` laid over it, and held to its schema."""
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from logitcache.encodings import encoding_or_auto
-from logitcache.errors import UsageError
+from logitcache.errors import LogitCacheError, UsageError
+
+
+def read_raw(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A file's mapping, named after the file where it has no name, with overrides on top.
+
+    Raises:
+        UsageError: no such file, no YAML, or an override that can't be laid over it.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"there is no pipeline file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"can't read the pipeline file {path}: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"{path} is no YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UsageError(
+            f"{path} holds {type(raw).__name__}; expected a mapping with data, views, teacher, cache, students"
+        )
+    raw.setdefault("name", path.stem)
+    for text in overrides:
+        override(raw, text)
+    return raw
 
 
 def override(raw: dict[str, Any], text: str) -> None:
@@ -46,3 +75,60 @@ def _position(items: list[Any], key: str, dotted: str) -> int:
     if key.isdecimal() and int(key) < len(items):
         return int(key)
     raise UsageError(f"{dotted}: no item {key!r}; expected a number below {len(items)} or one of {names}")
+
+
+_S = TypeVar("_S", bound=BaseModel)
+
+
+def parse(schema: type[_S], raw: Mapping[str, Any], *, source: str) -> _S:
+    """Plain data held to a schema.
+
+    Raises:
+        UsageError: every problem found, one a line, each with its key.
+    """
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        lines = [_describe(problem, schema) for problem in error.errors()]
+        raise UsageError(f"{source}: " + "\n".join(lines)) from None
+    except LogitCacheError as error:
+        raise UsageError(f"{source}: {error}") from None
+
+
+def _describe(problem: Any, schema: type[BaseModel]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    dotted = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        return unknown_key(dotted, location[-1], _known_keys(schema, location[:-1]))
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{dotted} is missing"
+    given = problem.get("input")
+    shown = f" (found {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"{dotted}: {message}{shown}" if dotted else message
+
+
+def unknown_key(dotted: str, key: str, known: list[str]) -> str:
+    """What is wrong with a key that a section does not have, and which one may be meant."""
+    return f"unknown key {dotted!r}{nearest(key, known)}; expected one of: {', '.join(known)}"
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The known word that is most like another, as a question; nothing where none is."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _known_keys(schema: type[BaseModel], location: list[str]) -> list[str]:
+    """The keys that the section at a location takes."""
+    for part in location:
+        if not part.isdecimal():
+            schema = _section_in(schema.model_fields[part].annotation) or schema
+    return list(schema.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds: itself, one or none, or a list of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((section for section in map(_section_in, get_args(annotation)) if section is not None), None)

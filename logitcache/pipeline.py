@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from logitcache.cache.card import Card
 from logitcache.catalog.outputs import outputs_config
+from logitcache.catalog.parts import PartConfig
 from logitcache.data.transforms import normalise_spec
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.entry_points import is_entry_point
-from logitcache.errors import LogitCacheError, UsageError
+from logitcache.errors import UsageError
 from logitcache.losses import Loss, loss_from_config
-from logitcache.overrides import override
+from logitcache.overrides import nearest, parse, read_raw, unknown_key
 from logitcache.students.hints import hints_config
 from logitcache.students.initialisation import init_from_config
 from logitcache.students.weighting import weights_config, weights_from_config
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a file that people write: keys that it does not have are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where the samples come from."""
 
     name: str
@@ -39,9 +41,19 @@ class DataConfig(_Section):
     args: dict[str, Any] = {}
     subset: bool = False
     """Train students on a part of the cached samples; otherwise a sample that is missing here is an error."""
+    part: PartConfig | None = None
+    """Take the place of one of several parties, whose parts of the training split have nothing in common."""
+
+    def source(self) -> tuple[Any, ...]:
+        """What its samples are taken from, whichever of them: keys of one source name the same samples."""
+        return self.name, self.root, self.args
+
+    def identity(self) -> dict[str, Any]:
+        """The data as part of what a run is: not where they lie, nor what was not asked for."""
+        return self.model_dump(exclude={"root", "download"} | ({"part"} if self.part is None else set()))
 
 
-class ViewsConfig(_Section):
+class ViewsConfig(Section):
     """How the dataset is augmented, the same for teacher and students."""
 
     count: int = Field(default=1, ge=1)
@@ -58,7 +70,7 @@ class ViewsConfig(_Section):
         return None if value in (None, "clean", []) else normalise_spec(value)
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How one net is trained."""
 
     epochs: int = Field(default=10, ge=1)
@@ -96,7 +108,7 @@ class TrainConfig(_Section):
         return [value] if isinstance(value, int) else value
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """A net, by name."""
 
     model: str
@@ -128,7 +140,7 @@ class TeacherConfig(ModelConfig):
     """Overrides of the pipeline's `train` for `train-teacher`."""
 
 
-class CacheConfig(_Section):
+class CacheConfig(Section):
     """Where and how the labels are kept."""
 
     path: str
@@ -154,7 +166,7 @@ class CacheConfig(_Section):
         return outputs_config(value)
 
 
-class TeachersConfig(_Section):
+class TeachersConfig(Section):
     """Several teachers at once: caches over the same views, whose labels are put together for each batch."""
 
     caches: list[str] = Field(min_length=2)
@@ -199,7 +211,7 @@ class StudentConfig(ModelConfig):
         known = list(TeachersConfig.model_fields)
         for key in value if isinstance(value, Mapping) else ():
             if key not in known:
-                raise ValueError(_unknown_key(str(key), str(key), known))
+                raise ValueError(unknown_key(str(key), str(key), known))
         if isinstance(value, Mapping):
             return TeachersConfig.model_validate(value)
         if value not in ("cache", "live") and not isinstance(value, TeachersConfig):
@@ -237,7 +249,7 @@ class StudentConfig(ModelConfig):
         return value
 
 
-class RunsConfig(_Section):
+class RunsConfig(Section):
     """Where runs leave their folders."""
 
     path: str = "runs"
@@ -252,7 +264,7 @@ class RunsConfig(_Section):
         return value
 
 
-class Pipeline(_Section):
+class Pipeline(Section):
     """A whole pipeline, as it was resolved."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
@@ -285,11 +297,7 @@ class Pipeline(_Section):
 
     def train_config(self, owner: TeacherConfig | StudentConfig) -> TrainConfig:
         """The training settings of one net: the pipeline's, with its own on top."""
-        known = list(TrainConfig.model_fields)
-        for key in owner.train:
-            if key not in known:
-                raise ValueError(_unknown_key(f"train.{key}", key, known))
-        return TrainConfig.model_validate(self.train.model_dump() | owner.train)
+        return overridden(self.train, owner.train)
 
     def encoding(self) -> Encoding | Auto:
         """The cache's encoding, or what it is to be chosen by."""
@@ -306,7 +314,7 @@ class Pipeline(_Section):
                 return student
         names = [student.name for student in self.students]
         raise UsageError(
-            f"no student {name!r} in pipeline {self.name}{_nearest(name, names)}; it has: {', '.join(names)}"
+            f"no student {name!r} in pipeline {self.name}{nearest(name, names)}; it has: {', '.join(names)}"
         )
 
     def loss(self, student: StudentConfig) -> Loss:
@@ -318,28 +326,28 @@ class Pipeline(_Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
+def overridden(settings: TrainConfig, overrides: Mapping[str, Any]) -> TrainConfig:
+    """Training settings with some of them changed.
+
+    Raises:
+        ValueError: an unknown key, or a bad value.
+    """
+    known = list(TrainConfig.model_fields)
+    for key in overrides:
+        if key not in known:
+            raise ValueError(unknown_key(f"train.{key}", key, known))
+    return TrainConfig.model_validate(settings.model_dump() | dict(overrides))
+
+
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     """Read a pipeline file and lay overrides such as `cache.encoding.k=20` on top.
 
     Raises:
         UsageError: no such file, no YAML, an unknown key (the message names the nearest known one) or a bad value.
     """
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"there is no pipeline file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"can't read the pipeline file {path}: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"{path} is no YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise UsageError(
-            f"{path} holds {type(raw).__name__}; expected a mapping with data, views, teacher, cache, students"
-        )
-    raw.setdefault("name", path.stem)
-    for text in overrides:
-        override(raw, text)
+    raw = read_raw(path, overrides)
+    if "parties" in raw:
+        raise UsageError(f"{path} has parties, so it is a federation's file: run `logitcache federate` on it")
     return parse_pipeline(raw, source=str(path))
 
 
@@ -349,42 +357,4 @@ def parse_pipeline(raw: Mapping[str, Any], *, source: str) -> Pipeline:
     Raises:
         UsageError: every problem found, one a line, each with its key.
     """
-    try:
-        return Pipeline.model_validate(raw)
-    except ValidationError as error:
-        lines = [_describe(problem, raw) for problem in error.errors()]
-        raise UsageError(f"{source}: " + "\n".join(lines)) from None
-    except LogitCacheError as error:
-        raise UsageError(f"{source}: {error}") from None
-
-
-def _describe(problem: Any, raw: Mapping[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"]]
-    dotted = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        return _unknown_key(dotted, location[-1], _known_keys(location[:-1]))
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "missing":
-        return f"{dotted} is missing"
-    given = problem.get("input")
-    shown = f" (found {given!r})" if isinstance(given, str | int | float | bool) else ""
-    return f"{dotted}: {message}{shown}" if dotted else message
-
-
-def _unknown_key(dotted: str, key: str, known: list[str]) -> str:
-    return f"unknown key {dotted!r}{_nearest(key, known)}; expected one of: {', '.join(known)}"
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _known_keys(location: list[str]) -> list[str]:
-    """The keys that the section at a location takes."""
-    section: Any = Pipeline
-    for part in location:
-        if part.isdecimal():
-            continue
-        section = {"students": StudentConfig}.get(part) or section.model_fields[part].annotation
-    return list(section.model_fields)
+    return parse(Pipeline, raw, source=source)

@@ -38,6 +38,7 @@ def resolve_data(pipeline: Pipeline, *, trust: bool) -> Data:
         download=config.download,
         validation=config.validation,
         args=config.args,
+        part=config.part,
         trust=trust,
     )
 

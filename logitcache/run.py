@@ -46,12 +46,12 @@ def run_pipeline(pipeline: Pipeline, *, trust: bool = False) -> list[Row]:
     """Teacher, cache and students of a pipeline; each stage goes on from where it was left.
 
     Raises:
-        UsageError: under `torchrun`, whose processes would all build the cache.
+        UsageError: under `torchrun`, which starts the processes of one stage.
     """
     if launched():
         raise UsageError(
-            "`run` builds the cache as well, which one process does; run `logitcache cache-teacher` alone, and "
-            "torchrun with train-teacher and train-student"
+            "`run` takes one stage after another in one process; with torchrun start the stages one by one: "
+            "train-teacher, cache-teacher, train-student"
         )
     if pipeline.teacher.weights == TRAINED:
         train_teacher(pipeline, trust=trust)

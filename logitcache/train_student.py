@@ -98,7 +98,7 @@ def train_teacher(pipeline: Pipeline, *, trust: bool = False) -> dict[str, Any]:
                 identity={
                     "teacher": config.model_dump(exclude={"batch_size", "compile", "channels_last", "precision"}),
                     "train": settings.model_dump(exclude={"seeds"}) | {"seed": seed},
-                    "data": pipeline.data.model_dump(exclude={"root", "download"}),
+                    "data": pipeline.data.identity(),
                     "views": pipeline.views.model_dump(exclude={"count"}),
                 },
                 resolved=pipeline.as_yaml(),
@@ -183,7 +183,7 @@ class Bench:
         identity: dict[str, Any] = {
             "student": student_identity(student),
             "train": settings.model_dump(exclude={"seeds"}) | {"seed": seed},
-            "data": pipeline.data.model_dump(exclude={"root", "download"}),
+            "data": pipeline.data.identity(),
             "views": pipeline.views.model_dump(exclude={"count"}),
         }
         chosen = indices = self._chosen(student)

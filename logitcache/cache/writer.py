@@ -204,6 +204,8 @@ class CacheWriter:
                 self.storage.remove_leftovers()  # of a writer that was killed as it wrote the card
                 write_card(self._written())
             return self.manifest
+        if self.missing_blocks():
+            self._receipts |= collect_receipts(self.storage, self.manifest)  # another writer may have had them
         missing = self.missing_blocks()
         if missing:
             raise IncompleteCache(self._describe_missing(missing))

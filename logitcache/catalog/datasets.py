@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from logitcache.catalog.parts import PartConfig, samples_of_part
 from logitcache.data.samples import Dataset, content_digest, load_sample, sample_key, sample_table
 from logitcache.entry_points import call_entry_point, is_entry_point, load_entry_point
 from logitcache.errors import DatasetUnavailable, UsageError
@@ -119,6 +120,7 @@ def load_data(
     download: bool = False,
     validation: float = 0.0,
     args: Mapping[str, Any] | None = None,
+    part: PartConfig | None = None,
     trust: bool = False,
 ) -> Data:
     """A dataset by name, or by `package.module:function`.
@@ -132,6 +134,7 @@ def load_data(
         download: fetch what is missing, where the dataset can be fetched.
         validation: fraction of the training split that is set apart, stratified by class, by a fixed seed.
         args: for an entry point.
+        part: which samples of the training split to keep; validation and test stay whole, to measure on.
         trust: run an entry point from outside the working folder.
 
     Raises:
@@ -154,6 +157,9 @@ def load_data(
     if validation and data.validation is None:
         kept, set_apart = stratified_split(sample_table(data.train).targets, validation, "validation")
         data = replace(data, train=Selection(data.train, kept), validation=Selection(data.train, set_apart))
+    if part is not None:
+        kept = samples_of_part(sample_table(data.train).targets, part, data.num_classes)
+        data = replace(data, train=Selection(data.train, kept))
     return data
 
 

@@ -140,12 +140,15 @@ def repair_command(
 def push_command(
     cache: CacheArgument,
     url: Annotated[str, typer.Argument(metavar="URL", help="Where to: s3://, gs://, az://, or a directory.")],
+    anonymous: Annotated[
+        bool, typer.Option("--anonymous", help="Leave out machine, command and paths from the manifest there.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Copy a cache to where others find it. Interrupted? Run it again; it shows there once it is whole."""
     from logitcache.sharing.transfer import push
 
-    result = push(cache, url)
+    result = push(cache, url, anonymous=anonymous)
     show(dataclasses.asdict(result), as_json, lambda: print_transfer(url, result))
 
 

@@ -184,6 +184,24 @@ def print_rows(rows: list[Any]) -> None:
     console().print(table)
 
 
+def print_turns(turns: list[Any]) -> None:
+    """The table of a federation: each party's round; and where the parties' weights are in the end."""
+    table = Table("round", "party", "own samples", "parameters", "test accuracy, own data", "after consensus")
+    for turn in turns:
+        accuracies = (turn.private_accuracy, turn.accuracy)
+        table.add_row(
+            str(turn.round),
+            turn.party,
+            f"{turn.private_samples:,}",
+            f"{turn.parameters:,}",
+            *("-" if accuracy is None else f"{100 * accuracy:.2f}" for accuracy in accuracies),
+        )
+    console().print(table)
+    for turn in turns:
+        if turn.round == turns[-1].round:
+            console().print(f"{turn.party}: {turn.weights}", highlight=False, markup=False)
+
+
 def print_export(out: str, kind: str, result: Any) -> None:
     """What an export wrote."""
     there = len(result.files) - len(result.written)

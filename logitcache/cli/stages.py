@@ -17,6 +17,7 @@ from logitcache.cli.printing import (
     print_plan,
     print_rows,
     print_steps,
+    print_turns,
 )
 from logitcache.errors import UsageError
 
@@ -88,9 +89,12 @@ def cache_teacher_command(
     from logitcache.cache.summary import summarise
     from logitcache.cache_teacher import cache_teacher
     from logitcache.pipeline import load_pipeline
+    from logitcache.training.ranks import is_first_process
 
     loaded = load_pipeline(pipeline, overrides or ())
     result = cache_teacher(loaded, trust=trust)
+    if not is_first_process():
+        return
     summary = cache_summary(summarise(loaded.cache.path))
     summary |= {"computed_blocks": len(result.computed_blocks), "total_blocks": result.total_blocks}
     show(summary, as_json, lambda: print_mapping(loaded.cache.path, summary))
@@ -135,6 +139,29 @@ def run_command(
     else:
         rows = run_pipeline(loaded, trust=trust)
         show({"rows": [dataclasses.asdict(row) for row in rows]}, as_json, lambda: print_rows(rows))
+
+
+@app.command("federate")
+def federate_command(
+    file: Annotated[
+        Path, typer.Argument(metavar="PIPELINE", help="A federation file, such as pipelines/federated_mnist.yaml.")
+    ],
+    overrides: OverridesArgument = None,
+    party: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Do the work of this party only; of all in turn by default.")
+    ] = None,
+    wait: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="How long to wait for the others in each round.")
+    ] = 3600.0,
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Federated distillation: parties exchange logits on a public set, in rounds. Interrupted? Run it again."""
+    from logitcache.federation.configuration import load_federation
+    from logitcache.federation.rounds import federate
+
+    outcomes = federate(load_federation(file, overrides or ()), party=party, wait=wait, trust=trust)
+    show({"turns": [dataclasses.asdict(each) for each in outcomes]}, as_json, lambda: print_turns(outcomes))
 
 
 @app.command("demo")

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from logitcache.cache.card import CARD, write_card
 from logitcache.cache.committed import pinned_receipts_key, read_records
+from logitcache.cache.ensemble import MERGED
 from logitcache.cache.layout import FIXED, Block, block_key, fixed_array_key, group_metadata, parse_views
 from logitcache.cache.manifest import (
     MANIFEST,
@@ -39,6 +41,9 @@ MAX_CARD_BYTES = 2**20
 UNDER_WAY = "push.json"
 """Says which content an unfinished push to an object store is of: its own objects need not be sent again."""
 
+PUBLIC_PROVENANCE = ("created", "python", "versions", "encoding", "card", MERGED)
+"""What an anonymous push keeps of a manifest's provenance."""
+
 Objects = dict[str, tuple[StoredObject, str]]
 """By key: what a receipt says of an object, and whose receipt it is."""
 
@@ -59,8 +64,13 @@ class Transfer:
     seconds: float
 
 
-def push(cache: str, url: str) -> Transfer:
+def push(cache: str, url: str, *, anonymous: bool = False) -> Transfer:
     """Copy a sealed cache to a store.
+
+    Args:
+        cache: a directory or URL.
+        url: where to.
+        anonymous: leave out of the manifest there what says who made it: machine, command, and where anything lay.
 
     Raises:
         UsageError: the store can't be written to, or somebody else's unfinished push is in the way.
@@ -69,7 +79,7 @@ def push(cache: str, url: str) -> Transfer:
         CorruptCache: an object of the cache is not what was written.
         StorageError: a store refuses, or can't be reached.
     """
-    return _copy(open_storage(cache), open_storage(url), views=None, expect=None)
+    return _copy(open_storage(cache), open_storage(url), views=None, expect=None, anonymous=anonymous)
 
 
 def pull(url: str, cache: str, *, views: str | None = None, expect: str | None = None) -> Transfer:
@@ -91,7 +101,9 @@ def pull(url: str, cache: str, *, views: str | None = None, expect: str | None =
     return _copy(open_storage(url), open_storage(cache), views=views, expect=expect)
 
 
-def _copy(source: Storage, target: Storage, *, views: str | None, expect: str | None) -> Transfer:
+def _copy(
+    source: Storage, target: Storage, *, views: str | None, expect: str | None, anonymous: bool = False
+) -> Transfer:
     start = time.monotonic()
     if not target.can_write:
         raise UsageError(
@@ -102,6 +114,8 @@ def _copy(source: Storage, target: Storage, *, views: str | None, expect: str | 
     if manifest.state != "sealed":
         raise IncompleteCache(f"{source.url} is not sealed yet; run `logitcache cache-teacher` to finish it")
     _check_digest(source, manifest, receipts, expect)
+    if anonymous:
+        manifest = manifest.model_copy(update={"provenance": _without_maker(manifest.provenance)})
     there = _records_there(target, manifest, receipts)
     copied_views = parse_views(views, manifest.layout.views)
     new = _resulting_records(manifest, receipts, _joined(copied_views, there, target.url), source.url)
@@ -117,6 +131,8 @@ def _copy(source: Storage, target: Storage, *, views: str | None, expect: str | 
     with track(f"copying {len(missing)} objects", total, unit="bytes") as meter:
         _copy_objects(source, target, missing, meter)
     _publish(target, new[0], new[2], replaces=None if there is None else there[0])
+    if anonymous and there is not None and there[0].provenance != new[0].provenance:
+        target.put(MANIFEST, dump_manifest(new[0]))  # it was pushed before, with the maker's name on it
     if new[0].digest == manifest.digest:
         _copy_card(source, target)
     else:
@@ -134,6 +150,15 @@ def _copy(source: Storage, target: Storage, *, views: str | None, expect: str | 
         kept_objects=len(present),
         seconds=time.monotonic() - start,
     )
+
+
+def _without_maker(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What provenance says of the cache itself; whatever else it says, now or in later versions, stays here."""
+    kept = {name: provenance[name] for name in PUBLIC_PROVENANCE if name in provenance}
+    if isinstance(kept.get(MERGED), dict):
+        parts = [{**part, "location": ""} for part in kept[MERGED].get("parts", [])]
+        kept[MERGED] = {**kept[MERGED], "parts": parts}
+    return kept
 
 
 def _check_digest(source: Storage, manifest: Manifest, receipts: dict[str, Receipt], expect: str | None) -> None:

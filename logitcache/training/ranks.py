@@ -1,7 +1,7 @@
-"""The processes that train one net together, as `torchrun` starts them: who they are, and what they tell each other.
+"""The processes that work together as `torchrun` starts them: who they are, and what they tell each other.
 
-Each renders and computes its share of every batch, and gradients are averaged between them by torch's
-`DistributedDataParallel`. The first one alone writes files and evaluates.
+Of a net, each renders and computes its share of every batch, and gradients are averaged between them by torch's
+`DistributedDataParallel`; the first one alone writes files and evaluates. Of a cache, each has its share of the blocks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PATIENCE = datetime.timedelta(hours=6)
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process among those that train a net; alone by default."""
+    """One process among those that `torchrun` started; alone by default."""
 
     rank: int = 0
     size: int = 1
@@ -50,6 +50,10 @@ class Ranks:
         box = [make() if self.rank == 0 else None]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]  # type: ignore[return-value]
+
+    def wait(self) -> None:
+        """Until every process has come here."""
+        self.sum(torch.zeros(1))
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes of each value, in every process."""
