@@ -26,6 +26,7 @@ BEGIN, END = "<!-- made by benchmarks/soft_tree.py -->", "<!-- end of the tree -
 AGAINST = [
     ("distilled-tree", "tree-on-true-labels"),
     ("distilled-tree", "distilled-linear"),
+    ("distilled-linear", "linear-on-true-labels"),
     ("tree-on-true-labels", "linear-on-true-labels"),
 ]
 
