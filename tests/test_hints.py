@@ -410,24 +410,22 @@ def train_until(pipeline: Pipeline, kill_at: int) -> None:
     train_students(pipeline, ["small"])
 
 
-@pytest.mark.parametrize("hints", [[ALL], FITNETS], ids=["all", "fitnets"])
+@pytest.mark.parametrize(("hints", "kill_at"), [([ALL], 3), (FITNETS, 7)], ids=["all", "fitnets"])
 def test_a_hinted_run_that_was_killed_ends_with_the_same_weights(
-    tiny: Make, tmp_path: Path, forks: BaseContext, hints: list[str]
+    tiny: Make, tmp_path: Path, forks: BaseContext, hints: list[str], kill_at: int
 ) -> None:
     """Regressors and their momentum are in the checkpoint."""
     train_students(small(tiny, *EVERYTHING, *hints), ["small"])
-    whole = tmp_path / "runs/small/seed-0"
-    for kill_at in (3, 7):
-        disturbed = small(tiny, *EVERYTHING, *hints, f"runs.path={tmp_path}/{kill_at}")
-        process = forks.Process(target=train_until, args=(disturbed, kill_at))  # type: ignore[attr-defined]
-        process.start()
-        process.join()
-        assert -signal.SIGKILL == process.exitcode
-        train_students(disturbed, ["small"])
-        pieces = tmp_path / f"{kill_at}/small/seed-0"
+    disturbed = small(tiny, *EVERYTHING, *hints, f"runs.path={tmp_path}/pieces")
+    process = forks.Process(target=train_until, args=(disturbed, kill_at))  # type: ignore[attr-defined]
+    process.start()
+    process.join()
+    assert -signal.SIGKILL == process.exitcode
+    train_students(disturbed, ["small"])
+    whole, pieces = (tmp_path / f"{name}/small/seed-0" for name in ("runs", "pieces"))
 
-        assert log(whole) == log(pieces)
-        assert same(weights(whole), weights(pieces))
+    assert log(whole) == log(pieces)
+    assert same(weights(whole), weights(pieces))
 
 
 def test_hinted_students_that_take_turns_end_as_they_would_alone(tiny: Make, tmp_path: Path) -> None:

@@ -503,8 +503,8 @@ def test_a_weighted_sum_is_the_sum_of_its_weighted_parts() -> None:
             {"name": "kl", "temperature": {"from": 4, "to": 1, "over": 0}}, "a share of training", id="schedule's over"
         ),
         pytest.param(
-            {"name": "kl", "temperature": {"from": 4, "to": 1, "shape": "step"}},
-            "one of: linear, cosine; not 'step'",
+            {"name": "kl", "temperature": {"from": 4, "to": 1, "shape": "sawtooth"}},
+            "one of: linear, cosine, step; not 'sawtooth'",
             id="schedule's shape",
         ),
     ],

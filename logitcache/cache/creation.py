@@ -278,11 +278,10 @@ def make_identity(
     origin: Origin,
     encoding: Encoding,
     num_classes: int,
-    outputs: Mapping[str, Output] | None = None,
-    logits_source: Any = None,
+    outputs: Mapping[str, Output],
+    logits_source: Any,
 ) -> Identity:
     """An identity in the form that JSON gives back, so that two of them compare field by field."""
-    outputs = outputs or {}
     sources = {LOGITS: logits_source} | {name: output.source for name, output in outputs.items()}
     fields = {
         "format_version": FORMAT_VERSION,

@@ -27,6 +27,9 @@ class Hint:
     key: str | int | None = None
     """Which part, where the student's module gives a mapping, a list or a tuple."""
 
+    def __post_init__(self) -> None:
+        Tap(module=self.module, key=self.key)  # refuses what is neither a path nor a key
+
     @property
     def tap(self) -> Tap:
         """What is taken of the student."""
@@ -59,15 +62,13 @@ def hint_from_config(config: Any) -> Hint:
             )
     if not isinstance(config["output"], str):
         raise UsageError(f"`output` of a hint is the name of one of the cache's outputs, not {config['output']!r}")
-    hint = Hint(
+    return Hint(
         output=config["output"],
         module=config["module"],
         loss=hint_loss_from_config(config["loss"]),
         weight=scheduled_weight(config.get("weight", 1.0)),
         key=config.get("key"),
     )
-    assert hint.tap
-    return hint
 
 
 def hints_config(value: Any) -> list[dict[str, Any]]:
