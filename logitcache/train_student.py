@@ -36,15 +36,6 @@ from logitcache.resolve import (
     resolve_teacher,
     teacher_folder,
 )
-from logitcache.student_setup import (
-    INIT_JSON,
-    INIT_TABLE,
-    by_row,
-    classes_to_balance,
-    start_from_teacher,
-    student_identity,
-    weights_of_samples,
-)
 from logitcache.students.hints import Hint, hint_from_config
 from logitcache.students.weighting import weights_from_config
 from logitcache.training.evaluation import Evaluation
@@ -53,6 +44,15 @@ from logitcache.training.job import Job
 from logitcache.training.labels import CachedLabels, EnsembleLabels, Labels, LiveLabels
 from logitcache.training.loop import train
 from logitcache.training.ranks import Ranks, joined
+from logitcache.training.student_setup import (
+    INIT_JSON,
+    INIT_TABLE,
+    by_row,
+    classes_to_balance,
+    start_from_teacher,
+    student_identity,
+    weights_of_samples,
+)
 from logitcache.training.table import Row as Row
 from logitcache.training.table import summarise as summarise
 from logitcache.training.together import groups, train_together

@@ -15,7 +15,7 @@ FLOOR = {
     "losses": 1, "encodings": 1, "data": 1, "storage": 1,
     "cache": 2,
     "overrides": 3, "merging": 3, "sharing": 3, "catalog": 3,
-    "students": 4, "pipeline": 4, "resolve": 4, "inference": 4, "student_setup": 4, "training": 4,
+    "students": 4, "pipeline": 4, "resolve": 4, "inference": 4, "training": 4,
     "cache_teacher": 5, "plan": 5, "trust": 5, "train_student": 5, "run": 5, "product": 5, "report": 5, "demo": 5,
     "federation": 5,
     "cli": 6, "__init__": 6,
