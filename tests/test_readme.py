@@ -1,4 +1,4 @@
-"""What the README says, run."""
+"""What the README and its guides say, run."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from logitcache.train_student import train_teacher
 
 CHECKOUT = Path(__file__).parent.parent
 README = (CHECKOUT / "README.md").read_text()
+KEYS = (CHECKOUT / "docs/pipeline.md").read_text()
+LOSS_GUIDE = (CHECKOUT / "docs/losses.md").read_text()
 BLOCKS = re.findall(r"```python\n(import logitcache.*?)```", README, flags=re.DOTALL)
 
 
@@ -62,10 +64,10 @@ def test_the_cache_of_any_logits_of_the_readme_reads_back(tmp_path: Path, monkey
     assert torch.equal(teacher_logits[[7, 0, 42]].argmax(dim=1), read.argmax(dim=1))
 
 
-def test_every_key_of_the_readme_exists() -> None:
+def test_every_key_of_the_guide_exists() -> None:
     known = {f"{section}.{key}" for section, model in _sections().items() for key in model.model_fields}
     known |= set(Pipeline.model_fields) | {"train.*", "students[].train.*"}
-    table = README.split("| key | what | default |", 1)[1].split("\n\n", 1)[0]
+    table = KEYS.split("| key | what | default |", 1)[1].split("\n\n", 1)[0]
     cells = re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)
     keys = [key for cell in cells for key in re.findall(r"`([^`]+)`", cell)]
     keys = [f"cache.card{key}" if key.startswith(".") else key for key in keys]
@@ -75,9 +77,9 @@ def test_every_key_of_the_readme_exists() -> None:
     assert [] == [key for key in keys if key not in known]
 
 
-def test_every_loss_of_the_readme_exists_with_its_parameters() -> None:
+def test_every_loss_of_the_guide_exists_with_its_parameters() -> None:
     """And none is missing, nor any of its parameters."""
-    table = README.split("| | compares | parameters | source |", 1)[1].split("\n\n", 1)[0]
+    table = LOSS_GUIDE.split("| | compares | parameters | source |", 1)[1].split("\n\n", 1)[0]
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
     stated = {name: set(re.findall(r"`(\w+)`", row[3])) for row in rows for name in re.findall(r"`(\w+)`", row[1])}
     known = {name: {field.name for field in dataclasses.fields(LOSSES[name])} for name in LOSSES if name != "stages"}  # type: ignore[arg-type]
@@ -87,11 +89,34 @@ def test_every_loss_of_the_readme_exists_with_its_parameters() -> None:
     assert known == stated
 
 
-def test_the_losses_of_the_readme_are_well_formed() -> None:
-    lines = [line for line in README.splitlines() if line.startswith("loss: {")]
+def test_the_losses_of_the_guide_are_well_formed() -> None:
+    lines = [line for line in LOSS_GUIDE.splitlines() if line.startswith("loss: {")]
 
     assert 2 == len(lines)
     assert all(loss_from_config(yaml.safe_load(line)["loss"]).at(0.5) for line in lines)
+
+
+PAGES = [
+    *CHECKOUT.glob("*.md"),
+    *CHECKOUT.glob("docs/**/*.md"),
+    *(CHECKOUT / folder / "README.md" for folder in ("pipelines", "data")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(CHECKOUT).as_posix())
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    """To a file of the project, and to a heading that it has."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, (
+                target
+            )
 
 
 def _sections() -> dict[str, Any]:
