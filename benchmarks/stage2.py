@@ -9,6 +9,9 @@ Losses: a student's training step with each loss and cached logits against the s
 over the same rendered batches: time, and the peak of what the step allocates (on the CPU as torch's profiler sees its
 allocator, on a GPU as CUDA's does). Then each loss alone, forward and backward, on random logits over 1000 classes.
 
+Hints: a step of each student of `pipelines/hints_mnist.yaml`, which learn from cached features as well, against the one
+on true labels; by turns, over the same rendered batches.
+
 Resident view: ImageNet's 1.28 M rows of random logits over 1000 classes as TopK(k=10): opening the cache and loading
 the view, and random batches of it, against the same batches from a float16 memmap (2.6 GB of disk while it runs).
 
@@ -57,6 +60,7 @@ from logitcache.training.runs import METRICS, RunFolder
 # B batch, C classes
 
 PIPELINE = Path(__file__).parent.parent / "pipelines" / "mnist5k.yaml"
+HINTS = PIPELINE.with_name("hints_mnist.yaml")
 MAX_RATIO = 1.05
 LABELS_ONLY, CACHED, LIVE = "labels only", "from the cache", "live teacher"
 NUM_CLASSES, K, ROWS_PER_BLOCK, BATCH_SIZE = 1000, 10, 65_536, 256
@@ -75,7 +79,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, default=PIPELINE)
     parser.add_argument(
-        "--only", choices=["epochs", "alternating", "added", "losses", "resident"], help="one of the measurements"
+        "--only",
+        choices=["epochs", "alternating", "added", "losses", "hints", "resident"],
+        help="one of the measurements",
     )
     parser.add_argument("--student", help="trained three ways; by default the first that learns from the cache")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each of the three")
@@ -106,6 +112,10 @@ def main() -> None:
             print(f"\n{sections[-1]}", flush=True)
         if arguments.only in (None, "losses"):
             sections.append(losses_section(pipeline, arguments.student, device))
+            print(f"\n{sections[-1]}", flush=True)
+        if arguments.only in (None, "hints"):
+            hinting = load_pipeline(HINTS, ["teacher.weights=random", f"cache.path={folder}/outputs.cache", paths[1]])
+            sections.append(hints_section(hinting, device))
             print(f"\n{sections[-1]}", flush=True)
         if arguments.only in (None, "resident"):
             sections.append(resident_section(Path(folder), arguments.rows, arguments.opens, arguments.gathers, device))
@@ -293,6 +303,46 @@ def losses_section(pipeline: Pipeline, student_name: str | None, device: torch.d
         found = table(["loss", "time", "/ true labels", "peak of what it allocates"], rows)
         sections.append(f"### {title}\n\n{about} Medians of {repeats} by turns, of {count} each.\n\n{found}")
     return "## Losses\n\n" + "\n\n".join(sections)
+
+
+def hints_section(pipeline: Pipeline, device: torch.device, repeats: int = 15, steps: int = 20) -> str:
+    """A step of the training loop with hints, without, and on true labels."""
+    cache_teacher(pipeline, trust=True)
+    bench = Bench(pipeline, trust=True)
+    bench.data = replace(bench.data, validation=None, test=None)
+    reference = "true-labels"
+    seconds: dict[str, list[float]] = {student.name: [] for student in pipeline.students}
+    peaks = {}
+    for repeat in range(repeats):
+        students = pipeline.students if repeat % 2 == 0 else pipeline.students[::-1]
+        for student in students:
+            # A seed of its own for each run; views that were proven before the clock starts.
+            job = bench.job(student, seed=repeat)
+            run = TrainingRun(job, RunFolder(job.folder, job.identity))
+            rendered = list(itertools.islice(rendered_batches(job.views, run.places(), num_workers=0), steps + 3))
+            run.begin_epoch()
+            run.take(*rendered[0])
+            following = iter(rendered[1:])
+            if repeat == 0:
+                peaks[student.name] = peak_bytes(
+                    lambda run=run, following=following: run.take(*next(following)), device
+                )
+            start = now(device)
+            for batch in rendered[3:]:
+                run.take(*batch)
+            seconds[student.name].append((now(device) - start) / steps)
+    times = {name: compare(seconds[name], seconds[reference]) for name in sorted(seconds, key=lambda n: n != reference)}
+    rows = [
+        [name, f"{1e3 * time.median:.3f} ms", str(time), f"{peaks[name] / 2**20:.2f} MiB"]
+        for name, time in times.items()
+    ]
+    student = pipeline.students[0]
+    return (
+        f"## Hints\n\n{pipeline.name}: student {student.model} {student.args}, batches of "
+        f"{pipeline.train.batch_size}, rendered beforehand; labels and features gathered, forward, losses, backward "
+        f"and update. Medians of {repeats} by turns, of {steps} steps each.\n\n"
+        + table(["student", "time", "/ true labels", "peak of what it allocates"], rows)
+    )
 
 
 def loss_costs(

@@ -87,21 +87,21 @@ class Hints:
         """The student with its regressors, as one module to be trained."""
         return HintedStudent(Capture(student, self._taps), self._regressors)
 
-    def losses(self, felt: Mapping[str, Tensor], said: Mapping[str, Tensor], progress: float) -> Tensor:
+    def losses(self, features: Mapping[str, Tensor], from_teacher: Mapping[str, Tensor], progress: float) -> Tensor:
         """The weighted sum of all, for each sample, (B,).
 
         Args:
-            felt: what the student's modules gave, regressed, by the number of the hint.
-            said: the teacher's outputs by name, those that are needed now.
+            features: what the student's modules gave, regressed, by the number of the hint.
+            from_teacher: the teacher's outputs by name, those that are needed now.
             progress: the share of training that is done.
         """
         losses = []
         for number, hint in enumerate(self.hints):
-            values = felt[str(number)]
+            values = features[str(number)]
             weight = hint.weight_at(progress)
             if weight:
                 loss = hint.loss.at(progress)
-                teacher = said[hint.output]
+                teacher = from_teacher[hint.output]
                 # No true label: a loss that takes one was refused.
                 part_B = loss(values, teacher) if isinstance(loss, FeatureLoss) else loss(values, teacher, teacher)
                 losses.append(weight * part_B)
