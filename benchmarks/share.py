@@ -1,9 +1,10 @@
 """Sharing against its bounds, over nginx on the loopback interface.
 
 Pull: `logitcache.sharing.transfer.pull` against plain obstore gets of the same objects, as many at once, by turns:
-into memory, and into files without fsync. From two S3 servers, a fast one and a slow one; from nginx, whose connections
-are slowed down to a link of so many gigabits a second; and from nginx at the full speed of the loopback interface,
-where it costs less to send a byte than to hash it. Plain gets / pull is to be at least 0.9.
+into files without fsync, into memory, and into files that are hashed and fsynced, which is what a pull cannot do
+without. From two S3 servers, a fast one and a slow one; from nginx, whose connections are slowed down to a link of so
+many gigabits a second; and from nginx at the full speed of the loopback interface, where it costs less to send a byte
+than to hash it. Plain gets / pull is to be at least 0.9.
 
 Info: a simulated cache of 300 views of 1 280 000 samples, its manifest and its 23 700 receipts of real size, and no
 label. `logitcache info URL` in a process of its own: requests, seconds, peak memory. Two requests at most, under a
@@ -19,6 +20,7 @@ are all nearby: at most 1.02; and the seconds to make a view of 1 280 000 rows r
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import secrets
@@ -49,6 +51,7 @@ from logitcache.digest import canonical_json, sha256_hex
 from logitcache.pipeline import load_pipeline
 from logitcache.progress import silence, track
 from logitcache.sharing.transfer import pull, push
+from logitcache.storage.local import fsync_path
 from logitcache.storage.remote import CONCURRENCY
 from logitcache.train_student import Bench
 from logitcache.training.loop import Run as TrainingRun
@@ -125,7 +128,13 @@ def pull_section(folder: Path, megabytes: int, repeats: int) -> str:
             os.environ.update(servers.KEYS | {"AWS_ENDPOINT_URL": url})
             push(str(folder / "www/a.cache"), "s3://team/a.cache")
             rows.append([f"{name} (S3), loopback", *by_turns("s3://team/a.cache", keys, folder, repeats)])
-    header = ["from", "pull", "plain gets into files / pull", "plain gets into memory / pull"]
+    header = [
+        "from",
+        "pull",
+        "plain gets into files / pull",
+        "into memory / pull",
+        "into files, hashed, fsynced / pull",
+    ]
     return (
         f"## Pull\n\n{len(keys)} objects, {cache.stored_bytes / 1e6:.0f} MB, {CONCURRENCY} at a time; medians of "
         f"{repeats}, by turns. Bound: >= 0.9.\n\n{table(header, rows)}"
@@ -134,10 +143,12 @@ def pull_section(folder: Path, megabytes: int, repeats: int) -> str:
 
 def by_turns(url: str, keys: list[str], folder: Path, repeats: int) -> list[str]:
     """Speed of a pull, and what plain gets take of its time."""
-    ours, memory, files = [], [], []
+    ours, memory, files, held = [], [], [], []
     for _ in range(repeats + 1):  # the first warms up
         memory.append(plain_gets(url, keys, None))
         files.append(plain_gets(url, keys, folder / "plain"))
+        shutil.rmtree(folder / "plain")
+        held.append(plain_gets(url, keys, folder / "plain", hold=True))
         start = time.perf_counter()
         done = pull(url, str(folder / "pulled"))
         ours.append(time.perf_counter() - start)
@@ -145,11 +156,11 @@ def by_turns(url: str, keys: list[str], folder: Path, repeats: int) -> list[str]
         shutil.rmtree(folder / "plain")
         shutil.rmtree(folder / "pulled")
     speed = f"{done.copied_bytes / statistics.median(ours[1:]) / 1e6:.0f} MB/s"
-    return [speed, str(compare(files[1:], ours[1:])), str(compare(memory[1:], ours[1:]))]
+    return [speed, *(str(compare(plain[1:], ours[1:])) for plain in (files, memory, held))]
 
 
-def plain_gets(url: str, keys: list[str], into: Path | None) -> float:
-    """Seconds that obstore takes for the same objects, nothing checked."""
+def plain_gets(url: str, keys: list[str], into: Path | None, *, hold: bool = False) -> float:
+    """Seconds that obstore takes for the same objects, nothing checked; or each hashed, and on the disk in the end."""
     store = from_url(url, client_options={"allow_http": True})
 
     def get(key: str) -> int:
@@ -158,11 +169,15 @@ def plain_gets(url: str, keys: list[str], into: Path | None) -> float:
             path = into / key
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
+        if hold:
+            hashlib.sha256(data).digest()
         return len(data)
 
     start = time.perf_counter()
     with ThreadPoolExecutor(CONCURRENCY) as threads:
         sum(threads.map(get, keys))
+        if hold and into is not None:
+            list(threads.map(lambda key: fsync_path(into / key), keys))
     return time.perf_counter() - start
 
 
