@@ -18,7 +18,6 @@ import torch
 import yaml
 
 from logitcache.cache.ensemble import merged_parts
-from logitcache.cache.openblock import OpenBlock
 from logitcache.cache.reader import open_cache
 from logitcache.cache.writer import CacheWriter
 from logitcache.cache_teacher import cache_teacher
@@ -265,7 +264,7 @@ def test_logits_that_no_honest_writer_stores_are_refused_and_not_kept(
 
     with monkeypatch.context() as patched:
         patched.setattr(CacheWriter, "write", lying)
-        patched.setattr(OpenBlock, "check", lambda self: None)
+        patched.setattr("logitcache.cache.openblock._OpenRows.check", lambda self: None)
         patched.setattr("logitcache.cache.openblock.fidelity_kl", lambda decoded, exact: torch.zeros(len(decoded)))
         Turn(federation, federation.party("b"), 1).speak(trust=False)
     if not refused:
