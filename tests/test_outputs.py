@@ -37,7 +37,7 @@ from logitcache.trust.repair import repair
 from logitcache.trust.spot_check import spot_check
 
 Make = Callable[..., Pipeline]
-README = Path(__file__).parent.parent / "README.md"
+GUIDE = Path(__file__).parent.parent / "docs/losses.md"
 
 SAMPLES, CLASSES, VIEWS = 40, 10, 2
 SHAPES = {"features": (6, 3, 3), "parity": (4,)}
@@ -558,13 +558,12 @@ def test_a_pipeline_without_outputs_fits_a_cache_that_has_some_but_not_other_mod
         train_students(tiny("cache.outputs={logits: head}", "train.lr=0.02"), ["small"])
 
 
-def test_what_the_readme_says_of_outputs_is_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    section = README.read_text().split("## More than logits", 1)[1].split("\n## ", 1)[0]
+def test_what_the_guide_says_of_outputs_is_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = GUIDE.read_text().split("## More than logits", 1)[1].split("\n## ", 1)[0]
     configured = yaml.safe_load(section.split("```yaml", 1)[1].split("```", 1)[0])
     monkeypatch.chdir(tmp_path)
     given = {"logits": torch.randn(50, 10), "features": torch.randn(50, 64, 7, 7)}
-    shape = {"num_samples": 50, "num_classes": 10, "teacher": "net", "dataset": "d"}
-    exec(section.split("```python", 1)[1].split("```", 1)[0], {"logitcache": logitcache, "shape": shape, **given})
+    exec(section.split("```python", 1)[1].split("```", 1)[0], {"logitcache": logitcache, **given})
     read = logitcache.open("caches/mine.cache").view(0).output("features", [7, 0, 42])
 
     assert ["features", "maps", "colour"] == list(outputs_config(configured["cache"]["outputs"]))

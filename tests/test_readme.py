@@ -77,6 +77,13 @@ def test_every_key_of_the_guide_exists() -> None:
     assert [] == [key for key in keys if key not in known]
 
 
+def test_every_key_of_the_schema_is_in_the_guide() -> None:
+    stated = set(re.findall(r"\w+", KEYS))
+    known = {key for model in _sections().values() for key in model.model_fields} | set(Pipeline.model_fields)
+
+    assert set() == known - stated - {"data", "views", "teacher", "cache", "train", "students", "runs"}
+
+
 def test_every_loss_of_the_guide_exists_with_its_parameters() -> None:
     """And none is missing, nor any of its parameters."""
     table = LOSS_GUIDE.split("| | compares | parameters | source |", 1)[1].split("\n\n", 1)[0]

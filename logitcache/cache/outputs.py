@@ -43,11 +43,7 @@ class Output:
                 f"an output has 1 to {MAX_DIMENSIONS} sides of at least 1 and at most {MAX_VALUES} values for a "
                 f"sample, not the shape {self.shape}"
             )
-        if self.encoding.fitted_arrays:
-            raise UsageError(
-                f"{self.encoding.name!r} is fitted, which only logits have a calibration for; outputs take Values, "
-                "Dense, TopK or Sampled"
-            )
+        refuse_fitted(self.encoding)
         if len(self.shape) > 1 and not self.encoding.keeps_constants:
             raise UsageError(
                 f"an output of shape {self.shape} is no row of logits, and {self.encoding!r} keeps a row only up to a "
@@ -79,6 +75,19 @@ def checked_outputs(outputs: Mapping[str, Output | Mapping[str, Any]]) -> dict[s
         except (UsageError, TypeError) as error:
             raise UsageError(f"output {name!r}: {error}") from None
     return checked
+
+
+def refuse_fitted(encoding: Encoding) -> None:
+    """Outputs have no calibration.
+
+    Raises:
+        UsageError: the encoding needs one.
+    """
+    if encoding.fitted_arrays:
+        raise UsageError(
+            f"{encoding.name!r} is fitted, which only logits have a calibration for; outputs take Values, Dense, TopK "
+            "or Sampled"
+        )
 
 
 def check_output_names(names: Iterable[str]) -> None:

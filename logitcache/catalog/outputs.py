@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from logitcache.cache.manifest import LOGITS
-from logitcache.cache.outputs import Output, check_output_names, checked_outputs
+from logitcache.cache.outputs import Output, check_output_names, checked_outputs, refuse_fitted
 from logitcache.catalog.capture import Tap, tap_from_config
 from logitcache.encodings import Values, encoding_from_config
 from logitcache.errors import UsageError
@@ -32,7 +32,9 @@ def outputs_config(value: Any) -> dict[str, dict[str, Any]]:
         try:
             stated[name] = tap_from_config(tap_fields).config()
             if name != LOGITS:
-                stated[name]["encoding"] = encoding_from_config(fields.get("encoding", Values())).config()
+                encoding = encoding_from_config(fields.get("encoding", Values()))
+                refuse_fitted(encoding)
+                stated[name]["encoding"] = encoding.config()
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
     return stated

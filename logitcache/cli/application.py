@@ -24,7 +24,7 @@ CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="A cache's d
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Keys of the pipeline to override: views.count=4 cache.encoding.k=20"
+        metavar="[KEY=VALUE]...", help="Keys of the pipeline to override: views.count=4 cache.encoding='TopK(k=5)'"
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]

@@ -144,7 +144,7 @@ def run_command(
 @app.command("federate")
 def federate_command(
     file: Annotated[
-        Path, typer.Argument(metavar="PIPELINE", help="A federation file, such as pipelines/federated_mnist.yaml.")
+        Path, typer.Argument(metavar="FEDERATION", help="A federation file, such as pipelines/federated_mnist.yaml.")
     ],
     overrides: OverridesArgument = None,
     party: Annotated[

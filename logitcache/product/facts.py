@@ -164,7 +164,8 @@ def read_product(folder: Path) -> Product:
         return Product.model_validate_json(read_text(folder / FACTS))
     except FileNotFoundError:
         raise UsageError(
-            f"{folder} holds no exported student: there is no {FACTS}; make one with `logitcache export RUN`"
+            f"{folder} holds no exported student: there is no {FACTS}; make one with "
+            "`logitcache export RUN --to safetensors`"
         ) from None
     except (OSError, ValueError) as error:
         raise UsageError(
