@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
 import tempfile
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 import logitcache
+from logitcache.cache.objects import read_object
 from logitcache.errors import LogitCacheError, NotACache
+from logitcache.sharing import transfer
 from logitcache.sharing.transfer import pull
 from logitcache.trust.audit import verify
 from logitcache.trust.repair import repair
@@ -44,6 +48,16 @@ class Disk:
         with self.lock:
             self.events.append((kind, path.relative_to(self.root).as_posix(), value))
 
+    def after_power_losses(self, into: Path) -> Iterator[Path]:
+        """A state that a power loss may leave after each of the events, as a folder that lasts until the next."""
+        draw = random.Random(0)
+        for count in range(len(self.events) + 1):
+            left = into / f"left-{count}"
+            left.mkdir()
+            self.after_power_loss(count, draw, left)
+            yield left
+            shutil.rmtree(left)
+
     def after_power_loss(self, count: int, draw: random.Random, into: Path) -> None:
         """Write into a folder one state that the first `count` events may leave."""
         events = self.events[:count]
@@ -59,8 +73,7 @@ class Disk:
                 if lasting or draw.random() < 0.5:
                     names[path] = volatile[path]
             elif kind == "rename" and (lasting or draw.random() < 0.5):
-                to, data = value
-                names[to] = data if ("fsync", to, None) in events[number + 1 :] else volatile[path]
+                names[value] = volatile[path]
                 names.pop(path, None)
             elif kind == "unlink" and (lasting or draw.random() < 0.5):
                 names.pop(path, None)
@@ -89,17 +102,16 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
         fsync(descriptor)
 
     def recorded_replace(path: Path, target: Path) -> Path:
-        data = path.read_bytes()
         if not path.is_relative_to(disk.root):
             return replace(path, target)
         if not any(event[:2] == ("write", path.relative_to(disk.root).as_posix()) for event in disk.events):
-            disk.record("write", path, data)  # to be fsynced under its next name
-        disk.record("rename", path, (target.relative_to(disk.root).as_posix(), data))
+            disk.record("write", path, path.read_bytes())  # and never fsynced
+        disk.record("rename", path, target.relative_to(disk.root).as_posix())
         return replace(path, target)
 
     def recorded_link(path: Path, target: Path) -> None:
         if path.is_relative_to(disk.root):  # its first name goes with its unlink
-            disk.record("rename", path, (target.relative_to(disk.root).as_posix(), path.read_bytes()))
+            disk.record("rename", path, target.relative_to(disk.root).as_posix())
         link(path, target)
 
     def recorded_unlink(path: Path, missing_ok: bool = False) -> None:
@@ -124,12 +136,8 @@ def test_a_power_loss_at_any_moment_leaves_whole_blocks_only(
     whole = build(disk.root / "a.cache")
     right = read_all(disk.root / "a.cache")
     monkeypatch.undo()
-    draw = random.Random(0)
     opened = 0
-    for count in range(len(disk.events) + 1):
-        left = tmp_path / f"left-{count}"
-        left.mkdir()
-        disk.after_power_loss(count, draw, left)
+    for left in disk.after_power_losses(tmp_path):
         path = left / "a.cache"
         try:
             cache = logitcache.open(path)
@@ -146,25 +154,32 @@ def test_a_power_loss_at_any_moment_leaves_whole_blocks_only(
                 assert torch.equal(right[view], found)
         assert whole.digest == build(path).digest
         assert [] == verify(str(path), deep=True)
-        shutil.rmtree(left)
 
     assert opened > 50
 
 
+@pytest.mark.parametrize("stopped_at", [None, 5])
 def test_a_power_loss_in_a_pull_leaves_a_whole_cache_or_none(
-    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped_at: int | None, disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files are made durable all together there, after they have their names, and their folders with them."""
+    """The folders are made durable all together there; those of a pull that was stopped by the one that goes on."""
     build(tmp_path / "a.cache")
     right = read_all(tmp_path / "a.cache")
+    if stopped_at is not None:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            calls = itertools.count()
+
+            def read(*arguments: Any, **options: Any) -> bytes:
+                if next(calls) == stopped_at:
+                    raise KeyboardInterrupt
+                return read_object(*arguments, **options)
+
+            patch.setattr(transfer, "read_object", read)
+            pull(str(tmp_path / "a.cache"), str(disk.root / "b.cache"))
     pull(str(tmp_path / "a.cache"), str(disk.root / "b.cache"))
     monkeypatch.undo()
-    draw = random.Random(0)
     opened = 0
-    for count in range(len(disk.events) + 1):
-        left = tmp_path / f"left-{count}"
-        left.mkdir()
-        disk.after_power_loss(count, draw, left)
+    for left in disk.after_power_losses(tmp_path):
         try:
             found = read_all(left / "b.cache")
         except NotACache:
@@ -172,7 +187,6 @@ def test_a_power_loss_in_a_pull_leaves_a_whole_cache_or_none(
         finally:
             pull(str(tmp_path / "a.cache"), str(left / "b.cache"))
             assert [] == verify(str(left / "b.cache"), deep=True)
-            shutil.rmtree(left)
         opened += 1
         assert torch.equal(right, found)
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
+from threading import BoundedSemaphore
 from typing import Any
 
 from logitcache.cache.card import CARD, write_card
@@ -130,6 +131,7 @@ def _copy(
     total = sum(stored.bytes for stored, _ in missing.values())
     with track(f"copying {len(missing)} objects", total, unit="bytes") as meter:
         _copy_objects(source, target, missing, meter)
+    target.make_durable(wanted)  # those too that an interrupted run has left
     _publish(target, new[0], new[2], replaces=None if there is None else there[0])
     if anonymous and there is not None and there[0].provenance != new[0].provenance:
         target.put(MANIFEST, dump_manifest(new[0]))  # it was pushed before, with the maker's name on it
@@ -309,32 +311,23 @@ def _goes_on(target: Storage, digest: str) -> bool:
 
 def _copy_objects(source: Storage, target: Storage, missing: Objects, meter: Meter) -> None:
     """Several at a time; the first that goes wrong ends it, and what has arrived stays for the next time."""
+    # As many are read at once as the source likes, whatever the target is busy with.
+    reading, writing = BoundedSemaphore(source.concurrency), BoundedSemaphore(target.concurrency)
 
     def copy(key: str) -> str:
         stored, why = missing[key]
-        target.put(key, read_object(source, key, stored, why=why), durable=False)
+        with reading:
+            data = read_object(source, key, stored, why=why)
+        with writing:
+            target.put(key, data, durable=False)
         return key
 
-    threads = ThreadPoolExecutor(max(source.concurrency, target.concurrency), thread_name_prefix="logitcache-copy")
-    settler = ThreadPoolExecutor(1, thread_name_prefix="logitcache-settle")
-    settling: Future[None] | None = None
-    arrived: list[str] = []
+    threads = ThreadPoolExecutor(source.concurrency + target.concurrency, thread_name_prefix="logitcache-copy")
     try:
         for copied in as_completed([threads.submit(copy, key) for key in missing]):
-            arrived.append(copied.result())
-            meter.advance(missing[arrived[-1]][0].bytes)
-            # What has arrived is made to last all together, again and again, while the rest is on its way.
-            if settling is None or settling.done():
-                if settling is not None:
-                    settling.result()
-                settling = settler.submit(target.make_durable, arrived)
-                arrived = []
-        if settling is not None:
-            settling.result()
+            meter.advance(missing[copied.result()][0].bytes)
     finally:
         threads.shutdown(cancel_futures=True)
-        settler.shutdown()
-    target.make_durable(arrived)
 
 
 def _publish(target: Storage, manifest: Manifest, gathered: bytes, *, replaces: Manifest | None) -> None:

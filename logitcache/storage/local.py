@@ -11,7 +11,7 @@ import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from logitcache.errors import CorruptCache, StorageError, UsageError
 
@@ -58,11 +58,11 @@ class LocalStorage:
             raise _storage_error("write", path, error) from error
 
     def make_durable(self, keys: Iterable[str]) -> None:
-        paths = [self._path(key) for key in keys]
+        # The folders of an object are those of its neighbours too: each is made durable once.
+        folders = {self.root / folder for key in keys for folder in PurePosixPath(key).parents}
         try:
             with ThreadPoolExecutor(self.concurrency) as threads:
-                list(threads.map(fsync_path, paths))
-                list(threads.map(fsync_path, {folder for path in paths for folder in self._folders_of(path)}))
+                list(threads.map(fsync_path, folders))
         except OSError as error:
             raise _storage_error("write", Path(error.filename or self.root), error) from error
 
@@ -138,9 +138,11 @@ class LocalStorage:
         if key.startswith("/") or ".." in parts or "" in parts:
             raise UsageError(f"{key!r} is not a key inside the cache")
         path = self.root.joinpath(*parts)
-        real = os.path.realpath(path)
-        if real != self._real_root and not real.startswith(self._real_root.rstrip(os.sep) + os.sep):
-            raise CorruptCache(f"{path} is a link that leads out of the cache; it is not followed")
+        # Links are rare, and to look for one is cheaper than to resolve the whole path.
+        if any(map(os.path.islink, itertools.accumulate(parts, os.path.join, initial=str(self.root)))):
+            real = os.path.realpath(path)
+            if real != self._real_root and not real.startswith(self._real_root.rstrip(os.sep) + os.sep):
+                raise CorruptCache(f"{path} is a link that leads out of the cache; it is not followed")
         return path
 
     def _write_partial(self, path: Path, data: bytes, *, durable: bool = True) -> Path:
@@ -154,17 +156,12 @@ class LocalStorage:
                 path.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
                 file.write(data)
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise _storage_error("write", path, error) from error
         return partial
-
-    def _folders_of(self, path: Path) -> Iterator[Path]:
-        """The folders between an object and the root, which any of its neighbours may have made."""
-        return itertools.takewhile(lambda folder: folder != self.root.parent, path.parents)
 
     def _make_folder(self, folder: Path) -> None:
         if folder.is_dir():

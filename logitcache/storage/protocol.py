@@ -27,7 +27,13 @@ class Storage(Protocol):
         """
 
     def put(self, key: str, data: bytes, *, durable: bool = True) -> None:
-        """Store an object whole or not at all; on return it survives a power loss, unless that is left for later."""
+        """Store an object whole or not at all; on return it survives a power loss, unless that is left for later.
+
+        Args:
+            key: which.
+            data: its bytes.
+            durable: if False, its name may be lost in a power loss until `make_durable` is called.
+        """
 
     def make_durable(self, keys: Iterable[str]) -> None:
         """See to it that objects stored before survive a power loss."""
