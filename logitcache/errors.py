@@ -44,7 +44,16 @@ class SampleMismatch(IdentityMismatch):
 
 
 class IncompleteCache(LogitCacheError, RuntimeError):
-    """Blocks are missing; running `cache-teacher` again computes them."""
+    """Blocks are missing; what builds the cache computes them when it is run again."""
+
+
+REBUILD = "run again what builds it, which goes on: `logitcache cache-teacher`, `logitcache merge` or your own writer"
+"""What to do about blocks that are missing."""
+
+
+def unsealed(location: str) -> IncompleteCache:
+    """The error of a cache that must be whole, and is not yet."""
+    return IncompleteCache(f"{location} is not sealed yet; {REBUILD}")
 
 
 class PartyMissing(LogitCacheError, TimeoutError):

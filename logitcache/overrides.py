@@ -14,25 +14,24 @@ from logitcache.encodings import encoding_or_auto
 from logitcache.errors import LogitCacheError, UsageError
 
 
-def read_raw(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_raw(path: str | Path, schema: type[BaseModel], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A file's mapping, named after the file where it has no name, with overrides on top.
 
     Raises:
         UsageError: no such file, no YAML, or an override that can't be laid over it.
     """
-    path = Path(path)
+    path, kind = Path(path), schema.__name__.lower()
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"there is no pipeline file {path}") from None
+        raise UsageError(f"there is no {kind} file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"can't read the pipeline file {path}: {error}") from error
+        raise UsageError(f"can't read the {kind} file {path}: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"{path} is no YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise UsageError(
-            f"{path} holds {type(raw).__name__}; expected a mapping with data, views, teacher, cache, students"
-        )
+        needed = [name for name, field in schema.model_fields.items() if field.is_required()]
+        raise UsageError(f"{path} holds {type(raw).__name__}; expected a {kind}: a mapping with {', '.join(needed)}")
     raw.setdefault("name", path.stem)
     for text in overrides:
         override(raw, text)
@@ -75,6 +74,17 @@ def _position(items: list[Any], key: str, dotted: str) -> int:
     if key.isdecimal() and int(key) < len(items):
         return int(key)
     raise UsageError(f"{dotted}: no item {key!r}; expected a number below {len(items)} or one of {names}")
+
+
+def refuse_namesakes(kind: str, names: Sequence[str]) -> None:
+    """Of several things of a kind, each has a name of its own.
+
+    Raises:
+        ValueError: two are named alike.
+    """
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two {kind} are named {name!r}; give each a name of its own")
 
 
 _S = TypeVar("_S", bound=BaseModel)

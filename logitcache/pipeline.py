@@ -17,7 +17,7 @@ from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import UsageError
 from logitcache.losses import Loss, loss_from_config
-from logitcache.overrides import nearest, parse, read_raw, unknown_key
+from logitcache.overrides import nearest, parse, read_raw, refuse_namesakes, unknown_key
 from logitcache.students.hints import hints_config
 from logitcache.students.initialisation import init_from_config
 from logitcache.students.weighting import weights_config, weights_from_config
@@ -286,10 +286,7 @@ class Pipeline(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Pipeline:
-        names = [student.name for student in self.students]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two students are named {name!r}; give each a name of its own")
+        refuse_namesakes("students", [student.name for student in self.students])
         self.train_config(self.teacher)
         for student in self.students:
             self.train_config(student)
@@ -345,7 +342,7 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     Raises:
         UsageError: no such file, no YAML, an unknown key (the message names the nearest known one) or a bad value.
     """
-    raw = read_raw(path, overrides)
+    raw = read_raw(path, Pipeline, overrides)
     if "parties" in raw:
         raise UsageError(f"{path} has parties, so it is a federation's file: run `logitcache federate` on it")
     return parse_pipeline(raw, source=str(path))

@@ -1,7 +1,12 @@
-"""Real servers on the loopback interface: moto and SeaweedFS for S3, nginx, and one that misbehaves on purpose."""
+"""Real servers on the loopback interface, and one that misbehaves on purpose.
+
+moto and SeaweedFS speak S3, Azurite Azure's protocol, nginx HTTP. For Google's there is none that can be installed with
+pip, npm or apt-get; but its XML API is S3's except for its headers, which nginx translates for moto.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -18,6 +23,8 @@ from pathlib import Path
 
 import pytest
 
+AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""The one that Azurite's documentation gives to everybody."""
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
 
 
@@ -106,6 +113,45 @@ def seaweedfs(folder: Path) -> Iterator[str]:
             assert time.monotonic() < deadline, "SeaweedFS made no bucket"
             time.sleep(0.1)
         yield url
+
+
+@contextmanager
+def google(folder: Path) -> Iterator[dict[str, str]]:
+    """Google's XML API, with a bucket `team`; what is yielded belongs into the environment."""
+    credential = "Credential=key/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=unchecked"
+    with moto(folder) as url:
+        translate = f"""
+            set $condition ""; if ($http_x_goog_if_generation_match = "0") {{ set $condition "*"; }}
+            location / {{
+                proxy_pass {url}; proxy_set_header If-None-Match $condition;
+                proxy_set_header Authorization "AWS4-HMAC-SHA256 {credential}";
+            }}"""
+        with nginx(folder, folder, options=translate, tls=True) as proxy:
+            account = {"gcs_base_url": proxy, "disable_oauth": True, "client_email": "", "private_key": ""}
+            account["private_key_id"] = ""
+            yield {"GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(account), "SSL_CERT_FILE": str(folder / "ca.pem")}
+
+
+@contextmanager
+def azurite(folder: Path) -> Iterator[dict[str, str]]:
+    """Azure's own emulator, with a container `team`; what is yielded belongs into the environment."""
+    program, port = need("azurite-blob", "npm install --global azurite"), free_port()
+    command = [
+        program, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--inMemoryPersistence", "--silent",
+        "--skipApiVersionCheck", "--disableTelemetry",
+    ]  # fmt: skip
+    with running(command, f"http://127.0.0.1:{port}", folder / "azurite.log") as url:
+        from azure.storage.blob import BlobServiceClient
+
+        account = "devstoreaccount1"
+        BlobServiceClient(f"{url}/{account}", {"account_name": account, "account_key": AZURITE_KEY}).create_container(
+            "team"
+        )
+        yield {
+            "AZURE_STORAGE_USE_EMULATOR": "true",
+            "AZURITE_BLOB_STORAGE_URL": url,
+            "AZURE_STORAGE_ACCOUNT_NAME": account,
+        }
 
 
 @contextmanager

@@ -213,7 +213,7 @@ def test_a_missing_pipeline_and_one_that_is_no_yaml(tmp_path: Path) -> None:
 
     refused(logitcache("cache-teacher", tmp_path / "gone.yaml"), 2, "there is no pipeline file")
     refused(logitcache("cache-teacher", tmp_path / "bad.yaml"), 2, "bad.yaml is no YAML")
-    refused(logitcache("cache-teacher", tmp_path / "list.yaml"), 2, "expected a mapping with data, views")
+    refused(logitcache("cache-teacher", tmp_path / "list.yaml"), 2, "expected a pipeline: a mapping with")
 
 
 def test_no_cache_there_and_a_newer_one(folder: Path, tmp_path: Path) -> None:

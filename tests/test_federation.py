@@ -317,6 +317,14 @@ def test_what_is_wrong_with_a_file_is_said(two: Make, change: str, message: str)
         two(change)
 
 
+def test_a_file_of_another_kind_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"has students, so it is a pipeline's file: run `logitcache train-student`"):
+        load_federation(Path(__file__).parent.parent / "pipelines/mnist5k.yaml")
+    (tmp_path / "list.yaml").write_text("- a")
+    with pytest.raises(UsageError, match="holds list; expected a federation: a mapping with .*parties"):
+        load_federation(tmp_path / "list.yaml")
+
+
 def test_the_command_plays_a_file(two: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "two.yaml"
     file.write_text(yaml.safe_dump(two("rounds=1").model_dump()))

@@ -85,13 +85,19 @@ def test_every_key_of_the_schema_is_in_the_guide() -> None:
 
 
 def test_every_loss_of_the_guide_exists_with_its_parameters() -> None:
-    """And none is missing, nor any of its parameters."""
-    table = LOSS_GUIDE.split("| | compares | parameters | source |", 1)[1].split("\n\n", 1)[0]
+    """And none is missing, nor any of its parameters, nor what they are by default."""
+    header = "| | compares | parameters, and what they are by default | source |"
+    table = LOSS_GUIDE.split(header, 1)[1].split("\n\n", 1)[0]
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
-    stated = {name: set(re.findall(r"`(\w+)`", row[3])) for row in rows for name in re.findall(r"`(\w+)`", row[1])}
-    known = {name: {field.name for field in dataclasses.fields(LOSSES[name])} for name in LOSSES if name != "stages"}  # type: ignore[arg-type]
-    stated["hard_plus_soft"] -= {"alpha"}
-    stated["blend"] -= {"weight"}
+    stated = {
+        name: {key: yaml.safe_load(default) for key, default in re.findall(r"`(\w+)` ?([\w.]*)", row[3])}
+        for row in rows
+        for name in re.findall(r"`(\w+)`", row[1])
+    }
+    del stated["hard_plus_soft"]["alpha"], stated["blend"]["weight"]
+    fields = {name: dataclasses.fields(LOSSES[name]) for name in LOSSES if name != "stages"}  # type: ignore[arg-type]
+    known = {name: {field.name: field.default for field in fields[name]} for name in fields}
+    known["weighted"] = {"parts": None}  # which has no default
 
     assert known == stated
 

@@ -45,7 +45,7 @@ from tests import servers
 from tests.test_cli import logitcache as run_command
 
 VIEWS, SAMPLES, CLASSES = 4, 40, 6
-STORES = ["memory", "moto", "seaweedfs"]
+STORES = ["memory", "moto", "seaweedfs", "google", "azure"]
 
 
 def labels() -> Tensor:
@@ -77,7 +77,7 @@ def assert_reads(location: Path | str, source: Path, views: range = range(VIEWS)
 def nearby(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The local directory of remote blocks, and no configuration of this machine's."""
     monkeypatch.setenv("LOGITCACHE_CACHE_DIR", str(tmp_path / "nearby"))
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "aws-credentials"))
@@ -98,6 +98,18 @@ def seaweedfs_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with servers.google(tmp_path_factory.mktemp("google")) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="session")
+def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with servers.azurite(tmp_path_factory.mktemp("azure")) as environment:
+        yield environment
+
+
 @pytest.fixture
 def on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """An empty place on a store: `on("moto")` is an s3:// URL."""
@@ -105,10 +117,14 @@ def on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Calla
     def place(store: str) -> str:
         if store == "memory":
             return f"memory://team-{uuid.uuid4().hex}"
-        monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue(f"{store}_url"))
-        for name, value in servers.KEYS.items():
+        if store in ("google", "azure"):
+            environment = request.getfixturevalue(store)
+        else:
+            environment = servers.KEYS | {"AWS_ENDPOINT_URL": request.getfixturevalue(f"{store}_url")}
+        for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        return f"s3://team/{uuid.uuid4().hex}"
+        scheme = {"google": "gs", "azure": "az"}.get(store, "s3")
+        return f"{scheme}://team/{uuid.uuid4().hex}"
 
     return place
 
@@ -470,17 +486,8 @@ def test_a_pull_that_is_killed_goes_on_and_shows_nothing_before(
         assert logitcache.open(whole).digest == pull(place, str(here)).digest
         assert [] == verify(str(here), deep=True)
 
-    for call in (
-        1,
-        9,
-        18,
-        19,
-        20,
-        21,
-        22,
-        23,
-        24,
-    ):  # more views for a cache that is there: the old one or the new one at every moment
+    # More views for a cache that is there: the old one or the new one at every moment.
+    for call in (1, 9, *range(18, 25)):
         here = tmp_path / "grows.cache"
         pull(place, str(here), views="0:2")
         done = not killed(forks, call, pull, place, str(here))

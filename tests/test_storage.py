@@ -112,6 +112,34 @@ class TestS3(StorageContract):
         return open_storage(f"s3://team/{uuid.uuid4().hex}/a.cache")
 
 
+@pytest.fixture(scope="module")
+def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with servers.google(tmp_path_factory.mktemp("google")) as environment:
+        yield environment
+
+
+class TestGoogle(StorageContract):
+    @pytest.fixture
+    def storage(self, google: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Storage:
+        for name, value in google.items():
+            monkeypatch.setenv(name, value)
+        return open_storage(f"gs://team/{uuid.uuid4().hex}/a.cache")
+
+
+@pytest.fixture(scope="module")
+def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with servers.azurite(tmp_path_factory.mktemp("azurite")) as environment:
+        yield environment
+
+
+class TestAzure(StorageContract):
+    @pytest.fixture
+    def storage(self, azure: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Storage:
+        for name, value in azure.items():
+            monkeypatch.setenv(name, value)
+        return open_storage(f"az://team/{uuid.uuid4().hex}/a.cache")
+
+
 def test_a_store_of_one_url_sees_what_another_below_it_stored() -> None:
     name = uuid.uuid4().hex
     open_storage(f"memory://{name}/team/a.cache").put("x", b"1")

@@ -33,7 +33,7 @@ from logitcache.cache.rendering import check_rendered, recorded_digests, recorde
 from logitcache.data.samples import SampleTable
 from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.encodings import Encoding, encoding_from_config
-from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, UsageError
+from logitcache.errors import REBUILD, CorruptCache, IdentityMismatch, IncompleteCache, UsageError
 from logitcache.storage import Storage, open_storage
 from logitcache.storage.blockdir import shared_block_directory
 
@@ -177,9 +177,7 @@ class LogitCache:
     @cached_property
     def _fitted_encoding(self) -> Encoding:
         if FIXED not in self.receipts:
-            raise IncompleteCache(
-                f"{self.storage.url}: what is stored once is missing; run `logitcache cache-teacher` again"
-            )
+            raise IncompleteCache(f"{self.storage.url}: what is stored once is missing; {REBUILD}")
         return stored_encoding(self.storage, self.manifest, self.receipts[FIXED], self.objects)
 
     @cached_property
@@ -356,9 +354,7 @@ class LogitCache:
         """A block's objects of some outputs by key, and who vouches for them."""
         receipt = self.receipts.get(block.name)
         if receipt is None:
-            raise IncompleteCache(
-                f"{self.storage.url}: block {block.name} is missing; run `logitcache cache-teacher` again"
-            )
+            raise IncompleteCache(f"{self.storage.url}: block {block.name} is missing; {REBUILD}")
         names = self._arrays(outputs)
         keys = {block_key(name, self.layout.arrays[name], block): receipt.objects[name] for name in names}
         return keys, f"block {block.name}"
@@ -388,7 +384,7 @@ class LogitCache:
         if missing:
             raise IncompleteCache(
                 f"{self.storage.url}: {len(missing)} blocks of view {view} are missing, the first being "
-                f"{Block(view, missing[0]).name}; run `logitcache cache-teacher` again"
+                f"{Block(view, missing[0]).name}; {REBUILD}"
             )
 
     def input_digests(self, view: int) -> dict[int, str]:

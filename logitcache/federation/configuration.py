@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.errors import UsageError
 from logitcache.losses import loss_from_config
-from logitcache.overrides import parse, read_raw
+from logitcache.overrides import parse, read_raw, refuse_namesakes
 from logitcache.pipeline import DataConfig, ModelConfig, Section, TrainConfig, ViewsConfig, overridden
 
 
@@ -91,10 +91,7 @@ class Federation(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Federation:
-        names = [party.name for party in self.parties]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two parties are named {name!r}; give each a name of its own")
+        refuse_namesakes("parties", [party.name for party in self.parties])
         overrides = (self.consensus.train, *(each.train for each in self.parties))
         if self.train.seeds != TrainConfig().seeds or any("seeds" in each for each in overrides):
             raise ValueError(
@@ -124,4 +121,7 @@ def load_federation(path: str | Path, overrides: Sequence[str] = ()) -> Federati
     Raises:
         UsageError: no such file, no YAML, an unknown key (the message names the nearest known one) or a bad value.
     """
-    return parse(Federation, read_raw(path, overrides), source=str(path))
+    raw = read_raw(path, Federation, overrides)
+    if "students" in raw and "parties" not in raw:
+        raise UsageError(f"{path} has students, so it is a pipeline's file: run `logitcache train-student` on it")
+    return parse(Federation, raw, source=str(path))

@@ -34,6 +34,7 @@ from logitcache.errors import (
     InvalidLogits,
     NotACache,
     UsageError,
+    unsealed,
 )
 from logitcache.merging.averaging import (
     check_same_pixels,
@@ -255,9 +256,7 @@ def _part(location: str, source: LogitCache, share: float) -> Part:
 def _open_sealed(location: str) -> LogitCache:
     cache = open_cache(location)
     if not cache.sealed:
-        raise IncompleteCache(
-            f"{location} is not sealed yet: some of its blocks are missing; run `logitcache cache-teacher` to finish it"
-        )
+        raise unsealed(location)
     if cache.views.start > 0:
         raise IncompleteCache(
             f"{location} is a copy of views {cache.views.start}:{cache.views.stop} only; `logitcache pull` those "

@@ -10,7 +10,7 @@ import numpy as np
 from logitcache.cache.ground_truth import NO_TARGET, MixingOfCache, targets_of
 from logitcache.cache.layout import Block, block_rows, blocks_per_view
 from logitcache.cache.reader import LogitCache
-from logitcache.errors import IncompleteCache
+from logitcache.errors import REBUILD, IncompleteCache
 from logitcache.progress import track
 from logitcache.report.measures import Answers, answers_of, concatenate
 
@@ -55,8 +55,7 @@ def complete_views(cache: LogitCache) -> list[int]:
     ]
     if not views:
         raise IncompleteCache(
-            f"{cache.storage.url} holds no whole view yet, so there is nothing to report on; "
-            "run `logitcache cache-teacher` to go on"
+            f"{cache.storage.url} holds no whole view yet, so there is nothing to report on; {REBUILD}"
         )
     return views
 

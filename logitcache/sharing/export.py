@@ -21,7 +21,7 @@ from torch import Tensor
 from logitcache.cache.labelview import View
 from logitcache.cache.layout import Block, block_rows, blocks_per_view, parse_views
 from logitcache.cache.reader import LogitCache, open_cache
-from logitcache.errors import IncompleteCache, StorageError, UsageError
+from logitcache.errors import StorageError, UsageError, unsealed
 from logitcache.progress import track
 from logitcache.storage.local import is_alive
 
@@ -73,7 +73,7 @@ def export_parquet(
         raise UsageError("Parquet needs pyarrow: pip install 'logitcache[parquet]'")
     cache = open_cache(location)
     if not cache.sealed:
-        raise IncompleteCache(f"{location} is not sealed yet; run `logitcache cache-teacher` to finish it")
+        raise unsealed(location)
     if top is not None and not 1 <= top < cache.num_classes:
         raise UsageError(f"--top keeps 1 to {cache.num_classes - 1} of {cache.num_classes} classes, not {top}")
     numbers = parse_views(views, cache.views)

@@ -34,7 +34,7 @@ from logitcache.cache.manifest import (
 from logitcache.cache.objects import read_object
 from logitcache.cache.reader import LogitCache
 from logitcache.digest import canonical_json, sha256_hex
-from logitcache.errors import IdentityMismatch, IncompleteCache, NotACache, UsageError
+from logitcache.errors import REBUILD, IdentityMismatch, IncompleteCache, NotACache, UsageError, unsealed
 from logitcache.progress import Meter, track
 from logitcache.storage import Storage, open_storage
 
@@ -113,7 +113,7 @@ def _copy(
         )
     manifest, receipts = read_records(source)
     if manifest.state != "sealed":
-        raise IncompleteCache(f"{source.url} is not sealed yet; run `logitcache cache-teacher` to finish it")
+        raise unsealed(source.url)
     _check_digest(source, manifest, receipts, expect)
     if anonymous:
         manifest = manifest.model_copy(update={"provenance": _without_maker(manifest.provenance)})
@@ -197,8 +197,8 @@ def _records_there(
         )
     if there.state != "sealed":
         raise UsageError(
-            f"{target.url} holds this very cache, unfinished: `logitcache cache-teacher` goes on with it; nothing was "
-            "changed. To copy over it, delete it first"
+            f"{target.url} holds this very cache, unfinished; nothing was changed. To finish it, {REBUILD}. "
+            "To copy over it, delete it first"
         )
     for name in there_receipts.keys() & receipts.keys():
         if _values(there_receipts[name]) != _values(receipts[name]):

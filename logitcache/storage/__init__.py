@@ -13,7 +13,7 @@ from logitcache.errors import UsageError
 from logitcache.storage.local import LocalStorage as LocalStorage
 from logitcache.storage.protocol import Storage as Storage
 
-LOCATIONS = "a directory, file://, s3://, gs://, az://, https:// (reading) or memory:// (tests)"
+LOCATIONS = "a directory, file://, s3://, gs://, az://, https:// or http:// (reading) or memory:// (tests)"
 
 
 def open_storage(location: str | os.PathLike[str]) -> Storage:

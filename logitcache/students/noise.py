@@ -22,7 +22,7 @@ import numpy as np
 from logitcache.cache.ground_truth import NO_TARGET, targets_of
 from logitcache.cache.opinions import Opinions, OpinionsOfCache
 from logitcache.cache.reader import LogitCache, open_cache
-from logitcache.errors import IncompleteCache, UsageError
+from logitcache.errors import UsageError, unsealed
 from logitcache.storage import LocalStorage
 
 # B batch, C classes, K columns, N samples
@@ -98,7 +98,7 @@ def find_suspects(location: str) -> LabelNoise:
     """
     cache = open_cache(location)
     if not cache.sealed:
-        raise IncompleteCache(f"{location} is not sealed yet; run `logitcache cache-teacher` to finish it")
+        raise unsealed(location)
     targets_N = targets_of(cache)
     if targets_N is None:
         raise UsageError(

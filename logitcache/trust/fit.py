@@ -16,7 +16,7 @@ from logitcache.catalog.datasets import Data
 from logitcache.catalog.outputs import sources_of
 from logitcache.data.samples import compare_samples, content_table, match_rows, sample_table
 from logitcache.data.views import ViewDataset, ViewPlan
-from logitcache.errors import IdentityMismatch, IncompleteCache
+from logitcache.errors import IdentityMismatch, IncompleteCache, unsealed
 from logitcache.merging.averaging import check_same_pixels, check_same_views, refuse_sampled
 from logitcache.pipeline import Pipeline, TeachersConfig
 from logitcache.progress import track
@@ -89,7 +89,7 @@ def open_fitting_caches(
 
 def _check_sealed(cache: LogitCache, location: str) -> None:
     if not cache.sealed:
-        raise IncompleteCache(f"{location} is not sealed yet; run `logitcache cache-teacher` to finish it")
+        raise unsealed(location)
 
 
 def _check_views(cache: LogitCache, location: str, count: int) -> None:
