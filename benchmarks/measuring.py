@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,8 +41,9 @@ def versions() -> str:
     return ", ".join([f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
 
 
+@cache
 def commit() -> str:
-    """The commit at hand, 7 digits, with `+dirty` where tracked files differ from it; `unknown` outside a checkout."""
+    """The commit at hand when this is first asked, 7 digits, `+dirty` where tracked files differ; or `unknown`."""
     command = ["git", "describe", "--always", "--dirty=+dirty", "--abbrev=7", "--exclude=*"]
     try:
         described = subprocess.run(

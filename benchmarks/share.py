@@ -67,7 +67,7 @@ NUM_VIEWS, NUM_SAMPLES = 300, 1_280_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["pull", "info", "warm"], help="one of the measurements")
-    parser.add_argument("--megabytes", type=int, default=400, help="of the cache that is pulled")
+    parser.add_argument("--megabytes", type=int, default=1200, help="of the cache that is pulled, before compression")
     parser.add_argument("--repeats", type=int, default=7, help="of each measurement")
     parser.add_argument("--epochs", type=int, default=40, help="of each of the two students")
     parser.add_argument("--write", action="store_true", help="keep the result under benchmarks/results/")

@@ -322,13 +322,13 @@ def test_what_was_read_once_is_read_nearby(on: Any, whole: Path, monkeypatch: py
     place = f"{on('memory')}/a.cache"
     push(str(whole), place)
     asked = []
-    really_get = RemoteStorage.get
+    really_get = RemoteStorage.get_view
 
-    def get(storage: RemoteStorage, key: str, *, limit: int | None = None) -> bytes | None:
+    def get_view(storage: RemoteStorage, key: str, *, limit: int | None = None) -> memoryview | None:
         asked.append(key)
         return really_get(storage, key, limit=limit)
 
-    monkeypatch.setattr(RemoteStorage, "get", get)
+    monkeypatch.setattr(RemoteStorage, "get_view", get_view)
     assert_reads(place, whole)
     first = asked.copy()
     assert len(first) == len(set(first)) == 2 + VIEWS * 3 * 3  # each once, though views are fetched ahead as well

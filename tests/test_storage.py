@@ -29,6 +29,9 @@ class StorageContract:
         storage.put("a", bytes(range(200)) * 1000)
         assert bytes(range(11)) == storage.get("a", limit=10)
         assert 200_000 == len(storage.get("a", limit=200_000) or b"")
+        assert storage.get("a") == storage.get_view("a") == storage.get_view("a", limit=200_000)
+        assert bytes(range(11)) == storage.get_view("a", limit=10)
+        assert storage.get_view("b") is None
 
     def test_an_empty_object_is_one(self, storage: Storage) -> None:
         storage.put("a", b"")

@@ -132,7 +132,9 @@ def encode_block(spec: ArraySpec, values: np.ndarray, rows_per_block: int) -> by
     return bytes(Zstd(level=spec.level, checksum=True).encode(np.ascontiguousarray(_little_endian(stored))))
 
 
-def decode_rows(spec: ArraySpec, chunks: Sequence[bytes], num_rows: int, rows_per_block: int) -> np.ndarray:
+def decode_rows(
+    spec: ArraySpec, chunks: Sequence[bytes | memoryview], num_rows: int, rows_per_block: int
+) -> np.ndarray:
     """The rows (num_rows, *row_shape) of consecutive blocks, from their chunks' bytes.
 
     Raises:
@@ -165,7 +167,7 @@ def encode_fixed(values: np.ndarray) -> bytes:
     return bytes(Zstd(level=3, checksum=True).encode(np.ascontiguousarray(_little_endian(values))))
 
 
-def decode_fixed(spec: FixedSpec, data: bytes) -> np.ndarray:
+def decode_fixed(spec: FixedSpec, data: bytes | memoryview) -> np.ndarray:
     """A fixed array from the bytes of its chunk.
 
     Raises:
@@ -174,7 +176,7 @@ def decode_fixed(spec: FixedSpec, data: bytes) -> np.ndarray:
     return _decompress(data, np.dtype(spec.dtype), tuple(spec.shape))
 
 
-def _decompress(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+def _decompress(data: bytes | memoryview, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """The values of one zstd frame, which must be of just this size and have a checksum.
 
     Raises:
@@ -189,7 +191,7 @@ def _decompress(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndar
     return values
 
 
-def _declared_size(data: bytes) -> int | None:
+def _declared_size(data: bytes | memoryview) -> int | None:
     """The content size that a zstd frame with a checksum and without a dictionary declares (RFC 8878, 3.1.1)."""
     if data[:4] != b"\x28\xb5\x2f\xfd" or len(data) < 14:
         return None

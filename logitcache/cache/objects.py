@@ -26,7 +26,7 @@ Wanted = Mapping[str, StoredObject]
 """The objects that one receipt vouches for, by key."""
 
 
-def read_object(storage: Storage, key: str, stored: StoredObject, *, why: str = "") -> bytes:
+def read_object(storage: Storage, key: str, stored: StoredObject, *, why: str = "") -> memoryview:
     """One object, held to its size and SHA-256; a remote one that arrives otherwise is asked for again.
 
     Args:
@@ -40,7 +40,7 @@ def read_object(storage: Storage, key: str, stored: StoredObject, *, why: str = 
         StorageError: the store can't be reached.
     """
     for attempt in range(ATTEMPTS):
-        data = storage.get(key, limit=stored.bytes)
+        data = storage.get_view(key, limit=stored.bytes)
         if data is not None and len(data) == stored.bytes and sha256_hex(data) == stored.sha256:
             return data
         if not storage.is_remote:
@@ -67,10 +67,10 @@ class ObjectReader:
         self.storage = storage
         self.nearby = nearby
         self._threads: ThreadPoolExecutor | None = None
-        self._running: dict[str, Future[list[bytes]]] = {}
+        self._running: dict[str, Future[list[memoryview]]] = {}
         self._lock = threading.Lock()
 
-    def read(self, wanted: Wanted, *, why: str = "") -> list[bytes]:
+    def read(self, wanted: Wanted, *, why: str = "") -> list[memoryview]:
         """The objects of one receipt, in its order.
 
         Raises:
@@ -78,7 +78,7 @@ class ObjectReader:
         """
         return self._begin(wanted, why).result() if self.storage.is_remote else self._read(wanted, why)
 
-    def read_all(self, groups: Sequence[tuple[Wanted, str]]) -> list[list[bytes]]:
+    def read_all(self, groups: Sequence[tuple[Wanted, str]]) -> list[list[memoryview]]:
         """The objects of several receipts, each with who vouches for it."""
         if not self.storage.is_remote:
             return [self._read(wanted, why) for wanted, why in groups]
@@ -96,7 +96,7 @@ class ObjectReader:
             return
 
         def bring() -> None:
-            coming: deque[Future[list[bytes]]] = deque()
+            coming: deque[Future[list[memoryview]]] = deque()
             with contextlib.suppress(Exception):
                 for wanted, why in groups:
                     if self.nearby is None:
@@ -111,7 +111,7 @@ class ObjectReader:
         # A daemon: whoever leaves does not wait for what would be needed next.
         threading.Thread(target=bring, name="logitcache-ahead", daemon=True).start()
 
-    def _begin(self, wanted: Wanted, why: str) -> Future[list[bytes]]:
+    def _begin(self, wanted: Wanted, why: str) -> Future[list[memoryview]]:
         """Start reading, or join whoever is reading the same."""
         name = entry_name(wanted)
         with self._lock:
@@ -125,11 +125,11 @@ class ObjectReader:
         reading.add_done_callback(lambda ended: self._end(name, ended))
         return reading
 
-    def _end(self, name: str, ended: Future[list[bytes]]) -> None:
+    def _end(self, name: str, ended: Future[list[memoryview]]) -> None:
         if self._running.get(name) is ended:
             del self._running[name]
 
-    def _read(self, wanted: Wanted, why: str) -> list[bytes]:
+    def _read(self, wanted: Wanted, why: str) -> list[memoryview]:
         nearby = self.nearby
         name = entry_name(wanted) if nearby is not None else ""
         if nearby is not None:
@@ -141,7 +141,7 @@ class ObjectReader:
         self.keep(name, objects)
         return objects
 
-    def keep(self, name: str, objects: Sequence[bytes]) -> None:
+    def keep(self, name: str, objects: Sequence[bytes | memoryview]) -> None:
         """Keep objects nearby; where that is impossible, say so once and go on without."""
         if self.nearby is not None:
             try:
@@ -156,14 +156,14 @@ def entry_name(wanted: Wanted) -> str:
     return sha256_hex("\n".join(stored.sha256 for stored in wanted.values()).encode())
 
 
-def _split(data: bytes | None, wanted: Wanted) -> list[bytes] | None:
+def _split(data: bytes | None, wanted: Wanted) -> list[memoryview] | None:
     """An entry's objects, or None where it is not whole."""
     if data is None or len(data) != sum(stored.bytes for stored in wanted.values()):
         return None
     objects = []
     start = 0
     for stored in wanted.values():
-        piece = data[start : start + stored.bytes]
+        piece = memoryview(data)[start : start + stored.bytes]
         if sha256_hex(piece) != stored.sha256:
             return None
         objects.append(piece)

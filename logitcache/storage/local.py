@@ -46,7 +46,11 @@ class LocalStorage:
         except OSError as error:
             raise _storage_error("read", path, error) from error
 
-    def put(self, key: str, data: bytes, *, durable: bool = True) -> None:
+    def get_view(self, key: str, *, limit: int | None = None) -> memoryview | None:
+        data = self.get(key, limit=limit)
+        return None if data is None else memoryview(data)
+
+    def put(self, key: str, data: bytes | memoryview, *, durable: bool = True) -> None:
         path = self._path(key)
         partial = self._write_partial(path, data, durable=durable)
         try:
@@ -145,7 +149,7 @@ class LocalStorage:
                 raise CorruptCache(f"{path} is a link that leads out of the cache; it is not followed")
         return path
 
-    def _write_partial(self, path: Path, data: bytes, *, durable: bool = True) -> Path:
+    def _write_partial(self, path: Path, data: bytes | memoryview, *, durable: bool = True) -> Path:
         """The data on the disk, under a name that nobody takes for the object."""
         partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{next(_COUNTER)}.partial")
         try:

@@ -26,7 +26,10 @@ class Storage(Protocol):
             StorageError: the store refuses, or can't be reached.
         """
 
-    def put(self, key: str, data: bytes, *, durable: bool = True) -> None:
+    def get_view(self, key: str, *, limit: int | None = None) -> memoryview | None:
+        """As `get`, but where they lie: `bytes` of what a store's client holds are a copy, and labels are large."""
+
+    def put(self, key: str, data: bytes | memoryview, *, durable: bool = True) -> None:
         """Store an object whole or not at all; on return it survives a power loss, unless that is left for later.
 
         Args:

@@ -87,6 +87,10 @@ class RemoteStorage:
         self.can_write = self.can_list = self._scheme not in READ_ONLY
 
     def get(self, key: str, *, limit: int | None = None) -> bytes | None:
+        view = self.get_view(key, limit=limit)
+        return None if view is None else bytes(view)
+
+    def get_view(self, key: str, *, limit: int | None = None) -> memoryview | None:
         path = self._path(key)
         for attempt in range(BODY_ATTEMPTS):
             try:
@@ -101,7 +105,7 @@ class RemoteStorage:
                 raise self._error("read", key, error) from error
         raise AssertionError("the last attempt returns or raises")
 
-    def put(self, key: str, data: bytes, *, durable: bool = True) -> None:
+    def put(self, key: str, data: bytes | memoryview, *, durable: bool = True) -> None:
         self._put(key, data, mode="overwrite")
 
     def make_durable(self, keys: Iterable[str]) -> None:
@@ -167,18 +171,18 @@ class RemoteStorage:
         """Nothing to do: an object store never shows half an object."""
         return 0
 
-    def _read(self, key: str, limit: int | None) -> bytes:
+    def _read(self, key: str, limit: int | None) -> memoryview:
         answer = obstore.get(self._store, key)
         if limit is None or answer.meta["size"] <= limit:
-            return bytes(answer.bytes())
+            return memoryview(answer.bytes())
         data = bytearray()
         for piece in answer.stream():
             data += piece
             if len(data) > limit:
-                return bytes(data[: limit + 1])  # whatever else the server would send is not asked for
-        return bytes(data)
+                break  # whatever else the server would send is not asked for
+        return memoryview(data)[: limit + 1].toreadonly()
 
-    def _put(self, key: str, data: bytes, *, mode: Any) -> None:
+    def _put(self, key: str, data: bytes | memoryview, *, mode: Any) -> None:
         self._refuse_writing()
         try:
             obstore.put(
