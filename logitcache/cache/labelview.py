@@ -112,7 +112,7 @@ class ResidentView(View):
 class StreamedView(View):
     """A view of which only some blocks are in memory, the most recently used ones.
 
-    Fast when consecutive batches stay within `max_blocks` blocks, as `order.epoch_order` makes them; right in any
+    Fast when consecutive batches stay within `max_blocks` blocks, as `data.order.epoch_order` makes them; right in any
     order.
     """
 
