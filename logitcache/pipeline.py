@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from logitcache.cache.card import Card
 from logitcache.catalog.outputs import outputs_config
@@ -27,6 +27,23 @@ class Section(BaseModel):
     """A part of a file that people write: keys that it does not have are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _known_encoding(value: Any) -> Any:
+    return encoding_or_auto(value).config() if isinstance(value, str | Mapping | Encoding | Auto) else value
+
+
+def _known_loss(value: Any) -> Any:
+    value = {"name": value} if isinstance(value, str) else value
+    loss_from_config(value)
+    return value
+
+
+EncodingConfig = Annotated[dict[str, Any], BeforeValidator(_known_encoding)]
+"""An encoding as its name, as it is spelled in Python, or as a mapping with `name`."""
+
+LossConfig = Annotated[dict[str, Any], BeforeValidator(_known_loss)]
+"""A loss as its name, or as a mapping with `name`."""
 
 
 class DataConfig(Section):
@@ -144,7 +161,7 @@ class CacheConfig(Section):
     """Where and how the labels are kept."""
 
     path: str
-    encoding: dict[str, Any] = {"name": "dense", "dtype": "float16"}
+    encoding: EncodingConfig = {"name": "dense", "dtype": "float16"}
     calibration: int = Field(default=10_000, ge=2)
     """Rows that the teacher is run on beforehand, for encodings that are fitted or chosen."""
     rows_per_block: int = Field(default=16_384, ge=1)
@@ -154,11 +171,6 @@ class CacheConfig(Section):
     """A view larger than this streams block by block in stage 2; none keeps every view resident."""
     card: Card = Card()
     """What the cache's README.md says of it beside what it knows itself."""
-
-    @field_validator("encoding", mode="before")
-    @classmethod
-    def _known_encoding(cls, value: Any) -> Any:
-        return encoding_or_auto(value).config() if isinstance(value, str | Mapping | Encoding | Auto) else value
 
     @field_validator("outputs", mode="before")
     @classmethod
@@ -189,7 +201,7 @@ class StudentConfig(ModelConfig):
     """A student: its net, its loss, and what differs from the pipeline's `train`."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
-    loss: dict[str, Any] = {"name": "kl"}
+    loss: LossConfig = {"name": "kl"}
     labels: Literal["cache", "live"] | TeachersConfig = "cache"
     """Where the teacher's logits come from; "live" runs the teacher on every batch, to compare."""
     samples: float = Field(default=1.0, gt=0, le=1)
@@ -240,13 +252,6 @@ class StudentConfig(ModelConfig):
         if self.hints and isinstance(self.labels, TeachersConfig):
             raise ValueError("only logits of several teachers are put together; `hints` take the labels of one cache")
         return self
-
-    @field_validator("loss", mode="before")
-    @classmethod
-    def _known_loss(cls, value: Any) -> Any:
-        value = {"name": value} if isinstance(value, str) else value
-        loss_from_config(value)
-        return value
 
 
 class RunsConfig(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from logitcache import progress
 from logitcache.overrides import override
 from logitcache.pipeline import Pipeline, parse_pipeline
+from tests import servers
 
 torch.set_num_threads(1)
 
@@ -76,3 +77,28 @@ def forks() -> multiprocessing.context.BaseContext:
         ["logitcache.cache_teacher", "logitcache.train_student", "torchvision", "sklearn", "torchmetrics"]
     )
     return context
+
+
+@pytest.fixture(scope="session")
+def moto_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with servers.moto(tmp_path_factory.mktemp("moto")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def seaweedfs_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with servers.seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What belongs into the environment, as for `azure`."""
+    with servers.google(tmp_path_factory.mktemp("google")) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="session")
+def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with servers.azurite(tmp_path_factory.mktemp("azure")) as environment:
+        yield environment

@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,30 +84,6 @@ def nearby(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setattr(objects, "PAUSE_SECONDS", 0.001)
     return tmp_path / "nearby"
-
-
-@pytest.fixture(scope="session")
-def moto_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with servers.moto(tmp_path_factory.mktemp("moto")) as url:
-        yield url
-
-
-@pytest.fixture(scope="session")
-def seaweedfs_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with servers.seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as url:
-        yield url
-
-
-@pytest.fixture(scope="session")
-def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    with servers.google(tmp_path_factory.mktemp("google")) as environment:
-        yield environment
-
-
-@pytest.fixture(scope="session")
-def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    with servers.azurite(tmp_path_factory.mktemp("azure")) as environment:
-        yield environment
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -101,12 +100,6 @@ class TestMemory(StorageContract):
         return open_storage(f"memory://{uuid.uuid4().hex}/a.cache")
 
 
-@pytest.fixture(scope="module")
-def moto_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with servers.moto(tmp_path_factory.mktemp("moto")) as url:
-        yield url
-
-
 class TestS3(StorageContract):
     @pytest.fixture
     def storage(self, moto_url: str, monkeypatch: pytest.MonkeyPatch) -> Storage:
@@ -115,24 +108,12 @@ class TestS3(StorageContract):
         return open_storage(f"s3://team/{uuid.uuid4().hex}/a.cache")
 
 
-@pytest.fixture(scope="module")
-def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    with servers.google(tmp_path_factory.mktemp("google")) as environment:
-        yield environment
-
-
 class TestGoogle(StorageContract):
     @pytest.fixture
     def storage(self, google: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Storage:
         for name, value in google.items():
             monkeypatch.setenv(name, value)
         return open_storage(f"gs://team/{uuid.uuid4().hex}/a.cache")
-
-
-@pytest.fixture(scope="module")
-def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    with servers.azurite(tmp_path_factory.mktemp("azurite")) as environment:
-        yield environment
 
 
 class TestAzure(StorageContract):

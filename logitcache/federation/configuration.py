@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.errors import UsageError
-from logitcache.losses import loss_from_config
 from logitcache.overrides import parse, read_raw, refuse_namesakes
-from logitcache.pipeline import DataConfig, ModelConfig, Section, TrainConfig, ViewsConfig, overridden
+from logitcache.pipeline import (
+    DataConfig,
+    EncodingConfig,
+    LossConfig,
+    ModelConfig,
+    Section,
+    TrainConfig,
+    ViewsConfig,
+    overridden,
+)
 
 
 class PublicConfig(Section):
@@ -26,13 +33,8 @@ class PublicConfig(Section):
 class PublishedConfig(Section):
     """How the logits that a party publishes are kept."""
 
-    encoding: dict[str, Any] = Field(default={"name": "dense", "dtype": "float16"})
+    encoding: EncodingConfig = Field(default={"name": "dense", "dtype": "float16"})
     rows_per_block: int = Field(default=16_384, ge=1)
-
-    @field_validator("encoding", mode="before")
-    @classmethod
-    def _known_encoding(cls, value: Any) -> Any:
-        return encoding_or_auto(value).config() if isinstance(value, str | Mapping | Encoding | Auto) else value
 
 
 class ConsensusConfig(Section):
@@ -40,16 +42,9 @@ class ConsensusConfig(Section):
 
     combine: Literal["logits", "probabilities"] = "probabilities"
     """The mean of the logits (FedMD) or of the probabilities, which no single party can push without bound."""
-    loss: dict[str, Any] = Field(default={"name": "kl"})
+    loss: LossConfig = Field(default={"name": "kl"})
     train: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the federation's `train` for this part of a round."""
-
-    @field_validator("loss", mode="before")
-    @classmethod
-    def _known_loss(cls, value: Any) -> Any:
-        value = {"name": value} if isinstance(value, str) else value
-        loss_from_config(value)
-        return value
 
 
 class PartyConfig(Section):
