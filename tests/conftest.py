@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,22 @@ def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     with servers.azurite(tmp_path_factory.mktemp("azure")) as environment:
         yield environment
+
+
+@pytest.fixture
+def on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """An empty place on a store: `on("moto")` is an s3:// URL."""
+
+    def place(store: str) -> str:
+        if store == "memory":
+            return f"memory://team-{uuid.uuid4().hex}"
+        if store in ("google", "azure"):
+            environment = request.getfixturevalue(store)
+        else:
+            environment = servers.KEYS | {"AWS_ENDPOINT_URL": request.getfixturevalue(f"{store}_url")}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        scheme = {"google": "gs", "azure": "az"}.get(store, "s3")
+        return f"{scheme}://team/{uuid.uuid4().hex}"
+
+    return place

@@ -87,25 +87,6 @@ def nearby(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """An empty place on a store: `on("moto")` is an s3:// URL."""
-
-    def place(store: str) -> str:
-        if store == "memory":
-            return f"memory://team-{uuid.uuid4().hex}"
-        if store in ("google", "azure"):
-            environment = request.getfixturevalue(store)
-        else:
-            environment = servers.KEYS | {"AWS_ENDPOINT_URL": request.getfixturevalue(f"{store}_url")}
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        scheme = {"google": "gs", "azure": "az"}.get(store, "s3")
-        return f"{scheme}://team/{uuid.uuid4().hex}"
-
-    return place
-
-
-@pytest.fixture
 def whole(tmp_path: Path) -> Path:
     """A cache of four views, twelve blocks."""
     build(tmp_path / "whole.cache")

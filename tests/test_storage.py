@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -100,28 +101,11 @@ class TestMemory(StorageContract):
         return open_storage(f"memory://{uuid.uuid4().hex}/a.cache")
 
 
-class TestS3(StorageContract):
+@pytest.mark.parametrize("store", ["moto", "google", "azure"])
+class TestRemote(StorageContract):
     @pytest.fixture
-    def storage(self, moto_url: str, monkeypatch: pytest.MonkeyPatch) -> Storage:
-        for name, value in (servers.KEYS | {"AWS_ENDPOINT_URL": moto_url}).items():
-            monkeypatch.setenv(name, value)
-        return open_storage(f"s3://team/{uuid.uuid4().hex}/a.cache")
-
-
-class TestGoogle(StorageContract):
-    @pytest.fixture
-    def storage(self, google: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Storage:
-        for name, value in google.items():
-            monkeypatch.setenv(name, value)
-        return open_storage(f"gs://team/{uuid.uuid4().hex}/a.cache")
-
-
-class TestAzure(StorageContract):
-    @pytest.fixture
-    def storage(self, azure: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Storage:
-        for name, value in azure.items():
-            monkeypatch.setenv(name, value)
-        return open_storage(f"az://team/{uuid.uuid4().hex}/a.cache")
+    def storage(self, store: str, on: Callable[[str], str]) -> Storage:
+        return open_storage(f"{on(store)}/a.cache")
 
 
 def test_a_store_of_one_url_sees_what_another_below_it_stored() -> None:
