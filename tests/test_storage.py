@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import uuid
 from collections.abc import Callable
@@ -117,7 +118,7 @@ def test_a_store_of_one_url_sees_what_another_below_it_stored() -> None:
 
 
 def test_a_web_server_is_read_and_its_index_pages_are_followed(tmp_path: Path) -> None:
-    for folder in ("www/a b", "www/ü", "www/.hidden", "nginx"):
+    for folder in ("www/a b/c", "www/ü", "www/.hidden", "nginx"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "www/file").write_bytes(b"12345")
     with servers.nginx(tmp_path / "nginx", tmp_path / "www") as url:
@@ -126,8 +127,35 @@ def test_a_web_server_is_read_and_its_index_pages_are_followed(tmp_path: Path) -
         assert 5 == storage.size("file")
         assert storage.get("nothing") is None
         assert ["a b", "ü"] == storage.folders()
+        assert ["c"] == storage.folders("a b")
+        assert [] == storage.folders("ü")
+        assert ["c"] == open_storage(f"{url}/a%20b").folders()
         with pytest.raises(StorageError, match="can't be listed"):
             list(storage.list_keys())
         for change in (lambda: storage.put("a", b""), lambda: storage.create("a", b""), lambda: storage.delete("a")):
             with pytest.raises(UsageError, match="can only be read"):
                 change()
+
+
+@pytest.mark.parametrize("url", ["file://a.cache", "file://host/a.cache", "s3:/team/a.cache", "https:/host/a.cache"])
+def test_a_url_that_would_be_taken_for_another_place_is_refused(url: str) -> None:
+    with pytest.raises(UsageError, match=r"names no host|begins with"):
+        open_storage(url)
+
+
+def test_a_server_that_breaks_off_while_it_lists_is_one_clear_error() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n<a href=")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(StorageError, match="can't list"):
+            open_storage(f"http://127.0.0.1:{listener.getsockname()[1]}").folders()
+        thread.join()

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from logitcache.cache.manifest import MANIFEST, MAX_MANIFEST_BYTES, Contents, Manifest, read_manifest
-from logitcache.errors import NotACache
-from logitcache.storage import Storage, open_storage
+from logitcache.errors import NotACache, UsageError
+from logitcache.storage import LocalStorage, Storage, open_storage
 
 MAX_DEPTH = 5
 """Folders between a location and the caches that `find_caches` finds below it."""
@@ -83,9 +83,12 @@ def find_caches(location: str) -> list[Summary]:
     """The caches at a location and in the folders below it, by URL; a read each, and what is no cache is passed over.
 
     Raises:
+        UsageError: a local folder that is not there.
         StorageError: the location can't be listed.
     """
     storage = open_storage(location)
+    if isinstance(storage, LocalStorage) and not storage.root.is_dir():
+        raise UsageError(f"{location}: there is no such folder")
     found = []
     with ThreadPoolExecutor(storage.concurrency) as threads:
         level = [""]

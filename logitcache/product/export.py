@@ -45,6 +45,7 @@ from logitcache.product.source import DEFAULT_FOLDER, Source, Weights, cache_of,
 from logitcache.progress import track
 from logitcache.randomness import keyed_permutation
 from logitcache.resolve import clean_views, input_part, resolve_data, resolve_model, resolve_plan
+from logitcache.storage import local_path
 from logitcache.storage.local import fsync_path, is_alive
 from logitcache.training.evaluation import Evaluation
 
@@ -105,7 +106,7 @@ def export_run(
         raise UsageError("--int8 makes an ONNX model; add --to onnx")
     asked = {SAFETENSORS} if to == "safetensors" else {ONNX, INT8} if int8 else {ONNX}
     source = open_source(Path(run), weights=weights, given=data)
-    folder = Path(out).expanduser() if out is not None else source.run.folder / DEFAULT_FOLDER
+    folder = local_path(out) if out is not None else source.run.folder / DEFAULT_FOLDER
     try:
         _clear_leftovers(folder)
         there = _product_there(folder, source)

@@ -21,7 +21,7 @@ from logitcache.report.student_section import student_section
 from logitcache.report.students import RunsFound, find_runs, measure_students, spread
 from logitcache.report.teacher import listen
 from logitcache.report.words import ClassNames, count, decimal, name_of, percent, with_spread
-from logitcache.storage import LocalStorage
+from logitcache.storage import LocalStorage, local_path
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def write_report(
         IdentityMismatch: the data are not those of the cache.
         LogitCacheError: whatever is wrong with the cache.
     """
-    path = Path(out)
+    path = local_path(out)
     check_output(path)
     check_installed()
     location = os.fspath(cache)

@@ -23,6 +23,7 @@ from logitcache.cache.layout import Block, block_rows, blocks_per_view, parse_vi
 from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.errors import StorageError, UsageError, unsealed
 from logitcache.progress import track
+from logitcache.storage import local_path
 from logitcache.storage.local import is_alive
 
 # B batch, C classes, K kept classes
@@ -77,7 +78,7 @@ def export_parquet(
     if top is not None and not 1 <= top < cache.num_classes:
         raise UsageError(f"--top keeps 1 to {cache.num_classes - 1} of {cache.num_classes} classes, not {top}")
     numbers = parse_views(views, cache.views)
-    folder = Path(out).expanduser()
+    folder = local_path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         there = _files_there(folder, cache, top)

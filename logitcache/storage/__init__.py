@@ -13,6 +13,7 @@ from logitcache.errors import UsageError
 from logitcache.storage.local import LocalStorage as LocalStorage
 from logitcache.storage.protocol import Storage as Storage
 
+SCHEMES = ("file", "s3", "gs", "az", "https", "http", "memory")
 LOCATIONS = "a directory, file://, s3://, gs://, az://, https:// or http:// (reading) or memory:// (tests)"
 
 
@@ -25,11 +26,26 @@ def open_storage(location: str | os.PathLike[str]) -> Storage:
     text = os.fspath(location)
     parts = urlsplit(text)
     if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost") or not parts.path:
+            raise UsageError(f"{text}: a file:// URL is absolute and names no host: file:///folder/a.cache")
         return LocalStorage(Path(unquote(parts.path)))
     if "://" in text:
-        from logitcache.storage.remote import SCHEMES, open_remote
+        from logitcache.storage.remote import open_remote
 
         if parts.scheme not in SCHEMES:
             raise UsageError(f"{text}: {parts.scheme}:// is no store that logitcache opens; expected {LOCATIONS}")
         return open_remote(text)
-    return LocalStorage(Path(text).expanduser())
+    return LocalStorage(local_path(text))
+
+
+def local_path(location: str | os.PathLike[str]) -> Path:
+    """A place on this machine, where nothing but files can be written.
+
+    Raises:
+        UsageError: a URL, or what is left of one: a path has one slash where it had two.
+    """
+    text = os.fspath(location)
+    scheme = text.partition(":/")[0]
+    if scheme in SCHEMES:
+        raise UsageError(f"{text} is no path on this machine; a URL begins with {scheme}://, where one can be given")
+    return Path(text).expanduser()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -26,7 +27,6 @@ except ImportError as error:
         "s3://, gs://, az:// and https:// need the extra `remote`: pip install 'logitcache[remote]'"
     ) from error
 
-SCHEMES = ("s3", "gs", "az", "https", "http", "memory")
 READ_ONLY = ("https", "http")
 
 CONCURRENCY = 16
@@ -95,7 +95,9 @@ class RemoteStorage:
         for attempt in range(BODY_ATTEMPTS):
             try:
                 return self._read(path, limit)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if _lacks_bucket(error):
+                    raise self._error("read", key, error) from error
                 return None
             except exceptions.GenericError as error:
                 if attempt + 1 == BODY_ATTEMPTS or not _may_pass(error):
@@ -221,7 +223,7 @@ class RemoteStorage:
         reason = _first_line(error)
         if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
             reason = f"access denied; check the credentials that are set ({_CREDENTIALS[self._scheme]}). {reason}"
-        elif isinstance(error, FileNotFoundError) or "status code: 404" in reason:
+        elif _lacks_bucket(error) or isinstance(error, FileNotFoundError) or "status code: 404" in reason:
             reason = f"no such bucket or container. {reason}"
         return StorageError(f"can't {action} {self.url}/{key}: {reason}")
 
@@ -252,6 +254,8 @@ def _connect(scheme: str, url: str) -> Any:
     config: Any
     config, provider = _aws_settings()
     endpoint = config.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        raise UsageError(f"AWS_ENDPOINT_URL is {endpoint!r}; expected a URL that begins with http:// or https://")
     if endpoint.startswith("http://"):
         options["allow_http"] = True
     # The store itself holds each object to the SHA-256 that is sent along, before it is seen.
@@ -301,5 +305,13 @@ def _is_unknown_there(error: BaseException | None) -> bool:
     return isinstance(error, exceptions.NotSupportedError) or "status code: 501" in str(error)
 
 
+def _lacks_bucket(error: Exception) -> bool:
+    return any(code in str(error) for code in ("NoSuchBucket", "ContainerNotFound"))
+
+
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+    """What an error says, without the page that a server sent along, and with the operating system's reason."""
+    text = str(error)
+    line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    reasons = re.findall(r'\b(?:message|error): "([^"]+)"', text)
+    return line.partition("<")[0].rstrip(": ")[:300] + (f" ({reasons[-1]})" if reasons else "")

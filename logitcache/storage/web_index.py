@@ -5,7 +5,8 @@ from __future__ import annotations
 import urllib.error
 import urllib.request
 from html.parser import HTMLParser
-from urllib.parse import unquote, urljoin, urlsplit
+from http.client import HTTPException
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from logitcache.errors import StorageError
 
@@ -20,23 +21,27 @@ def linked_folders(url: str, *, timeout: float) -> list[str]:
     Raises:
         StorageError: the server can't be reached.
     """
-    base = url.rstrip("/") + "/"
+    # Folders have names as people write them; what is quoted already stays so.
+    base = quote(url.rstrip("/") + "/", safe=":/?#[]@!$&'()*+,;=%")
     request = urllib.request.Request(base, headers={"User-Agent": "logitcache", "Accept": "text/html"})
     try:
         with urllib.request.urlopen(request, timeout=timeout) as answer:
-            page = answer.read(MAX_PAGE_BYTES).decode("utf-8", errors="replace")
+            data = answer.read(MAX_PAGE_BYTES)
+            if answer.length and len(data) < MAX_PAGE_BYTES:
+                raise HTTPException("its page broke off")
     except urllib.error.HTTPError:
         return []
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise StorageError(f"can't list {base}: {getattr(error, 'reason', None) or error}") from error
     links = _Links()
-    links.feed(page)
+    links.feed(data.decode("utf-8", errors="replace"))
     here = urlsplit(base)
     names = set()
     for link in links.found:
         target = urlsplit(urljoin(base, link))
-        name = unquote(target.path.removeprefix(here.path)).rstrip("/")
-        is_below = target.netloc == here.netloc and target.path.startswith(here.path) and target.path.endswith("/")
+        path, below = unquote(target.path), unquote(here.path)
+        name = path.removeprefix(below).rstrip("/")
+        is_below = target.netloc == here.netloc and path.startswith(below) and path.endswith("/")
         if is_below and name and "/" not in name and name not in (".", ".."):
             names.add(name)
     return sorted(names)
