@@ -14,7 +14,8 @@ from torch import nn
 
 from logitcache.cache.creation import create
 from logitcache.cache.layout import Block, all_blocks, block_rows
-from logitcache.cache.manifest import LOGITS, Layout, Manifest
+from logitcache.cache.manifest import LOGITS, MANIFEST, Layout, Manifest
+from logitcache.cache.place import check_place
 from logitcache.cache.reader import open_cache
 from logitcache.cache.writer import CacheWriter
 from logitcache.catalog.outputs import declared_outputs, sources_of
@@ -26,6 +27,7 @@ from logitcache.inference import calibrate, output_shapes, teacher_outputs
 from logitcache.pipeline import Pipeline
 from logitcache.progress import track
 from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
+from logitcache.storage import open_storage
 from logitcache.training.ranks import joined
 
 
@@ -47,6 +49,9 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
     Raises:
         LogitCacheError: before any teacher work, where data, teacher or an existing cache don't fit the pipeline.
     """
+    place = open_storage(pipeline.cache.path)
+    if place.size(MANIFEST) is None:
+        check_place(place)
     data = resolve_data(pipeline, trust=trust)
     plan = resolve_plan(pipeline, data, trust=trust)
     device = pick_device(pipeline.device, threads=pipeline.threads)

@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Callable
@@ -29,7 +31,6 @@ from logitcache.errors import (
     CorruptCache,
     IdentityMismatch,
     IncompleteCache,
-    LogitCacheError,
     NotACache,
     StorageError,
     UsageError,
@@ -146,6 +147,7 @@ def test_some_views_are_a_cache_that_says_which_it_holds(store: str, on: Any, wh
 
     first = pull(place, str(part), views="0:2")
     assert "0:2" == first.views
+    assert logitcache.open(part).digest == first.digest != first.source_digest == logitcache.open(whole).digest
     assert 2 == logitcache.open(part).num_views
     assert [] == verify(str(part), deep=True)
     assert_reads(part, whole, range(2))
@@ -202,6 +204,52 @@ def test_nothing_of_anybody_else_is_written_over(whole: Path, tmp_path: Path) ->
 
     assert [] == verify(str(tmp_path / "other.cache"), deep=True)
     assert [] == verify(str(tmp_path / "again.cache"), deep=True)
+
+
+def test_a_place_where_no_cache_can_be_is_refused_before_anything_is_copied(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("…")
+    for place, reason in (
+        ("file", "is a file"),
+        ("file/b.cache", "is a file"),
+        ("whole.cache/sub", "inside of another"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            pull(str(whole), str(tmp_path / place))
+        with pytest.raises(UsageError, match=reason):
+            build(tmp_path / place)
+
+    assert [] == verify(str(whole), deep=True)
+    assert not (whole / "sub").exists()
+
+
+def test_what_a_killed_copy_left_half_written_is_cleared_away(whole: Path, tmp_path: Path) -> None:
+    pull(str(whole), str(tmp_path / "b.cache"), views="0:2")
+    partial = LocalStorage(tmp_path / "b.cache")._write_partial(tmp_path / "b.cache/labels.zarr/x", b"half")
+    dead = partial.with_name(partial.name.replace(f".{os.getpid()}.", f".{2**22 + 1}."))
+    partial.rename(dead)
+    pull(str(whole), str(tmp_path / "b.cache"))
+
+    assert not dead.exists()
+
+
+def test_whoever_interrupts_a_pull_does_not_wait_for_a_slow_network(whole: Path, tmp_path: Path) -> None:
+    """Ctrl-C: a line that says what to do, the exit code of shells, and whatever had arrived stays."""
+    command = [sys.executable, "-m", "logitcache.cli", "pull"]
+    with servers.misbehaving(whole.parent) as server:
+        server.fault = lambda path, count: "silent" if path.endswith("c/3/2/0") else None
+        process = subprocess.Popen(
+            [*command, f"{server.url}/whole.cache", str(tmp_path / "b.cache"), "--json"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        while "silent" not in server.faults:
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        said, complained = process.communicate(timeout=20)  # the server is silent for longer
+        server.fault = lambda path, count: None
+        assert 130 == process.returncode
+        assert "interrupted" in json.loads(said)["error"]
+        assert "run the same command again" in complained
+        assert pull(f"{server.url}/whole.cache", str(tmp_path / "b.cache")).kept_objects > 0
 
 
 def test_an_unfinished_cache_is_not_shared(tmp_path: Path) -> None:
@@ -491,7 +539,7 @@ def test_a_web_server_shares_a_folder(
         assert right.accuracy_mean == found.accuracy_mean
         with pytest.raises(UsageError, match="can only be read"):
             push(str(whole), f"{url}/b.cache")
-        with pytest.raises(LogitCacheError, match=r"can't be listed|can only be read"):
+        with pytest.raises(UsageError, match="can only be read"):
             cache_teacher(tiny(f"cache.path={url}/new.cache"))
         with pytest.raises(NotACache, match="no logit cache"):
             logitcache.open(f"{url}/nothing.cache")
@@ -600,6 +648,7 @@ def test_a_server_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
 
     assert 1 == ended.returncode
     assert f"can't read {url}/manifest.json" in ended.stderr
+    assert "Connection refused" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
@@ -614,8 +663,10 @@ def test_credentials_come_from_a_profile_and_a_wrong_bucket_says_so(
     push(str(whole), place)
 
     assert_reads(place, whole)
-    with pytest.raises(StorageError, match="no such bucket"):
-        push(str(whole), "s3://no-such-bucket-here/a.cache")
+    for job in (lambda url: push(str(whole), url), lambda url: pull(url, str(tmp_path / "b.cache")), find_caches):
+        with pytest.raises(StorageError, match="no such bucket") as refused:
+            job("s3://no-such-bucket-here/a.cache")
+        assert "<" not in str(refused.value)
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(UsageError, match="nobody"):
         logitcache.open(place)
@@ -635,6 +686,14 @@ def test_a_public_bucket_needs_no_credentials(moto_url: str, monkeypatch: pytest
             client.put_object_acl(Bucket="team", Key=entry["Key"], ACL="public-read")
 
     assert_reads(place, whole)
+
+
+def test_an_endpoint_that_is_no_url_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:9000")
+    for name, value in servers.KEYS.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="begins with http://"):
+        logitcache.open("s3://team/a.cache")
 
 
 @pytest.mark.parametrize("url", ["s3:///a.cache", "ftp://host/a.cache", "https://host/a.cache?version=2"])

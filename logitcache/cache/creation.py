@@ -35,6 +35,7 @@ from logitcache.cache.manifest import (
     read_receipts,
 )
 from logitcache.cache.outputs import Output, checked_outputs, row_arrays
+from logitcache.cache.place import check_place
 from logitcache.cache.writer import CacheWriter
 from logitcache.data.samples import SampleTable
 from logitcache.data.views import ViewPlan
@@ -218,6 +219,7 @@ def _sample_arrays(samples: SampleTable | None) -> dict[str, np.ndarray]:
 def _stored(storage: Storage) -> tuple[Manifest, Receipt] | None:
     """The manifest of a cache that was begun here and the receipt of its fixed arrays; blocks come only after both."""
     if storage.size(MANIFEST) is None:
+        check_place(storage)
         stranger = next(iter(storage.list_keys()), None)
         # Unless another builder began just now: of what it writes, the manifest comes first.
         if stranger is not None and storage.size(MANIFEST) is None:
@@ -330,7 +332,7 @@ def _open_manifest(
         raise IdentityMismatch(
             f"{storage.url} holds another cache ({manifest.id[:12]}…); it differs in\n  "
             + "\n  ".join(differences)
-            + "\nChoose another `cache.path`, or restore what differs; nothing was changed."
+            + "\nChoose another place, or restore what differs; nothing was changed."
         )
     if manifest.state == "open" and layout.num_views < manifest.layout.num_views:
         manifest = _forget_views(storage, manifest, layout)

@@ -251,7 +251,10 @@ def read_manifest(data: bytes | None, *, url: str) -> Manifest:
         CorruptCache: a manifest that contradicts itself.
     """
     if data is None:
-        raise NotACache(f"{url} is no logit cache: it has no {MANIFEST}; run `logitcache cache-teacher` to build one")
+        raise NotACache(
+            f"{url} is no logit cache: it has no {MANIFEST}. Is it the right place? `logitcache ls` shows "
+            "what caches lie somewhere, `logitcache cache-teacher` builds one"
+        )
     try:
         raw = parse_json(data, max_bytes=MAX_MANIFEST_BYTES)
         is_ours = isinstance(raw, dict) and raw.get("format") == "logitcache"

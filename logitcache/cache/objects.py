@@ -51,7 +51,7 @@ def read_object(storage: Storage, key: str, stored: StoredObject, *, why: str = 
         raise CorruptCache(f"{storage.url}: {key} is gone, though {why or 'the cache'} has a receipt for it")
     raise CorruptCache(
         f"{storage.url}: {key} is not what was written: its SHA-256 differs from the receipt of {why or 'the cache'}.\n"
-        "Run `logitcache verify --deep` for every such block."
+        "`logitcache verify --deep` lists every block like it, and `logitcache repair` mends them."
     )
 
 

@@ -32,6 +32,7 @@ from logitcache.cache.manifest import (
     read_manifest,
 )
 from logitcache.cache.objects import read_object
+from logitcache.cache.place import check_place
 from logitcache.cache.reader import LogitCache
 from logitcache.digest import canonical_json, sha256_hex
 from logitcache.errors import REBUILD, IdentityMismatch, IncompleteCache, NotACache, UsageError, unsealed
@@ -56,6 +57,8 @@ class Transfer:
     id: str
     digest: str
     """Of what is there now."""
+    source_digest: str
+    """Of what it was copied from, by which `expect` pins it; another one where only some views were copied."""
     views: str
     """That are there now, as FIRST:END."""
     copied_objects: int
@@ -106,11 +109,7 @@ def _copy(
     source: Storage, target: Storage, *, views: str | None, expect: str | None, anonymous: bool = False
 ) -> Transfer:
     start = time.monotonic()
-    if not target.can_write:
-        raise UsageError(
-            f"{target.url} can only be read: a web server takes no objects. Write to a directory that it serves, or to "
-            "s3://, gs:// or az://"
-        )
+    check_place(target)
     manifest, receipts = read_records(source)
     if manifest.state != "sealed":
         raise unsealed(source.url)
@@ -121,6 +120,7 @@ def _copy(
     copied_views = parse_views(views, manifest.layout.views)
     new = _resulting_records(manifest, receipts, _joined(copied_views, there, target.url), source.url)
     wanted, on_offer = _objects(new[0].layout, new[1]), _objects(manifest.layout, receipts)
+    target.remove_leftovers()
     sizes = dict(target.sizes())
     _refuse_strangers(target, sizes, on_offer | wanted)
     present = _present(target, sizes, wanted, there, str(manifest.digest))
@@ -146,6 +146,7 @@ def _copy(
     return Transfer(
         id=new[0].id,
         digest=str(new[0].digest),
+        source_digest=str(manifest.digest),
         views=f"{new[0].layout.first_view}:{new[0].layout.num_views}",
         copied_objects=len(missing),
         copied_bytes=total,
@@ -326,8 +327,11 @@ def _copy_objects(source: Storage, target: Storage, missing: Objects, meter: Met
     try:
         for copied in as_completed([threads.submit(copy, key) for key in missing]):
             meter.advance(missing[copied.result()][0].bytes)
-    finally:
-        threads.shutdown(cancel_futures=True)
+    except BaseException as error:
+        # What is on its way still arrives; but whoever interrupts does not wait for it.
+        threads.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
+        raise
+    threads.shutdown()
 
 
 def _publish(target: Storage, manifest: Manifest, gathered: bytes, *, replaces: Manifest | None) -> None:
