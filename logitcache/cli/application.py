@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from logitcache.errors import LogitCacheError, StorageError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 and the signal's number."""
 
 app = typer.Typer(
     name="logitcache",
@@ -52,6 +56,12 @@ def main() -> None:
     """Run the command line; errors become one message and their exit code."""
     try:
         app(standalone_mode=True)
+    except SystemExit as leaving:
+        if leaving.code != INTERRUPTED:
+            raise
+        report_failure("KeyboardInterrupt", "interrupted; run the same command again, what is done stays")
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)  # threads that still wait for a slow network would keep the process
     except LogitCacheError as error:
         fail(error, str(error), error.exit_code)
     except OSError as error:
@@ -61,8 +71,13 @@ def main() -> None:
 
 
 def fail(error: BaseException, message: str, exit_code: int) -> None:
-    """Say what went wrong, on stderr, and with --json on stdout too."""
-    print(f"error: {message}", file=sys.stderr)
-    if "--json" in sys.argv:
-        print(json.dumps({"error": message, "kind": type(error).__name__}))
+    """Say what went wrong, and leave."""
+    report_failure(type(error).__name__, message)
     sys.exit(exit_code)
+
+
+def report_failure(kind: str, message: str) -> None:
+    """On stderr, and with --json on stdout too."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if "--json" in sys.argv:
+        print(json.dumps({"error": message, "kind": kind}))

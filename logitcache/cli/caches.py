@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -91,12 +92,14 @@ def verify_command(
     problems = verify(cache, deep=deep)
     if data is not None and not problems:
         from logitcache.cache.reader import open_cache
-        from logitcache.trust.fit import all_differences
+        from logitcache.trust.fit import all_differences, has_teacher
         from logitcache.trust.spot_check import spot_check
 
         pipeline = pipeline_of(cache, data)
         differences = all_differences(open_cache(cache, trust=trust), pipeline, trust=trust)
         problems += [Problem("", line, "differs") for line in differences]
+        if not has_teacher(pipeline):
+            print(f"{data}: the teacher's weights are not at hand, so only its name was compared", file=sys.stderr)
         if recompute and not problems:
             problems += spot_check(pipeline, recompute, trust=trust)
     found = {"ok": not problems, "problems": [dataclasses.asdict(problem) for problem in problems]}
@@ -295,7 +298,10 @@ def report_command(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="PIPELINE", help="The pipeline that has the data: for pictures, and to measure students."),
+        typer.Option(
+            metavar="PIPELINE",
+            help="The pipeline that has the data: for pictures; students are measured on it, else on their runs' own.",
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
     trust: TrustOption = False,

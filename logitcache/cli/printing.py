@@ -54,11 +54,13 @@ def print_caches(location: str, caches: list[dict[str, Any]]) -> None:
 
 def print_transfer(where: str, transfer: Any) -> None:
     """What a push or a pull did."""
+    pin = f"Pin this content with --expect {transfer.source_digest}"
+    if transfer.digest != transfer.source_digest:
+        pin += f" where it came from; what is there now has the digest {transfer.digest}"
     rate = f", {decimal(int(transfer.copied_bytes / transfer.seconds))}/s" if transfer.copied_bytes else ""
     console().print(
         f"{where}: views {transfer.views}; {transfer.copied_objects:,} objects copied "
-        f"({decimal(transfer.copied_bytes)}{rate}), {transfer.kept_objects:,} were there.\n"
-        f"Pin this content with --expect {transfer.digest}",
+        f"({decimal(transfer.copied_bytes)}{rate}), {transfer.kept_objects:,} were there.\n{pin}",
         highlight=False,
         markup=False,
     )
@@ -144,8 +146,8 @@ def spelled(encoding: Any) -> str:
 
 
 def console() -> Console:
-    """Standard output; wide enough for a table where no terminal says how wide it is."""
-    return Console(soft_wrap=True) if sys.stdout.isatty() else Console(soft_wrap=True, width=120)
+    """Standard output; where it is no terminal, nothing is broken into lines: other programs read it."""
+    return Console(soft_wrap=True) if sys.stdout.isatty() else Console(soft_wrap=True, width=1000)
 
 
 def print_mapping(title: str, values: dict[str, Any]) -> None:
@@ -325,7 +327,13 @@ def print_problems(cache: str, problems: list[Any]) -> None:
     if not problems:
         console().print(f"{cache}: no problem found", highlight=False)
         return
-    table = Table("block", "path", "kind", title=f"{cache}: {len(problems)} problems", title_justify="left")
+    table = Table(
+        "block",
+        "path",
+        "kind",
+        title=f"{cache}: {len(problems)} problem{'s' if len(problems) > 1 else ''}",
+        title_justify="left",
+    )
     for problem in problems:
         table.add_row(problem.block, problem.path, problem.kind)
     console().print(table)

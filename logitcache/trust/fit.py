@@ -47,7 +47,7 @@ def open_fitting_cache(
         raise IdentityMismatch(
             f"cache {cache.id[:12]}… at {pipeline.cache.path} was not made for this pipeline; it differs in\n  "
             + "\n  ".join(differences)
-            + "\nRestore what differs, or build a cache of its own under another `cache.path`."
+            + "\nRestore what differs, or build a cache of its own in another place."
         )
     _check_views(cache, pipeline.cache.path, pipeline.views.count)
     if cache.samples is None:
@@ -119,8 +119,7 @@ def teacher_differences(cache: LogitCache, pipeline: Pipeline, data: Data, plan:
     """
     cached = cache.manifest.identity
     here: dict[str, Any] = {"precision": pipeline.teacher.precision}
-    weights = teacher_weights(pipeline)
-    at_hand = weights in (None, RANDOM) or Path(str(weights)).is_file()
+    at_hand = has_teacher(pipeline)
     ours = resolve_teacher(pipeline, data, plan, trust=trust)[1] if at_hand else teacher_name(pipeline)
 
     def is_ours(teacher: str) -> bool:
@@ -143,6 +142,12 @@ def teacher_differences(cache: LogitCache, pipeline: Pipeline, data: Data, plan:
     return differences
 
 
+def has_teacher(pipeline: Pipeline) -> bool:
+    """Whether the teacher's weights are at hand; without them only its name can be compared."""
+    weights = teacher_weights(pipeline)
+    return weights in (None, RANDOM) or Path(str(weights)).is_file()
+
+
 def _sources(cached: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """The cache's sources, with the pipeline's own for the outputs that both have, and for the logits."""
     shared = {name: asked[name] for name in cached.keys() & asked.keys()}
@@ -159,6 +164,8 @@ def all_differences(cache: LogitCache, pipeline: Pipeline, *, trust: bool) -> li
     plan = resolve_plan(pipeline, data, trust=trust)
     differences = view_differences(cache, data, plan)
     differences += teacher_differences(cache, pipeline, data, plan, trust=trust)
+    if pipeline.views.count > len(cache.views):
+        differences.append(f"views.count: {len(cache.views)} in the cache, {pipeline.views.count} here")
     if cache.samples is None:
         return differences
     here = sample_table(data.train)
