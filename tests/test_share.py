@@ -22,6 +22,7 @@ from obstore.exceptions import NotSupportedError
 from torch import Tensor
 
 import logitcache
+from logitcache import progress
 from logitcache.cache import objects
 from logitcache.cache.layout import Block, group_metadata
 from logitcache.cache.objects import entry_name
@@ -329,9 +330,9 @@ def test_what_was_read_once_is_read_nearby(on: Any, whole: Path, monkeypatch: py
     asked = []
     really_get = RemoteStorage.get_view
 
-    def get_view(storage: RemoteStorage, key: str, *, limit: int | None = None) -> memoryview | None:
+    def get_view(storage: RemoteStorage, key: str, **options: Any) -> memoryview | None:
         asked.append(key)
-        return really_get(storage, key, limit=limit)
+        return really_get(storage, key, **options)
 
     monkeypatch.setattr(RemoteStorage, "get_view", get_view)
     assert_reads(place, whole)
@@ -577,6 +578,26 @@ def test_what_the_network_does_to_an_object_once_is_mended(fault: str, whole: Pa
         assert server.faults
     assert [] == verify(str(tmp_path / "b.cache"), deep=True)
     assert_reads(tmp_path / "b.cache", whole)
+
+
+def test_progress_counts_bytes_as_they_come_and_those_that_come_again_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks may be large and the network slow; what turns out wrong is taken back."""
+    monkeypatch.setattr(remote, "PIECE_BYTES", 1000)
+    shape = {"num_samples": 20_000, "num_classes": 4, "teacher": "t", "dataset": "d"}
+    with logitcache.create(tmp_path / "a.cache", **shape, encoding=logitcache.Dense(dtype="float32")) as writer:
+        writer.write(view=0, start=0, logits=torch.randn(20_000, 4))
+    counted = []
+    monkeypatch.setattr(progress.Meter, "advance", lambda meter, count=1, *, note="": counted.append(count))
+    with servers.misbehaving(tmp_path) as server:
+        server.fault = lambda path, count: "changed" if "/c/0/0" in path and count == 1 else None
+        done = pull(f"{server.url}/a.cache", str(tmp_path / "b.cache"))
+        assert "changed" in server.faults
+    assert len(counted) > 10
+    assert min(counted) < 0
+    assert sum(counted) == done.copied_bytes
+    assert [] == verify(str(tmp_path / "b.cache"), deep=True)
 
 
 @pytest.mark.parametrize("key", ["manifest.json", "receipts.json"])

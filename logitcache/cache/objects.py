@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from logitcache.cache.manifest import StoredObject
 from logitcache.digest import sha256_hex
 from logitcache.errors import CorruptCache, StorageError
-from logitcache.storage import Storage
+from logitcache.storage import Arrived, Storage
 from logitcache.storage.blockdir import BlockDirectory
 
 ATTEMPTS = 3
@@ -26,7 +26,9 @@ Wanted = Mapping[str, StoredObject]
 """The objects that one receipt vouches for, by key."""
 
 
-def read_object(storage: Storage, key: str, stored: StoredObject, *, why: str = "") -> memoryview:
+def read_object(
+    storage: Storage, key: str, stored: StoredObject, *, why: str = "", arrived: Arrived | None = None
+) -> memoryview:
     """One object, held to its size and SHA-256; a remote one that arrives otherwise is asked for again.
 
     Args:
@@ -34,13 +36,14 @@ def read_object(storage: Storage, key: str, stored: StoredObject, *, why: str = 
         key: which.
         stored: what its receipt says of it.
         why: for the message, who vouches for it, such as "block v00000/b00003".
+        arrived: is told how far it is.
 
     Raises:
         CorruptCache: it is gone, or it is not what was written.
         StorageError: the store can't be reached.
     """
     for attempt in range(ATTEMPTS):
-        data = storage.get_view(key, limit=stored.bytes)
+        data = storage.get_view(key, limit=stored.bytes, arrived=arrived)
         if data is not None and len(data) == stored.bytes and sha256_hex(data) == stored.sha256:
             return data
         if not storage.is_remote:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
-from threading import BoundedSemaphore
+from threading import BoundedSemaphore, Lock
 from typing import Any
 
 from logitcache.cache.card import CARD, write_card
@@ -315,18 +315,28 @@ def _copy_objects(source: Storage, target: Storage, missing: Objects, meter: Met
     # As many are read at once as the source likes, whatever the target is busy with.
     reading, writing = BoundedSemaphore(source.concurrency), BoundedSemaphore(target.concurrency)
 
-    def copy(key: str) -> str:
+    counting = Lock()
+
+    def copy(key: str) -> None:
         stored, why = missing[key]
+        counted = 0
+
+        def count(arrived: int) -> None:
+            nonlocal counted
+            with counting:
+                meter.advance(arrived - counted)
+            counted = arrived
+
         with reading:
-            data = read_object(source, key, stored, why=why)
+            data = read_object(source, key, stored, why=why, arrived=count)
         with writing:
             target.put(key, data, durable=False)
-        return key
+        count(stored.bytes)
 
     threads = ThreadPoolExecutor(source.concurrency + target.concurrency, thread_name_prefix="logitcache-copy")
     try:
         for copied in as_completed([threads.submit(copy, key) for key in missing]):
-            meter.advance(missing[copied.result()][0].bytes)
+            copied.result()
     except BaseException as error:
         # What is on its way still arrives; but whoever interrupts does not wait for it.
         threads.shutdown(wait=isinstance(error, Exception), cancel_futures=True)

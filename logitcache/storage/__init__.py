@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from logitcache.errors import UsageError
 from logitcache.storage.local import LocalStorage as LocalStorage
+from logitcache.storage.protocol import Arrived as Arrived
 from logitcache.storage.protocol import Storage as Storage
 
 SCHEMES = ("file", "s3", "gs", "az", "https", "http", "memory")

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from logitcache.errors import CorruptCache, StorageError, UsageError
+from logitcache.storage.protocol import Arrived
 
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 _PARTIAL = re.compile(r"\.[^/]+\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.\d+\.partial$")
@@ -46,7 +47,7 @@ class LocalStorage:
         except OSError as error:
             raise _storage_error("read", path, error) from error
 
-    def get_view(self, key: str, *, limit: int | None = None) -> memoryview | None:
+    def get_view(self, key: str, *, limit: int | None = None, arrived: Arrived | None = None) -> memoryview | None:
         data = self.get(key, limit=limit)
         return None if data is None else memoryview(data)
 

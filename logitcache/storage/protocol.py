@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
+
+Arrived = Callable[[int], None]
+"""Is told how many bytes of an object have come so far: fewer than before where it is asked for anew."""
 
 
 class Storage(Protocol):
@@ -26,8 +29,14 @@ class Storage(Protocol):
             StorageError: the store refuses, or can't be reached.
         """
 
-    def get_view(self, key: str, *, limit: int | None = None) -> memoryview | None:
-        """As `get`, but where they lie: `bytes` of what a store's client holds are a copy, and labels are large."""
+    def get_view(self, key: str, *, limit: int | None = None, arrived: Arrived | None = None) -> memoryview | None:
+        """As `get`, but where they lie: `bytes` of what a store's client holds are a copy, and labels are large.
+
+        Args:
+            key: which.
+            limit: as for `get`.
+            arrived: is told of large objects as they come.
+        """
 
     def put(self, key: str, data: bytes | memoryview, *, durable: bool = True) -> None:
         """Store an object whole or not at all; on return it survives a power loss, unless that is left for later.

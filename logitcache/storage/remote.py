@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from logitcache.errors import StorageError, UsageError
+from logitcache.storage.protocol import Arrived
 from logitcache.storage.web_index import linked_folders
 
 try:
@@ -36,6 +37,8 @@ REQUEST_SECONDS = 600.0
 """For one whole object: a server that trickles is given up in the end."""
 BODY_ATTEMPTS = 4
 """How often an answer is asked for that breaks off or has the wrong length; obstore repeats refused requests itself."""
+PIECE_BYTES = 2**20
+"""Larger objects come in pieces of this size where somebody wants to know how far they are."""
 MULTIPART_BYTES = 64 * 2**20
 """Objects from this size on are sent in parts."""
 
@@ -90,11 +93,11 @@ class RemoteStorage:
         view = self.get_view(key, limit=limit)
         return None if view is None else bytes(view)
 
-    def get_view(self, key: str, *, limit: int | None = None) -> memoryview | None:
+    def get_view(self, key: str, *, limit: int | None = None, arrived: Arrived | None = None) -> memoryview | None:
         path = self._path(key)
         for attempt in range(BODY_ATTEMPTS):
             try:
-                return self._read(path, limit)
+                return self._read(path, limit, arrived)
             except FileNotFoundError as error:
                 if _lacks_bucket(error):
                     raise self._error("read", key, error) from error
@@ -173,16 +176,20 @@ class RemoteStorage:
         """Nothing to do: an object store never shows half an object."""
         return 0
 
-    def _read(self, key: str, limit: int | None) -> memoryview:
+    def _read(self, key: str, limit: int | None, arrived: Arrived | None) -> memoryview:
         answer = obstore.get(self._store, key)
-        if limit is None or answer.meta["size"] <= limit:
+        size = answer.meta["size"]
+        most = size if limit is None else limit
+        if size <= most and (arrived is None or size <= PIECE_BYTES):
             return memoryview(answer.bytes())
         data = bytearray()
-        for piece in answer.stream():
+        for piece in answer.stream(min_chunk_size=PIECE_BYTES):
             data += piece
-            if len(data) > limit:
+            if arrived is not None:
+                arrived(len(data))
+            if len(data) > most:
                 break  # whatever else the server would send is not asked for
-        return memoryview(data)[: limit + 1].toreadonly()
+        return memoryview(data)[: most + 1].toreadonly()
 
     def _put(self, key: str, data: bytes | memoryview, *, mode: Any) -> None:
         self._refuse_writing()
