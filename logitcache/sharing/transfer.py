@@ -120,9 +120,9 @@ def _copy(
     copied_views = parse_views(views, manifest.layout.views)
     new = _resulting_records(manifest, receipts, _joined(copied_views, there, target.url), source.url)
     wanted, on_offer = _objects(new[0].layout, new[1]), _objects(manifest.layout, receipts)
-    target.remove_leftovers()
     sizes = dict(target.sizes())
     _refuse_strangers(target, sizes, on_offer | wanted)
+    target.remove_leftovers()
     present = _present(target, sizes, wanted, there, str(manifest.digest))
     missing = {key: wanted[key] for key in wanted if key not in present}
     lacking = [why for key, (_, why) in missing.items() if key not in on_offer]
@@ -314,7 +314,6 @@ def _copy_objects(source: Storage, target: Storage, missing: Objects, meter: Met
     """Several at a time; the first that goes wrong ends it, and what has arrived stays for the next time."""
     # As many are read at once as the source likes, whatever the target is busy with.
     reading, writing = BoundedSemaphore(source.concurrency), BoundedSemaphore(target.concurrency)
-
     counting = Lock()
 
     def copy(key: str) -> None:
