@@ -130,7 +130,7 @@ def behind_link(gigabits: float | None) -> Iterator[servers.Host]:
             f"ip -n {name} address add {network}.2/30 dev {there}",
             f"ip -n {name} link set {there} up",
             f"ip -n {name} link set lo up",
-            f"ip netns exec {name} tc qdisc add dev {there} root tbf rate {gigabits}gbit burst 1mb latency 50ms",
+            f"{' '.join(in_there)} tc qdisc add dev {there} root tbf rate {gigabits}gbit burst 1mb latency 50ms",
         ):
             subprocess.run(command.split(), check=True)
         yield servers.Host(f"{network}.2", in_there)

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -100,6 +101,34 @@ def test_verify_prints_ok_and_no_problem(folder: Path) -> None:
     result = logitcache("verify", f"file://{folder}/tiny.cache", "--deep", "--data", folder / "tiny.yaml", "--json")
 
     assert ({"ok": True, "problems": []}, 0) == (json.loads(result.stdout), result.returncode)
+
+
+def test_verify_says_what_it_could_not_compare_and_which_views_are_missing(folder: Path, tmp_path: Path) -> None:
+    raw = yaml.safe_load((folder / "tiny.yaml").read_text())
+    raw["views"]["count"] = 5
+    raw["teacher"]["weights"] = "trained"  # and nobody has trained it
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(raw))
+    result = logitcache("verify", folder / "tiny.cache", "--data", tmp_path / "more.yaml", "--json")
+
+    assert 1 == result.returncode
+    assert "views.count: 2 in the cache, 5 here" in [found["path"] for found in json.loads(result.stdout)["problems"]]
+    assert "only its name was compared" in result.stderr
+
+
+def test_places_that_are_not_there_or_not_on_this_machine_are_misuse(folder: Path, tmp_path: Path) -> None:
+    cache = folder / "tiny.cache"
+    refused(logitcache("ls", tmp_path / "nothing"), 2, "no such folder")
+    refused(logitcache("export", cache, "--to", "parquet", "-o", "s3://team/labels"), 2, "no path on this machine")
+    refused(logitcache("report", cache, "-o", "s3://team/report.html"), 2, "no path on this machine")
+
+    assert not Path("s3:").exists()
+
+
+def test_names_stay_whole_where_another_program_reads_them(folder: Path, tmp_path: Path) -> None:
+    long = tmp_path / ("a name of many words " * 8).strip()
+    shutil.copytree(folder / "tiny.cache", long / "a.cache")
+
+    assert str(long / "a.cache") in logitcache("ls", long).stdout
 
 
 def test_verify_exits_with_one_on_a_problem(folder: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def open_remote(url: str) -> RemoteStorage:
             return RemoteStorage(url.rstrip("/"), memory, prefix=parts.path.strip("/"))
         return RemoteStorage(url.rstrip("/"), _connect(parts.scheme, url.rstrip("/")))
     except (exceptions.BaseError, ValueError) as error:
-        raise UsageError(f"{url} can't be opened: {_first_line(error)}") from error
+        raise UsageError(f"{url} can't be opened: {_reason(error)}") from error
 
 
 class RemoteStorage:
@@ -227,7 +227,7 @@ class RemoteStorage:
             )
 
     def _error(self, action: str, key: str, error: Exception) -> StorageError:
-        reason = _first_line(error)
+        reason = _reason(error)
         if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
             reason = f"access denied; check the credentials that are set ({_CREDENTIALS[self._scheme]}). {reason}"
         elif _lacks_bucket(error) or isinstance(error, FileNotFoundError) or "status code: 404" in reason:
@@ -316,7 +316,7 @@ def _lacks_bucket(error: Exception) -> bool:
     return any(code in str(error) for code in ("NoSuchBucket", "ContainerNotFound"))
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """What an error says, without the page that a server sent along, and with the operating system's reason."""
     text = str(error)
     line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
