@@ -320,6 +320,9 @@ def _open_manifest(
         # Somebody else began at the same moment.
         existing = storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES)
     manifest = read_manifest(existing, url=storage.url)
+    # A cache stays in the format that it was begun in.
+    identity = identity.model_copy(update={"format_version": manifest.identity.format_version})
+    new = new.model_copy(update={"id": identity.cache_id, "identity": identity})
     if not fixed_stored and not manifest.identity.differences(identity):
         # Cut off before anything was stored but this: begun again.
         storage.put(MANIFEST, dump_manifest(new))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from logitcache.cache.card import CARD, write_card
 from logitcache.cache.committed import collect_receipts
+from logitcache.cache.digests import content_digest
 from logitcache.cache.layout import (
     FIXED,
     FIXED_RECEIPT_KEY,
@@ -38,7 +39,6 @@ from logitcache.cache.manifest import (
     Manifest,
     Receipt,
     StoredObject,
-    content_digest,
     contents,
     dump,
     dump_manifest,
@@ -216,7 +216,7 @@ class CacheWriter:
         self.storage.put(RECEIPTS, gathered)
         changes = {
             "state": "sealed",
-            "digest": content_digest(list(receipts.values())),
+            "digest": content_digest(self.manifest, receipts),
             "receipts": sha256_hex(gathered),
             "contents": contents(receipts, fixed=FIXED),
             "provenance": {name: value for name, value in self.manifest.provenance.items() if name != "repairing"},

@@ -12,12 +12,21 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import BoundedSemaphore, Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 from logitcache.cache.card import CARD, write_card
 from logitcache.cache.committed import pinned_receipts_key, read_records
+from logitcache.cache.digests import content_digest, pin_of
 from logitcache.cache.ensemble import MERGED
-from logitcache.cache.layout import FIXED, Block, block_key, fixed_array_key, group_metadata, parse_views
+from logitcache.cache.layout import (
+    FIXED,
+    Block,
+    block_key,
+    decode_object,
+    fixed_array_key,
+    group_metadata,
+    parse_views,
+)
 from logitcache.cache.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -26,7 +35,6 @@ from logitcache.cache.manifest import (
     Manifest,
     Receipt,
     StoredObject,
-    content_digest,
     contents,
     dump_manifest,
     read_manifest,
@@ -34,8 +42,8 @@ from logitcache.cache.manifest import (
 from logitcache.cache.objects import read_object
 from logitcache.cache.place import check_place
 from logitcache.cache.reader import LogitCache
-from logitcache.digest import canonical_json, sha256_hex
-from logitcache.errors import REBUILD, IdentityMismatch, IncompleteCache, NotACache, UsageError, unsealed
+from logitcache.digest import array_digest, canonical_json, sha256_hex
+from logitcache.errors import REBUILD, CorruptCache, IdentityMismatch, IncompleteCache, NotACache, UsageError, unsealed
 from logitcache.progress import Meter, track
 from logitcache.storage import Storage, open_storage
 
@@ -46,8 +54,23 @@ UNDER_WAY = "push.json"
 PUBLIC_PROVENANCE = ("created", "python", "versions", "encoding", "card", MERGED)
 """What an anonymous push keeps of a manifest's provenance."""
 
-Objects = dict[str, tuple[StoredObject, str]]
-"""By key: what a receipt says of an object, and whose receipt it is."""
+
+class _Object(NamedTuple):
+    """An object as a receipt describes it."""
+
+    stored: StoredObject
+    name: str
+    """Of the receipt: a block's, or `FIXED`."""
+    array: str
+
+    @property
+    def why(self) -> str:
+        """Who vouches for it, for messages."""
+        return "what is stored once" if self.name == FIXED else f"block {self.name}"
+
+
+Objects = dict[str, _Object]
+"""By key."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +81,11 @@ class Transfer:
     digest: str
     """Of what is there now."""
     source_digest: str
-    """Of what it was copied from, by which `expect` pins it; another one where only some views were copied."""
+    """Of what it was copied from; another one where only some views were copied."""
+    pin: str
+    """Of what it was copied from: what `expect` is best given. The source's digest, but in format 1 stronger."""
+    matched: str | None
+    """Which of the two `expect` was: "pin" or "digest" (of format 1); None where nothing was expected."""
     views: str
     """That are there now, as FIRST:END."""
     copied_objects: int
@@ -93,7 +120,8 @@ def pull(url: str, cache: str, *, views: str | None = None, expect: str | None =
         url: the cache.
         cache: where to, at best a directory.
         views: such as "0:8"; all if None.
-        expect: the content digest that the cache must have, or its first 12 digits and more.
+        expect: the pin or the content digest that the cache must have, or its first 12 digits and more. Values are
+            then compared as well, not only the bytes that they are stored in.
 
     Raises:
         UsageError: views that it does not have, or that would leave a gap.
@@ -113,7 +141,8 @@ def _copy(
     manifest, receipts = read_records(source)
     if manifest.state != "sealed":
         raise unsealed(source.url)
-    _check_digest(source, manifest, receipts, expect)
+    pin = pin_of(manifest, receipts)
+    matched = _check_digest(source, manifest, receipts, pin, expect)
     if anonymous:
         manifest = manifest.model_copy(update={"provenance": _without_maker(manifest.provenance)})
     there = _records_there(target, manifest, receipts)
@@ -123,14 +152,15 @@ def _copy(
     sizes = dict(target.sizes())
     _refuse_strangers(target, sizes, on_offer | wanted)
     target.remove_leftovers()
-    present = _present(target, sizes, wanted, there, str(manifest.digest))
+    values_of = None if expect is None else new[0].layout
+    present = _present(target, sizes, wanted, there, str(manifest.digest), values_of)
     missing = {key: wanted[key] for key in wanted if key not in present}
-    lacking = [why for key, (_, why) in missing.items() if key not in on_offer]
+    lacking = [each.why for key, each in missing.items() if key not in on_offer]
     if lacking:
         raise IncompleteCache(f"{target.url} has lost {lacking[0]}, which {source.url} does not hold; repair it first")
-    total = sum(stored.bytes for stored, _ in missing.values())
+    total = sum(each.stored.bytes for each in missing.values())
     with track(f"copying {len(missing)} objects", total, unit="bytes") as meter:
-        _copy_objects(source, target, missing, meter)
+        _copy_objects(source, target, missing, meter, values_of=values_of)
     target.make_durable(wanted)  # those too that an interrupted run has left
     _publish(target, new[0], new[2], replaces=None if there is None else there[0])
     if anonymous and there is not None and there[0].provenance != new[0].provenance:
@@ -147,6 +177,8 @@ def _copy(
         id=new[0].id,
         digest=str(new[0].digest),
         source_digest=str(manifest.digest),
+        pin=pin,
+        matched=matched,
         views=f"{new[0].layout.first_view}:{new[0].layout.num_views}",
         copied_objects=len(missing),
         copied_bytes=total,
@@ -164,21 +196,27 @@ def _without_maker(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _check_digest(source: Storage, manifest: Manifest, receipts: dict[str, Receipt], expect: str | None) -> None:
-    found = content_digest(list(receipts.values()))
-    if found != manifest.digest:
+def _check_digest(
+    source: Storage, manifest: Manifest, receipts: dict[str, Receipt], pin: str, expect: str | None
+) -> str | None:
+    """Which of the source's two hashes was expected."""
+    if content_digest(manifest, receipts) != manifest.digest:
         raise IdentityMismatch(
             f"{source.url}: the receipts don't add up to the manifest's digest; run `logitcache verify` on it"
         )
     if expect is None:
-        return
+        return None
     if len(expect) < 12 or set(expect.lower()) - set("0123456789abcdef"):
         raise UsageError(f"--expect is {expect!r}; expected the content digest, or 12 hexadecimal digits of it or more")
-    if not found.startswith(expect.lower()):
-        raise IdentityMismatch(
-            f"{source.url} has content digest {found}; expected {expect.lower()}. Nothing was copied. "
-            "Ask whoever shared it which digest is meant, or leave out --expect"
-        )
+    if pin.startswith(expect.lower()):
+        return "pin"
+    if str(manifest.digest).startswith(expect.lower()):
+        return "digest"
+    raise IdentityMismatch(
+        f"{source.url} has content digest {manifest.digest}"
+        f"{'' if pin == manifest.digest else f' and pin {pin}'}; expected {expect.lower()}. Nothing was copied. "
+        "Ask whoever shared it which digest is meant, or leave out --expect"
+    )
 
 
 def _records_there(
@@ -242,7 +280,7 @@ def _resulting_records(
     gathered = canonical_json({name: receipt.model_dump() for name, receipt in kept.items()})
     changes = {
         "layout": layout,
-        "digest": content_digest(list(kept.values())),
+        "digest": content_digest(manifest.model_copy(update={"layout": layout}), kept),
         "receipts": sha256_hex(gathered),
         "contents": contents(kept, fixed=FIXED),
     }
@@ -256,11 +294,20 @@ def _objects(layout: Layout, receipts: dict[str, Receipt]) -> Objects:
     for name, receipt in receipts.items():
         for array, stored in receipt.objects.items():
             if name == FIXED:
-                objects[fixed_array_key(array, layout.fixed[array])] = (stored, "what is stored once")
+                key = fixed_array_key(array, layout.fixed[array])
             else:
                 key = block_key(array, layout.arrays[array], Block.from_name(name))
-                objects[key] = (stored, f"block {name}")
+            objects[key] = _Object(stored, name, array)
     return objects
+
+
+def _holds_values(layout: Layout, wanted: _Object, data: bytes | memoryview) -> bool:
+    """Whether an object decodes to the values that its receipt states: its bytes are no part of a digest."""
+    try:
+        values = decode_object(layout, wanted.name, wanted.array, data)
+    except (ValueError, RuntimeError):
+        return False
+    return array_digest(values) == wanted.stored.values_sha256
 
 
 def _refuse_strangers(target: Storage, sizes: Mapping[str, int], ours: Objects) -> None:
@@ -277,17 +324,27 @@ def _present(
     wanted: Objects,
     there: tuple[Manifest, dict[str, Receipt]] | None,
     digest: str,
+    values_of: Layout | None,
 ) -> set[str]:
     """The keys whose objects are there and right: read again where that is cheap, else vouched for."""
-    candidates = [key for key, (stored, _) in wanted.items() if sizes.get(key) == stored.bytes]
+    candidates = [key for key, each in wanted.items() if sizes.get(key) == each.stored.bytes]
     if not target.is_remote:
+
+        def is_right(key: str) -> bool:
+            data = target.get(key) or b""
+            return sha256_hex(data) == wanted[key].stored.sha256 and (
+                values_of is None or _holds_values(values_of, wanted[key], data)
+            )
+
         with ThreadPoolExecutor(target.concurrency) as threads:
-            right = threads.map(lambda key: sha256_hex(target.get(key) or b"") == wanted[key][0].sha256, candidates)
-            return {key for key, is_right in zip(candidates, right, strict=True) if is_right}
-    if _goes_on(target, digest):
+            return {key for key, right in zip(candidates, threads.map(is_right, candidates), strict=True) if right}
+    goes_on = _goes_on(target, digest)
+    if values_of is not None:
+        return set()  # nobody has compared the values of what is there
+    if goes_on:
         return set(candidates)
     vouched = {} if there is None else _objects(there[0].layout, there[1])
-    return {key for key in candidates if key in vouched and vouched[key][0].sha256 == wanted[key][0].sha256}
+    return {key for key in candidates if key in vouched and vouched[key].stored.sha256 == wanted[key].stored.sha256}
 
 
 def _goes_on(target: Storage, digest: str) -> bool:
@@ -310,14 +367,19 @@ def _goes_on(target: Storage, digest: str) -> bool:
     )
 
 
-def _copy_objects(source: Storage, target: Storage, missing: Objects, meter: Meter) -> None:
-    """Several at a time; the first that goes wrong ends it, and what has arrived stays for the next time."""
+def _copy_objects(
+    source: Storage, target: Storage, missing: Objects, meter: Meter, *, values_of: Layout | None
+) -> None:
+    """Several at a time; the first that goes wrong ends it, and what has arrived stays for the next time.
+
+    With a layout, objects are decoded and their values compared too.
+    """
     # As many are read at once as the source likes, whatever the target is busy with.
     reading, writing = BoundedSemaphore(source.concurrency), BoundedSemaphore(target.concurrency)
     counting = Lock()
 
     def copy(key: str) -> None:
-        stored, why = missing[key]
+        wanted = missing[key]
         counted = 0
 
         def count(arrived: int) -> None:
@@ -327,10 +389,15 @@ def _copy_objects(source: Storage, target: Storage, missing: Objects, meter: Met
             counted = arrived
 
         with reading:
-            data = read_object(source, key, stored, why=why, arrived=count)
+            data = read_object(source, key, wanted.stored, why=wanted.why, arrived=count)
+        if values_of is not None and not _holds_values(values_of, wanted, data):
+            raise CorruptCache(
+                f"{source.url}: {key} does not hold the values that its receipt states and --expect pins. Somebody "
+                "changed the cache; nothing was published here. Get it from another place"
+            )
         with writing:
             target.put(key, data, durable=False)
-        count(stored.bytes)
+        count(wanted.stored.bytes)
 
     threads = ThreadPoolExecutor(source.concurrency + target.concurrency, thread_name_prefix="logitcache-copy")
     try:
