@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -42,7 +43,7 @@ from logitcache.data.views import ViewPlan
 from logitcache.digest import canonical_json
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.encodings.protocol import float_tensor
-from logitcache.errors import IdentityMismatch, InvalidLogits, NotACache, UsageError
+from logitcache.errors import CorruptCache, IdentityMismatch, InvalidLogits, NotACache, UsageError
 from logitcache.progress import track
 from logitcache.storage import Storage, open_storage
 
@@ -67,6 +68,7 @@ def create(
     class_names: Sequence[str] | None = None,
     rows_per_block: int | None = None,
     card: Card | Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> CacheWriter:
     """Open a cache for writing: a new one, or one of the same identity that was left unfinished or grows by views.
 
@@ -85,6 +87,7 @@ def create(
         rows_per_block: rows of one commit, 16 384 by default; fixed once the cache exists.
         card: what its README.md says beside what it knows itself, such as {"license": "cc-by-4.0"}; it may be changed
             later, and None leaves what was said before.
+        overwrite: delete the cache that is at the path first, if there is one; never anything else.
 
     Raises:
         UsageError: a shape, an encoding or an output that can't be, or no calibration for one that needs it.
@@ -118,6 +121,7 @@ def create(
         samples=samples,
         rows_per_block=rows_per_block,
         card=card,
+        overwrite=overwrite,
     )
 
 
@@ -149,6 +153,7 @@ def open_writer(
     rows_per_block: int | None = None,
     card: Card | Mapping[str, Any] | None = None,
     notes: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> CacheWriter:
     """The same as `create`, for logits whose origin is known by its parts; `notes` join a new cache's provenance.
 
@@ -168,7 +173,8 @@ def open_writer(
     if isinstance(requested, Encoding):
         requested.arrays(num_classes)  # refuses a number of classes that it can't hold, before anything is computed
     storage = open_storage(path)
-    stored = _stored(storage)
+    replaced = _keys_to_replace(storage) if overwrite else []
+    stored = None if replaced else _stored(storage)
     notes = dict(notes or {}) | ({} if stated is None else {"card": stated})
     if stored is not None:
         settled = _encoding_of(storage, *stored, requested)
@@ -196,6 +202,8 @@ def open_writer(
 
     layout, fixed = shape(stored, settled)
     with storage.lock():
+        for key in _keys_to_replace(storage) if overwrite else []:
+            storage.delete(key)
         if stored is None:
             stored = _stored(storage)
             if stored is not None:  # another builder began it meanwhile, and fitted its encoding
@@ -206,6 +214,26 @@ def open_writer(
         if stated is not None and manifest.provenance.get("card") != stated:
             manifest = _change_card(storage, manifest, stated)
         return CacheWriter(storage, manifest, settled, fixed=fixed)
+
+
+def _keys_to_replace(storage: Storage) -> list[str]:
+    """The objects of the cache that is there, whole or damaged; none where there is no cache.
+
+    The manifest comes last, so that a deletion that was interrupted is one of a cache still, and can be done again.
+
+    Raises:
+        NotACache: something else is there, or lies beside it.
+    """
+    data = storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES)
+    if data is None:
+        return []
+    with suppress(CorruptCache):
+        read_manifest(data, url=storage.url)
+    keys = [key for key in storage.list_keys() if key != MANIFEST]
+    for key in keys:
+        if key not in (RECEIPTS, CARD) and not key.startswith((f"{GROUP}/", "receipts/")):
+            raise NotACache(f"{storage.url} holds {key}, which is no part of a cache; move it, or choose another path")
+    return [*keys, MANIFEST]
 
 
 def _change_card(storage: Storage, manifest: Manifest, stated: dict[str, Any]) -> Manifest:

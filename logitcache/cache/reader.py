@@ -8,9 +8,11 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +32,8 @@ from logitcache.cache.layout import (
 from logitcache.cache.manifest import LOGITS, Contents, Manifest, Receipt, contents, output_of
 from logitcache.cache.objects import ObjectReader, Wanted
 from logitcache.cache.outputs import outputs_of
-from logitcache.cache.rendering import check_rendered, recorded_digests, recorded_plan
+from logitcache.cache.rendering import check_arrived, check_rendered, recorded_digests, recorded_plan
+from logitcache.data.index import split_index
 from logitcache.data.samples import SampleTable
 from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.encodings import Encoding, encoding_from_config
@@ -39,6 +42,9 @@ from logitcache.storage import Storage, open_storage
 from logitcache.storage.blockdir import shared_block_directory
 
 # B batch, C classes, N samples, V views
+
+RESIDENT_BYTES = 2**32
+"""Encoded labels that `cache.logits` keeps in memory, by default."""
 
 
 def open_cache(location: str | os.PathLike[str], *, trust: bool = False) -> LogitCache:
@@ -86,6 +92,9 @@ class LogitCache:
         self.trust = trust
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="logitcache-loader")
         self._loading: dict[tuple[int, str, str], Future[View]] = {}
+        self._kept: OrderedDict[tuple[int, str, int], View] = OrderedDict()
+        self._plans: list[ViewPlan] = []
+        """Those of this cache's views whose datasets `check_batch` may render from."""
         if self.sealed and content_digest(self.manifest, self.receipts) != self.manifest.digest:
             raise CorruptCache(
                 f"{storage.url}: the receipts don't add up to the manifest's digest; run `logitcache verify` on it"
@@ -194,7 +203,9 @@ class LogitCache:
             UsageError: the cache does not say how its views were made.
             UntrustedCode: a transform from outside the working folder; open the cache with trust=True.
         """
-        return recorded_plan(self.manifest, self.samples, url=self.storage.url, trust=self.trust)
+        plan = recorded_plan(self.manifest, self.samples, url=self.storage.url, trust=self.trust)
+        self._plans.append(plan)
+        return plan
 
     def check_plan(self, plan: ViewPlan) -> None:
         """Hold a view plan to the one that the cache was built with.
@@ -210,6 +221,7 @@ class LogitCache:
                 f"the views at hand are not those of cache {self.id[:12]}…; they differ in\n  "
                 + "\n  ".join(differences)
             )
+        self._plans.append(plan)
 
     def check_inputs(self, views: ViewDataset, view: int) -> int:
         """Render the proof rows of a view and hold their pixels to what the teacher was given.
@@ -221,9 +233,34 @@ class LogitCache:
             How many rows were compared; rows outside a subset are left out.
 
         Raises:
+            UsageError: no such view.
             IdentityMismatch: names the sample, and the library versions that may be the cause.
         """
+        self._check_held(view)
         return check_rendered(views, view, self.input_digests(view), self.manifest, self.samples)
+
+    def check_batch(self, index: Any, inputs: Any, *, views: ViewDataset | None = None) -> int:
+        """Compare a batch that arrived with its own samples, rendered again: the first and the last one.
+
+        `check_inputs` renders rows itself; this finds what a loader changes on the way (timm's casts floats to uint8).
+        Call it at each view's first batch.
+
+        Args:
+            index: of the batch, int (B,), as `ViewDataset` gave it.
+            inputs: of the batch, as the loader gave them, on any device.
+            views: what the batch was loaded from; by default every living `ViewDataset` of `cache.view_plan`, or of a
+                plan that passed `check_plan`.
+
+        Returns:
+            How many samples were compared.
+
+        Raises:
+            UsageError: plain row numbers, or samples that no dataset at hand has.
+            IdentityMismatch: names the sample and what differs.
+        """
+        plans = self._plans or [self.view_plan]
+        datasets = [views] if views is not None else [each for plan in plans for each in plan.datasets]
+        return check_arrived(datasets, index, inputs, self.manifest, self.samples)
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
         """Row numbers of sample keys, int64 (len(keys),), for subsets and other orders.
@@ -271,7 +308,7 @@ class LogitCache:
 
         if not self.others and tuple(outputs) == (LOGITS,):
             return read(LOGITS)
-        whole = ViewOfOutputs(view, self.outputs, read)
+        whole = ViewOfOutputs(view, self.num_samples, self.outputs, read)
         whole.read(outputs)
         return whole
 
@@ -305,24 +342,28 @@ class LogitCache:
         if window is None:
             loading = self._loading.pop((view, str(device), output), None)
             return loading.result() if loading is not None else self._load_view(view, device, output)
-        read = functools.partial(self._read_output, view, output=output)
-        encoding, num_values = self._encoding_of(output)
+        read = functools.partial(self.read_encoded, view, output=output)
+        encoding, num_values = self.encoding_of(output)
         return StreamedView(view, encoding, read, self.layout, device, max_blocks=2 * window, num_values=num_values)
 
     def _load_view(self, view: int, device: torch.device, output: str) -> View:
-        arrays = self._read_output(view, range(blocks_per_view(self.layout)), output=output)
+        arrays = self.read_encoded(view, range(blocks_per_view(self.layout)), output=output)
         tensors = {name: torch.from_numpy(values).to(device) for name, values in arrays.items()}
-        encoding, num_values = self._encoding_of(output)
+        encoding, num_values = self.encoding_of(output)
         return ResidentView(view, encoding, tensors, num_values)
 
-    def _encoding_of(self, output: str) -> tuple[Encoding, int]:
-        """How the rows of an output are encoded, and how many values a row has."""
+    def encoding_of(self, output: str) -> tuple[Encoding, int]:
+        """The encoding of an output, fitted, and how many values a row has."""
         if output == LOGITS:
             return self._fitted_encoding, self.num_classes
         return self.others[output].encoding, self.others[output].num_values
 
-    def _read_output(self, view: int, numbers: Sequence[int], *, output: str) -> dict[str, np.ndarray]:
-        """The arrays of an output as its encoding calls them."""
+    def read_encoded(self, view: int, numbers: Sequence[int], *, output: str) -> dict[str, np.ndarray]:
+        """The arrays (rows, *row_shape) of consecutive blocks of one output, by the encoding's names for them.
+
+        Raises:
+            CorruptCache: names the first block that is not as it was written.
+        """
         if output == LOGITS:
             return self.read_blocks(view, numbers)
         arrays = self.read_blocks(view, numbers, output)
@@ -376,7 +417,47 @@ class LogitCache:
             # An entry nearby for each output: whoever asks for one later asks for it alone.
             self.objects.read_ahead([self._wanted(block, [output]) for block in there for output in outputs])
 
-    def _check_complete(self, view: int) -> None:
+    def logits(
+        self, index: Any, device: str | torch.device = "cpu", *, memory_budget: int = RESIDENT_BYTES
+    ) -> torch.Tensor:
+        """The teacher's logits of samples in any mix of views, float32 (B, C), on a device.
+
+        Views are loaded when an index first names them, and stay. Beyond the budget those used least recently leave,
+        so that batches which mix more views than it holds are slow.
+
+        Args:
+            index: int (B,), as `ViewDataset` gives it.
+            device: where encoded labels lie and logits are decoded.
+            memory_budget: bytes of encoded labels that stay; 4 GiB by default.
+
+        Raises:
+            UsageError: plain row numbers, which name no view; no such view; booleans or floats.
+            IncompleteCache: a block of a view is missing.
+            CorruptCache: an object is not the one that was written.
+        """
+        views_B, rows_B = split_index(index)
+        if bool((views_B < 0).any()):
+            raise UsageError(
+                "plain row numbers name no view; pass the index that `ViewDataset` gives, or take "
+                "`cache.view(view).logits(rows)`"
+            )
+        target = torch.device(device)
+        logits_BC = torch.empty((len(rows_B), self.num_classes), device=target)
+        for number in sorted(set(views_B.tolist())):
+            chosen_B = views_B == number
+            logits_BC[chosen_B.to(target)] = self._kept_view(number, target, memory_budget).logits(rows_B[chosen_B])
+        return logits_BC
+
+    def _kept_view(self, number: int, device: torch.device, memory_budget: int) -> View:
+        key = (number, str(device), memory_budget)
+        if key not in self._kept:
+            self._kept[key] = self.view(number, device, memory_budget=memory_budget)
+        self._kept.move_to_end(key)
+        while len(self._kept) > max(1, memory_budget // self.view_bytes):
+            self._kept.popitem(last=False)
+        return self._kept[key]
+
+    def _check_held(self, view: int) -> None:
         if not 0 <= view < self.num_views:
             raise UsageError(f"no view {view}: the cache has {self.num_views}, numbered from 0")
         if view not in self.views:
@@ -384,6 +465,9 @@ class LogitCache:
                 f"{self.storage.url} is a copy of views {self.views.start} to {self.views.stop - 1} only; view {view} "
                 "is not among them: `logitcache pull` the others as well"
             )
+
+    def _check_complete(self, view: int) -> None:
+        self._check_held(view)
         missing = [
             number for number in range(blocks_per_view(self.layout)) if Block(view, number).name not in self.receipts
         ]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logitcache.cache.agreement import differing_rows
 from logitcache.cache.card import CARD, write_card
 from logitcache.cache.committed import collect_receipts, in_place, stored_manifest
 from logitcache.cache.digests import content_digest
@@ -49,7 +50,7 @@ from logitcache.data.samples import batch_item, input_digest
 from logitcache.data.views import proof_rows
 from logitcache.digest import array_digest, canonical_json, sha256_hex
 from logitcache.encodings import Encoding
-from logitcache.errors import IdentityMismatch, IncompleteCache, ShapeError, UsageError
+from logitcache.errors import IdentityMismatch, IncompleteCache, InvalidLogits, ShapeError, UsageError
 from logitcache.storage import Storage
 
 # B batch, C classes, N samples
@@ -89,6 +90,9 @@ class CacheWriter:
         self._open_blocks: dict[Block, OpenBlock] = {}
         self._submitted: set[Block] = set()
         self._lock = threading.Lock()
+        self._writing = threading.RLock()
+        self._stored_block: tuple[Block, dict[str, dict[str, Tensor]]] | None = None
+        """The committed block that rows were compared with last."""
         self._commits: list[Future[None]] = []
         self._slots = threading.BoundedSemaphore(BLOCKS_IN_FLIGHT)
         self._threads = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="logitcache-writer")
@@ -120,12 +124,15 @@ class CacheWriter:
         inputs: Any = None,
         input_digests: Mapping[int, str] | None = None,
     ) -> None:
-        """Store the logits of consecutive rows of one view; rows of committed blocks are passed over.
+        """Store the logits of consecutive rows of one view; several threads may call it.
+
+        Logits are stored up to a constant per row. Rows that were written before are compared with what is stored, up
+        to the encoding's loss and other roundings, and are not stored again.
 
         Args:
             view: 0 <= view < num_views.
             start: the first row.
-            logits: (B, C) floats, a tensor on any device or an array; -inf masks a class.
+            logits: (B, C) floats, a tensor on any device or an array; -inf masks a class. Not probabilities.
             outputs: (B, *shape) of each output that the cache has beside the logits, by name.
             inputs: what the teacher was given for these rows, batched; digests of a few rows of each view are kept,
                 so that a student can prove that it sees the same.
@@ -134,11 +141,29 @@ class CacheWriter:
         Raises:
             ShapeError: not (B, C), another shape of an output, or rows beyond the cache.
             UsageError: an output is missing, or one that the cache does not have.
-            InvalidLogits: NaN, +inf, or a row of -inf only; of another output, anything that its encoding can't hold.
+            InvalidLogits: NaN, +inf, or a row of -inf only; probabilities, integers or complex numbers; of another
+                output, anything that its encoding can't hold.
+            IdentityMismatch: rows that were written before, with other logits or from other inputs.
             StorageError: the store refused an earlier block.
         """
+        with self._writing:
+            self._write(view, start, logits, outputs or {}, inputs, input_digests or {})
+
+    def _write(
+        self,
+        view: int,
+        start: int,
+        logits: Any,
+        outputs: Mapping[str, Any],
+        inputs: Any,
+        input_digests: Mapping[int, str],
+    ) -> None:
         self._raise_failed_commit()
         logits_BC = torch.as_tensor(logits)
+        if not logits_BC.is_floating_point():
+            raise InvalidLogits(
+                f"logits are {logits_BC.dtype}; expected floats, the teacher's output before softmax or arg max"
+            )
         num_classes, num_samples = self.layout.num_classes, self.layout.num_samples
         if logits_BC.ndim != 2 or logits_BC.shape[1] != num_classes:
             raise ShapeError(
@@ -151,8 +176,8 @@ class CacheWriter:
                 f"rows {start} to {stop} of view {view} lie outside the cache, which has {num_samples} rows in "
                 f"{self.layout.num_views} views"
             )
-        parts = {LOGITS: logits_BC.detach().float(), **self._flattened(outputs or {}, len(logits_BC))}
-        digests = dict(input_digests or {}) | {
+        parts = {LOGITS: logits_BC.detach().float(), **self._flattened(outputs, len(logits_BC))}
+        digests = dict(input_digests) | {
             row: input_digest(batch_item(inputs, row - start)).hex()
             for row in (() if inputs is None else proof_rows(self.manifest.identity.view_seed, view, num_samples))
             if start <= row < stop
@@ -162,15 +187,64 @@ class CacheWriter:
             block = Block(view, row // self.layout.rows_per_block)
             rows = block_rows(self.layout, block)
             piece_stop = min(stop, rows.stop)
-            if block.name not in self._receipts and block not in self._submitted:
+            piece = {name: part[row - start : piece_stop - start] for name, part in parts.items()}
+            inside = {str(r): digest for r, digest in digests.items() if r in rows}
+            if block.name in self._receipts or block in self._submitted:
+                self._compare(block, row, piece, inside)
+            else:
                 if block not in self._open_blocks:
-                    self._open_blocks[block] = OpenBlock(block, rows, self._encodings, self.layout, parts)
+                    _refuse_probabilities(piece[LOGITS])
+                    self._open_blocks[block] = OpenBlock(
+                        block, rows, self._encodings, self.layout, parts, precision=self.manifest.identity.precision
+                    )
                 opened = self._open_blocks[block]
-                opened.fill(row, {name: part[row - start : piece_stop - start] for name, part in parts.items()})
-                opened.inputs.update({str(r): digest for r, digest in digests.items() if r in rows})
+                opened.fill(row, piece)
+                opened.inputs.update(inside)
                 if opened.whole:
                     self._submit(self._open_blocks.pop(block))
             row = piece_stop
+
+    def _compare(self, block: Block, start: int, parts: Mapping[str, Tensor], digests: Mapping[str, str]) -> None:
+        """Compare rows of a committed block with what it holds.
+
+        Raises:
+            IdentityMismatch: they are others.
+        """
+        if block.name not in self._receipts:
+            self.flush()
+        first = start - block_rows(self.layout, block).start
+        recorded = self._receipts[block.name].inputs
+        differing = {int(row) for row, digest in digests.items() if recorded.get(row, digest) != digest}
+        what = "from other inputs" if differing else "with other logits"
+        for name, encoded in self._stored(block).items():
+            values = parts[name]
+            rows = {array: stored[first : first + len(values)] for array, stored in encoded.items()}
+            differing |= set(
+                differing_rows(
+                    self._encodings[name].decode(rows, values.shape[1]),
+                    values.cpu(),
+                    self._encodings[name],
+                    self.manifest.identity.precision,
+                    view=block.view,
+                    rows_B=list(range(start, start + len(values))),
+                )
+            )
+        if differing:
+            raise IdentityMismatch(
+                f"block {block.name} of {self.storage.url} was written {what}: row {min(differing)} of view "
+                f"{block.view} differs from what is written now ({len(differing)} of {len(parts[LOGITS])} rows).\n"
+                "Nothing was changed. Choose another path, give this teacher another name, or delete what is there by "
+                "`create(..., overwrite=True)`."
+            )
+
+    def _stored(self, block: Block) -> dict[str, dict[str, Tensor]]:
+        """The encoded rows of a committed block, by output and array."""
+        if self._stored_block is None or self._stored_block[0] != block:
+            cache = self._written()
+            arrays = {name: cache.read_encoded(block.view, [block.number], output=name) for name in self._encodings}
+            tensors = {name: {key: torch.from_numpy(a) for key, a in each.items()} for name, each in arrays.items()}
+            self._stored_block = block, tensors
+        return self._stored_block[1]
 
     def _flattened(self, outputs: Mapping[str, Any], num_rows: int) -> dict[str, Tensor]:
         """Outputs beside the logits, held to their shapes, as float32 rows (B, D)."""
@@ -290,7 +364,7 @@ class CacheWriter:
                 spec = self.layout.arrays[name]
                 data = encode_block(spec, values, self.layout.rows_per_block)
                 self.storage.put(block_key(name, spec, opened.block), data)
-                objects[name] = _stored(data, values)
+                objects[name] = _stored_object(data, values)
             kl = opened.kl.double()
             receipt = Receipt(
                 rows=len(opened.rows),
@@ -313,7 +387,7 @@ class CacheWriter:
         for name, values in arrays.items():
             data = encode_fixed(values)
             self.storage.put(fixed_array_key(name, self.layout.fixed[name]), data)
-            objects[name] = _stored(data, values)
+            objects[name] = _stored_object(data, values)
         receipt = Receipt(rows=self.layout.num_samples, objects=objects, kl_mean=None, kl_max=None, inputs={})
         self.storage.put(FIXED_RECEIPT_KEY, dump(receipt))
         return receipt
@@ -347,10 +421,23 @@ class CacheWriter:
         )
 
 
+def _refuse_probabilities(logits_BC: Tensor) -> None:
+    """Softmax outputs are no logits: a loss would apply softmax to them again.
+
+    Raises:
+        InvalidLogits: every row is a distribution.
+    """
+    if len(logits_BC) and bool(((logits_BC.sum(dim=1) - 1).abs() < 1e-3).all()) and bool((logits_BC >= 0).all()):
+        raise InvalidLogits(
+            "these rows are probabilities: none is negative, and each sums to 1. Pass the logits before softmax, or "
+            "`probabilities.log()`. If they are logits after all, add any constant: it changes no distribution"
+        )
+
+
 def _finite(nats: float) -> float | None:
     """A divergence for a receipt; none where classes that the teacher may choose are left out altogether."""
     return nats if math.isfinite(nats) else None
 
 
-def _stored(data: bytes, values: np.ndarray) -> StoredObject:
+def _stored_object(data: bytes, values: np.ndarray) -> StoredObject:
     return StoredObject(bytes=len(data), sha256=sha256_hex(data), values_sha256=array_digest(values))

@@ -19,7 +19,7 @@ PIPE_BYTES = 2**20
 """A tensor no larger than this crosses from a worker through its pipe, a larger one in shared memory."""
 
 Batch = tuple[Tensor, Any, Any]
-"""(rows int64 (B,), inputs, targets)."""
+"""(indices int64 (B,) that carry view and row, inputs, targets)."""
 
 
 def rendered_batches(
@@ -82,9 +82,9 @@ def collate(samples: list[tuple[int, Any, Any]]) -> Batch:
     Raises:
         ShapeError: inputs of different sizes.
     """
-    rows, inputs, targets = zip(*samples, strict=True)
+    index, inputs, targets = zip(*samples, strict=True)
     try:
-        return torch.tensor(rows), default_collate(list(inputs)), default_collate(list(targets))
+        return torch.tensor(index), default_collate(list(inputs)), default_collate(list(targets))
     except (RuntimeError, TypeError) as error:
         shapes = {str(tuple(getattr(value, "shape", ())) or type(value).__name__) for value in inputs}
         raise ShapeError(

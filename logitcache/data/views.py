@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import random
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logitcache.data.index import join_index
 from logitcache.data.samples import Dataset, content_digest, load_sample, sample_key
 from logitcache.data.transforms import adapt_transform, describe_transform
 from logitcache.errors import LogitCacheError, SampleMismatch, ShapeError, UsageError
@@ -87,6 +90,18 @@ class ViewPlan:
     """Length of the dataset that rows count in; None takes the dataset at hand as the whole."""
     contents: np.ndarray | None = None
     """uint8 (N, 16) content digests that samples are held to when first loaded; None checks nothing."""
+    views: range | None = None
+    """Views that may be rendered, such as those that a cache has labels for; None is no limit."""
+    datasets: weakref.WeakSet[ViewDataset] = field(
+        default_factory=weakref.WeakSet, init=False, repr=False, compare=False
+    )
+    """The `ViewDataset`s of this very plan, for `cache.check_batch`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "datasets"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, datasets=weakref.WeakSet())
 
     def describe(self) -> dict[str, Any]:
         """What the plan is, as JSON that two machines agree on; `seed` is kept apart in an identity.
@@ -133,10 +148,12 @@ def proof_rows(seed: int, view: int, num_samples: int) -> tuple[int, ...]:
 
 
 class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
-    """A dataset as a teacher saw it: item i of the current view is (row, input, target).
+    """A dataset as a teacher saw it: item i of the current view is (index, input, target).
 
-    `row` is the sample's row number in the cache, for `view.logits(row)`. The target is the dataset's own, or a
-    float32 (C,) distribution where the plan mixes samples. Index with i, or with (view, i).
+    `index` is one integer that carries the view and the sample's row number in the cache, for `view.logits(index)` and
+    `cache.logits(index)`: a batch that a worker loaded before `set_view` was called can't meet the labels of the new
+    view. `logitcache.split_index` takes it apart. The target is the dataset's own, or a float32 (C,) distribution where
+    the plan mixes samples. Index with i, or with (view, i).
 
     Args:
         dataset: map-style, `dataset[i]` gives (input, target).
@@ -189,6 +206,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         self._shared_checked: Tensor = checked.share_memory_()  # type: ignore[no-untyped-call]
         # Asked for every sample: NumPy answers thirty times as fast as torch.
         self._checked = self._shared_checked.numpy()
+        plan.datasets.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_checked"}
@@ -201,10 +219,15 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         return len(self.dataset)
 
     def set_view(self, view: int) -> int:
-        """Choose the view that plain indices give, and return it; takes effect in running workers too."""
-        if view < 0:
-            raise UsageError(f"a view is numbered from 0, not {view}")
-        self._view[0] = view
+        """Choose the view that plain indices give, and return it.
+
+        Takes effect in running workers too, but not on batches that they have loaded already: these keep the index of
+        the view that they show.
+
+        Raises:
+            UsageError: a view that the plan does not have.
+        """
+        self._view[0] = self._checked_view(view)
         return view
 
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[int, Any, Any]:
@@ -213,20 +236,39 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
     def __getitems__(self, items: Iterable[int | tuple[int, int]]) -> list[tuple[int, Any, Any]]:
         current = int(self._view[0])
         with preserved_generators():
-            return [self._render(*(item if isinstance(item, tuple) else (current, int(item)))) for item in items]
+            return [self._render(*(item if isinstance(item, tuple) else (current, item))) for item in items]
 
     def row(self, index: int) -> int:
         """The cache's row number of a sample of this dataset."""
         return index if self.rows is None else int(self.rows[index])
 
+    def index_of(self, row: int) -> int | None:
+        """Where a row of the cache lies in this dataset; None where a subset does not have it."""
+        if self.rows is None:
+            return row if 0 <= row < len(self) else None
+        found = np.flatnonzero(np.asarray(self.rows) == row)
+        return int(found[0]) if len(found) else None
+
+    def _checked_view(self, view: int) -> int:
+        if view < 0 or (self.plan.views is not None and view not in self.plan.views):
+            known = self.plan.views
+            expected = "at least 0" if known is None else f"{known.start} to {known.stop - 1}, those of the cache"
+            raise UsageError(f"there is no view {view}; expected {expected}")
+        return view
+
     def _render(self, view: int, index: int) -> tuple[int, Any, Any]:
+        self._checked_view(view)
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of a dataset of {len(self)} samples")
+        index %= len(self)
         row = self.row(index)
         pixels, target = self._augmented(view, row, index)
         if self.plan.mixing.active:
             pixels, target = self._mixed(view, row, pixels, int(target))
         if self._model_input is not None:
             pixels = self._run(self._model_input, pixels, index, "input")
-        return row, pixels, target
+        return join_index(view, row), pixels, target
 
     def _augmented(self, view: int, row: int, index: int) -> tuple[Any, Any]:
         value, target = load_sample(self.dataset, index)

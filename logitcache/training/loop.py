@@ -146,6 +146,7 @@ class Run:
         self._epoch = self._skipped = 0
         self._start = self._aside = 0.0
         self._pending: list[Tensor] = []
+        self._checked_views: set[int] = set()
         saved = ranks.from_first(folder.checkpoint)
         if saved is not None:
             self._restore(saved)
@@ -203,29 +204,34 @@ class Run:
             following = job.view_of(self._epoch + 1) if next_needed else None
             job.labels.start_view(job.view_of(self._epoch), following)
 
-    def take(self, rows: Tensor, inputs: Any, targets: Any) -> None:
+    def take(self, index: Tensor, inputs: Any, targets: Any) -> None:
         """Train on one rendered batch, or on this process's share of it.
 
         Args:
-            rows: row numbers, int64 (B,).
+            index: view and row of each sample, int64 (B,), as `views` gave it.
             inputs: as `views` gave them.
             targets: true labels, int (B,) or float (B, C).
 
         Raises:
+            IdentityMismatch: a view's first batch is not what `views` renders.
             InvalidLogits: the loss became NaN or infinite.
         """
         job, state = self.job, self.state
+        view = job.view_of(self._epoch)
+        if job.labels is not None and view not in self._checked_views and self._needed(self._epoch):
+            job.labels.check_batch(index, inputs, job.views)
+            self._checked_views.add(view)
         seed = step_seed(job.seed, state.step, self.ranks.rank)
         seed_generators(seed)
         seed_device(job.device, seed)
         self.model.train()
         batch_size = self._batch_sizes[state.step % self.steps_per_epoch]
         share = len(self.ranks.share(np.arange(batch_size)))
-        parts = self._micro_batches(len(rows))
+        parts = self._micro_batches(len(index))
         loss = torch.zeros((), device=job.device)
         for number, (start, stop) in enumerate(parts):
-            batch = (part_of(value, start, stop) for value in (rows, inputs, targets)) if len(parts) > 1 else None
-            loss_B = losses(job, self._net, state.step / self.total_steps, *(batch or (rows, inputs, targets)))
+            batch = (part_of(value, start, stop) for value in (index, inputs, targets)) if len(parts) > 1 else None
+            loss_B = losses(job, self._net, state.step / self.total_steps, *(batch or (index, inputs, targets)))
             counted = min(max(share - start, 0), stop - start)
             if counted == stop - start:
                 part_loss = loss_B.mean() * (counted / batch_size)

@@ -83,14 +83,14 @@ def _until_one_is_done(runs: Sequence[Run], meter: Meter) -> None:
         views, first.places(), num_workers=first.job.num_workers, pin_memory=first.job.device.type == "cuda"
     )
     step = first.step
-    for rows, rendered, targets in loader:
+    for index, rendered, targets in loader:
         at_step = [run for run in runs if run.step == step]
         for position, run in enumerate(at_step):
             mine = rendered if len(keys) == 1 else rendered[keys.index(run.job.input_key)]
             if not run.in_epoch:
                 run.begin_epoch()
             # A net may change its input in place; the last one may do so with the original.
-            run.take(rows, mine if position + 1 == len(at_step) else _copied(mine), targets)
+            run.take(index, mine if position + 1 == len(at_step) else _copied(mine), targets)
             meter.advance()
             if not run.in_epoch:
                 meter.advance(0, note=f"{run.job.name}: {run.end_epoch()}")
