@@ -288,6 +288,7 @@ class CacheWriter:
             )
         if there.state == "sealed" and set(self.layout.views) <= set(there.layout.views):
             self.manifest = there
+            self._forget_receipts()
             if self.storage.size(CARD) is None:
                 self.storage.remove_leftovers()  # of a writer that was killed as it wrote the card
                 write_card(LogitCache(self.storage))
@@ -315,12 +316,16 @@ class CacheWriter:
         if there.layout != self.layout:
             write_group_metadata(self.storage, self.layout)
         replace_records(self.storage, self.manifest, gathered, replaces=there)
-        for key in list(self.storage.list_keys("receipts")):
-            later = re.fullmatch(r"receipts/v(\d+)/.*", key)
-            # Of later views: another builder, who asks for more, goes on.
-            if later is None or int(later[1]) < self.layout.num_views:
-                self.storage.delete(key)
+        self._forget_receipts()
         write_card(self._written())  # last: a cache is whole without it
+
+    def _forget_receipts(self) -> None:
+        """Remove the receipts that are gathered now."""
+        for key in list(self.storage.list_keys("receipts")):
+            of_view = re.fullmatch(r"receipts/v(\d+)/.*", key)
+            # Those of later views are another builder's, who asked for more and goes on.
+            if of_view is None or int(of_view[1]) < self.manifest.layout.num_views:
+                self.storage.delete(key)
 
     def _written(self) -> LogitCache:
         """The cache as this writer knows it: another one may be at work on what lies in the storage."""
