@@ -64,6 +64,10 @@ class CorruptCache(LogitCacheError, ValueError):
     """Stored bytes are not the bytes that were written."""
 
 
+class CorruptRun(LogitCacheError, ValueError):
+    """A file of a run's folder is damaged, or belongs to another run; the message names what to delete."""
+
+
 class InvalidLogits(LogitCacheError, ValueError):
     """Logits that no distribution can be made of: NaN, +inf, or a row of nothing but -inf."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
@@ -25,11 +26,11 @@ import logitcache
 from logitcache.cache.committed import check_encoding
 from logitcache.cache.manifest import Identity, Manifest, read_manifest, read_receipts
 from logitcache.digest import canonical_json, json_digest, sha256_hex
-from logitcache.errors import CorruptCache, LogitCacheError, NotACache, StorageError, UsageError
+from logitcache.errors import CorruptCache, CorruptRun, LogitCacheError, NotACache, StorageError, UsageError
 from logitcache.pipeline import load_pipeline
 from logitcache.storage import LocalStorage
 from logitcache.strict_json import parse_json
-from logitcache.training.runs import CHECKPOINT, RunFolder
+from logitcache.training.runs import CHECKPOINT, RESUME_HEADER, RunFolder
 from logitcache.trust.audit import verify
 
 VIEWS, SAMPLES, CLASSES = 2, 20, 6
@@ -388,10 +389,15 @@ class Payload:
 
 
 def test_a_checkpoint_with_a_payload_is_refused(tmp_path: Path) -> None:
+    """With no SHA-256, and with one that its author made."""
     folder = RunFolder(tmp_path / "run", {"name": "x"})
-    torch.save({"state": Payload(tmp_path / "executed")}, tmp_path / "run" / CHECKPOINT)
-    with pytest.raises(CorruptCache, match="delete it to train from the start"):
-        folder.checkpoint()
+    content = io.BytesIO()
+    torch.save({"state": Payload(tmp_path / "executed")}, content)
+    signed = RESUME_HEADER + f"{sha256_hex(content.getvalue())}\n".encode()
+    for header, message in ((b"", "wrote no SHA-256 into it"), (signed, "can't be read")):
+        (tmp_path / "run" / CHECKPOINT).write_bytes(header + content.getvalue())
+        with pytest.raises(CorruptRun, match=rf"{message}.*delete it to train from the start"):
+            folder.checkpoint()
     assert not (tmp_path / "executed").exists()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from logitcache.data.views import ViewDataset
+from logitcache.data.workers import end_with_parent
 from logitcache.errors import LogitCacheError, ShapeError
 
 # B batch
@@ -34,6 +35,7 @@ def rendered_batches(
         _Rendering(views, pipe=not pin_memory),
         batch_sampler=batches,
         num_workers=num_workers,
+        worker_init_fn=end_with_parent,
         collate_fn=_as_rendered,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from logitcache.data.workers import end_with_parent
 from logitcache.digest import array_digest, json_digest
 from logitcache.errors import IdentityMismatch, LogitCacheError, SampleMismatch, UnreadableSample, UsageError
 
@@ -211,7 +212,13 @@ def content_table(
     contents = np.empty((len(dataset), DIGEST_BYTES), dtype=np.uint8)
     start = 0
     workers = 0 if getattr(dataset, "in_memory", False) else num_workers
-    batches = DataLoader(_ContentDigests(dataset), batch_size=256, num_workers=workers, collate_fn=_as_is)
+    batches = DataLoader(
+        _ContentDigests(dataset),
+        batch_size=256,
+        num_workers=workers,
+        worker_init_fn=end_with_parent,
+        collate_fn=_as_is,
+    )
     for batch in batches:
         if isinstance(batch, LogitCacheError):
             raise batch

@@ -23,6 +23,7 @@ from torch import Tensor
 from logitcache.data.index import join_index
 from logitcache.data.samples import Dataset, content_digest, load_sample, sample_key
 from logitcache.data.transforms import adapt_transform, describe_transform
+from logitcache.data.workers import end_with_parent
 from logitcache.errors import LogitCacheError, SampleMismatch, ShapeError, UsageError
 from logitcache.randomness import counter_seed, keyed_permutation, preserved_generators, seed_generators
 
@@ -153,7 +154,8 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
     `index` is one integer that carries the view and the sample's row number in the cache, for `view.logits(index)` and
     `cache.logits(index)`: a batch that a worker loaded before `set_view` was called can't meet the labels of the new
     view. `logitcache.split_index` takes it apart. The target is the dataset's own, or a float32 (C,) distribution where
-    the plan mixes samples. Index with i, or with (view, i).
+    the plan mixes samples. Index with i, or with (view, i). DataLoader workers
+    that load from it end when the process that started them ends.
 
     Args:
         dataset: map-style, `dataset[i]` gives (input, target).
@@ -234,6 +236,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         return self.__getitems__([item])[0]
 
     def __getitems__(self, items: Iterable[int | tuple[int, int]]) -> list[tuple[int, Any, Any]]:
+        end_with_parent()  # for loaders of the caller's own
         current = int(self._view[0])
         with preserved_generators():
             return [self._render(*(item if isinstance(item, tuple) else (current, item))) for item in items]
