@@ -314,10 +314,10 @@ def test_a_newer_format_is_named_and_not_touched(tmp_path: Path) -> None:
     built(tmp_path / "a")
     manifest = tmp_path / "a" / "manifest.json"
     raw = json.loads(manifest.read_text())
-    raw["identity"]["format_version"] = 2
+    raw["identity"]["format_version"] = 3
     raw["a new field"] = True
     manifest.write_text(json.dumps(raw) + "\n")
-    with pytest.raises(UnsupportedFormat, match="format version 2; this logitcache reads up to 1: upgrade"):
+    with pytest.raises(UnsupportedFormat, match="format version 3; this logitcache reads up to 2: upgrade"):
         logitcache.open(tmp_path / "a")
     with pytest.raises(UnsupportedFormat):
         writer(tmp_path / "a")

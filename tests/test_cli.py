@@ -249,7 +249,7 @@ def test_no_cache_there_and_a_newer_one(folder: Path, tmp_path: Path) -> None:
     newer = tmp_path / "newer.cache"
     newer.mkdir()
     text = (folder / "tiny.cache" / "manifest.json").read_text()
-    (newer / "manifest.json").write_text(text.replace('"format_version": 1', '"format_version": 7'))
+    (newer / "manifest.json").write_text(text.replace('"format_version": 2', '"format_version": 7'))
 
     refused(logitcache("info", tmp_path), 2, "is no logit cache: it has no manifest.json")
     refused(logitcache("verify", CHECKOUT / "README.md"), 2, "is no logit cache")

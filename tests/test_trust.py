@@ -593,15 +593,25 @@ class LabelDataset(torch.utils.data.Dataset[Tensor]):
         return self.cache.view(1).logits([index])[0]
 
 
-GOLDEN = Path(__file__).parent / "golden" / "format-1.cache"
+GOLDEN = Path(__file__).parent / "golden"
+DIGESTS = {
+    1: "0b341abd1ddded030fa4e221eeb0d8662f9441bd4feafeeda62c9f605743b3f9",
+    2: "145b7eb8d9327ca237f007453c3d0fb190a45c1c8e98ff3818690b5ba0640371",
+}
 
 
-def test_the_golden_cache_of_format_1_stays_readable() -> None:
+@pytest.mark.parametrize("version", DIGESTS)
+def test_the_golden_cache_of_each_format_stays_readable(version: int) -> None:
     """Made once by `python -m tests.golden`; a reader of any later version gives the same numbers."""
-    expected = np.load(GOLDEN.with_suffix(".npy"))
+    golden = GOLDEN / f"format-{version}.cache"
+    expected = np.load(golden.with_suffix(".npy"))
 
-    assert [] == verify(str(GOLDEN), deep=True)
-    np.testing.assert_allclose(expected, read_all(GOLDEN).numpy(), atol=1e-5)
+    assert [] == verify(str(golden), deep=True)
+    assert (version, DIGESTS[version]) == (
+        (cache := logitcache.open(golden)).manifest.identity.format_version,
+        cache.digest,
+    )
+    np.testing.assert_allclose(expected, read_all(golden).numpy(), atol=1e-5)
 
 
 if __name__ == "__main__":

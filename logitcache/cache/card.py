@@ -196,7 +196,7 @@ def _how_to_load_it(cache: LogitCache) -> Iterator[str]:
             "names the data:\n"
         )
     yield (
-        f"```\nlogitcache pull URL mine.cache --expect {cache.digest}\n"
+        f"```\nlogitcache pull URL mine.cache --expect {cache.pin}\n"
         "logitcache verify mine.cache --deep\n"
         "logitcache train-student PIPELINE cache.path=mine.cache\n```\n"
     )

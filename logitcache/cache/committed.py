@@ -174,9 +174,13 @@ def collect_receipts(storage: Storage, manifest: Manifest, objects: ObjectReader
             # One that is damaged counts as missing: its block is computed again.
             with suppress(CorruptCache):
                 receipts[_receipt_name(key)] = read_receipt(data, key=key)
-    receipts = {name: receipt for name, receipt in receipts.items() if name in wanted}
+    return in_place(storage, manifest.layout, {name: receipts[name] for name in receipts if name in wanted})
+
+
+def in_place(storage: Storage, layout: Layout, receipts: Mapping[str, Receipt]) -> dict[str, Receipt]:
+    """Those of some receipts whose objects are there, of the size that they state."""
     sizes = dict(storage.sizes(GROUP)) if receipts else {}
-    return {name: receipt for name, receipt in receipts.items() if _in_place(sizes, manifest.layout, name, receipt)}
+    return {name: receipt for name, receipt in receipts.items() if _in_place(sizes, layout, name, receipt)}
 
 
 def _sealed_receipts(

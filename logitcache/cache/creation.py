@@ -181,28 +181,39 @@ def open_writer(
     else:
         settled, choice = _settle(requested, calibration, num_classes)
         notes |= {"encoding": choice} if choice else {}
-    # Unfitted still where the cache that is there has another encoding: about to be refused for that.
-    fixed = (settled.fitted_values() if settled.is_fitted else {}) | _sample_arrays(samples)
-    try:
-        layout = Layout(
-            num_samples=num_samples,
-            num_views=num_views,
-            num_classes=num_classes,
-            rows_per_block=min(rows_per_block, num_samples),
-            arrays=row_arrays(settled, num_classes, others) if stored is None else stored[0].layout.arrays,
-            fixed={name: fixed_spec(values) for name, values in fixed.items()},
-        )
-    except ValidationError as error:
-        raise UsageError(
-            f"a cache can't have this shape: {error.errors()[0]['msg']}; try a smaller rows_per_block"
-        ) from None
-    for key in replaced:
-        storage.delete(key)
-    identity = make_identity(origin, settled, num_classes, others, logits_source)
-    manifest = _open_manifest(storage, identity, layout, fixed_stored=stored is not None, notes=notes)
-    if stated is not None and manifest.provenance.get("card") != stated:
-        manifest = _change_card(storage, manifest, stated)
-    return CacheWriter(storage, manifest, settled, fixed=fixed)
+    table = _sample_arrays(samples)
+
+    def shape(stored: tuple[Manifest, Receipt] | None, settled: Encoding) -> tuple[Layout, dict[str, np.ndarray]]:
+        # Unfitted still where the cache that is there has another encoding: about to be refused for that.
+        fixed = (settled.fitted_values() if settled.is_fitted else {}) | table
+        try:
+            return Layout(
+                num_samples=num_samples,
+                num_views=num_views,
+                num_classes=num_classes,
+                rows_per_block=min(rows_per_block, num_samples),
+                arrays=row_arrays(settled, num_classes, others) if stored is None else stored[0].layout.arrays,
+                fixed={name: fixed_spec(values) for name, values in fixed.items()},
+            ), fixed
+        except ValidationError as error:
+            raise UsageError(
+                f"a cache can't have this shape: {error.errors()[0]['msg']}; try a smaller rows_per_block"
+            ) from None
+
+    layout, fixed = shape(stored, settled)
+    with storage.lock():
+        for key in _keys_to_replace(storage) if overwrite else []:
+            storage.delete(key)
+        if stored is None:
+            stored = _stored(storage)
+            if stored is not None:  # another builder began it meanwhile, and fitted its encoding
+                settled = _encoding_of(storage, *stored, requested)
+                layout, fixed = shape(stored, settled)
+        identity = make_identity(origin, settled, num_classes, others, logits_source)
+        manifest = _open_manifest(storage, identity, layout, fixed_stored=stored is not None, notes=notes)
+        if stated is not None and manifest.provenance.get("card") != stated:
+            manifest = _change_card(storage, manifest, stated)
+        return CacheWriter(storage, manifest, settled, fixed=fixed)
 
 
 def _keys_to_replace(storage: Storage) -> list[str]:
@@ -348,6 +359,9 @@ def _open_manifest(
         # Somebody else began at the same moment.
         existing = storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES)
     manifest = read_manifest(existing, url=storage.url)
+    # A cache stays in the format that it was begun in.
+    identity = identity.model_copy(update={"format_version": manifest.identity.format_version})
+    new = new.model_copy(update={"id": identity.cache_id, "identity": identity})
     if not fixed_stored and not manifest.identity.differences(identity):
         # Cut off before anything was stored but this: begun again.
         storage.put(MANIFEST, dump_manifest(new))

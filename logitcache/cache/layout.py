@@ -176,6 +176,18 @@ def decode_fixed(spec: FixedSpec, data: bytes | memoryview) -> np.ndarray:
     return _decompress(data, np.dtype(spec.dtype), tuple(spec.shape))
 
 
+def decode_object(layout: Layout, name: str, array: str, data: bytes | memoryview) -> np.ndarray:
+    """The values of one array in a block, or of a fixed array where the name is `FIXED`, from its object's bytes.
+
+    Raises:
+        ValueError, RuntimeError: bytes that are no such chunk.
+    """
+    if name == FIXED:
+        return decode_fixed(layout.fixed[array], data)
+    num_rows = len(block_rows(layout, Block.from_name(name)))
+    return decode_rows(layout.arrays[array], [data], num_rows, layout.rows_per_block)
+
+
 def _decompress(data: bytes | memoryview, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """The values of one zstd frame, which must be of just this size and have a checksum.
 

@@ -19,11 +19,12 @@ from pydantic import (
 )
 
 from logitcache.arrays import ArraySpec
-from logitcache.digest import json_digest, sha256_hex
+from logitcache.digest import json_digest
 from logitcache.errors import CorruptCache, NotACache, UnsupportedFormat
 from logitcache.strict_json import parse_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of new caches; those of format 1 stay in it. docs/design/0001-format.md says what differs."""
 MANIFEST = "manifest.json"
 RECEIPTS = "receipts.json"
 """All receipts in one file; written at sealing."""
@@ -60,7 +61,7 @@ class Identity(_Record):
 
     left_out_if_empty = ("output_encodings", "output_sources")
 
-    format_version: int
+    format_version: int = Field(ge=1)
     dataset: str
     """Fingerprint of ordered keys, targets and contents; or the name that `create` was given."""
     teacher: str
@@ -163,7 +164,7 @@ class Manifest(_Record):
     layout: Layout
     state: Literal["open", "sealed"]
     digest: Sha256 | None
-    """SHA-256 over the sorted value hashes of every object; set at sealing."""
+    """`digests.content_digest`; set at sealing."""
     provenance: dict[str, Any]
     """Host, time, versions, command: recorded, and no part of identity or digest."""
     receipts: Sha256 | None = None
@@ -200,12 +201,6 @@ class Receipt(_Record):
 def output_of(array: str) -> str:
     """The output that an array of rows belongs to: `features` for `features_values`, and else the logits."""
     return array.rpartition("_")[0] or LOGITS
-
-
-def content_digest(receipts: list[Receipt]) -> Sha256:
-    """The digest of what a cache says: SHA-256 over the sorted value hashes."""
-    hashes = sorted(stored.values_sha256 for receipt in receipts for stored in receipt.objects.values())
-    return sha256_hex("\n".join(hashes).encode())
 
 
 def dump(record: BaseModel) -> bytes:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from logitcache.cache.committed import arrays_of, read_fixed, read_records, stored_encoding
+from logitcache.cache.digests import content_digest, pin_of
 from logitcache.cache.labelview import ResidentView, StreamedView, View, ViewOfOutputs, no_output
 from logitcache.cache.layout import (
     FIXED,
@@ -28,7 +29,7 @@ from logitcache.cache.layout import (
     blocks_per_view,
     decode_rows,
 )
-from logitcache.cache.manifest import LOGITS, Contents, Manifest, Receipt, content_digest, contents, output_of
+from logitcache.cache.manifest import LOGITS, Contents, Manifest, Receipt, contents, output_of
 from logitcache.cache.objects import ObjectReader, Wanted
 from logitcache.cache.outputs import outputs_of
 from logitcache.cache.rendering import check_arrived, check_rendered, recorded_digests, recorded_plan
@@ -94,7 +95,7 @@ class LogitCache:
         self._kept: OrderedDict[tuple[int, str, int], View] = OrderedDict()
         self._plans: list[ViewPlan] = []
         """Those of this cache's views whose datasets `check_batch` may render from."""
-        if self.sealed and content_digest(list(self.receipts.values())) != self.manifest.digest:
+        if self.sealed and content_digest(self.manifest, self.receipts) != self.manifest.digest:
             raise CorruptCache(
                 f"{storage.url}: the receipts don't add up to the manifest's digest; run `logitcache verify` on it"
             )
@@ -108,6 +109,11 @@ class LogitCache:
     def digest(self) -> str | None:
         """SHA-256 of the content; None until sealed."""
         return self.manifest.digest
+
+    @property
+    def pin(self) -> str | None:
+        """What `pull --expect` is best given: the digest, or in format 1 its stronger form; None until sealed."""
+        return pin_of(self.manifest, self.receipts) if self.sealed else None
 
     @property
     def sealed(self) -> bool:

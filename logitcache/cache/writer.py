@@ -7,6 +7,7 @@ writer thread once it is whole. A block without a receipt never happened.
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from logitcache.cache.agreement import differing_rows
 from logitcache.cache.card import CARD, write_card
-from logitcache.cache.committed import collect_receipts
+from logitcache.cache.committed import collect_receipts, in_place, stored_manifest
+from logitcache.cache.digests import content_digest
 from logitcache.cache.layout import (
     FIXED,
     FIXED_RECEIPT_KEY,
@@ -30,22 +32,19 @@ from logitcache.cache.layout import (
     encode_block,
     encode_fixed,
     fixed_array_key,
-    group_metadata,
 )
 from logitcache.cache.manifest import (
     LOGITS,
-    MANIFEST,
     RECEIPTS,
     Manifest,
     Receipt,
     StoredObject,
-    content_digest,
     contents,
     dump,
-    dump_manifest,
 )
 from logitcache.cache.openblock import OpenBlock
 from logitcache.cache.outputs import outputs_of
+from logitcache.cache.publish import replace_records, write_group_metadata
 from logitcache.cache.reader import LogitCache
 from logitcache.data.samples import batch_item, input_digest
 from logitcache.data.views import proof_rows
@@ -65,7 +64,8 @@ class CacheWriter:
     """Takes logits in any order, commits each block when it is whole, and seals; a context manager.
 
     Leaving the `with` seals the cache, or raises `IncompleteCache` that says which rows are missing. After an
-    exception everything committed so far is kept, and a writer opened again goes on from there.
+    exception everything committed so far is kept, and a writer opened again goes on from there. It is made under the
+    storage's lock.
     """
 
     def __init__(
@@ -96,11 +96,9 @@ class CacheWriter:
         self._commits: list[Future[None]] = []
         self._slots = threading.BoundedSemaphore(BLOCKS_IN_FLIGHT)
         self._threads = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="logitcache-writer")
+        write_group_metadata(storage, self.layout)
         if self.manifest.state == "open":
             storage.remove_leftovers()
-            for key, data in group_metadata(self.layout).items():
-                if storage.get(key) != data:
-                    storage.put(key, data)
             if FIXED not in self._receipts:
                 if encoding.fitted_arrays and self._receipts:  # those seen here, not another builder's since
                     self._forget_blocks()
@@ -269,17 +267,37 @@ class CacheWriter:
     def seal(self) -> Manifest:
         """Wait for every commit, gather the receipts, close the cache for writing, and write its card.
 
+        Another builder of the same cache may have sealed it meanwhile: with these views or more, it is left as it is.
+
         Raises:
-            IncompleteCache: names the first rows that are missing.
+            IncompleteCache: names the first rows that are missing; another builder may have taken back views.
+            IdentityMismatch: another cache has been put in its place.
         """
         self.flush()
-        if self.manifest.state == "sealed":
+        if self.manifest.state == "open" or self.storage.size(CARD) is None:
+            with self.storage.lock():
+                self._seal()
+        return self.manifest
+
+    def _seal(self) -> None:
+        there = stored_manifest(self.storage)
+        if there.id != self.manifest.id:
+            raise IdentityMismatch(
+                f"{self.storage.url} holds another cache by now ({there.id[:12]}…, not {self.manifest.id[:12]}…); "
+                "nothing of it was changed. Choose another path, and build again"
+            )
+        if there.state == "sealed" and set(self.layout.views) <= set(there.layout.views):
+            self.manifest = there
+            self._forget_receipts()
             if self.storage.size(CARD) is None:
                 self.storage.remove_leftovers()  # of a writer that was killed as it wrote the card
-                write_card(self._written())
-            return self.manifest
+                write_card(LogitCache(self.storage))
+            return
+        opened = self.manifest.model_copy(update={"state": "open"})
+        # What other builders took back is gone, and what they had may be there.
+        self._receipts = in_place(self.storage, self.layout, self._receipts)
         if self.missing_blocks():
-            self._receipts |= collect_receipts(self.storage, self.manifest)  # another writer may have had them
+            self._receipts |= collect_receipts(self.storage, opened)
         missing = self.missing_blocks()
         if missing:
             raise IncompleteCache(self._describe_missing(missing))
@@ -287,20 +305,27 @@ class CacheWriter:
         receipts = {name: self._receipts[name] for name in names}
         compact = {name: receipt.model_dump() for name, receipt in receipts.items()}
         gathered = canonical_json(compact)
-        self.storage.put(RECEIPTS, gathered)
         changes = {
             "state": "sealed",
-            "digest": content_digest(list(receipts.values())),
+            "digest": content_digest(self.manifest, receipts),
             "receipts": sha256_hex(gathered),
             "contents": contents(receipts, fixed=FIXED),
-            "provenance": {name: value for name, value in self.manifest.provenance.items() if name != "repairing"},
+            "provenance": {name: value for name, value in there.provenance.items() if name != "repairing"},
         }
         self.manifest = self.manifest.model_copy(update=changes)
-        self.storage.put(MANIFEST, dump_manifest(self.manifest))
-        for key in list(self.storage.list_keys("receipts")):
-            self.storage.delete(key)
+        if there.layout != self.layout:
+            write_group_metadata(self.storage, self.layout)
+        replace_records(self.storage, self.manifest, gathered, replaces=there)
+        self._forget_receipts()
         write_card(self._written())  # last: a cache is whole without it
-        return self.manifest
+
+    def _forget_receipts(self) -> None:
+        """Remove the receipts that are gathered now."""
+        for key in list(self.storage.list_keys("receipts")):
+            of_view = re.fullmatch(r"receipts/v(\d+)/.*", key)
+            # Those of later views are another builder's, who asked for more and goes on.
+            if of_view is None or int(of_view[1]) < self.manifest.layout.num_views:
+                self.storage.delete(key)
 
     def _written(self) -> LogitCache:
         """The cache as this writer knows it: another one may be at work on what lies in the storage."""

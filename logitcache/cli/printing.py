@@ -54,9 +54,12 @@ def print_caches(location: str, caches: list[dict[str, Any]]) -> None:
 
 def print_transfer(where: str, transfer: Any) -> None:
     """What a push or a pull did."""
-    pin = f"Pin this content with --expect {transfer.source_digest}"
+    pin = f"Pin this content with --expect {transfer.pin}"
     if transfer.digest != transfer.source_digest:
         pin += f" where it came from; what is there now has the digest {transfer.digest}"
+    if transfer.matched == "digest":
+        pin += ".\nThe digest given is of format 1: it covers which labels there are, not which block holds them. "
+        pin += "The pin covers both"
     rate = f", {decimal(int(transfer.copied_bytes / transfer.seconds))}/s" if transfer.copied_bytes else ""
     console().print(
         f"{where}: views {transfer.views}; {transfer.copied_objects:,} objects copied "

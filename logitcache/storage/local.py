@@ -11,9 +11,11 @@ import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
 from logitcache.errors import CorruptCache, StorageError, UsageError
+from logitcache.storage.folder_lock import LOCK, locked_folder
 from logitcache.storage.protocol import Arrived
 
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
@@ -119,7 +121,7 @@ class LocalStorage:
         for folder, subfolders, names in os.walk(start):
             subfolders.sort()
             for name in sorted(names):
-                if not _PARTIAL.search(name):
+                if not _PARTIAL.search(name) and not _is_lock(name):
                     yield Path(folder, name).relative_to(self.root).as_posix()
 
     def delete(self, key: str) -> None:
@@ -137,6 +139,16 @@ class LocalStorage:
                 path.unlink(missing_ok=True)
                 removed += 1
         return removed
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        with ExitStack() as held:
+            try:
+                self._make_folder(self.root)
+                held.enter_context(locked_folder(self.root))
+            except OSError as error:
+                raise _storage_error("lock", self.root, error) from error
+            yield
 
     def _path(self, key: str) -> Path:
         parts = key.split("/")
@@ -174,6 +186,11 @@ class LocalStorage:
         self._make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         fsync_path(folder.parent)
+
+
+def _is_lock(name: str) -> bool:
+    """Whether a file is a folder's lock, or what NFS shows of one that was removed a moment ago."""
+    return name == LOCK or name.startswith(".nfs")
 
 
 def is_alive(pid: int) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from logitcache.arrays import ArraySpec
 from logitcache.cache.card import CARD
 from logitcache.cache.committed import num_rows, pinned_receipts_key, stored_manifest
+from logitcache.cache.digests import content_digest
 from logitcache.cache.layout import (
     FIXED,
     FIXED_RECEIPT_KEY,
@@ -16,9 +17,7 @@ from logitcache.cache.layout import (
     Block,
     all_blocks,
     block_key,
-    block_rows,
-    decode_fixed,
-    decode_rows,
+    decode_object,
     fixed_array_key,
     group_metadata,
 )
@@ -30,7 +29,6 @@ from logitcache.cache.manifest import (
     Manifest,
     Receipt,
     StoredObject,
-    content_digest,
     read_receipt,
     read_receipts,
     receipts_limit,
@@ -89,7 +87,7 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
     def check(name: str, array: str, spec: ArraySpec | None, path: str, stored: StoredObject) -> Problem | None:
         kind = _what_is_wrong(storage, path, stored, sizes)
         if kind is None and deep:
-            kind = _what_is_wrong_inside(storage, manifest.layout, name, array, spec, path, stored)
+            kind = _what_is_wrong_inside(storage, manifest.layout, name, array, path, stored)
         return None if kind is None else Problem(name, path, kind)
 
     # Listed once, where that can be done: asking a store for each size would take a request each.
@@ -105,7 +103,7 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
             problems.append(Problem("", path, "missing" if found is None else "wrong bytes"))
     strays = [path for path in sizes or () if path not in known and not path.startswith("receipts/")]
     problems += [Problem("", path, "stray") for path in strays]
-    if manifest.state == "sealed" and content_digest(list(receipts.values())) != manifest.digest:
+    if manifest.state == "sealed" and content_digest(manifest, receipts) != manifest.digest:
         problems.append(Problem("", MANIFEST, "wrong digest"))
     return problems
 
@@ -151,7 +149,6 @@ def _what_is_wrong_inside(
     layout: Layout,
     name: str,
     array: str,
-    spec: ArraySpec | None,
     path: str,
     stored: StoredObject,
 ) -> str | None:
@@ -159,11 +156,7 @@ def _what_is_wrong_inside(
     if sha256_hex(data) != stored.sha256:
         return "wrong bytes"
     try:
-        if spec is None:
-            values = decode_fixed(layout.fixed[array], data)
-        else:
-            rows = block_rows(layout, Block.from_name(name))
-            values = decode_rows(spec, [data], len(rows), layout.rows_per_block)
+        values = decode_object(layout, name, array, data)
     except (ValueError, RuntimeError):
         return "damaged"
     return None if array_digest(values) == stored.values_sha256 else "wrong values"
