@@ -192,8 +192,8 @@ def _how_to_load_it(cache: LogitCache) -> Iterator[str]:
     if cache.manifest.identity.transform is not None:
         yield (
             "`logitcache.ViewDataset(dataset, cache.view_plan)` renders the views that the teacher saw, and "
-            "`cache.check_inputs` and `cache.check_batch` prove it. The same from the command line, with the pipeline that "
-            "names the data:\n"
+            "`cache.check_inputs` and `cache.check_batch` prove it. The same from the command line, with the pipeline "
+            "that names the data:\n"
         )
     yield (
         f"```\nlogitcache pull URL mine.cache --expect {cache.pin}\n"
