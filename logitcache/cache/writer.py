@@ -95,7 +95,7 @@ class CacheWriter:
         if self.manifest.state == "open":
             storage.remove_leftovers()
             for key, data in group_metadata(self.layout).items():
-                if storage.get(key) != data:
+                if storage.get(key, limit=len(data)) != data:
                     storage.put(key, data)
             if FIXED not in self._receipts:
                 if encoding.fitted_arrays and self._receipts:  # those seen here, not another builder's since
