@@ -34,6 +34,7 @@ from logitcache.cache.manifest import (
     dump_manifest,
     read_manifest,
     read_receipts,
+    receipts_limit,
 )
 from logitcache.cache.outputs import Output, checked_outputs, row_arrays
 from logitcache.cache.place import check_place
@@ -386,7 +387,7 @@ def _open_manifest(
 
 def _forget_views(storage: Storage, manifest: Manifest, layout: Layout) -> Manifest:
     """Take back views that were asked for and never finished; those that were sealed before stay."""
-    gathered = storage.get(RECEIPTS)
+    gathered = storage.get(RECEIPTS, limit=receipts_limit(manifest.layout))
     names = read_receipts(gathered, url=storage.url).keys() - {FIXED} if gathered is not None else set()
     num_views = max([layout.num_views, *(Block.from_name(name).view + 1 for name in names)])
     kept = manifest.layout.model_copy(update={"num_views": num_views})

@@ -31,6 +31,8 @@ RECEIPTS = "receipts.json"
 
 MAX_MANIFEST_BYTES = 2**24
 MAX_RECEIPT_BYTES = 2**16
+MAX_RECEIPTS_BYTES = 2**30
+"""Of the gathered receipts, whatever the manifest claims; a million blocks need half of it."""
 MAX_BLOCKS = 2**24
 MAX_CHUNK_BYTES = 2**33
 """Of an array's chunk or of a fixed array, decompressed."""
@@ -291,19 +293,24 @@ def read_receipt(data: bytes, *, key: str) -> Receipt:
         raise CorruptCache(f"{key} is damaged: {_reason(error)}") from None
 
 
-def receipts_limit(num_receipts: int) -> int:
-    """Bytes that the gathered receipts may take; those of a cache that had more views may be among them."""
-    return 2 * (num_receipts + 16) * MAX_RECEIPT_BYTES
+def receipts_limit(layout: Layout) -> int:
+    """Bytes that the gathered receipts of a cache may take, about twice what logitcache writes.
+
+    A receipt states 235 bytes for each of its arrays at most, and 700 besides where it has all proof rows of a view.
+    """
+    num_receipts = 1 + len(layout.views) * -(-layout.num_samples // layout.rows_per_block)
+    num_arrays = max(len(layout.arrays), len(layout.fixed))
+    return min((num_receipts + 16) * (1024 + 384 * num_arrays), MAX_RECEIPTS_BYTES)
 
 
-def read_receipts(data: bytes, *, url: str, num_receipts: int = MAX_BLOCKS) -> dict[str, Receipt]:
+def read_receipts(data: bytes, *, url: str) -> dict[str, Receipt]:
     """The gathered receipts by name, from the bytes of `receipts.json`.
 
     Raises:
         CorruptCache: bytes that are no receipts.
     """
     try:
-        raw = parse_json(data, max_bytes=receipts_limit(num_receipts))
+        raw = parse_json(data, max_bytes=MAX_RECEIPTS_BYTES)
         if not isinstance(raw, dict):
             raise ValueError("no JSON object")
         return {name: Receipt.model_validate(receipt) for name, receipt in raw.items()}

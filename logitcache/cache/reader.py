@@ -90,11 +90,12 @@ class LogitCache:
         self.others = outputs_of(self.manifest.identity)
         """What is held beside the logits: shape, encoding and source by name."""
         self.trust = trust
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="logitcache-loader")
+        self._loader: ThreadPoolExecutor | None = None
         self._loading: dict[tuple[int, str, str], Future[View]] = {}
         self._kept: OrderedDict[tuple[int, str, int], View] = OrderedDict()
         self._plans: list[ViewPlan] = []
         """Those of this cache's views whose datasets `check_batch` may render from."""
+        self._process = os.getpid()
         if self.sealed and content_digest(self.manifest, self.receipts) != self.manifest.digest:
             raise CorruptCache(
                 f"{storage.url}: the receipts don't add up to the manifest's digest; run `logitcache verify` on it"
@@ -332,14 +333,23 @@ class LogitCache:
     def prefetch(self, view: int, device: str | torch.device = "cpu", outputs: Sequence[str] = (LOGITS,)) -> None:
         """Load outputs of a view in the background, for the `view` call to come."""
         self._check_complete(view)
+        self._leave_parent()
+        if self._loader is None:
+            self._loader = ThreadPoolExecutor(1, thread_name_prefix="logitcache-loader")
         for output in outputs:
             key = (view, str(device), output)
             if key not in self._loading:
                 self._loading[key] = self._loader.submit(self._load_view, view, torch.device(device), output)
 
+    def _leave_parent(self) -> None:
+        """After a fork: what the parent's thread is loading never arrives here."""
+        if self._process != os.getpid():
+            self._process, self._loader, self._loading = os.getpid(), None, {}
+
     def _rows_of(self, view: int, output: str, device: torch.device, window: int | None) -> View:
         """One output of a view: streamed in so many blocks, or resident where that is None."""
         if window is None:
+            self._leave_parent()
             loading = self._loading.pop((view, str(device), output), None)
             return loading.result() if loading is not None else self._load_view(view, device, output)
         read = functools.partial(self.read_encoded, view, output=output)
@@ -468,13 +478,14 @@ class LogitCache:
 
     def _check_complete(self, view: int) -> None:
         self._check_held(view)
-        missing = [
-            number for number in range(blocks_per_view(self.layout)) if Block(view, number).name not in self.receipts
-        ]
-        if missing:
+        names = (Block(view, number).name for number in range(blocks_per_view(self.layout)))
+        missing = next((name for name in names if name not in self.receipts), None)
+        if missing is not None:
+            # Counted by what is there: a manifest may claim millions of blocks.
+            there = sum(name.startswith(f"v{view:05d}/") for name in self.receipts)
             raise IncompleteCache(
-                f"{self.storage.url}: {len(missing)} blocks of view {view} are missing, the first being "
-                f"{Block(view, missing[0]).name}; {REBUILD}"
+                f"{self.storage.url}: {blocks_per_view(self.layout) - there} blocks of view {view} are missing, the "
+                f"first being {missing}; {REBUILD}"
             )
 
     def input_digests(self, view: int) -> dict[int, str]:

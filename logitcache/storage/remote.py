@@ -35,7 +35,13 @@ CONCURRENCY = 16
 READ_SECONDS = 30.0
 """Between two pieces of an answer: a server that is silent for so long is given up."""
 REQUEST_SECONDS = 600.0
-"""For one whole object: a server that trickles is given up in the end."""
+"""For one whole object, after which it is not asked for again: a server that trickles is given up in the end."""
+RECORD_SECONDS = 60.0
+RECORD_BYTES_PER_SECOND = 2**16
+"""For a record (manifest, receipts, card): so long, and a second more for each so many bytes of it."""
+LISTING_SECONDS = 3600.0
+MAX_LISTED = 2**22
+"""Objects of one listing: four thousand requests, and twice as many objects as receipts can vouch for."""
 BODY_ATTEMPTS = 4
 """How often an answer is asked for that breaks off or has the wrong length; obstore repeats refused requests itself."""
 PIECE_BYTES = 2**20
@@ -49,6 +55,8 @@ _RETRY: Any = {
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
 }
 _memories: dict[str, Any] = {}
+_process: int | None = None
+"""That has sent a request: obstore's threads run there, and in no child that is forked from it."""
 
 
 def open_remote(url: str) -> RemoteStorage:
@@ -91,20 +99,26 @@ class RemoteStorage:
         self.can_write = self.can_list = self._scheme not in READ_ONLY
 
     def get(self, key: str, *, limit: int | None = None) -> bytes | None:
-        view = self.get_view(key, limit=limit)
+        view = self._get(key, limit, None, is_record=True)
         return None if view is None else bytes(view)
 
     def get_view(self, key: str, *, limit: int | None = None, arrived: Arrived | None = None) -> memoryview | None:
+        return self._get(key, limit, arrived, is_record=False)
+
+    def _get(self, key: str, limit: int | None, arrived: Arrived | None, *, is_record: bool) -> memoryview | None:
         path = self._path(key)
+        self._check_process()
+        start = time.monotonic()
         for attempt in range(BODY_ATTEMPTS):
             try:
-                return self._read(path, limit, arrived)
+                return self._read(path, limit, arrived, is_record=is_record)
             except FileNotFoundError as error:
                 if _lacks_bucket(error):
                     raise self._error("read", key, error) from error
                 return None
             except exceptions.GenericError as error:
-                if attempt + 1 == BODY_ATTEMPTS or not _may_pass(error):
+                late = time.monotonic() - start > REQUEST_SECONDS
+                if attempt + 1 == BODY_ATTEMPTS or late or not _may_pass(error):
                     raise self._error("read", key, error) from error
                 time.sleep(0.1 * 2**attempt * (1 + random.random()))
             except (exceptions.BaseError, OSError, ValueError) as error:
@@ -132,6 +146,7 @@ class RemoteStorage:
         return True
 
     def size(self, key: str) -> int | None:
+        self._check_process()
         try:
             return int(obstore.head(self._store, self._path(key))["size"])
         except FileNotFoundError:
@@ -141,8 +156,15 @@ class RemoteStorage:
 
     def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         self._refuse_listing()
+        self._check_process()
+        listed, until = 0, time.monotonic() + LISTING_SECONDS
         try:
             for page in obstore.list(self._store, prefix=(self._prefix + prefix).rstrip("/") or None):
+                listed += len(page)
+                if listed > MAX_LISTED or time.monotonic() > until:
+                    raise TimeoutError(
+                        f"{listed} objects, and no end; at most {MAX_LISTED} are listed in {LISTING_SECONDS:.0f} s"
+                    )
                 for entry in page:
                     yield entry["path"].removeprefix(self._prefix), int(entry["size"])
         except FileNotFoundError:
@@ -155,7 +177,8 @@ class RemoteStorage:
 
     def folders(self, prefix: str = "") -> list[str]:
         if self._scheme in READ_ONLY:
-            return linked_folders(f"{self.url}/{prefix}", timeout=READ_SECONDS)
+            return linked_folders(f"{self.url}/{prefix}", timeout=READ_SECONDS, deadline=RECORD_SECONDS)
+        self._check_process()
         try:
             found = obstore.list_with_delimiter(self._store, prefix=(self._prefix + prefix).rstrip("/") or None)
         except FileNotFoundError:
@@ -166,6 +189,7 @@ class RemoteStorage:
 
     def delete(self, key: str) -> None:
         self._refuse_writing()
+        self._check_process()
         try:
             obstore.delete(self._store, self._path(key))
         except FileNotFoundError:
@@ -181,23 +205,29 @@ class RemoteStorage:
         """None: whoever replaces records here reads them again afterwards."""
         return nullcontext()
 
-    def _read(self, key: str, limit: int | None, arrived: Arrived | None) -> memoryview:
+    def _read(self, key: str, limit: int | None, arrived: Arrived | None, *, is_record: bool) -> memoryview:
         answer = obstore.get(self._store, key)
         size = answer.meta["size"]
         most = size if limit is None else limit
-        if size <= most and (arrived is None or size <= PIECE_BYTES):
+        if not is_record and size <= most and (arrived is None or size <= PIECE_BYTES):
             return memoryview(answer.bytes())
         data = bytearray()
-        for piece in answer.stream(min_chunk_size=PIECE_BYTES):
+        seconds = RECORD_SECONDS + min(size, most) / RECORD_BYTES_PER_SECOND
+        until = time.monotonic() + seconds
+        # A record's pieces as they come: one of a size of its own might never be whole.
+        for piece in answer.stream(min_chunk_size=1 if is_record else PIECE_BYTES):
             data += piece
             if arrived is not None:
                 arrived(len(data))
+            if is_record and time.monotonic() > until:
+                raise TimeoutError(f"{len(data)} of {size} bytes came in {seconds:.0f} s; the server is too slow")
             if len(data) > most:
                 break  # whatever else the server would send is not asked for
         return memoryview(data)[: most + 1].toreadonly()
 
     def _put(self, key: str, data: bytes | memoryview, *, mode: Any) -> None:
         self._refuse_writing()
+        self._check_process()
         try:
             obstore.put(
                 self._store,
@@ -217,6 +247,25 @@ class RemoteStorage:
         if key.startswith("/") or ".." in parts or "." in parts or "" in parts:
             raise UsageError(f"{key!r} is not a key inside the cache")
         return self._prefix + key
+
+    def _check_process(self) -> None:
+        """Refuse what would wait for ever.
+
+        Raises:
+            StorageError: in a process that was forked from one that had sent requests.
+        """
+        global _process
+        if self._scheme == "memory":
+            return
+        if _process is None:
+            _process = os.getpid()
+        elif _process != os.getpid():
+            raise StorageError(
+                f"{self.url} can't be read in this process, which was forked from one that had read from a URL: "
+                "network connections do not survive a fork.\n"
+                "For a DataLoader, choose multiprocessing_context='spawn' or 'forkserver' and open the cache in the "
+                "worker; or call cache.view(...) before the workers start; or `logitcache pull` the cache first"
+            )
 
     def _refuse_writing(self) -> None:
         if not self.can_write:
