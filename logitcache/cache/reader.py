@@ -47,7 +47,7 @@ def open_cache(location: str | os.PathLike[str], *, trust: bool = False) -> Logi
         location: a directory, or a `file://`, `s3://`, `gs://`, `az://` or `https://` URL. What is read from a remote
             one is kept in a local directory (`~/.cache/logitcache`, moved by `LOGITCACHE_CACHE_DIR`; at most
             `LOGITCACHE_CACHE_GB`, 50 by default), and the view after the one that is asked for comes meanwhile.
-        trust: allow `package.module:function` transforms from outside the working folder in `view_plan`.
+        trust: allow `view_plan` to run the `package.module:function` transforms that the cache names, wherever they lie.
 
     Raises:
         NotACache: no cache there.
@@ -186,7 +186,7 @@ class LogitCache:
 
         Raises:
             UsageError: the cache does not say how its views were made.
-            UntrustedCode: a transform from outside the working folder; open the cache with trust=True.
+            UntrustedCode: the cache names somebody's code, which it lists; open the cache with trust=True.
         """
         return recorded_plan(self.manifest, self.samples, url=self.storage.url, trust=self.trust)
 
