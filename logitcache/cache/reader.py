@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from logitcache.cache.committed import arrays_of, read_fixed, read_records, stored_encoding
+from logitcache.cache.committed import arrays_of, read_fixed, read_records, stored_encoding, stored_samples
 from logitcache.cache.labelview import ResidentView, StreamedView, View, ViewOfOutputs, no_output
 from logitcache.cache.layout import (
     FIXED,
@@ -167,12 +167,11 @@ class LogitCache:
             CorruptCache: the table is damaged.
         """
         fixed = self.receipts.get(FIXED)
-        if fixed is None or "sample_targets" not in self.layout.fixed:
-            return None
         wanted = [name for name in SAMPLE_ARRAYS if name in self.layout.fixed]
+        if fixed is None or not wanted:
+            return None
         arrays = {name: read_fixed(self.storage, self.layout, fixed, name, self.objects) for name in wanted}
-        keys = arrays["sample_keys"].tobytes().decode().split("\n") if "sample_keys" in arrays else None
-        return SampleTable(self.num_samples, keys, arrays["sample_targets"], arrays["sample_contents"])
+        return stored_samples(arrays, self.num_samples, url=self.storage.url)
 
     @cached_property
     def _fitted_encoding(self) -> Encoding:
