@@ -264,8 +264,8 @@ def check_length(data: bytes, *, sealed: bool) -> None:
     limit = MAX_MANIFEST_BYTES - (0 if sealed else SEALING_BYTES)
     if len(data) > limit:
         raise UsageError(
-            f"the cache's {MANIFEST} would take {len(data):,} bytes; at most {limit:,} can be read. Shorten `class_names` "
-            "or leave them out; else shorten the card, or the description of the transform"
+            f"the cache's {MANIFEST} would take {len(data):,} bytes; at most {limit:,} can be read. Shorten "
+            "`class_names`, or leave them out; else shorten the card, or the description of the transform"
         )
 
 

@@ -47,7 +47,8 @@ def open_cache(location: str | os.PathLike[str], *, trust: bool = False) -> Logi
         location: a directory, or a `file://`, `s3://`, `gs://`, `az://` or `https://` URL. What is read from a remote
             one is kept in a local directory (`~/.cache/logitcache`, moved by `LOGITCACHE_CACHE_DIR`; at most
             `LOGITCACHE_CACHE_GB`, 50 by default), and the view after the one that is asked for comes meanwhile.
-        trust: allow `view_plan` to run the `package.module:function` transforms that the cache names, wherever they lie.
+        trust: allow `view_plan` to run the `package.module:function` transforms that the cache names, wherever they
+            lie.
 
     Raises:
         NotACache: no cache there.

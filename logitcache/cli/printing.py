@@ -37,10 +37,13 @@ def cache_summary(summary: Any) -> dict[str, Any]:
     }
 
 
-def print_caches(location: str, caches: list[dict[str, Any]]) -> None:
-    """The table of `ls`."""
+def print_caches(location: str, caches: list[dict[str, Any]], unreadable: list[dict[str, Any]]) -> None:
+    """The table of `ls`, and a line on stderr for each cache that can't be read."""
+    for each in unreadable:
+        print(_plain_line(f"error: {each['error']}"), file=sys.stderr, flush=True)
     if not caches:
-        console().print(f"{location}: no cache there", highlight=False, markup=False)
+        if not unreadable:
+            console().print(f"{location}: no cache there", highlight=False, markup=False)
         return
     columns = (Column(name, overflow="fold") for name in ("cache", "id", "teacher", "dataset"))
     table = Table(*columns, "views", "samples", "size", "state")
@@ -74,9 +77,11 @@ def _short(fingerprint: str) -> str:
 
 def _plain(text: Any) -> str:
     """Text from a stranger, without markup and control characters."""
-    return escape(
-        "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
-    )
+    return escape(_plain_line(text))
+
+
+def _plain_line(text: Any) -> str:
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
 
 
 def plan_summary(plan: Any) -> dict[str, Any]:

@@ -125,7 +125,9 @@ def sample_table(dataset: Dataset) -> SampleTable:
 
 def _check_array(name: str, values: Any, shape: tuple[int, ...], dtypes: Sequence[str]) -> None:
     if not isinstance(values, np.ndarray) or values.shape != shape or values.dtype.name not in dtypes:
-        found = f"{values.dtype.name} {values.shape}" if isinstance(values, np.ndarray) else f"a {type(values).__name__}"
+        found = (
+            f"{values.dtype.name} {values.shape}" if isinstance(values, np.ndarray) else f"a {type(values).__name__}"
+        )
         raise UsageError(f"the {name} of a sample table are an array {dtypes[0]} {shape}; found {found}")
 
 

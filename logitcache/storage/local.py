@@ -11,6 +11,7 @@ import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from logitcache.errors import CorruptCache, StorageError, UsageError
@@ -59,7 +60,7 @@ class LocalStorage:
             if durable:
                 fsync_path(path.parent)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            _discard(partial)
             raise _storage_error("write", path, error) from error
 
     def make_durable(self, keys: Iterable[str]) -> None:
@@ -88,7 +89,7 @@ class LocalStorage:
             partial.replace(path)
             fsync_path(path.parent)
         finally:
-            partial.unlink(missing_ok=True)
+            _discard(partial)
         return True
 
     def size(self, key: str) -> int | None:
@@ -129,13 +130,14 @@ class LocalStorage:
             raise _storage_error("delete", self._path(key), error) from error
 
     def remove_leftovers(self) -> int:
-        """Delete the partial files of writers on this host that are dead."""
+        """Delete the partial files of writers on this host that are dead, where that is allowed."""
         removed = 0
         for path in self.root.rglob(".*.partial"):
             leftover = _PARTIAL.search(path.name)
             if leftover and leftover["host"] == _HOST and not is_alive(int(leftover["pid"])):
-                path.unlink(missing_ok=True)
-                removed += 1
+                with suppress(OSError):
+                    path.unlink()
+                    removed += 1
         return removed
 
     def _path(self, key: str) -> Path:
@@ -164,7 +166,7 @@ class LocalStorage:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            _discard(partial)
             raise _storage_error("write", path, error) from error
         return partial
 
@@ -174,6 +176,12 @@ class LocalStorage:
         self._make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         fsync_path(folder.parent)
+
+
+def _discard(partial: Path) -> None:
+    """Remove a partial file, if that can be done: it must not hide the error that it was left over for."""
+    with suppress(OSError):  # a read-only file system refuses to remove even what is not there
+        partial.unlink()
 
 
 def is_alive(pid: int) -> bool:
