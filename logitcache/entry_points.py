@@ -98,7 +98,8 @@ def _is_own_module(name: str, folder: Path) -> bool:
         if package in sys.modules:
             module = sys.modules[package]
             origin, inside = getattr(module, "__file__", None), getattr(module, "__path__", None)
-        elif search is not None and (spec := PathFinder.find_spec(package, search)) is not None:
+        # By its last part: of a whole name the finder expects that the folders above were imported.
+        elif search is not None and (spec := PathFinder.find_spec(parts[depth], search)) is not None:
             origin, inside = spec.origin, spec.submodule_search_locations
         else:
             return False

@@ -172,7 +172,8 @@ def open_writer(
     if isinstance(requested, Encoding):
         requested.arrays(num_classes)
     preliminary = requested if isinstance(requested, Encoding) else Dense()
-    check_length(dump(make_identity(origin, preliminary, num_classes, others, logits_source)), sealed=False)
+    lines = dump(make_identity(origin, preliminary, num_classes, others, logits_source)).splitlines()
+    check_length(sum(map(len, lines)) + 2 * len(lines), sealed=False)  # in the manifest each is indented, and ends
     storage = open_storage(path)
     stored = _stored(storage)
     notes = dict(notes or {}) | ({} if stated is None else {"card": stated})
@@ -238,7 +239,8 @@ def _stored(storage: Storage) -> tuple[Manifest, Receipt] | None:
 
 def _encoding_of(storage: Storage, manifest: Manifest, fixed: Receipt, requested: Encoding | Auto) -> Encoding:
     """The encoding to go on with: the cache's, where it is the one that is asked for; else that one, to be refused."""
-    chosen_by = manifest.provenance.get("encoding", {}).get("chosen_by")
+    choice = manifest.provenance.get("encoding")
+    chosen_by = choice.get("chosen_by") if isinstance(choice, dict) else None
     if isinstance(requested, Auto) and chosen_by is not None and chosen_by != requested.config():
         raise IdentityMismatch(
             f"{storage.url} has an encoding that was chosen by {chosen_by}, not by {requested.config()}.\n"

@@ -251,20 +251,20 @@ def dump_manifest(manifest: Manifest) -> bytes:
         data = dump(manifest.model_copy(update={"checksum": _checksum(manifest.model_dump(mode="json"))}))
     except UnicodeEncodeError as error:
         raise UsageError(f"the cache's {MANIFEST} can't hold {error.object[error.start]!r}: {error.reason}") from None
-    check_length(data, sealed=manifest.state == "sealed")
+    check_length(len(data), sealed=manifest.state == "sealed")
     return data
 
 
-def check_length(data: bytes, *, sealed: bool) -> None:
-    """Refuse to write a manifest, or an identity in one, that nobody could read.
+def check_length(length: int, *, sealed: bool) -> None:
+    """Refuse to write a manifest of so many bytes, if nobody could read it.
 
     Raises:
         UsageError: says how long it is, and what may be shortened.
     """
     limit = MAX_MANIFEST_BYTES - (0 if sealed else SEALING_BYTES)
-    if len(data) > limit:
+    if length > limit:
         raise UsageError(
-            f"the cache's {MANIFEST} would take {len(data):,} bytes; at most {limit:,} can be read. Shorten "
+            f"the cache's {MANIFEST} would take {length:,} bytes; at most {limit:,} can be read. Shorten "
             "`class_names`, or leave them out; else shorten the card, or the description of the transform"
         )
 
@@ -280,6 +280,7 @@ def contents(receipts: Mapping[str, Receipt], *, fixed: str) -> Contents:
     blocks = [receipt for name, receipt in receipts.items() if name != fixed]
     measured = [receipt for receipt in blocks if receipt.kl_mean is not None]
     rows = sum(receipt.rows for receipt in measured)
+    kl_mean = sum(receipt.rows * (receipt.kl_mean or 0.0) for receipt in measured) / rows if rows else math.nan
     output_bytes: dict[str, int] = {}
     for receipt in blocks:
         for array, stored in receipt.objects.items():
@@ -288,7 +289,7 @@ def contents(receipts: Mapping[str, Receipt], *, fixed: str) -> Contents:
         bytes=sum(sizes.values()),
         label_bytes=sum(sizes.values()) - sizes.get(fixed, 0),
         rows=sum(receipt.rows for receipt in blocks),
-        kl_mean=sum(receipt.rows * (receipt.kl_mean or 0.0) for receipt in measured) / rows if rows else None,
+        kl_mean=kl_mean if math.isfinite(kl_mean) else None,
         output_bytes=output_bytes if output_bytes.keys() - {LOGITS} else {},
     )
 

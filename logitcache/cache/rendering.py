@@ -94,5 +94,6 @@ def check_rendered(
 
 
 def _versions(manifest: Manifest) -> str:
-    versions = manifest.provenance.get("versions", {})
-    return ", ".join(f"{name} {versions[name]}" for name in ("torchvision", "pillow") if name in versions)
+    versions = manifest.provenance.get("versions")
+    known = versions if isinstance(versions, dict) else {}
+    return ", ".join(f"{name} {known[name]}" for name in ("torchvision", "pillow") if name in known)

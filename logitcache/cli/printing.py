@@ -18,6 +18,7 @@ def cache_summary(summary: Any) -> dict[str, Any]:
     """The keys of `info`."""
     manifest, contents = summary.manifest, summary.contents
     outputs = {"outputs": summary.outputs} if summary.outputs else {}
+    created = manifest.provenance.get("created")
     return {
         "id": manifest.id,
         "digest": manifest.digest,
@@ -32,7 +33,7 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         "dataset": manifest.identity.dataset,
         "views": f"{manifest.layout.first_view}:{manifest.layout.num_views}",
         "kl_mean": None if contents is None else contents.kl_mean,
-        "created": manifest.provenance.get("created"),
+        "created": created if isinstance(created, str) else None,
         **outputs,
     }
 
