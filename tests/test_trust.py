@@ -10,7 +10,7 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -247,7 +247,7 @@ def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> 
     """Somebody who knows the format: the identity's hash is made to fit."""
     raw = json.loads((path / "manifest.json").read_text())
     change(raw)
-    raw["id"] = Identity.model_validate(raw["identity"]).cache_id
+    raw["id"] = json_digest(raw["identity"])
     del raw["checksum"]
     raw["checksum"] = json_digest(raw)
     (path / "manifest.json").write_text(json.dumps(raw) + "\n")
@@ -544,16 +544,16 @@ def damaged_bytes(data: bytes, draw: random.Random) -> bytes:
     return bytes(damaged)
 
 
-def damaged_tree(tree: Any, draw: random.Random) -> Any:
+def damaged_tree(tree: Any, draw: random.Random, values: Sequence[Any] = VALUES) -> Any:
     """With one value somewhere inside replaced, removed or wrapped."""
     if isinstance(tree, dict | list) and tree and draw.random() < 0.85:
         key = draw.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
         if draw.random() < 0.1:
             del tree[key]
         else:
-            tree[key] = damaged_tree(tree[key], draw)
+            tree[key] = damaged_tree(tree[key], draw, values)
         return tree
-    return draw.choice([*VALUES, [tree], {"x": tree}, str(tree)])
+    return draw.choice([*values, [tree], {"x": tree}, str(tree)])
 
 
 def test_damaged_metadata_meets_no_foreign_exception(tmp_path: Path) -> None:

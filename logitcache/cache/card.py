@@ -214,7 +214,7 @@ def _fidelity(cache: LogitCache) -> str:
     blocks = [receipt for name, receipt in cache.receipts.items() if name != FIXED]
     measured = [receipt.kl_max for receipt in blocks if receipt.kl_max is not None]
     lines = []
-    if measured:
+    if measured and cache.kl_mean is not None:
         lines.append(
             f"KL(teacher ‖ cache) of the logits at T = 1, over every row when it was written: mean {cache.kl_mean:.2g} "
             f"nats, largest {max(measured):.2g} nats."

@@ -42,9 +42,10 @@ from logitcache.cache.manifest import (
 )
 from logitcache.cache.objects import ATTEMPTS, PAUSE_SECONDS, ObjectReader
 from logitcache.cache.outputs import outputs_of, row_arrays
+from logitcache.data.samples import SampleTable
 from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import Encoding, encoding_from_config
-from logitcache.errors import CorruptCache, LogitCacheError
+from logitcache.errors import CorruptCache, LogitCacheError, UsageError
 from logitcache.storage import Storage
 
 
@@ -58,13 +59,37 @@ def stored_encoding(
     """
     encoding = encoding_from_config(manifest.identity.encoding)
     arrays = {name: read_fixed(storage, manifest.layout, fixed, name, objects) for name in encoding.fitted_arrays}
+    return fitted_encoding(manifest, arrays, url=storage.url)
+
+
+def fitted_encoding(manifest: Manifest, arrays: Mapping[str, np.ndarray], *, url: str) -> Encoding:
+    """A cache's encoding with the arrays that it was fitted to.
+
+    Raises:
+        CorruptCache: arrays that make no sense.
+    """
+    encoding = encoding_from_config(manifest.identity.encoding)
     try:
         fitted = encoding.with_fitted(arrays)
         if fitted.arrays(manifest.layout.num_classes) != arrays_of(manifest.layout, LOGITS):
             raise ValueError("the rows of layout.arrays are of another length")
         return fitted
     except (ValueError, TypeError, LogitCacheError) as error:
-        raise CorruptCache(f"{storage.url}: what {encoding.name} was fitted to makes no sense: {error}") from None
+        raise CorruptCache(f"{url}: what {encoding.name} was fitted to makes no sense: {error}") from None
+
+
+def stored_samples(arrays: Mapping[str, np.ndarray], num_samples: int, *, url: str) -> SampleTable:
+    """The sample table from its fixed arrays.
+
+    Raises:
+        CorruptCache: arrays that are no table of so many samples.
+    """
+    try:
+        keys = arrays["sample_keys"].tobytes().decode().split("\n") if "sample_keys" in arrays else None
+        return SampleTable(num_samples, keys, arrays["sample_targets"], arrays["sample_contents"])
+    except (KeyError, UnicodeDecodeError, UsageError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise CorruptCache(f"{url}: its sample table makes no sense: {reason}; get the cache again") from None
 
 
 def arrays_of(layout: Layout, output: str) -> dict[str, ArraySpec]:

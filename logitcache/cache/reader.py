@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from logitcache.cache.committed import arrays_of, read_fixed, read_records, stored_encoding
+from logitcache.cache.committed import arrays_of, read_fixed, read_records, stored_encoding, stored_samples
 from logitcache.cache.digests import content_digest, pin_of
 from logitcache.cache.labelview import ResidentView, StreamedView, View, ViewOfOutputs, no_output
 from logitcache.cache.layout import (
@@ -54,7 +54,8 @@ def open_cache(location: str | os.PathLike[str], *, trust: bool = False) -> Logi
         location: a directory, or a `file://`, `s3://`, `gs://`, `az://` or `https://` URL. What is read from a remote
             one is kept in a local directory (`~/.cache/logitcache`, moved by `LOGITCACHE_CACHE_DIR`; at most
             `LOGITCACHE_CACHE_GB`, 50 by default), and the view after the one that is asked for comes meanwhile.
-        trust: allow `package.module:function` transforms from outside the working folder in `view_plan`.
+        trust: allow `view_plan` to run the `package.module:function` transforms that the cache names, wherever they
+            lie.
 
     Raises:
         NotACache: no cache there.
@@ -183,12 +184,11 @@ class LogitCache:
             CorruptCache: the table is damaged.
         """
         fixed = self.receipts.get(FIXED)
-        if fixed is None or "sample_targets" not in self.layout.fixed:
-            return None
         wanted = [name for name in SAMPLE_ARRAYS if name in self.layout.fixed]
+        if fixed is None or not wanted:
+            return None
         arrays = {name: read_fixed(self.storage, self.layout, fixed, name, self.objects) for name in wanted}
-        keys = arrays["sample_keys"].tobytes().decode().split("\n") if "sample_keys" in arrays else None
-        return SampleTable(self.num_samples, keys, arrays["sample_targets"], arrays["sample_contents"])
+        return stored_samples(arrays, self.num_samples, url=self.storage.url)
 
     @cached_property
     def _fitted_encoding(self) -> Encoding:
@@ -202,7 +202,7 @@ class LogitCache:
 
         Raises:
             UsageError: the cache does not say how its views were made.
-            UntrustedCode: a transform from outside the working folder; open the cache with trust=True.
+            UntrustedCode: the cache names somebody's code, which it lists; open the cache with trust=True.
         """
         plan = recorded_plan(self.manifest, self.samples, url=self.storage.url, trust=self.trust)
         self._plans.append(plan)

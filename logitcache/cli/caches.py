@@ -64,11 +64,15 @@ def ls_command(
     location: Annotated[str, typer.Argument(metavar="URL", help="A directory or URL with caches in or below it.")],
     as_json: JsonOption = False,
 ) -> None:
-    """What caches lie at a location, and in the folders below it."""
-    from logitcache.cache.summary import find_caches
+    """What caches lie at a location, and in the folders below it; exit 1 if one of them can't be read."""
+    from logitcache.cache.summary import Summary, find_caches
 
-    caches = [{"url": found.url} | cache_summary(found) for found in find_caches(location)]
-    show({"caches": caches}, as_json, lambda: print_caches(location, caches))
+    found = find_caches(location)
+    caches = [{"url": each.url} | cache_summary(each) for each in found if isinstance(each, Summary)]
+    unreadable = [dataclasses.asdict(each) for each in found if not isinstance(each, Summary)]
+    show({"caches": caches, "unreadable": unreadable}, as_json, lambda: print_caches(location, caches, unreadable))
+    if unreadable:
+        raise typer.Exit(1)
 
 
 @app.command("verify")

@@ -146,6 +146,21 @@ def normalise_spec(spec: Any) -> list[dict[str, Any]]:
     return steps
 
 
+def entry_points_of(spec: Any) -> list[str]:
+    """The `package.module:function` names in a transform's specification, in their order, without their digests.
+
+    Raises:
+        UsageError: no specification.
+    """
+    found = []
+    for step in normalise_spec(spec):
+        name, parameters = next(iter(step.items()))
+        bare_name = name.partition("@")[0]
+        found += [bare_name] if is_entry_point(bare_name) else []
+        found += entry_points_of(parameters.get("transforms", []))
+    return found
+
+
 def build_transform(spec: Any, *, trust: bool = False) -> SpecifiedTransform:
     """A transform from its specification: steps that run one after the other.
 

@@ -31,6 +31,8 @@ from logitcache.randomness import counter_seed, keyed_permutation, preserved_gen
 
 PROOF_ROWS = 8
 """Rows of each view whose input digest is kept."""
+MAX_ALPHA = 1e6
+"""Of mixup and CutMix: a draw from a Beta distribution of much more may never end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,9 +51,10 @@ class Mixing:
     """Of mixing a sample at all."""
 
     def __post_init__(self) -> None:
-        if self.mixup < 0 or self.cutmix < 0 or not 0 <= self.probability <= 1:
+        in_range = 0 <= self.mixup <= MAX_ALPHA and 0 <= self.cutmix <= MAX_ALPHA and 0 <= self.probability <= 1
+        if not in_range:  # nor is NaN
             raise UsageError(
-                f"mixup and cutmix are at least 0 and the probability lies in [0, 1]; found {self.config()}"
+                f"mixup and cutmix lie in [0, {MAX_ALPHA:g}] and the probability in [0, 1]; found {self.config()}"
             )
 
     @property

@@ -14,7 +14,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from logitcache.errors import CorruptCache, StorageError, UsageError
@@ -74,7 +74,7 @@ class LocalStorage:
             if durable:
                 fsync_path(path.parent)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            _discard(partial)
             raise _storage_error("write", path, error) from error
 
     def make_durable(self, keys: Iterable[str]) -> None:
@@ -103,7 +103,7 @@ class LocalStorage:
             partial.replace(path)
             fsync_path(path.parent)
         finally:
-            partial.unlink(missing_ok=True)
+            _discard(partial)
         return True
 
     def size(self, key: str) -> int | None:
@@ -144,13 +144,14 @@ class LocalStorage:
             raise _storage_error("delete", self._path(key), error) from error
 
     def remove_leftovers(self) -> int:
-        """Delete the partial files of dead writers: those that ran where process ids are ours, and any a day old."""
+        """Delete the partial files of dead writers, where that is allowed: ours by process id, others after a day."""
         removed = 0
         for path in self.root.rglob(".*.partial"):
             leftover = _PARTIAL.search(path.name)
             if leftover and (_is_dead(leftover) or _age(path) > LEFTOVER_SECONDS):
-                path.unlink(missing_ok=True)
-                removed += 1
+                with suppress(OSError):
+                    path.unlink()
+                    removed += 1
         return removed
 
     @contextmanager
@@ -189,7 +190,7 @@ class LocalStorage:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            _discard(partial)
             raise _storage_error("write", path, error) from error
         return partial
 
@@ -238,6 +239,12 @@ def _age(path: Path) -> float:
         return time.time() - path.stat().st_mtime
     except OSError:
         return 0.0
+
+
+def _discard(partial: Path) -> None:
+    """Remove a partial file, if that can be done: it must not hide the error that it was left over for."""
+    with suppress(OSError):  # a read-only file system refuses to remove even what is not there
+        partial.unlink()
 
 
 def is_alive(pid: int) -> bool:
