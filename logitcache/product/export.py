@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from logitcache.catalog.datasets import Data
 from logitcache.catalog.models import save_weights
-from logitcache.data.loading import collate
 from logitcache.errors import IdentityMismatch, ShapeError, StorageError, UsageError
 from logitcache.pipeline import Pipeline
 from logitcache.product.card import render_model_card
@@ -221,7 +220,7 @@ class _Export:
             for split, dataset in splits.items():
                 evaluation = None
                 if dataset is not None:
-                    views = clean_views(dataset, self._source.student, trust=self._trust)
+                    views = clean_views(dataset, self._source.student, self._pipeline, trust=self._trust)
                     evaluation = Evaluation(views, batch_size=256, num_workers=self._pipeline.num_workers)
                 for name, (_, model) in models.items():
                     accuracy[name][split] = (
@@ -258,14 +257,14 @@ class _Export:
         Raises:
             UsageError: inputs that are no tensors, or of no fixed size.
         """
-        views = clean_views(self._data.train, self._source.student, trust=self._trust)
+        views = clean_views(self._data.train, self._source.student, self._pipeline, trust=self._trust)
         order = keyed_permutation(len(views), "product", 0)[:CALIBRATION_SAMPLES].tolist()
         sample = views[order[0]][1]
         if not isinstance(sample, Tensor):
             raise UsageError(f"the student's inputs are {type(sample).__name__}s, not tensors: no form can hold it")
         order = order[: max(2, RENDERED_BYTES // max(sample.nbytes, 1))]
         try:
-            inputs = collate(views.__getitems__(order))[1]
+            inputs = views.batch([(0, index) for index in order])
         except ShapeError as error:
             raise UsageError(f"without augmentation the student's inputs are of several sizes: {error}") from error
         assert isinstance(inputs, Tensor)
