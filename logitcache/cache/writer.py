@@ -130,8 +130,9 @@ class CacheWriter:
             logits: (B, C) floats, a tensor on any device or an array; -inf masks a class.
             outputs: (B, *shape) of each output that the cache has beside the logits, by name.
             inputs: what the teacher was given for these rows, batched; digests of a few rows of each view are kept,
-                so that a student can prove that it sees the same.
-            input_digests: these digests by row, where they are known and the inputs are not at hand.
+                so that a student can prove that it sees the same. Not for a padded batch, whose padding would count.
+            input_digests: these digests by row, where they are known and the inputs are not at hand, or are padded;
+                `ViewDataset.input_digests(view)` gives them.
 
         Raises:
             ShapeError: not (B, C), another shape of an output, or rows beyond the cache.
@@ -140,7 +141,7 @@ class CacheWriter:
             StorageError: the store refused an earlier block.
         """
         self._raise_failed_commit()
-        logits_BC = torch.as_tensor(logits)
+        logits_BC = _as_tensor(logits)
         num_classes, num_samples = self.layout.num_classes, self.layout.num_samples
         if logits_BC.ndim != 2 or logits_BC.shape[1] != num_classes:
             raise ShapeError(
@@ -325,6 +326,16 @@ class CacheWriter:
             + "\n  ".join(lines)
             + "\nWhat is committed stays; write the missing rows and leave the `with` again."
         )
+
+
+def _as_tensor(logits: Any) -> Tensor:
+    try:
+        return torch.as_tensor(logits)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapeError(
+            f"logits are a {type(logits).__name__}; expected one tensor or array (B, C). Where the teacher returns a "
+            "mapping, a tuple or an object, pass the tensor in it, such as `output.logits`"
+        ) from error
 
 
 def _finite(nats: float) -> float | None:

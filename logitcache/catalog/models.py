@@ -198,6 +198,6 @@ def check_output(model: nn.Module, inputs: Any, num_classes: int, *, name: str) 
         raise ShapeError(f"model {name!r}: {error}") from None
     if logits.shape != (1, num_classes):
         raise ShapeError(
-            f"model {name!r} gives {tuple(logits.shape)} for one sample; expected (1, {num_classes}), one logit for each "
-            f"of the data's {num_classes} classes. Another head, other weights or other data are needed"
+            f"model {name!r} gives {tuple(logits.shape)} for one sample; expected (1, {num_classes}), one logit for "
+            f"each of the data's {num_classes} classes. Another head, other weights or other data are needed"
         )

@@ -84,7 +84,11 @@ def as_tensors(value: Any) -> Any:
 
 
 def num_bytes(value: Any) -> int | None:
-    """Bytes of the tensors and arrays of an input; None where it holds anything else."""
+    """Bytes of an input once it is tensors; None where it holds anything else."""
+    if isinstance(value, int | float):
+        return 8
+    if isinstance(value, list):
+        value = as_tensors(value)
     if isinstance(value, Tensor | np.ndarray):
         return int(value.nbytes)
     if isinstance(value, Mapping):
