@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from logitcache.data.samples import input_digest
 from logitcache.errors import ShapeError, UsageError
 from logitcache.pipeline import Pipeline
 from logitcache.plan import plan_pipeline
+from logitcache.product import export_run
 from logitcache.report import write_report
 from logitcache.report.students import find_runs, measure_students
 from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
@@ -45,14 +47,13 @@ BAG = ["teacher.model=tests.texts:BagOfTokens", "teacher.args={}", "teacher.weig
 STUDENT = ["students.small.model=tests.texts:BagOfTokens", "students.small.args={}"]
 
 
-@pytest.fixture
-def transformers() -> Any:
+@pytest.fixture(name="transformers")
+def _transformers() -> None:
     """Hugging Face's library; without it tests are skipped, but in CI, which installs it, they fail."""
-    if os.environ.get("CI"):
-        import transformers
-    else:
-        transformers = pytest.importorskip("transformers")
-    return transformers
+    if importlib.util.find_spec("transformers") is None:
+        if os.environ.get("CI"):
+            pytest.fail("transformers is not installed, and CI must run this (pip install 'logitcache[hf]')")
+        pytest.skip("transformers is not installed (pip install 'logitcache[hf]')")
 
 
 def bag(tiny: Make, *overrides: str) -> Pipeline:
@@ -61,7 +62,8 @@ def bag(tiny: Make, *overrides: str) -> Pipeline:
     return pipeline.model_copy(update={"students": pipeline.students[:1]})
 
 
-def test_a_bert_teaches_a_distilbert_on_padded_texts(tiny: Make, transformers: Any, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("transformers")
+def test_a_bert_teaches_a_distilbert_on_padded_texts(tiny: Make, tmp_path: Path) -> None:
     """The whole way: plan, cache, verify, spot check, train from the cache, and what the teacher says text by text."""
     pipeline = tiny(
         *TEXT,
@@ -99,7 +101,8 @@ def test_a_bert_teaches_a_distilbert_on_padded_texts(tiny: Make, transformers: A
     assert write_report(pipeline.cache.path, tmp_path / "report.html", data=pipeline).path.is_file()
 
 
-def test_a_bert_is_trained_on_texts_and_then_teaches(tiny: Make, transformers: Any) -> None:
+@pytest.mark.usefixtures("transformers")
+def test_a_bert_is_trained_on_texts_and_then_teaches(tiny: Make) -> None:
     pipeline = tiny(
         *TEXT, "teacher.model=tests.texts:bert", "teacher.args={}", "teacher.weights=trained", "train.epochs=12"
     )
@@ -111,7 +114,8 @@ def test_a_bert_is_trained_on_texts_and_then_teaches(tiny: Make, transformers: A
     assert (logits.argmax(dim=1).numpy() == np.arange(60) % 3).mean() > 0.8
 
 
-def test_a_vit_teaches_a_vit_with_hints_from_its_layers(tiny: Make, transformers: Any) -> None:
+@pytest.mark.usefixtures("transformers")
+def test_a_vit_teaches_a_vit_with_hints_from_its_layers(tiny: Make) -> None:
     """Images are one tensor, given by position; a hook takes features where the model gives an output with `.logits`."""
     pipeline = tiny(
         "data.name=tests.models:pictures",
@@ -128,6 +132,8 @@ def test_a_vit_teaches_a_vit_with_hints_from_its_layers(tiny: Make, transformers
     cache_teacher(pipeline)
 
     assert ["small"] == [row.name for row in train_students(pipeline, ["small"])]
+    with pytest.raises(UsageError, match=r"returns a mapping of 'logits', and an exported one must return the tensor"):
+        export_run(Path(pipeline.runs.path) / "small/seed-0", to="safetensors")
 
 
 @pytest.mark.parametrize("kind", ["lists", "arrays", "tensors"])
@@ -200,8 +206,10 @@ def as_it_is() -> Any:
     return lambda value: value
 
 
-def test_a_collate_function_of_ones_own_makes_every_batch(tiny: Make) -> None:
-    pipeline = bag(tiny, "data.collate=tests.texts:pad_to_the_left")
+@pytest.mark.parametrize("function", ["pad_to_the_left", "pad_with_a_tokenizer"])
+@pytest.mark.usefixtures("transformers")
+def test_a_collate_function_of_ones_own_makes_every_batch(tiny: Make, function: str) -> None:
+    pipeline = bag(tiny, f"data.collate=tests.texts:{function}", "num_workers=1")
     cache_teacher(pipeline)
     expected = logitcache.open(pipeline.cache.path).view(0).logits(np.arange(60))
 

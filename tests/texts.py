@@ -67,6 +67,13 @@ def pad_to_the_left(inputs: list[Any]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(values) for name, values in padded.items()}
 
 
+def pad_with_a_tokenizer(inputs: list[Any]) -> Any:
+    """A collate function as Hugging Face's: a mapping that is no dict, of NumPy arrays."""
+    from transformers import BatchEncoding
+
+    return BatchEncoding({name: values.numpy() for name, values in pad_to_the_left(inputs).items()})
+
+
 def drop_the_last(inputs: list[Any]) -> dict[str, torch.Tensor]:
     """A collate function that loses a sample."""
     return pad_to_the_left(inputs[: max(len(inputs) - 1, 1)])

@@ -101,7 +101,7 @@ def _batch(inputs: list[Any], function: Collate | None) -> Any:
     if function is None or function in COLLATES.values():
         try:
             return (function or stack)(inputs)
-        except (RuntimeError, TypeError, KeyError, ValueError) as error:
+        except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
             found = sorted({_shape(value) for value in inputs})
             raise ShapeError(
                 f"these samples make no batch; their inputs are {', '.join(found)}: end the model's `input` with a "
@@ -109,7 +109,7 @@ def _batch(inputs: list[Any], function: Collate | None) -> Any:
                 f"({_first_line(error)})"
             ) from error
     try:
-        batch = function(inputs)
+        batch = as_tensors(function(inputs))  # Hugging Face's collators give mappings that are no dict
     except LogitCacheError:
         raise
     except Exception as error:

@@ -88,7 +88,7 @@ class AlbumentationsTransform:
 
 
 def _ignores_arrays(transform: Any) -> str | None:
-    """The first of torchvision's transforms that would get a NumPy array and return it unchanged; None without one."""
+    """The first of torchvision's transforms to be given the input, where it would return a NumPy array unchanged."""
     if not type(transform).__module__.startswith("torchvision.transforms.v2."):
         return None
     children = getattr(transform, "transforms", None)

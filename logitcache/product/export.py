@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from logitcache.catalog.calling import described
 from logitcache.catalog.datasets import Data
 from logitcache.catalog.models import save_weights
 from logitcache.errors import IdentityMismatch, ShapeError, StorageError, UsageError
@@ -149,6 +150,7 @@ class _Export:
         model = resolve_model(
             source.student, data, plan, weights=str(source.weights_file), seed=0, trust=self._trust
         ).eval()
+        _refuse_outputs(model, inputs)
         models = self._write_models(model, inputs)
         variants = self._measure(models, inputs)
         self._hold_to_result(variants[0])
@@ -284,6 +286,21 @@ class _Export:
                     f"the run's weights are right on {_shown(here)} of the {split} split at hand; its result.json says "
                     f"{_shown(there)}. These are not the data, or not the weights, that the run ended with"
                 )
+
+
+def _refuse_outputs(model: nn.Module, inputs: Tensor) -> None:
+    """Whoever loads an export calls the model and gets logits.
+
+    Raises:
+        UsageError: the model returns something else, such as Hugging Face's outputs.
+    """
+    with torch.inference_mode():
+        output = model(inputs[:1])
+    if not isinstance(output, Tensor):
+        raise UsageError(
+            f"this student returns {described(output)}, and an exported one must return the tensor of logits; name a "
+            "package.module:function that wraps the model and returns `output.logits`, and train it"
+        )
 
 
 def _shown(share: float | None) -> str:
