@@ -72,6 +72,10 @@ class InvalidLogits(LogitCacheError, ValueError):
     """Logits that no distribution can be made of: NaN, +inf, or a row of nothing but -inf."""
 
 
+class IndexBeyondEnd(UsageError, IndexError):
+    """A sample was asked for that the dataset does not have; it ends a `for` loop, as an IndexError does."""
+
+
 class UnreadableSample(LogitCacheError, ValueError):
     """A sample of the dataset could not be loaded."""
 

@@ -129,7 +129,8 @@ def check_arrived(
         for views in datasets:
             number = views.index_of(row)
             if number is not None:
-                reasons.append(_difference(batch_item(inputs, place), views[(view, number)][1]))
+                rendered = batch_item(views.batch([(view, number)]), 0)
+                reasons.append(_difference(batch_item(inputs, place), rendered))
         if not reasons:
             raise UsageError(
                 f"no dataset at hand has sample {row} of this batch; create `ViewDataset(dataset, cache.view_plan)` "
@@ -149,10 +150,11 @@ def check_arrived(
 def _difference(arrived: Any, rendered: Any) -> str | None:
     """In what an input that arrived differs from the one that was rendered; None where it is the same.
 
-    A float input may have arrived in another float type, and a sequence may have been padded on either side.
+    A float input may have arrived in another float type, a sequence may have been padded on either side, and a collate
+    function may have added entries.
     """
     if isinstance(rendered, Mapping) and isinstance(arrived, Mapping):
-        if arrived.keys() != rendered.keys():
+        if not arrived.keys() >= rendered.keys():
             return f"it has the entries {sorted(arrived)}, expected {sorted(rendered)}"
         return next(filter(None, (_difference(arrived[name], rendered[name]) for name in rendered)), None)
     if isinstance(rendered, tuple | list) and isinstance(arrived, tuple | list) and len(rendered) == len(arrived):

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from logitcache.catalog.calling import call_model, input_described, logits_of
 from logitcache.catalog.nets import CNN, MLP, CIFARResNet
 from logitcache.catalog.soft_tree import SoftTree
 from logitcache.checksums import check_file
@@ -233,7 +234,7 @@ def model_fingerprint(model: nn.Module, *, name: str, args: Mapping[str, Any] | 
 
 
 def check_output(model: nn.Module, inputs: Any, num_classes: int, *, name: str) -> None:
-    """Run one sample through a model, and hold its output to (1, C).
+    """Run a batch of one sample through a model, and hold its logits to (1, C).
 
     Raises:
         ShapeError: the model's classes are not the data's.
@@ -242,16 +243,19 @@ def check_output(model: nn.Module, inputs: Any, num_classes: int, *, name: str) 
     model.eval()
     with torch.inference_mode():
         try:
-            output = model(inputs)
+            output = call_model(model, inputs)
         except Exception as error:
             raise ShapeError(
-                f"model {name!r} can't take an input of shape {tuple(getattr(inputs, 'shape', ()))}: {error}; "
-                "look at its `input` transforms and `args`"
+                f"model {name!r} can't take {input_described(model, inputs)}: {error}; look at its `input` transforms "
+                "and `args`"
             ) from error
     model.train(was_training)
-    if not isinstance(output, torch.Tensor) or output.shape != (1, num_classes):
-        found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    try:
+        logits = logits_of(output)
+    except ShapeError as error:
+        raise ShapeError(f"model {name!r}: {error}") from None
+    if logits.shape != (1, num_classes):
         raise ShapeError(
-            f"model {name!r} gives {found} for one sample; expected (1, {num_classes}), one logit for each of the "
-            f"data's {num_classes} classes. Another head, other weights or other data are needed"
+            f"model {name!r} gives {tuple(logits.shape)} for one sample; expected (1, {num_classes}), one logit for "
+            f"each of the data's {num_classes} classes. Another head, other weights or other data are needed"
         )

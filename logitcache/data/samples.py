@@ -117,11 +117,23 @@ def sample_table(dataset: Dataset) -> SampleTable:
     targets = getattr(dataset, "targets", None)
     if targets is None:
         targets = [load_sample(dataset, index)[1] for index in range(num_samples)]
+    _refuse_names(targets)
     try:
         targets = np.asarray(targets).astype(np.int64, casting="same_kind", copy=False).reshape(num_samples)
     except (TypeError, ValueError) as error:
         raise UsageError(f"targets must be {num_samples} integer class numbers: {error}") from error
     return SampleTable(num_samples=num_samples, keys=keys, targets=targets, contents=None)
+
+
+def _refuse_names(targets: Any) -> None:
+    """Class names in the place of class numbers."""
+    first = next(iter(targets), None)
+    if isinstance(first, str | bytes):
+        raise UsageError(
+            f"the targets are names, the first one {first!r}; expected class numbers from 0. Number them in one order "
+            "for all splits: `class_names = sorted(set(targets))`, `targets = [class_names.index(name) for name in "
+            "targets]`, and give the dataset `class_names` too"
+        )
 
 
 def _check_array(name: str, values: Any, shape: tuple[int, ...], dtypes: Sequence[str]) -> None:
@@ -177,12 +189,22 @@ def load_sample(dataset: Dataset, index: int) -> tuple[Any, Any]:
     except LogitCacheError:
         raise
     except Exception as error:
+        if isinstance(error, IndexError):
+            raise UnreadableSample(
+                f"dataset[{index}] raises IndexError ({error}), but the dataset's length is {len(dataset)}: expected a "
+                f"sample for each of 0 to {len(dataset) - 1}. Make `__len__` the number of samples that `__getitem__` "
+                "has"
+            ) from error
         raise UnreadableSample(
             f"sample {sample_key(dataset, index)!r} (number {index}) can't be read: {type(error).__name__}: {error}\n"
             "Mend or remove it; nothing was changed."
         ) from error
     if not isinstance(sample, tuple | list) or len(sample) < 2:
-        raise UsageError(f"dataset[{index}] must give (input, target), not a {type(sample).__name__}")
+        found = f"a mapping of {', '.join(map(repr, sample))}" if isinstance(sample, Mapping) else type(sample).__name__
+        raise UsageError(
+            f"dataset[{index}] must give (input, target), not {found}; wrap the dataset in one whose `__getitem__` "
+            "returns the model's input and the class number. An input may be a mapping"
+        )
     return sample[0], sample[1]
 
 

@@ -11,7 +11,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -282,7 +282,10 @@ class RemoteStorage:
 
     def _error(self, action: str, key: str, error: Exception) -> StorageError:
         reason = _reason(error)
-        if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+        remedy = _s3_remedy(error, self._store.config) if self._scheme == "s3" else None
+        if remedy is not None:
+            reason = f"{remedy}. {reason}"
+        elif isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
             reason = f"access denied; check the credentials that are set ({_CREDENTIALS[self._scheme]}). {reason}"
         elif _lacks_bucket(error) or isinstance(error, FileNotFoundError) or "status code: 404" in reason:
             reason = f"no such bucket or container. {reason}"
@@ -290,7 +293,6 @@ class RemoteStorage:
 
 
 _CREDENTIALS = {
-    "s3": "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a store of your own",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY or another of Azure's",
     "https": "web servers are asked without any",
@@ -314,7 +316,7 @@ def _connect(scheme: str, url: str) -> Any:
         return store.AzureStore.from_url(url, client_options=options, retry_config=_RETRY)
     config: Any
     config, provider = _aws_settings()
-    endpoint = config.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+    endpoint = _endpoint(config)
     if endpoint and not endpoint.startswith(("http://", "https://")):
         raise UsageError(f"AWS_ENDPOINT_URL is {endpoint!r}; expected a URL that begins with http:// or https://")
     if endpoint.startswith("http://"):
@@ -329,6 +331,11 @@ def _connect(scheme: str, url: str) -> Any:
 def _aws_settings() -> tuple[dict[str, Any], Any]:
     """What the environment does not say by itself: boto3's credentials, region and endpoint, or none at all."""
     config: dict[str, Any] = {}
+    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    lacking = [name for name in keys if not os.environ.get(name)]
+    if len(lacking) == 1 and "AWS_PROFILE" not in os.environ:
+        there = next(name for name in keys if name not in lacking)
+        raise UsageError(f"{there} is set, but {lacking[0]} is not; set both, or AWS_PROFILE instead")
     if "AWS_ACCESS_KEY_ID" in os.environ and "AWS_PROFILE" not in os.environ:
         return config, None
     try:
@@ -354,6 +361,44 @@ def _aws_settings() -> tuple[dict[str, Any], Any]:
     if session.region_name:
         config["region"] = session.region_name
     return config, Boto3CredentialProvider(session)
+
+
+def _endpoint(config: Mapping[str, Any]) -> str:
+    """Where requests to S3 go, where that is not AWS."""
+    named = config.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return str(named or "")
+
+
+def _s3_remedy(error: Exception, config: Mapping[str, Any]) -> str | None:
+    """Which setting of S3 is missing or wrong by an error, and what to set; None where that can't be told."""
+    text, endpoint = str(error), _endpoint(config)
+    at = f"at {endpoint} (AWS_ENDPOINT_URL)" if endpoint else "at AWS"
+    elsewhere = "" if endpoint else "; for a store that is not AWS set AWS_ENDPOINT_URL"
+    if "AuthorizationHeaderMalformed" in text or "redirect without LOCATION" in text:
+        region = config.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        known = re.search(r"<Region>([\w-]+)</Region>", text)
+        set_to = known[1] if known else "the bucket's region"
+        return f"wrong region: set AWS_REGION to {set_to} (now {region or 'not set, so us-east-1'})"
+    if "status code: 400" in text and "performing HEAD" in text:  # an answer without a body gives no reason
+        return "the request was refused without a reason: check AWS_REGION, then whether the credentials have expired"
+    if "ExpiredToken" in text:
+        return "the credentials have expired: log in again, or set a new AWS_SESSION_TOKEN"
+    if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+        if config.get("skip_signature"):
+            missing = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            return f"access denied, and no credentials are set: set {missing}{elsewhere}"
+        if "InvalidAccessKeyId" in text:
+            return f"access denied: the access key is unknown {at}; check AWS_ACCESS_KEY_ID{elsewhere}"
+        if "SignatureDoesNotMatch" in text:
+            return "access denied: the secret key is wrong; check AWS_SECRET_ACCESS_KEY"
+        return f"access denied {at}: these credentials (AWS_ACCESS_KEY_ID or AWS_PROFILE) lack the right{elsewhere}"
+    if _lacks_bucket(error) or "status code: 404" in text:
+        return f"no such bucket {at}: check its name in the URL{elsewhere}"
+    if "error sending request" in text:
+        return (
+            f"no answer from {endpoint or 'AWS'}: check {'AWS_ENDPOINT_URL' if endpoint else 'the network'}{elsewhere}"
+        )
+    return None
 
 
 def _may_pass(error: Exception) -> bool:

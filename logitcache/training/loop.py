@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from logitcache.cache.manifest import LOGITS
 from logitcache.catalog.models import load_state
-from logitcache.data.loading import Batch, part_of, rendered_batches
+from logitcache.data.batching import Batch
+from logitcache.data.loading import part_of, rendered_batches
 from logitcache.data.order import batches, epoch_order, step_seed
 from logitcache.devices import seed_device
 from logitcache.errors import CorruptRun, InvalidLogits
