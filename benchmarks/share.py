@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -37,6 +38,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import obstore
 import torch
 from measuring import compare, conditions, table, write_result
@@ -293,7 +295,8 @@ def records_of_a_large_cache(path: Path) -> None:
     writer.close()
 
     def stored(spec: ArraySpec, rows: int) -> StoredObject:
-        return StoredObject(bytes=rows * 20, sha256=secrets.token_hex(32), values_sha256=secrets.token_hex(32))
+        size = rows * math.prod(spec.row_shape) * np.dtype(spec.dtype).itemsize
+        return StoredObject(bytes=size, sha256=secrets.token_hex(32), values_sha256=secrets.token_hex(32))
 
     receipts = {FIXED: Receipt(rows=NUM_SAMPLES, objects={}, kl_mean=None, kl_max=None, inputs={})}
     for block in all_blocks(manifest.layout):

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "logitcache"
 
 FLOOR = {
     "errors": 0, "strict_json": 0, "digest": 0, "randomness": 0, "progress": 0, "devices": 0, "entry_points": 0, "markdown": 0,
-    "arrays": 0,
+    "arrays": 0, "checksums": 0,
     "losses": 1, "encodings": 1, "data": 1, "storage": 1,
     "cache": 2,
     "overrides": 3, "merging": 3, "sharing": 3, "catalog": 3,

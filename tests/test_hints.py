@@ -20,8 +20,8 @@ from torch import Tensor
 import logitcache
 from logitcache.cache.layout import all_blocks
 from logitcache.cache_teacher import cache_teacher, teacher_batches
+from logitcache.data.batching import collate
 from logitcache.data.index import split_index
-from logitcache.data.loading import collate
 from logitcache.data.views import ViewDataset
 from logitcache.errors import LogitCacheError, UsageError
 from logitcache.inference import AskedTeacher

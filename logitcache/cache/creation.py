@@ -31,9 +31,12 @@ from logitcache.cache.manifest import (
     Layout,
     Manifest,
     Receipt,
+    check_length,
+    dump,
     dump_manifest,
     read_manifest,
     read_receipts,
+    receipts_limit,
 )
 from logitcache.cache.outputs import Output, checked_outputs, row_arrays
 from logitcache.cache.place import check_place
@@ -41,7 +44,7 @@ from logitcache.cache.writer import CacheWriter
 from logitcache.data.samples import SampleTable
 from logitcache.data.views import ViewPlan
 from logitcache.digest import canonical_json
-from logitcache.encodings import Auto, Encoding, encoding_or_auto
+from logitcache.encodings import Auto, Dense, Encoding, encoding_or_auto
 from logitcache.encodings.protocol import float_tensor
 from logitcache.errors import CorruptCache, IdentityMismatch, InvalidLogits, NotACache, UsageError
 from logitcache.progress import track
@@ -167,11 +170,16 @@ def open_writer(
     rows_per_block = DEFAULT_ROWS_PER_BLOCK if rows_per_block is None else rows_per_block
     if rows_per_block < 1:
         raise UsageError(f"rows_per_block is at least 1, not {rows_per_block}")
+    _check_class_names(origin.class_names, num_classes)
     stated = None if card is None else card_from(card).stated()
     others = checked_outputs(outputs or {})
     requested = encoding_or_auto(encoding)
+    # Refuse what can't be a cache before anything is computed.
     if isinstance(requested, Encoding):
-        requested.arrays(num_classes)  # refuses a number of classes that it can't hold, before anything is computed
+        requested.arrays(num_classes)
+    preliminary = requested if isinstance(requested, Encoding) else Dense()
+    lines = dump(make_identity(origin, preliminary, num_classes, others, logits_source)).splitlines()
+    check_length(sum(map(len, lines)) + 2 * len(lines), sealed=False)  # in the manifest each is indented, and ends
     storage = open_storage(path)
     replaced = _keys_to_replace(storage) if overwrite else []
     stored = None if replaced else _stored(storage)
@@ -271,7 +279,8 @@ def _stored(storage: Storage) -> tuple[Manifest, Receipt] | None:
 
 def _encoding_of(storage: Storage, manifest: Manifest, fixed: Receipt, requested: Encoding | Auto) -> Encoding:
     """The encoding to go on with: the cache's, where it is the one that is asked for; else that one, to be refused."""
-    chosen_by = manifest.provenance.get("encoding", {}).get("chosen_by")
+    choice = manifest.provenance.get("encoding")
+    chosen_by = choice.get("chosen_by") if isinstance(choice, dict) else None
     if isinstance(requested, Auto) and chosen_by is not None and chosen_by != requested.config():
         raise IdentityMismatch(
             f"{storage.url} has an encoding that was chosen by {chosen_by}, not by {requested.config()}.\n"
@@ -337,7 +346,23 @@ def make_identity(
         "output_encodings": {name: output.encoding.config() for name, output in outputs.items()},
         "output_sources": {name: source for name, source in sources.items() if source is not None},
     }
-    return Identity.model_validate(json.loads(canonical_json(fields)))
+    try:
+        return Identity.model_validate(json.loads(canonical_json(fields)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{'.'.join(map(str, first['loc']))} can't be part of a cache: {first['msg']}") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"what the cache is can't be written as JSON: {error}") from None
+
+
+def _check_class_names(class_names: Sequence[str] | None, num_classes: int) -> None:
+    """Two classes may have one name, as in ImageNet."""
+    if class_names is None:
+        return
+    if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
+        raise UsageError("class_names is a list of strings, one for each class")
+    if len(class_names) != num_classes:
+        raise UsageError(f"{len(class_names)} class_names for {num_classes} classes; expected one for each, in order")
 
 
 def _open_manifest(
@@ -386,7 +411,7 @@ def _open_manifest(
 
 def _forget_views(storage: Storage, manifest: Manifest, layout: Layout) -> Manifest:
     """Take back views that were asked for and never finished; those that were sealed before stay."""
-    gathered = storage.get(RECEIPTS)
+    gathered = storage.get(RECEIPTS, limit=receipts_limit(manifest.layout))
     names = read_receipts(gathered, url=storage.url).keys() - {FIXED} if gathered is not None else set()
     num_views = max([layout.num_views, *(Block.from_name(name).view + 1 for name in names)])
     kept = manifest.layout.model_copy(update={"num_views": num_views})
@@ -423,5 +448,5 @@ def provenance() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,
-        "command": sys.argv,
+        "command": [argument.encode(errors="replace").decode() for argument in sys.argv],
     }

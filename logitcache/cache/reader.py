@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from logitcache.cache.committed import arrays_of, read_fixed, read_records, stored_encoding
+from logitcache.cache.committed import arrays_of, read_fixed, read_records, stored_encoding, stored_samples
 from logitcache.cache.digests import content_digest, pin_of
 from logitcache.cache.labelview import ResidentView, StreamedView, View, ViewOfOutputs, no_output
 from logitcache.cache.layout import (
@@ -54,7 +54,8 @@ def open_cache(location: str | os.PathLike[str], *, trust: bool = False) -> Logi
         location: a directory, or a `file://`, `s3://`, `gs://`, `az://` or `https://` URL. What is read from a remote
             one is kept in a local directory (`~/.cache/logitcache`, moved by `LOGITCACHE_CACHE_DIR`; at most
             `LOGITCACHE_CACHE_GB`, 50 by default), and the view after the one that is asked for comes meanwhile.
-        trust: allow `package.module:function` transforms from outside the working folder in `view_plan`.
+        trust: allow `view_plan` to run the `package.module:function` transforms that the cache names, wherever they
+            lie.
 
     Raises:
         NotACache: no cache there.
@@ -90,11 +91,12 @@ class LogitCache:
         self.others = outputs_of(self.manifest.identity)
         """What is held beside the logits: shape, encoding and source by name."""
         self.trust = trust
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="logitcache-loader")
+        self._loader: ThreadPoolExecutor | None = None
         self._loading: dict[tuple[int, str, str], Future[View]] = {}
         self._kept: OrderedDict[tuple[int, str, int], View] = OrderedDict()
         self._plans: list[ViewPlan] = []
         """Those of this cache's views whose datasets `check_batch` may render from."""
+        self._process = os.getpid()
         if self.sealed and content_digest(self.manifest, self.receipts) != self.manifest.digest:
             raise CorruptCache(
                 f"{storage.url}: the receipts don't add up to the manifest's digest; run `logitcache verify` on it"
@@ -182,12 +184,11 @@ class LogitCache:
             CorruptCache: the table is damaged.
         """
         fixed = self.receipts.get(FIXED)
-        if fixed is None or "sample_targets" not in self.layout.fixed:
-            return None
         wanted = [name for name in SAMPLE_ARRAYS if name in self.layout.fixed]
+        if fixed is None or not wanted:
+            return None
         arrays = {name: read_fixed(self.storage, self.layout, fixed, name, self.objects) for name in wanted}
-        keys = arrays["sample_keys"].tobytes().decode().split("\n") if "sample_keys" in arrays else None
-        return SampleTable(self.num_samples, keys, arrays["sample_targets"], arrays["sample_contents"])
+        return stored_samples(arrays, self.num_samples, url=self.storage.url)
 
     @cached_property
     def _fitted_encoding(self) -> Encoding:
@@ -201,7 +202,7 @@ class LogitCache:
 
         Raises:
             UsageError: the cache does not say how its views were made.
-            UntrustedCode: a transform from outside the working folder; open the cache with trust=True.
+            UntrustedCode: the cache names somebody's code, which it lists; open the cache with trust=True.
         """
         plan = recorded_plan(self.manifest, self.samples, url=self.storage.url, trust=self.trust)
         self._plans.append(plan)
@@ -332,14 +333,23 @@ class LogitCache:
     def prefetch(self, view: int, device: str | torch.device = "cpu", outputs: Sequence[str] = (LOGITS,)) -> None:
         """Load outputs of a view in the background, for the `view` call to come."""
         self._check_complete(view)
+        self._leave_parent()
+        if self._loader is None:
+            self._loader = ThreadPoolExecutor(1, thread_name_prefix="logitcache-loader")
         for output in outputs:
             key = (view, str(device), output)
             if key not in self._loading:
                 self._loading[key] = self._loader.submit(self._load_view, view, torch.device(device), output)
 
+    def _leave_parent(self) -> None:
+        """After a fork: what the parent's thread is loading never arrives here."""
+        if self._process != os.getpid():
+            self._process, self._loader, self._loading = os.getpid(), None, {}
+
     def _rows_of(self, view: int, output: str, device: torch.device, window: int | None) -> View:
         """One output of a view: streamed in so many blocks, or resident where that is None."""
         if window is None:
+            self._leave_parent()
             loading = self._loading.pop((view, str(device), output), None)
             return loading.result() if loading is not None else self._load_view(view, device, output)
         read = functools.partial(self.read_encoded, view, output=output)
@@ -468,13 +478,14 @@ class LogitCache:
 
     def _check_complete(self, view: int) -> None:
         self._check_held(view)
-        missing = [
-            number for number in range(blocks_per_view(self.layout)) if Block(view, number).name not in self.receipts
-        ]
-        if missing:
+        names = (Block(view, number).name for number in range(blocks_per_view(self.layout)))
+        missing = next((name for name in names if name not in self.receipts), None)
+        if missing is not None:
+            # Counted by what is there: a manifest may claim millions of blocks.
+            there = sum(name.startswith(f"v{view:05d}/") for name in self.receipts)
             raise IncompleteCache(
-                f"{self.storage.url}: {len(missing)} blocks of view {view} are missing, the first being "
-                f"{Block(view, missing[0]).name}; {REBUILD}"
+                f"{self.storage.url}: {blocks_per_view(self.layout) - there} blocks of view {view} are missing, the "
+                f"first being {missing}; {REBUILD}"
             )
 
     def input_digests(self, view: int) -> dict[int, str]:

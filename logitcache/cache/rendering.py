@@ -11,17 +11,17 @@ from logitcache.cache.layout import Block
 from logitcache.cache.manifest import Manifest, Receipt
 from logitcache.data.index import split_index
 from logitcache.data.samples import SampleTable, batch_item, input_digest
-from logitcache.data.transforms import build_transform
+from logitcache.data.transforms import build_transform, entry_points_of
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan, proof_rows
-from logitcache.errors import IdentityMismatch, UsageError
+from logitcache.errors import IdentityMismatch, UntrustedCode, UsageError
 
 
 def recorded_plan(manifest: Manifest, samples: SampleTable | None, *, url: str, trust: bool) -> ViewPlan:
     """The plan of a cache's views, which holds samples to their content digests.
 
     Raises:
-        UsageError: the cache does not say how its views were made.
-        UntrustedCode: a transform from outside the working folder, and `trust` is False.
+        UsageError: the cache does not say how its views were made, or in a way that can't be built here.
+        UntrustedCode: a transform that is somebody's code, wherever it lies, and `trust` is False.
     """
     transform = manifest.identity.transform
     if transform is None:
@@ -29,15 +29,22 @@ def recorded_plan(manifest: Manifest, samples: SampleTable | None, *, url: str, 
             f"{url} does not say how its views were made: it was created without `view_plan`; render the views as its "
             "maker did"
         )
-    parts = []
-    for part in ("shared", "teacher_input"):
-        spec = transform[part]
+    specs = {part: transform[part] for part in ("shared", "teacher_input")}
+    for part, spec in specs.items():
         if spec is not None and not isinstance(spec, list):
             raise UsageError(
                 f"{url} was made with a transform given as a Python object ({part}): make the same ViewPlan again, and "
                 "hold it to the cache with `cache.check_plan(plan)`"
             )
-        parts.append(None if spec is None else build_transform(spec, trust=trust))
+    named = list(dict.fromkeys(name for spec in specs.values() for name in entry_points_of(spec or [])))
+    if named and not trust:
+        raise UntrustedCode(
+            f"the views of {url} are made by code that the cache names: {', '.join(named)}.\nA cache never vouches for "
+            "code, even in the working folder. Look at it, then open the cache with logitcache.open(..., trust=True), "
+            "or --trust on the command line; or make the same ViewPlan yourself, and compare it with "
+            "`cache.check_plan(plan)`"
+        )
+    parts = [None if spec is None else build_transform(spec, trust=trust) for spec in specs.values()]
     return ViewPlan(
         transform=parts[0],
         seed=manifest.identity.view_seed,
@@ -122,7 +129,8 @@ def check_arrived(
         for views in datasets:
             number = views.index_of(row)
             if number is not None:
-                reasons.append(_difference(batch_item(inputs, place), views[(view, number)][1]))
+                rendered = batch_item(views.batch([(view, number)]), 0)
+                reasons.append(_difference(batch_item(inputs, place), rendered))
         if not reasons:
             raise UsageError(
                 f"no dataset at hand has sample {row} of this batch; create `ViewDataset(dataset, cache.view_plan)` "
@@ -142,10 +150,11 @@ def check_arrived(
 def _difference(arrived: Any, rendered: Any) -> str | None:
     """In what an input that arrived differs from the one that was rendered; None where it is the same.
 
-    A float input may have arrived in another float type, and a sequence may have been padded on either side.
+    A float input may have arrived in another float type, a sequence may have been padded on either side, and a collate
+    function may have added entries.
     """
     if isinstance(rendered, Mapping) and isinstance(arrived, Mapping):
-        if arrived.keys() != rendered.keys():
+        if not arrived.keys() >= rendered.keys():
             return f"it has the entries {sorted(arrived)}, expected {sorted(rendered)}"
         return next(filter(None, (_difference(arrived[name], rendered[name]) for name in rendered)), None)
     if isinstance(rendered, tuple | list) and isinstance(arrived, tuple | list) and len(rendered) == len(arrived):
@@ -172,5 +181,6 @@ def _difference(arrived: Any, rendered: Any) -> str | None:
 
 
 def _versions(manifest: Manifest) -> str:
-    versions = manifest.provenance.get("versions", {})
-    return ", ".join(f"{name} {versions[name]}" for name in ("torchvision", "pillow") if name in versions)
+    versions = manifest.provenance.get("versions")
+    known = versions if isinstance(versions, dict) else {}
+    return ", ".join(f"{name} {known[name]}" for name in ("torchvision", "pillow") if name in known)

@@ -135,8 +135,9 @@ class CacheWriter:
             logits: (B, C) floats, a tensor on any device or an array; -inf masks a class. Not probabilities.
             outputs: (B, *shape) of each output that the cache has beside the logits, by name.
             inputs: what the teacher was given for these rows, batched; digests of a few rows of each view are kept,
-                so that a student can prove that it sees the same.
-            input_digests: these digests by row, where they are known and the inputs are not at hand.
+                so that a student can prove that it sees the same. Not for a padded batch, whose padding would count.
+            input_digests: these digests by row, where they are known and the inputs are not at hand, or are padded;
+                `ViewDataset.input_digests(view)` gives them.
 
         Raises:
             ShapeError: not (B, C), another shape of an output, or rows beyond the cache.
@@ -159,7 +160,7 @@ class CacheWriter:
         input_digests: Mapping[int, str],
     ) -> None:
         self._raise_failed_commit()
-        logits_BC = torch.as_tensor(logits)
+        logits_BC = _as_tensor(logits)
         if not logits_BC.is_floating_point():
             raise InvalidLogits(
                 f"logits are {logits_BC.dtype}; expected floats, the teacher's output before softmax or arg max"
@@ -452,6 +453,16 @@ def _refuse_probabilities(logits_BC: Tensor) -> None:
             "these rows are probabilities: none is negative, and each sums to 1. Pass the logits before softmax, or "
             "`probabilities.log()`. If they are logits after all, add any constant: it changes no distribution"
         )
+
+
+def _as_tensor(logits: Any) -> Tensor:
+    try:
+        return torch.as_tensor(logits)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapeError(
+            f"logits are a {type(logits).__name__}; expected one tensor or array (B, C). Where the teacher returns a "
+            "mapping, a tuple or an object, pass the tensor in it, such as `output.logits`"
+        ) from error
 
 
 def _finite(nats: float) -> float | None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from logitcache.cache.manifest import LOGITS
+from logitcache.catalog.calling import call_model, logits_of
 from logitcache.data.index import split_index
 from logitcache.devices import autocast, to_device
 from logitcache.training.job import Job
@@ -60,9 +61,10 @@ def _forward(job: Job, net: nn.Module, inputs: Any) -> tuple[Tensor, dict[str, T
     """The student's logits (B, C), what its hints take by the hint's number, and the penalty that it adds, if any."""
     adds_penalty = getattr(job.model, "adds_penalty", False)
     with autocast(job.device, job.config.precision):
-        given = net(inputs, with_penalty=True) if adds_penalty else net(inputs)
+        options = {"with_penalty": True} if adds_penalty else {}
+        given = call_model(net, inputs, like=job.model, **options)
     features: dict[str, Tensor] = {}
     if job.hints is not None:
         given, features = given
-    logits_BC, penalty = given if adds_penalty else (given, None)
-    return logits_BC, features, penalty
+    output, penalty = given if adds_penalty else (given, None)
+    return logits_of(output), features, penalty

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from logitcache.data.batching import InputPerModel
 from logitcache.data.loading import rendered_batches
 from logitcache.data.transforms import adapt_transform
 from logitcache.data.views import ViewDataset
@@ -30,8 +31,8 @@ class EachInput:
 
     parts: tuple[Callable[[Any], Any] | None, ...]
 
-    def __call__(self, pixels: Any) -> tuple[Any, ...]:
-        return tuple(pixels if part is None else part(pixels) for part in self.parts)
+    def __call__(self, pixels: Any) -> InputPerModel:
+        return InputPerModel(pixels if part is None else part(pixels) for part in self.parts)
 
 
 def groups(jobs: Sequence[Job]) -> list[list[Job]]:
@@ -108,6 +109,8 @@ def _views_of(views: ViewDataset, inputs: Sequence[ViewDataset]) -> ViewDataset:
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
+    if isinstance(value, dict):
+        return {name: _copied(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(_copied, value))
     return value
