@@ -293,3 +293,14 @@ def test_a_builder_whose_views_were_taken_back_is_told_and_may_ask_again(whole: 
     assert range(2) == logitcache.open(path).views
     assert [] == verify(str(path), deep=True)
     assert logitcache.open(whole).digest == build(path)
+
+
+def test_a_builder_whose_labels_differ_from_those_that_another_sealed_says_so(tmp_path: Path) -> None:
+    """Objects of the one may lie under receipts of the other by then."""
+    path = tmp_path / "b.cache"
+    shape = {"num_samples": SAMPLES, "num_classes": CLASSES, "rows_per_block": 16, "encoding": logitcache.TopK(k=2)}
+    late = logitcache.create(path, num_views=1, **shape, teacher="net", dataset="pictures")
+    build(path, 1)
+    labels = torch.randn(SAMPLES, CLASSES, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(IdentityMismatch, match="differ from this one's in v00000/b0000"), late:
+        late.write(view=0, start=0, logits=labels)
