@@ -18,7 +18,7 @@ from logitcache.data.transforms import build_transform
 from logitcache.data.views import ViewPlan
 from logitcache.entry_points import load_entry_point
 from logitcache.errors import UntrustedCode
-from tests.test_trust import rewrite_manifest
+from tests.test_refusals import forge_manifest
 
 CHECKOUT = str(Path(__file__).parent.parent)
 
@@ -197,7 +197,7 @@ def test_code_that_a_cache_names_needs_consent_even_in_the_working_folder(tmp_pa
     """All of it is listed, steps within steps too, and nothing is imported before."""
     plan = ViewPlan(transform=build_transform({"tests.models:shift": {"by": 1}}))
     path = small_cache(tmp_path / "a", plan)
-    rewrite_manifest(
+    forge_manifest(
         path,
         lambda raw: raw["identity"]["transform"].update(
             shared=[*raw["identity"]["transform"]["shared"], {"RandomApply": {"transforms": ["tests.gone:away"]}}],

@@ -24,7 +24,8 @@ from torch import Tensor
 import logitcache
 from logitcache.cache import creation
 from logitcache.cache.card import render_card
-from logitcache.cache.manifest import MAX_MANIFEST_BYTES, SEALING_BYTES
+from logitcache.cache.digests import content_digest
+from logitcache.cache.manifest import MAX_MANIFEST_BYTES, SEALING_BYTES, read_manifest, read_receipts
 from logitcache.cache.summary import Summary, Unreadable, find_caches, summarise
 from logitcache.cli.application import main
 from logitcache.cli.printing import cache_summary, print_caches, print_mapping
@@ -63,6 +64,16 @@ def build(path: Path, logits: Tensor | None = None, **changes: Any) -> Path:
     with logitcache.create(path, **settings) as writer:
         writer.write(view=0, start=0, logits=labels() if logits is None else logits)
     return path
+
+
+def forge_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Somebody who knows the format, digest and all."""
+    rewrite_manifest(path, change)
+    with suppress(ValueError):  # records that no digest can be taken of
+        manifest = read_manifest((path / "manifest.json").read_bytes(), url="")
+        receipts = read_receipts((path / "receipts.json").read_bytes(), url="")
+        if manifest.digest is not None:
+            rewrite_manifest(path, lambda raw: raw.update(digest=content_digest(manifest, receipts)))
 
 
 # Sample tables
@@ -185,7 +196,7 @@ def test_class_names_that_are_not_one_for_each_class_are_refused(tmp_path: Path,
 
 def test_class_names_of_another_number_are_refused_when_they_are_read(tmp_path: Path) -> None:
     build(tmp_path / "a", class_names=list("abcdef"))
-    rewrite_manifest(tmp_path / "a", lambda raw: raw["identity"].update(class_names=list("abcde")))
+    forge_manifest(tmp_path / "a", lambda raw: raw["identity"].update(class_names=list("abcde")))
     for read in (logitcache.open, lambda path: summarise(str(path)), lambda path: verify(str(path))):
         with pytest.raises(CorruptCache, match="5 class names for 6 classes"):
             read(tmp_path / "a")
@@ -287,7 +298,7 @@ TRANSFORMS: dict[str, Any] = {
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
 def test_a_description_of_views_that_makes_no_sense_is_an_error_of_ours(tmp_path: Path, transform: Any) -> None:
     build(tmp_path / "a", view_plan=ViewPlan(), samples=table())
-    rewrite_manifest(tmp_path / "a", lambda raw: raw["identity"].update(transform=transform))
+    forge_manifest(tmp_path / "a", lambda raw: raw["identity"].update(transform=transform))
     refused = used(tmp_path / "a")
 
     assert refused & {"open", "view_plan"}
@@ -303,7 +314,7 @@ def test_a_transform_of_very_many_layers_is_an_error_of_ours(tmp_path: Path) -> 
             spec = [{"Compose": {"transforms": spec}}]
         path = shutil.copytree(tmp_path / "a", tmp_path / str(depth))
         with suppress(RecursionError):  # JSON that nobody can write
-            rewrite_manifest(path, lambda raw, spec=spec: raw["identity"]["transform"].update(shared=spec))
+            forge_manifest(path, lambda raw, spec=spec: raw["identity"]["transform"].update(shared=spec))
         used(path)
 
 
@@ -584,7 +595,7 @@ def fuzz_caches(rounds: int, seed: int, folder: Path) -> int:
                 raw.update(state="open", digest=None)
 
         try:
-            rewrite_manifest(path, change)
+            forge_manifest(path, change)
         except (ValueError, TypeError):  # JSON that nobody can write, or an identity of another form
             continue
         used(path)

@@ -259,8 +259,10 @@ class LogitCache:
             UsageError: plain row numbers, or samples that no dataset at hand has.
             IdentityMismatch: names the sample and what differs.
         """
+        if views is not None:
+            return check_arrived([views], index, inputs, self.manifest, self.samples)
         plans = self._plans or [self.view_plan]
-        datasets = [views] if views is not None else [each for plan in plans for each in plan.datasets]
+        datasets = [each for plan in plans for each in plan.datasets]
         return check_arrived(datasets, index, inputs, self.manifest, self.samples)
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
