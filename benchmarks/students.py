@@ -9,6 +9,7 @@ as the pipeline; a second call only prints.
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from measuring import TINY_MNIST5K, conditions, fresh_folder, options, parse, ta
 
 from logitcache.demo import run_demo
 from logitcache.devices import pick_device
+from logitcache.errors import DatasetUnavailable
 from logitcache.pipeline import load_pipeline
 from logitcache.run import run_pipeline
 from logitcache.train_student import Row, train_teacher
@@ -61,4 +63,7 @@ def students_table(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DatasetUnavailable as error:
+        sys.exit(str(error))
