@@ -32,6 +32,8 @@ from logitcache.training.runs import RESULT
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 END = "<!-- end -->"
 HINTS = "hints"
+SMALL_TEACHER = ["teacher.model=mlp", "teacher.args={hidden: [16]}", "teacher.input=null"]
+"""Of a tiny run; hints need modules of their own teacher."""
 
 
 def main() -> None:
@@ -44,7 +46,8 @@ def main() -> None:
     sections = [conditions()]
     for file in files:
         if what == HINTS or not arguments.names or file.stem in arguments.names:
-            sections.append(section(file, tiny_overrides() if arguments.tiny else []))
+            teacher = [] if what == HINTS else SMALL_TEACHER
+            sections.append(section(file, tiny_overrides(teacher) if arguments.tiny else []))
             print(sections[-1], flush=True)
     if arguments.write:
         body = "\n\n".join(sections)
@@ -56,11 +59,10 @@ def main() -> None:
         readme.write_text(re.sub(f"{begin}.*?{END}", lambda _: made, readme.read_text(), flags=re.DOTALL))
 
 
-def tiny_overrides() -> list[str]:
+def tiny_overrides(more: Sequence[str] = ()) -> list[str]:
     """For a pipeline at the smallest size, in a folder of its own."""
     folder = fresh_folder()
-    teacher = ["teacher.model=mlp", "teacher.args={hidden: [16]}", "teacher.input=null"]
-    return [*TINY, *teacher, "train.seeds=[0, 1]", f"cache.path={folder}/views.cache", f"runs.path={folder}/runs"]
+    return [*TINY, *more, "train.seeds=[0, 1]", f"cache.path={folder}/views.cache", f"runs.path={folder}/runs"]
 
 
 def section(file: Path, overrides: Sequence[str]) -> str:
