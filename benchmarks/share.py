@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -36,6 +37,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import obstore
 import pytest
 import torch
@@ -317,7 +319,8 @@ def records_of_a_large_cache(path: Path, num_views: int, num_samples: int) -> No
     writer.close()
 
     def stored(spec: ArraySpec, rows: int) -> StoredObject:
-        return StoredObject(bytes=rows * 20, sha256=secrets.token_hex(32), values_sha256=secrets.token_hex(32))
+        size = rows * math.prod(spec.row_shape) * np.dtype(spec.dtype).itemsize
+        return StoredObject(bytes=size, sha256=secrets.token_hex(32), values_sha256=secrets.token_hex(32))
 
     receipts = {FIXED: Receipt(rows=num_samples, objects={}, kl_mean=None, kl_max=None, inputs={})}
     for block in all_blocks(manifest.layout):

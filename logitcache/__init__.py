@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from logitcache.cache.reader import LogitCache as LogitCache
     from logitcache.cache.reader import open_cache as open
     from logitcache.cache.writer import CacheWriter as CacheWriter
+    from logitcache.data.index import split_index as split_index
     from logitcache.data.samples import sample_table as sample_table
     from logitcache.data.views import Mixing as Mixing
     from logitcache.data.views import ViewDataset as ViewDataset
@@ -43,6 +44,7 @@ __all__ = [
     "losses",
     "open",
     "sample_table",
+    "split_index",
 ]
 
 _HOMES = {
@@ -63,6 +65,7 @@ _HOMES = {
     "losses": "losses",
     "open": "cache.reader:open_cache",
     "sample_table": "data.samples:sample_table",
+    "split_index": "data.index:split_index",
 }
 
 

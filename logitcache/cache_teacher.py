@@ -111,7 +111,9 @@ def run_blocks(
     total = sum(len(block_rows(layout, block)) for block in blocks)
     with track("caching the teacher", total, unit="samples") as meter:
         for (view, rows), said in zip(batches, answers, strict=True):
-            writer.write(view=view, start=rows.start, logits=said.logits, outputs=said.outputs, inputs=said.inputs)
+            writer.write(
+                view=view, start=rows.start, logits=said.logits, outputs=said.outputs, input_digests=said.digests
+            )
             meter.advance(len(rows), note=f"view {view + 1}/{layout.num_views}")
 
 

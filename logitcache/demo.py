@@ -13,7 +13,8 @@ from torch import Tensor
 
 from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.cache_teacher import cache_teacher
-from logitcache.data.views import ViewPlan
+from logitcache.data.index import split_index
+from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.pipeline import Pipeline, load_pipeline
 from logitcache.report import check_installed, write_report
 from logitcache.train_student import Bench, Row, summarise, train_teacher
@@ -106,7 +107,11 @@ class CleanLabels:
     def start_view(self, view: int, following: int | None) -> None:
         self._view = view
 
-    def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
+    def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:
+        """Nothing to compare: that these inputs are not what the teacher was given is the point."""
+
+    def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
+        rows = split_index(index)[1]
         mixtures = [self._plan.mixture(self._view, row, self._num_samples) for row in rows.tolist()]
         partners = torch.tensor(
             [row if m is None else m.partner for row, m in zip(rows.tolist(), mixtures, strict=True)]

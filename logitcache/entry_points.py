@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import sysconfig
+import types
 from collections.abc import Mapping
-from importlib.machinery import PathFinder
+from importlib.machinery import FrozenImporter, PathFinder
 from pathlib import Path
 from typing import Any
 
 from logitcache.errors import LogitCacheError, UntrustedCode, UsageError
+from logitcache.strict_json import parse_json
 
+_MANIFEST_BYTES = 2**24
+"""A longer file is no manifest that this version reads, so it is not looked into."""
 _ENTRY_POINT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -24,30 +29,41 @@ def load_entry_point(name: str, *, trust: bool) -> Any:
     """The object that `package.module:function` names.
 
     A pipeline or a cache is a shared file, so importing what it names is running somebody's code: it is done when
-    the module lies under the working folder, or when the user trusts the file.
+    the user trusts the file, or when module and function are the user's own: they lie in the working folder, outside
+    of Python's own library, of every Python environment and of every cache.
 
     Raises:
-        UntrustedCode: the module lies elsewhere, and `trust` is False.
+        UntrustedCode: the code is not the user's own, and `trust` is False.
         UsageError: no such module or function, or a module that fails when it is imported.
     """
     module_name, function = name.split(":")
     folder = Path.cwd().resolve()
-    inside = _lies_under(module_name, folder)
-    if not inside and not trust:
+    own = _is_own_module(module_name, folder)
+    if not own and not trust:
         raise UntrustedCode(
-            f"{name} would run code from outside the working folder; look at it, then run again with --trust "
-            "(in Python: trust=True), or copy the module under the working folder"
+            f"{name} would run code from outside the working folder, or from a Python environment or a cache inside of "
+            "it; look at it, then run again with --trust (in Python: trust=True), or copy the module under the working "
+            "folder"
         )
-    if inside and sys.path[0] != str(folder):
+    if own and sys.path[:1] != [str(folder)]:
         sys.path.insert(0, str(folder))
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise UsageError(f"can't import {module_name!r} for {name}: {type(error).__name__}: {error}") from error
     try:
-        return getattr(module, function)
+        found = getattr(module, function)
     except AttributeError:
         raise UsageError(f"{name}: module {module_name!r} has no {function!r}") from None
+    if not trust and isinstance(found, types.FunctionType | types.BuiltinFunctionType | type):
+        # A module of the user's may import `subprocess.run`, and a stranger's pipeline may name it there.
+        home = found.__module__
+        if not isinstance(home, str) or not _is_own_module(home, folder):
+            raise UntrustedCode(
+                f"{name} is {home}.{found.__qualname__}, from outside the working folder; call it in a function of "
+                "your own and name that, or look at it, then run again with --trust (in Python: trust=True)"
+            )
+    return found
 
 
 def call_entry_point(function: Any, name: str, arguments: Mapping[str, Any]) -> Any:
@@ -66,28 +82,65 @@ def call_entry_point(function: Any, name: str, arguments: Mapping[str, Any]) -> 
         ) from error
 
 
-def _lies_under(module_name: str, folder: Path) -> bool:
-    """Whether importing a module would run code of this folder only; found out without importing anything.
+def _is_own_module(name: str, folder: Path) -> bool:
+    """Whether importing a module would run the user's own code only; found out without importing anything.
 
     The import system is asked, not the file system: a package of the same name elsewhere may come first.
     """
-    if module_name in sys.modules:
-        origin = getattr(sys.modules[module_name], "__file__", None)
-        return origin is not None and _is_own(Path(origin), folder)
+    parts = name.split(".")
+    # Whatever lies in the working folder, Python's own modules of these names come first, or may be loaded already.
+    if parts[0] in {*sys.stdlib_module_names, *sys.builtin_module_names} or FrozenImporter.find_spec(parts[0]):
+        return False
     search: list[str] | None = [str(folder), *sys.path]
-    parts = module_name.split(".")
-    spec = None
+    origin: str | None = None
     for depth in range(len(parts)):
-        spec = PathFinder.find_spec(".".join(parts[: depth + 1]), search)
-        if spec is None or (spec.origin is not None and not _is_own(Path(spec.origin), folder)):
+        package = ".".join(parts[: depth + 1])
+        if package in sys.modules:
+            module = sys.modules[package]
+            origin, inside = getattr(module, "__file__", None), getattr(module, "__path__", None)
+        # By its last part: of a whole name the finder expects that the folders above were imported.
+        elif search is not None and (spec := PathFinder.find_spec(parts[depth], search)) is not None:
+            origin, inside = spec.origin, spec.submodule_search_locations
+        else:
             return False
-        search = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
-    return spec is not None and spec.origin is not None
+        if origin is not None and not _is_own(origin, folder):
+            return False
+        search = None if inside is None else list(inside)
+    return origin is not None
 
 
-def _is_own(path: Path, folder: Path) -> bool:
-    """Whether a file is the user's own: in the working folder, and in no environment that was installed there."""
-    path = path.resolve()
+def _is_own(origin: str | None, folder: Path) -> bool:
+    """Whether a file is the user's own: in the working folder, and neither installed nor part of a cache there."""
+    if origin is None or folder == Path(folder.anchor):  # all of a machine is nobody's project
+        return False
+    path = Path(origin).resolve()
     if not path.is_relative_to(folder) or {"site-packages", "dist-packages"} & set(path.parts):
         return False
-    return not any((parent / "pyvenv.cfg").is_file() for parent in path.parents if parent.is_relative_to(folder))
+    if any(path.is_relative_to(installed) for installed in _python_folders()):
+        return False
+    parents = [parent for parent in path.parents if parent.is_relative_to(folder)]
+    return not any(_is_environment(parent) or _is_cache(parent) for parent in parents)
+
+
+def _python_folders() -> set[Path]:
+    """Where this Python and what was installed for it lie."""
+    prefixes = {sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix}
+    return {Path(folder).resolve() for folder in prefixes | set(sysconfig.get_paths().values())}
+
+
+def _is_environment(folder: Path) -> bool:
+    """Whether a folder is a Python environment, of this Python or another."""
+    return (folder / "pyvenv.cfg").is_file() or (folder / "conda-meta").is_dir()
+
+
+def _is_cache(folder: Path) -> bool:
+    """Whether a folder holds a cache, or a manifest that can't be told from a cache's."""
+    manifest = folder / "manifest.json"
+    try:
+        if not manifest.is_file():  # nor a pipe, which would block
+            return False
+        with manifest.open("rb") as file:
+            found = parse_json(file.read(_MANIFEST_BYTES + 1), max_bytes=_MANIFEST_BYTES)
+    except (OSError, ValueError):
+        return True
+    return isinstance(found, dict) and found.get("format") == "logitcache"

@@ -64,8 +64,16 @@ class CorruptCache(LogitCacheError, ValueError):
     """Stored bytes are not the bytes that were written."""
 
 
+class CorruptRun(LogitCacheError, ValueError):
+    """A file of a run's folder is damaged, or belongs to another run; the message names what to delete."""
+
+
 class InvalidLogits(LogitCacheError, ValueError):
     """Logits that no distribution can be made of: NaN, +inf, or a row of nothing but -inf."""
+
+
+class IndexBeyondEnd(UsageError, IndexError):
+    """A sample was asked for that the dataset does not have; it ends a `for` loop, as an IndexError does."""
 
 
 class UnreadableSample(LogitCacheError, ValueError):

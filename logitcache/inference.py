@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from logitcache.cache.fidelity import Calibration
 from logitcache.cache.manifest import LOGITS
+from logitcache.catalog.calling import call_model, logits_of
 from logitcache.catalog.capture import Capture, captured_shapes
 from logitcache.catalog.outputs import taps_of
-from logitcache.data.loading import rendered_batches
+from logitcache.data.loading import proven_batches
 from logitcache.data.views import ViewDataset
 from logitcache.devices import autocast, to_device
 from logitcache.pipeline import Pipeline
@@ -27,9 +28,10 @@ from logitcache.resolve import place_teacher
 
 @dataclass(frozen=True)
 class Said:
-    """What the teacher was given, and what it said of it."""
+    """What the teacher said of a batch."""
 
-    inputs: Any
+    digests: dict[int, str]
+    """Of its inputs that prove a view, by row."""
     logits: Tensor
     """(B, C), on the device."""
     outputs: dict[str, Tensor]
@@ -46,13 +48,13 @@ def teacher_outputs(
 ) -> Iterator[Said]:
     """What the teacher says of batches of (view, index): its logits, and the named ones of `cache.outputs`."""
     asked = AskedTeacher(pipeline, teacher, device, outputs)
-    loader = rendered_batches(views, batches, num_workers=pipeline.num_workers, pin_memory=device.type == "cuda")
+    loader = proven_batches(views, batches, num_workers=pipeline.num_workers, pin_memory=device.type == "cuda")
 
-    def said(inputs: Any) -> Said:
+    def said(inputs: Any, digests: dict[int, str]) -> Said:
         with torch.inference_mode():
-            return Said(inputs, *asked(inputs))
+            return Said(digests, *asked(inputs))
 
-    return (said(inputs) for _, inputs, _ in loader)
+    return (said(inputs, digests) for (_, inputs, _), digests in loader)
 
 
 class AskedTeacher:
@@ -74,14 +76,16 @@ class AskedTeacher:
         capture = Capture(teacher, {name: tap for name, tap in taps.items() if name == LOGITS or name in outputs})
         capture.hook()
         self._captures = bool(capture.taps)
+        self._teacher = teacher
         self._net = place_teacher(capture if self._captures else teacher, device, self._config)
 
     def __call__(self, inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, C), and each other output by name, on the device."""
         on_device = to_device(inputs, self._device, channels_last=self._config.channels_last)
         with autocast(self._device, self._config.precision):
-            given = self._net(on_device)
-        return given if self._captures else (given, {})
+            given = call_model(self._net, on_device, like=self._teacher)
+        logits, others = given if self._captures else (given, {})
+        return logits_of(logits), others
 
 
 def output_shapes(pipeline: Pipeline, teacher: nn.Module, views: ViewDataset) -> dict[str, tuple[int, ...]]:
@@ -92,13 +96,7 @@ def output_shapes(pipeline: Pipeline, teacher: nn.Module, views: ViewDataset) ->
     """
     taps = taps_of(pipeline.cache.outputs)
     where = next((parameter.device for parameter in teacher.parameters()), torch.device("cpu"))
-    return captured_shapes(teacher, taps, to_device(two_of(views), where)) if taps else {}
-
-
-def two_of(views: ViewDataset) -> Any:
-    """A batch of the first sample, twice, as a model takes it."""
-    sample = views[(0, 0)][1]
-    return torch.stack([sample, sample]) if isinstance(sample, Tensor) else [sample, sample]
+    return captured_shapes(teacher, taps, to_device(views.batch([(0, 0)] * 2), where)) if taps else {}
 
 
 def calibrate(pipeline: Pipeline, teacher: nn.Module, views: ViewDataset, device: torch.device) -> Calibration:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from logitcache.cache.card import Card
 from logitcache.catalog.outputs import outputs_config
 from logitcache.catalog.parts import PartConfig
+from logitcache.data.batching import COLLATES
 from logitcache.data.transforms import normalise_spec
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.entry_points import is_entry_point
@@ -58,6 +59,8 @@ class DataConfig(Section):
     args: dict[str, Any] = {}
     subset: bool = False
     """Train students on a part of the cached samples; otherwise a sample that is missing here is an error."""
+    collate: str | None = None
+    """What makes a batch of samples: `pad`, or `package.module:function` of a list of inputs; none stacks them."""
     part: PartConfig | None = None
     """Take the place of one of several parties, whose parts of the training split have nothing in common."""
 
@@ -67,7 +70,15 @@ class DataConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """The data as part of what a run is: not where they lie, nor what was not asked for."""
-        return self.model_dump(exclude={"root", "download"} | ({"part"} if self.part is None else set()))
+        unasked = {name for name in ("part", "collate") if getattr(self, name) is None}
+        return self.model_dump(exclude={"root", "download"} | unasked)
+
+    @field_validator("collate")
+    @classmethod
+    def _known_collate(cls, value: str | None) -> str | None:
+        if value is not None and value not in COLLATES and not is_entry_point(value):
+            raise ValueError(f"expected package.module:function or one of: {', '.join(COLLATES)}")
+        return value
 
 
 class ViewsConfig(Section):

@@ -15,10 +15,11 @@ from logitcache.catalog.capture import Tap, captured_shapes
 from logitcache.catalog.datasets import Data, load_data
 from logitcache.catalog.models import build_model, check_output, model_fingerprint
 from logitcache.catalog.outputs import taps_of
+from logitcache.data.batching import COLLATES, Collate
 from logitcache.data.samples import Dataset
 from logitcache.data.transforms import build_transform
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
-from logitcache.entry_points import is_entry_point
+from logitcache.entry_points import is_entry_point, load_entry_point
 from logitcache.errors import ShapeError, UsageError
 from logitcache.pipeline import ModelConfig, Pipeline, TeacherConfig
 from logitcache.randomness import preserved_generators, seed_generators
@@ -53,7 +54,24 @@ def resolve_plan(pipeline: Pipeline, data: Data, *, trust: bool) -> ViewPlan:
         model_input=input_part(pipeline.teacher, trust=trust),
         num_classes=data.num_classes,
         num_samples=len(data.train),
+        collate=resolve_collate(pipeline, trust=trust),
     )
+
+
+def resolve_collate(pipeline: Pipeline, *, trust: bool) -> Collate | None:
+    """What puts the inputs of a batch together, by `data.collate`; None stacks them.
+
+    Raises:
+        UsageError: an entry point that is no function.
+    """
+    name = pipeline.data.collate
+    if name is None or name in COLLATES:
+        return None if name is None else COLLATES[name]
+    function = load_entry_point(name, trust=trust)
+    if not callable(function):
+        raise UsageError(f"data.collate {name} is a {type(function).__name__}; expected a function of a list of inputs")
+    collate: Collate = function
+    return collate
 
 
 def input_part(config: ModelConfig, *, trust: bool) -> Callable[[Any], Any]:
@@ -93,12 +111,10 @@ def resolve_model(
             trust=trust,
             new_head=new_head,
         )
-    batch = sample[None] if isinstance(sample, torch.Tensor) else [sample]
     if logits is None:
-        check_output(model, batch, data.num_classes, name=config.model)
+        check_output(model, views.batch([(0, 0)]), data.num_classes, name=config.model)
     else:
-        two = torch.stack([sample, sample]) if isinstance(sample, torch.Tensor) else [sample, sample]
-        shape = captured_shapes(model, {LOGITS: logits}, two)[LOGITS]
+        shape = captured_shapes(model, {LOGITS: logits}, views.batch([(0, 0)] * 2))[LOGITS]
         if shape != (data.num_classes,):
             raise ShapeError(
                 f"module {logits.module!r} of {config.model!r} gives {shape} for one sample; expected "
@@ -162,6 +178,7 @@ def place_teacher(teacher: nn.Module, device: torch.device, config: TeacherConfi
     return cast("nn.Module", torch.compile(teacher)) if config.compile else teacher
 
 
-def clean_views(dataset: Dataset, config: ModelConfig, *, trust: bool) -> ViewDataset:
-    """A dataset without augmentation, as one model takes it: for validation and test."""
-    return ViewDataset(dataset, ViewPlan(model_input=input_part(config, trust=trust)))
+def clean_views(dataset: Dataset, config: ModelConfig, pipeline: Pipeline, *, trust: bool) -> ViewDataset:
+    """A dataset without augmentation, as one model of a pipeline takes it: for validation and test."""
+    collate = resolve_collate(pipeline, trust=trust)
+    return ViewDataset(dataset, ViewPlan(model_input=input_part(config, trust=trust), collate=collate))

@@ -22,7 +22,7 @@ from logitcache.data.views import BothInputs, ViewDataset, ViewPlan
 from logitcache.devices import pick_device
 from logitcache.digest import array_digest, json_digest
 from logitcache.errors import UsageError
-from logitcache.inference import AskedTeacher, output_shapes, two_of
+from logitcache.inference import AskedTeacher, output_shapes
 from logitcache.losses import TrueLabel
 from logitcache.merging.averaging import combination
 from logitcache.pipeline import ModelConfig, Pipeline, StudentConfig, TeachersConfig
@@ -283,7 +283,7 @@ class Bench:
     ) -> Hints:
         """What a student learns beside the logits, held to what there is."""
         views = ViewDataset(self.data.train, replace(self.plan, contents=None), model_input=model_input)
-        return Hints(hints, model, two_of(views), self.data.num_classes, outputs, seed=seed)
+        return Hints(hints, model, views.batch([(0, 0)] * 2), self.data.num_classes, outputs, seed=seed)
 
     def _rows_key(self, views: ViewDataset) -> str | None:
         return None if views.rows is None else array_digest(views.rows)
@@ -386,5 +386,5 @@ def _tracker(pipeline: Pipeline, *, trust: bool) -> Callable[[], Tracker] | None
 def _evaluation(pipeline: Pipeline, dataset: Dataset | None, config: ModelConfig, *, trust: bool) -> Evaluation | None:
     if dataset is None:
         return None
-    views = clean_views(dataset, config, trust=trust)
+    views = clean_views(dataset, config, pipeline, trust=trust)
     return Evaluation(views, batch_size=256, num_workers=pipeline.num_workers)

@@ -218,6 +218,8 @@ class Misbehaving:
     counts: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     """What was done, in order."""
+    sent: int = 0
+    """Bytes of endless answers that went out."""
 
 
 @contextmanager
@@ -280,6 +282,17 @@ def misbehaving(root: Path) -> Iterator[Misbehaving]:
                     self.wfile.flush()
                     if server_closed.wait(0.05):
                         break
+            elif fault == "endless":
+                self.begin(200, 2**40, data)
+                piece = b"[]," * 20_000
+                while not server_closed.is_set():
+                    self.wfile.write(piece)
+                    server.sent += len(piece)
+            elif fault == "trickling headers":
+                self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+                while not server_closed.wait(0.02):
+                    self.wfile.write(b"X: y\r\n"[server.sent % 6 :][:1])
+                    server.sent += 1
             elif fault == "silent":
                 self.begin(200, len(data), data)
                 server_closed.wait(30)

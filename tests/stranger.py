@@ -5,6 +5,7 @@ python tests/stranger.py CACHE zarr|tensorstore OUT.npz
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -76,13 +77,52 @@ def unpack(packed: np.ndarray, limits: list[int]) -> np.ndarray:
     return np.stack(columns, axis=-1).astype(np.float32)
 
 
+def content_digest(manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
+    """Of format 2, from the values themselves: no receipt is read."""
+    layout = manifest["layout"]
+    size = layout["rows_per_block"]
+    lines = ["logitcache content 2", f"id {digest(canonical(manifest['identity']))}"]
+    lines += [f"num_samples {layout['num_samples']}", f"rows_per_block {size}"]
+    lines += [f"fixed {name} {value_hash(arrays[name])}" for name in sorted(layout["fixed"])]
+    for view in range(layout.get("first_view", 0), layout["num_views"]):
+        of_view = []
+        for number in range(math.ceil(layout["num_samples"] / size)):
+            rows = slice(number * size, (number + 1) * size)
+            of_view += [f"{number} {name} {value_hash(arrays[name][view, rows])}" for name in sorted(layout["arrays"])]
+        lines.append(f"view {view} {digest(joined(of_view))}")
+    return digest(joined(lines))
+
+
+def joined(lines: list[str]) -> bytes:
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def value_hash(values: np.ndarray) -> str:
+    values = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+    return digest(canonical([values.dtype.str, list(values.shape)]) + values.tobytes())
+
+
+def canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def main() -> None:
     cache, reader, out = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-    identity = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))["identity"]
+    manifest = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
+    identity = manifest["identity"]
     read = {"zarr": read_with_zarr, "tensorstore": read_with_tensorstore}[reader]
     arrays = read(cache / "labels.zarr")
     decoded = decode(arrays, identity["encoding"], identity["outputs"]["logits"][0])
-    np.savez(out, decoded=decoded, **{f"array_{name}": values for name, values in arrays.items()})
+    np.savez(
+        out,
+        decoded=decoded,
+        digest=content_digest(manifest, arrays),
+        **{f"array_{name}": values for name, values in arrays.items()},
+    )
     print(sorted(name for name in sys.modules if name.partition(".")[0] in ("logitcache", "torch")))
 
 

@@ -7,13 +7,16 @@ Five processes that read and evict for a minute, one of them killed every six se
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import pytest
 import torch
 
 import logitcache
+from logitcache.errors import StorageError
 from logitcache.progress import silence
 from logitcache.sharing.transfer import pull
 from logitcache.storage.blockdir import BlockDirectory, shared_block_directory
@@ -58,6 +62,88 @@ def test_what_others_left_behind_is_counted_and_cleared(tmp_path: Path) -> None:
     directory.put("c" * 64, bytes(450))
 
     assert 950 == directory.stored_bytes()
+
+
+def occupy(path: Path, by: str) -> None:
+    """Put something else in the place of a file."""
+    if by == "pipe":
+        os.mkfifo(path)
+    elif by == "socket":
+        with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(path.parent):  # its whole name may be too long
+            listener.bind(path.name)
+    elif by == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+
+
+@pytest.mark.parametrize("by", ["pipe", "socket", "device", "folder"])
+@pytest.mark.timeout(30)
+def test_what_is_no_file_in_the_place_of_an_entry_blocks_nobody(tmp_path: Path, by: str) -> None:
+    """A reader waited at a pipe for ever."""
+    directory = BlockDirectory(tmp_path / "nearby", max_bytes=1000)
+    directory.put("a" * 64, b"one")
+    directory.put("b" * 64, b"two")
+    path = tmp_path / "nearby/blocks/aa" / ("a" * 64)
+    path.unlink()
+    occupy(path, by)
+
+    assert directory.get("a" * 64) is None
+    assert "a" * 64 not in directory
+    assert b"two" == directory.get("b" * 64)
+    directory.drop("a" * 64)
+    if by != "folder":
+        assert directory.put("a" * 64, b"one")
+        assert b"one" == directory.get("a" * 64)
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_in_the_place_of_the_count_blocks_nobody(tmp_path: Path) -> None:
+    directory = BlockDirectory(tmp_path / "nearby", max_bytes=1000)
+    directory.put("a" * 64, b"one")
+    (tmp_path / "nearby/bytes").unlink()
+    occupy(tmp_path / "nearby/bytes", "pipe")
+
+    with pytest.raises(StorageError, match="can't keep blocks"):
+        directory.put("b" * 64, b"two")
+    assert b"one" == directory.get("a" * 64)
+
+
+@contextlib.contextmanager
+def nobody(folder: Path) -> Iterator[None]:
+    """As somebody who may read a folder, and not write to it."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become somebody else")
+    for path in (folder, *folder.parents):
+        path.chmod(path.stat().st_mode | 0o055)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_directory_that_can_only_be_read_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All was downloaded each time: a block that could not be marked as used counted as missing."""
+    with tempfile.TemporaryDirectory() as name, servers.misbehaving(Path(name) / "www") as server:
+        folder = Path(name)
+        path = folder / "www/a.cache"
+        shape = {"num_samples": SAMPLES, "num_classes": CLASSES, "num_views": VIEWS, "rows_per_block": 100}
+        with logitcache.create(path, **shape, encoding=logitcache.Dense(), teacher="t", dataset="d") as writer:
+            for view in range(VIEWS):
+                writer.write(view=view, start=0, logits=labels(0)[view])
+        monkeypatch.setenv("LOGITCACHE_CACHE_DIR", str(folder / "nearby"))
+        monkeypatch.setenv("LOGITCACHE_CACHE_GB", "1")
+        expected = logitcache.open(f"{server.url}/a.cache").view(0, ahead=False).logits(range(SAMPLES))
+        with nobody(folder / "nearby"):
+            cache = logitcache.open(f"{server.url}/a.cache")
+            with pytest.warns(RuntimeWarning, match="can't keep blocks"):
+                cache.view(1, ahead=False)
+            before = sum(server.counts.values())
+            found = cache.view(0, ahead=False).logits(range(SAMPLES))
+
+        assert torch.equal(expected, found)
+        assert before == sum(server.counts.values())
 
 
 @pytest.mark.parametrize(("text", "expected"), [("", 50_000_000_000), ("0.001", 1_000_000), ("0", None)])

@@ -103,6 +103,27 @@ def test_verify_prints_ok_and_no_problem(folder: Path) -> None:
     assert ({"ok": True, "problems": []}, 0) == (json.loads(result.stdout), result.returncode)
 
 
+def test_verify_compares_with_a_pipeline_whose_keys_are_overridden(folder: Path) -> None:
+    """As every command that takes a pipeline: the file asks for other views, the command line for the cache's."""
+    verify = ("verify", folder / "tiny.cache")
+    data = ("--data", folder / "tiny.yaml", "--json")
+    other = json.loads(logitcache(*verify, "views.seed=99", *data).stdout)
+
+    assert ["view_seed: 3 in the cache, 99 here"] == [problem["path"] for problem in other["problems"]]
+    assert 0 == logitcache(*verify, "views.seed=3", "views.count=1", *data).returncode
+    refused(logitcache(*verify, "views.cuont=1", *data[:2]), 2, "unknown key 'views.cuont'; did you mean 'count'?")
+
+
+def test_every_command_with_data_takes_overrides_and_needs_a_pipeline_for_them(folder: Path, tmp_path: Path) -> None:
+    cache, data = folder / "tiny.cache", ("--data", folder / "tiny.yaml")
+    commands = [("verify", cache), ("repair", cache), ("report", cache, "-o", tmp_path / "report.html")]
+    commands.append(("export", folder / "runs/small/seed-0", "--to", "safetensors"))
+
+    for command in commands:
+        refused(logitcache(*command, "views.count=1"), 2, "'views.count=1' overrides a key of a pipeline", "add --data")
+        refused(logitcache(*command, "views.cuont=1", *data), 2, "unknown key 'views.cuont'")
+
+
 def test_verify_says_what_it_could_not_compare_and_which_views_are_missing(folder: Path, tmp_path: Path) -> None:
     raw = yaml.safe_load((folder / "tiny.yaml").read_text())
     raw["views"]["count"] = 5
@@ -249,7 +270,7 @@ def test_no_cache_there_and_a_newer_one(folder: Path, tmp_path: Path) -> None:
     newer = tmp_path / "newer.cache"
     newer.mkdir()
     text = (folder / "tiny.cache" / "manifest.json").read_text()
-    (newer / "manifest.json").write_text(text.replace('"format_version": 1', '"format_version": 7'))
+    (newer / "manifest.json").write_text(text.replace('"format_version": 2', '"format_version": 7'))
 
     refused(logitcache("info", tmp_path), 2, "is no logit cache: it has no manifest.json")
     refused(logitcache("verify", CHECKOUT / "README.md"), 2, "is no logit cache")

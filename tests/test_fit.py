@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import logitcache
+from logitcache.cache.labelview import ResidentView
 from logitcache.cache_teacher import cache_teacher
 from logitcache.errors import IdentityMismatch, IncompleteCache, UsageError
 from logitcache.pipeline import Pipeline
@@ -100,10 +101,10 @@ def test_another_order_is_mapped_by_key_and_trains(tiny: Make) -> None:
 def test_a_subset_that_is_meant_is_mapped_by_key_and_trains(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     cache_teacher(tiny(*PICTURES))
     seen: list[int] = []
-    original = logitcache.cache.reader.ResidentView.logits
+    original = ResidentView._decoded
     monkeypatch.setattr(
-        "logitcache.cache.labelview.ResidentView.logits",
-        lambda self, index: (seen.extend(index.tolist()), original(self, index))[1],
+        "logitcache.cache.labelview.ResidentView._decoded",
+        lambda self, rows_B: (seen.extend(rows_B.tolist()), original(self, rows_B))[1],
     )
     train_students(tiny(*PICTURES, "data.args={order: [31, 4, 15, 9, 26]}", "data.subset=true"), ["small"])
 

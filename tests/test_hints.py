@@ -20,7 +20,8 @@ from torch import Tensor
 import logitcache
 from logitcache.cache.layout import all_blocks
 from logitcache.cache_teacher import cache_teacher, teacher_batches
-from logitcache.data.loading import collate
+from logitcache.data.batching import collate
+from logitcache.data.index import split_index
 from logitcache.data.views import ViewDataset
 from logitcache.errors import LogitCacheError, UsageError
 from logitcache.inference import AskedTeacher
@@ -363,11 +364,13 @@ class LiveOnTheCachesBatches:
             parts.append({"logits": logits, **others})
         self.current = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
-        return self.current["logits"][rows]
+    def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None: ...
 
-    def outputs(self, names: Sequence[str], rows: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
-        return {name: self.current[name][rows] for name in names}
+    def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
+        return self.current["logits"][split_index(index)[1]]
+
+    def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
+        return {name: self.current[name][split_index(index)[1]] for name in names}
 
 
 def test_hints_of_the_cache_are_bit_for_bit_those_of_the_live_teacher(tiny: Make, tmp_path: Path) -> None:

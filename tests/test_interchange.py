@@ -71,6 +71,7 @@ def test_a_stranger_reads_every_array_and_every_logit(tmp_path: Path, encoding: 
         ours = read_fixed(cache.storage, cache.layout, cache.receipts[FIXED], name)
         np.testing.assert_array_equal(ours, found[f"array_{name}"])
     assert keys == found["array_sample_keys"].tobytes().decode().split("\n")
+    assert cache.digest == str(found["digest"])
     decoded = torch.stack([cache.view(view).logits(range(SAMPLES)) for view in range(VIEWS)])
     np.testing.assert_allclose(found["decoded"], decoded.numpy(), rtol=2e-6, atol=2e-5)
     if "step=0.004" in repr(encoding):

@@ -307,6 +307,7 @@ def test_the_card_says_what_product_json_says(made: Path) -> None:
 def test_a_strangers_names_are_no_markup(run: Path, made: Path) -> None:
     for file, change in (("result.json", {"name": NASTY}),):
         (run / file).write_text(json.dumps(json.loads((run / file).read_text()) | change))
+    (run / "SHA256SUMS").unlink()
     pipeline = yaml.safe_load((run / "pipeline.yaml").read_text())
     pipeline["cache"]["card"] |= {"license": NASTY, "dataset": NASTY, "teacher": NASTY}
     (run / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
@@ -427,6 +428,7 @@ def test_data_of_another_kind_are_refused(run: Path, made: Path) -> None:
 def test_weights_that_do_not_reach_the_runs_accuracy_are_refused(run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps(result | {"accuracy": result["accuracy"] - 0.1}))
+    (run / "SHA256SUMS").unlink()
     with pytest.raises(IdentityMismatch, match=r"of the test split at hand; its result\.json says"):
         export_run(run, to="safetensors")
     assert left_alone(run)

@@ -19,7 +19,8 @@ from torch import Tensor
 import logitcache
 from logitcache.cache.layout import all_blocks
 from logitcache.cache_teacher import cache_teacher, teacher_batches
-from logitcache.data.loading import collate
+from logitcache.data.batching import collate
+from logitcache.data.index import split_index
 from logitcache.data.views import ViewDataset
 from logitcache.errors import IncompleteCache, UsageError
 from logitcache.pipeline import Pipeline
@@ -69,8 +70,10 @@ class LiveOnTheCachesBatches:
             ]
         self.current = torch.cat(logits).clone()
 
-    def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
-        return self.current[rows]
+    def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None: ...
+
+    def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
+        return self.current[split_index(index)[1]]
 
 
 @pytest.mark.parametrize("net", ["mlp", "cnn"])

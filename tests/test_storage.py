@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
+import subprocess
+import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from logitcache.errors import StorageError, UsageError
-from logitcache.storage import Storage, open_storage
+from logitcache.storage import LocalStorage, Storage, open_storage
 from tests import servers
 
 
@@ -135,6 +140,69 @@ def test_a_web_server_is_read_and_its_index_pages_are_followed(tmp_path: Path) -
         for change in (lambda: storage.put("a", b""), lambda: storage.create("a", b""), lambda: storage.delete("a")):
             with pytest.raises(UsageError, match="can only be read"):
                 change()
+
+
+PARTIAL_AND_WAIT = """
+import os, sys
+from pathlib import Path
+from logitcache.storage import LocalStorage
+root = Path(sys.argv[1])
+print(os.getpid(), LocalStorage(root)._write_partial(root / "x", b"half").name, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_writer_among_other_processes_is_not_taken_for_dead(tmp_path: Path) -> None:
+    """Containers of one host name delete nothing of each other's: process 2 there is not process 2 here."""
+    enter = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*enter, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no process namespaces here")
+    writer = subprocess.Popen(
+        [*enter, sys.executable, "-c", PARTIAL_AND_WAIT, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert writer.stdin is not None
+    assert writer.stdout is not None
+    try:
+        process, name = writer.stdout.readline().split()
+        there = tmp_path / name
+        dead = there.with_name(name.replace(f".{process}.", f".{2**22 + 1}."))
+        there.rename(dead)  # as if nobody here had its number
+        assert 0 == LocalStorage(tmp_path).remove_leftovers()
+        assert dead.exists()
+    finally:
+        writer.stdin.close()
+        writer.wait()
+        writer.stdout.close()
+
+
+def test_two_writers_of_one_object_never_share_a_partial_file(tmp_path: Path) -> None:
+    """Not even where their host, process and count are the same."""
+    storage = LocalStorage(tmp_path)
+    names = {storage._write_partial(tmp_path / "x", b"half").name for _ in range(20)}
+
+    assert 20 == len({name.split(".")[-2] for name in names})
+    assert all(len(name.split(".")[-2]) >= 16 for name in names)
+
+
+@pytest.mark.parametrize(("hours", "left"), [(23, 1), (25, 0)])
+def test_what_a_dead_writer_elsewhere_left_is_cleared_after_a_day(tmp_path: Path, hours: int, left: int) -> None:
+    leftover = tmp_path / ".x.00000000.1.7.partial"  # as earlier versions named them, too
+    leftover.write_bytes(b"half")
+    written = time.time() - 3600 * hours
+    os.utime(leftover, (written, written))
+
+    assert 1 - left == LocalStorage(tmp_path).remove_leftovers()
+    assert left == len(list(tmp_path.iterdir()))
+
+
+def test_no_more_memory_is_asked_for_than_a_file_holds(tmp_path: Path) -> None:
+    """Whatever the limit: a terabyte could not be had."""
+    (tmp_path / "x").write_bytes(b"12345")
+
+    assert b"12345" == LocalStorage(tmp_path).get("x", limit=2**50)
 
 
 @pytest.mark.parametrize("url", ["file://a.cache", "file://host/a.cache", "s3:/team/a.cache", "https:/host/a.cache"])

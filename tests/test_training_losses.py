@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from logitcache.cache_teacher import cache_teacher
+from logitcache.data.views import ViewDataset
 from logitcache.errors import UsageError
 from logitcache.losses import Loss
 from logitcache.pipeline import Pipeline
@@ -113,9 +114,12 @@ class Counted:
         self.views.append((view, following))
         self.labels.start_view(view, following)
 
-    def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
+    def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:
+        self.labels.check_batch(index, inputs, views)
+
+    def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
         self.gathers += 1
-        return self.labels.logits(rows, teacher_inputs, targets)
+        return self.labels.logits(index, teacher_inputs, targets)
 
 
 @pytest.mark.parametrize("labels", ["cache", "live"])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,11 @@ import logitcache
 from logitcache.cache.committed import check_encoding
 from logitcache.cache.manifest import Identity, Manifest, read_manifest, read_receipts
 from logitcache.digest import canonical_json, json_digest, sha256_hex
-from logitcache.errors import CorruptCache, LogitCacheError, NotACache, StorageError, UsageError
+from logitcache.errors import CorruptCache, CorruptRun, LogitCacheError, NotACache, StorageError, UsageError
 from logitcache.pipeline import load_pipeline
 from logitcache.storage import LocalStorage
 from logitcache.strict_json import parse_json
-from logitcache.training.runs import CHECKPOINT, RunFolder
+from logitcache.training.runs import CHECKPOINT, RESUME_HEADER, RunFolder
 from logitcache.trust.audit import verify
 
 VIEWS, SAMPLES, CLASSES = 2, 20, 6
@@ -246,7 +247,7 @@ def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> 
     """Somebody who knows the format: the identity's hash is made to fit."""
     raw = json.loads((path / "manifest.json").read_text())
     change(raw)
-    raw["id"] = Identity.model_validate(raw["identity"]).cache_id
+    raw["id"] = json_digest(raw["identity"])
     del raw["checksum"]
     raw["checksum"] = json_digest(raw)
     (path / "manifest.json").write_text(json.dumps(raw) + "\n")
@@ -388,10 +389,15 @@ class Payload:
 
 
 def test_a_checkpoint_with_a_payload_is_refused(tmp_path: Path) -> None:
+    """With no SHA-256, and with one that its author made."""
     folder = RunFolder(tmp_path / "run", {"name": "x"})
-    torch.save({"state": Payload(tmp_path / "executed")}, tmp_path / "run" / CHECKPOINT)
-    with pytest.raises(CorruptCache, match="delete it to train from the start"):
-        folder.checkpoint()
+    content = io.BytesIO()
+    torch.save({"state": Payload(tmp_path / "executed")}, content)
+    signed = RESUME_HEADER + f"{sha256_hex(content.getvalue())}\n".encode()
+    for header, message in ((b"", "wrote no SHA-256 into it"), (signed, "can't be read")):
+        (tmp_path / "run" / CHECKPOINT).write_bytes(header + content.getvalue())
+        with pytest.raises(CorruptRun, match=rf"{message}.*delete it to train from the start"):
+            folder.checkpoint()
     assert not (tmp_path / "executed").exists()
 
 
@@ -538,16 +544,16 @@ def damaged_bytes(data: bytes, draw: random.Random) -> bytes:
     return bytes(damaged)
 
 
-def damaged_tree(tree: Any, draw: random.Random) -> Any:
+def damaged_tree(tree: Any, draw: random.Random, values: Sequence[Any] = VALUES) -> Any:
     """With one value somewhere inside replaced, removed or wrapped."""
     if isinstance(tree, dict | list) and tree and draw.random() < 0.85:
         key = draw.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
         if draw.random() < 0.1:
             del tree[key]
         else:
-            tree[key] = damaged_tree(tree[key], draw)
+            tree[key] = damaged_tree(tree[key], draw, values)
         return tree
-    return draw.choice([*VALUES, [tree], {"x": tree}, str(tree)])
+    return draw.choice([*values, [tree], {"x": tree}, str(tree)])
 
 
 def test_damaged_metadata_meets_no_foreign_exception(tmp_path: Path) -> None:
@@ -587,15 +593,25 @@ class LabelDataset(torch.utils.data.Dataset[Tensor]):
         return self.cache.view(1).logits([index])[0]
 
 
-GOLDEN = Path(__file__).parent / "golden" / "format-1.cache"
+GOLDEN = Path(__file__).parent / "golden"
+DIGESTS = {
+    1: "0b341abd1ddded030fa4e221eeb0d8662f9441bd4feafeeda62c9f605743b3f9",
+    2: "145b7eb8d9327ca237f007453c3d0fb190a45c1c8e98ff3818690b5ba0640371",
+}
 
 
-def test_the_golden_cache_of_format_1_stays_readable() -> None:
+@pytest.mark.parametrize("version", DIGESTS)
+def test_the_golden_cache_of_each_format_stays_readable(version: int) -> None:
     """Made once by `python -m tests.golden`; a reader of any later version gives the same numbers."""
-    expected = np.load(GOLDEN.with_suffix(".npy"))
+    golden = GOLDEN / f"format-{version}.cache"
+    expected = np.load(golden.with_suffix(".npy"))
 
-    assert [] == verify(str(GOLDEN), deep=True)
-    np.testing.assert_allclose(expected, read_all(GOLDEN).numpy(), atol=1e-5)
+    assert [] == verify(str(golden), deep=True)
+    assert (version, DIGESTS[version]) == (
+        (cache := logitcache.open(golden)).manifest.identity.format_version,
+        cache.digest,
+    )
+    np.testing.assert_allclose(expected, read_all(golden).numpy(), atol=1e-5)
 
 
 if __name__ == "__main__":

@@ -192,10 +192,11 @@ def _how_to_load_it(cache: LogitCache) -> Iterator[str]:
     if cache.manifest.identity.transform is not None:
         yield (
             "`logitcache.ViewDataset(dataset, cache.view_plan)` renders the views that the teacher saw, and "
-            "`cache.check_inputs` proves it. The same from the command line, with the pipeline that names the data:\n"
+            "`cache.check_inputs` and `cache.check_batch` prove it. The same from the command line, with the pipeline "
+            "that names the data:\n"
         )
     yield (
-        f"```\nlogitcache pull URL mine.cache --expect {cache.digest}\n"
+        f"```\nlogitcache pull URL mine.cache --expect {cache.pin}\n"
         "logitcache verify mine.cache --deep\n"
         "logitcache train-student PIPELINE cache.path=mine.cache\n```\n"
     )
@@ -213,7 +214,7 @@ def _fidelity(cache: LogitCache) -> str:
     blocks = [receipt for name, receipt in cache.receipts.items() if name != FIXED]
     measured = [receipt.kl_max for receipt in blocks if receipt.kl_max is not None]
     lines = []
-    if measured:
+    if measured and cache.kl_mean is not None:
         lines.append(
             f"KL(teacher ‖ cache) of the logits at T = 1, over every row when it was written: mean {cache.kl_mean:.2g} "
             f"nats, largest {max(measured):.2g} nats."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,11 @@ from logitcache.cache.layout import (
     all_blocks,
     block_key,
     block_rows,
+    chunk_limit,
     decode_fixed,
     fixed_array_key,
+    is_block,
+    num_blocks,
 )
 from logitcache.cache.manifest import (
     LOGITS,
@@ -38,9 +42,10 @@ from logitcache.cache.manifest import (
 )
 from logitcache.cache.objects import ATTEMPTS, PAUSE_SECONDS, ObjectReader
 from logitcache.cache.outputs import outputs_of, row_arrays
+from logitcache.data.samples import SampleTable
 from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import Encoding, encoding_from_config
-from logitcache.errors import CorruptCache, LogitCacheError
+from logitcache.errors import CorruptCache, LogitCacheError, UsageError
 from logitcache.storage import Storage
 
 
@@ -54,13 +59,37 @@ def stored_encoding(
     """
     encoding = encoding_from_config(manifest.identity.encoding)
     arrays = {name: read_fixed(storage, manifest.layout, fixed, name, objects) for name in encoding.fitted_arrays}
+    return fitted_encoding(manifest, arrays, url=storage.url)
+
+
+def fitted_encoding(manifest: Manifest, arrays: Mapping[str, np.ndarray], *, url: str) -> Encoding:
+    """A cache's encoding with the arrays that it was fitted to.
+
+    Raises:
+        CorruptCache: arrays that make no sense.
+    """
+    encoding = encoding_from_config(manifest.identity.encoding)
     try:
         fitted = encoding.with_fitted(arrays)
         if fitted.arrays(manifest.layout.num_classes) != arrays_of(manifest.layout, LOGITS):
             raise ValueError("the rows of layout.arrays are of another length")
         return fitted
     except (ValueError, TypeError, LogitCacheError) as error:
-        raise CorruptCache(f"{storage.url}: what {encoding.name} was fitted to makes no sense: {error}") from None
+        raise CorruptCache(f"{url}: what {encoding.name} was fitted to makes no sense: {error}") from None
+
+
+def stored_samples(arrays: Mapping[str, np.ndarray], num_samples: int, *, url: str) -> SampleTable:
+    """The sample table from its fixed arrays.
+
+    Raises:
+        CorruptCache: arrays that are no table of so many samples.
+    """
+    try:
+        keys = arrays["sample_keys"].tobytes().decode().split("\n") if "sample_keys" in arrays else None
+        return SampleTable(num_samples, keys, arrays["sample_targets"], arrays["sample_contents"])
+    except (KeyError, UnicodeDecodeError, UsageError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise CorruptCache(f"{url}: its sample table makes no sense: {reason}; get the cache again") from None
 
 
 def arrays_of(layout: Layout, output: str) -> dict[str, ArraySpec]:
@@ -161,12 +190,12 @@ def collect_receipts(storage: Storage, manifest: Manifest, objects: ObjectReader
     Raises:
         CorruptCache: a sealed cache without its receipts.
     """
-    wanted = {FIXED, *(block.name for block in all_blocks(manifest.layout))}
+    layout = manifest.layout
     if manifest.state == "sealed":
-        return _sealed_receipts(storage, manifest, wanted, objects)
-    gathered = storage.get(RECEIPTS, limit=receipts_limit(len(wanted)))
-    receipts = {} if gathered is None else read_receipts(gathered, url=storage.url, num_receipts=len(wanted))
-    keys = [key for key in storage.list_keys("receipts") if _receipt_name(key) in wanted]
+        return _sealed_receipts(storage, manifest, objects)
+    gathered = storage.get(RECEIPTS, limit=receipts_limit(layout))
+    receipts = {} if gathered is None else read_receipts(gathered, url=storage.url)
+    keys = [key for key in storage.list_keys("receipts") if _is_wanted(layout, _receipt_name(key))]
     with ThreadPoolExecutor(storage.concurrency) as threads:
         found = threads.map(lambda key: storage.get(key, limit=MAX_RECEIPT_BYTES), keys)
     for key, data in zip(keys, found, strict=True):
@@ -174,32 +203,66 @@ def collect_receipts(storage: Storage, manifest: Manifest, objects: ObjectReader
             # One that is damaged counts as missing: its block is computed again.
             with suppress(CorruptCache):
                 receipts[_receipt_name(key)] = read_receipt(data, key=key)
-    receipts = {name: receipt for name, receipt in receipts.items() if name in wanted}
+    return in_place(storage, layout, {name: receipts[name] for name in receipts if _is_wanted(layout, name)})
+
+
+def in_place(storage: Storage, layout: Layout, receipts: Mapping[str, Receipt]) -> dict[str, Receipt]:
+    """Those of some receipts whose objects are there, of the size that they state."""
     sizes = dict(storage.sizes(GROUP)) if receipts else {}
-    return {name: receipt for name, receipt in receipts.items() if _in_place(sizes, manifest.layout, name, receipt)}
+    limits = _object_limits(layout)
+    return {name: receipt for name, receipt in receipts.items() if _in_place(sizes, layout, name, receipt, limits)}
 
 
-def _sealed_receipts(
-    storage: Storage, manifest: Manifest, wanted: set[str], objects: ObjectReader | None
-) -> dict[str, Receipt]:
-    gathered = _gathered_receipts(storage, manifest, receipts_limit(len(wanted)), objects)
-    receipts = {} if gathered is None else read_receipts(gathered, url=storage.url, num_receipts=len(wanted))
-    receipts = {name: receipt for name, receipt in receipts.items() if name in wanted}
-    if wanted - receipts.keys():
-        raise CorruptCache(f"{storage.url} is sealed, but {RECEIPTS} lacks {sorted(wanted - receipts.keys())[0]}")
+def _sealed_receipts(storage: Storage, manifest: Manifest, objects: ObjectReader | None) -> dict[str, Receipt]:
+    layout = manifest.layout
+    gathered = _gathered_receipts(storage, manifest, receipts_limit(layout), objects)
+    found = {} if gathered is None else read_receipts(gathered, url=storage.url)
+    names = itertools.chain([FIXED], (block.name for block in all_blocks(layout)))
+    # Counted first: a manifest may claim more names than fit into memory.
+    wanted = set(names) if len(found) > num_blocks(layout) else names
+    lacking = next((name for name in wanted if name not in found), None)
+    if lacking is not None:
+        raise CorruptCache(f"{storage.url} is sealed, but {RECEIPTS} lacks {lacking}")
+    receipts = {name: receipt for name, receipt in found.items() if name in wanted}
+    limits = _object_limits(layout)
     for name, receipt in receipts.items():
-        if receipt.rows != num_rows(manifest.layout, name):
+        if receipt.rows != num_rows(layout, name):
             raise CorruptCache(f"{storage.url}: {RECEIPTS} and {MANIFEST} differ in the rows of {name}")
-        if name != FIXED and receipt.objects.keys() != manifest.layout.arrays.keys():
+        if name != FIXED and receipt.objects.keys() != layout.arrays.keys():
             raise CorruptCache(f"{storage.url}: {RECEIPTS} and {MANIFEST} differ in the arrays of {name}")
+        too_large = _too_large(receipt, limits)
+        if too_large is not None:
+            raise CorruptCache(
+                f"{storage.url}: {RECEIPTS} states {receipt.objects[too_large].bytes} bytes for {too_large} of {name}; "
+                f"a chunk of it takes {limits[too_large]} at most"
+            )
     return receipts
+
+
+def _is_wanted(layout: Layout, name: str) -> bool:
+    return name == FIXED or is_block(layout, name)
+
+
+def _object_limits(layout: Layout) -> dict[str, int]:
+    """Bytes that an object may take, by array: more are not asked for, whatever a receipt states."""
+    return {
+        name: chunk_limit(spec.dtype, (layout.rows_per_block, *spec.row_shape)) for name, spec in layout.arrays.items()
+    } | {name: chunk_limit(fixed.dtype, fixed.shape) for name, fixed in layout.fixed.items()}
+
+
+def _too_large(receipt: Receipt, limits: Mapping[str, int]) -> str | None:
+    """The first array of which a receipt states more than there can be."""
+    for name, stored in receipt.objects.items():
+        if name in limits and stored.bytes > limits[name]:
+            return name
+    return None
 
 
 def _gathered_receipts(storage: Storage, manifest: Manifest, limit: int, objects: ObjectReader | None) -> bytes | None:
     """The receipts that the manifest was sealed with; while a cache is replaced, they have a name of their own."""
     nearby = None if objects is None else objects.nearby
     sealed_with = str(manifest.receipts)
-    kept = None if nearby is None else nearby.get(sealed_with)
+    kept = None if nearby is None else nearby.get(sealed_with, limit=limit)
     if kept is not None and sha256_hex(kept) == sealed_with:
         return kept
     any_found = None
@@ -229,8 +292,8 @@ def num_rows(layout: Layout, name: str) -> int:
     return layout.num_samples if name == FIXED else len(block_rows(layout, Block.from_name(name)))
 
 
-def _in_place(sizes: Mapping[str, int], layout: Layout, name: str, receipt: Receipt) -> bool:
-    if receipt.rows != num_rows(layout, name):
+def _in_place(sizes: Mapping[str, int], layout: Layout, name: str, receipt: Receipt, limits: Mapping[str, int]) -> bool:
+    if receipt.rows != num_rows(layout, name) or _too_large(receipt, limits) is not None:
         return False
     if name == FIXED:
         return receipt.objects.keys() == layout.fixed.keys()

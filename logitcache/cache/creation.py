@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -30,9 +31,12 @@ from logitcache.cache.manifest import (
     Layout,
     Manifest,
     Receipt,
+    check_length,
+    dump,
     dump_manifest,
     read_manifest,
     read_receipts,
+    receipts_limit,
 )
 from logitcache.cache.outputs import Output, checked_outputs, row_arrays
 from logitcache.cache.place import check_place
@@ -40,9 +44,9 @@ from logitcache.cache.writer import CacheWriter
 from logitcache.data.samples import SampleTable
 from logitcache.data.views import ViewPlan
 from logitcache.digest import canonical_json
-from logitcache.encodings import Auto, Encoding, encoding_or_auto
+from logitcache.encodings import Auto, Dense, Encoding, encoding_or_auto
 from logitcache.encodings.protocol import float_tensor
-from logitcache.errors import IdentityMismatch, InvalidLogits, NotACache, UsageError
+from logitcache.errors import CorruptCache, IdentityMismatch, InvalidLogits, NotACache, UsageError
 from logitcache.progress import track
 from logitcache.storage import Storage, open_storage
 
@@ -67,6 +71,7 @@ def create(
     class_names: Sequence[str] | None = None,
     rows_per_block: int | None = None,
     card: Card | Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> CacheWriter:
     """Open a cache for writing: a new one, or one of the same identity that was left unfinished or grows by views.
 
@@ -85,6 +90,7 @@ def create(
         rows_per_block: rows of one commit, 16 384 by default; fixed once the cache exists.
         card: what its README.md says beside what it knows itself, such as {"license": "cc-by-4.0"}; it may be changed
             later, and None leaves what was said before.
+        overwrite: delete the cache that is at the path first, if there is one; never anything else.
 
     Raises:
         UsageError: a shape, an encoding or an output that can't be, or no calibration for one that needs it.
@@ -118,6 +124,7 @@ def create(
         samples=samples,
         rows_per_block=rows_per_block,
         card=card,
+        overwrite=overwrite,
     )
 
 
@@ -149,6 +156,7 @@ def open_writer(
     rows_per_block: int | None = None,
     card: Card | Mapping[str, Any] | None = None,
     notes: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> CacheWriter:
     """The same as `create`, for logits whose origin is known by its parts; `notes` join a new cache's provenance.
 
@@ -162,39 +170,78 @@ def open_writer(
     rows_per_block = DEFAULT_ROWS_PER_BLOCK if rows_per_block is None else rows_per_block
     if rows_per_block < 1:
         raise UsageError(f"rows_per_block is at least 1, not {rows_per_block}")
+    _check_class_names(origin.class_names, num_classes)
     stated = None if card is None else card_from(card).stated()
     others = checked_outputs(outputs or {})
     requested = encoding_or_auto(encoding)
+    # Refuse what can't be a cache before anything is computed.
     if isinstance(requested, Encoding):
-        requested.arrays(num_classes)  # refuses a number of classes that it can't hold, before anything is computed
+        requested.arrays(num_classes)
+    preliminary = requested if isinstance(requested, Encoding) else Dense()
+    lines = dump(make_identity(origin, preliminary, num_classes, others, logits_source)).splitlines()
+    check_length(sum(map(len, lines)) + 2 * len(lines), sealed=False)  # in the manifest each is indented, and ends
     storage = open_storage(path)
-    stored = _stored(storage)
+    replaced = _keys_to_replace(storage) if overwrite else []
+    stored = None if replaced else _stored(storage)
     notes = dict(notes or {}) | ({} if stated is None else {"card": stated})
     if stored is not None:
         settled = _encoding_of(storage, *stored, requested)
     else:
         settled, choice = _settle(requested, calibration, num_classes)
         notes |= {"encoding": choice} if choice else {}
-    # Unfitted still where the cache that is there has another encoding: about to be refused for that.
-    fixed = (settled.fitted_values() if settled.is_fitted else {}) | _sample_arrays(samples)
-    try:
-        layout = Layout(
-            num_samples=num_samples,
-            num_views=num_views,
-            num_classes=num_classes,
-            rows_per_block=min(rows_per_block, num_samples),
-            arrays=row_arrays(settled, num_classes, others) if stored is None else stored[0].layout.arrays,
-            fixed={name: fixed_spec(values) for name, values in fixed.items()},
-        )
-    except ValidationError as error:
-        raise UsageError(
-            f"a cache can't have this shape: {error.errors()[0]['msg']}; try a smaller rows_per_block"
-        ) from None
-    identity = make_identity(origin, settled, num_classes, others, logits_source)
-    manifest = _open_manifest(storage, identity, layout, fixed_stored=stored is not None, notes=notes)
-    if stated is not None and manifest.provenance.get("card") != stated:
-        manifest = _change_card(storage, manifest, stated)
-    return CacheWriter(storage, manifest, settled, fixed=fixed)
+    table = _sample_arrays(samples)
+
+    def shape(stored: tuple[Manifest, Receipt] | None, settled: Encoding) -> tuple[Layout, dict[str, np.ndarray]]:
+        # Unfitted still where the cache that is there has another encoding: about to be refused for that.
+        fixed = (settled.fitted_values() if settled.is_fitted else {}) | table
+        try:
+            return Layout(
+                num_samples=num_samples,
+                num_views=num_views,
+                num_classes=num_classes,
+                rows_per_block=min(rows_per_block, num_samples),
+                arrays=row_arrays(settled, num_classes, others) if stored is None else stored[0].layout.arrays,
+                fixed={name: fixed_spec(values) for name, values in fixed.items()},
+            ), fixed
+        except ValidationError as error:
+            raise UsageError(
+                f"a cache can't have this shape: {error.errors()[0]['msg']}; try a smaller rows_per_block"
+            ) from None
+
+    layout, fixed = shape(stored, settled)
+    with storage.lock():
+        for key in _keys_to_replace(storage) if overwrite else []:
+            storage.delete(key)
+        if stored is None:
+            stored = _stored(storage)
+            if stored is not None:  # another builder began it meanwhile, and fitted its encoding
+                settled = _encoding_of(storage, *stored, requested)
+                layout, fixed = shape(stored, settled)
+        identity = make_identity(origin, settled, num_classes, others, logits_source)
+        manifest = _open_manifest(storage, identity, layout, fixed_stored=stored is not None, notes=notes)
+        if stated is not None and manifest.provenance.get("card") != stated:
+            manifest = _change_card(storage, manifest, stated)
+        return CacheWriter(storage, manifest, settled, fixed=fixed)
+
+
+def _keys_to_replace(storage: Storage) -> list[str]:
+    """The objects of the cache that is there, whole or damaged; none where there is no cache.
+
+    The manifest comes last, so that a deletion that was interrupted is one of a cache still, and can be done again.
+
+    Raises:
+        NotACache: something else is there, or lies beside it.
+    """
+    data = storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES)
+    if data is None:
+        return []
+    with suppress(CorruptCache):
+        read_manifest(data, url=storage.url)
+    keys = [key for key in storage.list_keys() if key != MANIFEST]
+    for key in keys:
+        if key not in (RECEIPTS, CARD) and not key.startswith((f"{GROUP}/", "receipts/")):
+            raise NotACache(f"{storage.url} holds {key}, which is no part of a cache; move it, or choose another path")
+    return [*keys, MANIFEST]
 
 
 def _change_card(storage: Storage, manifest: Manifest, stated: dict[str, Any]) -> Manifest:
@@ -232,7 +279,8 @@ def _stored(storage: Storage) -> tuple[Manifest, Receipt] | None:
 
 def _encoding_of(storage: Storage, manifest: Manifest, fixed: Receipt, requested: Encoding | Auto) -> Encoding:
     """The encoding to go on with: the cache's, where it is the one that is asked for; else that one, to be refused."""
-    chosen_by = manifest.provenance.get("encoding", {}).get("chosen_by")
+    choice = manifest.provenance.get("encoding")
+    chosen_by = choice.get("chosen_by") if isinstance(choice, dict) else None
     if isinstance(requested, Auto) and chosen_by is not None and chosen_by != requested.config():
         raise IdentityMismatch(
             f"{storage.url} has an encoding that was chosen by {chosen_by}, not by {requested.config()}.\n"
@@ -298,7 +346,23 @@ def make_identity(
         "output_encodings": {name: output.encoding.config() for name, output in outputs.items()},
         "output_sources": {name: source for name, source in sources.items() if source is not None},
     }
-    return Identity.model_validate(json.loads(canonical_json(fields)))
+    try:
+        return Identity.model_validate(json.loads(canonical_json(fields)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{'.'.join(map(str, first['loc']))} can't be part of a cache: {first['msg']}") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"what the cache is can't be written as JSON: {error}") from None
+
+
+def _check_class_names(class_names: Sequence[str] | None, num_classes: int) -> None:
+    """Two classes may have one name, as in ImageNet."""
+    if class_names is None:
+        return
+    if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
+        raise UsageError("class_names is a list of strings, one for each class")
+    if len(class_names) != num_classes:
+        raise UsageError(f"{len(class_names)} class_names for {num_classes} classes; expected one for each, in order")
 
 
 def _open_manifest(
@@ -320,6 +384,9 @@ def _open_manifest(
         # Somebody else began at the same moment.
         existing = storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES)
     manifest = read_manifest(existing, url=storage.url)
+    # A cache stays in the format that it was begun in.
+    identity = identity.model_copy(update={"format_version": manifest.identity.format_version})
+    new = new.model_copy(update={"id": identity.cache_id, "identity": identity})
     if not fixed_stored and not manifest.identity.differences(identity):
         # Cut off before anything was stored but this: begun again.
         storage.put(MANIFEST, dump_manifest(new))
@@ -344,7 +411,7 @@ def _open_manifest(
 
 def _forget_views(storage: Storage, manifest: Manifest, layout: Layout) -> Manifest:
     """Take back views that were asked for and never finished; those that were sealed before stay."""
-    gathered = storage.get(RECEIPTS)
+    gathered = storage.get(RECEIPTS, limit=receipts_limit(manifest.layout))
     names = read_receipts(gathered, url=storage.url).keys() - {FIXED} if gathered is not None else set()
     num_views = max([layout.num_views, *(Block.from_name(name).view + 1 for name in names)])
     kept = manifest.layout.model_copy(update={"num_views": num_views})
@@ -381,5 +448,5 @@ def provenance() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,
-        "command": sys.argv,
+        "command": [argument.encode(errors="replace").decode() for argument in sys.argv],
     }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.manifest import LOGITS, Layout
+from logitcache.data.index import rows_of_view
 from logitcache.encodings import Encoding
 from logitcache.errors import UsageError
 
@@ -23,27 +24,37 @@ class View(ABC):
 
     number: int
     num_classes: int
+    num_rows: int
 
-    @abstractmethod
     def logits(self, index: Any) -> Tensor:
         """The teacher's logits of the given rows, float32 (B, C), on the view's device.
 
+        Logits are stored up to a constant per row: softmax, losses and arg max are the teacher's, raw values may differ
+        by one number in all classes of a row.
+
         Args:
-            index: int (B,) row numbers: a tensor, array or list.
+            index: integers (B,), a tensor, array or list: row numbers, or the indices that `ViewDataset` gives for
+                this view. Keep a tensor on the CPU; elsewhere the check waits for the device.
 
         Raises:
+            UsageError: an index of another view, booleans or floats.
             IndexError: a row beyond the cache.
         """
+        return self._decoded(rows_of_view(index, self.number, self.num_rows))
+
+    @abstractmethod
+    def _decoded(self, rows_B: Tensor) -> Tensor:
+        """Logits of rows that were checked, float32 (B, C)."""
 
     def output(self, name: str, index: Any) -> Tensor:
         """One of the teacher's outputs for the given rows, float32 (B, *shape), on the view's device.
 
         Args:
             name: "logits", or one of `cache.outputs`.
-            index: int (B,) row numbers: a tensor, array or list.
+            index: as `logits` takes it.
 
         Raises:
-            UsageError: no such output.
+            UsageError: no such output; an index of another view, booleans or floats.
             IndexError: a row beyond the cache.
         """
         if name != LOGITS:
@@ -61,12 +72,16 @@ class ViewOfOutputs(View):
 
     Args:
         number: of the view.
+        num_rows: of the view.
         shapes: of one sample, by output.
         read: gives the rows of an output, by its name, as they lie in memory: as `logits` (B, values of a sample).
     """
 
-    def __init__(self, number: int, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], View]) -> None:
+    def __init__(
+        self, number: int, num_rows: int, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], View]
+    ) -> None:
         self.number = number
+        self.num_rows = num_rows
         self.num_classes = shapes[LOGITS][0]
         self._shapes = shapes
         self._read = read
@@ -84,8 +99,8 @@ class ViewOfOutputs(View):
             if name not in self._parts:
                 self._parts[name] = self._read(name)
 
-    def logits(self, index: Any) -> Tensor:
-        return self.output(LOGITS, index)
+    def _decoded(self, rows_B: Tensor) -> Tensor:
+        return self.output(LOGITS, rows_B)
 
     def output(self, name: str, index: Any) -> Tensor:
         self.read([name])
@@ -99,13 +114,14 @@ class ResidentView(View):
     def __init__(self, number: int, encoding: Encoding, arrays: Mapping[str, Tensor], num_classes: int) -> None:
         self.number = number
         self.num_classes = num_classes
+        self.num_rows = len(next(iter(arrays.values())))
         self._encoding = encoding
         self._arrays = arrays
         self._device = next(iter(arrays.values())).device
 
-    def logits(self, index: Any) -> Tensor:
-        index_B = torch.as_tensor(index, dtype=torch.int64, device=self._device)
-        gathered = {name: _rows(values, index_B) for name, values in self._arrays.items()}
+    def _decoded(self, rows_B: Tensor) -> Tensor:
+        rows_B = rows_B.to(self._device)
+        gathered = {name: _rows(values, rows_B) for name, values in self._arrays.items()}
         return self._encoding.decode(gathered, self.num_classes)
 
 
@@ -129,6 +145,7 @@ class StreamedView(View):
     ) -> None:
         self.number = number
         self.num_classes = layout.num_classes if num_values is None else num_values
+        self.num_rows = layout.num_samples
         self.max_blocks = max_blocks
         self.blocks_read = 0
         self._encoding = encoding
@@ -137,16 +154,14 @@ class StreamedView(View):
         self._device = device
         self._blocks: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
-    def logits(self, index: Any) -> Tensor:
-        rows_B = np.asarray(torch.as_tensor(index, dtype=torch.int64).cpu())
-        if len(rows_B) and not (rows_B.min() >= 0 and rows_B.max() < self._layout.num_samples):
-            raise IndexError(f"rows {rows_B.min()} to {rows_B.max()} of a view of {self._layout.num_samples}")
+    def _decoded(self, rows_B: Tensor) -> Tensor:
+        numbered_B = rows_B.cpu().numpy()
         logits_BC = torch.empty((len(rows_B), self.num_classes), device=self._device)
         rows_per_block = self._layout.rows_per_block
-        numbers_B = rows_B // rows_per_block
+        numbers_B = numbered_B // rows_per_block
         for number in np.unique(numbers_B):
             places = np.flatnonzero(numbers_B == number)
-            within = torch.from_numpy(rows_B[places] - number * rows_per_block).to(self._device)
+            within = torch.from_numpy(numbered_B[places] - number * rows_per_block).to(self._device)
             block = self._block(int(number))
             gathered = {name: _rows(values, within) for name, values in block.items()}
             decoded = self._encoding.decode(gathered, self.num_classes)

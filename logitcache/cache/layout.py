@@ -7,6 +7,7 @@ bytes, zstd with checksum. One chunk is one block, so every object is written wh
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -57,6 +58,25 @@ def all_blocks(layout: Layout) -> Iterator[Block]:
     for view in layout.views:
         for number in range(blocks_per_view(layout)):
             yield Block(view, number)
+
+
+def num_blocks(layout: Layout) -> int:
+    """How many these are; a stranger's manifest may claim millions, so they are counted before they are named."""
+    return len(layout.views) * blocks_per_view(layout)
+
+
+def is_block(layout: Layout, name: str) -> bool:
+    """Whether a name is that of a block which a cache is to hold."""
+    if not re.fullmatch(r"v[0-9]{5,8}/b[0-9]{5,8}", name):
+        return False
+    block = Block.from_name(name)
+    return block.name == name and block.view in layout.views and block.number < blocks_per_view(layout)
+
+
+def chunk_limit(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes that a chunk may take when it is stored: what zstd makes of values that can't be compressed."""
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    return num_bytes + num_bytes // 256 + 1024
 
 
 def parse_views(text: str | None, held: range) -> range:
@@ -140,8 +160,10 @@ def decode_rows(
     Raises:
         ValueError, RuntimeError: bytes that are no such chunk.
     """
-    values = np.empty((num_rows, *spec.row_shape), dtype=spec.dtype)
     shape = (rows_per_block, *spec.row_shape)
+    for data in chunks:
+        _check_declared_size(data, np.dtype(spec.dtype), shape)
+    values = np.empty((num_rows, *spec.row_shape), dtype=spec.dtype)
     if len(shape) == COLUMNS_FIRST_NDIM:
         shape = shape[::-1]
     for number, data in enumerate(chunks):
@@ -176,6 +198,18 @@ def decode_fixed(spec: FixedSpec, data: bytes | memoryview) -> np.ndarray:
     return _decompress(data, np.dtype(spec.dtype), tuple(spec.shape))
 
 
+def decode_object(layout: Layout, name: str, array: str, data: bytes | memoryview) -> np.ndarray:
+    """The values of one array in a block, or of a fixed array where the name is `FIXED`, from its object's bytes.
+
+    Raises:
+        ValueError, RuntimeError: bytes that are no such chunk.
+    """
+    if name == FIXED:
+        return decode_fixed(layout.fixed[array], data)
+    num_rows = len(block_rows(layout, Block.from_name(name)))
+    return decode_rows(layout.arrays[array], [data], num_rows, layout.rows_per_block)
+
+
 def _decompress(data: bytes | memoryview, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """The values of one zstd frame, which must be of just this size and have a checksum.
 
@@ -183,12 +217,22 @@ def _decompress(data: bytes | memoryview, dtype: np.dtype, shape: tuple[int, ...
         ValueError: another size; it is what the frame declares, so nothing is decompressed to find out.
         RuntimeError: a damaged frame.
     """
+    _check_declared_size(data, dtype, shape)
     values = np.empty(shape, dtype=dtype.newbyteorder("<"))
-    if _declared_size(data) != values.nbytes:
-        raise ValueError(f"a chunk of {_declared_size(data)} bytes; expected {values.nbytes}")
     if values.nbytes:
         Zstd().decode(data, out=values.reshape(-1).view(np.uint8))
     return values
+
+
+def _check_declared_size(data: bytes | memoryview, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """Before memory is asked for.
+
+    Raises:
+        ValueError: a frame of another size than a chunk of this shape.
+    """
+    declared, expected = _declared_size(data), math.prod(shape) * dtype.itemsize
+    if declared != expected:
+        raise ValueError(f"a chunk of {declared} bytes; expected {expected}")
 
 
 def _declared_size(data: bytes | memoryview) -> int | None:

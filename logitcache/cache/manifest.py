@@ -14,22 +14,28 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
 
 from logitcache.arrays import ArraySpec
-from logitcache.digest import json_digest, sha256_hex
-from logitcache.errors import CorruptCache, NotACache, UnsupportedFormat
+from logitcache.digest import json_digest
+from logitcache.errors import CorruptCache, NotACache, UnsupportedFormat, UsageError
 from logitcache.strict_json import parse_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of new caches; those of format 1 stay in it. docs/design/0001-format.md says what differs."""
 MANIFEST = "manifest.json"
 RECEIPTS = "receipts.json"
 """All receipts in one file; written at sealing."""
 
 MAX_MANIFEST_BYTES = 2**24
+SEALING_BYTES = 2**16
+"""Left free in the manifest of an open cache, for what sealing, copies and repairs add."""
 MAX_RECEIPT_BYTES = 2**16
+MAX_RECEIPTS_BYTES = 2**30
+"""Of the gathered receipts, whatever the manifest claims; a million blocks need half of it."""
 MAX_BLOCKS = 2**24
 MAX_CHUNK_BYTES = 2**33
 """Of an array's chunk or of a fixed array, decompressed."""
@@ -60,7 +66,7 @@ class Identity(_Record):
 
     left_out_if_empty = ("output_encodings", "output_sources")
 
-    format_version: int
+    format_version: int = Field(ge=1)
     dataset: str
     """Fingerprint of ordered keys, targets and contents; or the name that `create` was given."""
     teacher: str
@@ -77,6 +83,24 @@ class Identity(_Record):
     """Encoding of each output but the logits, which `encoding` is of; left out where there are none."""
     output_sources: dict[str, Any] = {}
     """Where in the teacher an output comes from, as far as anybody said; left out likewise."""
+
+    @field_validator("transform")
+    @classmethod
+    def _as_a_plan_describes_it(cls, transform: Any) -> Any:
+        """What every reader of it may rely on; the parts themselves are whatever somebody's transform says."""
+        if transform is None:
+            return None
+        if not isinstance(transform, dict) or transform.keys() != {"shared", "mixing", "teacher_input"}:
+            raise ValueError("it describes the shared part, the mixing and the teacher's input, and nothing else")
+        mixing = transform["mixing"]
+        if mixing is None:
+            return transform
+        if not isinstance(mixing, dict) or mixing.keys() != {"mixup", "cutmix", "probability"}:
+            raise ValueError("mixing has the numbers mixup, cutmix and probability")
+        for value in mixing.values():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"mixing has the numbers mixup, cutmix and probability, not {value!r:.40}")
+        return transform
 
     @property
     def cache_id(self) -> Sha256:
@@ -163,7 +187,7 @@ class Manifest(_Record):
     layout: Layout
     state: Literal["open", "sealed"]
     digest: Sha256 | None
-    """SHA-256 over the sorted value hashes of every object; set at sealing."""
+    """`digests.content_digest`; set at sealing."""
     provenance: dict[str, Any]
     """Host, time, versions, command: recorded, and no part of identity or digest."""
     receipts: Sha256 | None = None
@@ -172,6 +196,13 @@ class Manifest(_Record):
     """Set at sealing."""
     checksum: Sha256 | None = None
     """SHA-256 of the canonical JSON of all the above: against accidents, not against liars. Only ever on disk."""
+
+    @model_validator(mode="after")
+    def _has_a_name_for_each_class(self) -> Manifest:
+        names = self.identity.class_names
+        if names is not None and len(names) != self.layout.num_classes:
+            raise ValueError(f"{len(names)} class names for {self.layout.num_classes} classes")
+        return self
 
 
 class StoredObject(_Record):
@@ -202,20 +233,37 @@ def output_of(array: str) -> str:
     return array.rpartition("_")[0] or LOGITS
 
 
-def content_digest(receipts: list[Receipt]) -> Sha256:
-    """The digest of what a cache says: SHA-256 over the sorted value hashes."""
-    hashes = sorted(stored.values_sha256 for receipt in receipts for stored in receipt.objects.values())
-    return sha256_hex("\n".join(hashes).encode())
-
-
 def dump(record: BaseModel) -> bytes:
     """A record as readable JSON."""
     return (json.dumps(record.model_dump(), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
-    """A manifest as readable JSON, with its checksum."""
-    return dump(manifest.model_copy(update={"checksum": _checksum(manifest.model_dump(mode="json"))}))
+    """A manifest as readable JSON, with its checksum.
+
+    Raises:
+        UsageError: it would be longer than what is read, or hold text that is no Unicode.
+    """
+    try:
+        data = dump(manifest.model_copy(update={"checksum": _checksum(manifest.model_dump(mode="json"))}))
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the cache's {MANIFEST} can't hold {error.object[error.start]!r}: {error.reason}") from None
+    check_length(len(data), sealed=manifest.state == "sealed")
+    return data
+
+
+def check_length(length: int, *, sealed: bool) -> None:
+    """Refuse to write a manifest of so many bytes, if nobody could read it.
+
+    Raises:
+        UsageError: says how long it is, and what may be shortened.
+    """
+    limit = MAX_MANIFEST_BYTES - (0 if sealed else SEALING_BYTES)
+    if length > limit:
+        raise UsageError(
+            f"the cache's {MANIFEST} would take {length:,} bytes; at most {limit:,} can be read. Shorten "
+            "`class_names`, or leave them out; else shorten the card, or the description of the transform"
+        )
 
 
 def _checksum(raw: Mapping[str, Any]) -> str:
@@ -229,6 +277,7 @@ def contents(receipts: Mapping[str, Receipt], *, fixed: str) -> Contents:
     blocks = [receipt for name, receipt in receipts.items() if name != fixed]
     measured = [receipt for receipt in blocks if receipt.kl_mean is not None]
     rows = sum(receipt.rows for receipt in measured)
+    kl_mean = sum(receipt.rows * (receipt.kl_mean or 0.0) for receipt in measured) / rows if rows else math.nan
     output_bytes: dict[str, int] = {}
     for receipt in blocks:
         for array, stored in receipt.objects.items():
@@ -237,7 +286,7 @@ def contents(receipts: Mapping[str, Receipt], *, fixed: str) -> Contents:
         bytes=sum(sizes.values()),
         label_bytes=sum(sizes.values()) - sizes.get(fixed, 0),
         rows=sum(receipt.rows for receipt in blocks),
-        kl_mean=sum(receipt.rows * (receipt.kl_mean or 0.0) for receipt in measured) / rows if rows else None,
+        kl_mean=kl_mean if math.isfinite(kl_mean) else None,
         output_bytes=output_bytes if output_bytes.keys() - {LOGITS} else {},
     )
 
@@ -296,19 +345,24 @@ def read_receipt(data: bytes, *, key: str) -> Receipt:
         raise CorruptCache(f"{key} is damaged: {_reason(error)}") from None
 
 
-def receipts_limit(num_receipts: int) -> int:
-    """Bytes that the gathered receipts may take; those of a cache that had more views may be among them."""
-    return 2 * (num_receipts + 16) * MAX_RECEIPT_BYTES
+def receipts_limit(layout: Layout) -> int:
+    """Bytes that the gathered receipts of a cache may take, about twice what logitcache writes.
+
+    A receipt states 235 bytes for each of its arrays at most, and 700 besides where it has all proof rows of a view.
+    """
+    num_receipts = 1 + len(layout.views) * -(-layout.num_samples // layout.rows_per_block)
+    num_arrays = max(len(layout.arrays), len(layout.fixed))
+    return min((num_receipts + 16) * (1024 + 384 * num_arrays), MAX_RECEIPTS_BYTES)
 
 
-def read_receipts(data: bytes, *, url: str, num_receipts: int = MAX_BLOCKS) -> dict[str, Receipt]:
+def read_receipts(data: bytes, *, url: str) -> dict[str, Receipt]:
     """The gathered receipts by name, from the bytes of `receipts.json`.
 
     Raises:
         CorruptCache: bytes that are no receipts.
     """
     try:
-        raw = parse_json(data, max_bytes=receipts_limit(num_receipts))
+        raw = parse_json(data, max_bytes=MAX_RECEIPTS_BYTES)
         if not isinstance(raw, dict):
             raise ValueError("no JSON object")
         return {name: Receipt.model_validate(receipt) for name, receipt in raw.items()}

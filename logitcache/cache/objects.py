@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 import warnings
@@ -69,6 +70,12 @@ class ObjectReader:
     def __init__(self, storage: Storage, nearby: BlockDirectory | None = None) -> None:
         self.storage = storage
         self.nearby = nearby
+        self._keeps = nearby is not None
+        self._start()
+
+    def _start(self) -> None:
+        """Without threads, which begin when they are needed."""
+        self._process = os.getpid()
         self._threads: ThreadPoolExecutor | None = None
         self._running: dict[str, Future[list[memoryview]]] = {}
         self._lock = threading.Lock()
@@ -95,14 +102,14 @@ class ObjectReader:
 
     def read_ahead(self, groups: Sequence[tuple[Wanted, str]]) -> None:
         """Bring objects nearby in the background, a few at a time; what goes wrong is met when they are read."""
-        if self.nearby is None:
+        if self.nearby is None or not self._keeps:
             return
 
         def bring() -> None:
             coming: deque[Future[list[memoryview]]] = deque()
             with contextlib.suppress(Exception):
                 for wanted, why in groups:
-                    if self.nearby is None:
+                    if self.nearby is None or not self._keeps:
                         return
                     if entry_name(wanted) not in self.nearby:
                         coming.append(self._begin(wanted, why))
@@ -117,6 +124,8 @@ class ObjectReader:
     def _begin(self, wanted: Wanted, why: str) -> Future[list[memoryview]]:
         """Start reading, or join whoever is reading the same."""
         name = entry_name(wanted)
+        if self._process != os.getpid():
+            self._start()  # after a fork: the parent's threads are not here, and the lock may be held for ever
         with self._lock:
             running = self._running.get(name)
             if running is not None and not running.cancelled():
@@ -136,7 +145,7 @@ class ObjectReader:
         nearby = self.nearby
         name = entry_name(wanted) if nearby is not None else ""
         if nearby is not None:
-            found = _split(nearby.get(name), wanted)
+            found = _split(nearby.get(name, limit=_total_bytes(wanted)), wanted)
             if found is not None:
                 return found
             nearby.drop(name)
@@ -145,12 +154,12 @@ class ObjectReader:
         return objects
 
     def keep(self, name: str, objects: Sequence[bytes | memoryview]) -> None:
-        """Keep objects nearby; where that is impossible, say so once and go on without."""
-        if self.nearby is not None:
+        """Keep objects nearby; where that is impossible, say so once and read only what is there already."""
+        if self.nearby is not None and self._keeps:
             try:
                 self.nearby.put(name, b"".join(objects))
             except StorageError as error:
-                self.nearby = None
+                self._keeps = False
                 warnings.warn(str(error), RuntimeWarning, stacklevel=2)
 
 
@@ -159,9 +168,13 @@ def entry_name(wanted: Wanted) -> str:
     return sha256_hex("\n".join(stored.sha256 for stored in wanted.values()).encode())
 
 
+def _total_bytes(wanted: Wanted) -> int:
+    return sum(stored.bytes for stored in wanted.values())
+
+
 def _split(data: bytes | None, wanted: Wanted) -> list[memoryview] | None:
     """An entry's objects, or None where it is not whole."""
-    if data is None or len(data) != sum(stored.bytes for stored in wanted.values()):
+    if data is None or len(data) != _total_bytes(wanted):
         return None
     objects = []
     start = 0

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logitcache.cache.agreement import differing, differing_rows
 from logitcache.cache.committed import arrays_of
 from logitcache.cache.fidelity import fidelity_kl
 from logitcache.cache.layout import Block
 from logitcache.cache.manifest import LOGITS, Layout
 from logitcache.encodings import Encoding
-from logitcache.errors import InvalidLogits
+from logitcache.errors import IdentityMismatch, InvalidLogits
 
 # B batch, C classes, or values of another output's row
 
@@ -31,6 +32,7 @@ class OpenBlock:
         encodings: of each output, fitted, by name.
         layout: of the cache.
         like: the first rows of each output, for their device.
+        precision: the teacher's arithmetic, for the comparison of rows that come twice.
     """
 
     def __init__(
@@ -40,11 +42,14 @@ class OpenBlock:
         encodings: Mapping[str, Encoding],
         layout: Layout,
         like: Mapping[str, Tensor],
+        *,
+        precision: str,
     ) -> None:
         self.block = block
         self.rows = rows
         self._parts = {
-            name: _OpenRows(name, block, rows, encoding, layout, like[name]) for name, encoding in encodings.items()
+            name: _OpenRows(name, block, rows, encoding, layout, like[name], precision)
+            for name, encoding in encodings.items()
         }
         self.kl = self._parts[LOGITS].kl
         """KL(teacher ‖ decoded) of each row's logits, in nats, float32."""
@@ -65,7 +70,12 @@ class OpenBlock:
         return {name: buffer for part in self._parts.values() for name, buffer in part.buffers.items()}
 
     def fill(self, start: int, parts: Mapping[str, Tensor]) -> None:
-        """Take float32 rows of this block, of every output: (B, C) each."""
+        """Take float32 rows of this block, of every output: (B, C) each.
+
+        Raises:
+            InvalidLogits: rows that the encoding can't hold; they may come again.
+            IdentityMismatch: rows that came before, with other values.
+        """
         for name, rows in self._parts.items():
             rows.fill(start, parts[name])
 
@@ -88,11 +98,19 @@ class _OpenRows:
     """
 
     def __init__(
-        self, output: str, block: Block, rows: range, encoding: Encoding, layout: Layout, like_BC: Tensor
+        self,
+        output: str,
+        block: Block,
+        rows: range,
+        encoding: Encoding,
+        layout: Layout,
+        like_BC: Tensor,
+        precision: str,
     ) -> None:
         self.block = block
         self.rows = rows
         self._output = output
+        self._precision = precision
         self._encoding = encoding
         self._device = like_BC.device
         self._num_classes = like_BC.shape[1]
@@ -119,6 +137,10 @@ class _OpenRows:
     def fill(self, start: int, logits_BC: Tensor) -> None:
         """Take rows of this block; slabs that are whole are encoded on their device, without waiting for a GPU."""
         first = start - self.rows.start
+        written = np.flatnonzero(self.filled[first : first + len(logits_BC)])
+        if len(written):
+            self._compare(first, written.tolist(), logits_BC)
+        self.invalid[first : first + len(logits_BC)] = False
         if logits_BC.device.type == "cpu" and not math.isfinite(float(logits_BC.sum())):  # NaN, infinite, or masked
             self.invalid[first : first + len(logits_BC)] = self._encoding.refused(logits_BC)
             self.check()
@@ -149,6 +171,30 @@ class _OpenRows:
             return
         decoded_BC = self._encoding.decode(encoded, self._num_classes)
         self.kl[place].copy_(fidelity_kl(decoded_BC, logits_BC), non_blocking=self.pinned)
+
+    def _compare(self, first: int, written: list[int], logits_BC: Tensor) -> None:
+        """Compare rows that came before with what is held of them; `written` counts from `first`."""
+        self.wait_for_device()
+        for place in written:
+            row, again_1C = first + place, logits_BC[place : place + 1].cpu()
+            slab = self._slabs.get(row // self._slab_rows)
+            if slab is not None:
+                stored_1C = slab[row % self._slab_rows][None].cpu()
+                differs = bool(differing(stored_1C, again_1C, again_1C, self._encoding, self._precision))
+            else:
+                encoded = {
+                    name.removeprefix(self._prefix): values[row : row + 1] for name, values in self.buffers.items()
+                }
+                stored_1C = self._encoding.decode(encoded, self._num_classes)
+                numbers, view = [self.rows.start + row], self.block.view
+                differs = bool(
+                    differing_rows(stored_1C, again_1C, self._encoding, self._precision, view=view, rows_B=numbers)
+                )
+            if differs:
+                raise IdentityMismatch(
+                    f"row {self.rows.start + row} of view {self.block.view} was written before with other "
+                    f"{self._output}; the first values stay. Write each row once, or the same values again"
+                )
 
     def wait_for_device(self) -> None:
         """Until the copies that were started have arrived."""

@@ -8,14 +8,17 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 
-from logitcache.cache.committed import arrays_of, read_fixed, read_records, stored_encoding
+from logitcache.cache.committed import arrays_of, read_fixed, read_records, stored_encoding, stored_samples
+from logitcache.cache.digests import content_digest, pin_of
 from logitcache.cache.labelview import ResidentView, StreamedView, View, ViewOfOutputs, no_output
 from logitcache.cache.layout import (
     FIXED,
@@ -26,10 +29,11 @@ from logitcache.cache.layout import (
     blocks_per_view,
     decode_rows,
 )
-from logitcache.cache.manifest import LOGITS, Contents, Manifest, Receipt, content_digest, contents, output_of
+from logitcache.cache.manifest import LOGITS, Contents, Manifest, Receipt, contents, output_of
 from logitcache.cache.objects import ObjectReader, Wanted
 from logitcache.cache.outputs import outputs_of
-from logitcache.cache.rendering import check_rendered, recorded_digests, recorded_plan
+from logitcache.cache.rendering import check_arrived, check_rendered, recorded_digests, recorded_plan
+from logitcache.data.index import split_index
 from logitcache.data.samples import SampleTable
 from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.encodings import Encoding, encoding_from_config
@@ -39,6 +43,9 @@ from logitcache.storage.blockdir import shared_block_directory
 
 # B batch, C classes, N samples, V views
 
+RESIDENT_BYTES = 2**32
+"""Encoded labels that `cache.logits` keeps in memory, by default."""
+
 
 def open_cache(location: str | os.PathLike[str], *, trust: bool = False) -> LogitCache:
     """Open a cache: checks manifest and receipts, reads no labels.
@@ -47,7 +54,8 @@ def open_cache(location: str | os.PathLike[str], *, trust: bool = False) -> Logi
         location: a directory, or a `file://`, `s3://`, `gs://`, `az://` or `https://` URL. What is read from a remote
             one is kept in a local directory (`~/.cache/logitcache`, moved by `LOGITCACHE_CACHE_DIR`; at most
             `LOGITCACHE_CACHE_GB`, 50 by default), and the view after the one that is asked for comes meanwhile.
-        trust: allow `package.module:function` transforms from outside the working folder in `view_plan`.
+        trust: allow `view_plan` to run the `package.module:function` transforms that the cache names, wherever they
+            lie.
 
     Raises:
         NotACache: no cache there.
@@ -83,9 +91,13 @@ class LogitCache:
         self.others = outputs_of(self.manifest.identity)
         """What is held beside the logits: shape, encoding and source by name."""
         self.trust = trust
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="logitcache-loader")
+        self._loader: ThreadPoolExecutor | None = None
         self._loading: dict[tuple[int, str, str], Future[View]] = {}
-        if self.sealed and content_digest(list(self.receipts.values())) != self.manifest.digest:
+        self._kept: OrderedDict[tuple[int, str, int], View] = OrderedDict()
+        self._plans: list[ViewPlan] = []
+        """Those of this cache's views whose datasets `check_batch` may render from."""
+        self._process = os.getpid()
+        if self.sealed and content_digest(self.manifest, self.receipts) != self.manifest.digest:
             raise CorruptCache(
                 f"{storage.url}: the receipts don't add up to the manifest's digest; run `logitcache verify` on it"
             )
@@ -99,6 +111,11 @@ class LogitCache:
     def digest(self) -> str | None:
         """SHA-256 of the content; None until sealed."""
         return self.manifest.digest
+
+    @property
+    def pin(self) -> str | None:
+        """What `pull --expect` is best given: the digest, or in format 1 its stronger form; None until sealed."""
+        return pin_of(self.manifest, self.receipts) if self.sealed else None
 
     @property
     def sealed(self) -> bool:
@@ -167,12 +184,11 @@ class LogitCache:
             CorruptCache: the table is damaged.
         """
         fixed = self.receipts.get(FIXED)
-        if fixed is None or "sample_targets" not in self.layout.fixed:
-            return None
         wanted = [name for name in SAMPLE_ARRAYS if name in self.layout.fixed]
+        if fixed is None or not wanted:
+            return None
         arrays = {name: read_fixed(self.storage, self.layout, fixed, name, self.objects) for name in wanted}
-        keys = arrays["sample_keys"].tobytes().decode().split("\n") if "sample_keys" in arrays else None
-        return SampleTable(self.num_samples, keys, arrays["sample_targets"], arrays["sample_contents"])
+        return stored_samples(arrays, self.num_samples, url=self.storage.url)
 
     @cached_property
     def _fitted_encoding(self) -> Encoding:
@@ -186,9 +202,11 @@ class LogitCache:
 
         Raises:
             UsageError: the cache does not say how its views were made.
-            UntrustedCode: a transform from outside the working folder; open the cache with trust=True.
+            UntrustedCode: the cache names somebody's code, which it lists; open the cache with trust=True.
         """
-        return recorded_plan(self.manifest, self.samples, url=self.storage.url, trust=self.trust)
+        plan = recorded_plan(self.manifest, self.samples, url=self.storage.url, trust=self.trust)
+        self._plans.append(plan)
+        return plan
 
     def check_plan(self, plan: ViewPlan) -> None:
         """Hold a view plan to the one that the cache was built with.
@@ -204,6 +222,7 @@ class LogitCache:
                 f"the views at hand are not those of cache {self.id[:12]}…; they differ in\n  "
                 + "\n  ".join(differences)
             )
+        self._plans.append(plan)
 
     def check_inputs(self, views: ViewDataset, view: int) -> int:
         """Render the proof rows of a view and hold their pixels to what the teacher was given.
@@ -215,9 +234,34 @@ class LogitCache:
             How many rows were compared; rows outside a subset are left out.
 
         Raises:
+            UsageError: no such view.
             IdentityMismatch: names the sample, and the library versions that may be the cause.
         """
+        self._check_held(view)
         return check_rendered(views, view, self.input_digests(view), self.manifest, self.samples)
+
+    def check_batch(self, index: Any, inputs: Any, *, views: ViewDataset | None = None) -> int:
+        """Compare a batch that arrived with its own samples, rendered again: the first and the last one.
+
+        `check_inputs` renders rows itself; this finds what a loader changes on the way (timm's casts floats to uint8).
+        Call it at each view's first batch.
+
+        Args:
+            index: of the batch, int (B,), as `ViewDataset` gave it.
+            inputs: of the batch, as the loader gave them, on any device.
+            views: what the batch was loaded from; by default every living `ViewDataset` of `cache.view_plan`, or of a
+                plan that passed `check_plan`.
+
+        Returns:
+            How many samples were compared.
+
+        Raises:
+            UsageError: plain row numbers, or samples that no dataset at hand has.
+            IdentityMismatch: names the sample and what differs.
+        """
+        plans = self._plans or [self.view_plan]
+        datasets = [views] if views is not None else [each for plan in plans for each in plan.datasets]
+        return check_arrived(datasets, index, inputs, self.manifest, self.samples)
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
         """Row numbers of sample keys, int64 (len(keys),), for subsets and other orders.
@@ -265,7 +309,7 @@ class LogitCache:
 
         if not self.others and tuple(outputs) == (LOGITS,):
             return read(LOGITS)
-        whole = ViewOfOutputs(view, self.outputs, read)
+        whole = ViewOfOutputs(view, self.num_samples, self.outputs, read)
         whole.read(outputs)
         return whole
 
@@ -289,34 +333,47 @@ class LogitCache:
     def prefetch(self, view: int, device: str | torch.device = "cpu", outputs: Sequence[str] = (LOGITS,)) -> None:
         """Load outputs of a view in the background, for the `view` call to come."""
         self._check_complete(view)
+        self._leave_parent()
+        if self._loader is None:
+            self._loader = ThreadPoolExecutor(1, thread_name_prefix="logitcache-loader")
         for output in outputs:
             key = (view, str(device), output)
             if key not in self._loading:
                 self._loading[key] = self._loader.submit(self._load_view, view, torch.device(device), output)
 
+    def _leave_parent(self) -> None:
+        """After a fork: what the parent's thread is loading never arrives here."""
+        if self._process != os.getpid():
+            self._process, self._loader, self._loading = os.getpid(), None, {}
+
     def _rows_of(self, view: int, output: str, device: torch.device, window: int | None) -> View:
         """One output of a view: streamed in so many blocks, or resident where that is None."""
         if window is None:
+            self._leave_parent()
             loading = self._loading.pop((view, str(device), output), None)
             return loading.result() if loading is not None else self._load_view(view, device, output)
-        read = functools.partial(self._read_output, view, output=output)
-        encoding, num_values = self._encoding_of(output)
+        read = functools.partial(self.read_encoded, view, output=output)
+        encoding, num_values = self.encoding_of(output)
         return StreamedView(view, encoding, read, self.layout, device, max_blocks=2 * window, num_values=num_values)
 
     def _load_view(self, view: int, device: torch.device, output: str) -> View:
-        arrays = self._read_output(view, range(blocks_per_view(self.layout)), output=output)
+        arrays = self.read_encoded(view, range(blocks_per_view(self.layout)), output=output)
         tensors = {name: torch.from_numpy(values).to(device) for name, values in arrays.items()}
-        encoding, num_values = self._encoding_of(output)
+        encoding, num_values = self.encoding_of(output)
         return ResidentView(view, encoding, tensors, num_values)
 
-    def _encoding_of(self, output: str) -> tuple[Encoding, int]:
-        """How the rows of an output are encoded, and how many values a row has."""
+    def encoding_of(self, output: str) -> tuple[Encoding, int]:
+        """The encoding of an output, fitted, and how many values a row has."""
         if output == LOGITS:
             return self._fitted_encoding, self.num_classes
         return self.others[output].encoding, self.others[output].num_values
 
-    def _read_output(self, view: int, numbers: Sequence[int], *, output: str) -> dict[str, np.ndarray]:
-        """The arrays of an output as its encoding calls them."""
+    def read_encoded(self, view: int, numbers: Sequence[int], *, output: str) -> dict[str, np.ndarray]:
+        """The arrays (rows, *row_shape) of consecutive blocks of one output, by the encoding's names for them.
+
+        Raises:
+            CorruptCache: names the first block that is not as it was written.
+        """
         if output == LOGITS:
             return self.read_blocks(view, numbers)
         arrays = self.read_blocks(view, numbers, output)
@@ -370,7 +427,47 @@ class LogitCache:
             # An entry nearby for each output: whoever asks for one later asks for it alone.
             self.objects.read_ahead([self._wanted(block, [output]) for block in there for output in outputs])
 
-    def _check_complete(self, view: int) -> None:
+    def logits(
+        self, index: Any, device: str | torch.device = "cpu", *, memory_budget: int = RESIDENT_BYTES
+    ) -> torch.Tensor:
+        """The teacher's logits of samples in any mix of views, float32 (B, C), on a device.
+
+        Views are loaded when an index first names them, and stay. Beyond the budget those used least recently leave,
+        so that batches which mix more views than it holds are slow.
+
+        Args:
+            index: int (B,), as `ViewDataset` gives it.
+            device: where encoded labels lie and logits are decoded.
+            memory_budget: bytes of encoded labels that stay; 4 GiB by default.
+
+        Raises:
+            UsageError: plain row numbers, which name no view; no such view; booleans or floats.
+            IncompleteCache: a block of a view is missing.
+            CorruptCache: an object is not the one that was written.
+        """
+        views_B, rows_B = split_index(index)
+        if bool((views_B < 0).any()):
+            raise UsageError(
+                "plain row numbers name no view; pass the index that `ViewDataset` gives, or take "
+                "`cache.view(view).logits(rows)`"
+            )
+        target = torch.device(device)
+        logits_BC = torch.empty((len(rows_B), self.num_classes), device=target)
+        for number in sorted(set(views_B.tolist())):
+            chosen_B = views_B == number
+            logits_BC[chosen_B.to(target)] = self._kept_view(number, target, memory_budget).logits(rows_B[chosen_B])
+        return logits_BC
+
+    def _kept_view(self, number: int, device: torch.device, memory_budget: int) -> View:
+        key = (number, str(device), memory_budget)
+        if key not in self._kept:
+            self._kept[key] = self.view(number, device, memory_budget=memory_budget)
+        self._kept.move_to_end(key)
+        while len(self._kept) > max(1, memory_budget // self.view_bytes):
+            self._kept.popitem(last=False)
+        return self._kept[key]
+
+    def _check_held(self, view: int) -> None:
         if not 0 <= view < self.num_views:
             raise UsageError(f"no view {view}: the cache has {self.num_views}, numbered from 0")
         if view not in self.views:
@@ -378,13 +475,17 @@ class LogitCache:
                 f"{self.storage.url} is a copy of views {self.views.start} to {self.views.stop - 1} only; view {view} "
                 "is not among them: `logitcache pull` the others as well"
             )
-        missing = [
-            number for number in range(blocks_per_view(self.layout)) if Block(view, number).name not in self.receipts
-        ]
-        if missing:
+
+    def _check_complete(self, view: int) -> None:
+        self._check_held(view)
+        names = (Block(view, number).name for number in range(blocks_per_view(self.layout)))
+        missing = next((name for name in names if name not in self.receipts), None)
+        if missing is not None:
+            # Counted by what is there: a manifest may claim millions of blocks.
+            there = sum(name.startswith(f"v{view:05d}/") for name in self.receipts)
             raise IncompleteCache(
-                f"{self.storage.url}: {len(missing)} blocks of view {view} are missing, the first being "
-                f"{Block(view, missing[0]).name}; {REBUILD}"
+                f"{self.storage.url}: {blocks_per_view(self.layout) - there} blocks of view {view} are missing, the "
+                f"first being {missing}; {REBUILD}"
             )
 
     def input_digests(self, view: int) -> dict[int, str]:

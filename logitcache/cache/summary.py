@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from logitcache.cache.manifest import MANIFEST, MAX_MANIFEST_BYTES, Contents, Manifest, read_manifest
-from logitcache.errors import NotACache, UsageError
+from logitcache.errors import CorruptCache, NotACache, StorageError, UnsupportedFormat, UsageError
 from logitcache.storage import LocalStorage, Storage, open_storage
 
 MAX_DEPTH = 5
 """Folders between a location and the caches that `find_caches` finds below it."""
+MAX_REMOTE_FOLDERS = 10_000
+MAX_REMOTE_SECONDS = 600.0
+"""Folders of a store that are looked into, and how long: a server may link to new ones for ever."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,16 @@ class Summary:
             name: {"shape": identity.outputs.get(name), "encoding": _spelled(encoding), "bytes": sizes.get(name)}
             for name, encoding in sorted(identity.output_encodings.items())
         }
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A cache that lies somewhere and can't be read."""
+
+    url: str
+    kind: str
+    """The name of its error, such as "CorruptCache"."""
+    error: str
 
 
 def _spelled(encoding: Mapping[str, Any]) -> str:
@@ -79,30 +93,47 @@ def summarise(location: str) -> Summary:
     return Summary(storage.url, manifest, LogitCache(storage).contents)
 
 
-def find_caches(location: str) -> list[Summary]:
+def find_caches(location: str) -> list[Summary | Unreadable]:
     """The caches at a location and in the folders below it, by URL; a read each, and what is no cache is passed over.
 
     Raises:
         UsageError: a local folder that is not there.
-        StorageError: the location can't be listed.
+        StorageError: the location can't be listed, or there are more folders below it than `MAX_REMOTE_FOLDERS`.
     """
     storage = open_storage(location)
     if isinstance(storage, LocalStorage) and not storage.root.is_dir():
         raise UsageError(f"{location}: there is no such folder")
-    found = []
+    found: list[Summary | Unreadable] = []
+    until = time.monotonic() + MAX_REMOTE_SECONDS
+
+    def look(folder: str) -> Manifest | CorruptCache | UnsupportedFormat | None:
+        if storage.is_remote and time.monotonic() > until:
+            raise _too_much(location, f"after {MAX_REMOTE_SECONDS:.0f} s there is no end of its folders")
+        return _manifest_if_any(storage, folder)
+
     with ThreadPoolExecutor(storage.concurrency) as threads:
-        level = [""]
+        level, looked = [""], 0
         for _ in range(MAX_DEPTH + 1):
-            manifests = list(threads.map(lambda folder: _manifest_if_any(storage, folder), level))
+            looked += len(level)
+            if storage.is_remote and looked > MAX_REMOTE_FOLDERS:
+                raise _too_much(location, f"more than {MAX_REMOTE_FOLDERS} folders lie below it")
+            manifests = list(threads.map(look, level))
             for folder, manifest in zip(level, manifests, strict=True):
-                if manifest is not None:
-                    found.append(Summary(f"{storage.url}/{folder}".rstrip("/"), manifest, manifest.contents))
+                url = f"{storage.url}/{folder}".rstrip("/")
+                if isinstance(manifest, Manifest):
+                    found.append(Summary(url, manifest, manifest.contents))
+                elif manifest is not None:
+                    found.append(Unreadable(url, type(manifest).__name__, str(manifest)))
             unknown = [folder for folder, manifest in zip(level, manifests, strict=True) if manifest is None]
             below = threads.map(lambda folder: list(_below(storage, folder)), unknown)
             level = [folder for folders in below for folder in folders]
             if not level:
                 break
-    return sorted(found, key=lambda summary: summary.url)
+    return sorted(found, key=lambda each: each.url)
+
+
+def _too_much(location: str, what: str) -> StorageError:
+    return StorageError(f"can't list all of {location}: {what}; name a folder that is closer to the caches")
 
 
 def _below(storage: Storage, folder: str) -> Iterator[str]:
@@ -116,8 +147,11 @@ def _manifest(storage: Storage, folder: str) -> Manifest:
     return read_manifest(storage.get(key, limit=MAX_MANIFEST_BYTES), url=f"{storage.url}/{folder}".rstrip("/"))
 
 
-def _manifest_if_any(storage: Storage, folder: str) -> Manifest | None:
+def _manifest_if_any(storage: Storage, folder: str) -> Manifest | CorruptCache | UnsupportedFormat | None:
+    """A folder's manifest, or why it can't be read; None where there is none of a cache."""
     try:
         return _manifest(storage, folder)
+    except (CorruptCache, UnsupportedFormat) as error:
+        return error
     except NotACache:
         return None

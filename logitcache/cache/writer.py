@@ -7,6 +7,7 @@ writer thread once it is whole. A block without a receipt never happened.
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logitcache.cache.agreement import differing_rows
 from logitcache.cache.card import CARD, write_card
-from logitcache.cache.committed import collect_receipts
+from logitcache.cache.committed import collect_receipts, in_place, stored_manifest
+from logitcache.cache.digests import content_digest
 from logitcache.cache.layout import (
     FIXED,
     FIXED_RECEIPT_KEY,
@@ -29,28 +32,25 @@ from logitcache.cache.layout import (
     encode_block,
     encode_fixed,
     fixed_array_key,
-    group_metadata,
 )
 from logitcache.cache.manifest import (
     LOGITS,
-    MANIFEST,
     RECEIPTS,
     Manifest,
     Receipt,
     StoredObject,
-    content_digest,
     contents,
     dump,
-    dump_manifest,
 )
 from logitcache.cache.openblock import OpenBlock
 from logitcache.cache.outputs import outputs_of
+from logitcache.cache.publish import replace_records, write_group_metadata
 from logitcache.cache.reader import LogitCache
 from logitcache.data.samples import batch_item, input_digest
 from logitcache.data.views import proof_rows
 from logitcache.digest import array_digest, canonical_json, sha256_hex
 from logitcache.encodings import Encoding
-from logitcache.errors import IncompleteCache, ShapeError, UsageError
+from logitcache.errors import IdentityMismatch, IncompleteCache, InvalidLogits, ShapeError, UsageError
 from logitcache.storage import Storage
 
 # B batch, C classes, N samples
@@ -64,7 +64,8 @@ class CacheWriter:
     """Takes logits in any order, commits each block when it is whole, and seals; a context manager.
 
     Leaving the `with` seals the cache, or raises `IncompleteCache` that says which rows are missing. After an
-    exception everything committed so far is kept, and a writer opened again goes on from there.
+    exception everything committed so far is kept, and a writer opened again goes on from there. It is made under the
+    storage's lock.
     """
 
     def __init__(
@@ -89,14 +90,15 @@ class CacheWriter:
         self._open_blocks: dict[Block, OpenBlock] = {}
         self._submitted: set[Block] = set()
         self._lock = threading.Lock()
+        self._writing = threading.RLock()
+        self._stored_block: tuple[Block, dict[str, dict[str, Tensor]]] | None = None
+        """The committed block that rows were compared with last."""
         self._commits: list[Future[None]] = []
         self._slots = threading.BoundedSemaphore(BLOCKS_IN_FLIGHT)
         self._threads = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="logitcache-writer")
+        write_group_metadata(storage, self.layout)
         if self.manifest.state == "open":
             storage.remove_leftovers()
-            for key, data in group_metadata(self.layout).items():
-                if storage.get(key) != data:
-                    storage.put(key, data)
             if FIXED not in self._receipts:
                 if encoding.fitted_arrays and self._receipts:  # those seen here, not another builder's since
                     self._forget_blocks()
@@ -122,25 +124,47 @@ class CacheWriter:
         inputs: Any = None,
         input_digests: Mapping[int, str] | None = None,
     ) -> None:
-        """Store the logits of consecutive rows of one view; rows of committed blocks are passed over.
+        """Store the logits of consecutive rows of one view; several threads may call it.
+
+        Logits are stored up to a constant per row. Rows that were written before are compared with what is stored, up
+        to the encoding's loss and other roundings, and are not stored again.
 
         Args:
             view: 0 <= view < num_views.
             start: the first row.
-            logits: (B, C) floats, a tensor on any device or an array; -inf masks a class.
+            logits: (B, C) floats, a tensor on any device or an array; -inf masks a class. Not probabilities.
             outputs: (B, *shape) of each output that the cache has beside the logits, by name.
             inputs: what the teacher was given for these rows, batched; digests of a few rows of each view are kept,
-                so that a student can prove that it sees the same.
-            input_digests: these digests by row, where they are known and the inputs are not at hand.
+                so that a student can prove that it sees the same. Not for a padded batch, whose padding would count.
+            input_digests: these digests by row, where they are known and the inputs are not at hand, or are padded;
+                `ViewDataset.input_digests(view)` gives them.
 
         Raises:
             ShapeError: not (B, C), another shape of an output, or rows beyond the cache.
             UsageError: an output is missing, or one that the cache does not have.
-            InvalidLogits: NaN, +inf, or a row of -inf only; of another output, anything that its encoding can't hold.
+            InvalidLogits: NaN, +inf, or a row of -inf only; probabilities, integers or complex numbers; of another
+                output, anything that its encoding can't hold.
+            IdentityMismatch: rows that were written before, with other logits or from other inputs.
             StorageError: the store refused an earlier block.
         """
+        with self._writing:
+            self._write(view, start, logits, outputs or {}, inputs, input_digests or {})
+
+    def _write(
+        self,
+        view: int,
+        start: int,
+        logits: Any,
+        outputs: Mapping[str, Any],
+        inputs: Any,
+        input_digests: Mapping[int, str],
+    ) -> None:
         self._raise_failed_commit()
-        logits_BC = torch.as_tensor(logits)
+        logits_BC = _as_tensor(logits)
+        if not logits_BC.is_floating_point():
+            raise InvalidLogits(
+                f"logits are {logits_BC.dtype}; expected floats, the teacher's output before softmax or arg max"
+            )
         num_classes, num_samples = self.layout.num_classes, self.layout.num_samples
         if logits_BC.ndim != 2 or logits_BC.shape[1] != num_classes:
             raise ShapeError(
@@ -153,8 +177,8 @@ class CacheWriter:
                 f"rows {start} to {stop} of view {view} lie outside the cache, which has {num_samples} rows in "
                 f"{self.layout.num_views} views"
             )
-        parts = {LOGITS: logits_BC.detach().float(), **self._flattened(outputs or {}, len(logits_BC))}
-        digests = dict(input_digests or {}) | {
+        parts = {LOGITS: logits_BC.detach().float(), **self._flattened(outputs, len(logits_BC))}
+        digests = dict(input_digests) | {
             row: input_digest(batch_item(inputs, row - start)).hex()
             for row in (() if inputs is None else proof_rows(self.manifest.identity.view_seed, view, num_samples))
             if start <= row < stop
@@ -164,15 +188,64 @@ class CacheWriter:
             block = Block(view, row // self.layout.rows_per_block)
             rows = block_rows(self.layout, block)
             piece_stop = min(stop, rows.stop)
-            if block.name not in self._receipts and block not in self._submitted:
+            piece = {name: part[row - start : piece_stop - start] for name, part in parts.items()}
+            inside = {str(r): digest for r, digest in digests.items() if r in rows}
+            if block.name in self._receipts or block in self._submitted:
+                self._compare(block, row, piece, inside)
+            else:
                 if block not in self._open_blocks:
-                    self._open_blocks[block] = OpenBlock(block, rows, self._encodings, self.layout, parts)
+                    _refuse_probabilities(piece[LOGITS])
+                    self._open_blocks[block] = OpenBlock(
+                        block, rows, self._encodings, self.layout, parts, precision=self.manifest.identity.precision
+                    )
                 opened = self._open_blocks[block]
-                opened.fill(row, {name: part[row - start : piece_stop - start] for name, part in parts.items()})
-                opened.inputs.update({str(r): digest for r, digest in digests.items() if r in rows})
+                opened.fill(row, piece)
+                opened.inputs.update(inside)
                 if opened.whole:
                     self._submit(self._open_blocks.pop(block))
             row = piece_stop
+
+    def _compare(self, block: Block, start: int, parts: Mapping[str, Tensor], digests: Mapping[str, str]) -> None:
+        """Compare rows of a committed block with what it holds.
+
+        Raises:
+            IdentityMismatch: they are others.
+        """
+        if block.name not in self._receipts:
+            self.flush()
+        first = start - block_rows(self.layout, block).start
+        recorded = self._receipts[block.name].inputs
+        differing = {int(row) for row, digest in digests.items() if recorded.get(row, digest) != digest}
+        what = "from other inputs" if differing else "with other logits"
+        for name, encoded in self._stored(block).items():
+            values = parts[name]
+            rows = {array: stored[first : first + len(values)] for array, stored in encoded.items()}
+            differing |= set(
+                differing_rows(
+                    self._encodings[name].decode(rows, values.shape[1]),
+                    values.cpu(),
+                    self._encodings[name],
+                    self.manifest.identity.precision,
+                    view=block.view,
+                    rows_B=list(range(start, start + len(values))),
+                )
+            )
+        if differing:
+            raise IdentityMismatch(
+                f"block {block.name} of {self.storage.url} was written {what}: row {min(differing)} of view "
+                f"{block.view} differs from what is written now ({len(differing)} of {len(parts[LOGITS])} rows).\n"
+                "Nothing was changed. Choose another path, give this teacher another name, or delete what is there by "
+                "`create(..., overwrite=True)`."
+            )
+
+    def _stored(self, block: Block) -> dict[str, dict[str, Tensor]]:
+        """The encoded rows of a committed block, by output and array."""
+        if self._stored_block is None or self._stored_block[0] != block:
+            cache = self._written()
+            arrays = {name: cache.read_encoded(block.view, [block.number], output=name) for name in self._encodings}
+            tensors = {name: {key: torch.from_numpy(a) for key, a in each.items()} for name, each in arrays.items()}
+            self._stored_block = block, tensors
+        return self._stored_block[1]
 
     def _flattened(self, outputs: Mapping[str, Any], num_rows: int) -> dict[str, Tensor]:
         """Outputs beside the logits, held to their shapes, as float32 rows (B, D)."""
@@ -195,17 +268,37 @@ class CacheWriter:
     def seal(self) -> Manifest:
         """Wait for every commit, gather the receipts, close the cache for writing, and write its card.
 
+        Another builder of the same cache may have sealed it meanwhile: with these views or more, it is left as it is.
+
         Raises:
-            IncompleteCache: names the first rows that are missing.
+            IncompleteCache: names the first rows that are missing; another builder may have taken back views.
+            IdentityMismatch: another cache has been put in its place.
         """
         self.flush()
-        if self.manifest.state == "sealed":
+        if self.manifest.state == "open" or self.storage.size(CARD) is None:
+            with self.storage.lock():
+                self._seal()
+        return self.manifest
+
+    def _seal(self) -> None:
+        there = stored_manifest(self.storage)
+        if there.id != self.manifest.id:
+            raise IdentityMismatch(
+                f"{self.storage.url} holds another cache by now ({there.id[:12]}…, not {self.manifest.id[:12]}…); "
+                "nothing of it was changed. Choose another path, and build again"
+            )
+        if there.state == "sealed" and set(self.layout.views) <= set(there.layout.views):
+            self.manifest = there
+            self._forget_receipts()
             if self.storage.size(CARD) is None:
                 self.storage.remove_leftovers()  # of a writer that was killed as it wrote the card
-                write_card(self._written())
-            return self.manifest
+                write_card(LogitCache(self.storage))
+            return
+        opened = self.manifest.model_copy(update={"state": "open"})
+        # What other builders took back is gone, and what they had may be there.
+        self._receipts = in_place(self.storage, self.layout, self._receipts)
         if self.missing_blocks():
-            self._receipts |= collect_receipts(self.storage, self.manifest)  # another writer may have had them
+            self._receipts |= collect_receipts(self.storage, opened)
         missing = self.missing_blocks()
         if missing:
             raise IncompleteCache(self._describe_missing(missing))
@@ -213,20 +306,27 @@ class CacheWriter:
         receipts = {name: self._receipts[name] for name in names}
         compact = {name: receipt.model_dump() for name, receipt in receipts.items()}
         gathered = canonical_json(compact)
-        self.storage.put(RECEIPTS, gathered)
         changes = {
             "state": "sealed",
-            "digest": content_digest(list(receipts.values())),
+            "digest": content_digest(self.manifest, receipts),
             "receipts": sha256_hex(gathered),
             "contents": contents(receipts, fixed=FIXED),
-            "provenance": {name: value for name, value in self.manifest.provenance.items() if name != "repairing"},
+            "provenance": {name: value for name, value in there.provenance.items() if name != "repairing"},
         }
         self.manifest = self.manifest.model_copy(update=changes)
-        self.storage.put(MANIFEST, dump_manifest(self.manifest))
-        for key in list(self.storage.list_keys("receipts")):
-            self.storage.delete(key)
+        if there.layout != self.layout:
+            write_group_metadata(self.storage, self.layout)
+        replace_records(self.storage, self.manifest, gathered, replaces=there)
+        self._forget_receipts()
         write_card(self._written())  # last: a cache is whole without it
-        return self.manifest
+
+    def _forget_receipts(self) -> None:
+        """Remove the receipts that are gathered now."""
+        for key in list(self.storage.list_keys("receipts")):
+            of_view = re.fullmatch(r"receipts/v(\d+)/.*", key)
+            # Those of later views are another builder's, who asked for more and goes on.
+            if of_view is None or int(of_view[1]) < self.manifest.layout.num_views:
+                self.storage.delete(key)
 
     def _written(self) -> LogitCache:
         """The cache as this writer knows it: another one may be at work on what lies in the storage."""
@@ -270,7 +370,7 @@ class CacheWriter:
                 spec = self.layout.arrays[name]
                 data = encode_block(spec, values, self.layout.rows_per_block)
                 self.storage.put(block_key(name, spec, opened.block), data)
-                objects[name] = _stored(data, values)
+                objects[name] = _stored_object(data, values)
             kl = opened.kl.double()
             receipt = Receipt(
                 rows=len(opened.rows),
@@ -293,7 +393,7 @@ class CacheWriter:
         for name, values in arrays.items():
             data = encode_fixed(values)
             self.storage.put(fixed_array_key(name, self.layout.fixed[name]), data)
-            objects[name] = _stored(data, values)
+            objects[name] = _stored_object(data, values)
         receipt = Receipt(rows=self.layout.num_samples, objects=objects, kl_mean=None, kl_max=None, inputs={})
         self.storage.put(FIXED_RECEIPT_KEY, dump(receipt))
         return receipt
@@ -327,10 +427,33 @@ class CacheWriter:
         )
 
 
+def _refuse_probabilities(logits_BC: Tensor) -> None:
+    """Softmax outputs are no logits: a loss would apply softmax to them again.
+
+    Raises:
+        InvalidLogits: every row is a distribution.
+    """
+    if len(logits_BC) and bool(((logits_BC.sum(dim=1) - 1).abs() < 1e-3).all()) and bool((logits_BC >= 0).all()):
+        raise InvalidLogits(
+            "these rows are probabilities: none is negative, and each sums to 1. Pass the logits before softmax, or "
+            "`probabilities.log()`. If they are logits after all, add any constant: it changes no distribution"
+        )
+
+
+def _as_tensor(logits: Any) -> Tensor:
+    try:
+        return torch.as_tensor(logits)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapeError(
+            f"logits are a {type(logits).__name__}; expected one tensor or array (B, C). Where the teacher returns a "
+            "mapping, a tuple or an object, pass the tensor in it, such as `output.logits`"
+        ) from error
+
+
 def _finite(nats: float) -> float | None:
     """A divergence for a receipt; none where classes that the teacher may choose are left out altogether."""
     return nats if math.isfinite(nats) else None
 
 
-def _stored(data: bytes, values: np.ndarray) -> StoredObject:
+def _stored_object(data: bytes, values: np.ndarray) -> StoredObject:
     return StoredObject(bytes=len(data), sha256=sha256_hex(data), values_sha256=array_digest(values))

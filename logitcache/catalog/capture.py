@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from logitcache.cache.manifest import LOGITS
+from logitcache.catalog.calling import call_model, described, input_described
 from logitcache.errors import LogitCacheError, ShapeError, UsageError
 
 # B batch, C channels, H height, W width
@@ -56,11 +57,11 @@ class Tap:
                 taken = given[self.key]
             except (KeyError, IndexError, TypeError):
                 raise UsageError(
-                    f"module {self.module!r} gives {_described(given)}, which has no {self.key!r}"
+                    f"module {self.module!r} gives {described(given)}, which has no {self.key!r}"
                 ) from None
         if not isinstance(taken, Tensor) or not taken.is_floating_point():
             raise UsageError(
-                f"module {self.module!r} gives {_described(taken)}; expected a tensor of floats. Name a part of it by "
+                f"module {self.module!r} gives {described(taken)}; expected a tensor of floats. Name a part of it by "
                 "`key`, or a module within it"
             )
         if self.pool is None:
@@ -120,10 +121,10 @@ class Capture(nn.Module):
             for name, tap in self.taps.items()
         ]
 
-    def forward(self, inputs: Any, **options: Any) -> tuple[Any, dict[str, Tensor]]:
+    def forward(self, *inputs: Any, **options: Any) -> tuple[Any, dict[str, Tensor]]:
         self._taken = {}
         try:
-            logits = self.net(inputs, **options)
+            logits = self.net(*inputs, **options)
             taken = self._taken
         finally:
             self._taken = None
@@ -181,13 +182,12 @@ def captured_shapes(net: nn.Module, taps: Mapping[str, Tap], inputs: Any) -> dic
     handles = capture.hook()
     try:
         with torch.inference_mode():
-            logits, taken = capture(inputs)
+            logits, taken = call_model(capture, inputs, like=net)
     except LogitCacheError:
         raise
     except Exception as error:
         raise ShapeError(
-            f"the net can't take an input of shape {tuple(getattr(inputs, 'shape', ()))}: {error}; look at its `input` "
-            "transforms and `args`"
+            f"the net can't take {input_described(net, inputs)}: {error}; look at its `input` transforms and `args`"
         ) from error
     finally:
         net.train(was_training)
@@ -202,13 +202,3 @@ def captured_shapes(net: nn.Module, taps: Mapping[str, Tap], inputs: Any) -> dic
                 "for each sample"
             )
     return {name: tuple(values.shape[1:]) for name, values in taken.items()}
-
-
-def _described(given: Any) -> str:
-    if isinstance(given, Tensor):
-        return f"a tensor of {str(given.dtype).removeprefix('torch.')}"
-    if isinstance(given, Mapping):
-        return f"a mapping of {', '.join(map(repr, given))}"
-    if isinstance(given, list | tuple):
-        return f"a {type(given).__name__} of {len(given)}"
-    return f"a {type(given).__name__}"

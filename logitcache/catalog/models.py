@@ -6,6 +6,7 @@ import difflib
 import functools
 import hashlib
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,11 +18,13 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from logitcache.catalog.calling import call_model, input_described, logits_of
 from logitcache.catalog.nets import CNN, MLP, CIFARResNet
 from logitcache.catalog.soft_tree import SoftTree
+from logitcache.checksums import check_file
 from logitcache.digest import canonical_json
 from logitcache.entry_points import call_entry_point, is_entry_point, load_entry_point
-from logitcache.errors import LogitCacheError, ShapeError, UsageError
+from logitcache.errors import CorruptRun, LogitCacheError, ShapeError, UsageError
 from logitcache.storage import LocalStorage
 
 # B batch, C classes
@@ -34,6 +37,10 @@ NETS: dict[str, Callable[..., nn.Module]] = {
     "resnet32": functools.partial(CIFARResNet, depth=32),
     "soft_tree": SoftTree,
 }
+
+
+ORIGIN = "logitcache"
+"""The entry of a safetensors file's metadata that says, in JSON, which run its weights are of."""
 
 
 def build_model(
@@ -142,11 +149,44 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
     Raises:
         UsageError: no safetensors file, or one of another model; names the first entry that does not fit.
+        CorruptRun: not the file that a finished run left beside its `SHA256SUMS`, or damaged weights of a run.
+    """
+    try:
+        listed = check_file(path)
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error}") from error
+    load_state(model, read_weights(path, verify=not listed)[0], path)
+
+
+def read_weights(path: Path, *, verify: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A safetensors file's tensors, and what `save_weights` was given as their origin; {} in other files.
+
+    Raises:
+        UsageError: no safetensors file.
+        CorruptRun: with `verify`, tensors that are not the ones that were saved.
     """
     try:
         state = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
+        with safetensors.safe_open(path, framework="pt") as file:
+            origin = json.loads((file.metadata() or {}).get(ORIGIN, "{}"))
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no safetensors file: {error}") from error
+    if not isinstance(origin, dict):
+        raise UsageError(f"{path} is no safetensors file of a run: its metadata {ORIGIN!r} is no object")
+    if verify and "sha256" in origin and origin["sha256"] != _state_sha256(state):
+        raise CorruptRun(
+            f"{path} is damaged: its tensors have another SHA-256 than its metadata; restore it, or delete the folder "
+            "and train again"
+        )
+    return state, origin
+
+
+def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Load what was read from a file into a model.
+
+    Raises:
+        UsageError: the state of another model; names the first entry that does not fit.
+    """
     expected = model.state_dict()
     for name in sorted(expected.keys() | state.keys()):
         here, there = expected.get(name), state.get(name)
@@ -158,24 +198,43 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state)
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a model's state as safetensors, whole or not at all."""
+def save_weights(model: nn.Module, path: Path, origin: Mapping[str, Any] | None = None) -> None:
+    """Write a model's state as safetensors, whole or not at all.
+
+    Args:
+        origin: where the weights come from, as plain data; it is kept in the file with the SHA-256 of the tensors.
+    """
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    LocalStorage(path.parent).put(path.name, safetensors.torch.save(state))
+    # One entry: safetensors writes several in any order, and equal weights are to be equal files.
+    metadata = None
+    if origin is not None:
+        metadata = {ORIGIN: canonical_json({**origin, "sha256": _state_sha256(state)}).decode()}
+    LocalStorage(path.parent).put(path.name, safetensors.torch.save(state, metadata))
+
+
+def _state_sha256(state: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for entry in sorted(state):
+        _add_entry(digest, entry, state[entry])
+    return digest.hexdigest()
+
+
+def _add_entry(digest: Any, entry: str, value: torch.Tensor) -> None:
+    tensor = value.detach().cpu().contiguous()
+    digest.update(canonical_json([entry, str(tensor.dtype), list(tensor.shape)]))
+    digest.update(np.asarray(tensor.reshape(-1).view(torch.uint8)).data if tensor.numel() else b"")
 
 
 def model_fingerprint(model: nn.Module, *, name: str, args: Mapping[str, Any] | None = None) -> str:
     """`name@sha256`: over the constructor's arguments and each state entry's name, dtype, shape and bytes."""
     digest = hashlib.sha256(canonical_json([name, dict(args or {})]))
     for entry, value in model.state_dict().items():
-        tensor = value.detach().cpu().contiguous()
-        digest.update(canonical_json([entry, str(tensor.dtype), list(tensor.shape)]))
-        digest.update(np.asarray(tensor.reshape(-1).view(torch.uint8)).data if tensor.numel() else b"")
+        _add_entry(digest, entry, value)
     return f"{name}@{digest.hexdigest()}"
 
 
 def check_output(model: nn.Module, inputs: Any, num_classes: int, *, name: str) -> None:
-    """Run one sample through a model, and hold its output to (1, C).
+    """Run a batch of one sample through a model, and hold its logits to (1, C).
 
     Raises:
         ShapeError: the model's classes are not the data's.
@@ -184,16 +243,19 @@ def check_output(model: nn.Module, inputs: Any, num_classes: int, *, name: str) 
     model.eval()
     with torch.inference_mode():
         try:
-            output = model(inputs)
+            output = call_model(model, inputs)
         except Exception as error:
             raise ShapeError(
-                f"model {name!r} can't take an input of shape {tuple(getattr(inputs, 'shape', ()))}: {error}; "
-                "look at its `input` transforms and `args`"
+                f"model {name!r} can't take {input_described(model, inputs)}: {error}; look at its `input` transforms "
+                "and `args`"
             ) from error
     model.train(was_training)
-    if not isinstance(output, torch.Tensor) or output.shape != (1, num_classes):
-        found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    try:
+        logits = logits_of(output)
+    except ShapeError as error:
+        raise ShapeError(f"model {name!r}: {error}") from None
+    if logits.shape != (1, num_classes):
         raise ShapeError(
-            f"model {name!r} gives {found} for one sample; expected (1, {num_classes}), one logit for each of the "
-            f"data's {num_classes} classes. Another head, other weights or other data are needed"
+            f"model {name!r} gives {tuple(logits.shape)} for one sample; expected (1, {num_classes}), one logit for "
+            f"each of the data's {num_classes} classes. Another head, other weights or other data are needed"
         )

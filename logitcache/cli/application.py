@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from logitcache.errors import LogitCacheError, StorageError
+from logitcache.errors import LogitCacheError, StorageError, UsageError
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 and the signal's number."""
@@ -37,11 +38,28 @@ TrustOption = Annotated[
 ]
 
 
-def pipeline_of(cache: str, file: Path) -> Any:
-    """A pipeline with its cache at another place."""
+def pipeline_of(cache: str, file: Path | None, overrides: Sequence[str] | None) -> Any:
+    """The pipeline of `--data` with its cache at another place, and keys overridden; None where none is given.
+
+    Raises:
+        UsageError: overrides of no pipeline.
+    """
+    if file is None:
+        refuse_overrides(overrides)
+        return None
     from logitcache.pipeline import load_pipeline
 
-    return load_pipeline(file, [f"cache.path={cache}"])
+    return load_pipeline(file, [*(overrides or ()), f"cache.path={cache}"])
+
+
+def refuse_overrides(overrides: Sequence[str] | None) -> None:
+    """Keys are those of a pipeline.
+
+    Raises:
+        UsageError: there is an override.
+    """
+    if overrides:
+        raise UsageError(f"{overrides[0]!r} overrides a key of a pipeline, and there is none; add --data PIPELINE")
 
 
 def show(value: dict[str, Any], as_json: bool, print_it: Any) -> None:

@@ -10,7 +10,16 @@ from typing import Annotated
 
 import typer
 
-from logitcache.cli.application import CacheArgument, JsonOption, TrustOption, app, pipeline_of, show
+from logitcache.cli.application import (
+    CacheArgument,
+    JsonOption,
+    OverridesArgument,
+    TrustOption,
+    app,
+    pipeline_of,
+    refuse_overrides,
+    show,
+)
 from logitcache.cli.printing import (
     cache_summary,
     console,
@@ -64,16 +73,21 @@ def ls_command(
     location: Annotated[str, typer.Argument(metavar="URL", help="A directory or URL with caches in or below it.")],
     as_json: JsonOption = False,
 ) -> None:
-    """What caches lie at a location, and in the folders below it."""
-    from logitcache.cache.summary import find_caches
+    """What caches lie at a location, and in the folders below it; exit 1 if one of them can't be read."""
+    from logitcache.cache.summary import Summary, find_caches
 
-    caches = [{"url": found.url} | cache_summary(found) for found in find_caches(location)]
-    show({"caches": caches}, as_json, lambda: print_caches(location, caches))
+    found = find_caches(location)
+    caches = [{"url": each.url} | cache_summary(each) for each in found if isinstance(each, Summary)]
+    unreadable = [dataclasses.asdict(each) for each in found if not isinstance(each, Summary)]
+    show({"caches": caches, "unreadable": unreadable}, as_json, lambda: print_caches(location, caches, unreadable))
+    if unreadable:
+        raise typer.Exit(1)
 
 
 @app.command("verify")
 def verify_command(
     cache: CacheArgument,
+    overrides: OverridesArgument = None,
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte and compare its SHA-256.")] = False,
     recompute: Annotated[
         int, typer.Option(metavar="N", help="Ask the teacher of --data again about N samples drawn over all views.")
@@ -89,13 +103,13 @@ def verify_command(
 
     if recompute and data is None:
         raise UsageError("--recompute asks the teacher again, so it needs the pipeline that has one: --data PIPELINE")
+    pipeline = pipeline_of(cache, data, overrides)
     problems = verify(cache, deep=deep)
-    if data is not None and not problems:
+    if pipeline is not None and not problems:
         from logitcache.cache.reader import open_cache
         from logitcache.trust.fit import all_differences, has_teacher
         from logitcache.trust.spot_check import spot_check
 
-        pipeline = pipeline_of(cache, data)
         differences = all_differences(open_cache(cache, trust=trust), pipeline, trust=trust)
         problems += [Problem("", line, "differs") for line in differences]
         if not has_teacher(pipeline):
@@ -111,6 +125,7 @@ def verify_command(
 @app.command("repair")
 def repair_command(
     cache: CacheArgument,
+    overrides: OverridesArgument = None,
     source: Annotated[str | None, typer.Option("--from", help="A copy of the cache, to take blocks from.")] = None,
     data: Annotated[Path | None, typer.Option(help="The pipeline that made it, to compute blocks again.")] = None,
     trust: TrustOption = False,
@@ -119,7 +134,7 @@ def repair_command(
     """Make the blocks that `verify --deep` finds bad what they were, and only those; exit 1 if a problem remains."""
     from logitcache.trust.repair import repair
 
-    pipeline = None if data is None else pipeline_of(cache, data)
+    pipeline = pipeline_of(cache, data, overrides)
     result = repair(cache, source=source, pipeline=pipeline, trust=trust)
     found = {"ok": not result.remaining, **dataclasses.asdict(result)}
 
@@ -208,6 +223,8 @@ def merge_command(
 @app.command("export")
 def export_command(
     source: Annotated[str, typer.Argument(metavar="CACHE|RUN", help="A cache; or a run's folder, to get a student.")],
+    *,
+    overrides: OverridesArgument = None,
     to: Annotated[
         ExportFormat, typer.Option("--to", help="What to make of it: parquet of a cache; the others of a run.")
     ],
@@ -228,6 +245,8 @@ def export_command(
     as_json: JsonOption = False,
 ) -> None:
     """A cache's labels as Parquet files; or a run's student as a product: safetensors or ONNX, card and numbers."""
+    if data is None:
+        refuse_overrides(overrides)
     if to is ExportFormat.parquet:
         _check_is_cache(source, out, int8=int8, weights=weights, data=data)
         assert out is not None
@@ -246,7 +265,7 @@ def export_command(
         to="onnx" if to is ExportFormat.onnx else "safetensors",
         int8=int8,
         weights=weights.value,
-        data=None if data is None else load_pipeline(data),
+        data=None if data is None else load_pipeline(data, overrides or ()),
         trust=trust,
     )
     summary = {"folder": str(exported.folder), "written": exported.written, **exported.product.model_dump()}
@@ -293,6 +312,7 @@ def suspects_command(
 @app.command("report")
 def report_command(
     cache: CacheArgument,
+    overrides: OverridesArgument = None,
     runs: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A folder below which students left their runs.")
     ] = None,
@@ -310,7 +330,7 @@ def report_command(
     """One page that opens offline: the cache, its teacher, its fidelity, its views, and students side by side."""
     from logitcache.report import write_report
 
-    pipeline = None if data is None else pipeline_of(cache, data)
+    pipeline = pipeline_of(cache, data, overrides)
     written = write_report(cache, output, runs=runs, data=pipeline, trust=trust)
     summary = {"report": str(written.path), "bytes": written.bytes, **written.headline}
     show(summary, as_json, lambda: print_report(written))

@@ -18,6 +18,7 @@ def cache_summary(summary: Any) -> dict[str, Any]:
     """The keys of `info`."""
     manifest, contents = summary.manifest, summary.contents
     outputs = {"outputs": summary.outputs} if summary.outputs else {}
+    created = manifest.provenance.get("created")
     return {
         "id": manifest.id,
         "digest": manifest.digest,
@@ -32,15 +33,18 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         "dataset": manifest.identity.dataset,
         "views": f"{manifest.layout.first_view}:{manifest.layout.num_views}",
         "kl_mean": None if contents is None else contents.kl_mean,
-        "created": manifest.provenance.get("created"),
+        "created": created if isinstance(created, str) else None,
         **outputs,
     }
 
 
-def print_caches(location: str, caches: list[dict[str, Any]]) -> None:
-    """The table of `ls`."""
+def print_caches(location: str, caches: list[dict[str, Any]], unreadable: list[dict[str, Any]]) -> None:
+    """The table of `ls`, and a line on stderr for each cache that can't be read."""
+    for each in unreadable:
+        print(_plain_line(f"error: {each['error']}"), file=sys.stderr, flush=True)
     if not caches:
-        console().print(f"{location}: no cache there", highlight=False, markup=False)
+        if not unreadable:
+            console().print(f"{location}: no cache there", highlight=False, markup=False)
         return
     columns = (Column(name, overflow="fold") for name in ("cache", "id", "teacher", "dataset"))
     table = Table(*columns, "views", "samples", "size", "state")
@@ -54,9 +58,12 @@ def print_caches(location: str, caches: list[dict[str, Any]]) -> None:
 
 def print_transfer(where: str, transfer: Any) -> None:
     """What a push or a pull did."""
-    pin = f"Pin this content with --expect {transfer.source_digest}"
+    pin = f"Pin this content with --expect {transfer.pin}"
     if transfer.digest != transfer.source_digest:
         pin += f" where it came from; what is there now has the digest {transfer.digest}"
+    if transfer.matched == "digest":
+        pin += ".\nThe digest given is of format 1: it covers which labels there are, not which block holds them. "
+        pin += "The pin covers both"
     rate = f", {decimal(int(transfer.copied_bytes / transfer.seconds))}/s" if transfer.copied_bytes else ""
     console().print(
         f"{where}: views {transfer.views}; {transfer.copied_objects:,} objects copied "
@@ -74,9 +81,11 @@ def _short(fingerprint: str) -> str:
 
 def _plain(text: Any) -> str:
     """Text from a stranger, without markup and control characters."""
-    return escape(
-        "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
-    )
+    return escape(_plain_line(text))
+
+
+def _plain_line(text: Any) -> str:
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
 
 
 def plan_summary(plan: Any) -> dict[str, Any]:

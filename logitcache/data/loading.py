@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
+from logitcache.data.batching import Batch
 from logitcache.data.views import ViewDataset
-from logitcache.errors import LogitCacheError, ShapeError
+from logitcache.data.workers import end_with_parent
+from logitcache.errors import LogitCacheError
 
 # B batch
 
 PIPE_BYTES = 2**20
 """A tensor no larger than this crosses from a worker through its pipe, a larger one in shared memory."""
-
-Batch = tuple[Tensor, Any, Any]
-"""(rows int64 (B,), inputs, targets)."""
 
 
 def rendered_batches(
@@ -30,10 +29,32 @@ def rendered_batches(
     Raises:
         LogitCacheError: what a worker met, as it was raised there: an unreadable or changed sample.
     """
+    loader = _loader(_Rendering(views, pipe=not pin_memory, prove=False), batches, num_workers, pin_memory)
+    return (rendered.batch for rendered in loader)
+
+
+def proven_batches(
+    views: ViewDataset, batches: Iterable[list[tuple[int, int]]], *, num_workers: int, pin_memory: bool = False
+) -> Iterator[Rendered]:
+    """As `rendered_batches`, with the digest of each proof row's input: of the sample alone, before any padding."""
+    return _loader(_Rendering(views, pipe=not pin_memory, prove=True), batches, num_workers, pin_memory)
+
+
+class Rendered(NamedTuple):
+    """A batch, and the digests of the inputs of the proof rows in it, by row."""
+
+    batch: Batch
+    digests: dict[int, str]
+
+
+def _loader(
+    rendering: _Rendering, batches: Iterable[list[tuple[int, int]]], num_workers: int, pin_memory: bool
+) -> Iterator[Rendered]:
     loader: DataLoader[Any] = DataLoader(
-        _Rendering(views, pipe=not pin_memory),
+        rendering,
         batch_sampler=batches,
         num_workers=num_workers,
+        worker_init_fn=end_with_parent,
         collate_fn=_as_rendered,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
@@ -44,12 +65,12 @@ def rendered_batches(
     return _checked(iter(loader))
 
 
-def _checked(loader: Iterator[Any]) -> Iterator[Batch]:
+def _checked(loader: Iterator[Any]) -> Iterator[Rendered]:
     try:
-        for batch in loader:
-            if isinstance(batch, LogitCacheError):
-                raise batch
-            yield _from_pipe(batch)
+        for rendered in loader:
+            if isinstance(rendered, LogitCacheError):
+                raise rendered
+            yield Rendered(_from_pipe(rendered.batch), rendered.digests)
     except RuntimeError as error:
         if "DataLoader worker" in str(error) and not isinstance(error, LogitCacheError):
             raise LogitCacheError(
@@ -61,36 +82,22 @@ def _checked(loader: Iterator[Any]) -> Iterator[Batch]:
 class _Rendering(Dataset[Any]):
     """Whole batches at a time; an error travels as a value, since DataLoader would rewrite its message."""
 
-    def __init__(self, views: ViewDataset, *, pipe: bool) -> None:
+    def __init__(self, views: ViewDataset, *, pipe: bool, prove: bool) -> None:
         self._views = views
         self._pipe = pipe
+        self._prove = prove
 
     def __len__(self) -> int:
         return len(self._views)
 
-    def __getitems__(self, items: list[tuple[int, int]]) -> Batch | LogitCacheError:
+    def __getitems__(self, items: list[tuple[int, int]]) -> Rendered | LogitCacheError:
         try:
-            batch = collate(self._views.__getitems__(items))
-            return cast("Batch", _for_pipe(batch)) if self._pipe else batch
+            samples = self._views.__getitems__(items)
+            digests = self._views.proofs(items, samples) if self._prove else {}
+            batch = self._views.collate(samples)
+            return Rendered(_for_pipe(batch) if self._pipe else batch, digests)
         except LogitCacheError as error:
             return error
-
-
-def collate(samples: list[tuple[int, Any, Any]]) -> Batch:
-    """Samples of a `ViewDataset` as one batch.
-
-    Raises:
-        ShapeError: inputs of different sizes.
-    """
-    rows, inputs, targets = zip(*samples, strict=True)
-    try:
-        return torch.tensor(rows), default_collate(list(inputs)), default_collate(list(targets))
-    except (RuntimeError, TypeError) as error:
-        shapes = {str(tuple(getattr(value, "shape", ())) or type(value).__name__) for value in inputs}
-        raise ShapeError(
-            f"these samples make no batch; their inputs are {', '.join(sorted(shapes))}: end the model's `input` "
-            f"with a resize or crop to a fixed size ({str(error).splitlines()[0]})"
-        ) from error
 
 
 def part_of(value: Any, start: int, stop: int) -> Any:
@@ -108,6 +115,8 @@ def _for_pipe(value: Any) -> Any:
     """Small tensors as arrays: torch would open a socket for each, which costs more than rendering a small batch."""
     if isinstance(value, Tensor) and value.nbytes <= PIPE_BYTES:
         return value.numpy()
+    if isinstance(value, dict):
+        return {name: _for_pipe(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(_for_pipe, value))
     return value
@@ -116,6 +125,8 @@ def _for_pipe(value: Any) -> Any:
 def _from_pipe(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
+    if isinstance(value, dict):
+        return {name: _from_pipe(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(_from_pipe, value))
     return value

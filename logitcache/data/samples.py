@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from logitcache.data.workers import end_with_parent
 from logitcache.digest import array_digest, json_digest
 from logitcache.errors import IdentityMismatch, LogitCacheError, SampleMismatch, UnreadableSample, UsageError
 
@@ -33,9 +34,18 @@ class Dataset(Protocol):
     def __getitem__(self, index: int, /) -> tuple[Any, Any]: ...
 
 
+_TARGET_DTYPES = ("int64", "int8", "uint8", "uint16", "uint32")
+"""Tables that somebody made by hand have had the narrower ones."""
+
+
 @dataclass(frozen=True)
 class SampleTable:
-    """The samples of a dataset, in order."""
+    """The samples of a dataset, in order.
+
+    Raises:
+        UsageError: keys that repeat, that are not one string a sample, or that hold a line break; arrays of another
+            shape or dtype.
+    """
 
     num_samples: int
     keys: Sequence[str] | None
@@ -45,14 +55,24 @@ class SampleTable:
     contents: np.ndarray | None
     """uint8 (N, 16): the digest of each sample's content; None where it was not taken yet."""
 
+    def __post_init__(self) -> None:
+        _check_array("targets", self.targets, (self.num_samples,), _TARGET_DTYPES)
+        if self.contents is not None:
+            _check_array("contents", self.contents, (self.num_samples, DIGEST_BYTES), ("uint8",))
+        if self.keys is not None:
+            _check_keys(self.keys, self.num_samples)
+
     def fingerprint(self) -> str:
         """SHA-256 over ordered keys, targets and contents: the identity of the data.
 
         Raises:
-            ValueError: the contents were not taken.
+            UsageError: the contents were not taken.
         """
         if self.contents is None:
-            raise ValueError("a dataset's fingerprint needs the contents of its samples")
+            raise UsageError(
+                "the sample table has no content digests, which the dataset's identity needs; set "
+                "contents=content_table(dataset) of logitcache.data.samples"
+            )
         keys = None if self.keys is None else hashlib.sha256("\n".join(self.keys).encode()).hexdigest()
         return json_digest([self.num_samples, keys, array_digest(self.targets), array_digest(self.contents)])
 
@@ -87,28 +107,69 @@ def sample_table(dataset: Dataset) -> SampleTable:
     """Keys and targets of a dataset; reads samples only where it does not offer `targets`.
 
     Raises:
-        UsageError: keys that repeat, don't match the length, or hold a line break; targets that are no classes.
+        UsageError: keys that no `SampleTable` takes; targets that are no classes.
     """
     num_samples = len(dataset)
     if num_samples == 0:
         raise UsageError("the dataset is empty; expected at least one sample")
     keys = getattr(dataset, "keys", None)
     keys = None if keys is None or callable(keys) else list(keys)
-    if keys is not None:
-        if len(keys) != num_samples:
-            raise UsageError(f"the dataset has {num_samples} samples, but {len(keys)} keys")
-        if len(set(keys)) != num_samples:
-            raise UsageError(f"{num_samples - len(set(keys))} sample keys repeat; each key must name one sample")
-        if any("\n" in key for key in keys):
-            raise UsageError("a sample key holds a line break; keys are single lines")
     targets = getattr(dataset, "targets", None)
     if targets is None:
         targets = [load_sample(dataset, index)[1] for index in range(num_samples)]
+    _refuse_names(targets)
     try:
         targets = np.asarray(targets).astype(np.int64, casting="same_kind", copy=False).reshape(num_samples)
     except (TypeError, ValueError) as error:
         raise UsageError(f"targets must be {num_samples} integer class numbers: {error}") from error
     return SampleTable(num_samples=num_samples, keys=keys, targets=targets, contents=None)
+
+
+def _refuse_names(targets: Any) -> None:
+    """Class names in the place of class numbers."""
+    first = next(iter(targets), None)
+    if isinstance(first, str | bytes):
+        raise UsageError(
+            f"the targets are names, the first one {first!r}; expected class numbers from 0. Number them in one order "
+            "for all splits: `class_names = sorted(set(targets))`, `targets = [class_names.index(name) for name in "
+            "targets]`, and give the dataset `class_names` too"
+        )
+
+
+def _check_array(name: str, values: Any, shape: tuple[int, ...], dtypes: Sequence[str]) -> None:
+    if not isinstance(values, np.ndarray) or values.shape != shape or values.dtype.name not in dtypes:
+        found = (
+            f"{values.dtype.name} {values.shape}" if isinstance(values, np.ndarray) else f"a {type(values).__name__}"
+        )
+        raise UsageError(f"the {name} of a sample table are an array {dtypes[0]} {shape}; found {found}")
+
+
+def _check_keys(keys: Sequence[str], num_samples: int) -> None:
+    if isinstance(keys, str) or len(keys) != num_samples:
+        found = "one string" if isinstance(keys, str) else len(keys)
+        raise UsageError(f"a sample table of {num_samples} samples has as many keys; found {found}")
+    try:
+        text = "\n".join(keys)
+    except TypeError:
+        stranger = next(key for key in keys if not isinstance(key, str))
+        raise UsageError(f"a sample key is a string, not {stranger!r}") from None
+    if text.count("\n") != num_samples - 1:
+        stranger = next(key for key in keys if "\n" in key)
+        raise UsageError(f"the sample key {stranger!r} holds a line break; keys are single lines")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        stranger = keys[text.count("\n", 0, error.start)]
+        raise UsageError(
+            f"the sample key {stranger!r} can't be written as UTF-8; rename the file, or give the dataset other `keys`"
+        ) from None
+    if len(set(keys)) != num_samples:
+        seen: set[str] = set()
+        stranger = next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise UsageError(
+            f"{num_samples - len(set(keys))} sample keys repeat, the first being {stranger!r}; each key must name one "
+            "sample"
+        )
 
 
 def sample_key(dataset: Dataset, index: int) -> str:
@@ -128,12 +189,22 @@ def load_sample(dataset: Dataset, index: int) -> tuple[Any, Any]:
     except LogitCacheError:
         raise
     except Exception as error:
+        if isinstance(error, IndexError):
+            raise UnreadableSample(
+                f"dataset[{index}] raises IndexError ({error}), but the dataset's length is {len(dataset)}: expected a "
+                f"sample for each of 0 to {len(dataset) - 1}. Make `__len__` the number of samples that `__getitem__` "
+                "has"
+            ) from error
         raise UnreadableSample(
             f"sample {sample_key(dataset, index)!r} (number {index}) can't be read: {type(error).__name__}: {error}\n"
             "Mend or remove it; nothing was changed."
         ) from error
     if not isinstance(sample, tuple | list) or len(sample) < 2:
-        raise UsageError(f"dataset[{index}] must give (input, target), not a {type(sample).__name__}")
+        found = f"a mapping of {', '.join(map(repr, sample))}" if isinstance(sample, Mapping) else type(sample).__name__
+        raise UsageError(
+            f"dataset[{index}] must give (input, target), not {found}; wrap the dataset in one whose `__getitem__` "
+            "returns the model's input and the class number. An input may be a mapping"
+        )
     return sample[0], sample[1]
 
 
@@ -211,7 +282,13 @@ def content_table(
     contents = np.empty((len(dataset), DIGEST_BYTES), dtype=np.uint8)
     start = 0
     workers = 0 if getattr(dataset, "in_memory", False) else num_workers
-    batches = DataLoader(_ContentDigests(dataset), batch_size=256, num_workers=workers, collate_fn=_as_is)
+    batches = DataLoader(
+        _ContentDigests(dataset),
+        batch_size=256,
+        num_workers=workers,
+        worker_init_fn=end_with_parent,
+        collate_fn=_as_is,
+    )
     for batch in batches:
         if isinstance(batch, LogitCacheError):
             raise batch

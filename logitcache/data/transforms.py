@@ -44,9 +44,34 @@ def describe_transform(transform: Callable[[Any], Any] | None) -> Any:
 
 def adapt_transform(transform: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
     """Any library's transform as a callable from sample to sample."""
+    ignoring = _ignores_arrays(transform)
+    if transform is not None and ignoring is not None:
+        return TorchvisionTransform(transform, ignoring)
     if transform is not None and type(transform).__module__.startswith("albumentations."):
         return AlbumentationsTransform(transform)
     return transform
+
+
+class TorchvisionTransform:
+    """A transform of torchvision v2 that refuses NumPy arrays, which it would return unchanged.
+
+    Args:
+        transform: of torchvision.
+        ignoring: the name of the one that ignores arrays: itself, or one within.
+    """
+
+    def __init__(self, transform: Callable[[Any], Any], ignoring: str) -> None:
+        self.transform = transform
+        self._ignoring = ignoring
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            raise UsageError(
+                f"torchvision's {self._ignoring} returns a NumPy array ({value.dtype}, {value.shape}) unchanged. Put "
+                "`ToImage`, which converts arrays (H, W, C), before it, or let the dataset give PIL images or tensors "
+                "(C, H, W)"
+            )
+        return self.transform(value)
 
 
 class AlbumentationsTransform:
@@ -60,6 +85,17 @@ class AlbumentationsTransform:
         seed = random.getrandbits(64)
         self.transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
         return self.transform(image=np.array(image))["image"]
+
+
+def _ignores_arrays(transform: Any) -> str | None:
+    """The first of torchvision's transforms to be given the input, where it would return a NumPy array unchanged."""
+    if not type(transform).__module__.startswith("torchvision.transforms.v2."):
+        return None
+    children = getattr(transform, "transforms", None)
+    if children is not None:
+        return _ignores_arrays(next(iter(children), None))
+    taken = getattr(transform, "_transformed_types", (object,))
+    return None if np.ndarray in taken or object in taken else type(transform).__name__
 
 
 def _describe(value: Any) -> Any:
@@ -144,6 +180,21 @@ def normalise_spec(spec: Any) -> list[dict[str, Any]]:
             parameters = {**parameters, "transforms": normalise_spec(parameters["transforms"])}
         steps.append({name: parameters})
     return steps
+
+
+def entry_points_of(spec: Any) -> list[str]:
+    """The `package.module:function` names in a transform's specification, in their order, without their digests.
+
+    Raises:
+        UsageError: no specification.
+    """
+    found = []
+    for step in normalise_spec(spec):
+        name, parameters = next(iter(step.items()))
+        bare_name = name.partition("@")[0]
+        found += [bare_name] if is_entry_point(bare_name) else []
+        found += entry_points_of(parameters.get("transforms", []))
+    return found
 
 
 def build_transform(spec: Any, *, trust: bool = False) -> SpecifiedTransform:

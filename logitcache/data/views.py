@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import random
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,15 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcache.data.samples import Dataset, content_digest, load_sample, sample_key
+from logitcache.data.batching import Batch, Collate, InputPerModel, as_tensors, collate
+from logitcache.data.index import join_index
+from logitcache.data.samples import Dataset, content_digest, input_digest, load_sample, sample_key
 from logitcache.data.transforms import adapt_transform, describe_transform
-from logitcache.errors import LogitCacheError, SampleMismatch, ShapeError, UsageError
+from logitcache.data.workers import end_with_parent
+from logitcache.errors import IndexBeyondEnd, LogitCacheError, SampleMismatch, ShapeError, UsageError
 from logitcache.randomness import counter_seed, keyed_permutation, preserved_generators, seed_generators
 
 # C classes, H height, W width
 
 PROOF_ROWS = 8
 """Rows of each view whose input digest is kept."""
+MAX_ALPHA = 1e6
+"""Of mixup and CutMix: a draw from a Beta distribution of much more may never end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,9 +52,10 @@ class Mixing:
     """Of mixing a sample at all."""
 
     def __post_init__(self) -> None:
-        if self.mixup < 0 or self.cutmix < 0 or not 0 <= self.probability <= 1:
+        in_range = 0 <= self.mixup <= MAX_ALPHA and 0 <= self.cutmix <= MAX_ALPHA and 0 <= self.probability <= 1
+        if not in_range:  # nor is NaN
             raise UsageError(
-                f"mixup and cutmix are at least 0 and the probability lies in [0, 1]; found {self.config()}"
+                f"mixup and cutmix lie in [0, {MAX_ALPHA:g}] and the probability in [0, 1]; found {self.config()}"
             )
 
     @property
@@ -87,6 +95,21 @@ class ViewPlan:
     """Length of the dataset that rows count in; None takes the dataset at hand as the whole."""
     contents: np.ndarray | None = None
     """uint8 (N, 16) content digests that samples are held to when first loaded; None checks nothing."""
+    collate: Collate | None = None
+    """Puts the inputs of a batch together, in their order: `data.batching.pad`, or your own; None stacks them. It is no
+    part of the views' identity: what a sample is must not depend on the batch that it is in."""
+    views: range | None = None
+    """Views that may be rendered, such as those that a cache has labels for; None is no limit."""
+    datasets: weakref.WeakSet[ViewDataset] = field(
+        default_factory=weakref.WeakSet, init=False, repr=False, compare=False
+    )
+    """The `ViewDataset`s of this very plan, for `cache.check_batch`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "datasets"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, datasets=weakref.WeakSet())
 
     def describe(self) -> dict[str, Any]:
         """What the plan is, as JSON that two machines agree on; `seed` is kept apart in an identity.
@@ -133,10 +156,13 @@ def proof_rows(seed: int, view: int, num_samples: int) -> tuple[int, ...]:
 
 
 class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
-    """A dataset as a teacher saw it: item i of the current view is (row, input, target).
+    """A dataset as a teacher saw it: item i of the current view is (index, input, target).
 
-    `row` is the sample's row number in the cache, for `view.logits(row)`. The target is the dataset's own, or a
-    float32 (C,) distribution where the plan mixes samples. Index with i, or with (view, i).
+    `index` is one integer that carries the view and the sample's row number in the cache, for `view.logits(index)` and
+    `cache.logits(index)`: a batch that a worker loaded before `set_view` was called can't meet the labels of the new
+    view. `logitcache.split_index` takes it apart. The target is the dataset's own, or a float32 (C,) distribution where
+    the plan mixes samples. Index with i, or with (view, i). DataLoader workers
+    that load from it end when the process that started them ends.
 
     Args:
         dataset: map-style, `dataset[i]` gives (input, target).
@@ -189,6 +215,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         self._shared_checked: Tensor = checked.share_memory_()  # type: ignore[no-untyped-call]
         # Asked for every sample: NumPy answers thirty times as fast as torch.
         self._checked = self._shared_checked.numpy()
+        plan.datasets.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_checked"}
@@ -201,32 +228,91 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         return len(self.dataset)
 
     def set_view(self, view: int) -> int:
-        """Choose the view that plain indices give, and return it; takes effect in running workers too."""
-        if view < 0:
-            raise UsageError(f"a view is numbered from 0, not {view}")
-        self._view[0] = view
+        """Choose the view that plain indices give, and return it.
+
+        Takes effect in running workers too, but not on batches that they have loaded already: these keep the index of
+        the view that they show.
+
+        Raises:
+            UsageError: a view that the plan does not have.
+        """
+        self._view[0] = self._checked_view(view)
         return view
 
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[int, Any, Any]:
         return self.__getitems__([item])[0]
 
     def __getitems__(self, items: Iterable[int | tuple[int, int]]) -> list[tuple[int, Any, Any]]:
+        end_with_parent()  # for loaders of the caller's own
         current = int(self._view[0])
         with preserved_generators():
-            return [self._render(*(item if isinstance(item, tuple) else (current, int(item)))) for item in items]
+            return [self._render(*(item if isinstance(item, tuple) else (current, item))) for item in items]
+
+    def collate(self, samples: Sequence[tuple[int, Any, Any]]) -> Batch:
+        """Samples as one batch, as the plan's `collate` puts inputs together; for `DataLoader(collate_fn=...)`.
+
+        Raises:
+            ShapeError: inputs of different sizes, or a collate function that gives another number of rows.
+            UsageError: the collate function failed.
+        """
+        return collate(samples, self.plan.collate)
+
+    def batch(self, items: Iterable[tuple[int, int]]) -> Any:
+        """The inputs of some (view, index) as a model takes them: rendered and batched as for training."""
+        return self.collate(self.__getitems__(items))[1]
+
+    def input_digests(self, view: int) -> dict[int, str]:
+        """The digest of the input of each proof row of a view, by row, for `writer.write(input_digests=...)`.
+
+        Each is rendered alone: a batch may pad it, and then `writer.write(inputs=...)` can't tell what is padding.
+        """
+        proven = proof_rows(self.plan.seed, view, self.num_samples)
+        indices = proven if self.rows is None else np.flatnonzero(np.isin(self.rows, proven)).tolist()
+        items = [(view, index) for index in indices]
+        return self.proofs(items, self.__getitems__(items))
+
+    def proofs(self, items: Iterable[tuple[int, int]], samples: Iterable[tuple[int, Any, Any]]) -> dict[int, str]:
+        """The digest of the input of each proof row among some (view, index) that were rendered, by row."""
+        return {
+            row: input_digest(value).hex()
+            for (view, index), (_, value, _) in zip(items, samples, strict=True)
+            if (row := self.row(index)) in proof_rows(self.plan.seed, view, self.num_samples)
+        }
 
     def row(self, index: int) -> int:
         """The cache's row number of a sample of this dataset."""
         return index if self.rows is None else int(self.rows[index])
 
+    def index_of(self, row: int) -> int | None:
+        """Where a row of the cache lies in this dataset; None where a subset does not have it."""
+        if self.rows is None:
+            return row if 0 <= row < len(self) else None
+        found = np.flatnonzero(np.asarray(self.rows) == row)
+        return int(found[0]) if len(found) else None
+
+    def _checked_view(self, view: int) -> int:
+        if view < 0 or (self.plan.views is not None and view not in self.plan.views):
+            known = self.plan.views
+            expected = "at least 0" if known is None else f"{known.start} to {known.stop - 1}, those of the cache"
+            raise UsageError(f"there is no view {view}; expected {expected}")
+        return view
+
     def _render(self, view: int, index: int) -> tuple[int, Any, Any]:
+        self._checked_view(view)
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexBeyondEnd(
+                f"there is no sample {index}: the dataset has {len(self.dataset)} samples, 0 to "
+                f"{len(self.dataset) - 1}. Make the sampler or the loader's batches of range(len(dataset))"
+            )
+        index %= len(self)
         row = self.row(index)
         pixels, target = self._augmented(view, row, index)
         if self.plan.mixing.active:
             pixels, target = self._mixed(view, row, pixels, int(target))
         if self._model_input is not None:
             pixels = self._run(self._model_input, pixels, index, "input")
-        return row, pixels, target
+        return join_index(view, row), pixels, target
 
     def _augmented(self, view: int, row: int, index: int) -> tuple[Any, Any]:
         value, target = load_sample(self.dataset, index)
@@ -251,13 +337,14 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
 
     def _mixed(self, view: int, row: int, pixels: Any, target: int) -> tuple[Any, Tensor]:
         assert self.plan.num_classes is not None
+        pixels = _mixable(pixels)
         distribution = np.zeros(self.plan.num_classes, dtype=np.float32)
         mixture = self.plan.mixture(view, row, self.num_samples)
         weight = 1.0
         if mixture is not None:
             partner = mixture.partner if self._index_of_row is None else self._index_of_row[mixture.partner]
             other, other_target = self._augmented(view, mixture.partner, partner)
-            pixels, weight = _mix(pixels, other, mixture)
+            pixels, weight = _mix(pixels, _mixable(other), mixture)
             distribution[int(other_target)] += 1.0 - weight
         distribution[target] += weight
         return pixels, torch.from_numpy(distribution)
@@ -281,10 +368,12 @@ class BothInputs:
     student: Callable[[Any], Any] | None
     teacher: Callable[[Any], Any] | None
 
-    def __call__(self, pixels: Any) -> tuple[Any, Any]:
-        return (
-            pixels if self.student is None else self.student(pixels),
-            pixels if self.teacher is None else self.teacher(pixels),
+    def __call__(self, pixels: Any) -> InputPerModel:
+        return InputPerModel(
+            (
+                pixels if self.student is None else self.student(pixels),
+                pixels if self.teacher is None else self.teacher(pixels),
+            )
         )
 
 
@@ -304,6 +393,23 @@ def to_float_image(value: Any) -> Any:
     if isinstance(value, Tensor) and value.dtype == torch.uint8:
         return value.as_subclass(Tensor).float().div_(255.0)
     return value.as_subclass(Tensor) if type(value) is not Tensor and isinstance(value, Tensor) else value
+
+
+def _mixable(value: Any) -> Any:
+    """An input that mixup or CutMix can be applied to; an array as a tensor.
+
+    Raises:
+        UsageError: integers, such as token ids, or a mapping of inputs.
+    """
+    if isinstance(value, np.ndarray):
+        value = as_tensors(value)
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value
+    found = f"integers ({value.dtype})" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise UsageError(
+        f"mixup and CutMix average pixels, and the samples are {found}; expected float images (C, H, W). Set "
+        "views.mixup=0 and views.cutmix=0, or end the shared transform with one that gives floats"
+    )
 
 
 def _mix(pixels: Any, other: Any, mixture: Mixture) -> tuple[Tensor, float]:

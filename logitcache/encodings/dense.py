@@ -33,6 +33,7 @@ class Dense(Encoding):
     """
 
     name: ClassVar[str] = "dense"
+    masked_arrays: ClassVar[tuple[str, ...]] = ("logits",)
 
     dtype: str = "float16"
     """"float32", "float16" or "uint8"."""

@@ -40,6 +40,7 @@ SQUARED_ERROR = 0.2
 ROWS_AT_ONCE = 512
 FORBIDDEN = 64.0
 """Price of a step beyond the limit, in nats."""
+FITTED_DTYPES = {"basis": "float16", "mean": "float32", "limits": "uint16", "bit_costs": "float32"}
 FIT_ROWS = 2048
 """Rows that the frequencies of coefficients are taken from."""
 
@@ -255,8 +256,13 @@ class Fitted:
     """What fitting found, as it is stored once in a cache."""
 
     def __init__(self, basis: np.ndarray, mean: np.ndarray, limits: np.ndarray, bit_costs: np.ndarray) -> None:
+        for name, values in {"basis": basis, "mean": mean, "limits": limits, "bit_costs": bit_costs}.items():
+            if values.dtype != FITTED_DTYPES[name]:
+                raise ValueError(f"{name} is {values.dtype.name}; expected {FITTED_DTYPES[name]}")
+        if limits.ndim != 1 or mean.ndim != 1:
+            raise ValueError(f"limits and mean have one dimension, not the shapes {limits.shape} and {mean.shape}")
         rank = len(limits)
-        if basis.shape != (rank, len(mean)) or bit_costs.shape != (2, rank) or limits.ndim != 1 or mean.ndim != 1:
+        if basis.shape != (rank, len(mean)) or bit_costs.shape != (2, rank):
             raise ValueError(f"shapes {basis.shape}, {mean.shape}, {limits.shape} and {bit_costs.shape} don't agree")
         if not all(np.isfinite(values).all() for values in (basis, mean, bit_costs)):
             raise ValueError("NaN or an infinite number")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -30,6 +31,8 @@ class Encoding(ABC):
     """Arrays that fitting makes, which a cache stores once: name -> number of dimensions."""
     holds_masks: ClassVar[bool] = True
     """Whether a logit may be -inf."""
+    masked_arrays: ClassVar[tuple[str, ...]] = ()
+    """Arrays of floats in which -inf may stand for a class that is masked or left out; all others are finite."""
     keeps_constants: ClassVar[bool] = False
     """Whether a constant per row survives, which logits don't need and other outputs do."""
 
@@ -62,6 +65,17 @@ class Encoding(ABC):
         # A row's largest logit is NaN, +inf or -inf exactly where no distribution can be made of it.
         refused_B = ~torch.isfinite(logits_BC.amax(dim=1))
         return refused_B if self.holds_masks else refused_B | ~torch.isfinite(logits_BC.amin(dim=1))
+
+    def accepts(self, name: str, values: Tensor) -> bool:
+        """Whether an array of stored rows, (rows, *row_shape), gives logits without NaN, +inf or rows of -inf only."""
+        if not values.is_floating_point() or not values.numel():
+            return True
+        # NaN is both the largest and the smallest of its row; `isfinite` on every value would take ten times as long.
+        if name not in self.masked_arrays:
+            return all(map(math.isfinite, map(float, values.aminmax())))
+        if values.ndim == 1:  # one number for several classes, which may all be masked
+            return float(values.amax()) < math.inf
+        return bool(torch.isfinite(values.amax(dim=1)).all())
 
     def fit(self, calibration: Any) -> Encoding:
         """The same encoding, fitted to a sample of the teacher's logits where it needs that.

@@ -32,6 +32,7 @@ class TopK(Encoding):
     """
 
     name: ClassVar[str] = "topk"
+    masked_arrays: ClassVar[tuple[str, ...]] = ("values", "tail")
 
     k: int
     """Classes kept, largest first; 1 <= k < C."""

@@ -116,7 +116,7 @@ def _fetch(url: str, path: str, own: LogitCache, own_path: str) -> None:
     most = 2 * 4 * own.num_samples * len(own.views) * own.num_classes + own.stored_bytes + SPARE_BYTES
     if there.stored_bytes > most:
         raise IdentityMismatch(f"it has {there.stored_bytes:,} bytes; logits of these views take {most:,} at most")
-    pull(url, path, expect=manifest.digest)
+    pull(url, path, expect=there.pin)
 
 
 def check_logits(cache: LogitCache, *, masks: bool) -> None:

@@ -109,6 +109,7 @@ def check_same_views(first_location: str, first: LogitCache, location: str, sour
     own: dict[str, Any] = {"teacher": ours.teacher, "precision": ours.precision, "encoding": ours.encoding}
     # Features of two nets have nothing in common that could be averaged or compared; their logits have the classes.
     own |= {"output_encodings": ours.output_encodings, "output_sources": ours.output_sources}
+    own["format_version"] = ours.format_version
     own["outputs"] = ours.outputs | {LOGITS: theirs.outputs[LOGITS]}
     if isinstance(theirs.transform, dict) and isinstance(ours.transform, dict):
         own["transform"] = theirs.transform | {"teacher_input": teacher_input(first)}

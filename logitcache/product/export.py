@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from logitcache.catalog.calling import described
 from logitcache.catalog.datasets import Data
 from logitcache.catalog.models import save_weights
-from logitcache.data.loading import collate
 from logitcache.errors import IdentityMismatch, ShapeError, StorageError, UsageError
 from logitcache.pipeline import Pipeline
 from logitcache.product.card import render_model_card
@@ -150,6 +150,7 @@ class _Export:
         model = resolve_model(
             source.student, data, plan, weights=str(source.weights_file), seed=0, trust=self._trust
         ).eval()
+        _refuse_outputs(model, inputs)
         models = self._write_models(model, inputs)
         variants = self._measure(models, inputs)
         self._hold_to_result(variants[0])
@@ -221,7 +222,7 @@ class _Export:
             for split, dataset in splits.items():
                 evaluation = None
                 if dataset is not None:
-                    views = clean_views(dataset, self._source.student, trust=self._trust)
+                    views = clean_views(dataset, self._source.student, self._pipeline, trust=self._trust)
                     evaluation = Evaluation(views, batch_size=256, num_workers=self._pipeline.num_workers)
                 for name, (_, model) in models.items():
                     accuracy[name][split] = (
@@ -258,14 +259,14 @@ class _Export:
         Raises:
             UsageError: inputs that are no tensors, or of no fixed size.
         """
-        views = clean_views(self._data.train, self._source.student, trust=self._trust)
+        views = clean_views(self._data.train, self._source.student, self._pipeline, trust=self._trust)
         order = keyed_permutation(len(views), "product", 0)[:CALIBRATION_SAMPLES].tolist()
         sample = views[order[0]][1]
         if not isinstance(sample, Tensor):
             raise UsageError(f"the student's inputs are {type(sample).__name__}s, not tensors: no form can hold it")
         order = order[: max(2, RENDERED_BYTES // max(sample.nbytes, 1))]
         try:
-            inputs = collate(views.__getitems__(order))[1]
+            inputs = views.batch([(0, index) for index in order])
         except ShapeError as error:
             raise UsageError(f"without augmentation the student's inputs are of several sizes: {error}") from error
         assert isinstance(inputs, Tensor)
@@ -285,6 +286,21 @@ class _Export:
                     f"the run's weights are right on {_shown(here)} of the {split} split at hand; its result.json says "
                     f"{_shown(there)}. These are not the data, or not the weights, that the run ended with"
                 )
+
+
+def _refuse_outputs(model: nn.Module, inputs: Tensor) -> None:
+    """Whoever loads an export calls the model and gets logits.
+
+    Raises:
+        UsageError: the model returns something else, such as Hugging Face's outputs.
+    """
+    with torch.inference_mode():
+        output = model(inputs[:1])
+    if not isinstance(output, Tensor):
+        raise UsageError(
+            f"this student returns {described(output)}, and an exported one must return the tensor of logits; name a "
+            "package.module:function that wraps the model and returns `output.logits`, and train it"
+        )
 
 
 def _shown(share: float | None) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from logitcache.catalog.calling import model_logits
 from logitcache.errors import UsageError
 
 # B batch, C classes, H height, W width
@@ -63,7 +64,7 @@ def attributions(model: nn.Module, inputs: Tensor, black: Tensor, classes: Tenso
     from captum.attr import IntegratedGradients
 
     def log_p(images: Tensor) -> Tensor:
-        return torch.log_softmax(model(images).float(), dim=1)
+        return torch.log_softmax(model_logits(model, images).float(), dim=1)
 
     try:
         found, gaps = IntegratedGradients(log_p, multiply_by_inputs=True).attribute(

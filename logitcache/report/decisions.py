@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from logitcache.cache.ground_truth import NO_TARGET, MixingOfCache, targets_of
 from logitcache.cache.reader import LogitCache
-from logitcache.data.loading import collate
 from logitcache.data.transforms import adapt_transform
 from logitcache.errors import LogitCacheError, UsageError
 from logitcache.pipeline import ModelConfig, Pipeline
@@ -166,7 +165,7 @@ def inputs_of(fitted: FittedData, config: ModelConfig, view: int, rows: Sequence
         UsageError: they are no tensors.
     """
     index_of_row = fitted.index_of_row()
-    inputs = collate(fitted.views(config).__getitems__([(view, index_of_row[row]) for row in rows]))[1]
+    inputs = fitted.views(config).batch([(view, index_of_row[row]) for row in rows])
     if not isinstance(inputs, Tensor):
         raise UsageError(f"its inputs are {type(inputs).__name__}s, not tensors")
     return inputs

@@ -18,8 +18,10 @@ from pydantic import ValidationError
 from torch import nn
 
 from logitcache.cache.reader import LogitCache
+from logitcache.catalog.calling import call_model, model_logits
 from logitcache.catalog.soft_tree import SoftTree
-from logitcache.data.loading import collate
+from logitcache.data.batching import num_bytes
+from logitcache.data.loading import part_of
 from logitcache.errors import InvalidLogits, LogitCacheError, UsageError
 from logitcache.pipeline import StudentConfig
 from logitcache.product.cost import median_seconds
@@ -234,10 +236,10 @@ class _Measuring:
         for run in student.runs:
             weights = str(run.folder / "last.safetensors")
             model = resolve_model(config, fitted.data, fitted.plan, weights=weights, seed=0, trust=self._trust).eval()
-            labels, sureness = _asked(model, inputs)
+            labels, sureness = _asked(model, inputs, len(rows))
             predicted.append(labels)
             if run is student.runs[0]:
-                forward = functools.partial(model, inputs[:1])
+                forward = functools.partial(call_model, model, part_of(inputs, 0, 1))
                 student.latency_ms = 1000 * median_seconds({"torch": forward})["torch"]
                 confidence = sureness
                 reached = mean_use(model, inputs) if isinstance(model, SoftTree) else None
@@ -261,7 +263,7 @@ class _Measuring:
             raise fitted
         return fitted
 
-    def _inputs(self, fitted: FittedData, config: StudentConfig) -> tuple[np.ndarray, torch.Tensor]:
+    def _inputs(self, fitted: FittedData, config: StudentConfig) -> tuple[np.ndarray, Any]:
         """(rows, rendered inputs) as a student takes them; students with the same input share them."""
         key = json.dumps([id(fitted), config.input])
         if key not in self._rendered:
@@ -274,12 +276,13 @@ class _Measuring:
             if not len(rows):
                 raise UsageError("none of the rows that agreement is measured on is among the data at hand")
             sample = views[(self._view, index_of_row[int(rows[0])])][1]
-            if not isinstance(sample, torch.Tensor):
+            sample_bytes = num_bytes(sample)
+            if sample_bytes is None:
                 raise UsageError(f"the student's inputs are {type(sample).__name__}s, not tensors")
-            step = -(-len(rows) * sample.nbytes // RENDERED_BYTES)
+            step = -(-len(rows) * sample_bytes // RENDERED_BYTES)
             rows = rows[::step]
             items = [(self._view, index_of_row[row]) for row in rows.tolist()]
-            inputs = collate(views.__getitems__(items))[1]
+            inputs = views.batch(items)
             self._learn_answers(rows)
             self._rendered[key] = rows, inputs
         return self._rendered[key]
@@ -291,7 +294,7 @@ class _Measuring:
             self.teacher_answers.update(zip(batch.tolist(), said, strict=True))
 
 
-def _asked(model: nn.Module, inputs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _asked(model: nn.Module, inputs: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(the most probable class, int64 (M,); its probability, float32 (M,)) of rendered inputs.
 
     Raises:
@@ -299,8 +302,9 @@ def _asked(model: nn.Module, inputs: torch.Tensor) -> tuple[np.ndarray, np.ndarr
     """
     labels, sureness = [], []
     with torch.inference_mode():
-        for batch in torch.split(inputs, 64):
-            probability_B, label_B = model(batch).float().softmax(dim=1).max(dim=1)
+        for start in range(0, count, 64):
+            logits_BC = model_logits(model, part_of(inputs, start, start + 64))
+            probability_B, label_B = logits_BC.float().softmax(dim=1).max(dim=1)
             labels.append(label_B)
             sureness.append(probability_B)
     confidence = torch.cat(sureness)

@@ -7,47 +7,58 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import BoundedSemaphore, Lock
-from typing import Any
+from typing import NamedTuple
 
 from logitcache.cache.card import CARD, write_card
-from logitcache.cache.committed import pinned_receipts_key, read_records
-from logitcache.cache.ensemble import MERGED
-from logitcache.cache.layout import FIXED, Block, block_key, fixed_array_key, group_metadata, parse_views
-from logitcache.cache.manifest import (
-    MANIFEST,
-    MAX_MANIFEST_BYTES,
-    RECEIPTS,
-    Layout,
-    Manifest,
-    Receipt,
-    StoredObject,
-    content_digest,
-    contents,
-    dump_manifest,
-    read_manifest,
-)
+from logitcache.cache.committed import read_records
+from logitcache.cache.digests import pin_of
+from logitcache.cache.layout import FIXED, Block, block_key, decode_object, fixed_array_key, parse_views
+from logitcache.cache.manifest import MANIFEST, RECEIPTS, Layout, StoredObject
 from logitcache.cache.objects import read_object
 from logitcache.cache.place import check_place
 from logitcache.cache.reader import LogitCache
-from logitcache.digest import canonical_json, sha256_hex
-from logitcache.errors import REBUILD, IdentityMismatch, IncompleteCache, NotACache, UsageError, unsealed
+from logitcache.digest import array_digest, canonical_json, sha256_hex
+from logitcache.errors import CorruptCache, IncompleteCache, NotACache, StorageError, UsageError, unsealed
 from logitcache.progress import Meter, track
+from logitcache.sharing.records import (
+    PlannedRecords,
+    Records,
+    check_expected,
+    plan_records,
+    publish,
+    records_there,
+    without_maker,
+)
 from logitcache.storage import Storage, open_storage
 
 MAX_CARD_BYTES = 2**20
+ROUNDS = 10
+"""How often a copy begins anew because others change the same place."""
 UNDER_WAY = "push.json"
 """Says which content an unfinished push to an object store is of: its own objects need not be sent again."""
 
-PUBLIC_PROVENANCE = ("created", "python", "versions", "encoding", "card", MERGED)
-"""What an anonymous push keeps of a manifest's provenance."""
 
-Objects = dict[str, tuple[StoredObject, str]]
-"""By key: what a receipt says of an object, and whose receipt it is."""
+class _Object(NamedTuple):
+    """An object as a receipt describes it."""
+
+    stored: StoredObject
+    name: str
+    """Of the receipt: a block's, or `FIXED`."""
+    array: str
+
+    @property
+    def why(self) -> str:
+        """Who vouches for it, for messages."""
+        return "what is stored once" if self.name == FIXED else f"block {self.name}"
+
+
+Objects = dict[str, _Object]
+"""By key."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,11 @@ class Transfer:
     digest: str
     """Of what is there now."""
     source_digest: str
-    """Of what it was copied from, by which `expect` pins it; another one where only some views were copied."""
+    """Of what it was copied from; another one where only some views were copied."""
+    pin: str
+    """Of what it was copied from: what `expect` is best given. The source's digest, but in format 1 stronger."""
+    matched: str | None
+    """Which of the two `expect` was: "pin" or "digest" (of format 1); None where nothing was expected."""
     views: str
     """That are there now, as FIRST:END."""
     copied_objects: int
@@ -93,7 +108,8 @@ def pull(url: str, cache: str, *, views: str | None = None, expect: str | None =
         url: the cache.
         cache: where to, at best a directory.
         views: such as "0:8"; all if None.
-        expect: the content digest that the cache must have, or its first 12 digits and more.
+        expect: the pin or the content digest that the cache must have, or its first 12 digits and more. Values are
+            then compared as well, not only the bytes that they are stored in.
 
     Raises:
         UsageError: views that it does not have, or that would leave a gap.
@@ -110,157 +126,98 @@ def _copy(
 ) -> Transfer:
     start = time.monotonic()
     check_place(target)
-    manifest, receipts = read_records(source)
+    records = manifest, receipts = read_records(source)
     if manifest.state != "sealed":
         raise unsealed(source.url)
-    _check_digest(source, manifest, receipts, expect)
+    pin = pin_of(manifest, receipts)
+    matched = check_expected(source.url, records, pin, expect)
     if anonymous:
-        manifest = manifest.model_copy(update={"provenance": _without_maker(manifest.provenance)})
-    there = _records_there(target, manifest, receipts)
+        manifest = manifest.model_copy(update={"provenance": without_maker(manifest.provenance)})
+        records = manifest, receipts
+    there = records_there(target, records)
     copied_views = parse_views(views, manifest.layout.views)
-    new = _resulting_records(manifest, receipts, _joined(copied_views, there, target.url), source.url)
-    wanted, on_offer = _objects(new[0].layout, new[1]), _objects(manifest.layout, receipts)
+    planned = plan_records(source.url, records, copied_views, target.url, there)
+    wanted, on_offer = _objects(planned.records), _objects(records)
     sizes = dict(target.sizes())
     _refuse_strangers(target, sizes, on_offer | wanted)
     target.remove_leftovers()
-    present = _present(target, sizes, wanted, there, str(manifest.digest))
-    missing = {key: wanted[key] for key in wanted if key not in present}
-    lacking = [why for key, (_, why) in missing.items() if key not in on_offer]
-    if lacking:
-        raise IncompleteCache(f"{target.url} has lost {lacking[0]}, which {source.url} does not hold; repair it first")
-    total = sum(stored.bytes for stored, _ in missing.values())
-    with track(f"copying {len(missing)} objects", total, unit="bytes") as meter:
-        _copy_objects(source, target, missing, meter)
-    target.make_durable(wanted)  # those too that an interrupted run has left
-    _publish(target, new[0], new[2], replaces=None if there is None else there[0])
-    if anonymous and there is not None and there[0].provenance != new[0].provenance:
-        target.put(MANIFEST, dump_manifest(new[0]))  # it was pushed before, with the maker's name on it
-    if new[0].digest == manifest.digest:
-        _copy_card(source, target)
+    values_of = None if expect is None else manifest.layout
+    at_first = sizes.keys() & on_offer.keys()
+    right: set[str] = set()
+    copied: Objects = {}
+    for _ in range(ROUNDS):
+        unknown = {key: each for key, each in wanted.items() if key not in right}
+        present = _present(target, sizes, unknown, there, str(manifest.digest), values_of)
+        if values_of is not None and target.is_remote:
+            present -= on_offer.keys()  # nobody has compared the values of what is there
+        missing = {key: each for key, each in unknown.items() if key not in present}
+        lacking = [each.why for key, each in missing.items() if key not in on_offer]
+        if lacking:
+            raise IncompleteCache(
+                f"{target.url} has lost {lacking[0]}, which {source.url} does not hold; repair it first"
+            )
+        total = sum(each.stored.bytes for each in missing.values())
+        with track(f"copying {len(missing)} objects", total, unit="bytes") as meter:
+            _copy_objects(source, target, missing, meter, values_of=values_of)
+        copied |= missing
+        right |= unknown.keys()
+        target.make_durable(wanted)  # those too that an interrupted run has left
+        with target.lock():
+            leftovers = at_first | copied.keys()
+            before, there = there, records_there(target, records)  # somebody else may have published here meanwhile
+            try:
+                planned = plan_records(source.url, records, copied_views, target.url, there)
+            except UsageError:
+                assert there is not None
+                _delete(target, leftovers - _objects(there).keys())
+                raise
+            wanted = _objects(planned.records)
+            if not target.is_remote or there != before:
+                sizes = dict(target.sizes())
+                right -= {key for key in right & wanted.keys() if sizes.get(key) != wanted[key].stored.bytes}
+            if wanted.keys() <= right and publish(target, planned, anonymous=anonymous):
+                _write_card(source, target, planned, whole=planned.manifest.digest == manifest.digest)
+                _delete(target, leftovers - wanted.keys())  # left by a pull of other views that was interrupted
+                break
     else:
-        write_card(LogitCache(target, written=new[:2]))  # of these views
-    for key in sizes.keys() & (on_offer.keys() - wanted.keys()):
-        target.delete(key)  # left by a pull of other views that was interrupted
+        raise StorageError(f"{target.url} was changed by others time and again; run the same command again")
     if target.is_remote:
         target.delete(UNDER_WAY)
+    layout = planned.manifest.layout
     return Transfer(
-        id=new[0].id,
-        digest=str(new[0].digest),
+        id=planned.manifest.id,
+        digest=str(planned.manifest.digest),
         source_digest=str(manifest.digest),
-        views=f"{new[0].layout.first_view}:{new[0].layout.num_views}",
-        copied_objects=len(missing),
-        copied_bytes=total,
-        kept_objects=len(present),
+        pin=pin,
+        matched=matched,
+        views=f"{layout.first_view}:{layout.num_views}",
+        copied_objects=len(copied),
+        copied_bytes=sum(each.stored.bytes for each in copied.values()),
+        kept_objects=len(wanted.keys() - copied.keys()),
         seconds=time.monotonic() - start,
     )
 
 
-def _without_maker(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What provenance says of the cache itself; whatever else it says, now or in later versions, stays here."""
-    kept = {name: provenance[name] for name in PUBLIC_PROVENANCE if name in provenance}
-    if isinstance(kept.get(MERGED), dict):
-        parts = [{**part, "location": ""} for part in kept[MERGED].get("parts", [])]
-        kept[MERGED] = {**kept[MERGED], "parts": parts}
-    return kept
-
-
-def _check_digest(source: Storage, manifest: Manifest, receipts: dict[str, Receipt], expect: str | None) -> None:
-    found = content_digest(list(receipts.values()))
-    if found != manifest.digest:
-        raise IdentityMismatch(
-            f"{source.url}: the receipts don't add up to the manifest's digest; run `logitcache verify` on it"
-        )
-    if expect is None:
-        return
-    if len(expect) < 12 or set(expect.lower()) - set("0123456789abcdef"):
-        raise UsageError(f"--expect is {expect!r}; expected the content digest, or 12 hexadecimal digits of it or more")
-    if not found.startswith(expect.lower()):
-        raise IdentityMismatch(
-            f"{source.url} has content digest {found}; expected {expect.lower()}. Nothing was copied. "
-            "Ask whoever shared it which digest is meant, or leave out --expect"
-        )
-
-
-def _records_there(
-    target: Storage, manifest: Manifest, receipts: dict[str, Receipt]
-) -> tuple[Manifest, dict[str, Receipt]] | None:
-    """What the target holds of this cache already."""
-    try:
-        there, there_receipts = read_records(target)
-    except NotACache:
-        if target.size(MANIFEST) is not None:
-            raise
-        return None
-    if there.id != manifest.id:
-        raise IdentityMismatch(
-            f"{target.url} holds another cache ({there.id[:12]}…, not {manifest.id[:12]}…); nothing was changed. "
-            "Choose another place, or delete what is there"
-        )
-    if there.state != "sealed":
-        raise UsageError(
-            f"{target.url} holds this very cache, unfinished; nothing was changed. To finish it, {REBUILD}. "
-            "To copy over it, delete it first"
-        )
-    for name in there_receipts.keys() & receipts.keys():
-        if _values(there_receipts[name]) != _values(receipts[name]):
-            raise IdentityMismatch(
-                f"{target.url} holds a cache of the same identity, but with other labels: they differ in {name} "
-                f"(digest {str(there.digest)[:12]}…, not {str(manifest.digest)[:12]}…); nothing was changed.\n"
-                "The teacher ran twice, and rounded differently. Choose another place, or delete what is there"
-            )
-    return there, there_receipts
-
-
-def _values(receipt: Receipt) -> dict[str, str]:
-    return {name: stored.values_sha256 for name, stored in receipt.objects.items()}
-
-
-def _joined(
-    copied: range, there: tuple[Manifest, dict[str, Receipt]] | None, url: str
-) -> tuple[range, dict[str, Receipt]]:
-    """The views that there will be, and the receipts of those that are there."""
-    if there is None:
-        return copied, {}
-    held = there[0].layout.views
-    if copied.start > held.stop or held.start > copied.stop:
-        gap = range(min(copied.stop, held.stop), max(copied.start, held.start))
-        raise UsageError(
-            f"{url} holds views {held.start}:{held.stop}; {copied.start}:{copied.stop} would leave a gap. Pull "
-            f"{gap.start}:{gap.stop} first, or into another directory"
-        )
-    return range(min(copied.start, held.start), max(copied.stop, held.stop)), there[1]
-
-
-def _resulting_records(
-    manifest: Manifest, receipts: dict[str, Receipt], joined: tuple[range, dict[str, Receipt]], url: str
-) -> tuple[Manifest, dict[str, Receipt], bytes]:
-    """Manifest, receipts and `receipts.json` of what there will be; of a whole cache they are the source's."""
-    views, held = joined
-    layout = manifest.layout.model_copy(update={"first_view": views.start, "num_views": views.stop})
-    names = [name for name in {**receipts, **held} if name == FIXED or Block.from_name(name).view in views]
-    kept = {name: held[name] if name in held else receipts[name] for name in sorted(names)}
-    gathered = canonical_json({name: receipt.model_dump() for name, receipt in kept.items()})
-    changes = {
-        "layout": layout,
-        "digest": content_digest(list(kept.values())),
-        "receipts": sha256_hex(gathered),
-        "contents": contents(kept, fixed=FIXED),
-    }
-    if views != manifest.layout.views:
-        changes["provenance"] = manifest.provenance | {"copied_from": {"url": url, "digest": manifest.digest}}
-    return manifest.model_copy(update=changes), kept, gathered
-
-
-def _objects(layout: Layout, receipts: dict[str, Receipt]) -> Objects:
+def _objects(records: Records) -> Objects:
     objects: Objects = {}
+    layout, receipts = records[0].layout, records[1]
     for name, receipt in receipts.items():
         for array, stored in receipt.objects.items():
             if name == FIXED:
-                objects[fixed_array_key(array, layout.fixed[array])] = (stored, "what is stored once")
+                key = fixed_array_key(array, layout.fixed[array])
             else:
                 key = block_key(array, layout.arrays[array], Block.from_name(name))
-                objects[key] = (stored, f"block {name}")
+            objects[key] = _Object(stored, name, array)
     return objects
+
+
+def _holds_values(layout: Layout, wanted: _Object, data: bytes | memoryview) -> bool:
+    """Whether an object decodes to the values that its receipt states: its bytes are no part of a digest."""
+    try:
+        values = decode_object(layout, wanted.name, wanted.array, data)
+    except (ValueError, RuntimeError):
+        return False
+    return array_digest(values) == wanted.stored.values_sha256
 
 
 def _refuse_strangers(target: Storage, sizes: Mapping[str, int], ours: Objects) -> None:
@@ -275,19 +232,26 @@ def _present(
     target: Storage,
     sizes: Mapping[str, int],
     wanted: Objects,
-    there: tuple[Manifest, dict[str, Receipt]] | None,
+    there: Records | None,
     digest: str,
+    values_of: Layout | None,
 ) -> set[str]:
     """The keys whose objects are there and right: read again where that is cheap, else vouched for."""
-    candidates = [key for key, (stored, _) in wanted.items() if sizes.get(key) == stored.bytes]
+    candidates = [key for key, each in wanted.items() if sizes.get(key) == each.stored.bytes]
     if not target.is_remote:
+
+        def is_right(key: str) -> bool:
+            data = target.get(key) or b""
+            return sha256_hex(data) == wanted[key].stored.sha256 and (
+                values_of is None or _holds_values(values_of, wanted[key], data)
+            )
+
         with ThreadPoolExecutor(target.concurrency) as threads:
-            right = threads.map(lambda key: sha256_hex(target.get(key) or b"") == wanted[key][0].sha256, candidates)
-            return {key for key, is_right in zip(candidates, right, strict=True) if is_right}
+            return {key for key, right in zip(candidates, threads.map(is_right, candidates), strict=True) if right}
     if _goes_on(target, digest):
         return set(candidates)
-    vouched = {} if there is None else _objects(there[0].layout, there[1])
-    return {key for key in candidates if key in vouched and vouched[key][0].sha256 == wanted[key][0].sha256}
+    vouched = {} if there is None else _objects(there)
+    return {key for key in candidates if key in vouched and vouched[key].stored.sha256 == wanted[key].stored.sha256}
 
 
 def _goes_on(target: Storage, digest: str) -> bool:
@@ -310,14 +274,19 @@ def _goes_on(target: Storage, digest: str) -> bool:
     )
 
 
-def _copy_objects(source: Storage, target: Storage, missing: Objects, meter: Meter) -> None:
-    """Several at a time; the first that goes wrong ends it, and what has arrived stays for the next time."""
+def _copy_objects(
+    source: Storage, target: Storage, missing: Objects, meter: Meter, *, values_of: Layout | None
+) -> None:
+    """Several at a time; the first that goes wrong ends it, and what has arrived stays for the next time.
+
+    With a layout, objects are decoded and their values compared too.
+    """
     # As many are read at once as the source likes, whatever the target is busy with.
     reading, writing = BoundedSemaphore(source.concurrency), BoundedSemaphore(target.concurrency)
     counting = Lock()
 
     def copy(key: str) -> None:
-        stored, why = missing[key]
+        wanted = missing[key]
         counted = 0
 
         def count(arrived: int) -> None:
@@ -327,10 +296,15 @@ def _copy_objects(source: Storage, target: Storage, missing: Objects, meter: Met
             counted = arrived
 
         with reading:
-            data = read_object(source, key, stored, why=why, arrived=count)
+            data = read_object(source, key, wanted.stored, why=wanted.why, arrived=count)
+        if values_of is not None and not _holds_values(values_of, wanted, data):
+            raise CorruptCache(
+                f"{source.url}: {key} does not hold the values that its receipt states and --expect pins. Somebody "
+                "changed the cache; nothing was published here. Get it from another place"
+            )
         with writing:
             target.put(key, data, durable=False)
-        count(stored.bytes)
+        count(wanted.stored.bytes)
 
     threads = ThreadPoolExecutor(source.concurrency + target.concurrency, thread_name_prefix="logitcache-copy")
     try:
@@ -343,27 +317,16 @@ def _copy_objects(source: Storage, target: Storage, missing: Objects, meter: Met
     threads.shutdown()
 
 
-def _publish(target: Storage, manifest: Manifest, gathered: bytes, *, replaces: Manifest | None) -> None:
-    """Records, the manifest last; whoever reads meanwhile finds the old cache, or the new one."""
-    for key, data in group_metadata(manifest.layout).items():
-        if target.get(key, limit=len(data)) != data:
-            target.put(key, data)
-    if replaces is None:
-        target.put(RECEIPTS, gathered)
-        if target.create(MANIFEST, dump_manifest(manifest)):
-            return
-        replaces = read_manifest(target.get(MANIFEST, limit=MAX_MANIFEST_BYTES), url=target.url)
-        if (replaces.id, replaces.digest) != (manifest.id, manifest.digest):
-            raise IdentityMismatch(f"{target.url}: somebody else put cache {replaces.id[:12]}… there meanwhile")
-        return
-    pinned = pinned_receipts_key(str(manifest.receipts))
-    if replaces.receipts != manifest.receipts:
-        # Receipts under a second name first, so that those that the manifest names are there at every moment.
-        target.put(pinned, gathered)
-        target.put(MANIFEST, dump_manifest(manifest))
-    if target.get(RECEIPTS, limit=len(gathered)) != gathered:
-        target.put(RECEIPTS, gathered)
-    target.delete(pinned)
+def _delete(target: Storage, keys: Iterable[str]) -> None:
+    for key in keys:
+        target.delete(key)
+
+
+def _write_card(source: Storage, target: Storage, planned: PlannedRecords, *, whole: bool) -> None:
+    if whole:
+        _copy_card(source, target)
+    else:
+        write_card(LogitCache(target, written=planned.records))  # of these views
 
 
 def _copy_card(source: Storage, target: Storage) -> None:

@@ -24,19 +24,23 @@ def open_storage(location: str | os.PathLike[str]) -> Storage:
     Raises:
         UsageError: a URL that this version can't open, or one of an object store without the extra `remote`.
     """
-    text = os.fspath(location)
-    parts = urlsplit(text)
+    text = os.fsdecode(location)
+    if "://" not in text and not text.lower().startswith("file:"):
+        return LocalStorage(local_path(text))
+    try:
+        parts = urlsplit(text)
+        _ = parts.port  # checked only when it is asked for
+    except ValueError as error:
+        raise UsageError(f"{text} is no URL: {error}; expected {LOCATIONS}") from None
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost") or not parts.path:
             raise UsageError(f"{text}: a file:// URL is absolute and names no host: file:///folder/a.cache")
-        return LocalStorage(Path(unquote(parts.path)))
-    if "://" in text:
-        from logitcache.storage.remote import open_remote
+        return LocalStorage(_path(unquote(parts.path)))
+    if parts.scheme not in SCHEMES:
+        raise UsageError(f"{text}: {parts.scheme}:// is no store that logitcache opens; expected {LOCATIONS}")
+    from logitcache.storage.remote import open_remote
 
-        if parts.scheme not in SCHEMES:
-            raise UsageError(f"{text}: {parts.scheme}:// is no store that logitcache opens; expected {LOCATIONS}")
-        return open_remote(text)
-    return LocalStorage(local_path(text))
+    return open_remote(text)
 
 
 def local_path(location: str | os.PathLike[str]) -> Path:
@@ -45,8 +49,20 @@ def local_path(location: str | os.PathLike[str]) -> Path:
     Raises:
         UsageError: a URL, or what is left of one: a path has one slash where it had two.
     """
-    text = os.fspath(location)
+    text = os.fsdecode(location)
     scheme = text.partition(":/")[0]
     if scheme in SCHEMES:
         raise UsageError(f"{text} is no path on this machine; a URL begins with {scheme}://, where one can be given")
-    return Path(text).expanduser()
+    try:
+        return _path(text).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise UsageError(f"{text}: {error}") from None
+
+
+def _path(text: str) -> Path:
+    try:
+        if b"\0" not in os.fsencode(text):
+            return Path(text)
+    except UnicodeEncodeError:
+        pass
+    raise UsageError(f"{text!r} holds a character that no path has")

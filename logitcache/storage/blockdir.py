@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock
 
 from logitcache.errors import StorageError, UsageError
+from logitcache.storage.local import read_regular
 
 FOLDER_VARIABLE = "LOGITCACHE_CACHE_DIR"
 SIZE_VARIABLE = "LOGITCACHE_CACHE_GB"
@@ -61,16 +63,17 @@ class BlockDirectory:
         self._lock = FileLock(self.root / "lock")
 
     def __contains__(self, name: str) -> bool:
-        return self._path(name).exists()
+        return self._path(name).is_file()
 
-    def get(self, name: str) -> bytes | None:
+    def get(self, name: str, *, limit: int | None = None) -> bytes | None:
         """An entry's bytes as they lie there, which is for the caller to check; it counts as used now."""
         path = self._path(name)
         try:
-            data = path.read_bytes()
-            os.utime(path)
+            data = read_regular(path, limit=limit)
         except OSError:  # gone, or leaving this very moment
             return None
+        with contextlib.suppress(OSError):  # a directory that is shared read-only can't note it
+            os.utime(path)
         return data
 
     def put(self, name: str, data: bytes) -> bool:
@@ -85,15 +88,17 @@ class BlockDirectory:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._lock:
-                if path.exists():
+                if path.is_file():
                     return True
                 total = self._counted()
                 if total is None or total + len(data) > self.max_bytes:
                     total = self._make_room(len(data))
                 # Counted before it is there: a process killed in between leaves too high a number, never too low.
                 self._count(total + len(data))
-                partial = path.with_suffix(".partial")
-                partial.write_bytes(data)
+                # A new name each time: whatever lies at one that can be guessed, a pipe or a link, is not written to.
+                partial = path.with_suffix(f".{secrets.token_hex(8)}.partial")
+                with partial.open("xb") as file:
+                    file.write(data)
                 partial.replace(path)
         except OSError as error:
             raise StorageError(
@@ -119,12 +124,15 @@ class BlockDirectory:
 
     def _counted(self) -> int | None:
         try:
-            return int(self._total.read_text())
+            return int(read_regular(self._total, limit=20) or b"")
         except (OSError, ValueError):
             return None
 
     def _count(self, total: int) -> None:
-        self._total.write_text(str(total))
+        # Never waits for a reader, as it would where somebody put a pipe.
+        descriptor = os.open(self._total, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o666)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(str(total))
 
     def _make_room(self, coming: int) -> int:
         """Let the least recently used entries go where so many bytes more are too much; returns what is left."""

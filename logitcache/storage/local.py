@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
 import re
+import secrets
 import socket
 import stat
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from logitcache.errors import CorruptCache, StorageError, UsageError
+from logitcache.storage.folder_lock import LOCK, locked_folder
 from logitcache.storage.protocol import Arrived
 
-_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
-_PARTIAL = re.compile(r"\.[^/]+\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.\d+\.partial$")
-_COUNTER = itertools.count()
+LEFTOVER_SECONDS = 86_400
+"""A partial file that nobody wrote to for so long is a leftover, wherever its writer ran."""
+_PARTIAL = re.compile(r"\.[^/]+\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.[0-9a-f]+\.partial$")
+
+
+def _process_space() -> str:
+    """Names the processes among which a process id means one: containers of one host name number theirs alike."""
+    space = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # not on Linux
+        space += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
+    return f"{zlib.crc32(' '.join(space).encode()):08x}"
+
+
+_HOST = _process_space()
 
 
 class LocalStorage:
@@ -37,15 +53,14 @@ class LocalStorage:
     def get(self, key: str, *, limit: int | None = None) -> bytes | None:
         path = self._path(key)
         try:
-            # A pipe or a device in the place of an object would block, or never end.
-            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise CorruptCache(f"{path} is no regular file")
-                return file.read() if limit is None else file.read(limit + 1)
+            data = read_regular(path, limit=limit)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise _storage_error("read", path, error) from error
+        if data is None:
+            raise CorruptCache(f"{path} is no regular file")
+        return data
 
     def get_view(self, key: str, *, limit: int | None = None, arrived: Arrived | None = None) -> memoryview | None:
         data = self.get(key, limit=limit)
@@ -59,7 +74,7 @@ class LocalStorage:
             if durable:
                 fsync_path(path.parent)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            _discard(partial)
             raise _storage_error("write", path, error) from error
 
     def make_durable(self, keys: Iterable[str]) -> None:
@@ -88,7 +103,7 @@ class LocalStorage:
             partial.replace(path)
             fsync_path(path.parent)
         finally:
-            partial.unlink(missing_ok=True)
+            _discard(partial)
         return True
 
     def size(self, key: str) -> int | None:
@@ -119,7 +134,7 @@ class LocalStorage:
         for folder, subfolders, names in os.walk(start):
             subfolders.sort()
             for name in sorted(names):
-                if not _PARTIAL.search(name):
+                if not _PARTIAL.search(name) and not _is_lock(name):
                     yield Path(folder, name).relative_to(self.root).as_posix()
 
     def delete(self, key: str) -> None:
@@ -129,14 +144,25 @@ class LocalStorage:
             raise _storage_error("delete", self._path(key), error) from error
 
     def remove_leftovers(self) -> int:
-        """Delete the partial files of writers on this host that are dead."""
+        """Delete the partial files of dead writers, where that is allowed: ours by process id, others after a day."""
         removed = 0
         for path in self.root.rglob(".*.partial"):
             leftover = _PARTIAL.search(path.name)
-            if leftover and leftover["host"] == _HOST and not is_alive(int(leftover["pid"])):
-                path.unlink(missing_ok=True)
-                removed += 1
+            if leftover and (_is_dead(leftover) or _age(path) > LEFTOVER_SECONDS):
+                with suppress(OSError):
+                    path.unlink()
+                    removed += 1
         return removed
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        with ExitStack() as held:
+            try:
+                self._make_folder(self.root)
+                held.enter_context(locked_folder(self.root))
+            except OSError as error:
+                raise _storage_error("lock", self.root, error) from error
+            yield
 
     def _path(self, key: str) -> Path:
         parts = key.split("/")
@@ -152,7 +178,7 @@ class LocalStorage:
 
     def _write_partial(self, path: Path, data: bytes | memoryview, *, durable: bool = True) -> Path:
         """The data on the disk, under a name that nobody takes for the object."""
-        partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{next(_COUNTER)}.partial")
+        partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(8)}.partial")
         try:
             if durable:
                 self._make_folder(path.parent)
@@ -164,7 +190,7 @@ class LocalStorage:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            _discard(partial)
             raise _storage_error("write", path, error) from error
         return partial
 
@@ -174,6 +200,51 @@ class LocalStorage:
         self._make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         fsync_path(folder.parent)
+
+
+def _is_lock(name: str) -> bool:
+    """Whether a file is a folder's lock, or what NFS shows of one that was removed a moment ago."""
+    return name == LOCK or name.startswith(".nfs")
+
+
+def read_regular(path: Path, *, limit: int | None = None) -> bytes | None:
+    """The bytes of a regular file, one beyond the limit at most; None for a pipe, a socket, a device or a folder.
+
+    No more memory is asked for than the file holds, however high the limit.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    try:
+        # A pipe or a device in the place of a file would block, or never end.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            return None
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        return file.read(status.st_size if limit is None else min(status.st_size, limit + 1))
+
+
+def _is_dead(leftover: re.Match[str]) -> bool:
+    return leftover["host"] == _HOST and not is_alive(int(leftover["pid"]))
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file was written to; 0 where it is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _discard(partial: Path) -> None:
+    """Remove a partial file, if that can be done: it must not hide the error that it was left over for."""
+    with suppress(OSError):  # a read-only file system refuses to remove even what is not there
+        partial.unlink()
 
 
 def is_alive(pid: int) -> bool:

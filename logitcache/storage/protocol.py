@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 Arrived = Callable[[int], None]
@@ -70,3 +71,9 @@ class Storage(Protocol):
 
     def remove_leftovers(self) -> int:
         """Delete what dead writers left half-written; returns how many."""
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Held while records are replaced, so that nobody else does it meanwhile; object stores have none.
+
+        Not reentrant. The folder is made where there is none.
+        """

@@ -11,7 +11,8 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,7 +35,13 @@ CONCURRENCY = 16
 READ_SECONDS = 30.0
 """Between two pieces of an answer: a server that is silent for so long is given up."""
 REQUEST_SECONDS = 600.0
-"""For one whole object: a server that trickles is given up in the end."""
+"""For one whole object, after which it is not asked for again: a server that trickles is given up in the end."""
+RECORD_SECONDS = 60.0
+RECORD_BYTES_PER_SECOND = 2**16
+"""For a record (manifest, receipts, card): so long, and a second more for each so many bytes of it."""
+LISTING_SECONDS = 3600.0
+MAX_LISTED = 2**22
+"""Objects of one listing: four thousand requests, and twice as many objects as receipts can vouch for."""
 BODY_ATTEMPTS = 4
 """How often an answer is asked for that breaks off or has the wrong length; obstore repeats refused requests itself."""
 PIECE_BYTES = 2**20
@@ -48,6 +55,8 @@ _RETRY: Any = {
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
 }
 _memories: dict[str, Any] = {}
+_process: int | None = None
+"""That has sent a request: obstore's threads run there, and in no child that is forked from it."""
 
 
 def open_remote(url: str) -> RemoteStorage:
@@ -90,20 +99,26 @@ class RemoteStorage:
         self.can_write = self.can_list = self._scheme not in READ_ONLY
 
     def get(self, key: str, *, limit: int | None = None) -> bytes | None:
-        view = self.get_view(key, limit=limit)
+        view = self._get(key, limit, None, is_record=True)
         return None if view is None else bytes(view)
 
     def get_view(self, key: str, *, limit: int | None = None, arrived: Arrived | None = None) -> memoryview | None:
+        return self._get(key, limit, arrived, is_record=False)
+
+    def _get(self, key: str, limit: int | None, arrived: Arrived | None, *, is_record: bool) -> memoryview | None:
         path = self._path(key)
+        self._check_process()
+        start = time.monotonic()
         for attempt in range(BODY_ATTEMPTS):
             try:
-                return self._read(path, limit, arrived)
+                return self._read(path, limit, arrived, is_record=is_record)
             except FileNotFoundError as error:
                 if _lacks_bucket(error):
                     raise self._error("read", key, error) from error
                 return None
             except exceptions.GenericError as error:
-                if attempt + 1 == BODY_ATTEMPTS or not _may_pass(error):
+                late = time.monotonic() - start > REQUEST_SECONDS
+                if attempt + 1 == BODY_ATTEMPTS or late or not _may_pass(error):
                     raise self._error("read", key, error) from error
                 time.sleep(0.1 * 2**attempt * (1 + random.random()))
             except (exceptions.BaseError, OSError, ValueError) as error:
@@ -131,6 +146,7 @@ class RemoteStorage:
         return True
 
     def size(self, key: str) -> int | None:
+        self._check_process()
         try:
             return int(obstore.head(self._store, self._path(key))["size"])
         except FileNotFoundError:
@@ -140,8 +156,15 @@ class RemoteStorage:
 
     def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         self._refuse_listing()
+        self._check_process()
+        listed, until = 0, time.monotonic() + LISTING_SECONDS
         try:
             for page in obstore.list(self._store, prefix=(self._prefix + prefix).rstrip("/") or None):
+                listed += len(page)
+                if listed > MAX_LISTED or time.monotonic() > until:
+                    raise TimeoutError(
+                        f"{listed} objects, and no end; at most {MAX_LISTED} are listed in {LISTING_SECONDS:.0f} s"
+                    )
                 for entry in page:
                     yield entry["path"].removeprefix(self._prefix), int(entry["size"])
         except FileNotFoundError:
@@ -154,7 +177,8 @@ class RemoteStorage:
 
     def folders(self, prefix: str = "") -> list[str]:
         if self._scheme in READ_ONLY:
-            return linked_folders(f"{self.url}/{prefix}", timeout=READ_SECONDS)
+            return linked_folders(f"{self.url}/{prefix}", timeout=READ_SECONDS, deadline=RECORD_SECONDS)
+        self._check_process()
         try:
             found = obstore.list_with_delimiter(self._store, prefix=(self._prefix + prefix).rstrip("/") or None)
         except FileNotFoundError:
@@ -165,6 +189,7 @@ class RemoteStorage:
 
     def delete(self, key: str) -> None:
         self._refuse_writing()
+        self._check_process()
         try:
             obstore.delete(self._store, self._path(key))
         except FileNotFoundError:
@@ -176,23 +201,33 @@ class RemoteStorage:
         """Nothing to do: an object store never shows half an object."""
         return 0
 
-    def _read(self, key: str, limit: int | None, arrived: Arrived | None) -> memoryview:
+    def lock(self) -> AbstractContextManager[None]:
+        """None: whoever replaces records here reads them again afterwards."""
+        return nullcontext()
+
+    def _read(self, key: str, limit: int | None, arrived: Arrived | None, *, is_record: bool) -> memoryview:
         answer = obstore.get(self._store, key)
         size = answer.meta["size"]
         most = size if limit is None else limit
-        if size <= most and (arrived is None or size <= PIECE_BYTES):
+        if not is_record and size <= most and (arrived is None or size <= PIECE_BYTES):
             return memoryview(answer.bytes())
         data = bytearray()
-        for piece in answer.stream(min_chunk_size=PIECE_BYTES):
+        seconds = RECORD_SECONDS + min(size, most) / RECORD_BYTES_PER_SECOND
+        until = time.monotonic() + seconds
+        # A record's pieces as they come: one of a size of its own might never be whole.
+        for piece in answer.stream(min_chunk_size=1 if is_record else PIECE_BYTES):
             data += piece
             if arrived is not None:
                 arrived(len(data))
+            if is_record and time.monotonic() > until:
+                raise TimeoutError(f"{len(data)} of {size} bytes came in {seconds:.0f} s; the server is too slow")
             if len(data) > most:
                 break  # whatever else the server would send is not asked for
         return memoryview(data)[: most + 1].toreadonly()
 
     def _put(self, key: str, data: bytes | memoryview, *, mode: Any) -> None:
         self._refuse_writing()
+        self._check_process()
         try:
             obstore.put(
                 self._store,
@@ -213,6 +248,25 @@ class RemoteStorage:
             raise UsageError(f"{key!r} is not a key inside the cache")
         return self._prefix + key
 
+    def _check_process(self) -> None:
+        """Refuse what would wait for ever.
+
+        Raises:
+            StorageError: in a process that was forked from one that had sent requests.
+        """
+        global _process
+        if self._scheme == "memory":
+            return
+        if _process is None:
+            _process = os.getpid()
+        elif _process != os.getpid():
+            raise StorageError(
+                f"{self.url} can't be read in this process, which was forked from one that had read from a URL: "
+                "network connections do not survive a fork.\n"
+                "For a DataLoader, choose multiprocessing_context='spawn' or 'forkserver' and open the cache in the "
+                "worker; or call cache.view(...) before the workers start; or `logitcache pull` the cache first"
+            )
+
     def _refuse_writing(self) -> None:
         if not self.can_write:
             raise UsageError(
@@ -228,7 +282,10 @@ class RemoteStorage:
 
     def _error(self, action: str, key: str, error: Exception) -> StorageError:
         reason = _reason(error)
-        if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+        remedy = _s3_remedy(error, self._store.config) if self._scheme == "s3" else None
+        if remedy is not None:
+            reason = f"{remedy}. {reason}"
+        elif isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
             reason = f"access denied; check the credentials that are set ({_CREDENTIALS[self._scheme]}). {reason}"
         elif _lacks_bucket(error) or isinstance(error, FileNotFoundError) or "status code: 404" in reason:
             reason = f"no such bucket or container. {reason}"
@@ -236,7 +293,6 @@ class RemoteStorage:
 
 
 _CREDENTIALS = {
-    "s3": "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a store of your own",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY or another of Azure's",
     "https": "web servers are asked without any",
@@ -260,7 +316,7 @@ def _connect(scheme: str, url: str) -> Any:
         return store.AzureStore.from_url(url, client_options=options, retry_config=_RETRY)
     config: Any
     config, provider = _aws_settings()
-    endpoint = config.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+    endpoint = _endpoint(config)
     if endpoint and not endpoint.startswith(("http://", "https://")):
         raise UsageError(f"AWS_ENDPOINT_URL is {endpoint!r}; expected a URL that begins with http:// or https://")
     if endpoint.startswith("http://"):
@@ -275,6 +331,11 @@ def _connect(scheme: str, url: str) -> Any:
 def _aws_settings() -> tuple[dict[str, Any], Any]:
     """What the environment does not say by itself: boto3's credentials, region and endpoint, or none at all."""
     config: dict[str, Any] = {}
+    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    lacking = [name for name in keys if not os.environ.get(name)]
+    if len(lacking) == 1 and "AWS_PROFILE" not in os.environ:
+        there = next(name for name in keys if name not in lacking)
+        raise UsageError(f"{there} is set, but {lacking[0]} is not; set both, or AWS_PROFILE instead")
     if "AWS_ACCESS_KEY_ID" in os.environ and "AWS_PROFILE" not in os.environ:
         return config, None
     try:
@@ -300,6 +361,44 @@ def _aws_settings() -> tuple[dict[str, Any], Any]:
     if session.region_name:
         config["region"] = session.region_name
     return config, Boto3CredentialProvider(session)
+
+
+def _endpoint(config: Mapping[str, Any]) -> str:
+    """Where requests to S3 go, where that is not AWS."""
+    named = config.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return str(named or "")
+
+
+def _s3_remedy(error: Exception, config: Mapping[str, Any]) -> str | None:
+    """Which setting of S3 is missing or wrong by an error, and what to set; None where that can't be told."""
+    text, endpoint = str(error), _endpoint(config)
+    at = f"at {endpoint} (AWS_ENDPOINT_URL)" if endpoint else "at AWS"
+    elsewhere = "" if endpoint else "; for a store that is not AWS set AWS_ENDPOINT_URL"
+    if "AuthorizationHeaderMalformed" in text or "redirect without LOCATION" in text:
+        region = config.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        known = re.search(r"<Region>([\w-]+)</Region>", text)
+        set_to = known[1] if known else "the bucket's region"
+        return f"wrong region: set AWS_REGION to {set_to} (now {region or 'not set, so us-east-1'})"
+    if "status code: 400" in text and "performing HEAD" in text:  # an answer without a body gives no reason
+        return "the request was refused without a reason: check AWS_REGION, then whether the credentials have expired"
+    if "ExpiredToken" in text:
+        return "the credentials have expired: log in again, or set a new AWS_SESSION_TOKEN"
+    if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+        if config.get("skip_signature"):
+            missing = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            return f"access denied, and no credentials are set: set {missing}{elsewhere}"
+        if "InvalidAccessKeyId" in text:
+            return f"access denied: the access key is unknown {at}; check AWS_ACCESS_KEY_ID{elsewhere}"
+        if "SignatureDoesNotMatch" in text:
+            return "access denied: the secret key is wrong; check AWS_SECRET_ACCESS_KEY"
+        return f"access denied {at}: these credentials (AWS_ACCESS_KEY_ID or AWS_PROFILE) lack the right{elsewhere}"
+    if _lacks_bucket(error) or "status code: 404" in text:
+        return f"no such bucket {at}: check its name in the URL{elsewhere}"
+    if "error sending request" in text:
+        return (
+            f"no answer from {endpoint or 'AWS'}: check {'AWS_ENDPOINT_URL' if endpoint else 'the network'}{elsewhere}"
+        )
+    return None
 
 
 def _may_pass(error: Exception) -> bool:

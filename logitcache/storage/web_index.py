@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import urllib.error
 import urllib.request
+from concurrent.futures import Future
 from html.parser import HTMLParser
 from http.client import HTTPException
 from urllib.parse import quote, unquote, urljoin, urlsplit
@@ -13,22 +15,37 @@ from logitcache.errors import StorageError
 MAX_PAGE_BYTES = 2**22
 
 
-def linked_folders(url: str, *, timeout: float) -> list[str]:
+def linked_folders(url: str, *, timeout: float, deadline: float) -> list[str]:
     """Names of the folders directly below a URL that its index page links to, sorted; none without such a page.
 
     Understands the pages that nginx, Apache, Caddy and Python's own server make: links that end in a slash.
 
+    Args:
+        url: of the folder.
+        timeout: seconds between two pieces of the answer.
+        deadline: seconds for all of it.
+
     Raises:
-        StorageError: the server can't be reached.
+        StorageError: the server can't be reached, or it is too slow.
     """
     # Folders have names as people write them; what is quoted already stays so.
     base = quote(url.rstrip("/") + "/", safe=":/?#[]@!$&'()*+,;=%")
-    request = urllib.request.Request(base, headers={"User-Agent": "logitcache", "Accept": "text/html"})
+    page: Future[bytes] = Future()
+
+    def read() -> None:
+        try:
+            page.set_result(_page(base, timeout))
+        except BaseException as error:
+            page.set_exception(error)
+
+    # Nothing else ends a server that sends a byte now and then, in its headers or after them.
+    reading = threading.Thread(target=read, name="logitcache-index", daemon=True)
+    reading.start()
+    reading.join(deadline)
+    if not page.done():
+        raise StorageError(f"can't list {base}: its page is not whole after {deadline:.0f} s; the server is too slow")
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            data = answer.read(MAX_PAGE_BYTES)
-            if answer.length and len(data) < MAX_PAGE_BYTES:
-                raise HTTPException("its page broke off")
+        data = page.result()
     except urllib.error.HTTPError:
         return []
     except (OSError, HTTPException) as error:
@@ -45,6 +62,15 @@ def linked_folders(url: str, *, timeout: float) -> list[str]:
         if is_below and name and "/" not in name and name not in (".", ".."):
             names.add(name)
     return sorted(names)
+
+
+def _page(url: str, timeout: float) -> bytes:
+    request = urllib.request.Request(url, headers={"User-Agent": "logitcache", "Accept": "text/html"})
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        data: bytes = answer.read(MAX_PAGE_BYTES)
+        if answer.length and len(data) < MAX_PAGE_BYTES:
+            raise HTTPException("its page broke off")
+    return data
 
 
 class _Links(HTMLParser):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from logitcache.catalog.calling import model_logits
 from logitcache.devices import to_device
 from logitcache.errors import UsageError
 from logitcache.randomness import keyed_permutation
@@ -201,8 +202,7 @@ def _permuted(net: nn.Module, reading: Reading, orders: Mapping[str, np.ndarray]
 
 def _logits(net: nn.Module, inputs: Any) -> Tensor:
     with torch.inference_mode():
-        logits: Tensor = net(inputs)
-    return logits.float()
+        return model_logits(net, inputs).float()
 
 
 def take(value: Tensor, axes: tuple[Axis, ...], chosen: Mapping[str, np.ndarray]) -> Tensor:

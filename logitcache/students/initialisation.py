@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from logitcache.catalog.calling import model_logits
 from logitcache.errors import UsageError
 from logitcache.students.channels import (
     Reading,
@@ -363,7 +364,7 @@ def taylor_importance(teacher: nn.Module, batches: Iterable[tuple[Any, Tensor]])
     count = 0
     try:
         for inputs, targets in batches:
-            loss = F.cross_entropy(teacher(inputs).float(), targets)
+            loss = F.cross_entropy(model_logits(teacher, inputs).float(), targets)
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
                 if gradient is not None:

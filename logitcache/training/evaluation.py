@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from logitcache.catalog.calling import model_logits
+from logitcache.data.batching import num_bytes
 from logitcache.data.loading import rendered_batches
 from logitcache.data.order import batches
 from logitcache.data.views import ViewDataset
@@ -54,7 +56,7 @@ class Evaluation:
         others: dict[str, Any] | None = None
         with torch.inference_mode():
             for inputs, targets in self._batches():
-                logits_BC = model(to_device(inputs, device)).float().cpu()
+                logits_BC = model_logits(model, to_device(inputs, device)).float().cpu()
                 right += int((logits_BC.argmax(dim=1) == targets).sum())
                 if others is None:
                     others = _torchmetrics(logits_BC.shape[1])
@@ -69,8 +71,8 @@ class Evaluation:
         if self._kept is not None:
             return self._kept
         if self._small is None:
-            sample = self._views[0][1]
-            self._small = isinstance(sample, Tensor) and sample.nbytes * len(self._views) <= KEPT_BYTES
+            sample_bytes = num_bytes(self._views[0][1])
+            self._small = sample_bytes is not None and sample_bytes * len(self._views) <= KEPT_BYTES
         # Starting workers takes longer than rendering what is small enough to keep.
         workers = 0 if self._small else self._num_workers
         rendered = (

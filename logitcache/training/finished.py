@@ -9,29 +9,13 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from logitcache.checksums import check_file
 from logitcache.errors import UsageError
 from logitcache.pipeline import Pipeline, parse_pipeline
-from logitcache.training.runs import CONFIG, METRICS, RESOLVED, RESULT
-
-MAX_FILE_BYTES = 2**26
-
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class RunResult(BaseModel):
-    """`result.json` of a finished run."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    name: str
-    seed: int
-    accuracy: Share | None
-    validation_accuracy: Share | None
-    epoch_seconds: Positive | None
-    epochs: int = Field(ge=1)
-    samples: int = Field(ge=1)
-    parameters: int = Field(ge=0)
+from logitcache.training.runs import CONFIG, MAX_FILE_BYTES, METRICS, RESOLVED, RESULT
+from logitcache.training.runs import Positive as Positive
+from logitcache.training.runs import RunResult as RunResult
+from logitcache.training.runs import Share as Share
 
 
 class CurvePoint(BaseModel):
@@ -60,8 +44,11 @@ def read_run(folder: Path) -> Run:
     """A finished run.
 
     Raises:
-        OSError, ValueError, yaml.YAMLError: a file that is missing, too long, or not what it should be.
+        OSError, ValueError, yaml.YAMLError: a file that is missing, too long, or not what it should be; CorruptRun,
+            which is a ValueError, where it is not the one that the run left.
     """
+    for name in (CONFIG, RESULT, METRICS):
+        check_file(folder / name)
     config = yaml.safe_load(read_text(folder / CONFIG))
     if not isinstance(config, dict):
         raise ValueError(f"{CONFIG} is no mapping")

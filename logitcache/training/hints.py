@@ -119,8 +119,8 @@ class HintedStudent(nn.Module):
         self.capture = capture
         self.regressors = regressors
 
-    def forward(self, inputs: Any, **options: Any) -> tuple[Any, dict[str, Tensor]]:
-        given, taken = self.capture(inputs, **options)
+    def forward(self, *inputs: Any, **options: Any) -> tuple[Any, dict[str, Tensor]]:
+        given, taken = self.capture(*inputs, **options)
         for number, regressor in self.regressors.items():
             taken[number] = regressor(taken[number])
         return given, taken

@@ -30,7 +30,7 @@ class Job:
     name: str
     model: nn.Module
     views: ViewDataset
-    """Gives (row, input, target), or ((student's input, teacher's input)) where the labels need both."""
+    """Gives (index, input, target), or ((student's input, teacher's input)) where the labels need both."""
     indices: np.ndarray
     """Which samples of `views` to train on, int64 (M,)."""
     num_views: int | None

@@ -26,11 +26,18 @@ class Labels(Protocol):
     def start_view(self, view: int, following: int | None) -> None:
         """Get ready for a view, and begin to get ready for the one that follows."""
 
-    def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
-        """Float32 (B, C) for row numbers (B,) of the current view.
+    def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:
+        """Compare a batch that arrived with `views` rendered again.
+
+        Raises:
+            IdentityMismatch: it is not the view that its index names.
+        """
+
+    def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
+        """Float32 (B, C) for samples of the current view.
 
         Args:
-            rows: int (B,).
+            index: int (B,), as `ViewDataset` gives it.
             teacher_inputs: what the teacher would see, where `needs_teacher_inputs`.
             targets: the true labels, int (B,), or float (B, C) where samples were mixed; on any device.
         """
@@ -43,7 +50,7 @@ class OutputLabels(Labels, Protocol):
     def expect(self, outputs: Sequence[str], following: Sequence[str]) -> None:
         """Which outputs the view that is started next is asked for, and the one that follows it."""
 
-    def outputs(self, names: Sequence[str], rows: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
+    def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
         """Some of the teacher's outputs by name, `logits` among them if asked for, float32 (B, *shape); as `logits`."""
 
 
@@ -97,14 +104,17 @@ class CachedLabels:
         if following is not None and following != view and self.window_blocks is None:
             self._cache.prefetch(following, self._device, self._expected[1])
 
-    def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
-        assert self._view is not None
-        return self._view.logits(rows)
+    def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:
+        self._cache.check_batch(index, inputs, views=views)
 
-    def outputs(self, names: Sequence[str], rows: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
+    def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
+        assert self._view is not None
+        return self._view.logits(index)
+
+    def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
         view = self._view
         assert view is not None
-        return {name: view.output(name, rows) for name in names}
+        return {name: view.output(name, index) for name in names}
 
 
 class EnsembleLabels:
@@ -131,8 +141,11 @@ class EnsembleLabels:
         for member in self._members:
             member.start_view(view, following)
 
-    def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
-        return self._combine([member.logits(rows, None, targets) for member in self._members], targets)
+    def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:
+        self._members[0].check_batch(index, inputs, views)  # the others are of the same views
+
+    def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
+        return self._combine([member.logits(index, None, targets) for member in self._members], targets)
 
 
 class LiveLabels:
@@ -148,10 +161,13 @@ class LiveLabels:
     def start_view(self, view: int, following: int | None) -> None:
         """Nothing to get ready."""
 
-    def logits(self, rows: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
-        return self.outputs([LOGITS], rows, teacher_inputs, targets)[LOGITS]
+    def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:
+        """Nothing to compare: the teacher is given these very inputs."""
 
-    def outputs(self, names: Sequence[str], rows: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
+    def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
+        return self.outputs([LOGITS], index, teacher_inputs, targets)[LOGITS]
+
+    def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             logits_BC, others = self._teacher(teacher_inputs)
         said = {LOGITS: logits_BC, **others}

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.cache.manifest import LOGITS
-from logitcache.catalog.models import load_weights
-from logitcache.data.loading import Batch, part_of, rendered_batches
+from logitcache.catalog.models import load_state
+from logitcache.data.batching import Batch
+from logitcache.data.loading import part_of, rendered_batches
 from logitcache.data.order import batches, epoch_order, step_seed
 from logitcache.devices import seed_device
-from logitcache.errors import InvalidLogits
+from logitcache.errors import CorruptRun, InvalidLogits
 from logitcache.progress import Meter, track
 from logitcache.randomness import preserved_generators, seed_generators
 from logitcache.training.evaluation import Evaluation
@@ -33,7 +34,7 @@ from logitcache.training.job import Job
 from logitcache.training.labels import OutputLabels
 from logitcache.training.optimizer import Updates, WeightAverage
 from logitcache.training.ranks import ALONE, Ranks
-from logitcache.training.runs import RESOLVED, Onlooker, RunFolder
+from logitcache.training.runs import CHECKPOINT, FROM_START, RESOLVED, Onlooker, RunFolder
 from logitcache.training.step import losses
 
 # B batch, C classes
@@ -86,7 +87,7 @@ def begin(job: Job, ranks: Ranks = ALONE) -> Run | dict[str, Any]:
         UsageError: the folder holds a run of another configuration.
     """
     folder = Onlooker() if ranks.rank else RunFolder(job.folder, job.identity)
-    finished = ranks.from_first(folder.result)
+    finished = ranks.from_first(lambda: folder.result(job.name, job.seed))
     if finished is not None:
         return finished
     for name, text in {RESOLVED: job.resolved, **job.documents}.items():
@@ -146,6 +147,7 @@ class Run:
         self._epoch = self._skipped = 0
         self._start = self._aside = 0.0
         self._pending: list[Tensor] = []
+        self._checked_views: set[int] = set()
         saved = ranks.from_first(folder.checkpoint)
         if saved is not None:
             self._restore(saved)
@@ -203,29 +205,34 @@ class Run:
             following = job.view_of(self._epoch + 1) if next_needed else None
             job.labels.start_view(job.view_of(self._epoch), following)
 
-    def take(self, rows: Tensor, inputs: Any, targets: Any) -> None:
+    def take(self, index: Tensor, inputs: Any, targets: Any) -> None:
         """Train on one rendered batch, or on this process's share of it.
 
         Args:
-            rows: row numbers, int64 (B,).
+            index: view and row of each sample, int64 (B,), as `views` gave it.
             inputs: as `views` gave them.
             targets: true labels, int (B,) or float (B, C).
 
         Raises:
+            IdentityMismatch: a view's first batch is not what `views` renders.
             InvalidLogits: the loss became NaN or infinite.
         """
         job, state = self.job, self.state
+        view = job.view_of(self._epoch)
+        if job.labels is not None and view not in self._checked_views and self._needed(self._epoch):
+            job.labels.check_batch(index, inputs, job.views)
+            self._checked_views.add(view)
         seed = step_seed(job.seed, state.step, self.ranks.rank)
         seed_generators(seed)
         seed_device(job.device, seed)
         self.model.train()
         batch_size = self._batch_sizes[state.step % self.steps_per_epoch]
         share = len(self.ranks.share(np.arange(batch_size)))
-        parts = self._micro_batches(len(rows))
+        parts = self._micro_batches(len(index))
         loss = torch.zeros((), device=job.device)
         for number, (start, stop) in enumerate(parts):
-            batch = (part_of(value, start, stop) for value in (rows, inputs, targets)) if len(parts) > 1 else None
-            loss_B = losses(job, self._net, state.step / self.total_steps, *(batch or (rows, inputs, targets)))
+            batch = (part_of(value, start, stop) for value in (index, inputs, targets)) if len(parts) > 1 else None
+            loss_B = losses(job, self._net, state.step / self.total_steps, *(batch or (index, inputs, targets)))
             counted = min(max(share - start, 0), stop - start)
             if counted == stop - start:
                 part_loss = loss_B.mean() * (counted / batch_size)
@@ -267,7 +274,7 @@ class Run:
         if accuracy is None or accuracy > state.best:
             state.best = state.best if accuracy is None else accuracy
             state.stale_epochs = 0
-            self.folder.save_weights(self.trained, "best")
+            self.folder.save_weights(self.trained, "best", state.step)
         else:
             state.stale_epochs += 1
         self.folder.log_epoch(state.step, metrics)
@@ -280,9 +287,11 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Leave the last weights and the result: of the best epoch's weights where training stops early."""
         job, state = self.job, self.state
-        self.folder.save_weights(self.trained, "last")
+        self.folder.save_weights(self.trained, "last", state.step)
         if job.config.early_stopping is not None:
-            self.ranks.from_first(lambda: load_weights(self.trained, job.folder / "best.safetensors"))
+            self.ranks.from_first(
+                lambda: load_state(self.trained, self._best_weights(), job.folder / "best.safetensors")
+            )
         test = self._measured(job.test, "")
         validation = self._measured(job.validation, "validation_")
         result: dict[str, Any] = {
@@ -357,14 +366,33 @@ class Run:
                 "updates": self._updates.state_dict(),
                 "average": None if self._average is None else self._average.state_dict(),
                 "state": vars(self.state),
+                "steps": [self.steps_per_epoch, self.total_steps],
             }
         )
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        self.model.load_state_dict(saved["model"])
-        if self._hinted is not None:
-            self._hinted.regressors.load_state_dict(saved["regressors"])
-        self._updates.load_state_dict(saved["updates"])
-        if self._average is not None:
-            self._average.load_state_dict(saved["average"])
-        self.state = _State(**saved["state"])
+        try:
+            expected = [self.steps_per_epoch, self.total_steps]
+            if saved["steps"] != expected:
+                raise ValueError(f"expected {expected} steps an epoch and in all, found {saved['steps']}")
+            self.model.load_state_dict(saved["model"])
+            if self._hinted is not None:
+                self._hinted.regressors.load_state_dict(saved["regressors"])
+            self._updates.load_state_dict(saved["updates"])
+            if self._average is not None:
+                self._average.load_state_dict(saved["average"])
+            self.state = _State(**saved["state"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CorruptRun(
+                f"{self.job.folder / CHECKPOINT} does not fit this run: {' '.join(str(error).split())}; {FROM_START}"
+            ) from error
+        if self._best_step():
+            self.ranks.from_first(lambda: bool(self._best_weights()))  # now, rather than after the whole training
+
+    def _best_step(self) -> int:
+        """The step at the end of the best epoch so far, or 0."""
+        epochs = self.state.step // self.steps_per_epoch
+        return (epochs - self.state.stale_epochs) * self.steps_per_epoch
+
+    def _best_weights(self) -> dict[str, Tensor]:
+        return self.folder.best_weights(self._best_step())

@@ -79,8 +79,21 @@ class Updates:
         return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint.
+
+        Raises:
+            AttributeError, KeyError, RuntimeError, TypeError, ValueError: the state of another optimizer or model.
+        """
+        expected = [_settings(group) for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(state["optimizer"])
+        if expected != [_settings(group) for group in self._optimizer.param_groups]:
+            raise ValueError("the optimizer has other settings")
+        for parameter, moments in self._optimizer.state.items():
+            for name, value in moments.items():
+                # torch compares the number of parameters only.
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    shapes = f"{tuple(value.shape)}, its parameter {tuple(parameter.shape)}"
+                    raise ValueError(f"{name} of the optimizer has shape {shapes}")
         self._scaler.load_state_dict(state["scaler"])
 
 
@@ -122,6 +135,11 @@ class WeightAverage:
         updates = int(self._average.n_averaged)  # in main memory: no waiting for the device
         decay = min(self._decay, (1 + updates) / (10 + updates))
         get_ema_multi_avg_fn(decay)(averaged, current, None)  # type: ignore[no-untyped-call]
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Of a parameter group: all but the parameters, and the rate that each step sets."""
+    return {name: value for name, value in group.items() if name not in ("params", "lr")}
 
 
 def _half_cosine(start: float, end: float, progress: float) -> float:

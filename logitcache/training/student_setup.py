@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from logitcache.cache.reader import LogitCache
 from logitcache.catalog.datasets import Data
-from logitcache.data.loading import collate
 from logitcache.data.order import batches, run_seed
 from logitcache.data.samples import sample_table
 from logitcache.data.views import ViewDataset
@@ -70,11 +69,11 @@ def start_from_teacher(
         UsageError: what can't fit; names the parameter and both shapes.
     """
     init = init_from_config(student.init)
-    seen = clean_views(data.train, student, trust=trust)
-    inputs = collate(seen.__getitems__([(0, int(index)) for index in indices[:PROOF_SAMPLES]]))[1]
+    seen = clean_views(data.train, student, pipeline, trust=trust)
+    inputs = seen.batch([(0, int(index)) for index in indices[:PROOF_SAMPLES]])
 
     def importance() -> dict[str, Tensor]:
-        views = clean_views(data.train, pipeline.teacher, trust=trust)
+        views = clean_views(data.train, pipeline.teacher, pipeline, trust=trust)
         drawn = indices[keyed_permutation(len(indices), "calibration", seed)[: init.calibration]]
         return taylor_importance(teacher, _batches(views, drawn, next(teacher.parameters()).device))
 
@@ -90,7 +89,7 @@ def start_from_teacher(
 
 def _batches(views: ViewDataset, chosen: np.ndarray, device: torch.device) -> Iterator[tuple[Any, Tensor]]:
     for batch in batches(chosen, CALIBRATION_BATCH):
-        _, inputs, targets = collate(views.__getitems__([(0, int(index)) for index in batch]))
+        _, inputs, targets = views.collate(views.__getitems__([(0, int(index)) for index in batch]))
         yield to_device(inputs, device), to_device(targets, device)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from logitcache.data.batching import InputPerModel
 from logitcache.data.loading import rendered_batches
 from logitcache.data.transforms import adapt_transform
 from logitcache.data.views import ViewDataset
@@ -30,8 +31,8 @@ class EachInput:
 
     parts: tuple[Callable[[Any], Any] | None, ...]
 
-    def __call__(self, pixels: Any) -> tuple[Any, ...]:
-        return tuple(pixels if part is None else part(pixels) for part in self.parts)
+    def __call__(self, pixels: Any) -> InputPerModel:
+        return InputPerModel(pixels if part is None else part(pixels) for part in self.parts)
 
 
 def groups(jobs: Sequence[Job]) -> list[list[Job]]:
@@ -83,14 +84,14 @@ def _until_one_is_done(runs: Sequence[Run], meter: Meter) -> None:
         views, first.places(), num_workers=first.job.num_workers, pin_memory=first.job.device.type == "cuda"
     )
     step = first.step
-    for rows, rendered, targets in loader:
+    for index, rendered, targets in loader:
         at_step = [run for run in runs if run.step == step]
         for position, run in enumerate(at_step):
             mine = rendered if len(keys) == 1 else rendered[keys.index(run.job.input_key)]
             if not run.in_epoch:
                 run.begin_epoch()
             # A net may change its input in place; the last one may do so with the original.
-            run.take(rows, mine if position + 1 == len(at_step) else _copied(mine), targets)
+            run.take(index, mine if position + 1 == len(at_step) else _copied(mine), targets)
             meter.advance()
             if not run.in_epoch:
                 meter.advance(0, note=f"{run.job.name}: {run.end_epoch()}")
@@ -108,6 +109,8 @@ def _views_of(views: ViewDataset, inputs: Sequence[ViewDataset]) -> ViewDataset:
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
+    if isinstance(value, dict):
+        return {name: _copied(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(_copied, value))
     return value

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+
 from logitcache.arrays import ArraySpec
 from logitcache.cache.card import CARD
-from logitcache.cache.committed import num_rows, pinned_receipts_key, stored_manifest
+from logitcache.cache.committed import (
+    fitted_encoding,
+    num_rows,
+    pinned_receipts_key,
+    stored_manifest,
+    stored_samples,
+)
+from logitcache.cache.digests import content_digest
 from logitcache.cache.layout import (
     FIXED,
     FIXED_RECEIPT_KEY,
     GROUP,
+    SAMPLE_ARRAYS,
     Block,
     all_blocks,
     block_key,
-    block_rows,
-    decode_fixed,
-    decode_rows,
+    decode_object,
     fixed_array_key,
     group_metadata,
+    is_block,
 )
 from logitcache.cache.manifest import (
+    LOGITS,
     MANIFEST,
     MAX_RECEIPT_BYTES,
     RECEIPTS,
@@ -30,15 +42,21 @@ from logitcache.cache.manifest import (
     Manifest,
     Receipt,
     StoredObject,
-    content_digest,
+    output_of,
     read_receipt,
     read_receipts,
     receipts_limit,
 )
+from logitcache.cache.outputs import outputs_of
+from logitcache.data.samples import SampleTable
 from logitcache.digest import array_digest, sha256_hex
+from logitcache.encodings import encoding_from_config
 from logitcache.errors import CorruptCache
 from logitcache.progress import track
 from logitcache.storage import Storage, open_storage
+
+MAX_MISSING = 2**16
+"""Receipts that are looked for in vain before the search ends: a stranger's manifest may claim millions."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +67,8 @@ class Problem:
     """Such as "v00003/b00012", "fixed" for the sample table, "" for the cache as a whole."""
     path: str
     kind: str
-    """"missing", "wrong size", "wrong bytes", "wrong values", "wrong digest", "damaged", "stray" or "differs"."""
+    """"missing", "wrong size", "wrong bytes", "wrong values", "wrong digest", "damaged", "not finite", "stray" or
+    "differs"."""
 
 
 def verify(location: str, *, deep: bool = False) -> list[Problem]:
@@ -57,7 +76,11 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
 
     Args:
         location: the cache.
-        deep: also read every byte, compare its SHA-256, decode it, and compare the SHA-256 of its values.
+        deep: also read every byte, compare its SHA-256, decode it, compare the SHA-256 of its values, and look for
+            labels that are NaN or infinite, and for a sample table or fitted arrays that make no sense.
+
+    Returns:
+        The problems; of blocks without a receipt the first 65 536.
 
     Raises:
         NotACache: no cache there.
@@ -86,10 +109,24 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
             known.add(path)
             checks.append((name, array, spec, path, stored))
 
+    outputs = outputs_of(manifest.identity)
+    encodings = {LOGITS: encoding_from_config(manifest.identity.encoding)}
+    encodings |= {name: output.encoding for name, output in outputs.items()}
+    num_values = {LOGITS: manifest.layout.num_classes} | {name: output.num_values for name, output in outputs.items()}
+    once: dict[str, np.ndarray] = {}
+
     def check(name: str, array: str, spec: ArraySpec | None, path: str, stored: StoredObject) -> Problem | None:
         kind = _what_is_wrong(storage, path, stored, sizes)
         if kind is None and deep:
-            kind = _what_is_wrong_inside(storage, manifest.layout, name, array, spec, path, stored)
+            found = _values_inside(storage, manifest.layout, name, array, path, stored)
+            if isinstance(found, str):
+                kind = found
+            elif spec is None:
+                once[array] = found
+            elif array.endswith("ids") and int(found.max()) >= num_values[output_of(array)]:
+                kind = "damaged"
+            elif not encodings[output_of(array)].accepts(array.rpartition("_")[2], torch.from_numpy(found)):
+                kind = "not finite"
         return None if kind is None else Problem(name, path, kind)
 
     # Listed once, where that can be done: asking a store for each size would take a request each.
@@ -98,6 +135,8 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
         for problem in threads.map(check, *zip(*checks, strict=True)) if checks else ():
             problems += [] if problem is None else [problem]
             meter.advance()
+    if once.keys() == fixed.keys():
+        problems += [Problem(FIXED, path, "damaged") for path in _nonsense(manifest, once)]
     for path, data in group_metadata(manifest.layout).items():
         known.add(path)
         found = storage.get(path, limit=len(data))
@@ -105,19 +144,19 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
             problems.append(Problem("", path, "missing" if found is None else "wrong bytes"))
     strays = [path for path in sizes or () if path not in known and not path.startswith("receipts/")]
     problems += [Problem("", path, "stray") for path in strays]
-    if manifest.state == "sealed" and content_digest(list(receipts.values())) != manifest.digest:
+    if manifest.state == "sealed" and content_digest(manifest, receipts) != manifest.digest:
         problems.append(Problem("", MANIFEST, "wrong digest"))
     return problems
 
 
 def _all_receipts(storage: Storage, manifest: Manifest, problems: list[Problem]) -> dict[str, Receipt]:
     receipts: dict[str, Receipt] = {}
-    wanted = {FIXED: FIXED_RECEIPT_KEY} | {block.name: block.receipt_key for block in all_blocks(manifest.layout)}
-    gathered = storage.get(RECEIPTS, limit=receipts_limit(len(wanted)))
+    limit = receipts_limit(manifest.layout)
+    gathered = storage.get(RECEIPTS, limit=limit)
     if gathered is not None:
         if manifest.state == "sealed" and sha256_hex(gathered) != manifest.receipts:
             # A copy that was cut off while it was given more views has them under another name, whole.
-            pinned = storage.get(pinned_receipts_key(str(manifest.receipts)), limit=receipts_limit(len(wanted)))
+            pinned = storage.get(pinned_receipts_key(str(manifest.receipts)), limit=limit)
             gathered = gathered if pinned is None else pinned
         if manifest.state == "sealed" and sha256_hex(gathered) != manifest.receipts:
             problems.append(Problem("", RECEIPTS, "wrong bytes"))
@@ -127,16 +166,26 @@ def _all_receipts(storage: Storage, manifest: Manifest, problems: list[Problem])
             problems.append(Problem("", RECEIPTS, "damaged"))
     elif manifest.state == "sealed":
         problems.append(Problem("", RECEIPTS, "missing"))
-    for name, key in wanted.items():
-        data = storage.get(key, limit=MAX_RECEIPT_BYTES) if name not in receipts else None
-        if data is not None:
-            try:
-                receipts[name] = read_receipt(data, key=key)
-            except CorruptCache:
-                problems.append(Problem(name, key, "damaged"))
-        elif name not in receipts:
+    layout = manifest.layout
+    wanted = itertools.chain(
+        [(FIXED, FIXED_RECEIPT_KEY)], ((block.name, block.receipt_key) for block in all_blocks(layout))
+    )
+    missing = 0
+    for name, key in wanted:
+        if name in receipts:
+            continue
+        data = storage.get(key, limit=MAX_RECEIPT_BYTES)
+        if data is None:
             problems.append(Problem(name, key, "missing"))
-    return {name: receipt for name, receipt in receipts.items() if name in wanted}
+            missing += 1
+            if missing == MAX_MISSING:
+                break
+            continue
+        try:
+            receipts[name] = read_receipt(data, key=key)
+        except CorruptCache:
+            problems.append(Problem(name, key, "damaged"))
+    return {name: receipt for name, receipt in receipts.items() if name == FIXED or is_block(layout, name)}
 
 
 def _what_is_wrong(storage: Storage, path: str, stored: StoredObject, sizes: Mapping[str, int] | None) -> str | None:
@@ -146,24 +195,38 @@ def _what_is_wrong(storage: Storage, path: str, stored: StoredObject, sizes: Map
     return None if found == stored.bytes else "wrong size"
 
 
-def _what_is_wrong_inside(
+def _nonsense(manifest: Manifest, once: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """The path of an array in each group of those that are stored once that was written so, and makes no sense."""
+    fixed = manifest.layout.fixed
+    table = {name: once[name] for name in SAMPLE_ARRAYS if name in fixed}
+    fitted = {name: values for name, values in once.items() if name not in table}
+    for arrays, read in ((table, _read_table), (fitted, fitted_encoding)):
+        if arrays:
+            try:
+                read(manifest, arrays, url="")
+            except CorruptCache:
+                array = next(iter(arrays))
+                yield fixed_array_key(array, fixed[array])
+
+
+def _read_table(manifest: Manifest, arrays: Mapping[str, np.ndarray], *, url: str) -> SampleTable:
+    return stored_samples(arrays, manifest.layout.num_samples, url=url)
+
+
+def _values_inside(
     storage: Storage,
     layout: Layout,
     name: str,
     array: str,
-    spec: ArraySpec | None,
     path: str,
     stored: StoredObject,
-) -> str | None:
+) -> np.ndarray | str:
+    """The values of an object, or what is wrong with it."""
     data = storage.get(path, limit=stored.bytes) or b""
     if sha256_hex(data) != stored.sha256:
         return "wrong bytes"
     try:
-        if spec is None:
-            values = decode_fixed(layout.fixed[array], data)
-        else:
-            rows = block_rows(layout, Block.from_name(name))
-            values = decode_rows(spec, [data], len(rows), layout.rows_per_block)
+        values = decode_object(layout, name, array, data)
     except (ValueError, RuntimeError):
         return "damaged"
-    return None if array_digest(values) == stored.values_sha256 else "wrong values"
+    return values if array_digest(values) == stored.values_sha256 else "wrong values"

@@ -7,14 +7,16 @@ from typing import Any
 
 from logitcache.cache.committed import collect_receipts, stored_manifest
 from logitcache.cache.ensemble import merged_parts
-from logitcache.cache.layout import FIXED, GROUP, Block, block_key, fixed_array_key, group_metadata
+from logitcache.cache.layout import FIXED, GROUP, Block, block_key, fixed_array_key
 from logitcache.cache.manifest import (
     MANIFEST,
     RECEIPTS,
     Manifest,
     Receipt,
+    contents,
     dump_manifest,
 )
+from logitcache.cache.publish import receipts_in_copy, write_group_metadata
 from logitcache.cache_teacher import cache_teacher
 from logitcache.digest import canonical_json, sha256_hex
 from logitcache.errors import CorruptCache, IdentityMismatch, NotACache, UsageError
@@ -62,9 +64,8 @@ def repair(
         return RepairResult(problems, [], [], problems, stored_manifest(storage).digest)
     manifest = stored_manifest(storage)
     receipts = collect_receipts(storage, manifest)
-    for key, data in group_metadata(manifest.layout).items():
-        if storage.get(key, limit=len(data)) != data:
-            storage.put(key, data)
+    with storage.lock():
+        write_group_metadata(storage, manifest.layout)
     bad = sorted({problem.block for problem in problems if problem.block})
     fetched = [] if copy is None else [name for name in bad if _fetch(storage, copy, manifest, receipts, name)]
     left = [name for name in bad if name not in fetched]
@@ -98,7 +99,10 @@ def repair(
 
 
 def _restore_records(storage: Storage, copy: Storage) -> None:
-    """Take manifest and receipts from a copy, where ours can't be read and the copy's are of the same cache."""
+    """Take manifest and receipts from a copy, where ours can't be read and the copy's are of the same cache.
+
+    The copy may have more views than ours.
+    """
     theirs = stored_manifest(copy)
     try:
         ours: Manifest | None = stored_manifest(storage)
@@ -106,15 +110,28 @@ def _restore_records(storage: Storage, copy: Storage) -> None:
         if next(storage.list_keys(GROUP), None) is None:
             raise  # no damaged cache, but none
         ours = None
-    if ours is not None and (ours.id, ours.digest or theirs.digest) != (theirs.id, theirs.digest):
+    if ours is not None and not _is_copy(ours, theirs, copy):
         raise IdentityMismatch(f"{copy.url} is no copy of {storage.url}: its id or its content digest is another")
-    if ours is None:
-        storage.put(MANIFEST, dump_manifest(theirs))
-        ours = theirs
-    try:
-        collect_receipts(storage, ours)
-    except CorruptCache:
-        storage.put(RECEIPTS, _records(collect_receipts(copy, theirs)))
+    with storage.lock():
+        if ours is None:
+            storage.put(MANIFEST, dump_manifest(theirs))
+            ours = theirs
+        try:
+            collect_receipts(storage, ours)
+        except CorruptCache:
+            receipts = collect_receipts(copy, theirs)
+            known = (receipts_in_copy(ours, receipts) if ours.state == "sealed" else None) or receipts
+            gathered = _records(known)
+            storage.put(RECEIPTS, gathered)
+            if ours.state == "sealed" and ours.receipts != sha256_hex(gathered):  # the same values, stored otherwise
+                changes = {"receipts": sha256_hex(gathered), "contents": contents(known, fixed=FIXED)}
+                storage.put(MANIFEST, dump_manifest(ours.model_copy(update=changes)))
+
+
+def _is_copy(ours: Manifest, theirs: Manifest, copy: Storage) -> bool:
+    if ours.id != theirs.id or ours.digest in (None, theirs.digest):
+        return ours.id == theirs.id
+    return receipts_in_copy(ours, collect_receipts(copy, theirs)) is not None
 
 
 def _fetch(storage: Storage, copy: Storage, manifest: Manifest, receipts: dict[str, Receipt], name: str) -> bool:
@@ -142,11 +159,12 @@ def _reopen(storage: Storage, manifest: Manifest, receipts: dict[str, Receipt], 
     provenance = manifest.provenance | ({} if manifest.digest is None else {"repairing": manifest.digest})
     kept = {name: receipt for name, receipt in receipts.items() if name not in bad}
     opened = manifest.model_copy(update={"state": "open", "digest": None, "provenance": provenance})
-    # The manifest first: a sealed cache whose receipts lack a block is damaged, an open one is merely not finished.
-    storage.put(MANIFEST, dump_manifest(opened))
-    storage.put(RECEIPTS, _records(kept))
-    for name in bad:
-        storage.delete(Block.from_name(name).receipt_key)
+    with storage.lock():
+        # The manifest first: a sealed cache whose receipts lack a block is damaged, an open one is merely not finished.
+        storage.put(MANIFEST, dump_manifest(opened))
+        storage.put(RECEIPTS, _records(kept))
+        for name in bad:
+            storage.delete(Block.from_name(name).receipt_key)
 
 
 def _records(receipts: dict[str, Receipt]) -> bytes:

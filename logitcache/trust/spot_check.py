@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from logitcache.cache.agreement import differing_rows
 from logitcache.cache.ensemble import merged_parts
-from logitcache.cache.fidelity import fidelity_kl
 from logitcache.cache.layout import Block
+from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache
 from logitcache.data.views import ViewDataset
 from logitcache.devices import pick_device
-from logitcache.encodings import Sampled
 from logitcache.errors import UsageError
 from logitcache.inference import teacher_outputs
 from logitcache.pipeline import Pipeline
@@ -24,24 +22,14 @@ from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
 from logitcache.trust.audit import Problem
 from logitcache.trust.fit import open_fitting_cache
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 5e-3}
-"""Nats at T = 1 by which a teacher's distribution may differ between devices and batches, by its precision."""
-DISTANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
-"""Of other outputs, the distance by which they may differ likewise, in parts of the row's norm."""
-SLACK = 1.5
-"""Times what the encoding alone puts a row off: other roundings of nearly the same values."""
-DIFFERENT_DRAWS = 0.05
-"""Share of a `Sampled` row's draws that may come out otherwise; one draw always may."""
-
-# B batch, C classes, D values of a row
+# B batch
 
 
 def spot_check(pipeline: Pipeline, count: int, *, seed: int = 0, trust: bool = False) -> list[Problem]:
     """Run the teacher again on some seeded places, and hold its logits to the cache's.
 
-    A row's divergence may exceed the largest of its block, as it was when the block was written, by `TOLERANCE`; with
-    `Sampled` labels, whose divergence is infinite, the classes drawn again may differ in one draw of twenty. Other
-    outputs may be as far off as their encoding puts what the teacher says now, and `DISTANCE` more.
+    A row may differ by what its encoding loses of the teacher's present output, and by other roundings (see
+    `cache.agreement`).
 
     Args:
         pipeline: what the cache was made by.
@@ -79,57 +67,19 @@ def spot_check(pipeline: Pipeline, count: int, *, seed: int = 0, trust: bool = F
             for view in sorted({view for view, _ in batch}):
                 within = [number for number, place in enumerate(batch) if place[0] == view]
                 rows_B = np.array([views.row(batch[number][1]) for number in within])
-                again_BC = said.logits[within].float().cpu()
-                precision = pipeline.teacher.precision
-                differing = _differing(cache, view, rows_B, again_BC, TOLERANCE[precision])
-                problems += [Problem(_block(cache, view, row), f"row {row}", "other logits") for row in differing]
-                for name in asked:
-                    again_BD = said.outputs[name][within].float().cpu().flatten(1)
-                    for row in _other_values(cache, name, view, rows_B, again_BD, precision):
-                        problems.append(Problem(_block(cache, view, row), f"row {row}", f"other {name}"))
+                for name in (LOGITS, *asked):
+                    again = said.logits if name == LOGITS else said.outputs[name]
+                    differing = differing_rows(
+                        cache.view(view, outputs=[name]).output(name, rows_B).flatten(1),
+                        again[within].float().cpu().flatten(1),
+                        cache.encoding_of(name)[0],
+                        pipeline.teacher.precision,
+                        view=view,
+                        rows_B=rows_B.tolist(),
+                    )
+                    problems += [Problem(_block(cache, view, row), f"row {row}", f"other {name}") for row in differing]
             meter.advance(len(batch))
     return problems
-
-
-def _differing(cache: LogitCache, view: int, rows_B: np.ndarray, again_BC: Tensor, tolerance: float) -> list[int]:
-    """The rows whose labels are further from the teacher than when they were written."""
-    decoded_BC = cache.view(view).logits(rows_B)
-    kl_B = fidelity_kl(decoded_BC, again_BC)
-    differing = []
-    for place, row in enumerate(rows_B.tolist()):
-        largest = cache.receipts[_block(cache, view, row)].kl_max
-        if largest is not None:
-            wrong = float(kl_B[place]) > largest + tolerance
-        else:
-            encoded = cache.encoding.encode(again_BC[place : place + 1], view=view, start=row)
-            shares_BC = cache.encoding.decode(encoded, cache.num_classes).exp()
-            smallest = float(shares_BC[0][shares_BC[0] > 0].min())
-            moved = float((shares_BC[0] - decoded_BC[place].exp()).abs().sum()) / 2
-            wrong = moved > max(DIFFERENT_DRAWS, 1.01 * smallest)
-        if wrong:
-            differing.append(row)
-    return differing
-
-
-def _other_values(
-    cache: LogitCache, output: str, view: int, rows_B: np.ndarray, again_BD: Tensor, precision: str
-) -> list[int]:
-    """The rows of an output that are further from the teacher than their encoding explains."""
-    encoding = cache.others[output].encoding
-    decoded_BD = cache.view(view, outputs=[output]).output(output, rows_B).flatten(1)
-    pieces = enumerate(rows_B.tolist())  # one at a time: where classes are drawn, it is by row
-    encoded = [encoding.encode(again_BD[place : place + 1], view=view, start=row) for place, row in pieces]
-    lossy_BD = torch.cat([encoding.decode(each, again_BD.shape[1]) for each in encoded])
-    if encoding.keeps_constants:
-        size_B = again_BD.norm(dim=1)
-        off_B, explained_B = (decoded_BD - again_BD).norm(dim=1), (lossy_BD - again_BD).norm(dim=1)
-        wrong_B = off_B > SLACK * explained_B + DISTANCE[precision] * size_B
-    elif isinstance(encoding, Sampled):
-        moved_B = (lossy_BD.exp() - decoded_BD.exp()).abs().sum(dim=1) / 2
-        wrong_B = moved_B > max(DIFFERENT_DRAWS, 1.01 / encoding.draws)
-    else:
-        wrong_B = fidelity_kl(decoded_BD, again_BD) > SLACK * fidelity_kl(lossy_BD, again_BD) + TOLERANCE[precision]
-    return [row for row, wrong in zip(rows_B.tolist(), wrong_B.tolist(), strict=True) if wrong]
 
 
 def _block(cache: LogitCache, view: int, row: int) -> str:

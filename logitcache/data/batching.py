@@ -1,0 +1,174 @@
+"""From samples to a batch: stacked, padded, or put together by the user's own function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from logitcache.errors import LogitCacheError, ShapeError, UsageError
+
+# B batch
+
+Batch = tuple[Tensor, Any, Any]
+"""(indices int64 (B,) that carry view and row, inputs, targets)."""
+
+Collate = Callable[[list[Any]], Any]
+"""From the inputs of B samples to a batch of B rows, in their order."""
+
+
+class InputPerModel(tuple[Any, ...]):
+    """The inputs of several models, rendered from one view of a sample; each is batched on its own."""
+
+    __slots__ = ()
+
+
+def stack(inputs: Sequence[Any]) -> Any:
+    """Inputs of one shape as one batch: tensors, NumPy arrays, numbers and lists of numbers, or mappings of these."""
+    if not isinstance(inputs[0], Tensor):
+        inputs = [as_tensors(each) for each in inputs]
+    return default_collate(list(inputs))
+
+
+def pad(inputs: Sequence[Any]) -> Any:
+    """Inputs of different lengths as one batch: the shorter ones are followed by zeros.
+
+    Each tensor of a mapping is padded on its own, so an `attention_mask` of ones marks what is no padding.
+    """
+    return _padded([as_tensors(each) for each in inputs])
+
+
+COLLATES: dict[str, Collate] = {"stack": stack, "pad": pad}
+
+
+def collate(samples: Sequence[tuple[int, Any, Any]], function: Collate | None = None) -> Batch:
+    """Samples of a `ViewDataset` as one batch.
+
+    Args:
+        samples: (index, input, target) of each.
+        function: puts the inputs together; `stack` by default.
+
+    Raises:
+        ShapeError: inputs of different sizes, or a function that gives another number of rows.
+        UsageError: the function failed.
+    """
+    index, inputs, targets = zip(*samples, strict=True)
+    if isinstance(inputs[0], InputPerModel):
+        batch: Any = InputPerModel(_batch(list(of_model), function) for of_model in zip(*inputs, strict=True))
+    else:
+        batch = _batch(list(inputs), function)
+    return torch.tensor(index), batch, default_collate(list(targets))
+
+
+def as_tensors(value: Any) -> Any:
+    """NumPy arrays and lists of numbers as tensors, also within mappings, lists and tuples; the rest as it is."""
+    if isinstance(value, Tensor | str | bytes):
+        return value
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        # torch shares memory with an array, which it warns about where the array can't be written to.
+        return torch.from_numpy(np.ascontiguousarray(value) if value.flags.writeable else value.copy())
+    if isinstance(value, Mapping):
+        return {name: as_tensors(part) for name, part in value.items()}
+    if isinstance(value, list) and _holds_numbers(value):
+        try:
+            return torch.tensor(value)
+        except (ValueError, TypeError):  # lists of different lengths
+            return value
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(map(as_tensors, value))
+    return value
+
+
+def num_bytes(value: Any) -> int | None:
+    """Bytes of an input once it is tensors; None where it holds anything else."""
+    if isinstance(value, int | float):
+        return 8
+    if isinstance(value, list):
+        value = as_tensors(value)
+    if isinstance(value, Tensor | np.ndarray):
+        return int(value.nbytes)
+    if isinstance(value, Mapping):
+        parts = [num_bytes(part) for part in value.values()]
+        return None if None in parts else sum(part or 0 for part in parts)
+    return None
+
+
+def _batch(inputs: list[Any], function: Collate | None) -> Any:
+    if function is None or function in COLLATES.values():
+        try:
+            return (function or stack)(inputs)
+        except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
+            found = sorted({_shape(value) for value in inputs})
+            raise ShapeError(
+                f"these samples make no batch; their inputs are {', '.join(found)}: end the model's `input` with a "
+                "resize or crop to a fixed size; or pad them, with data.collate=pad or a package.module:function "
+                f"({_first_line(error)})"
+            ) from error
+    try:
+        batch = as_tensors(function(inputs))  # Hugging Face's collators give mappings that are no dict
+    except LogitCacheError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"the collate function {_name(function)} fails on {len(inputs)} inputs, the first of them "
+            f"{_shape(inputs[0])}: {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    strange = [rows for rows in _rows_of(batch) if rows != len(inputs)]
+    if strange:
+        raise ShapeError(
+            f"the collate function {_name(function)} returns {strange[0]} rows for {len(inputs)} samples; expected one "
+            "row for each sample, in their order"
+        )
+    return batch
+
+
+def _padded(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {name: _padded([value[name] for value in values]) for name in first}
+    if isinstance(first, tuple):
+        return tuple(_padded(list(parts)) for parts in zip(*values, strict=True))
+    if not isinstance(first, Tensor) or len({value.shape for value in values}) == 1:
+        return default_collate(values)
+    shape = [max(sides) for sides in zip(*(value.shape for value in values), strict=True)]
+    batch = first.new_zeros((len(values), *shape))
+    for row, value in zip(batch, values, strict=True):
+        row[tuple(map(slice, value.shape))] = value
+    return batch
+
+
+def _holds_numbers(value: Any) -> bool:
+    while isinstance(value, list) and value:
+        value = value[0]
+    return isinstance(value, bool | int | float | np.number | np.bool_)
+
+
+def _rows_of(batch: Any) -> list[int]:
+    """The first dimension of each tensor of a batch."""
+    if isinstance(batch, Tensor):
+        return [len(batch) if batch.ndim else 0]
+    if isinstance(batch, Mapping):
+        return [rows for part in batch.values() for rows in _rows_of(part)]
+    if isinstance(batch, list | tuple):
+        return [rows for part in batch for rows in _rows_of(part)]
+    return []
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {_shape(part)}' for name, part in value.items())}}}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return str(tuple(getattr(value, "shape", ())) or type(value).__name__)
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

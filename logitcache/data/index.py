@@ -1,0 +1,91 @@
+"""Sample indices that carry their view: one int64 names (view, row), so labels can't meet another view's pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitcache.errors import ShapeError, UsageError
+
+# B batch
+
+ROW_BITS = 40
+"""A row number takes the low 40 bits; a cache has at most 2^40 rows."""
+ROW_MASK = 2**ROW_BITS - 1
+
+
+def join_index(view: int, row: int) -> int:
+    """The index of one row of one view: `(view + 1) << 40 | row`. A plain row number is below 2^40."""
+    return (view + 1) << ROW_BITS | row
+
+
+def split_index(index: Any) -> tuple[Tensor, Tensor]:
+    """Views and row numbers of indices, int64 (B,) each; the view of a plain row number is -1.
+
+    Args:
+        index: integers (B,), as `ViewDataset` gives them: a tensor, array or list.
+
+    Raises:
+        UsageError: booleans or floats.
+        ShapeError: more or fewer than one dimension.
+    """
+    index_B = index_tensor(index)
+    return (index_B >> ROW_BITS) - 1, index_B & ROW_MASK
+
+
+def index_tensor(index: Any) -> Tensor:
+    """Row numbers or indices as int64 (B,), on the device that they are on.
+
+    Raises:
+        UsageError: booleans or floats: a mask, or numbers that lost their low bits.
+        ShapeError: more or fewer than one dimension.
+    """
+    try:
+        index_B = torch.as_tensor(np.asarray(index) if isinstance(index, range) else index)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"expected integer row numbers or indices (B,), found {type(index).__name__}: {error}"
+        ) from None
+    if index_B.numel() and (index_B.dtype == torch.bool or index_B.is_floating_point() or index_B.is_complex()):
+        remedy = "for a mask, pass mask.nonzero()[:, 0]" if index_B.dtype == torch.bool else "convert them first"
+        raise UsageError(f"expected integer row numbers or indices, found {index_B.dtype}; {remedy}")
+    if index_B.ndim != 1:
+        raise ShapeError(f"expected row numbers or indices of shape (B,), found {tuple(index_B.shape)}")
+    return index_B.to(torch.int64)
+
+
+def rows_of_view(index: Any, view: int, num_rows: int) -> Tensor:
+    """Row numbers within one view, int64 (B,).
+
+    Args:
+        index: plain row numbers, or indices of this view; not both in one batch.
+        view: the view.
+        num_rows: rows of the view.
+
+    Raises:
+        UsageError: an index of another view, or no integers.
+        IndexError: a row beyond the view.
+    """
+    index_B = index_tensor(index)
+    if not index_B.numel():
+        return index_B
+    lowest, highest = (int(end) for end in index_B.aminmax())
+    first, last = (lowest >> ROW_BITS) - 1, (highest >> ROW_BITS) - 1
+    if first != last or first not in (-1, view):
+        if lowest < 0:
+            raise IndexError(f"row {lowest} is negative; rows are numbered from 0 to {num_rows - 1}")
+        other = last if last != view else first
+        found = "plain row numbers" if other == -1 else f"indices of view {other}"
+        raise UsageError(
+            f"these labels are of view {view}, but the batch has {found}; take `cache.view({max(other, 0)})`, or "
+            "`cache.logits(index)` for batches of several views. If the batch was loaded ahead of `set_view`, choose "
+            "the view by the batch's index"
+        )
+    if first != -1:
+        index_B, lowest, highest = index_B & ROW_MASK, lowest & ROW_MASK, highest & ROW_MASK
+    if highest >= num_rows:
+        raise IndexError(f"row {highest} is beyond the view, which has rows 0 to {num_rows - 1}")
+    return index_B

@@ -1,0 +1,98 @@
+"""One lock for a folder, held by one thread of one process at a time.
+
+It is the operating system's lock on a file: whoever is killed lets go of it, and NFS passes it on between hosts. The
+holder removes the file. `filelock` leaves its files, or in some versions removes them after it has let go.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
+LOCK = ".lock"
+"""Name of the file; no part of what lies in the folder."""
+
+_CAN_NOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
+_HAS_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that is there; wait for whoever has it.
+
+    Without a lock where the file system has none, or the folder can't be written to anyway.
+
+    Raises:
+        OSError: the folder is gone, or the file system fails.
+    """
+    path = folder / LOCK
+    descriptor = _acquire(path)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            # Removed while it is held: whoever waits for this file finds that it has no name any more, and begins anew.
+            with suppress(OSError):
+                path.unlink()
+            _release(descriptor)
+
+
+def _acquire(path: Path) -> int | None:
+    if sys.platform == "win32":
+        return None
+    while True:
+        descriptor = _open(path)
+        if descriptor is None:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _has_name(descriptor, path):
+                return descriptor
+        except OSError as error:
+            if error.errno in _HAS_NO_LOCKS:
+                with suppress(OSError):
+                    path.unlink()
+                os.close(descriptor)
+                return None
+            if error.errno != errno.ESTALE:  # on NFS: removed by another host
+                os.close(descriptor)
+                raise
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int | None:
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+    except OSError as error:
+        if error.errno not in _CAN_NOT_WRITE:
+            raise
+    with suppress(OSError):  # another user's: reading is enough for a lock, but on NFS
+        return os.open(path, os.O_RDONLY | flags)
+    return None
+
+
+def _has_name(descriptor: int, path: Path) -> bool:
+    held = os.fstat(descriptor)
+    try:
+        named = path.lstat()
+    except FileNotFoundError:
+        return False
+    return held.st_nlink > 0 and (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino)
+
+
+def _release(descriptor: int) -> None:
+    if sys.platform != "win32":
+        # Not left to closing: a process that was forked meanwhile has the file open too.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
