@@ -46,8 +46,9 @@ from obstore.store import from_url
 
 import logitcache
 from logitcache.arrays import ArraySpec
+from logitcache.cache.digests import content_digest
 from logitcache.cache.layout import FIXED, all_blocks, block_rows
-from logitcache.cache.manifest import MANIFEST, RECEIPTS, Receipt, StoredObject, content_digest, contents, dump_manifest
+from logitcache.cache.manifest import MANIFEST, RECEIPTS, Receipt, StoredObject, contents, dump_manifest
 from logitcache.cache_teacher import cache_teacher
 from logitcache.data.loading import rendered_batches
 from logitcache.digest import canonical_json, sha256_hex
@@ -331,7 +332,7 @@ def records_of_a_large_cache(path: Path, num_views: int, num_samples: int) -> No
     sealed = manifest.model_copy(
         update={
             "state": "sealed",
-            "digest": content_digest(list(receipts.values())),
+            "digest": content_digest(manifest, receipts),
             "receipts": sha256_hex(gathered),
             "contents": contents(receipts, fixed=FIXED),
         }
