@@ -27,7 +27,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/installed  ## Measure on this machine, into benchmarks/results/
+bench: $(VENV)/installed  ## Measure on this machine, into benchmarks/results/; trust.py needs a commit to compare with
 	$(BIN)/python benchmarks/stage1.py --write
 	$(BIN)/python benchmarks/stage2.py --write
 	$(BIN)/python benchmarks/share.py --write

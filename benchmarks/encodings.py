@@ -12,17 +12,16 @@ batches of a resident view of 1.28 M rows against the same rows of a float16 mem
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import compare, conditions, num_cores, result_path, table, write_result
+from measuring import compare, conditions, num_cores, options, parse, result_path, table, write_result
 from peer_formats import PEERS, PeerFormat
 from torch import Tensor
 
@@ -36,7 +35,6 @@ from logitcache.encodings import Dense, Encoding, LowRank, Sampled, TopK
 FOLDS = 5
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 BATCH = 256
-RESIDENT_ROWS = 1_280_000
 ENCODINGS: list[Encoding] = [
     LowRank(rank=256, step=0.15, bit_price=5e-4),
     LowRank(rank=256, step=0.11, bit_price=3e-4),
@@ -57,26 +55,32 @@ ENCODINGS: list[Encoding] = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--logits", type=Path, required=True)
+    parser = options(__doc__)
+    parser.add_argument("--logits", type=Path, help="a .npz file; random ones in a tiny run")
     parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3, 4], help="0 was looked at in development")
     parser.add_argument("--only", choices=["fidelity", "gather"])
-    parser.add_argument("--write", action="store_true", help="keep the result under benchmarks/results/")
-    arguments = parser.parse_args()
+    parser.add_argument("--resident-rows", type=int, default=1_280_000, help="of the view that batches are read from")
+    parser.add_argument("--gathers", type=int, default=200, help="batches that are read from it")
+    arguments = parse(parser, folds=[1], resident_rows=2048, gathers=3)
+    if arguments.logits is None and not arguments.tiny:
+        parser.error("the real logits to encode are missing: pass --logits FILE.npz")
 
     torch.set_num_threads(num_cores())
     sections = ["# Encodings", conditions()]
-    data = np.load(arguments.logits)
+    data = tiny_logits() if arguments.logits is None else np.load(arguments.logits)
     logits, photos = data["logits"].astype(np.float32), data["photo"]
+    # A basis has fewer vectors than there are rows to fit it to.
+    encodings = [replace(each, rank=8) if arguments.tiny and isinstance(each, LowRank) else each for each in ENCODINGS]
     print(sections[-1], flush=True)
     if arguments.only != "gather":
-        results = fidelity_results(logits, photos, arguments.folds)
+        results = fidelity_results(encodings, logits, photos, arguments.folds)
         sections.append(fidelity_section(results, arguments.folds, photos))
         if arguments.write:
             plot(results, result_path("encodings", "png", device=torch.device("cpu")))
         print(f"\n{sections[-1]}", flush=True)
     if arguments.only != "fidelity":
-        sections.append(gather_section(logits))
+        low_rank = LowRank(rank=8) if arguments.tiny else LowRank()
+        sections.append(gather_section(logits, low_rank, arguments.resident_rows, arguments.gathers))
         print(f"\n{sections[-1]}", flush=True)
     if arguments.write:
         print(f"\nwritten to {write_result('encodings', chr(10).join(sections) + chr(10), device=torch.device('cpu'))}")
@@ -98,12 +102,20 @@ class Result:
     fit_seconds: float = 0.0
 
 
-def fidelity_results(logits: np.ndarray, photos: np.ndarray, folds: Sequence[int]) -> dict[str, list[Result]]:
+def tiny_logits() -> dict[str, np.ndarray]:
+    """Random logits of two rows for each of 50 photos."""
+    logits = np.random.default_rng(0).normal(scale=3, size=(100, 200))
+    return {"logits": logits, "photo": np.arange(100) // 2}
+
+
+def fidelity_results(
+    encodings: Sequence[Encoding], logits: np.ndarray, photos: np.ndarray, folds: Sequence[int]
+) -> dict[str, list[Result]]:
     """Every format on every fold, by name."""
     results: dict[str, list[Result]] = {}
     for fold in folds:
         held_out = np.isin(photos, fold_photos(photos, fold))
-        for encoding in ENCODINGS:
+        for encoding in encodings:
             result = measure_ours(encoding, logits[~held_out], logits[held_out])
             results.setdefault(result.name, []).append(result)
         for peer in PEERS:
@@ -251,29 +263,28 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{statistics.fmean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def gather_section(logits: np.ndarray, repeats: int = 200) -> str:
+def gather_section(logits: np.ndarray, low_rank: LowRank, num_rows: int, repeats: int) -> str:
     """Random batches of a large resident view against a float16 memmap, in turns."""
     few = torch.from_numpy(logits[:8192])
     generator = np.random.default_rng(0)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        shape = (RESIDENT_ROWS, logits.shape[1])
+        shape = (num_rows, logits.shape[1])
         memmap = np.memmap(Path(folder) / "logits.f16", dtype=np.float16, mode="w+", shape=shape)
-        for start in range(0, RESIDENT_ROWS, len(few)):
-            memmap[start : start + len(few)] = few[: RESIDENT_ROWS - start].half().numpy()
+        for start in range(0, num_rows, len(few)):
+            memmap[start : start + len(few)] = few[: num_rows - start].half().numpy()
         memmap.flush()
-        for encoding in (TopK(k=10), TopK(k=100), Dense(dtype="uint8"), Dense(dtype="float16"), LowRank()):
+        for encoding in (TopK(k=10), TopK(k=100), Dense(dtype="uint8"), Dense(dtype="float16"), low_rank):
             fitted = encoding.fit(logits)
             encoded = encode_all(fitted, few)
-            copies = -(-RESIDENT_ROWS // len(few))
+            copies = -(-num_rows // len(few))
             arrays = {
-                name: values.repeat(copies, *[1] * (values.ndim - 1))[:RESIDENT_ROWS]
-                for name, values in encoded.items()
+                name: values.repeat(copies, *[1] * (values.ndim - 1))[:num_rows] for name, values in encoded.items()
             }
             view = ResidentView(0, fitted, arrays, logits.shape[1])
             ours, theirs = [], []
             for _ in range(repeats):
-                rows_B = generator.integers(RESIDENT_ROWS, size=BATCH)
+                rows_B = generator.integers(num_rows, size=BATCH)
                 start_time = time.perf_counter()
                 view.logits(rows_B)
                 middle = time.perf_counter()
@@ -291,7 +302,7 @@ def gather_section(logits: np.ndarray, repeats: int = 200) -> str:
             )
             del arrays, view
     about = (
-        f"`view.logits` of {BATCH} random rows of a resident view of {RESIDENT_ROWS:,} rows, {logits.shape[1]} "
+        f"`view.logits` of {BATCH} random rows of a resident view of {num_rows:,} rows, {logits.shape[1]} "
         f"classes, beside the same rows of a float16 memmap, converted to float32; {repeats} batches each, by turns, "
         "medians."
     )

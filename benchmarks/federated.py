@@ -11,7 +11,6 @@ Runs that are finished are not repeated. With --write the table goes to pipeline
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 import statistics
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import conditions, table, write_result
+from measuring import conditions, fresh_folder, options, parse, table, write_result
 
 from logitcache.catalog.parts import PartConfig
 from logitcache.federation.configuration import Federation, PartyConfig, load_federation
@@ -33,7 +32,6 @@ from logitcache.train_student import train_teacher
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 FILE = PIPELINES / "federated_mnist.yaml"
 BEGIN, END = "<!-- made by benchmarks/federated.py -->", "<!-- end of the federation -->"
-SEEDS = (0, 1, 2)
 TUNING_SEED = 100
 TRIES: tuple[list[str], ...] = (
     [],
@@ -41,23 +39,32 @@ TRIES: tuple[list[str], ...] = (
     ["consensus.loss.temperature=3"],
 )
 """Overrides of the file; each against the file as it was when they were tried."""
+TINY = [
+    "rounds=1",
+    "train.epochs=1",
+    "consensus.train.epochs=1",
+    *(f"{part}.data.name=digits" for part in ("public", *(f"parties.{number}" for number in range(4)))),
+]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, writes="pipelines/README.md and benchmarks/results/")
     parser.add_argument("--folder", type=Path, default=Path("federations/mnist"), help="where runs and caches go")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="two at least")
     parser.add_argument("--tune", action="store_true", help="compare settings on the validation split")
-    parser.add_argument("--write", action="store_true", help="into pipelines/README.md and benchmarks/results/")
-    arguments = parser.parse_args()
+    arguments = parse(parser, seeds=[0, 1])
     silence()
+    folder, overrides = (fresh_folder(), TINY) if arguments.tiny else (arguments.folder, [])
     if arguments.tune:
-        for number, overrides in enumerate(TRIES):
-            turns = federate(federation_of(TUNING_SEED, arguments.folder / f"try-{number}", overrides))
+        print(table(["overrides", "validation accuracy, mean", "of each party"], []))
+        for number, tried in enumerate(TRIES):
+            turns = federate(federation_of(TUNING_SEED, folder / f"try-{number}", [*overrides, *tried]))
             last = [turn.validation_accuracy or 0.0 for turn in turns[-4:]]
-            print(f"{statistics.fmean(last):.2%} {[f'{each:.1%}' for each in last]} {overrides}", flush=True)
+            each = ", ".join(f"{accuracy:.1%}" for accuracy in last)
+            print(f"| {' '.join(tried)} | {statistics.fmean(last):.2%} | {each} |", flush=True)
         return
     about = conditions()
-    body = section(arguments.folder)
+    body = section(folder, arguments.seeds, overrides)
     print(body)
     if arguments.write:
         path = write_result("federated", f"# Federated distillation\n\n{about}\n\n{body}\n", device=torch.device("cpu"))
@@ -71,12 +78,12 @@ def federation_of(seed: int, folder: Path, overrides: Sequence[str] = ()) -> Fed
     return load_federation(FILE, [f"seed={seed}", f"path={folder}", f"shared={folder}/shared", *overrides])
 
 
-def section(folder: Path) -> str:
+def section(folder: Path, seeds: Sequence[int], overrides: Sequence[str]) -> str:
     """The table, and what it says."""
     found: dict[str, dict[str, list[float]]] = {}
     sizes: dict[str, tuple[str, int, int]] = {}
-    for seed in SEEDS:
-        federation = federation_of(seed, folder / f"seed-{seed}")
+    for seed in seeds:
+        federation = federation_of(seed, folder / f"seed-{seed}", overrides)
         turns = federate(federation)
         for party, turn in zip(federation.parties, turns[-len(federation.parties) :], strict=True):
             assert party.net is not None

@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
+import argparse
+import atexit
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+TINY = ["data.name=digits", "teacher.train.epochs=1", "train.epochs=1", "num_workers=0"]
+"""Overrides of a pipeline for a tiny run."""
+TINY_MNIST5K = [*TINY, "students.true-labels-of-a-tenth.train.epochs=1"]
+"""Of `pipelines/mnist5k.yaml`, one of whose students has epochs of its own."""
+
+
+def options(description: str, *, writes: str | None = "benchmarks/results/") -> argparse.ArgumentParser:
+    """The options of every script: `--tiny`, and `--write` where the script has results to keep."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="run at the smallest size, to see that the script works: no measurement"
+    )
+    if writes is not None:
+        parser.add_argument("--write", action="store_true", help=f"write the result to {writes}")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, **tiny: Any) -> argparse.Namespace:
+    """The arguments of the command line; `tiny` are the defaults of a tiny run."""
+    if "--tiny" in sys.argv:
+        parser.set_defaults(**tiny)
+    arguments = parser.parse_intermixed_args()
+    if arguments.tiny and getattr(arguments, "write", False):
+        parser.error("a tiny run measures nothing: leave out --write")
+    return arguments
+
+
+def fresh_folder() -> Path:
+    """A folder that is removed when the script ends."""
+    folder = tempfile.TemporaryDirectory(prefix="logitcache-benchmark-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def num_cores() -> int:
@@ -79,6 +117,14 @@ class Comparison:
     def ratio(self) -> float:
         """Of the medians."""
         return self.median / self.reference_median
+
+    @property
+    def quartiles(self) -> str:
+        """Median of the pairs' ratios, and their quartiles."""
+        if len(self.ratios) == 1:
+            return f"{self.ratios[0]:.3f} (one pair)"
+        first, median, third = statistics.quantiles(self.ratios, n=4)
+        return f"{median:.3f} (quartiles {first:.3f} to {third:.3f})"
 
     def __str__(self) -> str:
         return f"{self.ratio:.3f} (pairs: {min(self.ratios):.3f} to {max(self.ratios):.3f})"

@@ -8,13 +8,12 @@ With --write the table goes to pipelines/README.md and to benchmarks/results/.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 
 import torch
-from measuring import conditions, table, write_result
-from twins import PIPELINES, difference
+from measuring import conditions, options, parse, table, write_result
+from twins import PIPELINES, difference, tiny_overrides
 
 from logitcache.pipeline import load_pipeline
 from logitcache.progress import silence
@@ -32,12 +31,11 @@ AGAINST = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into pipelines/README.md and benchmarks/results/")
-    arguments = parser.parse_args()
+    parser = options(__doc__, writes="pipelines/README.md and benchmarks/results/")
+    arguments = parse(parser)
     silence()
     stated = conditions()
-    pipeline = load_pipeline(PIPELINES / "soft_tree_mnist.yaml")
+    pipeline = load_pipeline(PIPELINES / "soft_tree_mnist.yaml", tiny_overrides() if arguments.tiny else [])
     rows = {row.name: row for row in run_pipeline(pipeline)}
     teacher = json.loads((teacher_folder(pipeline) / RESULT).read_text())["accuracy"]
     cells = [
@@ -45,7 +43,12 @@ def main() -> None:
          f"{100 * (row.accuracy_mean or 0):.2f} ± {100 * (row.accuracy_sd or 0):.2f}"]
         for row in rows.values()
     ]  # fmt: skip
-    header = ["student", "parameters", "validation accuracy, %", "test accuracy, %, 3 seeds"]
+    header = [
+        "student",
+        "parameters",
+        "validation accuracy, %",
+        f"test accuracy, %, {len(next(iter(rows.values())).seeds)} seeds",
+    ]
     found = "\n".join(f"- {difference(rows[one], rows[other])}" for one, other in AGAINST)
     body = (
         f"`logitcache run pipelines/soft_tree_mnist.yaml`. The teacher is right on {100 * teacher:.2f} %.\n\n"

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +30,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import compare, conditions, table, write_result
+from measuring import TINY, compare, conditions, options, parse, table, write_result
 from torch import Tensor, nn
 
-from logitcache.cache.layout import all_blocks
-from logitcache.cache.manifest import Layout
-from logitcache.cache_teacher import cache_teacher, teacher_batches
+from logitcache.cache_teacher import cache_teacher
 from logitcache.data.loading import rendered_batches
 from logitcache.data.views import ViewDataset
 from logitcache.devices import autocast, pick_device, to_device
@@ -59,7 +57,7 @@ TEACHERS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--pipeline", type=Path, default=PIPELINE)
     parser.add_argument("--only", choices=["time", "memory"], help="one of the two measurements")
     parser.add_argument("--teachers", choices=list(TEACHERS), nargs="+", default=list(TEACHERS), help="for time")
@@ -68,10 +66,9 @@ def main() -> None:
     parser.add_argument("--rows-per-block", type=int, default=2048, help="for memory")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="numbers of workers, for memory")
     parser.add_argument("--folder", type=Path, help="where caches are written and removed again; on a real disk")
-    parser.add_argument("--write", action="store_true", help="keep the result under benchmarks/results/")
     parser.add_argument("--build", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="key=value of the pipeline")
-    arguments = parser.parse_intermixed_args()
+    arguments = parse(parser, repeats=1, rows=[1000, 2000], rows_per_block=256, workers=[1])
     if arguments.build is not None:
         build_and_report(json.loads(arguments.build))
         return
@@ -80,7 +77,8 @@ def main() -> None:
     print(sections[-1], flush=True)
     if arguments.only != "memory":
         for name in arguments.teachers:
-            pipeline = load_pipeline(arguments.pipeline, [*TEACHERS[name], *arguments.overrides])
+            tiny = [*TINY, "views.count=1"] if arguments.tiny else []
+            pipeline = load_pipeline(arguments.pipeline, [*TEACHERS[name], *tiny, *arguments.overrides])
             sections.append(time_section(name, pipeline, arguments.repeats, arguments.folder))
             print(f"\n{sections[-1]}", flush=True)
     if arguments.only != "time":
@@ -151,18 +149,9 @@ def bare_loop(pipeline: Pipeline) -> None:
     if config.channels_last:
         teacher = teacher.to(memory_format=torch.channels_last)
     forward = torch.compile(teacher) if config.compile else teacher
-    layout = Layout(
-        num_samples=len(data.train),
-        num_views=pipeline.views.count,
-        num_classes=data.num_classes,
-        rows_per_block=min(pipeline.cache.rows_per_block, len(data.train)),
-    )
     loader = rendered_batches(
         ViewDataset(data.train, plan),
-        (
-            [(view, row) for row in rows]
-            for view, rows in teacher_batches(layout, list(all_blocks(layout)), config.batch_size)
-        ),
+        teacher_places(pipeline, len(data.train)),
         num_workers=pipeline.num_workers,
         pin_memory=device.type == "cuda",
     )
@@ -173,6 +162,16 @@ def bare_loop(pipeline: Pipeline) -> None:
                 forward(on_device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def teacher_places(pipeline: Pipeline, num_samples: int) -> Iterator[list[tuple[int, int]]]:
+    """(view, row) of the samples of each batch, cut as `cache_teacher` cuts them: no batch crosses a block's end."""
+    block, size = pipeline.cache.rows_per_block, pipeline.teacher.batch_size
+    for view in range(pipeline.views.count):
+        for first in range(0, num_samples, block):
+            stop = min(first + block, num_samples)
+            for start in range(first, stop, size):
+                yield [(view, row) for row in range(start, min(start + size, stop))]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ the view, and random batches of it, against the same batches from a float16 memm
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
 import json
@@ -38,7 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import Comparison, compare, conditions, table, write_result
+from measuring import TINY, Comparison, compare, conditions, options, parse, table, write_result
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -76,7 +75,7 @@ MEASURED_WITH: dict[str, list[dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--pipeline", type=Path, default=PIPELINE)
     parser.add_argument(
         "--only",
@@ -86,36 +85,38 @@ def main() -> None:
     parser.add_argument("--student", help="trained three ways; by default the first that learns from the cache")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each of the three")
     parser.add_argument("--epochs", type=int, default=8, help="of each run, whose median counts")
+    parser.add_argument("--pairs", type=int, default=40, help="of neighbouring epochs, for `alternating`")
+    parser.add_argument("--turns", type=int, default=15, help="repeats of `added`, `losses` and `hints`")
     parser.add_argument("--rows", type=int, default=1_280_000, help="of the resident view")
     parser.add_argument("--opens", type=int, default=7, help="of the resident view")
     parser.add_argument("--gathers", type=int, default=500, help="batches of the resident view")
     parser.add_argument("--folder", type=Path, help="where caches and runs are written and removed again")
-    parser.add_argument("--write", action="store_true", help="keep the result under benchmarks/results/")
     parser.add_argument("overrides", nargs="*", help="key=value of the pipeline")
-    arguments = parser.parse_intermixed_args()
+    arguments = parse(parser, repeats=1, epochs=1, pairs=4, turns=1, rows=2048, opens=1, gathers=2)
 
     silence()
     sections = ["# Stage 2", conditions()]
     print(sections[-1], flush=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         paths = [f"cache.path={folder}/views.cache", f"runs.path={folder}/runs"]
-        pipeline = load_pipeline(arguments.pipeline, ["teacher.weights=random", *arguments.overrides, *paths])
+        common = ["teacher.weights=random", *(TINY if arguments.tiny else [])]
+        pipeline = load_pipeline(arguments.pipeline, [*common, *arguments.overrides, *paths])
         device = pick_device(pipeline.device, threads=pipeline.threads)
         if arguments.only in (None, "epochs"):
             sections.append(epochs_section(pipeline, arguments.student, arguments.repeats, arguments.epochs))
             print(f"\n{sections[-1]}", flush=True)
         if arguments.only in (None, "alternating"):
-            sections.append(alternating_section(pipeline, arguments.student))
+            sections.append(alternating_section(pipeline, arguments.student, arguments.pairs))
             print(f"\n{sections[-1]}", flush=True)
         if arguments.only in (None, "added"):
-            sections.append(added_section(pipeline, arguments.student))
+            sections.append(added_section(pipeline, arguments.student, arguments.turns))
             print(f"\n{sections[-1]}", flush=True)
         if arguments.only in (None, "losses"):
-            sections.append(losses_section(pipeline, arguments.student, device))
+            sections.append(losses_section(pipeline, arguments.student, device, arguments.turns))
             print(f"\n{sections[-1]}", flush=True)
         if arguments.only in (None, "hints"):
-            hinting = load_pipeline(HINTS, ["teacher.weights=random", f"cache.path={folder}/outputs.cache", paths[1]])
-            sections.append(hints_section(hinting, device))
+            hinting = load_pipeline(HINTS, [*common, f"cache.path={folder}/outputs.cache", paths[1]])
+            sections.append(hints_section(hinting, device, arguments.turns))
             print(f"\n{sections[-1]}", flush=True)
         if arguments.only in (None, "resident"):
             sections.append(resident_section(Path(folder), arguments.rows, arguments.opens, arguments.gathers, device))
@@ -175,7 +176,7 @@ def epochs_section(pipeline: Pipeline, student_name: str | None, repeats: int, e
     return f"## Epochs\n\n{about}\n\n{table(['', 'wall time', 'CPU time, with workers'], rows)}"
 
 
-def alternating_section(pipeline: Pipeline, student_name: str | None, epochs: int = 40) -> str:
+def alternating_section(pipeline: Pipeline, student_name: str | None, epochs: int) -> str:
     """Two runs under way at once, an epoch of each by turns: neighbours share what else the machine does."""
     cache_teacher(pipeline, trust=True)
     bench = Bench(pipeline, trust=True)
@@ -195,18 +196,17 @@ def alternating_section(pipeline: Pipeline, student_name: str | None, epochs: in
     # The first two warm up.
     plain, cached = (runs[name][0].state.epoch_seconds[2:] for name in (LABELS_ONLY, CACHED))
     found = compare(cached, plain)
-    quartiles = statistics.quantiles(found.ratios, n=4)
     rows = [
         ["an epoch, labels only", f"{found.reference_median:.3f} s"],
         ["an epoch, from the cache", f"{found.median:.3f} s"],
         ["ratio of the medians", f"{found.ratio:.3f}"],
-        ["median of the pairs' ratios", f"{quartiles[1]:.3f} (quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f})"],
+        ["median of the pairs' ratios", found.quartiles],
         ["bound", f"<= {MAX_RATIO}"],
     ]
     return f"## Epochs by turns\n\n{len(plain)} pairs of neighbouring epochs.\n\n{table(['', ''], rows)}"
 
 
-def added_section(pipeline: Pipeline, student_name: str | None, repeats: int = 15) -> str:
+def added_section(pipeline: Pipeline, student_name: str | None, repeats: int) -> str:
     """What the cache adds to an epoch, part by part, each timed alone: little next to the noise of whole epochs."""
     cache_teacher(pipeline, trust=True)
     bench = Bench(pipeline, trust=True)
@@ -247,7 +247,7 @@ def added_section(pipeline: Pipeline, student_name: str | None, repeats: int = 1
     return f"## What the cache adds, alone\n\nMedians of {repeats}, by turns.\n\n{table(['', ''], rows)}"
 
 
-def losses_section(pipeline: Pipeline, student_name: str | None, device: torch.device, repeats: int = 15) -> str:
+def losses_section(pipeline: Pipeline, student_name: str | None, device: torch.device, repeats: int) -> str:
     """A step with each loss from the cache, and each loss alone over many classes, against true labels."""
     cache_teacher(pipeline, trust=True)
     bench = Bench(pipeline, trust=True)
@@ -305,7 +305,7 @@ def losses_section(pipeline: Pipeline, student_name: str | None, device: torch.d
     return "## Losses\n\n" + "\n\n".join(sections)
 
 
-def hints_section(pipeline: Pipeline, device: torch.device, repeats: int = 15, steps: int = 20) -> str:
+def hints_section(pipeline: Pipeline, device: torch.device, repeats: int, steps: int = 20) -> str:
     """A step of the training loop with hints, without, and on true labels."""
     cache_teacher(pipeline, trust=True)
     bench = Bench(pipeline, trust=True)
@@ -460,7 +460,7 @@ def measure_alone(pipeline: Pipeline, bench: Bench, arms: dict[str, StudentConfi
         student_inputs, teacher_inputs = inputs if teacher.needs_teacher_inputs else (inputs, inputs)
         epoch.append((student_inputs, teacher_inputs, targets))
     start = now(device)
-    labels = [teacher.logits(torch.empty(0), teacher_inputs) for _, teacher_inputs, _ in epoch]
+    labels = [teacher.logits(torch.empty(0), teacher_inputs, targets) for _, teacher_inputs, targets in epoch]
     teacher_seconds = now(device) - start
     steps = [(inputs, label_BC, targets) for (inputs, _, targets), label_BC in zip(epoch, labels, strict=True)]
     student_seconds = student_steps(job, steps)

@@ -14,17 +14,17 @@ The photos may come from Debian's packages:
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measuring import conditions, num_cores, table, write_result
+from measuring import conditions, num_cores, options, parse, table, write_result
 from PIL import Image, ImageStat, UnidentifiedImageError
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -38,7 +38,7 @@ from logitcache.encodings import Dense, Encoding, LowRank, Sampled, TopK
 from logitcache.losses import kl_divergence
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from pipelines.foolbox20 import efficientnet_lite0
+from pipelines.foolbox20 import efficientnet_lite0, images
 
 # B batch, C classes, N photos, V views
 
@@ -46,6 +46,7 @@ SMALLEST_SIDE = 200
 STORED_SIDE = 320
 """Photos are held in memory, scaled so that their shorter side has so many pixels."""
 STUDENT_SIDE = 40
+MIN_PHOTOS = 10
 ENCODINGS: dict[str, list[Encoding]] = {
     "exact": [Dense(dtype="float32")],
     "about 60 bytes": [LowRank(), TopK(k=26, dtype="uint8"), Sampled(draws=66)],
@@ -93,19 +94,25 @@ def read_photo(path: Path) -> Image.Image | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, required=True)
+    parser = options(__doc__)
+    parser.add_argument("--photos", type=Path, help="a folder; foolbox's images in a tiny run")
     parser.add_argument("--limit", type=int, default=600, help="photos at most")
     parser.add_argument("--views", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--write", action="store_true", help="keep the result under benchmarks/results/")
-    arguments = parser.parse_args()
+    arguments = parse(parser, limit=15, views=2, epochs=1, seeds=[0])
+    folder = images().files[0].parent if arguments.tiny and arguments.photos is None else arguments.photos
+    if folder is None:
+        parser.error("the photos to label are missing: pass --photos FOLDER; --help says where to get them")
 
     torch.set_num_threads(num_cores())
     body = ["# Students by encoding", conditions()]
     print(body[-1], flush=True)
-    photos = Photos(arguments.photos, arguments.limit)
+    photos = Photos(folder, arguments.limit)
+    if len(photos) < MIN_PHOTOS:
+        parser.error(
+            f"{folder} has {len(photos)} usable photos, expected {MIN_PHOTOS} or more; --help says where to get them"
+        )
     num_unseen = len(photos) // 5
     crops, logits = render(photos, arguments.views)
     unseen, seen = slice(0, num_unseen), slice(num_unseen, None)
@@ -114,6 +121,8 @@ def main() -> None:
     rows = []
     for budget, encodings in ENCODINGS.items():
         for encoding in encodings:
+            if arguments.tiny and isinstance(encoding, LowRank):
+                encoding = replace(encoding, rank=8)  # of few rows to fit a basis to
             row = train_on(encoding, crops[:, seen], logits[:, seen], test, arguments.epochs, arguments.seeds)
             rows.append([budget, f"`{encoding!r}`", *row])
             print(rows[-1], flush=True)

@@ -9,34 +9,36 @@ as the pipeline; a second call only prints.
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
 from pathlib import Path
 
-from measuring import conditions, table, write_result
+from measuring import TINY_MNIST5K, conditions, fresh_folder, options, parse, table, write_result
 
 from logitcache.demo import run_demo
 from logitcache.devices import pick_device
+from logitcache.errors import DatasetUnavailable
 from logitcache.pipeline import load_pipeline
 from logitcache.run import run_pipeline
 from logitcache.train_student import Row, train_teacher
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", help='a pipeline file, or "demo"')
+    parser = options(__doc__)
+    parser.add_argument("pipeline", nargs="?", default="demo", help='a pipeline file, or "demo"')
     parser.add_argument("overrides", nargs="*", help="key=value of the pipeline")
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="of the demo")
-    parser.add_argument("--write", action="store_true", help="into benchmarks/results/")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
+    folder = fresh_folder() if arguments.tiny else arguments.folder
+    overrides = [*(TINY_MNIST5K if arguments.tiny else []), *arguments.overrides]
 
     before = conditions()
     start = time.perf_counter()
     if arguments.pipeline == "demo":
-        result = run_demo(arguments.folder, arguments.overrides)
+        result = run_demo(folder, overrides)
         subject, rows, teacher_accuracy, findings = "demo", result.rows, result.teacher_accuracy, result.findings
     else:
-        pipeline = load_pipeline(arguments.pipeline, arguments.overrides)
+        pipeline = load_pipeline(arguments.pipeline, overrides)
         rows = run_pipeline(pipeline)
         subject, teacher_accuracy, findings = pipeline.name, train_teacher(pipeline)["accuracy"], []
     minutes = (time.perf_counter() - start) / 60
@@ -61,4 +63,7 @@ def students_table(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DatasetUnavailable as error:
+        sys.exit(str(error))

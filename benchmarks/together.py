@@ -8,13 +8,12 @@ are left must be the same to the last bit. The bound is a ratio of 0.5.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from measuring import compare, conditions, table, write_result
+from measuring import TINY, compare, conditions, options, parse, table, write_result
 
 from logitcache.cache_teacher import cache_teacher
 from logitcache.pipeline import load_pipeline
@@ -31,19 +30,18 @@ STUDENTS = """[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--write", action="store_true", help="keep the result under benchmarks/results/")
-    arguments = parser.parse_args()
+    arguments = parse(parser, repeats=1, epochs=1)
     silence()
     stated = conditions()
     print(stated, flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         common = [
-            f"students={STUDENTS}", "teacher.weights=random", f"cache.path={folder / 'a.cache'}", "train.seeds=[0]",
-            f"train.epochs={arguments.epochs}",
+            *(TINY if arguments.tiny else []), f"students={STUDENTS}", "teacher.weights=random", "train.seeds=[0]",
+            f"cache.path={folder / 'a.cache'}", f"train.epochs={arguments.epochs}",
         ]  # fmt: skip
         cache_teacher(load_pipeline(PIPELINE, common), trust=True)
         seconds: dict[str, list[float]] = {"alone": [], "together": []}
@@ -66,8 +64,9 @@ def main() -> None:
         ["weights", "the same to the last bit"],
     ]
     body = (
-        f"# Together\n\n{stated}\n\n{arguments.epochs} epochs of the demo's views (affine, mixup), two DataLoader "
-        f"workers; medians of {arguments.repeats}, by turns.\n\n{table(['', ''], rows)}\n"
+        f"# Together\n\n{stated}\n\n{arguments.epochs} epochs of the demo's views (affine, mixup), "
+        f"{pipeline.num_workers} DataLoader workers; medians of {arguments.repeats}, by turns.\n\n"
+        f"{table(['', ''], rows)}\n"
     )
     print(body)
     if arguments.write:

@@ -8,8 +8,9 @@ at another's best setting. Prints validation accuracy, mean over seeds; the pipe
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+
+from measuring import TINY_MNIST5K, fresh_folder, options, parse, table
 
 from logitcache.cache_teacher import cache_teacher
 from logitcache.demo import ALL, MATCHED, TENTH, embedded_pipeline
@@ -18,21 +19,23 @@ from logitcache.training.loop import train
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options(__doc__, writes=None)
     parser.add_argument("--folder", type=Path, default=Path("runs/tune"))
     parser.add_argument("--rates", type=float, nargs="+", default=[0.002, 0.004, 0.008])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11])
     parser.add_argument("overrides", nargs="*", help="key=value of the pipeline")
-    arguments = parser.parse_args()
+    arguments = parse(parser, rates=[0.002], temperatures=[1.0], seeds=[10])
+    folder, tiny = (fresh_folder(), TINY_MNIST5K) if arguments.tiny else (arguments.folder, [])
 
-    paths = [f"runs.path={arguments.folder}/runs", f"cache.path={arguments.folder}/views.cache"]
-    pipeline = embedded_pipeline([*paths, *arguments.overrides])
+    paths = [f"runs.path={folder}/runs", f"cache.path={folder}/views.cache"]
+    pipeline = embedded_pipeline([*paths, *tiny, *arguments.overrides])
     train_teacher(pipeline)
     cache_teacher(pipeline)
     bench = Bench(pipeline)
     cases = [(name, rate, None) for name in (TENTH, ALL) for rate in arguments.rates]
     cases += [(MATCHED, rate, temperature) for rate in arguments.rates for temperature in arguments.temperatures]
+    print(table(["setting", "validation accuracy, %"], []))
     for name, rate, temperature in cases:
         student = pipeline.student(name)
         loss = student.loss if temperature is None else {**student.loss, "temperature": temperature}
@@ -41,7 +44,7 @@ def main() -> None:
         # Without the test split no run can report on it.
         bench.data = type(bench.data)(**{**vars(bench.data), "test": None})
         row = summarise(label, [train(bench.job(student, seed)) for seed in arguments.seeds])
-        print(f"{label:50} {100 * (row.validation_accuracy_mean or 0):.2f}", flush=True)
+        print(f"| {label} | {100 * (row.validation_accuracy_mean or 0):.2f} |", flush=True)
 
 
 if __name__ == "__main__":

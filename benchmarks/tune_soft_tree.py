@@ -9,9 +9,10 @@ winners.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from pathlib import Path
+
+from measuring import TINY, fresh_folder, options, parse, table
 
 from logitcache.cache_teacher import cache_teacher
 from logitcache.pipeline import load_pipeline
@@ -22,17 +23,18 @@ PIPELINE = Path(__file__).parent.parent / "pipelines" / "soft_tree_mnist.yaml"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, writes=None)
     parser.add_argument("--folder", type=Path, default=Path("runs/tune-soft-tree"))
     parser.add_argument("--rates", type=float, nargs="+", default=[0.003, 0.01, 0.03])
     parser.add_argument("--balances", type=float, nargs="+", default=[0.01, 0.1])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 2.0, 4.0])
     parser.add_argument("--students", nargs="+", help="some of them; all by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11])
-    arguments = parser.parse_args()
+    arguments = parse(parser, rates=[0.01], balances=[0.1], temperatures=[1.0], seeds=[10])
+    folder, tiny = (fresh_folder(), TINY) if arguments.tiny else (arguments.folder, [])
 
-    paths = [f"runs.path={arguments.folder}/runs", f"cache.path={arguments.folder}/views.cache"]
-    pipeline = load_pipeline(PIPELINE, [*paths, f"train.seeds={arguments.seeds}", "together=true"])
+    paths = [f"runs.path={folder}/runs", f"cache.path={folder}/views.cache"]
+    pipeline = load_pipeline(PIPELINE, [*paths, *tiny, f"train.seeds={arguments.seeds}", "together=true"])
     train_teacher(pipeline)
     cache_teacher(pipeline)
     tries = []
@@ -51,9 +53,10 @@ def main() -> None:
     bench = Bench(pipeline)
     # Without the test split no run can report on it.
     bench.data = type(bench.data)(**{**vars(bench.data), "test": None})
+    print(table(["setting", "validation accuracy, %"], []))
     for name, results in train_by_turns(bench, tries, ALONE).items():
         row = summarise(name, results)
-        print(f"{name:50} {100 * (row.validation_accuracy_mean or 0):.2f}", flush=True)
+        print(f"| {name} | {100 * (row.validation_accuracy_mean or 0):.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ labels in a twin, and KD alone in that of hints, whose rates and weights were ch
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from measuring import conditions, table, write_result
+from measuring import TINY, conditions, fresh_folder, options, parse, table, write_result
 
 from logitcache.pipeline import load_pipeline
 from logitcache.progress import silence
@@ -32,20 +32,22 @@ from logitcache.training.runs import RESULT
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 END = "<!-- end -->"
 HINTS = "hints"
+SMALL_TEACHER = ["teacher.model=mlp", "teacher.args={hidden: [16]}", "teacher.input=null"]
+"""Of a tiny run; hints need modules of their own teacher."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, writes="pipelines/README.md and benchmarks/results/")
     parser.add_argument("names", nargs="*", help="some twins, such as s1, all by default; or hints")
-    parser.add_argument("--write", action="store_true", help="into pipelines/README.md and benchmarks/results/")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     silence()
     what = HINTS if arguments.names == [HINTS] else "twins"
     files = [PIPELINES / "hints_mnist.yaml"] if what == HINTS else sorted((PIPELINES / "twins").glob("s*.yaml"))
     sections = [conditions()]
     for file in files:
         if what == HINTS or not arguments.names or file.stem in arguments.names:
-            sections.append(section(file))
+            teacher = [] if what == HINTS else SMALL_TEACHER
+            sections.append(section(file, tiny_overrides(teacher) if arguments.tiny else []))
             print(sections[-1], flush=True)
     if arguments.write:
         body = "\n\n".join(sections)
@@ -57,10 +59,16 @@ def main() -> None:
         readme.write_text(re.sub(f"{begin}.*?{END}", lambda _: made, readme.read_text(), flags=re.DOTALL))
 
 
-def section(file: Path) -> str:
+def tiny_overrides(more: Sequence[str] = ()) -> list[str]:
+    """For a pipeline at the smallest size, in a folder of its own."""
+    folder = fresh_folder()
+    return [*TINY, *more, "train.seeds=[0, 1]", f"cache.path={folder}/views.cache", f"runs.path={folder}/runs"]
+
+
+def section(file: Path, overrides: Sequence[str]) -> str:
     """One pipeline's table, and what it says."""
     about = " ".join(line.lstrip("# ") for line in file.read_text().splitlines() if line.startswith("#"))
-    pipeline = load_pipeline(file)
+    pipeline = load_pipeline(file, overrides)
     rows = run_pipeline(pipeline, trust=True)
     teacher = json.loads((teacher_folder(pipeline) / RESULT).read_text())["accuracy"]
     cells = [
