@@ -333,7 +333,7 @@ def test_a_decompression_bomb_is_never_inflated(tmp_path: Path) -> None:
     for data in (bytes(bomb), bytes(lying), bytes(bomb) * 2, b"", b"\x28\xb5\x2f\xfd"):
         forge_chunk(tmp_path / "a", "logits", data)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with pytest.raises(CorruptCache, match="can't be decoded"):
+        with pytest.raises(CorruptCache, match="can't be decoded|a chunk of it takes"):
             read_all(tmp_path / "a")
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
 
