@@ -328,13 +328,13 @@ def test_what_was_read_once_is_read_nearby(on: Any, whole: Path, monkeypatch: py
     place = f"{on('memory')}/a.cache"
     push(str(whole), place)
     asked = []
-    really_get = RemoteStorage.get_view
+    really_get = RemoteStorage._get
 
-    def get_view(storage: RemoteStorage, key: str, **options: Any) -> memoryview | None:
+    def get(storage: RemoteStorage, key: str, *arguments: Any, **options: Any) -> memoryview | None:
         asked.append(key)
-        return really_get(storage, key, **options)
+        return really_get(storage, key, *arguments, **options)
 
-    monkeypatch.setattr(RemoteStorage, "get_view", get_view)
+    monkeypatch.setattr(RemoteStorage, "_get", get)
     assert_reads(place, whole)
     first = asked.copy()
     assert len(first) == len(set(first)) == 2 + VIEWS * 3 * 3  # each once, though views are fetched ahead as well
