@@ -80,6 +80,11 @@ def test_class_names_as_targets_say_how_to_number_them(given: str) -> None:
         logitcache.sample_table(dataset)
 
 
+def test_one_number_as_targets_says_how_many_are_expected() -> None:
+    with pytest.raises(UsageError, match="targets must be 3 integer class numbers"):
+        logitcache.sample_table(Plain([(torch.zeros(2), 0)] * 3, targets=7))
+
+
 def test_a_row_that_is_a_mapping_says_to_wrap_the_dataset() -> None:
     views = logitcache.ViewDataset(Plain([{"text": "a", "label": 0}]), logitcache.ViewPlan())
 
