@@ -300,12 +300,11 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
     def _render(self, view: int, index: int) -> tuple[int, Any, Any]:
         self._checked_view(view)
         index = operator.index(index)
-        if not -len(self) <= index < len(self):
+        if not 0 <= index < len(self.dataset):
             raise IndexBeyondEnd(
                 f"there is no sample {index}: the dataset has {len(self.dataset)} samples, 0 to "
                 f"{len(self.dataset) - 1}. Make the sampler or the loader's batches of range(len(dataset))"
             )
-        index %= len(self)
         row = self.row(index)
         pixels, target = self._augmented(view, row, index)
         if self.plan.mixing.active:
