@@ -42,19 +42,19 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import logitcache
-from logitcache.cache_teacher import cache_teacher
+from logitcache.config.schema import Pipeline, StudentConfig, load_pipeline
 from logitcache.data.loading import rendered_batches
 from logitcache.data.order import batches, epoch_order
 from logitcache.devices import autocast, pick_device, to_device
 from logitcache.losses import LOSSES, Loss, TrueLabel, loss_from_config
-from logitcache.pipeline import Pipeline, StudentConfig, load_pipeline
 from logitcache.progress import silence, track
-from logitcache.train_student import Bench
-from logitcache.training.job import Job
-from logitcache.training.labels import CachedLabels, LiveLabels
-from logitcache.training.loop import Run as TrainingRun
-from logitcache.training.loop import train, train_epoch
-from logitcache.training.runs import METRICS, RunFolder
+from logitcache.stages.cache_teacher import cache_teacher
+from logitcache.stages.train_student import Bench
+from logitcache.train.job import Job
+from logitcache.train.labels import CachedLabels, LiveLabels
+from logitcache.train.loop import Run as TrainingRun
+from logitcache.train.loop import train, train_epoch
+from logitcache.train.runs import METRICS, RunFolder
 
 # B batch, C classes
 

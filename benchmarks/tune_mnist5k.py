@@ -12,10 +12,10 @@ from pathlib import Path
 
 from measuring import TINY_MNIST5K, fresh_folder, options, parse, table
 
-from logitcache.cache_teacher import cache_teacher
-from logitcache.demo import ALL, MATCHED, TENTH, embedded_pipeline
-from logitcache.train_student import Bench, summarise, train_teacher
-from logitcache.training.loop import train
+from logitcache.extras.demo import ALL, MATCHED, TENTH, embedded_pipeline
+from logitcache.stages.cache_teacher import cache_teacher
+from logitcache.stages.train_student import Bench, summarise, train_teacher
+from logitcache.train.loop import train
 
 
 def main() -> None:
