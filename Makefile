@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint type format bench clean
+.PHONY: demo test lint type format docs bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,6 +26,9 @@ type: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/installed  ## The documentation site, in build/site
+	$(BIN)/mkdocs build --quiet
 
 bench: $(VENV)/installed  ## Measure on this machine, into benchmarks/results/; trust.py needs a commit to compare with
 	$(BIN)/python benchmarks/stage1.py --write
