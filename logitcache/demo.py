@@ -114,22 +114,15 @@ def run_demo(folder: Path, overrides: Sequence[str] = (), *, full: bool = False)
         full: more seeds, and a student on all true labels.
     """
     paths = [f"runs.path={folder}/runs", f"cache.path={folder}/views.cache"]
-    seeds = [f"train.seeds={[*range(FULL_SEEDS)]}"] if full else []
+    many = [*range(FULL_SEEDS)]
+    seeds = [f"train.seeds={many}", f"students.{LIVE}.train.seeds={many}"] if full else []
     pipeline = embedded_pipeline([*paths, *seeds, *overrides])
     # Before anything is timed: how many threads compute is set once for the process.
     pick_device(pipeline.device, threads=pipeline.threads)
     teacher = train_teacher(pipeline)
     stage1_seconds = _timed_stage1(pipeline, folder)
-    clean = pipeline.model_copy(
-        update={
-            "views": pipeline.views.model_copy(update={"transform": None, "mixup": 0.0, "cutmix": 0.0, "count": 1}),
-            "cache": pipeline.cache.model_copy(update={"path": f"{folder}/clean.cache"}),
-        }
-    )
-    cache_teacher(clean)
-
     bench = Bench(pipeline)
-    clean_labels = CleanLabels(open_cache(clean.cache.path), ViewDataset(bench.data.train, bench.plan), bench.device)
+    mismatched_labels = clean_labels(pipeline, bench, folder / "clean.cache")
     students = [
         pipeline.student(TENTH),
         *([pipeline.student(ALL)] if full else []),
@@ -139,10 +132,12 @@ def run_demo(folder: Path, overrides: Sequence[str] = (), *, full: bool = False)
         pipeline.student(LIVE),
     ]
     results: dict[str, list[dict[str, Any]]] = {student.name: [] for student in students}
-    for seed in pipeline.train.seeds:  # students side by side, so that a slow minute of the machine hits all of them
+    # Students side by side, so that a slow minute of the machine hits all of them.
+    for seed in sorted({seed for student in students for seed in bench.seeds(student)}):
         for student in students:
-            labels = clean_labels if student.name == MISMATCHED else None
-            results[student.name].append(train(bench.job(student, seed, labels=labels)))
+            if seed in bench.seeds(student):
+                labels = mismatched_labels if student.name == MISMATCHED else None
+                results[student.name].append(train(bench.job(student, seed, labels=labels)))
     rows = {name: summarise(name, runs) for name, runs in results.items()}
     cost = compare_cost(results[LIVE], results[MATCHED], stage1_seconds)
     view_matching = compare(rows[MATCHED], rows[MISMATCHED])
@@ -202,6 +197,20 @@ class CleanLabels:
         return (weights_B1 * own_BC + (1 - weights_B1) * other_BC).log()
 
 
+def clean_labels(pipeline: Pipeline, bench: Bench, path: Path) -> CleanLabels:
+    """Labels of one clean view for a pipeline's augmented images, from a cache at `path` that is built where needed."""
+    unmixed = {"transform": None, "mixup": 0.0, "cutmix": 0.0, "count": 1}
+    cache_teacher(
+        pipeline.model_copy(
+            update={
+                "views": pipeline.views.model_copy(update=unmixed),
+                "cache": pipeline.cache.model_copy(update={"path": str(path)}),
+            }
+        )
+    )
+    return CleanLabels(open_cache(str(path)), ViewDataset(bench.data.train, bench.plan), bench.device)
+
+
 def compare(row: Row, reference: Row) -> Comparison:
     """The difference of two rows' test accuracies, with what the seeds say of its error."""
     if row.accuracy_mean is None or reference.accuracy_mean is None:
@@ -209,28 +218,35 @@ def compare(row: Row, reference: Row) -> Comparison:
     points = 100 * (row.accuracy_mean - reference.accuracy_mean)
     if row.accuracy_sd is None or reference.accuracy_sd is None:
         return Comparison(row.name, reference.name, points, None, None)
-    num_seeds = len(row.seeds)
-    error = 100 * math.sqrt((row.accuracy_sd**2 + reference.accuracy_sd**2) / num_seeds)
-    half = _t_quantile(2 * num_seeds - 2) * error
+    first, second = len(row.seeds) - 1, len(reference.seeds) - 1
+    variance = (first * row.accuracy_sd**2 + second * reference.accuracy_sd**2) / (first + second)
+    error = 100 * math.sqrt(variance / (first + 1) + variance / (second + 1))
+    half = _t_quantile(first + second) * error
     return Comparison(row.name, reference.name, points, error, (points - half, points + half))
 
 
 def compare_cost(
     live: Sequence[dict[str, Any]], cached: Sequence[dict[str, Any]], stage1_seconds: float | None
 ) -> Cost | None:
-    """What `COST_STUDENTS` students cost either way, from runs of the same seeds; None for a single seed.
+    """What `COST_STUDENTS` students cost either way, from the seeds that both have; None for fewer than two.
 
     A run costs its epochs times the median seconds of one, without evaluation, which both have alike.
 
     Args:
-        live, cached: results of `train`, seed by seed.
+        live, cached: results of `train`.
         stage1_seconds: of `cache_teacher`; None where it is not known.
     """
-    timed = all(run["epoch_seconds"] is not None for run in [*live, *cached])
-    if stage1_seconds is None or len(live) < 2 or not timed:
+
+    def seconds(runs: Sequence[dict[str, Any]]) -> dict[int, float]:
+        timed = [run for run in runs if run["epoch_seconds"] is not None]
+        return {run["seed"]: COST_STUDENTS * run["epochs"] * run["epoch_seconds"] for run in timed}
+
+    of_live, of_cached = seconds(live), seconds(cached)
+    seeds = [seed for seed in of_live if seed in of_cached]
+    if stage1_seconds is None or len(seeds) < 2:
         return None
-    live_seconds = [COST_STUDENTS * run["epochs"] * run["epoch_seconds"] for run in live]
-    cached_seconds = [stage1_seconds + COST_STUDENTS * run["epochs"] * run["epoch_seconds"] for run in cached]
+    live_seconds = [of_live[seed] for seed in seeds]
+    cached_seconds = [stage1_seconds + of_cached[seed] for seed in seeds]
     ratios = [ours / theirs for ours, theirs in zip(live_seconds, cached_seconds, strict=True)]
     ratio, error = statistics.fmean(ratios), statistics.stdev(ratios) / math.sqrt(len(ratios))
     half = _t_quantile(len(ratios) - 1) * error

@@ -230,19 +230,18 @@ def print_demo(result: Any, report: Path | None) -> None:
         f"Student: {student.parameters:,} parameters.",
         highlight=False,
     )
-    table = Table("student trained on", "images", "test accuracy, % ± standard error", "seconds per epoch")
+    table = Table("student trained on", "images", "seeds", "test accuracy, % ± standard error", "seconds per epoch")
     for row in result.rows:
         error = _standard_error(row)
         spread = "" if error is None else f" ± {100 * error:.2f}"
         table.add_row(
             DESCRIPTIONS[row.name],
             f"{row.samples:,}",
+            str(len(row.seeds)),
             "-" if row.accuracy_mean is None else f"{100 * row.accuracy_mean:.2f}{spread}",
             "-" if row.epoch_seconds is None else f"{row.epoch_seconds:.2f}",
         )
     console().print(table)
-    seeds = len(student.seeds)
-    console().print(f"{seeds} seed{'s' if seeds > 1 else ''} for each student.", highlight=False)
     for line in result.findings:
         console().print(line, highlight=False)
     console().print(
