@@ -13,7 +13,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/demo/installed: pyproject.toml constraints.txt
-	@echo "Installing the demo into $(VENV)/demo: about SIZE, nearly all of it torch. This takes a few minutes, once."
+	@echo "Installing the demo into $(VENV)/demo: about 6 GB, of which torch and its CUDA libraries take 5. Two to five minutes, once."
 	test -x $(VENV)/demo/bin/python || $(PYTHON) -m venv $(VENV)/demo
 	$(VENV)/demo/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo]'
 	touch $@

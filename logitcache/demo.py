@@ -34,7 +34,16 @@ TENTH, ALL, MISMATCHED, MATCHED, LIVE = (
     "labels-of-matching-views",
     "live-teacher",
 )
-"""Four students of `pipelines/demo.yaml`, and the third, which only this demo trains."""
+"""Students of `pipelines/demo.yaml`; the third one is trained by this demo only."""
+
+DESCRIPTIONS = {
+    TENTH: "true labels of a tenth of the images",
+    ALL: "true labels of all images",
+    MISMATCHED: "cached labels of one clean view",
+    MATCHED: "cached labels of the matching views",
+    LIVE: "labels of the live teacher",
+}
+"""What each student is trained on."""
 
 FULL_SEEDS = 6
 """Seeds of each student with `full`."""
@@ -262,7 +271,7 @@ def compare_cost(
 
 
 def cost_finding(cost: Cost | None) -> str:
-    """The cost, in a sentence or two."""
+    """The cost, as a sentence."""
     if cost is None:
         return "Cost: no statement; it needs at least two seeds and a stage 1 that was not interrupted."
     low, high = cost.interval
@@ -270,9 +279,9 @@ def cost_finding(cost: Cost | None) -> str:
         f"{cost.students} students take {cost.live_seconds:.0f} s with the live teacher and "
         f"{cost.cached_seconds:.0f} s with the cache, running the teacher once ({cost.stage1_seconds:.0f} s) included"
     )
-    ratio = f"{cost.ratio:.1f} times as long (95 % interval {low:.1f} to {high:.1f})"
+    ratio = f"{cost.ratio:.2f} times as long (95 % interval {low:.2f} to {high:.2f})"
     shown = "" if low > 1 or high < 1 else ", which is no difference that these seeds can show"
-    return f"Cost: {seconds}: {ratio}{shown}. Training the teacher, needed for both, is not counted."
+    return f"Cost: {seconds}: {ratio}{shown}; training the teacher, needed for both, is not counted."
 
 
 def accuracy_finding(subject: str, found: Comparison, rows: dict[str, Row]) -> str:
@@ -290,17 +299,8 @@ def accuracy_finding(subject: str, found: Comparison, rows: dict[str, Row]) -> s
     spread = f"{found.points:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
     if found.significant:
         return f"{values}: {spread}."
-    return f"{values}: {spread}, which is no difference that {len(row.seeds)} seeds can show; try --full."
-
-
-DESCRIPTIONS = {
-    TENTH: "true labels of a tenth of the images",
-    ALL: "true labels of all images",
-    MISMATCHED: "cached labels of one clean view",
-    MATCHED: "cached labels of the matching views",
-    LIVE: "labels of the live teacher",
-}
-"""What each student is trained on."""
+    more = "; try --full" if len(row.seeds) < FULL_SEEDS else ""
+    return f"{values}: {spread}, which is no difference that {len(row.seeds)} seeds can show{more}."
 
 
 def _t_quantile(degrees: int) -> float:
@@ -330,7 +330,7 @@ def demo_report(result: DemoResult, out: Path) -> Path | None:
         from logitcache.report import check_installed, write_report
 
         check_installed()
-    except (ImportError, UsageError):
+    except UsageError:
         return None
     pipeline = result.pipeline
     return write_report(pipeline.cache.path, out, runs=pipeline.runs.path, data=pipeline).path

@@ -1,5 +1,6 @@
 """The demo: what it prints, and what it refuses to conclude."""
 
+import importlib
 import json
 import math
 import sys
@@ -28,6 +29,7 @@ from logitcache.demo import (
     run_demo,
 )
 from logitcache.encodings import Dense
+from logitcache.errors import UsageError
 from logitcache.train_student import Row, summarise
 from tests.models import pictures
 
@@ -156,16 +158,17 @@ def test_labels_of_the_clean_view_are_mixed_by_the_area_of_each_image(tmp_path: 
     torch.testing.assert_close(labels.logits(rows, None, mixed).softmax(dim=1), mixed, atol=1e-5, rtol=0)
 
 
-def test_the_demo_needs_no_package_of_the_report(
+def test_the_demo_needs_no_package_of_the_report_and_a_report_names_the_extra(
     demo: tuple[Path, DemoResult], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It says how to get one."""
     folder, result = demo
     for name in [name for name in sys.modules if name.startswith("logitcache.report")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "altair", None)
     report = demo_report(result, folder / "report.html")
     print_demo(result, report)
+    with pytest.raises(UsageError, match=r"a report needs altair .*: pip install 'logitcache\[report\]'"):
+        importlib.import_module("logitcache.report")
 
     assert report is None
     assert "pip install 'logitcache[report]'" in capsys.readouterr().out
