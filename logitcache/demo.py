@@ -21,6 +21,8 @@ from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.devices import pick_device
 from logitcache.errors import UsageError
 from logitcache.pipeline import Pipeline, load_pipeline
+from logitcache.product.cost import count_macs
+from logitcache.resolve import resolve_teacher
 from logitcache.storage import LocalStorage
 from logitcache.train_student import Bench, Row, summarise, train_teacher
 from logitcache.training.loop import train
@@ -94,6 +96,9 @@ class DemoResult:
     rows: list[Row]
     teacher: dict[str, Any]
     """The result of the teacher's own training."""
+    teacher_macs: int
+    """Multiply-accumulates of the teacher for one image."""
+    student_macs: int
     cost: Cost | None
     """None where one seed, or an interrupted stage 1, leaves nothing to compare."""
     view_matching: Comparison
@@ -151,9 +156,12 @@ def run_demo(folder: Path, overrides: Sequence[str] = (), *, full: bool = False)
     cost = compare_cost(results[LIVE], results[MATCHED], stage1_seconds)
     view_matching = compare(rows[MATCHED], rows[MISMATCHED])
     few_labels = compare(rows[MATCHED], rows[TENTH])
+    image_1 = ViewDataset(bench.data.train, bench.plan)[(0, 0)][1][None]
     return DemoResult(
         rows=list(rows.values()),
         teacher=teacher,
+        teacher_macs=count_macs(resolve_teacher(pipeline, bench.data, bench.plan, trust=False)[0], image_1),
+        student_macs=count_macs(bench.job(pipeline.student(MATCHED), seed=0).model, image_1),
         cost=cost,
         view_matching=view_matching,
         few_labels=few_labels,

@@ -41,6 +41,7 @@ SMALL = [
     "teacher.args={hidden: [16]}",
     "teacher.train={epochs: 1}",
     "train.epochs=2",
+    "train.seeds=[0, 1]",
     "train.batch_size=64",
     "students.true-labels-of-a-tenth.train.epochs=2",
     "num_workers=0",

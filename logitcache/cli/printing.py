@@ -210,6 +210,8 @@ def demo_summary(result: Any, report: Path | None) -> dict[str, Any]:
             for row in result.rows
         ],
         "teacher_accuracy": result.teacher["accuracy"],
+        "teacher_macs": result.teacher_macs,
+        "student_macs": result.student_macs,
         "cost": None if result.cost is None else dataclasses.asdict(result.cost),
         "view_matching": dataclasses.asdict(result.view_matching),
         "few_labels": dataclasses.asdict(result.few_labels),
@@ -223,11 +225,11 @@ def print_demo(result: Any, report: Path | None) -> None:
     """The demo's table, and what it shows."""
     from logitcache.demo import DESCRIPTIONS
 
-    teacher, student = result.teacher, result.rows[0]
+    teacher = result.teacher
     accuracy = "" if teacher["accuracy"] is None else f"; test accuracy {100 * teacher['accuracy']:.1f} %"
     console().print(
-        f"Teacher: {teacher['parameters']:,} parameters, trained on {teacher['samples']:,} true labels{accuracy}. "
-        f"Student: {student.parameters:,} parameters.",
+        f"Teacher: {result.teacher_macs / 1e6:.1f} million multiply-adds per image, trained on {teacher['samples']:,} "
+        f"true labels{accuracy}. Student: {result.student_macs / 1e6:.1f} million multiply-adds.",
         highlight=False,
     )
     table = Table("student trained on", "images", "seeds", "test accuracy, % ± standard error", "seconds per epoch")
