@@ -34,7 +34,7 @@ from logitcache.data.views import BothInputs, ViewDataset, ViewPlan
 from logitcache.devices import pick_device
 from logitcache.digest import array_digest, json_digest
 from logitcache.errors import UsageError
-from logitcache.losses import TrueLabel
+from logitcache.losses import CrossEntropy
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.hint_config import Hint, hint_from_config
 from logitcache.train.hints import Hints
@@ -87,7 +87,7 @@ def train_teacher(pipeline: Pipeline, *, trust: bool = False) -> dict[str, Any]:
                 indices=np.arange(len(data.train)),
                 num_views=None,
                 labels=None,
-                loss=TrueLabel(),
+                loss=CrossEntropy(),
                 config=settings,
                 seed=seed,
                 validation=_evaluation(pipeline, data.validation, config, trust=trust),
