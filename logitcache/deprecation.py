@@ -2,53 +2,50 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
-    """Warn that a name has changed; `stacklevel` 3 points at the caller of the function that warns."""
-    warnings.warn(
-        f"`{old}` is renamed to `{new}`; the old name is removed in the next release",
-        DeprecationWarning,
-        stacklevel=stacklevel,
-    )
+def warn_renamed(old: str, new: str) -> None:
+    """Warn the caller of the function that calls this one."""
+    remedy = "it becomes internal" if new.rpartition(".")[2].startswith("_") else f"use `{new}`"
+    warnings.warn(f"`{old}` is removed in the next release: {remedy}", DeprecationWarning, stacklevel=3)
 
 
 class RenamedAttribute:
-    """A class attribute that forwards an old attribute or method name to the new one."""
+    """A class attribute that forwards the old name of an attribute or method to the new one."""
 
     def __init__(self, new: str) -> None:
         self._new = new
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self._old = f"{owner.__name__}.{name}"
-        self._owner = owner.__name__
+        self._owner, self._old = owner.__name__, name
 
     def __get__(self, instance: Any, owner: type) -> Any:
         if instance is None:
             return self
-        warn_renamed(self._old, f"{self._owner}.{self._new}")
+        warn_renamed(f"{self._owner}.{self._old}", f"{self._owner}.{self._new}")
         return getattr(instance, self._new)
 
 
-def renamed_keyword(function: str, old: str, new: str, keywords: Mapping[str, Any], value: Any) -> Any:
-    """The value of a renamed keyword argument: from `**keywords` if the caller used the old name, else `value`.
+def renamed_keyword(old: str, new: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a function so that it also takes a keyword argument under its old name."""
 
-    Args:
-        function: name of the function or class that is called, for the messages.
-        old, new: the names.
-        keywords: the caller's unknown keyword arguments.
-        value: what the caller passed under the new name, or its default.
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        name = function.__qualname__.removesuffix(".__init__")
 
-    Raises:
-        TypeError: a keyword argument that the function does not have.
-    """
-    unknown = sorted(keywords.keys() - {old})
-    if unknown:
-        raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
-    if old not in keywords:
-        return value
-    warn_renamed(f"{function}({old}=)", f"{function}({new}=)", stacklevel=4)
-    return keywords[old]
+        @functools.wraps(function)
+        def accept(*args: P.args, **kwargs: P.kwargs) -> T:
+            if old in kwargs:
+                warn_renamed(f"{name}({old}=)", f"{name}({new}=)")
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return accept
+
+    return decorate

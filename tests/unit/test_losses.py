@@ -666,5 +666,8 @@ def test_runs_are_recorded_under_the_first_spelling() -> None:
     ],
 )
 def test_old_python_names_work_with_a_warning(old: str, new: str) -> None:
-    with pytest.warns(DeprecationWarning, match=f"`logitcache.losses.{old}` is renamed to `logitcache.losses.{new}`"):
+    with pytest.warns(
+        DeprecationWarning,
+        match=f"`logitcache.losses.{old}` is removed in the next release: use `logitcache.losses.{new}`",
+    ):
         assert getattr(losses, old) is getattr(losses, new)
