@@ -120,7 +120,7 @@ def test_arrays_that_torchvision_would_leave_unchanged_are_refused(transform: An
 def test_float_arrays_in_a_models_own_part_are_refused_too() -> None:
     views = logitcache.ViewDataset(
         Plain([(np.zeros((3, 8, 8), dtype=np.float32), 0)]),
-        logitcache.ViewPlan(model_input=build_transform({"Normalize": {"mean": [0.5], "std": [0.5]}})),
+        logitcache.ViewPlan(preprocess=build_transform({"Normalize": {"mean": [0.5], "std": [0.5]}})),
     )
 
     with pytest.raises(UsageError, match="torchvision's Normalize returns a NumPy array"):
