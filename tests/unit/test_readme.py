@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import logitcache
+from logitcache import losses
 from logitcache.catalog.nets import MLP
 from logitcache.config.build import resolve_data
 from logitcache.config.schema import Pipeline, load_pipeline
@@ -27,6 +28,7 @@ GETTING_STARTED = (CHECKOUT / "docs/getting-started.md").read_text()
 KEYS = (CHECKOUT / "docs/pipeline.md").read_text()
 LOSS_GUIDE = (CHECKOUT / "docs/losses.md").read_text()
 API = (CHECKOUT / "docs/reference/logitcache.md").read_text()
+LOSS_API = (CHECKOUT / "docs/reference/losses.md").read_text()
 BATCH = (CHECKOUT / "docs/a-batch.md").read_text()
 
 
@@ -91,6 +93,13 @@ def test_the_api_reference_has_every_public_name() -> None:
     described = set(re.findall(r"^::: logitcache\.(\w+)$", API, flags=re.MULTILINE))
 
     assert described | {"losses"} == set(logitcache.__all__)
+
+
+def test_the_reference_of_losses_has_every_loss() -> None:
+    names = set(re.findall(r"^from [\w.]+ import (\w+) as \1$", Path(losses.__file__).read_text(), flags=re.MULTILINE))
+    described = set(re.findall(r"^::: logitcache\.losses\.(\w+)$", LOSS_API, flags=re.MULTILINE))
+
+    assert names - {"FEATURE_LOSSES", "LOSSES", "Reduction", "recorded_loss"} == described
 
 
 def test_a_batch_passes_through_functions_that_exist() -> None:
