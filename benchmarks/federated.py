@@ -22,12 +22,12 @@ import torch
 from measuring import conditions, fresh_folder, options, parse, table, write_result
 
 from logitcache.catalog.parts import PartConfig
-from logitcache.federation.configuration import Federation, PartyConfig, load_federation
-from logitcache.federation.rounds import Turn, federate
-from logitcache.pipeline import Pipeline
+from logitcache.config.build import resolve_data
+from logitcache.config.schema import Pipeline
+from logitcache.extras.federation.configuration import Federation, PartyConfig, load_federation
+from logitcache.extras.federation.rounds import Turn, federate
 from logitcache.progress import silence
-from logitcache.resolve import resolve_data
-from logitcache.train_student import train_teacher
+from logitcache.stages.train_student import train_teacher
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 FILE = PIPELINES / "federated_mnist.yaml"

@@ -1,6 +1,6 @@
 """Sharing against its bounds.
 
-Pull: `logitcache.sharing.transfer.pull` against plain obstore gets of the same objects, as many at once, by turns:
+Pull: `logitcache.share.transfer.pull` against plain obstore gets of the same objects, as many at once, by turns:
 into files without fsync, into memory, and into files that are hashed and fsynced, which is what a pull cannot do
 without. From SeaweedFS, an S3 server, and from nginx, each in a network namespace of its own behind a link of so many
 gigabits a second, as another machine would be (left out without root and iproute2); and from these and moto, another S3
@@ -49,18 +49,18 @@ from logitcache.arrays import ArraySpec
 from logitcache.cache.digests import content_digest
 from logitcache.cache.layout import FIXED, all_blocks, block_rows
 from logitcache.cache.manifest import MANIFEST, RECEIPTS, Receipt, StoredObject, contents, dump_manifest
-from logitcache.cache_teacher import cache_teacher
+from logitcache.config.schema import load_pipeline
 from logitcache.data.loading import rendered_batches
 from logitcache.digest import canonical_json, sha256_hex
-from logitcache.pipeline import load_pipeline
 from logitcache.progress import silence, track
-from logitcache.sharing.transfer import pull, push
+from logitcache.share.transfer import pull, push
+from logitcache.stages.cache_teacher import cache_teacher
+from logitcache.stages.train_student import Bench
 from logitcache.storage.local import fsync_path
 from logitcache.storage.remote import CONCURRENCY
-from logitcache.train_student import Bench
-from logitcache.training.loop import Run as TrainingRun
-from logitcache.training.loop import train_epoch
-from logitcache.training.runs import RunFolder
+from logitcache.train.loop import Run as TrainingRun
+from logitcache.train.loop import train_epoch
+from logitcache.train.runs import RunFolder
 from tests import servers
 
 PIPELINE = Path(__file__).parent.parent / "pipelines" / "mnist5k.yaml"

@@ -15,11 +15,11 @@ import torch
 from measuring import conditions, options, parse, table, write_result
 from twins import PIPELINES, difference, tiny_overrides
 
-from logitcache.pipeline import load_pipeline
+from logitcache.config.build import teacher_folder
+from logitcache.config.schema import load_pipeline
 from logitcache.progress import silence
-from logitcache.resolve import teacher_folder
-from logitcache.run import run_pipeline
-from logitcache.training.runs import RESULT
+from logitcache.stages.run import run_pipeline
+from logitcache.train.runs import RESULT
 
 BEGIN, END = "<!-- made by benchmarks/soft_tree.py -->", "<!-- end of the tree -->"
 AGAINST = [

@@ -33,13 +33,13 @@ import torch
 from measuring import TINY, compare, conditions, options, parse, table, write_result
 from torch import Tensor, nn
 
-from logitcache.cache_teacher import cache_teacher
+from logitcache.config.build import resolve_data, resolve_plan, resolve_teacher
+from logitcache.config.schema import Pipeline, load_pipeline, parse_pipeline
 from logitcache.data.loading import rendered_batches
 from logitcache.data.views import ViewDataset
 from logitcache.devices import autocast, pick_device, to_device
-from logitcache.pipeline import Pipeline, load_pipeline, parse_pipeline
 from logitcache.progress import silence
-from logitcache.resolve import resolve_data, resolve_plan, resolve_teacher
+from logitcache.stages.cache_teacher import cache_teacher
 
 PIPELINE = Path(__file__).parent.parent / "pipelines" / "mnist5k.yaml"
 MAX_RATIO = 1.05

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from measuring import TINY_MNIST5K, conditions, fresh_folder, options, parse, table, write_result
 
-from logitcache.demo import run_demo
+from logitcache.config.schema import load_pipeline
 from logitcache.devices import pick_device
 from logitcache.errors import DatasetUnavailable
-from logitcache.pipeline import load_pipeline
-from logitcache.run import run_pipeline
-from logitcache.train_student import Row, train_teacher
+from logitcache.extras.demo import run_demo
+from logitcache.stages.run import run_pipeline
+from logitcache.stages.train_student import Row, train_teacher
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from measuring import TINY, compare, conditions, options, parse, table, write_result
 
-from logitcache.cache_teacher import cache_teacher
-from logitcache.pipeline import load_pipeline
+from logitcache.config.schema import load_pipeline
 from logitcache.progress import silence
-from logitcache.train_student import train_students
+from logitcache.stages.cache_teacher import cache_teacher
+from logitcache.stages.train_student import train_students
 
 PIPELINE = Path(__file__).parent.parent / "pipelines" / "mnist5k.yaml"
 STUDENTS = """[

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from measuring import TINY_MNIST5K, fresh_folder, options, parse, table
 
-from logitcache.cache_teacher import cache_teacher
-from logitcache.demo import ALL, MATCHED, MISMATCHED, TENTH, clean_labels
-from logitcache.pipeline import load_pipeline
-from logitcache.train_student import Bench, summarise, train_teacher
-from logitcache.training.loop import train
+from logitcache.config.schema import load_pipeline
+from logitcache.extras.demo import ALL, MATCHED, MISMATCHED, TENTH, clean_labels
+from logitcache.stages.cache_teacher import cache_teacher
+from logitcache.stages.train_student import Bench, summarise, train_teacher
+from logitcache.train.loop import train
 
 DEMO = Path(__file__).parent.parent / "pipelines" / "demo.yaml"
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from measuring import TINY, fresh_folder, options, parse, table
 
-from logitcache.cache_teacher import cache_teacher
-from logitcache.pipeline import load_pipeline
-from logitcache.train_student import Bench, summarise, train_by_turns, train_teacher
-from logitcache.training.ranks import ALONE
+from logitcache.config.schema import load_pipeline
+from logitcache.stages.cache_teacher import cache_teacher
+from logitcache.stages.train_student import Bench, summarise, train_by_turns, train_teacher
+from logitcache.train.ranks import ALONE
 
 PIPELINE = Path(__file__).parent.parent / "pipelines" / "soft_tree_mnist.yaml"
 

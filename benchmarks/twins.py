@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 from measuring import TINY, conditions, fresh_folder, options, parse, table, write_result
 
-from logitcache.pipeline import load_pipeline
+from logitcache.config.build import teacher_folder
+from logitcache.config.schema import load_pipeline
 from logitcache.progress import silence
-from logitcache.resolve import teacher_folder
-from logitcache.run import run_pipeline
-from logitcache.train_student import Row
-from logitcache.training.runs import RESULT
+from logitcache.stages.run import run_pipeline
+from logitcache.stages.train_student import Row
+from logitcache.train.runs import RESULT
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 END = "<!-- end -->"

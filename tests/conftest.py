@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from logitcache import progress
-from logitcache.overrides import override
-from logitcache.pipeline import Pipeline, parse_pipeline
+from logitcache.config.overrides import override
+from logitcache.config.schema import Pipeline, parse_pipeline
 from tests import servers
 
 torch.set_num_threads(1)
@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {
     "train": {"epochs": 2, "batch_size": 64, "lr": 0.01},
     "students": [
         {"name": "small", "model": "mlp", "args": {"hidden": [8]}, "loss": {"name": "kl", "temperature": 2.0}},
-        {"name": "labels", "model": "mlp", "args": {"hidden": [8]}, "loss": "true_label"},
+        {"name": "labels", "model": "mlp", "args": {"hidden": [8]}, "loss": "cross_entropy"},
     ],
     "runs": {"path": ""},
     "num_workers": 0,
@@ -75,7 +75,7 @@ def forks() -> multiprocessing.context.BaseContext:
     """Processes that start with logitcache imported, to be killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["logitcache.cache_teacher", "logitcache.train_student", "torchvision", "sklearn", "torchmetrics"]
+        ["logitcache.stages.cache_teacher", "logitcache.stages.train_student", "torchvision", "sklearn", "torchmetrics"]
     )
     return context
 

@@ -13,7 +13,7 @@ import signal
 import sys
 
 from logitcache.storage import LocalStorage
-from logitcache.training.optimizer import Updates
+from logitcache.train.optimizer import Updates
 
 
 def die() -> None:

@@ -1,4 +1,4 @@
-"""Programs with DataLoader workers, which say who they are, to be killed by `tests/test_workers.py`.
+"""Programs with DataLoader workers, which say who they are, to be killed by `tests/durability/test_workers.py`.
 
     python -m tests.workers START_METHOD [thread]
 

@@ -178,12 +178,13 @@ def open_writer(
     if isinstance(requested, Encoding):
         requested.arrays(num_classes)
     preliminary = requested if isinstance(requested, Encoding) else Dense()
+    notes = dict(notes or {}) | ({} if stated is None else {"card": stated})
     lines = dump(make_identity(origin, preliminary, num_classes, others, logits_source)).splitlines()
-    check_length(sum(map(len, lines)) + 2 * len(lines), sealed=False)  # in the manifest each is indented, and ends
+    # In the manifest each line is indented by one more space.
+    check_length(sum(map(len, lines)) + 2 * len(lines) + len(json.dumps(notes)), sealed=False)
     storage = open_storage(path)
     replaced = _keys_to_replace(storage) if overwrite else []
     stored = None if replaced else _stored(storage)
-    notes = dict(notes or {}) | ({} if stated is None else {"card": stated})
     if stored is not None:
         settled = _encoding_of(storage, *stored, requested)
     else:

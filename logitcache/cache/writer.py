@@ -272,7 +272,7 @@ class CacheWriter:
 
         Raises:
             IncompleteCache: names the first rows that are missing; another builder may have taken back views.
-            IdentityMismatch: another cache has been put in its place.
+            IdentityMismatch: another cache has been put in its place, or another builder sealed other labels.
         """
         self.flush()
         if self.manifest.state == "open" or self.storage.size(CARD) is None:
@@ -288,6 +288,7 @@ class CacheWriter:
                 "nothing of it was changed. Choose another path, and build again"
             )
         if there.state == "sealed" and set(self.layout.views) <= set(there.layout.views):
+            self._compare_sealed(collect_receipts(self.storage, there))
             self.manifest = there
             self._forget_receipts()
             if self.storage.size(CARD) is None:
@@ -319,6 +320,20 @@ class CacheWriter:
         replace_records(self.storage, self.manifest, gathered, replaces=there)
         self._forget_receipts()
         write_card(self._written())  # last: a cache is whole without it
+
+    def _compare_sealed(self, sealed: Mapping[str, Receipt]) -> None:
+        """Compare what this writer committed with what another builder sealed meanwhile.
+
+        Raises:
+            IdentityMismatch: they differ, so that objects of the one may lie under receipts of the other.
+        """
+        for block in self.committed_blocks:
+            if self._receipts[block.name].objects != sealed[block.name].objects:
+                raise IdentityMismatch(
+                    f"{self.storage.url} was sealed by another builder, whose labels differ from this one's in "
+                    f"{block.name}: the teacher ran twice, and rounded differently.\nBlocks may be damaged by that: "
+                    "`logitcache verify --deep` names them, and `logitcache repair` mends them."
+                )
 
     def _forget_receipts(self) -> None:
         """Remove the receipts that are gathered now."""

@@ -20,24 +20,26 @@ from torch import nn
 
 from logitcache.catalog.calling import call_model, input_described, logits_of
 from logitcache.catalog.nets import CNN, MLP, CIFARResNet
-from logitcache.catalog.soft_tree import SoftTree
 from logitcache.checksums import check_file
 from logitcache.digest import canonical_json
 from logitcache.entry_points import call_entry_point, is_entry_point, load_entry_point
 from logitcache.errors import CorruptRun, LogitCacheError, ShapeError, UsageError
+from logitcache.registry import Registry
 from logitcache.storage import LocalStorage
 
 # B batch, C classes
 
-NETS: dict[str, Callable[..., nn.Module]] = {
-    "mlp": MLP,
-    "cnn": CNN,
-    "cifar_resnet": CIFARResNet,
-    "resnet20": functools.partial(CIFARResNet, depth=20),
-    "resnet32": functools.partial(CIFARResNet, depth=32),
-    "soft_tree": SoftTree,
-}
-
+MODELS: Registry[Callable[..., nn.Module]] = Registry(
+    "model",
+    {
+        "mlp": MLP,
+        "cnn": CNN,
+        "cifar_resnet": CIFARResNet,
+        "resnet20": functools.partial(CIFARResNet, depth=20),
+        "resnet32": functools.partial(CIFARResNet, depth=32),
+    },
+)
+"""Small nets: called with the shape of one sample's input, the number of classes, and a pipeline's `args`."""
 
 ORIGIN = "logitcache"
 """The entry of a safetensors file's metadata that says, in JSON, which run its weights are of."""
@@ -56,7 +58,7 @@ def build_model(
     """A classifier by name: a small net, any of torchvision's, or what `package.module:function` gives.
 
     Args:
-        name: one of `NETS`, a torchvision classifier, or an entry point.
+        name: one of `MODELS`, a torchvision classifier, or an entry point.
         num_classes: C; the head of a torchvision model is replaced where it has another size.
         input_shape: of one sample, which the small nets size themselves by.
         weights: a `.safetensors` file, a name of torchvision's such as "IMAGENET1K_V2", or None.
@@ -78,8 +80,8 @@ def build_model(
             if "num_classes" in inspect.signature(factory).parameters:
                 args.setdefault("num_classes", num_classes)
             model = call_entry_point(factory, name, args)
-        elif name in NETS:
-            model = NETS[name](input_shape, num_classes, **args)
+        elif name in MODELS:
+            model = MODELS.get(name)(input_shape, num_classes, **args)
         else:
             model = _torchvision_model(name, num_classes, named_weights, args, new_head)
             named_weights = None
@@ -103,10 +105,10 @@ def _torchvision_model(
 
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        near = difflib.get_close_matches(name, [*NETS, *known], n=1)
+        near = difflib.get_close_matches(name, [*MODELS, *known], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UsageError(
-            f"unknown model {name!r}{hint} Expected one of {', '.join(NETS)}, a torchvision classifier, or "
+            f"unknown model {name!r}{hint} Expected one of {', '.join(MODELS)}, a torchvision classifier, or "
             "package.module:function"
         )
     if weights is None:

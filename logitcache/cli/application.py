@@ -47,7 +47,7 @@ def pipeline_of(cache: str, file: Path | None, overrides: Sequence[str] | None) 
     if file is None:
         refuse_overrides(overrides)
         return None
-    from logitcache.pipeline import load_pipeline
+    from logitcache.config.schema import load_pipeline
 
     return load_pipeline(file, [*(overrides or ()), f"cache.path={cache}"])
 

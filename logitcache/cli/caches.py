@@ -99,7 +99,7 @@ def verify_command(
     as_json: JsonOption = False,
 ) -> None:
     """Check receipts and sizes, with --deep every byte, with --data whether the cache fits; exit 1 on a problem."""
-    from logitcache.trust.audit import Problem, verify
+    from logitcache.verify.audit import Problem, verify
 
     if recompute and data is None:
         raise UsageError("--recompute asks the teacher again, so it needs the pipeline that has one: --data PIPELINE")
@@ -107,8 +107,8 @@ def verify_command(
     problems = verify(cache, deep=deep)
     if pipeline is not None and not problems:
         from logitcache.cache.reader import open_cache
-        from logitcache.trust.fit import all_differences, has_teacher
-        from logitcache.trust.spot_check import spot_check
+        from logitcache.verify.fit import all_differences, has_teacher
+        from logitcache.verify.spot_check import spot_check
 
         differences = all_differences(open_cache(cache, trust=trust), pipeline, trust=trust)
         problems += [Problem("", line, "differs") for line in differences]
@@ -132,7 +132,7 @@ def repair_command(
     as_json: JsonOption = False,
 ) -> None:
     """Make the blocks that `verify --deep` finds bad what they were, and only those; exit 1 if a problem remains."""
-    from logitcache.trust.repair import repair
+    from logitcache.verify.repair import repair
 
     pipeline = pipeline_of(cache, data, overrides)
     result = repair(cache, source=source, pipeline=pipeline, trust=trust)
@@ -164,7 +164,7 @@ def push_command(
     as_json: JsonOption = False,
 ) -> None:
     """Copy a cache to where others find it. Interrupted? Run it again; it shows there once it is whole."""
-    from logitcache.sharing.transfer import push
+    from logitcache.share.transfer import push
 
     result = push(cache, url, anonymous=anonymous)
     show(dataclasses.asdict(result), as_json, lambda: print_transfer(url, result))
@@ -183,7 +183,7 @@ def pull_command(
     as_json: JsonOption = False,
 ) -> None:
     """Copy a cache here, every object held to its SHA-256. Interrupted? Run it again; asked again, it adds views."""
-    from logitcache.sharing.transfer import pull
+    from logitcache.share.transfer import pull
 
     result = pull(url, cache, views=views, expect=expect)
     show(dataclasses.asdict(result), as_json, lambda: print_transfer(cache, result))
@@ -206,7 +206,7 @@ def merge_command(
 ) -> None:
     """Average several teachers over the same views into one cache. Interrupted? Run it again."""
     from logitcache.cache.summary import summarise
-    from logitcache.merging.merge import merge
+    from logitcache.extras.merging.merge import merge
 
     result = merge(caches, out, mean=mean.value, weights=weight or None, encoding=encoding)
     summary = cache_summary(summarise(out)) | {
@@ -250,14 +250,14 @@ def export_command(
     if to is ExportFormat.parquet:
         _check_is_cache(source, out, int8=int8, weights=weights, data=data)
         assert out is not None
-        from logitcache.sharing.export import export_parquet
+        from logitcache.extras.parquet import export_parquet
 
         result = export_parquet(source, out, views=views, top=top)
         show(dataclasses.asdict(result), as_json, lambda: print_export(str(out), to.value, result))
         return
     _check_is_run(source, to.value, views=views, top=top)
-    from logitcache.pipeline import load_pipeline
-    from logitcache.product import export_run
+    from logitcache.config.schema import load_pipeline
+    from logitcache.extras.student_export import export_run
 
     exported = export_run(
         source,
@@ -300,7 +300,7 @@ def suspects_command(
     as_json: JsonOption = False,
 ) -> None:
     """Samples whose label is probably wrong, by confident learning on the cached logits."""
-    from logitcache.students.noise import CAUTION, find_suspects, write_suspects
+    from logitcache.extras.noise import CAUTION, find_suspects, write_suspects
 
     noise = find_suspects(cache)
     if output is not None:
@@ -328,7 +328,7 @@ def report_command(
     as_json: JsonOption = False,
 ) -> None:
     """One page that opens offline: the cache, its teacher, its fidelity, its views, and students side by side."""
-    from logitcache.report import write_report
+    from logitcache.extras.report import write_report
 
     pipeline = pipeline_of(cache, data, overrides)
     written = write_report(cache, output, runs=runs, data=pipeline, trust=trust)

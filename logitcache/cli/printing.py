@@ -25,7 +25,7 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         "digest": manifest.digest,
         "sealed": manifest.state == "sealed",
         "num_samples": manifest.layout.num_samples,
-        "num_views": manifest.layout.num_views,
+        "num_views": len(manifest.layout.views),
         "num_classes": manifest.layout.num_classes,
         "encoding": summary.encoding,
         "bytes": None if contents is None else contents.bytes,
@@ -198,7 +198,7 @@ def print_rows(rows: list[Any]) -> None:
 
 def demo_summary(result: Any, report: Path | None) -> dict[str, Any]:
     """The keys of `demo`."""
-    from logitcache.demo import DESCRIPTIONS
+    from logitcache.extras.demo import DESCRIPTIONS
 
     return {
         "rows": [
@@ -223,7 +223,7 @@ def demo_summary(result: Any, report: Path | None) -> dict[str, Any]:
 
 def print_demo(result: Any, report: Path | None) -> None:
     """The demo's table, and what it shows."""
-    from logitcache.demo import DESCRIPTIONS
+    from logitcache.extras.demo import DESCRIPTIONS
 
     teacher = result.teacher
     accuracy = "" if teacher["accuracy"] is None else f"; test accuracy {100 * teacher['accuracy']:.1f} %"

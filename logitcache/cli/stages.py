@@ -43,9 +43,9 @@ def plan_command(
     as_json: JsonOption = False,
 ) -> None:
     """Before any long run: bytes, fidelity and time of each encoding on a calibration sample."""
-    from logitcache.pipeline import load_pipeline
-    from logitcache.plan import check_plot, plan_logits, plan_pipeline, read_logits
-    from logitcache.plan import plot as plot_plan
+    from logitcache.config.schema import load_pipeline
+    from logitcache.stages.plan import check_plot, plan_logits, plan_pipeline, read_logits
+    from logitcache.stages.plan import plot as plot_plan
 
     if (pipeline is None) == (logits is None):
         raise UsageError("plan needs a pipeline file, or logits of its own (--logits FILE): one of the two")
@@ -70,9 +70,9 @@ def train_teacher_command(
     as_json: JsonOption = False,
 ) -> None:
     """Train or fine-tune the teacher on true labels, where no ready one exists."""
-    from logitcache.pipeline import load_pipeline
-    from logitcache.train_student import train_teacher
-    from logitcache.training.ranks import is_first_process
+    from logitcache.config.schema import load_pipeline
+    from logitcache.stages.train_student import train_teacher
+    from logitcache.train.ranks import is_first_process
 
     result = train_teacher(load_pipeline(pipeline, overrides or ()), trust=trust)
     if is_first_process():
@@ -88,9 +88,9 @@ def cache_teacher_command(
 ) -> None:
     """Stage 1: compute the blocks of the cache that are missing, then seal it. Interrupted? Run it again."""
     from logitcache.cache.summary import summarise
-    from logitcache.cache_teacher import cache_teacher
-    from logitcache.pipeline import load_pipeline
-    from logitcache.training.ranks import is_first_process
+    from logitcache.config.schema import load_pipeline
+    from logitcache.stages.cache_teacher import cache_teacher
+    from logitcache.train.ranks import is_first_process
 
     loaded = load_pipeline(pipeline, overrides or ())
     result = cache_teacher(loaded, trust=trust)
@@ -112,9 +112,9 @@ def train_student_command(
     as_json: JsonOption = False,
 ) -> None:
     """Stage 2: train one, several or all students of the pipeline from the cache."""
-    from logitcache.pipeline import load_pipeline
-    from logitcache.train_student import train_students
-    from logitcache.training.ranks import is_first_process
+    from logitcache.config.schema import load_pipeline
+    from logitcache.stages.train_student import train_students
+    from logitcache.train.ranks import is_first_process
 
     rows = train_students(load_pipeline(pipeline, overrides or ()), student or (), trust=trust)
     if is_first_process():
@@ -130,8 +130,8 @@ def run_command(
     as_json: JsonOption = False,
 ) -> None:
     """All stages of a pipeline, skipping what is done."""
-    from logitcache.pipeline import load_pipeline
-    from logitcache.run import plan_run, run_pipeline
+    from logitcache.config.schema import load_pipeline
+    from logitcache.stages.run import plan_run, run_pipeline
 
     loaded = load_pipeline(pipeline, overrides or ())
     if dry_run:
@@ -158,8 +158,8 @@ def federate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Federated distillation: parties exchange logits on a public set, in rounds. Interrupted? Run it again."""
-    from logitcache.federation.configuration import load_federation
-    from logitcache.federation.rounds import federate
+    from logitcache.extras.federation.configuration import load_federation
+    from logitcache.extras.federation.rounds import federate
 
     outcomes = federate(load_federation(file, overrides or ()), party=party, wait=wait, trust=trust)
     show({"turns": [dataclasses.asdict(each) for each in outcomes]}, as_json, lambda: print_turns(outcomes))
@@ -175,7 +175,7 @@ def demo_command(
     as_json: JsonOption = False,
 ) -> None:
     """What a cache buys, on embedded data: time, view matching, few labels. Safe to interrupt: re-run to resume."""
-    from logitcache.demo import demo_report, run_demo
+    from logitcache.extras.demo import demo_report, run_demo
 
     if not as_json:
         minutes = "about 4 minutes" if full else "about 90 seconds"

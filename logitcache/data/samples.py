@@ -117,17 +117,20 @@ def sample_table(dataset: Dataset) -> SampleTable:
     targets = getattr(dataset, "targets", None)
     if targets is None:
         targets = [load_sample(dataset, index)[1] for index in range(num_samples)]
-    _refuse_names(targets)
     try:
         targets = np.asarray(targets).astype(np.int64, casting="same_kind", copy=False).reshape(num_samples)
     except (TypeError, ValueError) as error:
+        _refuse_names(targets)
         raise UsageError(f"targets must be {num_samples} integer class numbers: {error}") from error
     return SampleTable(num_samples=num_samples, keys=keys, targets=targets, contents=None)
 
 
 def _refuse_names(targets: Any) -> None:
     """Class names in the place of class numbers."""
-    first = next(iter(targets), None)
+    try:
+        first = targets[0]
+    except (TypeError, LookupError):
+        return
     if isinstance(first, str | bytes):
         raise UsageError(
             f"the targets are names, the first one {first!r}; expected class numbers from 0. Number them in one order "

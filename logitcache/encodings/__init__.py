@@ -1,7 +1,7 @@
 """How a (B, C) batch of logits, or of other values, becomes named arrays and back: one file per encoding.
 
 To add one: subclass `Encoding` in a file of its own, name it in `ENCODINGS` below, and let
-`tests/test_encodings.py` run the contract suite over it.
+`tests/contract/test_encodings.py` run the contract suite over it.
 """
 
 from __future__ import annotations

@@ -7,11 +7,13 @@ for AWS then whatever boto3 finds (profiles, single sign-on, roles), and a bucke
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -157,14 +159,12 @@ class RemoteStorage:
     def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         self._refuse_listing()
         self._check_process()
-        listed, until = 0, time.monotonic() + LISTING_SECONDS
+        listed = 0
         try:
-            for page in obstore.list(self._store, prefix=(self._prefix + prefix).rstrip("/") or None):
+            for page in self._pages((self._prefix + prefix).rstrip("/") or None):
                 listed += len(page)
-                if listed > MAX_LISTED or time.monotonic() > until:
-                    raise TimeoutError(
-                        f"{listed} objects, and no end; at most {MAX_LISTED} are listed in {LISTING_SECONDS:.0f} s"
-                    )
+                if listed > MAX_LISTED:
+                    raise TimeoutError(f"{listed} objects, and no end; at most {MAX_LISTED} are listed")
                 for entry in page:
                     yield entry["path"].removeprefix(self._prefix), int(entry["size"])
         except FileNotFoundError:
@@ -180,12 +180,26 @@ class RemoteStorage:
             return linked_folders(f"{self.url}/{prefix}", timeout=READ_SECONDS, deadline=RECORD_SECONDS)
         self._check_process()
         try:
-            found = obstore.list_with_delimiter(self._store, prefix=(self._prefix + prefix).rstrip("/") or None)
+            start = (self._prefix + prefix).rstrip("/") or None
+            if self._scheme == "memory":
+                found = obstore.list_with_delimiter(self._store, prefix=start)
+            else:
+                found = _within(RECORD_SECONDS, lambda: obstore.list_with_delimiter_async(self._store, prefix=start))
         except FileNotFoundError:
             return []
         except (exceptions.BaseError, OSError) as error:
             raise self._error("list", prefix, error) from error
         return sorted(folder.rstrip("/").rsplit("/", 1)[-1] for folder in found["common_prefixes"])
+
+    def _pages(self, prefix: str | None) -> Iterator[Any]:
+        """A listing, as many objects at once as a store lists."""
+        pages: Any = obstore.list(self._store, prefix=prefix, chunk_size=1000)
+        if self._scheme == "memory":
+            yield from pages
+            return
+        until = time.monotonic() + LISTING_SECONDS
+        while page := _within(until - time.monotonic(), lambda: anext(pages, None)):
+            yield page
 
     def delete(self, key: str) -> None:
         self._refuse_writing()
@@ -399,6 +413,24 @@ def _s3_remedy(error: Exception, config: Mapping[str, Any]) -> str | None:
             f"no answer from {endpoint or 'AWS'}: check {'AWS_ENDPOINT_URL' if endpoint else 'the network'}{elsewhere}"
         )
     return None
+
+
+def _within(seconds: float, begin: Callable[[], Awaitable[Any]]) -> Any:
+    """A result of obstore that may never come: it skips empty pages, and a store may send no others.
+
+    Raises:
+        TimeoutError: it did not come in time; nothing more is asked for.
+    """
+
+    async def wait() -> Any:
+        return await asyncio.wait_for(begin(), max(seconds, 0.0))
+
+    # In a thread, as the caller may run an event loop.
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            return threads.submit(lambda: asyncio.run(wait())).result()
+        except TimeoutError:
+            raise TimeoutError("it has no end, or the server is too slow") from None
 
 
 def _may_pass(error: Exception) -> bool:

@@ -1,0 +1,1 @@
+"""A pipeline file in, built objects out."""

@@ -1,0 +1,291 @@
+"""Several teachers over the same views, averaged into one cache: an ensemble at the price of one teacher's labels.
+
+Sources are read a block at a time and the mean goes through the same writer as any teacher's logits, so that a merge
+that was interrupted goes on where it stopped, and ends in the same digest.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitcache.cache.averaging import (
+    check_same_pixels,
+    check_same_views,
+    mean_of_logits,
+    mean_of_probabilities,
+    normalised_weights,
+    refuse_sampled,
+    teacher_input,
+)
+from logitcache.cache.creation import Origin, open_writer
+from logitcache.cache.ensemble import MERGED, Part, merged_name
+from logitcache.cache.fidelity import Calibration
+from logitcache.cache.labelview import View
+from logitcache.cache.layout import Block, all_blocks, block_rows, blocks_per_view
+from logitcache.cache.manifest import Manifest
+from logitcache.cache.reader import LogitCache, open_cache
+from logitcache.cache.writer import CacheWriter
+from logitcache.data.samples import SampleTable
+from logitcache.encodings import Auto, Encoding, encoding_from_config
+from logitcache.errors import (
+    CorruptCache,
+    IncompleteCache,
+    InvalidLogits,
+    NotACache,
+    UsageError,
+    unsealed,
+)
+from logitcache.progress import track
+from logitcache.randomness import keyed_permutation
+
+# B batch, C classes
+
+MEANS = ("logits", "probabilities")
+PIECE_LOGITS = 2**20
+"""Logits of each source that are averaged at once (4 MB)."""
+CALIBRATION_ROWS = 10_000
+CALIBRATION_BLOCKS = 64
+"""Blocks that the calibration rows are drawn from, where there are so many: each must be read and decoded."""
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge did."""
+
+    manifest: Manifest
+    parts: list[Part]
+    """The sources, in the order that they were given."""
+    computed_blocks: list[Block]
+    total_blocks: int
+    left_out: dict[str, int]
+    """Views that a source has beyond those that all have, by location; none where all have equally many."""
+    left_out_outputs: dict[str, list[str]]
+    """What a source has beside its logits, by location: only logits have a mean."""
+
+
+def merge(
+    locations: Sequence[str],
+    out: str | os.PathLike[str],
+    *,
+    mean: str = "logits",
+    weights: Sequence[float] | None = None,
+    encoding: Encoding | Auto | str | Mapping[str, Any] | None = None,
+) -> MergeResult:
+    """Average the logits of sealed caches over the same views into a cache of its own, and seal it.
+
+    Idempotent: interrupted, it is run again and goes on at the first missing block. The result holds the views that
+    all sources have. Its transform, proof digests, rows per block and default encoding are those of the first
+    source; all else depends on the sources and not on their order.
+
+    Args:
+        locations: two or more caches.
+        out: the merged cache.
+        mean: "logits", the geometric mean of the distributions, whatever the temperature; or "probabilities", the
+            arithmetic mean at T = 1.
+        weights: a positive one for each cache; all alike by default.
+        encoding: as in `create`; fitted to the merged logits where it needs that.
+
+    Raises:
+        UsageError: fewer than two caches, the same one twice, `out` among them, or weights that are none.
+        IncompleteCache: a source is not sealed.
+        IdentityMismatch: the sources are not of the same views, or `out` is another cache; names the field.
+        CorruptCache: a source is damaged.
+    """
+    if mean not in MEANS:
+        raise UsageError(f"the mean is one of {', '.join(MEANS)}, not {mean!r}")
+    if len(locations) < 2:
+        raise UsageError(f"merge takes two caches or more, not {len(locations)}")
+    shares = normalised_weights(weights, len(locations))
+    sources = [_open_sealed(location) for location in locations]
+    _refuse_the_same(locations, sources, out)
+    for location, source in zip(locations[1:], sources[1:], strict=True):
+        check_same_views(locations[0], sources[0], location, source)
+    num_views = min(source.num_views for source in sources)
+    check_same_pixels(locations, sources, num_views)
+    if mean == "logits":
+        refuse_sampled(locations, sources)
+    samples = _common_samples(locations, sources)
+
+    parts = [_part(location, source, share) for location, source, share in zip(locations, sources, shares, strict=True)]
+    # In an order of their own, so that rounding does not depend on the order that they were given in.
+    order = sorted(range(len(parts)), key=lambda number: parts[number].id)
+    average = _Average([sources[number] for number in order], [shares[number] for number in order], mean)
+    first = sources[0]
+    precisions = {part.precision for part in parts}
+    writer = open_writer(
+        out,
+        Origin(
+            dataset=first.manifest.identity.dataset,
+            teacher=merged_name(parts, mean),
+            precision=precisions.pop() if len(precisions) == 1 else "mixed",
+            transform=first.manifest.identity.transform,
+            view_seed=first.manifest.identity.view_seed,
+            class_names=first.manifest.identity.class_names,
+        ),
+        num_samples=first.num_samples,
+        num_classes=first.num_classes,
+        num_views=num_views,
+        encoding=encoding_from_config(first.manifest.identity.encoding) if encoding is None else encoding,
+        calibration=lambda: calibration_sample(average, first, num_views),
+        samples=samples,
+        rows_per_block=first.layout.rows_per_block,
+        notes={MERGED: {"mean": mean, "parts": [part.model_dump() for part in parts]}},
+    )
+    with writer:
+        missing = writer.missing_blocks()
+        if missing:
+            _merge_blocks(writer, missing, average, sources)
+        manifest = writer.seal()
+    return MergeResult(
+        manifest=manifest,
+        parts=parts,
+        computed_blocks=sorted(writer.committed_blocks),
+        total_blocks=sum(1 for _ in all_blocks(writer.layout)),
+        left_out={
+            location: source.num_views - num_views
+            for location, source in zip(locations, sources, strict=True)
+            if source.num_views > num_views
+        },
+        left_out_outputs={
+            location: list(source.extra_outputs)
+            for location, source in zip(locations, sources, strict=True)
+            if source.extra_outputs
+        },
+    )
+
+
+class _Average:
+    """The mean of several caches' labels, row by row, with a block or two of each in memory."""
+
+    def __init__(self, caches: Sequence[LogitCache], weights: Sequence[float], mean: str) -> None:
+        self._caches = caches
+        self._weights = weights
+        self._mean = mean_of_logits if mean == "logits" else mean_of_probabilities
+        self._views: list[View] = []
+        self._number = -1
+
+    def logits(self, view: int, rows: Any) -> Tensor:
+        """Float32 (B, C) of some rows of a view; fast where they lie close together.
+
+        Raises:
+            InvalidLogits: a row in which the sources have no class in common.
+        """
+        if view != self._number:
+            self._views = [cache.view(view, memory_budget=1) for cache in self._caches]
+            self._number = view
+        mean_BC = self._mean((each.logits(rows) for each in self._views), self._weights)
+        empty = torch.nonzero(mean_BC.amax(dim=1) == -torch.inf).flatten()
+        if len(empty):
+            raise InvalidLogits(
+                f"view {view}, row {rows[int(empty[0])]}: every class is masked in one of the caches or another, so "
+                "the mean of their logits leaves none; --mean probabilities keeps what any of them thinks possible"
+            )
+        return mean_BC
+
+
+def calibration_sample(average: _Average, first: LogitCache, num_views: int) -> Calibration:
+    """Up to 10 000 rows of merged logits, drawn from at most 64 blocks spread over all views, grouped by sample."""
+    per_view = blocks_per_view(first.layout)
+    total = num_views * per_view
+    rows_at_most = min(CALIBRATION_ROWS, first.num_samples * num_views)
+    num_blocks = min(total, max(CALIBRATION_BLOCKS, -(-rows_at_most // first.layout.rows_per_block)))
+    drawn = np.sort(keyed_permutation(total, "merge calibration")[:num_blocks])
+    blocks = [Block(int(number) // per_view, int(number) % per_view) for number in drawn]
+    share = min(1.0, rows_at_most / sum(len(block_rows(first.layout, block)) for block in blocks))
+    parts, groups = [], []
+    with track("calibrating", len(blocks), unit="blocks") as meter:
+        for block in blocks:
+            rows = block_rows(first.layout, block)
+            order = keyed_permutation(len(rows), "merge calibration rows", block.view, block.number)
+            chosen = rows.start + np.sort(order[: math.ceil(share * len(rows))])
+            parts.append(average.logits(block.view, chosen).numpy())
+            groups.append(chosen)
+            meter.advance()
+    return Calibration(np.concatenate(parts), np.concatenate(groups))
+
+
+def _merge_blocks(writer: CacheWriter, blocks: list[Block], average: _Average, sources: Sequence[LogitCache]) -> None:
+    layout = writer.layout
+    with track("merging", sum(len(block_rows(layout, block)) for block in blocks), unit="rows") as meter:
+        for block in blocks:
+            digests = _proof_digests(sources, block.view)
+            for rows in _pieces(block_rows(layout, block), layout.num_classes):
+                writer.write(
+                    view=block.view, start=rows.start, logits=average.logits(block.view, rows), input_digests=digests
+                )
+                meter.advance(len(rows), note=f"view {block.view + 1}/{layout.num_views}")
+
+
+def _pieces(rows: range, num_classes: int) -> Iterator[range]:
+    """A block is always cut alike, so that a block that is computed again is the same block."""
+    size = max(1, PIECE_LOGITS // num_classes)
+    for start in range(rows.start, rows.stop, size):
+        yield range(start, min(start + size, rows.stop))
+
+
+def _proof_digests(sources: Sequence[LogitCache], view: int) -> dict[int, str]:
+    """What the first source's teacher was given, as far as it, or one with the same input, knows."""
+    digests: dict[int, str] = {}
+    for source in sources:
+        if teacher_input(source) == teacher_input(sources[0]):
+            digests = source.input_digests(view) | digests
+    return digests
+
+
+def _part(location: str, source: LogitCache, share: float) -> Part:
+    identity = source.manifest.identity
+    return Part(
+        id=source.id,
+        digest=str(source.digest),
+        teacher=identity.teacher,
+        precision=identity.precision,
+        teacher_input=teacher_input(source),
+        weight=share,
+        location=location,
+    )
+
+
+def _open_sealed(location: str) -> LogitCache:
+    cache = open_cache(location)
+    if not cache.sealed:
+        raise unsealed(location)
+    if cache.views.start > 0:
+        raise IncompleteCache(
+            f"{location} is a copy of views {cache.views.start}:{cache.views.stop} only; `logitcache pull` those "
+            "before them as well"
+        )
+    return cache
+
+
+def _refuse_the_same(locations: Sequence[str], sources: Sequence[LogitCache], out: str | os.PathLike[str]) -> None:
+    for (location, source), (other_location, other) in combinations(zip(locations, sources, strict=True), 2):
+        if source.id == other.id:
+            raise UsageError(
+                f"{location} and {other_location} are the same cache ({source.id[:12]}…); name each once, and say "
+                "with --weight how much it counts"
+            )
+    with suppress(NotACache):
+        there = open_cache(out).id
+        for location, source in zip(locations, sources, strict=True):
+            if source.id == there:
+                raise UsageError(f"--out {os.fspath(out)} is the source {location}; choose another path")
+
+
+def _common_samples(locations: Sequence[str], sources: Sequence[LogitCache]) -> SampleTable | None:
+    """The sample table that the sources share, from the first that has one."""
+    for location, source in zip(locations, sources, strict=True):
+        if source.samples is not None:
+            if source.samples.fingerprint() != source.manifest.identity.dataset:
+                raise CorruptCache(f"{location}: its sample table is not of the dataset that its identity names")
+            return source.samples
+    return None

@@ -1,0 +1,205 @@
+"""Before the run: what each encoding would cost and lose, and how long the teacher would take."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from logitcache.cache.fidelity import Calibration, Fidelity, candidates, choose, compare
+from logitcache.cache.layout import encode_block
+from logitcache.catalog.outputs import declared_outputs
+from logitcache.config.build import resolve_data, resolve_plan, resolve_teacher
+from logitcache.config.schema import Pipeline
+from logitcache.data.views import ViewDataset
+from logitcache.devices import pick_device
+from logitcache.encodings import Auto
+from logitcache.errors import InvalidLogits, UsageError
+from logitcache.progress import track
+from logitcache.randomness import keyed_permutation
+from logitcache.train.inference import calibrate, output_shapes, teacher_outputs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table of encodings, cheapest first, and the one to take."""
+
+    num_rows: int
+    """Calibration rows that it rests on."""
+    num_classes: int
+    fidelities: list[Fidelity]
+    recommended: Fidelity
+    num_samples: int | None = None
+    """Of the whole cache, in each view; None where only logits were given."""
+    num_views: int | None = None
+    samples_per_second: float | None = None
+    """Of the teacher, views rendered; measured on the calibration rows."""
+    output_bytes: dict[str, float] = field(default_factory=dict)
+    """Of a sample and view, of each output beside the logits, as the pipeline encodes it; measured on some rows."""
+
+    @property
+    def hours(self) -> float | None:
+        """Of `cache-teacher` at that rate."""
+        if self.samples_per_second is None or self.num_samples is None or self.num_views is None:
+            return None
+        return self.num_samples * self.num_views / self.samples_per_second / 3600
+
+    def total_bytes(self, fidelity: Fidelity) -> float | None:
+        """Of the whole cache in one of the encodings, other outputs and all."""
+        if self.num_samples is None or self.num_views is None:
+            return None
+        row = fidelity.bytes_per_sample + sum(self.output_bytes.values())
+        return row * self.num_samples * self.num_views + fidelity.fixed_bytes
+
+
+def plan_pipeline(
+    pipeline: Pipeline, *, max_kl: float | None = None, max_bytes: float | None = None, trust: bool = False
+) -> Plan:
+    """Run the pipeline's teacher on its calibration sample, and try the encodings on what it says.
+
+    Raises:
+        LogitCacheError: data or teacher that can't be had, or no encoding within the limits.
+    """
+    data = resolve_data(pipeline, trust=trust)
+    views = ViewDataset(data.train, resolve_plan(pipeline, data, trust=trust))
+    device = pick_device(pipeline.device, threads=pipeline.threads)
+    teacher, _ = resolve_teacher(pipeline, data, views.plan, trust=trust)
+    start = time.perf_counter()
+    calibration = calibrate(pipeline, teacher, views, device)
+    rate = len(calibration.logits) / (time.perf_counter() - start)
+    output_bytes = measure_outputs(pipeline, teacher, views, device)
+    requested = pipeline.encoding()
+    if max_kl is None and max_bytes is None and isinstance(requested, Auto):
+        max_kl = requested.max_kl
+    plan = plan_logits(calibration, max_kl=max_kl, max_bytes=max_bytes)
+    return replace(
+        plan,
+        num_samples=len(views),
+        num_views=pipeline.views.count,
+        samples_per_second=rate,
+        output_bytes=output_bytes,
+    )
+
+
+def measure_outputs(
+    pipeline: Pipeline, teacher: nn.Module, views: ViewDataset, device: torch.device
+) -> dict[str, float]:
+    """Bytes of a sample, compressed as a block would be, of each output beside the logits; from one batch's rows."""
+    outputs = declared_outputs(pipeline.cache.outputs, output_shapes(pipeline, teacher, views))
+    if not outputs:
+        return {}
+    chosen = keyed_permutation(len(views), "outputs", pipeline.views.seed)[: pipeline.teacher.batch_size]
+    batch = [(0, int(index)) for index in chosen]
+    [said] = teacher_outputs(pipeline, teacher, views, [batch], device, list(outputs))
+    measured = {}
+    for name, output in outputs.items():
+        specs = output.arrays()
+        encoded = output.encoding.encode(said.outputs[name].float().cpu().flatten(1))
+        stored = sum(len(encode_block(specs[array], rows.numpy(), len(batch))) for array, rows in encoded.items())
+        measured[name] = stored / len(batch)
+    return measured
+
+
+def plan_logits(calibration: Calibration, *, max_kl: float | None = None, max_bytes: float | None = None) -> Plan:
+    """Try the encodings on logits at hand.
+
+    Raises:
+        UsageError: no encoding within the limits, or too few rows.
+    """
+    num_rows, num_classes = calibration.logits.shape
+    tried = candidates(num_classes, len(calibration.split()[0]))
+    if bool(np.isneginf(np.asarray(calibration.logits)).any()):
+        tried = [encoding for encoding in tried if encoding.holds_masks]
+    with track("trying encodings", len(tried), unit="encodings") as meter:
+        fidelities = compare(calibration, tried, advance=meter.advance)
+    return Plan(num_rows, num_classes, fidelities, choose(fidelities, max_kl=max_kl, max_bytes=max_bytes))
+
+
+def read_logits(path: Path, group: str | None = None) -> Calibration:
+    """Logits from a `.npy` file, or from a `.npz` file's `logits` with, if it is named, a column of groups.
+
+    Raises:
+        UsageError: no such file, array or shape.
+        InvalidLogits: NaN, +inf or a row of nothing but -inf.
+    """
+    if path.suffix not in (".npy", ".npz") or not path.is_file():
+        raise UsageError(f"{path}: expected a .npy file, or a .npz file that holds `logits`")
+    wanted = ["logits", *([] if group is None else [group])]
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        names = ["logits"] if isinstance(loaded, np.ndarray) else list(loaded)
+        found = [loaded] if isinstance(loaded, np.ndarray) else [loaded[name] for name in wanted if name in names]
+    except Exception as error:  # whatever NumPy raises for bytes that are no arrays
+        raise UsageError(f"{path} can't be read: {error}") from error
+    for name in wanted:
+        if name not in names:
+            raise UsageError(f"{path} holds no array {name!r}; it has: {', '.join(names)}")
+    logits, groups = found[0], None if group is None else found[1]
+    if logits.ndim != 2 or logits.shape[1] < 2 or logits.dtype.kind != "f":
+        raise UsageError(
+            f"{path}: logits are {logits.dtype} {logits.shape}; expected floats (M, C) of two or more classes"
+        )
+    if groups is not None and groups.shape != (len(logits),):
+        raise UsageError(f"{path}: {group} is {groups.shape}; expected one for each of the {len(logits)} rows")
+    if not np.isfinite(np.max(logits, axis=1)).all():
+        raise InvalidLogits(f"{path}: logits hold NaN or +inf, or a row of nothing but -inf")
+    return Calibration(logits, groups)
+
+
+def pareto_front(fidelities: Sequence[Fidelity]) -> list[Fidelity]:
+    """Those that no other one beats in bytes and KL at T = 1 both, cheapest first."""
+    front: list[Fidelity] = []
+    for each in sorted(fidelities, key=lambda each: (each.bytes_per_sample, each.kl[1.0])):
+        if np.isfinite(each.kl[1.0]) and (not front or each.kl[1.0] < front[-1].kl[1.0]):
+            front.append(each)
+    return front
+
+
+def check_plot(path: Path) -> None:
+    """Refuse a plot that can't be made, before anything is computed for it.
+
+    Raises:
+        UsageError: another suffix than .png, no such folder, or matplotlib is not installed.
+    """
+    if path.suffix != ".png" or not path.absolute().parent.is_dir():
+        raise UsageError(f"--plot writes a .png file into a folder that is there, not {path}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("a plot needs matplotlib: pip install 'logitcache[plot]'")
+
+
+def plot(plan: Plan, path: Path) -> None:
+    """KL against bytes, a point for each encoding, and the Pareto front.
+
+    Raises:
+        UsageError: see `check_plot`.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    shown = [each for each in plan.fidelities if np.isfinite(each.kl[1.0]) and each.kl[1.0] > 0]
+    front = [each for each in pareto_front(plan.fidelities) if each in shown]
+    axes.plot([each.bytes_per_sample for each in front], [each.kl[1.0] for each in front], color="0.7", zorder=1)
+    for name, marker in MARKERS.items():
+        points = [each for each in shown if each.encoding.name == name]
+        if points:
+            axes.scatter([p.bytes_per_sample for p in points], [p.kl[1.0] for p in points], marker=marker, label=name)
+    if plan.recommended in shown:
+        place = (plan.recommended.bytes_per_sample, plan.recommended.kl[1.0])
+        axes.annotate("recommended", place, xytext=(8, 8), textcoords="offset points")
+    axes.set(
+        xscale="log", yscale="log", xlabel="bytes a sample, compressed", ylabel="KL(teacher ‖ decoded) at T = 1, nats"
+    )
+    axes.grid(which="both", alpha=0.2)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+MARKERS = {"dense": "s", "lowrank": "o", "topk": "^", "sampled": "x"}

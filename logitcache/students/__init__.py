@@ -1,1 +1,0 @@
-"""What a student starts from, and how much each of its samples counts."""

@@ -1,0 +1,336 @@
+"""What a run leaves behind: the resolved YAML, its logs, weights, and where to resume."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from logitcache.catalog.models import read_weights, save_weights
+from logitcache.checksums import CHECKSUMS, check_file, checksums_text, file_sha256
+from logitcache.digest import json_digest, sha256_hex
+from logitcache.errors import CorruptCache, CorruptRun, UsageError
+from logitcache.storage import LocalStorage
+from logitcache.storage.local import fsync_path
+from logitcache.train.tracking import Tracker
+
+CONFIG, RESOLVED = "run.yaml", "pipeline.yaml"
+"""What this run is, and the whole pipeline that it is a part of."""
+METRICS, RESULT, CHECKPOINT = "metrics.jsonl", "result.json", "resume.pt"
+EPOCHS = "metrics.csv"
+"""A line for each epoch."""
+
+MAX_FILE_BYTES = 2**26
+"""Of a text file that is read."""
+RESUME_HEADER = b"logitcache resume 1\n"
+"""Then the SHA-256 of what follows, in hexadecimal digits and a newline, and what `torch.save` wrote."""
+RESUME_HEADER_BYTES = len(RESUME_HEADER) + 65
+FROM_START = "delete it to train from the start"
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class RunResult(BaseModel):
+    """`result.json` of a finished run."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str
+    seed: int
+    accuracy: Share | None
+    validation_accuracy: Share | None
+    epoch_seconds: Positive | None
+    epochs: int = Field(ge=1)
+    samples: int = Field(ge=1)
+    parameters: int = Field(ge=0)
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: where it lies; created where it is not there.
+        config: what the run is, as plain data; a folder of another run is refused.
+
+    Raises:
+        UsageError: the folder holds a run of another configuration; names the keys that differ.
+        CorruptRun: the folder's `run.yaml` is damaged.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        self.path = path
+        self._storage = LocalStorage(path)
+        config = json.loads(json.dumps(config))
+        self._run = json_digest(config)
+        self._logged = 0
+        """Bytes of the log."""
+        self._log_hash = hashlib.sha256()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._storage.remove_leftovers()
+        except OSError as error:
+            raise UsageError(f"can't write to {path}: {error.strerror}; choose another `runs.path`") from error
+        existing = self._read(CONFIG)
+        if existing is None:
+            self.write(CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        else:
+            try:
+                before = yaml.safe_load(existing)
+                if not isinstance(before, dict):
+                    raise ValueError("expected a mapping")
+            except (yaml.YAMLError, ValueError, RecursionError) as error:
+                raise CorruptRun(
+                    f"{path / CONFIG} is damaged: {_first_line(error)}; delete {path} to start afresh"
+                ) from error
+            if before != config:
+                keys = ", ".join(_different_keys(before, config))
+                raise UsageError(
+                    f"{path} holds a run of another configuration (differs in {keys}).\n"
+                    "Choose another `runs.path`, or delete that folder to start afresh."
+                )
+        self._events: Any = None
+        self._tracker: Tracker | None = None
+        self._epochs: list[dict[str, float]] = []
+
+    def result(self, name: str, seed: int) -> dict[str, Any] | None:
+        """The result of a finished run of this name and seed.
+
+        Raises:
+            CorruptRun: it is damaged, or not the one that the run left.
+        """
+        path = self.path / RESULT
+        text = self._read(RESULT)
+        if text is None:
+            return None
+        check_file(path)
+        try:
+            result: dict[str, Any] = json.loads(text)
+            found = RunResult.model_validate(result)
+            if (found.name, found.seed) != (name, seed):
+                raise ValueError(f"expected the result of {name}, seed {seed}; found {found.name}, seed {found.seed}")
+        except (ValueError, RecursionError) as error:
+            raise CorruptRun(
+                f"{path} is not what this run left: {_first_line(error)}; delete {self.path} to train from the start"
+            ) from error
+        return result
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Record the result and the checksums of what the run left, and drop what was kept to resume."""
+        text = json.dumps(result, indent=1) + "\n"
+        names = [CONFIG, METRICS, "best.safetensors", "last.safetensors"]
+        checksums = {name: file_sha256(self.path / name) for name in names if (self.path / name).is_file()}
+        # The result last: a run without one is not finished, and its checksums are written again.
+        self.write(CHECKSUMS, checksums_text({**checksums, RESULT: sha256_hex(text.encode())}))
+        self.write(RESULT, text)
+        (self.path / CHECKPOINT).unlink(missing_ok=True)
+        if self._events is not None:
+            self._events.close()
+        if self._tracker is not None:
+            self._tracker.finish()
+
+    def checkpoint(self) -> dict[str, Any] | None:
+        """The state to resume from, if any.
+
+        Raises:
+            CorruptRun: it is damaged, of another run or of an earlier version, or the log is not the one that it
+                goes on with.
+        """
+        path = self.path / CHECKPOINT
+        data = self._get(CHECKPOINT)
+        if data is None:
+            return None
+        if not data.startswith(RESUME_HEADER):
+            raise CorruptRun(
+                f"{path} is damaged, or of a version of logitcache that wrote no SHA-256 into it: expected it to begin "
+                f"with {RESUME_HEADER!r}, found {data[: len(RESUME_HEADER)]!r}; {FROM_START}"
+            )
+        header, payload = data[:RESUME_HEADER_BYTES], data[RESUME_HEADER_BYTES:]
+        del data  # a checkpoint may be large
+        if header != _resume_header(payload):
+            raise CorruptRun(f"{path} is damaged: its content has another SHA-256 than its header; {FROM_START}")
+        try:
+            saved: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+            run, logged, log_sha256 = saved.pop("run"), saved.pop("logged"), saved.pop("log_sha256")
+        except Exception as error:
+            raise CorruptRun(f"{path} can't be read: {_first_line(error)}; {FROM_START}") from error
+        if run != self._run:
+            raise CorruptRun(f"{path} is of another run: expected run {self._run}, found {run}; {FROM_START}")
+        log = (self._get(METRICS) or b"")[:logged]
+        if sha256_hex(log) != log_sha256:
+            raise CorruptRun(
+                f"{self.path / METRICS} is not the log that {path} goes on with: expected {logged} bytes of SHA-256 "
+                f"{log_sha256}, found {len(log)} of {sha256_hex(log)}.\nRestore the log, or delete {path} to train "
+                "from the start"
+            )
+        self._logged = logged
+        return saved
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replace the state to resume from, whole or not at all."""
+        fsync_path(self.path / METRICS)
+        log = {"logged": self._logged, "log_sha256": self._log_hash.hexdigest()}
+        buffer = io.BytesIO()
+        buffer.write(_resume_header(b""))
+        torch.save({**state, "run": self._run, **log}, buffer)
+        data = buffer.getbuffer()
+        data[:RESUME_HEADER_BYTES] = _resume_header(data[RESUME_HEADER_BYTES:])
+        self._storage.put(CHECKPOINT, data)
+
+    def save_weights(self, model: nn.Module, name: str, step: int) -> None:
+        """Write a model's weights after a step as `NAME.safetensors`."""
+        save_weights(model, self.path / f"{name}.safetensors", {"run": self._run, "step": step})
+
+    def best_weights(self, step: int) -> dict[str, Tensor]:
+        """The weights that this run wrote as `best.safetensors` after a step.
+
+        Those of a later step are taken too: a run that was interrupted right after it wrote them may take the steps
+        to them again, and where rounding differs, end elsewhere.
+
+        Raises:
+            CorruptRun: there are none, or they are damaged, of another run, or of an earlier step.
+        """
+        path = self.path / "best.safetensors"
+        try:
+            state, origin = read_weights(path)
+            if origin["run"] != self._run or not origin["step"] >= step:
+                raise ValueError(
+                    f"expected weights of run {self._run} after step {step}, found run {origin['run']} after step "
+                    f"{origin['step']}"
+                )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptRun(
+                f"{path} is not what this run wrote: {_first_line(error)}.\nRestore it, or delete {self.path} to train "
+                "from the start"
+            ) from error
+        return state
+
+    def start_log(self, step: int, tracker: Tracker | None = None, description: dict[str, Any] | None = None) -> None:
+        """Open the logs at a step, that of the checkpoint where one was read; what came later is forgotten.
+
+        Args:
+            step: where the run goes on.
+            tracker: gets the same metrics.
+            description: what the tracker is told of the run.
+        """
+        self._tracker = tracker
+        if tracker is not None:
+            tracker.start(description or {})
+        kept = (self._get(METRICS) or b"")[: self._logged]
+        self._log_hash = hashlib.sha256(kept)
+        self._storage.put(METRICS, kept)
+        self._epochs = [values for line in kept.splitlines() if "epoch" in (values := json.loads(line))]
+        # Of a run that was finished, until its result was deleted.
+        (self.path / CHECKSUMS).unlink(missing_ok=True)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:  # the extra `train` is not installed: the JSONL log has it all
+            return
+        self._events = SummaryWriter(str(self.path), purge_step=step + 1)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Append a line of metrics."""
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        with (self.path / METRICS).open("ab") as file:
+            file.write(line)
+        self._logged += len(line)
+        self._log_hash.update(line)
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.log(values, step)
+
+    def log_epoch(self, step: int, values: dict[str, float]) -> None:
+        """Append a line of metrics, which ends an epoch, and bring the table of epochs up to date."""
+        self.log(step, values)
+        self._epochs.append({"step": step, **values})
+        table = io.StringIO()
+        # Whole each time: a line for each epoch is little, and a file that was cut short needs no mending.
+        writer = csv.DictWriter(table, list(dict.fromkeys(name for line in self._epochs for name in line)))
+        writer.writeheader()
+        writer.writerows(self._epochs)
+        self.write(EPOCHS, table.getvalue())
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file, whole or not at all."""
+        self._storage.put(name, text.encode())
+
+    def _read(self, name: str) -> str | None:
+        data = self._get(name, limit=MAX_FILE_BYTES)
+        try:
+            if data is not None and len(data) > MAX_FILE_BYTES:
+                raise ValueError(f"expected at most {MAX_FILE_BYTES} bytes")
+            return None if data is None else data.decode()
+        except ValueError as error:
+            raise CorruptRun(
+                f"{self.path / name} is damaged: {_first_line(error)}; delete {self.path} to train from the start"
+            ) from error
+
+    def _get(self, name: str, *, limit: int | None = None) -> bytes | None:
+        try:
+            return self._storage.get(name, limit=limit)
+        except CorruptCache as error:
+            raise CorruptRun(f"{error}; delete it to train from the start") from error
+
+
+class Onlooker:
+    """A run's folder as every process but the first has it, where several train one net: nothing is written.
+
+    What is in it comes from the first process.
+    """
+
+    def result(self, name: str, seed: int) -> None: ...
+
+    def checkpoint(self) -> None: ...
+
+    def write(self, name: str, text: str) -> None: ...
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None: ...
+
+    def save_weights(self, model: nn.Module, name: str, step: int) -> None: ...
+
+    def best_weights(self, step: int) -> dict[str, Tensor]:
+        """Never called: the first process reads them."""
+        raise NotImplementedError
+
+    def start_log(
+        self, step: int, tracker: Tracker | None = None, description: dict[str, Any] | None = None
+    ) -> None: ...
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def log_epoch(self, step: int, values: dict[str, float]) -> None: ...
+
+    def finish(self, result: dict[str, Any]) -> None: ...
+
+
+def _resume_header(payload: bytes | memoryview) -> bytes:
+    return RESUME_HEADER + sha256_hex(payload).encode() + b"\n"
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _different_keys(before: Any, now: Any, prefix: str = "") -> list[str]:
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return [prefix or "the whole"]
+    keys = []
+    for key in dict.fromkeys([*before, *now]):
+        if before.get(key) != now.get(key):
+            name = f"{prefix}.{key}" if prefix else str(key)
+            nested = isinstance(before.get(key), dict) and isinstance(now.get(key), dict)
+            keys += _different_keys(before[key], now[key], name) if nested else [name]
+    return keys

@@ -1,0 +1,86 @@
+"""The teacher asked again about a few samples of a cache: are these still its labels?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from logitcache.cache.agreement import differing_rows
+from logitcache.cache.ensemble import merged_parts
+from logitcache.cache.layout import Block
+from logitcache.cache.manifest import LOGITS
+from logitcache.cache.reader import LogitCache
+from logitcache.config.build import resolve_data, resolve_plan, resolve_teacher
+from logitcache.config.schema import Pipeline
+from logitcache.data.views import ViewDataset
+from logitcache.devices import pick_device
+from logitcache.errors import UsageError
+from logitcache.progress import track
+from logitcache.randomness import counter_seed
+from logitcache.train.inference import teacher_outputs
+from logitcache.verify.audit import Problem
+from logitcache.verify.fit import open_fitting_cache
+
+# B batch
+
+
+def spot_check(pipeline: Pipeline, count: int, *, seed: int = 0, trust: bool = False) -> list[Problem]:
+    """Run the teacher again on some seeded places, and hold its logits to the cache's.
+
+    A row may differ by what its encoding loses of the teacher's present output, and by other roundings (see
+    `cache.agreement`).
+
+    Args:
+        pipeline: what the cache was made by.
+        count: places, drawn over all views.
+        seed: which places.
+        trust: allow entry points from outside the working folder.
+
+    Raises:
+        IdentityMismatch: the pipeline is of another cache.
+        UsageError: the cache is a mean, which no one teacher can be asked about.
+    """
+    data = resolve_data(pipeline, trust=trust)
+    plan = resolve_plan(pipeline, data, trust=trust)
+    cache, rows = open_fitting_cache(pipeline, data, plan, trust=trust)
+    if merged_parts(cache.manifest):
+        raise UsageError(
+            f"{pipeline.cache.path} is the mean of several caches, and no one teacher can be asked again; check those "
+            "that it was merged from"
+        )
+    device = pick_device(pipeline.device, threads=pipeline.threads)
+    teacher, _ = resolve_teacher(pipeline, data, plan, trust=trust)
+    samples = cache.samples
+    plan = replace(plan, num_samples=cache.num_samples, contents=None if samples is None else samples.contents)
+    views = ViewDataset(data.train, plan, rows=rows)
+    total = len(views) * len(cache.views)
+    draws = {counter_seed("spot check", seed, number) % total for number in range(min(count, total))}
+    places = sorted((cache.views[draw // len(views)], draw % len(views)) for draw in draws)
+    size = pipeline.teacher.batch_size
+    batches = [places[start : start + size] for start in range(0, len(places), size)]
+    asked = [name for name in cache.extra_outputs if name in pipeline.cache.outputs]
+    problems = []
+    with track("asking the teacher again", len(places), unit="samples") as meter:
+        answers = teacher_outputs(pipeline, teacher, views, batches, device, asked)
+        for batch, said in zip(batches, answers, strict=True):
+            for view in sorted({view for view, _ in batch}):
+                within = [number for number, place in enumerate(batch) if place[0] == view]
+                rows_B = np.array([views.row(batch[number][1]) for number in within])
+                for name in (LOGITS, *asked):
+                    again = said.logits if name == LOGITS else said.outputs[name]
+                    differing = differing_rows(
+                        cache.view(view, outputs=[name]).output(name, rows_B).flatten(1),
+                        again[within].float().cpu().flatten(1),
+                        cache.encoding_of(name)[0],
+                        pipeline.teacher.precision,
+                        view=view,
+                        rows_B=rows_B.tolist(),
+                    )
+                    problems += [Problem(_block(cache, view, row), f"row {row}", f"other {name}") for row in differing]
+            meter.advance(len(batch))
+    return problems
+
+
+def _block(cache: LogitCache, view: int, row: int) -> str:
+    return Block(view, row // cache.layout.rows_per_block).name

@@ -1,0 +1,78 @@
+"""A cache is read by others: by plain zarr, by tensorstore, and by a stranger who has only the documents."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import logitcache
+from logitcache.cache.committed import read_fixed
+from logitcache.cache.layout import FIXED, blocks_per_view
+from logitcache.data.samples import SampleTable
+
+VIEWS, SAMPLES, CLASSES = 2, 70, 20
+ENCODINGS = [
+    logitcache.Dense(dtype="float32"),
+    logitcache.Dense(dtype="float16"),
+    logitcache.Dense(dtype="uint8"),
+    logitcache.TopK(k=4),
+    logitcache.TopK(k=4, dtype="float32"),
+    logitcache.TopK(k=4, dtype="uint8"),
+    logitcache.Sampled(draws=9),
+    logitcache.LowRank(rank=7, k=2),
+    logitcache.LowRank(rank=5, k=0, step=0.004, search=0),  # so fine that a coefficient takes two bytes
+]
+
+
+def some_logits(masked: bool) -> Tensor:
+    logits = torch.randn(VIEWS, SAMPLES, CLASSES, generator=torch.Generator().manual_seed(0)) * 3
+    if masked:
+        logits[:, ::3, 5:9] = -torch.inf
+    return logits
+
+
+def read(path: Path, reader: str) -> dict[str, np.ndarray]:
+    command = [sys.executable, str(Path(__file__).parents[1] / "stranger.py"), str(path), reader, str(path / "out.npz")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=path).stdout
+    assert "[]\n" == printed, "the stranger had help"
+    with np.load(path / "out.npz") as found:
+        return dict(found)
+
+
+@pytest.mark.parametrize("reader", ["zarr", "tensorstore"])
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=repr)
+def test_a_stranger_reads_every_array_and_every_logit(tmp_path: Path, encoding: Any, reader: str) -> None:
+    logits = some_logits(masked=encoding.holds_masks)
+    keys = [f"bild/ä-{number}.png" for number in range(SAMPLES)]
+    contents = np.random.default_rng(0).integers(0, 256, (SAMPLES, 16), dtype=np.uint8)
+    samples = SampleTable(SAMPLES, keys, np.arange(SAMPLES, dtype=np.int64) % CLASSES, contents)
+    shape = {"num_samples": SAMPLES, "num_classes": CLASSES, "num_views": VIEWS, "rows_per_block": 32}
+    with logitcache.create(
+        tmp_path / "a", **shape, encoding=encoding, calibration=logits.flatten(0, 1), teacher="net", samples=samples
+    ) as writer:
+        for view in range(VIEWS):
+            writer.write(view=view, start=0, logits=logits[view])
+    cache = logitcache.open(tmp_path / "a")
+    found = read(tmp_path / "a", reader)
+
+    for name in cache.layout.arrays:
+        for view in range(VIEWS):
+            ours = cache.read_blocks(view, range(blocks_per_view(cache.layout)))[name]
+            np.testing.assert_array_equal(ours, found[f"array_{name}"][view])
+            assert ours.dtype == found[f"array_{name}"].dtype
+    for name in cache.layout.fixed:
+        ours = read_fixed(cache.storage, cache.layout, cache.receipts[FIXED], name)
+        np.testing.assert_array_equal(ours, found[f"array_{name}"])
+    assert keys == found["array_sample_keys"].tobytes().decode().split("\n")
+    assert cache.digest == str(found["digest"])
+    decoded = torch.stack([cache.view(view).logits(range(SAMPLES)) for view in range(VIEWS)])
+    np.testing.assert_allclose(found["decoded"], decoded.numpy(), rtol=2e-6, atol=2e-5)
+    if "step=0.004" in repr(encoding):
+        assert int(found["array_limits"].max()) > 127

@@ -1,0 +1,1 @@
+"""Kills, faults, races, hostile input and fuzzing."""

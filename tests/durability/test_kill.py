@@ -1,0 +1,110 @@
+"""SIGKILL at seeded instants across build, seal, added views and repair: always the digest of an undisturbed run.
+
+More of them than in CI:
+
+    python -m tests.durability.test_kill 200
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import logitcache
+from logitcache.progress import silence
+from logitcache.verify.audit import verify
+from logitcache.verify.repair import repair
+
+VIEWS, SAMPLES, CLASSES = 3, 96, 20
+
+
+def labels() -> torch.Tensor:
+    return torch.randn(VIEWS + 1, SAMPLES, CLASSES, generator=torch.Generator().manual_seed(0)) * 3
+
+
+def build(path: Path, num_views: int = VIEWS) -> str:
+    shape = {"num_samples": SAMPLES, "num_classes": CLASSES, "num_views": num_views, "rows_per_block": 16}
+    settings = {"teacher": "net", "dataset": "pictures", "calibration": labels().flatten(0, 1)}
+    with logitcache.create(path, **shape, **settings, encoding=logitcache.LowRank(rank=6)) as writer:
+        for view in range(num_views):
+            for start in range(0, SAMPLES, 12):
+                writer.write(view=view, start=start, logits=labels()[view, start : start + 12])
+    return logitcache.open(path).digest or ""
+
+
+class Bench:
+    """The three jobs that are killed, and what each must end in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.sealed = folder / "sealed.cache"
+        self.digests = {"build": build(self.sealed), "grow": build(folder / "grown.cache", VIEWS + 1)}
+        self.digests["repair"] = self.digests["build"]
+
+    def prepare(self, job: str) -> Path:
+        path = self.folder / "victim.cache"
+        shutil.rmtree(path, ignore_errors=True)
+        if job != "build":
+            shutil.copytree(self.sealed, path)
+        if job == "repair":
+            for file in sorted(file for file in path.rglob("*") if file.is_file())[::2]:
+                file.write_bytes(file.read_bytes()[:-1])
+        return path
+
+    def run(self, job: str, path: Path) -> str:
+        if job == "repair":
+            return repair(str(path), source=str(self.sealed)).digest or ""
+        return build(path, VIEWS + (job == "grow"))
+
+
+def kill_at_seeded_instants(count: int, seed: int, folder: Path) -> Counter[str]:
+    """Kill until so many jobs were still running when they were killed; how many of each."""
+    bench = Bench(folder)
+    draw = random.Random(seed)
+    durations: dict[str, float] = {}
+    killed: Counter[str] = Counter()
+    while killed.total() < count:
+        job = ("build", "grow", "repair")[killed.total() % 3]
+        path = bench.prepare(job)
+        if job not in durations:
+            start = time.perf_counter()
+            assert bench.digests[job] == bench.run(job, path)
+            durations[job] = time.perf_counter() - start
+            continue
+        delay = draw.uniform(0, 1.5 * durations[job])
+        child = os.fork()
+        if child == 0:
+            try:
+                bench.run(job, path)
+            finally:
+                os._exit(0)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        killed[job] += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        assert bench.digests[job] == bench.run(job, path), f"{job} killed after {delay:.4f} s"
+        assert [] == verify(str(path), deep=True)
+    return killed
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_killed_job_ends_in_the_digest_of_an_undisturbed_one(tmp_path: Path) -> None:
+    killed = kill_at_seeded_instants(60, 0, tmp_path)
+
+    assert min(killed.values()) >= 15
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    silence()
+    with tempfile.TemporaryDirectory() as folder:
+        print(dict(kill_at_seeded_instants(int(sys.argv[1]), 1, Path(folder))), "killed, same digests")

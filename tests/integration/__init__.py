@@ -1,0 +1,1 @@
+"""Commands, stages, servers, browsers and processes together."""

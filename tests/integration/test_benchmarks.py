@@ -1,0 +1,67 @@
+"""Every script in benchmarks/ runs, at the tiny size of its option `--tiny`."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "\nif __name__ ==" in path.read_text())
+NUMBER = re.compile(r"[-+]?\d")
+NOT_FINITE = re.compile(r"\b(nan|inf)\b")
+
+Ended = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Future[Ended]]]:
+    """The scripts that were selected, two at a time: most of a tiny run is spent on imports."""
+    selected = [item.callspec.params["script"] for item in request.session.items if item.fspath == request.node.fspath]
+    with ThreadPoolExecutor(2) as pool:
+        running = {script: pool.submit(run_tiny, script) for script in selected}
+        yield running.__getitem__
+
+
+def run_tiny(script: str) -> Ended:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LOGITCACHE")}
+    return subprocess.run(
+        [sys.executable, str(FOLDER / f"{script}.py"), "--tiny"],
+        capture_output=True,
+        text=True,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_benchmark_ends_well_and_prints_a_table_of_finite_numbers(
+    script: str, results: Callable[[str], Future[Ended]]
+) -> None:
+    """A script without a tiny run fails here."""
+    if script == "trust" and not (FOLDER.parent / ".git").exists():
+        pytest.skip("trust.py compares commits, and this is no git checkout")
+    ended = results(script).result()
+
+    assert 0 == ended.returncode, f"{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
+    cells = table_cells(ended.stdout)
+    assert [] != [cell for cell in cells if NUMBER.match(cell)], ended.stdout
+    assert [] == [cell for cell in cells if NOT_FINITE.search(cell)], ended.stdout
+
+
+def table_cells(text: str) -> list[str]:
+    """Cells of the rows under the headers of all Markdown tables."""
+    cells, in_body = [], False
+    for line in text.splitlines():
+        if line.startswith("| ---"):
+            in_body = True
+        elif not line.startswith("| "):
+            in_body = False
+        elif in_body:
+            cells += [cell.strip() for cell in line.strip("| ").split("|")]
+    return cells

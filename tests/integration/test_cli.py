@@ -1,0 +1,374 @@
+"""The command line: wrong input gives one clear message, its exit code, and leaves what was there intact."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from logitcache.cli import main
+from tests.conftest import TINY
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def logitcache(*arguments: object, limit_file_bytes: int | None = None) -> Ended:
+    """Run the command, here or, under a limit, in a process of its own."""
+    if limit_file_bytes is not None:
+        command = ["prlimit", f"--fsize={limit_file_bytes}", sys.executable, "-m", "logitcache.cli"]
+        ended = subprocess.run(
+            [*command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=240
+        )
+        return Ended(ended.returncode, ended.stdout, ended.stderr)
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["logitcache", *map(str, arguments)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended_with:
+            main()
+    finally:
+        sys.argv = before
+    return Ended(int(ended_with.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def refused(result: Ended, exit_code: int, *messages: str) -> None:
+    assert "Traceback" not in result.stderr
+    for message in messages:
+        assert message in result.stderr
+    assert exit_code == result.returncode
+    assert "" == result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny pipeline and its cache."""
+    folder = tmp_path_factory.mktemp("cli")
+    raw = copy.deepcopy(TINY)
+    raw["cache"]["path"], raw["runs"]["path"] = str(folder / "tiny.cache"), str(folder / "runs")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
+    assert 0 == logitcache("cache-teacher", folder / "tiny.yaml").returncode
+    return folder
+
+
+@pytest.fixture
+def intact(folder: Path) -> Iterator[None]:
+    """Whatever a test does, the cache stays as it was."""
+    before = {path: path.read_bytes() for path in (folder / "tiny.cache").rglob("*") if path.is_file()}
+    yield
+    assert before == {path: path.read_bytes() for path in (folder / "tiny.cache").rglob("*") if path.is_file()}
+
+
+def test_info_prints_the_keys_that_scripts_rely_on(folder: Path) -> None:
+    info = json.loads(logitcache("info", folder / "tiny.cache", "--json").stdout)
+
+    assert {
+        "id",
+        "digest",
+        "sealed",
+        "num_samples",
+        "num_views",
+        "num_classes",
+        "encoding",
+        "bytes",
+        "bytes_per_sample",
+    } <= info.keys()
+    assert (True, 1295, 2, 10, "Dense(dtype='float32')") == tuple(
+        info[key] for key in ("sealed", "num_samples", "num_views", "num_classes", "encoding")
+    )
+    assert 30 < info["bytes_per_sample"] < 44
+
+
+def test_verify_prints_ok_and_no_problem(folder: Path) -> None:
+    result = logitcache("verify", f"file://{folder}/tiny.cache", "--deep", "--data", folder / "tiny.yaml", "--json")
+
+    assert ({"ok": True, "problems": []}, 0) == (json.loads(result.stdout), result.returncode)
+
+
+def test_verify_compares_with_a_pipeline_whose_keys_are_overridden(folder: Path) -> None:
+    """As every command that takes a pipeline: the file asks for other views, the command line for the cache's."""
+    verify = ("verify", folder / "tiny.cache")
+    data = ("--data", folder / "tiny.yaml", "--json")
+    other = json.loads(logitcache(*verify, "views.seed=99", *data).stdout)
+
+    assert ["view_seed: 3 in the cache, 99 here"] == [problem["path"] for problem in other["problems"]]
+    assert 0 == logitcache(*verify, "views.seed=3", "views.count=1", *data).returncode
+    refused(logitcache(*verify, "views.cuont=1", *data[:2]), 2, "unknown key 'views.cuont'; did you mean 'count'?")
+
+
+def test_every_command_with_data_takes_overrides_and_needs_a_pipeline_for_them(folder: Path, tmp_path: Path) -> None:
+    cache, data = folder / "tiny.cache", ("--data", folder / "tiny.yaml")
+    commands = [("verify", cache), ("repair", cache), ("report", cache, "-o", tmp_path / "report.html")]
+    commands.append(("export", folder / "runs/small/seed-0", "--to", "safetensors"))
+
+    for command in commands:
+        refused(logitcache(*command, "views.count=1"), 2, "'views.count=1' overrides a key of a pipeline", "add --data")
+        refused(logitcache(*command, "views.cuont=1", *data), 2, "unknown key 'views.cuont'")
+
+
+def test_verify_says_what_it_could_not_compare_and_which_views_are_missing(folder: Path, tmp_path: Path) -> None:
+    raw = yaml.safe_load((folder / "tiny.yaml").read_text())
+    raw["views"]["count"] = 5
+    raw["teacher"]["weights"] = "trained"  # and nobody has trained it
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(raw))
+    result = logitcache("verify", folder / "tiny.cache", "--data", tmp_path / "more.yaml", "--json")
+
+    assert 1 == result.returncode
+    assert "views.count: 2 in the cache, 5 here" in [found["path"] for found in json.loads(result.stdout)["problems"]]
+    assert "only its name was compared" in result.stderr
+
+
+def test_places_that_are_not_there_or_not_on_this_machine_are_misuse(folder: Path, tmp_path: Path) -> None:
+    cache = folder / "tiny.cache"
+    refused(logitcache("ls", tmp_path / "nothing"), 2, "no such folder")
+    refused(logitcache("export", cache, "--to", "parquet", "-o", "s3://team/labels"), 2, "no path on this machine")
+    refused(logitcache("report", cache, "-o", "s3://team/report.html"), 2, "no path on this machine")
+
+    assert not Path("s3:").exists()
+
+
+def test_names_stay_whole_where_another_program_reads_them(folder: Path, tmp_path: Path) -> None:
+    long = tmp_path / ("a name of many words " * 8).strip()
+    shutil.copytree(folder / "tiny.cache", long / "a.cache")
+
+    assert str(long / "a.cache") in logitcache("ls", long).stdout
+
+
+def test_verify_exits_with_one_on_a_problem(folder: Path, tmp_path: Path) -> None:
+    raw = yaml.safe_load((folder / "tiny.yaml").read_text())
+    raw["views"]["seed"] = 99
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(raw))
+    result = logitcache("verify", folder / "tiny.cache", "--data", tmp_path / "other.yaml", "--json")
+    found = json.loads(result.stdout)
+
+    assert (1, False) == (result.returncode, found["ok"])
+    assert [{"block": "", "path": "view_seed: 3 in the cache, 99 here", "kind": "differs"}] == found["problems"]
+
+
+def test_train_student_prints_its_rows(folder: Path, tmp_path: Path) -> None:
+    result = logitcache(
+        "train-student",
+        folder / "tiny.yaml",
+        "--student",
+        "small",
+        f"runs.path={tmp_path}",
+        "train.seeds=[0, 1]",
+        "--json",
+    )
+    (row,) = json.loads(result.stdout)["rows"]
+
+    assert {"name", "accuracy_mean", "accuracy_sd", "epoch_seconds"} <= row.keys()
+    assert ("small", [0, 1]) == (row["name"], row["seeds"])
+
+
+def test_a_dry_run_prints_what_would_be_done_and_does_nothing(folder: Path, tmp_path: Path) -> None:
+    result = logitcache("run", folder / "tiny.yaml", "--dry-run", "--json", f"runs.path={tmp_path}/runs")
+    steps = json.loads(result.stdout)["steps"]
+
+    assert [("cache-teacher", True), ("train-student", False), ("train-student", False)] == [
+        (step["stage"], step["done"]) for step in steps
+    ]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_installed_command_runs_in_a_process_of_its_own(folder: Path) -> None:
+    result = logitcache("info", folder / "gone", limit_file_bytes=10**6)
+
+    refused(result, 2, "error: ", "is no logit cache")
+
+
+@pytest.mark.usefixtures("intact")
+@pytest.mark.parametrize(
+    ("command", "override", "exit_code", "message"),
+    [
+        pytest.param("cache-teacher", "views.cuont=3", 2, "unknown key 'views.cuont'; did you mean 'count'?", id="key"),
+        pytest.param("cache-teacher", "student.0.name=x", 2, "did you mean 'students'?", id="section"),
+        pytest.param("cache-teacher", "students.small.train.lrr=1", 2, "did you mean 'lr'?", id="key of a student"),
+        pytest.param("cache-teacher", "views.count=none", 2, "views.count: Input should be a valid integer", id="type"),
+        pytest.param("cache-teacher", "views.count=0", 2, "views.count: Input should be greater than", id="range"),
+        pytest.param("cache-teacher", "no override", 2, "is no override; expected for example", id="no override"),
+        pytest.param("cache-teacher", "cache.encoding.k=3", 2, "encoding 'dense' has no parameter 'k'", id="encoding"),
+        pytest.param("cache-teacher", "cache.encoding=TopK(k=10)", 2, "keeps every one of 10 classes", id="k is C"),
+        pytest.param("cache-teacher", "cache.encoding=TopK(k=3)", 1, "holds another cache", id="another cache"),
+        pytest.param(
+            "cache-teacher", "cache.rows_per_block=9", 1, "rows_per_block: 256 in the cache, 9 here", id="rows"
+        ),
+        pytest.param("cache-teacher", "data.name=imagenet", 2, "unknown dataset 'imagenet'", id="dataset"),
+        pytest.param("cache-teacher", "data.name=cifar10", 2, "To get it: set data.download=true", id="no data"),
+        pytest.param("cache-teacher", "data.name=os.path:join", 2, "run again with --trust", id="foreign code"),
+        pytest.param("cache-teacher", "teacher.model=resnet5O", 2, "did you mean 'resnet50'?", id="model"),
+        pytest.param("cache-teacher", "teacher.args.widht=3", 2, "unexpected keyword argument 'widht'", id="argument"),
+        pytest.param("cache-teacher", "teacher.args.hidden=[-5]", 2, "model 'mlp' can't be built", id="negative width"),
+        pytest.param(
+            "cache-teacher", "teacher.weights=null", 2, "'mlp' has no weights; set teacher.weights", id="none"
+        ),
+        pytest.param(
+            "cache-teacher", "data.validation=0.0001", 2, "takes none of any class; ask for more", id="nothing"
+        ),
+        pytest.param("train-teacher", "runs.path=/tmp/none", 2, "set teacher.weights=trained", id="ready teacher"),
+        pytest.param("train-student", "students.small.samples=0.0001", 2, "takes none of any class", id="no samples"),
+        pytest.param("train-student", "students.small.name=..", 2, "should match pattern", id="name"),
+        pytest.param("train-student", "students.small.loss=3", 2, "a loss is a name or a mapping", id="no loss"),
+        pytest.param("train-student", "students.small.loss.temperature=hot", 2, "a temperature is a number", id="word"),
+        pytest.param(
+            "cache-teacher", "teacher.weights=gone.safetensors", 2, "no weights file gone.safetensors", id="file"
+        ),
+        pytest.param(
+            "cache-teacher", "teacher.weights=README.safetensors", 2, "there is no weights file", id="weights"
+        ),
+        pytest.param("cache-teacher", "device=cuda:7", 2, "device 'cuda:7' is not to be had here", id="device"),
+        pytest.param("cache-teacher", "cache.path=ftp://team/x.cache", 2, "s3://", id="scheme"),
+        pytest.param("train-student", "cache.path=gone.cache", 2, "is no logit cache", id="no cache"),
+        pytest.param("train-student", "views.seed=8", 1, "view_seed: 3 in the cache, 8 here", id="other views"),
+        pytest.param("train-student", "students.small.loss.T=8", 2, "loss 'kl' has no parameter 'T'", id="loss"),
+    ],
+)
+def test_wrong_input_says_what_is_wrong(
+    folder: Path, command: str, override: str, exit_code: int, message: str
+) -> None:
+    refused(logitcache(command, folder / "tiny.yaml", override), exit_code, message)
+
+
+def test_a_transform_that_fails_on_a_sample_names_both(folder: Path, tmp_path: Path) -> None:
+    overrides = ["views.transform=[{RandomCrop: {size: 100}}]", f"cache.path={tmp_path}/x"]
+
+    refused(
+        logitcache("cache-teacher", folder / "tiny.yaml", *overrides),
+        2,
+        "the transform of `views.transform` fails on sample '0' (Image of size (8, 8)): ValueError: Required crop size",
+    )
+
+
+def test_a_missing_pipeline_and_one_that_is_no_yaml(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("data: [")
+    (tmp_path / "list.yaml").write_text("- data")
+
+    refused(logitcache("cache-teacher", tmp_path / "gone.yaml"), 2, "there is no pipeline file")
+    refused(logitcache("cache-teacher", tmp_path / "bad.yaml"), 2, "bad.yaml is no YAML")
+    refused(logitcache("cache-teacher", tmp_path / "list.yaml"), 2, "expected a pipeline: a mapping with")
+
+
+def test_no_cache_there_and_a_newer_one(folder: Path, tmp_path: Path) -> None:
+    newer = tmp_path / "newer.cache"
+    newer.mkdir()
+    text = (folder / "tiny.cache" / "manifest.json").read_text()
+    (newer / "manifest.json").write_text(text.replace('"format_version": 2', '"format_version": 7'))
+
+    refused(logitcache("info", tmp_path), 2, "is no logit cache: it has no manifest.json")
+    refused(logitcache("verify", CHECKOUT / "README.md"), 2, "is no logit cache")
+    refused(logitcache("info", newer), 2, "format version 7; this logitcache reads up to 2: upgrade logitcache")
+
+
+def test_nan_logits_are_refused_and_nothing_is_stored(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "nan.cache"
+    overrides = ["teacher.model=tests.models:nan_mlp", "teacher.args={}", f"cache.path={path}"]
+
+    refused(
+        logitcache("cache-teacher", folder / "tiny.yaml", *overrides), 1, "view 0, row 0: the teacher's logits hold NaN"
+    )
+    assert not list(path.rglob("receipts/v*/*"))
+
+
+def test_a_teacher_of_other_classes_is_refused_before_any_work(folder: Path, tmp_path: Path) -> None:
+    overrides = ["teacher.model=tests.models:dropout_mlp", "teacher.args={num_classes: 7}", f"cache.path={tmp_path}/x"]
+
+    refused(
+        logitcache("cache-teacher", folder / "tiny.yaml", *overrides),
+        1,
+        "gives (1, 7) for one sample; expected (1, 10)",
+    )
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_can_not_be_read_is_named(folder: Path, tmp_path: Path, workers: int) -> None:
+    from PIL import Image
+
+    for label in ("cat", "dog"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (8, 8), (number, 9, 9)).save(tmp_path / "photos" / label / f"{number}.png")
+    (tmp_path / "photos" / "dog" / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    overrides = [
+        "data={name: image_folder, root: " + str(tmp_path / "photos") + "}",
+        f"cache.path={tmp_path}/x",
+        f"num_workers={workers}",
+    ]
+
+    refused(
+        logitcache("cache-teacher", folder / "tiny.yaml", *overrides), 1, "sample 'dog/2.png' (number 6) can't be read"
+    )
+
+
+def test_a_file_that_may_not_grow_keeps_what_is_committed(folder: Path, tmp_path: Path) -> None:
+    """The kernel refuses writes past a limit, as it does on a full disk."""
+    path = tmp_path / "small.cache"
+    pipeline = [folder / "tiny.yaml", f"cache.path={path}"]
+    refused(
+        logitcache("cache-teacher", *pipeline, limit_file_bytes=8_000), 1, "can't write", "run the same command again"
+    )
+    assert 0 == logitcache("cache-teacher", *pipeline).returncode
+    assert 0 == logitcache("verify", path, "--deep").returncode
+
+
+def test_a_full_disk_says_so_and_the_build_goes_on_when_there_is_space(folder: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must be able to mount a small disk: {mounted.stderr!r}")
+        pytest.skip("mounting a small disk needs root")
+    try:
+        pipeline = [folder / "tiny.yaml", f"cache.path={disk}/x.cache"]
+        refused(logitcache("cache-teacher", *pipeline), 1, "the disk is full; free some space")
+        subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
+        assert 0 == logitcache("cache-teacher", *pipeline).returncode
+        assert 0 == logitcache("verify", f"{disk}/x.cache", "--deep").returncode
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_no_permission_names_the_path(folder: Path) -> None:
+    """Below /proc nobody may make folders, not even root."""
+    result = logitcache("cache-teacher", folder / "tiny.yaml", "cache.path=/proc/sys/x.cache")
+
+    refused(result, 1, "can't lock /proc/sys/x.cache: ")
+
+
+def test_json_errors_are_one_object_too(folder: Path) -> None:
+    result = logitcache("info", folder / "nothing", "--json")
+
+    assert "NotACache" == json.loads(result.stdout)["kind"]
+    assert 2 == result.returncode
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "demo", "report", "train-teacher", "cache-teacher", "train-student", "run", "info", "verify", "suspects"],
+)
+def test_every_command_explains_itself(command: str) -> None:
+    result = logitcache(*command.split(), "--help")
+
+    assert 0 == result.returncode
+    assert "Usage:" in result.stdout

@@ -1,0 +1,1 @@
+"""Pure functions, and rules of the code base."""

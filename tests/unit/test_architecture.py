@@ -1,0 +1,104 @@
+"""The floors of the house, and what an import costs."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import logitcache
+
+PACKAGE = Path(__file__).parents[2] / "logitcache"
+
+FLOOR = {
+    "errors": 0, "strict_json": 0, "digest": 0, "randomness": 0, "progress": 0, "devices": 0, "entry_points": 0, "markdown": 0,
+    "arrays": 0, "checksums": 0, "registry": 0, "deprecation": 0,
+    "losses": 1, "encodings": 1, "data": 1, "storage": 1,
+    "cache": 2,
+    "share": 3, "catalog": 3,
+    "config": 4, "train": 4,
+    "stages": 5, "verify": 5,
+    "extras": 6,
+    "cli": 7, "__init__": 7,
+}  # fmt: skip
+
+
+def test_imports_only_go_down() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        importer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        assert importer in FLOOR, f"{importer} has no floor yet: give it one here"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "logitcache":
+                parts = node.module.split(".")[1:] or [alias.name for alias in node.names]
+                imported = parts[0]
+                assert FLOOR[imported] <= FLOOR[importer], f"{importer} reaches up to {imported}"
+
+
+def test_importing_logitcache_loads_nothing_heavy_beside_torch_and_zarr() -> None:
+    heavy = (
+        "torchvision",
+        "ray",
+        "matplotlib",
+        "plotly",
+        "tensorboard",
+        "sklearn",
+        "typer",
+        "albumentations",
+        "timm",
+        "altair",
+        "vl_convert",
+        "jinja2",
+        "PIL",
+        "pyarrow",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+        "torchmetrics",
+        "captum",
+    )
+    program = f"import sys, logitcache; print([name for name in {heavy!r} if name in sys.modules])"
+
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
+
+
+def test_what_needs_no_torch_loads_none() -> None:
+    """`info`, `ls`, `--help`: a tenth of a second rather than three."""
+    program = "import sys, logitcache.cli, logitcache.cache.summary; print([n for n in ('torch', 'zarr') if n in sys.modules])"
+
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
+
+
+def test_every_name_of_the_package_is_there_and_known_to_type_checkers() -> None:
+    declared = {
+        alias.asname
+        for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text()))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname
+    }
+
+    assert declared == set(logitcache.__all__) == set(logitcache._HOMES)
+    assert all(getattr(logitcache, name) is not None for name in logitcache.__all__)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    sorter: graphlib.TopologicalSorter[str] = graphlib.TopologicalSorter()
+    modules = {module_name(path) for path in PACKAGE.rglob("*.py")}
+    for path in PACKAGE.rglob("*.py"):
+        sorter.add(module_name(path), *imported_modules(path, modules))
+
+    sorter.prepare()  # raises CycleError, which names the modules
+
+
+def module_name(path: Path) -> str:
+    return ".".join(["logitcache", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
+
+
+def imported_modules(path: Path, modules: set[str]) -> set[str]:
+    """Modules of the package that importing one imports at once; imports within functions come later."""
+    imported = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            imported |= names & modules | ({node.module} if names - modules else set())
+    return imported & modules

@@ -1,0 +1,222 @@
+"""Choosing an encoding before the run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from logitcache.cache.fidelity import Calibration, Fidelity, candidates, choose, measure
+from logitcache.cache.layout import encode_block
+from logitcache.cache.reader import open_cache
+from logitcache.config.schema import Pipeline
+from logitcache.encodings import Dense, LowRank, Sampled, TopK
+from logitcache.errors import InvalidLogits, LogitCacheError, UsageError
+from logitcache.stages.cache_teacher import cache_teacher
+from logitcache.stages.plan import pareto_front, plan_logits, plan_pipeline, plot, read_logits
+
+
+def logits(rows: int = 400, classes: int = 60) -> np.ndarray:
+    """Of low rank and some noise, as a teacher's are."""
+    generator = np.random.default_rng(0)
+    return (
+        generator.normal(size=(rows, 6)) @ generator.normal(size=(6, classes))
+        + generator.normal(size=(rows, classes)) / 4
+    )
+
+
+def test_no_group_is_on_both_sides_of_the_split() -> None:
+    groups = np.repeat(np.arange(40), 10)
+    fitted, measured = Calibration(logits(), groups).split()
+
+    assert set() == set(groups[fitted]) & set(groups[measured])
+    assert (320, 80) == (len(fitted), len(measured))
+
+
+def test_measured_bytes_are_those_of_a_block_on_disk() -> None:
+    rows = torch.from_numpy(logits()).float()
+    found = measure(TopK(k=5), rows)
+    encoded, specs = TopK(k=5).encode(rows), TopK(k=5).arrays(60)
+    stored = sum(len(encode_block(specs[name], values.numpy(), 400)) for name, values in encoded.items())
+
+    assert stored / 400 == found.bytes_per_sample
+    assert 0 == found.fixed_bytes
+    assert 1.0 == found.top1_agreement
+
+
+def test_a_fitted_encoding_counts_what_is_stored_once_apart() -> None:
+    found = measure(LowRank(rank=6).fit(logits()), logits()[:100])
+
+    assert found.fixed_bytes > 6 * 60
+    assert found.bytes_per_sample < 20
+
+
+def test_the_divergence_does_not_depend_on_the_loss_and_its_factor() -> None:
+    rows = torch.from_numpy(logits()).float()
+    decoded = TopK(k=5).decode(TopK(k=5).encode(rows), 60)
+    p = (rows / 4).log_softmax(dim=1)
+    by_hand = (p.exp() * (p - (decoded / 4).log_softmax(dim=1))).sum(dim=1).mean()
+
+    assert measure(TopK(k=5), rows).kl[4.0] == pytest.approx(float(by_hand), rel=1e-4)
+
+
+def fidelity(num_bytes: float, kl: float) -> Fidelity:
+    return Fidelity(Dense(), num_bytes, 0, {1.0: kl}, kl, 1.0, 1.0, 1.0)
+
+
+FIDELITIES = [fidelity(10, 0.3), fidelity(20, math.inf), fidelity(30, 0.4), fidelity(40, 0.005), fidelity(90, 0.001)]
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        pytest.param({}, 40, id="a hundredth of a nat unless it is said"),
+        pytest.param({"max_kl": 0.5}, 10, id="loose"),
+        pytest.param({"max_kl": 0.002}, 90, id="strict"),
+        pytest.param({"max_bytes": 50}, 40, id="bytes"),
+        pytest.param({"max_bytes": 35, "max_kl": 0.35}, 10, id="both"),
+    ],
+)
+def test_the_choice_keeps_its_limits(limits: dict[str, float], expected: float) -> None:
+    assert expected == choose(FIDELITIES, **limits).bytes_per_sample
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        pytest.param({"max_kl": 1e-9}, "no encoding stays within 1e-09 nats", id="nats"),
+        pytest.param({"max_bytes": 5}, "the smallest, .* takes 10.0 bytes", id="bytes"),
+        pytest.param({"max_bytes": 35, "max_kl": 0.01}, "35 bytes a sample and 0.01 nats", id="both"),
+    ],
+)
+def test_limits_that_nothing_keeps_are_told(limits: dict[str, float], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        choose(FIDELITIES, **limits)
+
+
+def test_the_pareto_front_leaves_out_what_is_beaten() -> None:
+    assert [10, 40, 90] == [each.bytes_per_sample for each in pareto_front(FIDELITIES)]
+
+
+def test_few_classes_get_dense_candidates_and_many_get_all_kinds() -> None:
+    assert {"dense"} == {each.name for each in candidates(10, 1000)}
+    assert {"dense"} == {each.name for each in candidates(2, 1000)}
+    assert {"dense", "lowrank", "topk", "sampled"} == {each.name for each in candidates(1000, 10_000)}
+    assert all(each.rank <= 250 for each in candidates(1000, 1000) if isinstance(each, LowRank))
+
+
+def test_a_plan_of_logits_recommends_and_plots(tmp_path: Path) -> None:
+    plan = plan_logits(Calibration(logits(1000)))
+    plot(plan, tmp_path / "plan.png")
+
+    assert (1000, 60) == (plan.num_rows, plan.num_classes)
+    assert plan.recommended.kl[1.0] <= 0.01
+    assert plan.fidelities == sorted(plan.fidelities, key=lambda each: each.bytes_per_sample)
+    assert b"\x89PNG" == (tmp_path / "plan.png").read_bytes()[:4]
+
+
+def test_the_classes_of_imagenet_21k_are_planned_from_a_memory_map(tmp_path: Path) -> None:
+    """A memory map is read some rows at a time; the basis of so many classes is a randomised one."""
+    generator = np.random.default_rng(0)
+    low = generator.normal(size=(300, 12)) @ generator.normal(size=(12, 21_841))
+    np.save(tmp_path / "a.npy", low.astype(np.float16))
+    calibration = read_logits(tmp_path / "a.npy")
+    encoding = LowRank(rank=16, k=4)
+    found = measure(encoding.fit(calibration.logits[:250]), calibration.logits[250:])
+
+    assert isinstance(calibration.logits, np.memmap)
+    assert found.bytes_per_sample < 60
+    assert found.kl[1.0] < 0.05
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_few_classes_are_planned(classes: int) -> None:
+    plan = plan_logits(Calibration(logits(300, classes)))
+
+    assert "dense" == plan.recommended.encoding.name
+
+
+def test_masked_classes_rule_out_what_can_not_hold_them() -> None:
+    masked = logits(1000)
+    masked[:, 7] = -np.inf
+    plan = plan_logits(Calibration(masked))
+
+    assert "lowrank" not in {each.encoding.name for each in plan.fidelities}
+    assert plan.recommended.kl[1.0] <= 0.01
+
+
+def test_sampling_is_shown_but_never_recommended() -> None:
+    plan = plan_logits(Calibration(logits(300, 200)), max_kl=10.0)
+
+    assert any(isinstance(each.encoding, Sampled) and math.isinf(each.kl[1.0]) for each in plan.fidelities)
+    assert not isinstance(plan.recommended.encoding, Sampled)
+
+
+def test_a_pipeline_is_planned_by_its_teacher(tiny: Callable[..., Pipeline]) -> None:
+    plan = plan_pipeline(tiny("cache.calibration=500"))
+
+    assert (500, 10, 2) == (plan.num_rows, plan.num_classes, plan.num_views)
+    assert plan.hours is not None
+    assert plan.hours > 0
+
+
+def test_auto_in_a_pipeline_chooses_builds_and_goes_on(tiny: Callable[..., Pipeline]) -> None:
+    pipeline = tiny("cache.encoding=auto")
+    built = cache_teacher(pipeline)
+    cache = open_cache(pipeline.cache.path)
+
+    assert Dense(dtype="uint8") == cache.encoding
+    assert [] == cache_teacher(pipeline).computed_blocks
+    grown = cache_teacher(tiny("cache.encoding=auto", "views.count=3"))
+    assert {2} == {block.view for block in grown.computed_blocks}
+    assert built.manifest.id == grown.manifest.id
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz"])
+def test_logits_are_read_from_files(tmp_path: Path, name: str) -> None:
+    groups = np.arange(400) // 10
+    np.save(tmp_path / "a.npy", logits())
+    np.savez(tmp_path / "a.npz", logits=logits(), photo=groups)
+    read = read_logits(tmp_path / name, "photo" if name == "a.npz" else None)
+
+    np.testing.assert_array_equal(logits(), read.logits)
+    assert name == "a.npy" or (read.groups == groups).all()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "group", "error", "message"),
+    [
+        pytest.param({"x": logits()}, None, UsageError, "no array 'logits'; it has: x", id="no logits"),
+        pytest.param({"logits": logits()}, "photo", UsageError, "no array 'photo'", id="no group"),
+        pytest.param({"logits": logits()[0]}, None, UsageError, "expected floats", id="one row"),
+        pytest.param(
+            {"logits": logits(), "g": np.arange(3)}, "g", UsageError, "one for each of the 400", id="few groups"
+        ),
+        pytest.param({"logits": logits() * np.nan}, None, InvalidLogits, "NaN", id="NaN"),
+        pytest.param({"logits": np.array([[object()]])}, None, LogitCacheError, "can't be read|pickle", id="pickle"),
+    ],
+)
+def test_files_that_hold_something_else_are_refused(
+    tmp_path: Path, arrays: dict[str, np.ndarray], group: str | None, error: type[Exception], message: str
+) -> None:
+    np.savez(tmp_path / "a.npz", **arrays)  # type: ignore[arg-type]
+    with pytest.raises(error, match=message):
+        read_logits(tmp_path / "a.npz", group)
+
+
+def test_the_command_prints_one_json_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from logitcache.cli import app
+
+    np.save(tmp_path / "a.npy", logits(1000))
+    app(["plan", "--logits", str(tmp_path / "a.npy"), "--json"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+
+    assert {"num_rows", "num_classes", "recommended", "encodings"} <= found.keys()
+    assert {"encoding", "bytes_per_sample", "fixed_bytes", "kl", "top1_agreement"} <= found["encodings"][0].keys()
+    assert {"1", "2", "4"} == found["encodings"][0]["kl"].keys()
+    assert found["recommended"] in {each["encoding"] for each in found["encodings"]}
