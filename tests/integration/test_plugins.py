@@ -1,10 +1,12 @@
 """Packages of others: an encoding, a loss, a dataset and a store from a wheel, found by their entry points."""
 
 import base64
+import copy
 import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,11 +19,12 @@ import yaml
 
 import logitcache
 from logitcache.cache.manifest import MANIFEST
-from logitcache.cache.summary import find_caches, summarise
+from logitcache.cache.summary import Summary, find_caches, summarise
+from logitcache.catalog.datasets import load_data
+from logitcache.config.schema import parse_pipeline
+from logitcache.digest import json_digest
 from logitcache.errors import CorruptCache, MissingPackage, UsageError
-from logitcache.registry import Registry, offered
 from logitcache.share.transfer import pull, push
-from logitcache.storage import LocalStorage
 from logitcache.verify.audit import verify
 
 CHECKOUT = Path(__file__).parents[2]
@@ -95,7 +98,6 @@ DRAWER = """
 import os
 from pathlib import Path
 
-from logitcache.storage import LocalStorage
 
 
 def open_drawer(url: str) -> LocalStorage:
@@ -194,7 +196,6 @@ def command(built: Path, *arguments: object, installed: bool = True) -> subproce
 @pytest.fixture(scope="module")
 def cache(built: Path) -> Path:
     """The cache of that pipeline, in a directory."""
-    assert "[" not in PIPELINE["cache"]  # type: ignore[operator]
     for name in ("plan", "cache-teacher", "train-student"):
         ended = command(built, name, "pipeline.yaml", "--json")
         assert 0 == ended.returncode, ended.stderr
@@ -215,3 +216,100 @@ def test_a_wheels_encoding_loss_dataset_and_store_serve_a_pipeline(built: Path, 
     assert "Grid(step=0.02) (48, 2) True\n" == ended.stdout, ended.stderr
     recorded = json.loads((cache / MANIFEST).read_text())["provenance"]["encoding_packages"]
     assert {"grid": {"name": "grid-codec", "version": "0.1.0"}} == recorded
+
+
+# Without the package, which this process does not find.
+
+
+def test_open_names_the_missing_package(cache: Path) -> None:
+    with pytest.raises(MissingPackage, match=MESSAGE):
+        logitcache.open(cache)
+
+
+def test_bytes_are_verified_without_the_package_and_values_are_not(cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(cache, tmp_path / "a.cache")
+    assert [] == verify(str(tmp_path / "a.cache"))
+    with pytest.raises(MissingPackage, match=MESSAGE):
+        verify(str(tmp_path / "a.cache"), deep=True)
+
+    next((tmp_path / "a.cache" / "labels.zarr" / "steps" / "c" / "1").rglob("0")).unlink()
+
+    assert ["missing"] == [problem.kind for problem in verify(str(tmp_path / "a.cache"))]
+
+
+def test_a_cache_is_copied_without_the_package(cache: Path, tmp_path: Path) -> None:
+    copied = pull(str(cache), str(tmp_path / "whole.cache"), expect=summarise(str(cache)).manifest.digest)
+    push(str(tmp_path / "whole.cache"), str(tmp_path / "pushed.cache"), anonymous=True)
+    part = pull(str(cache), str(tmp_path / "part.cache"), views="0:1")
+
+    assert ("0:2", "0:1") == (copied.views, part.views)
+    assert (tmp_path / "whole.cache" / "README.md").read_text() == (cache / "README.md").read_text()
+    assert not (tmp_path / "part.cache" / "README.md").exists()
+    for name in ("pushed", "part"):
+        with pytest.raises(MissingPackage, match=MESSAGE):
+            logitcache.open(tmp_path / f"{name}.cache")
+
+
+def test_commands_note_the_missing_package(built: Path, cache: Path, tmp_path: Path) -> None:
+    found = {name: command(built, *name.split(), installed=False) for name in (f"info {cache}", f"ls {cache.parent}")}
+    found["verify"] = command(built, "verify", cache, installed=False)
+    found["pull"] = command(built, "pull", cache, tmp_path / "a.cache", installed=False)
+
+    for name, ended in found.items():
+        assert 0 == ended.returncode, ended.stderr
+        assert name.startswith("ls") or re.search(f"note: the {MESSAGE}", ended.stderr)
+    assert "{'grid': 'grid-codec 0.1.0'}" in found[f"info {cache}"].stdout
+
+
+def test_info_needs_neither_torch_nor_the_package(built: Path, cache: Path) -> None:
+    program = (
+        "import sys\nfrom logitcache.cache.summary import summarise\n"
+        f"found = summarise({str(cache)!r})\n"
+        "print(found.encoding, found.missing_packages, 'torch' in sys.modules)"
+    )
+    ended = python("-c", program, cwd=built, path=[CHECKOUT])
+
+    assert re.search(rf"^grid\(step=0\.02\) the {MESSAGE} False$", ended.stdout), ended.stderr
+    assert [str(cache)] == [each.url for each in find_caches(str(cache.parent)) if isinstance(each, Summary)]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        pytest.param("data", "unknown dataset 'stripes'; expected package.module:object or one of: mnist5k", id="data"),
+        pytest.param("cache", "unknown encoding 'grid'; expected one of: dense", id="encoding"),
+        pytest.param("students", "unknown loss 'focal_kl'; expected one of: kl", id="loss"),
+    ],
+)
+def test_a_pipeline_names_what_is_unknown(section: str, message: str) -> None:
+    raw = copy.deepcopy(PIPELINE)
+    for other in {"data", "cache", "students"} - {section}:
+        raw[other] = {"data": {"name": "digits"}, "cache": {"path": "x"}, "students": []}[other]
+
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load_data(parse_pipeline(raw, source="p.yaml").data.name)
+
+
+@pytest.mark.parametrize(
+    "package",
+    [
+        pytest.param({"name": "--index-url=https://example.org/", "version": "1"}, id="option"),
+        pytest.param({"name": "grid'; rm -rf ~; '", "version": "1"}, id="shell"),
+        pytest.param({"name": "grid-codec", "version": "1' other-package"}, id="version"),
+        pytest.param({"name": "grid-codec"}, id="no version"),
+        pytest.param({"name": "grid-codec", "version": ["1"]}, id="list"),
+        pytest.param(["grid-codec"], id="no mapping"),
+        pytest.param(None, id="null"),
+    ],
+)
+def test_a_manifest_suggests_no_command_but_the_installation_of_a_package(
+    cache: Path, tmp_path: Path, package: object
+) -> None:
+    shutil.copytree(cache, tmp_path / "a.cache")
+    raw = json.loads((tmp_path / "a.cache" / MANIFEST).read_text())
+    raw["provenance"]["encoding_packages"] = {"grid": package}
+    raw["checksum"] = json_digest({key: value for key, value in raw.items() if key != "checksum"})
+    (tmp_path / "a.cache" / MANIFEST).write_text(json.dumps(raw) + "\n")
+
+    with pytest.raises(CorruptCache, match="unknown encoding 'grid'"):
+        logitcache.open(tmp_path / "a.cache")
