@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import pkgutil
 import re
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,20 @@ import yaml
 
 import logitcache
 from logitcache import losses
+from logitcache.catalog.datasets import DATASETS
+from logitcache.catalog.initialisations import INITIALISATIONS
+from logitcache.catalog.models import MODELS
 from logitcache.catalog.nets import MLP
 from logitcache.config.build import resolve_data
 from logitcache.config.schema import Pipeline, load_pipeline
-from logitcache.losses import LOSSES, loss_from_config
+from logitcache.data.batching import COLLATES
+from logitcache.data.transforms import TRANSFORMS
+from logitcache.encodings import ENCODINGS
+from logitcache.losses import FEATURE_LOSSES, LOSSES, loss_from_config
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students, train_teacher
+from logitcache.storage import STORES
+from logitcache.train.tracking import TRACKERS
 
 CHECKOUT = Path(__file__).parents[2]
 README = (CHECKOUT / "README.md").read_text()
@@ -28,6 +38,7 @@ GETTING_STARTED = (CHECKOUT / "docs/getting-started.md").read_text()
 KEYS = (CHECKOUT / "docs/pipeline.md").read_text()
 LOSS_GUIDE = (CHECKOUT / "docs/losses.md").read_text()
 API = (CHECKOUT / "docs/reference/logitcache.md").read_text()
+PLUGINS = (CHECKOUT / "docs/plugins.md").read_text()
 LOSS_API = (CHECKOUT / "docs/reference/losses.md").read_text()
 BATCH = (CHECKOUT / "docs/a-batch.md").read_text()
 
@@ -87,6 +98,32 @@ def test_the_pipeline_of_getting_started_runs(tmp_path: Path, monkeypatch: pytes
     cache_teacher(pipeline)
 
     assert ["small"] == [row.name for row in train_students(pipeline)]
+
+
+def test_the_guide_to_plugins_has_every_registry_and_its_example_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    registries = (
+        COLLATES,
+        DATASETS,
+        ENCODINGS,
+        FEATURE_LOSSES,
+        INITIALISATIONS,
+        LOSSES,
+        MODELS,
+        STORES,
+        TRACKERS,
+        TRANSFORMS,
+    )
+    module = types.ModuleType("my_package")
+    monkeypatch.setitem(sys.modules, "my_package", module)
+    exec(blocks(PLUGINS, "python")[0], vars(module))
+    loss = module.FocalKL(gamma=0.5)
+    (image, target), *_ = module.stripes(root="data", num_samples=4)["train"]
+
+    assert {registry.group for registry in registries} == set(
+        re.findall(r"^\| `(logitcache\.\w+)`", PLUGINS, re.MULTILINE)
+    )
+    assert [0.0] == loss(torch.ones(1, 3), torch.ones(1, 3), torch.zeros(1)).tolist()
+    assert ((1, 8, 8), 0) == (tuple(image.shape), target)
 
 
 def test_the_api_reference_has_every_public_name() -> None:
