@@ -49,9 +49,7 @@ class MixingOfCache:
         try:
             mixing = Mixing(**{name: float(value) for name, value in (config or {}).items()})
         except (TypeError, ValueError, AttributeError, LogitCacheError) as error:
-            raise CorruptCache(
-                f"{cache.storage.url}: its identity mixes samples in a way that makes no sense"
-            ) from error
+            raise CorruptCache(f"{cache.storage.url}: identity.transform.mixing is invalid") from error
         self.active = mixing.active
         self.always = mixing.active and mixing.probability == 1 and cache.num_samples > 1
         self._plan = ViewPlan(seed=identity.view_seed, mixing=mixing, num_classes=cache.num_classes)

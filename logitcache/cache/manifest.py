@@ -29,6 +29,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 RECEIPTS = "receipts.json"
 """All receipts in one file; written at sealing."""
+CARD = "README.md"
 
 MAX_MANIFEST_BYTES = 2**24
 SEALING_BYTES = 2**16
@@ -117,7 +118,7 @@ class Identity(_Record):
         return lines
 
 
-class FixedSpec(_Record):
+class PerCacheSpec(_Record):
     """An array that is stored once, in one chunk."""
 
     dtype: str
@@ -133,7 +134,7 @@ class Layout(_Record):
     rows_per_block: int = Field(ge=1, le=2**31)
     arrays: dict[ArrayName, ArraySpec]
     """What is stored for every row, by array name."""
-    fixed: dict[ArrayName, FixedSpec]
+    fixed: dict[ArrayName, PerCacheSpec]
     """What is stored once: the sample table, and what the encoding was fitted to."""
     first_view: int = Field(default=0, ge=0)
     """The views from here on are held: more than 0 in a copy that was made of some views only."""
@@ -269,26 +270,6 @@ def check_length(length: int, *, sealed: bool) -> None:
 def _checksum(raw: Mapping[str, Any]) -> str:
     """Over the keys that are there: a manifest from before a key was added keeps its checksum."""
     return json_digest({key: value for key, value in raw.items() if key != "checksum"})
-
-
-def contents(receipts: Mapping[str, Receipt], *, fixed: str) -> Contents:
-    """What receipts add up to; `fixed` names the one that is not a block's."""
-    sizes = {name: sum(stored.bytes for stored in receipt.objects.values()) for name, receipt in receipts.items()}
-    blocks = [receipt for name, receipt in receipts.items() if name != fixed]
-    measured = [receipt for receipt in blocks if receipt.kl_mean is not None]
-    rows = sum(receipt.rows for receipt in measured)
-    kl_mean = sum(receipt.rows * (receipt.kl_mean or 0.0) for receipt in measured) / rows if rows else math.nan
-    output_bytes: dict[str, int] = {}
-    for receipt in blocks:
-        for array, stored in receipt.objects.items():
-            output_bytes[output_of(array)] = output_bytes.get(output_of(array), 0) + stored.bytes
-    return Contents(
-        bytes=sum(sizes.values()),
-        label_bytes=sum(sizes.values()) - sizes.get(fixed, 0),
-        rows=sum(receipt.rows for receipt in blocks),
-        kl_mean=kl_mean if math.isfinite(kl_mean) else None,
-        output_bytes=output_bytes if output_bytes.keys() - {LOGITS} else {},
-    )
 
 
 def read_manifest(data: bytes | None, *, url: str) -> Manifest:

@@ -243,7 +243,7 @@ def test_any_flipped_bit_of_a_label_is_noticed(tmp_path: Path, encoding: logitca
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
 
-    with pytest.raises(CorruptCache, match="is not what was written"):
+    with pytest.raises(CorruptCache, match="differs from its receipt"):
         logitcache.open(tmp_path / "a").view(1)
     assert [] == verify(str(tmp_path / "a"))
     (problem,) = verify(str(tmp_path / "a"), deep=True)
@@ -272,7 +272,7 @@ def test_the_sample_table_is_held_to_its_values(tmp_path: Path, name: str) -> No
     chunk = next(path for path in sorted((tmp_path / "a/labels.zarr" / name / "c").rglob("*")) if path.is_file())
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
 
-    with pytest.raises(CorruptCache, match=f"{name}/c/0.* is not what was written"):
+    with pytest.raises(CorruptCache, match=f"{name}/c/0.* differs from its receipt"):
         assert logitcache.open(tmp_path / "a").samples
 
 
@@ -415,7 +415,7 @@ def test_a_damaged_basis_is_noticed(tmp_path: Path) -> None:
     cache = built(tmp_path / "a", encoding=logitcache.LowRank(rank=6), calibration=calibration())
     (tmp_path / "a/labels.zarr/basis/c/0/0").write_bytes(b"nothing")
 
-    with pytest.raises(CorruptCache, match="basis/c/0/0 is not what was written"):
+    with pytest.raises(CorruptCache, match="basis/c/0/0 differs from its receipt"):
         cache.view(0)
     assert {("fixed", "wrong size")} == {(problem.block, problem.kind) for problem in verify(str(tmp_path / "a"))}
 

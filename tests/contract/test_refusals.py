@@ -24,8 +24,8 @@ from torch import Tensor
 import logitcache
 from logitcache.cache import creation
 from logitcache.cache.card import render_card
-from logitcache.cache.digests import content_digest
 from logitcache.cache.manifest import MAX_MANIFEST_BYTES, SEALING_BYTES, read_manifest, read_receipts
+from logitcache.cache.records import Records
 from logitcache.cache.summary import Summary, Unreadable, find_caches, summarise
 from logitcache.cli.application import main
 from logitcache.cli.printing import cache_summary, print_caches, print_mapping
@@ -73,7 +73,7 @@ def forge_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> No
         manifest = read_manifest((path / "manifest.json").read_bytes(), url="")
         receipts = read_receipts((path / "receipts.json").read_bytes(), url="")
         if manifest.digest is not None:
-            rewrite_manifest(path, lambda raw: raw.update(digest=content_digest(manifest, receipts)))
+            rewrite_manifest(path, lambda raw: raw.update(digest=Records(manifest, receipts).content_digest()))
 
 
 # Sample tables
@@ -142,9 +142,9 @@ def test_a_sample_table_that_makes_no_sense_is_refused_when_it_is_read(
 
 def assert_table_is_refused(path: Path) -> None:
     cache = logitcache.open(path)
-    with pytest.raises(CorruptCache, match="its sample table makes no sense"):
+    with pytest.raises(CorruptCache, match="its sample table is invalid"):
         _ = cache.samples
-    with pytest.raises(CorruptCache, match="its sample table makes no sense"):
+    with pytest.raises(CorruptCache, match="its sample table is invalid"):
         cache.rows(["3.png"])
     assert [("fixed", "damaged")] == [(problem.block, problem.kind) for problem in verify(str(path), deep=True)]
 
@@ -432,7 +432,7 @@ def test_fitted_arrays_that_make_no_sense_are_refused(
     with monkeypatch.context() as patched:
         patched.setattr(LowRank, "fitted_values", changed)
         path = build(tmp_path / "a", encoding=LowRank(rank=3), calibration=labels())
-    with pytest.raises(CorruptCache, match="what lowrank was fitted to makes no sense"):
+    with pytest.raises(CorruptCache, match="the fitted arrays of lowrank are invalid"):
         logitcache.open(path).view(0)
 
     assert [("fixed", "damaged")] == [(problem.block, problem.kind) for problem in verify(str(path), deep=True)]

@@ -430,14 +430,14 @@ def test_teachers_may_take_the_views_in_sizes_of_their_own(tiny: Make, tmp_path:
 def test_no_one_teacher_is_asked_about_a_mean(tiny: Make, tmp_path: Path) -> None:
     one, _, merged = two_teachers(tiny, tmp_path)
     pipeline = at(one, merged, tmp_path)
-    with pytest.raises(UsageError, match="no one teacher can be asked again"):
+    with pytest.raises(UsageError, match="no single teacher can be run again"):
         spot_check(pipeline, 3)
     digest = logitcache.open(merged).digest
     shutil.copytree(merged, tmp_path / "copy.cache")
     victim = next(path for path in Path(merged, "labels.zarr/logits/c").rglob("*") if path.is_file())
     victim.write_bytes(victim.read_bytes()[:-1])
-    with pytest.raises(UsageError, match="no one teacher can make it again; give a copy"):
-        repair(merged, pipeline=pipeline)
+    with pytest.raises(UsageError, match="no single teacher can recompute; give a copy"):
+        repair(merged, recompute=lambda: cache_teacher(pipeline).manifest.digest)
 
     assert logitcache.open(merged).sealed
     assert (digest, []) == ((result := repair(merged, source=str(tmp_path / "copy.cache"))).digest, result.remaining)

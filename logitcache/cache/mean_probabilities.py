@@ -24,7 +24,7 @@ KEPT_PROBABILITIES = 2**26
 
 
 @dataclass(frozen=True)
-class Opinions:
+class SampleProbabilities:
     """The teacher's probabilities of consecutive samples."""
 
     rows: range
@@ -34,7 +34,7 @@ class Opinions:
     """int64 (B,): how many views these are."""
 
 
-class OpinionsOfCache:
+class MeanProbabilities:
     """The opinions of all samples, in order of rows; may be gone through several times.
 
     Args:
@@ -55,9 +55,9 @@ class OpinionsOfCache:
                 "what the teacher thinks of one sample alone; build one with views.mix_probability below 1"
             )
         self._keep = cache.num_samples * cache.num_classes <= KEPT_PROBABILITIES
-        self._kept: list[Opinions] | None = None
+        self._kept: list[SampleProbabilities] | None = None
 
-    def __iter__(self) -> Iterator[Opinions]:
+    def __iter__(self) -> Iterator[SampleProbabilities]:
         if self._kept is not None:
             yield from self._kept
             return
@@ -81,7 +81,7 @@ class OpinionsOfCache:
             for start in range(rows.start, rows.stop, size):
                 yield range(start, min(start + size, rows.stop))
 
-    def _read(self, rows: range) -> Opinions:
+    def _read(self, rows: range) -> SampleProbabilities:
         num_classes = self.cache.num_classes
         sums_BC = np.zeros((len(rows), num_classes), dtype=np.float32)
         counts_B = np.zeros(len(rows), dtype=np.int64)
@@ -93,4 +93,4 @@ class OpinionsOfCache:
             for start in range(0, len(unmixed), size):
                 places = unmixed[start : start + size]
                 sums_BC[places] += labels.logits(rows.start + places).softmax(dim=1).numpy()
-        return Opinions(rows, sums_BC / np.maximum(counts_B, 1, dtype=np.float32)[:, None], counts_B)
+        return SampleProbabilities(rows, sums_BC / np.maximum(counts_B, 1, dtype=np.float32)[:, None], counts_B)
