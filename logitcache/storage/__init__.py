@@ -1,6 +1,6 @@
-"""Get, put and list objects by key, wherever they lie: one file per kind of store.
+"""Stores of objects by key: directories, object stores and web servers.
 
-To add one: write the methods of `Storage` in a file of its own, and name its URLs in `open_storage` below.
+To add one, implement `Storage` in a new module, and open its URLs in `open_storage`.
 """
 
 from __future__ import annotations
@@ -19,43 +19,43 @@ LOCATIONS = "a directory, file://, s3://, gs://, az://, https:// or http:// (rea
 
 
 def open_storage(location: str | os.PathLike[str]) -> Storage:
-    """The storage at a directory or a URL; nothing is created, and nothing is asked of a server yet.
+    """The storage at a directory or a URL; creates nothing and sends no request.
 
     Raises:
-        UsageError: a URL that this version can't open, or one of an object store without the extra `remote`.
+        UsageError: an unsupported or invalid URL, or the extra `remote` is not installed.
     """
     text = os.fsdecode(location)
     if "://" not in text and not text.lower().startswith("file:"):
         return LocalStorage(local_path(text))
     try:
         parts = urlsplit(text)
-        _ = parts.port  # checked only when it is asked for
+        _ = parts.port  # validated only on access
     except ValueError as error:
-        raise UsageError(f"{text} is no URL: {error}; expected {LOCATIONS}") from None
+        raise UsageError(f"{text} is not a valid URL: {error}; expected {LOCATIONS}") from None
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost") or not parts.path:
-            raise UsageError(f"{text}: a file:// URL is absolute and names no host: file:///folder/a.cache")
+            raise UsageError(f"{text}: a file:// URL must be absolute and without host: file:///folder/a.cache")
         return LocalStorage(_path(unquote(parts.path)))
     if parts.scheme not in SCHEMES:
-        raise UsageError(f"{text}: {parts.scheme}:// is no store that logitcache opens; expected {LOCATIONS}")
+        raise UsageError(f"{text}: {parts.scheme}:// is not supported; expected {LOCATIONS}")
     from logitcache.storage.remote import open_remote
 
     return open_remote(text)
 
 
 def local_path(location: str | os.PathLike[str]) -> Path:
-    """A place on this machine, where nothing but files can be written.
+    """A path on this machine.
 
     Raises:
-        UsageError: a URL, or what is left of one: a path has one slash where it had two.
+        UsageError: a URL, also one that went through `Path` and lost a slash.
     """
     text = os.fsdecode(location)
     scheme = text.partition(":/")[0]
     if scheme in SCHEMES:
-        raise UsageError(f"{text} is no path on this machine; a URL begins with {scheme}://, where one can be given")
+        raise UsageError(f"{text} is not a path on this machine; where URLs are supported, they start with {scheme}://")
     try:
         return _path(text).expanduser()
-    except RuntimeError as error:  # ~somebody
+    except RuntimeError as error:  # an unknown user: ~name
         raise UsageError(f"{text}: {error}") from None
 
 
@@ -65,4 +65,4 @@ def _path(text: str) -> Path:
             return Path(text)
     except UnicodeEncodeError:
         pass
-    raise UsageError(f"{text!r} holds a character that no path has")
+    raise UsageError(f"{text!r} contains a character that paths can't have")

@@ -304,7 +304,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "a" / "thesis.tex").write_text("dear")
     with pytest.raises(NotACache, match=r"holds thesis.tex"):
         writer(tmp_path / "a")
-    with pytest.raises(NotACache, match="`logitcache cache-teacher` builds one"):
+    with pytest.raises(NotACache, match="`logitcache cache-teacher` builds a cache"):
         logitcache.open(tmp_path / "a")
 
     assert ["thesis.tex"] == [path.name for path in (tmp_path / "a").iterdir()]

@@ -239,7 +239,7 @@ def test_a_manifest_that_nobody_could_read_is_never_begun(tmp_path: Path, change
         raise AssertionError("computed before it was refused")
 
     settings = {"encoding": "auto", "calibration": calibrate} if "card" not in changes else {}
-    with pytest.raises(UsageError, match=r"manifest\.json would take [\d,]+ bytes; at most 16,711,680 can be read"):
+    with pytest.raises(UsageError, match=r"manifest\.json would have [\d,]+ bytes; the limit is 16,711,680"):
         build(tmp_path / "a", **settings, **changes)
 
     assert not (tmp_path / "a").exists()

@@ -209,7 +209,7 @@ def test_a_record_that_trickles_is_given_up(whole: Path, key: str, monkeypatch: 
     monkeypatch.setattr(remote, "RECORD_SECONDS", 0.3)
     with servers.misbehaving(whole.parent) as server:
         server.fault = lambda path, count: "trickle" if path.endswith(f"/{key}") else None
-        with pytest.raises(StorageError, match=rf"{key}: .* bytes came in .* s; the server is too slow"):
+        with pytest.raises(StorageError, match=rf"{key}: .* bytes arrived in .* s; the server is too slow"):
             logitcache.open(f"{server.url}/whole.cache")
         assert ["trickle"] == server.faults
 
@@ -234,7 +234,7 @@ def test_an_index_page_that_trickles_is_given_up(
     with servers.misbehaving(whole.parent) as server:
         (whole.parent / "index").write_bytes(b"<a href='x/'>" * 1000)
         server.fault = lambda path, count: fault
-        with pytest.raises(StorageError, match=r"can't list .*index/: its page is not whole after"):
+        with pytest.raises(StorageError, match=r"can't list .*index/: its page is incomplete after"):
             open_storage(f"{server.url}/index").folders()
 
 

@@ -90,7 +90,7 @@ def test_what_can_not_be_repaired_is_told(tiny: Callable[..., Pipeline]) -> None
         repair(str(path))
     victim.write_bytes(original)
     (path / "labels.zarr/sample_targets/c/0").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"no teacher can make it again; give a copy \(--from\)"):
+    with pytest.raises(UsageError, match=r"the teacher can't recompute them; give a copy \(--from\)"):
         repair(str(path), recompute=lambda: cache_teacher(pipeline).manifest.digest)
     (path / "receipts.json").write_text("{}")
     with pytest.raises(CorruptCache, match=r"receipts\.json"):
