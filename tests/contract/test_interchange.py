@@ -68,7 +68,7 @@ def test_a_stranger_reads_every_array_and_every_logit(tmp_path: Path, encoding: 
             np.testing.assert_array_equal(ours, found[f"array_{name}"][view])
             assert ours.dtype == found[f"array_{name}"].dtype
     for name in cache.layout.fixed:
-        ours = read_per_cache_array(cache.records, name, cache.objects)
+        ours = read_per_cache_array(cache.records, name, cache._objects)
         np.testing.assert_array_equal(ours, found[f"array_{name}"])
     assert keys == found["array_sample_keys"].tobytes().decode().split("\n")
     assert cache.digest == str(found["digest"])
