@@ -443,7 +443,7 @@ def test_masked_classes_are_refused_where_they_can_not_be_held(tmp_path: Path) -
     cache = writer(tmp_path / "a", encoding=logitcache.LowRank(rank=6), calibration=calibration())
     logits = some_logits()[0]
     logits[40, 3] = -torch.inf
-    with pytest.raises(InvalidLogits, match=r"row 40: .*(?s:.*)lowrank can't hold masked classes: use Dense"):
+    with pytest.raises(InvalidLogits, match=r"row 40: .*(?s:.*)lowrank can't store masked classes: use Dense"):
         cache.write(view=0, start=0, logits=logits)
 
 

@@ -255,7 +255,7 @@ def test_a_manifest_of_any_length_that_is_begun_can_be_read_when_it_is_sealed(tm
 
 def test_a_card_that_would_make_the_manifest_too_long_leaves_the_cache_as_it_is(tmp_path: Path) -> None:
     build(tmp_path / "a")
-    with pytest.raises(UsageError, match=r"manifest\.json would take"):
+    with pytest.raises(UsageError, match=r"manifest\.json would have"):
         build(tmp_path / "a", card={"description": "x" * 2**24})
 
     assert [] == verify(str(tmp_path / "a"), deep=True)

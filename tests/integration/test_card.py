@@ -151,7 +151,9 @@ def test_the_accuracy_looks_at_a_bounded_number_of_rows(tmp_path: Path, monkeypa
     read: list[int] = []
     whole = type(cache).read_blocks
     monkeypatch.setattr(
-        type(cache), "read_blocks", lambda self, view, numbers: read.extend(numbers) or whole(self, view, numbers)
+        type(cache),
+        "read_blocks",
+        lambda self, view, numbers, output: read.extend(numbers) or whole(self, view, numbers, output),
     )
 
     assert (20, 20, 20) == first_class_accuracy(cache)

@@ -226,9 +226,9 @@ def test_no_more_than_two_blocks_of_a_source_are_in_memory(
     reads: list[tuple[str, int, int]] = []
     whole = logitcache.LogitCache.read_blocks
 
-    def recorded(self: logitcache.LogitCache, view: int, numbers: Any) -> Any:
+    def recorded(self: logitcache.LogitCache, view: int, numbers: Any, output: str) -> Any:
         reads.append((self.storage.url, view, *numbers))
-        return whole(self, view, numbers)
+        return whole(self, view, numbers, output)
 
     monkeypatch.setattr(logitcache.LogitCache, "read_blocks", recorded)
     merge(three[:2], tmp_path / "m.cache")
