@@ -60,9 +60,9 @@ class OpenBlock:
         return self._parts[LOGITS].filled
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         """Whether all rows have arrived and are encoded."""
-        return self._parts[LOGITS].whole
+        return self._parts[LOGITS].complete
 
     def buffers(self) -> dict[str, Tensor]:
         """The encoded rows, by the names of their arrays in the cache."""
@@ -92,8 +92,8 @@ class OpenBlock:
 class _OpenRows:
     """The rows of one output in one block.
 
-    Rows are encoded in slabs of fixed rows, never in the batches that they arrive in. Stored values therefore don't
-    depend on the batches, and few classes don't mean many small operations.
+    Rows are encoded in slabs of fixed rows, never in the batches that they arrive in: stored values don't depend on
+    the batches, and encoding is fast for small batches of few classes too.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class _OpenRows:
         self.filled = np.zeros(len(rows), dtype=bool)
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         return not self._slabs and bool(self.filled.all())
 
     def fill(self, start: int, logits_BC: Tensor) -> None:
@@ -134,37 +134,37 @@ class _OpenRows:
             self.invalid[first : first + len(logits_BC)] = self._encoding.refused(logits_BC)
             self.check()
         for number in range(first // self._slab_rows, -(-(first + len(logits_BC)) // self._slab_rows)):
-            place = slice(number * self._slab_rows, min((number + 1) * self._slab_rows, len(self.rows)))
-            within = slice(max(place.start, first), min(place.stop, first + len(logits_BC)))
+            span = slice(number * self._slab_rows, min((number + 1) * self._slab_rows, len(self.rows)))
+            within = slice(max(span.start, first), min(span.stop, first + len(logits_BC)))
             if number not in self._slabs:
-                if self.filled[place].all():
+                if self.filled[span].all():
                     continue  # written before
-                shape = (place.stop - place.start, self._num_classes)
+                shape = (span.stop - span.start, self._num_classes)
                 self._slabs[number] = torch.empty(shape, device=self._device)
             slab_BC = self._slabs[number]
-            slab_BC[within.start - place.start : within.stop - place.start] = logits_BC[
+            slab_BC[within.start - span.start : within.stop - span.start] = logits_BC[
                 within.start - first : within.stop - first
             ]
             self.filled[within] = True
-            if self.filled[place].all():
-                self._encode(place, self._slabs.pop(number))
+            if self.filled[span].all():
+                self._encode(span, self._slabs.pop(number))
 
-    def _encode(self, place: slice, logits_BC: Tensor) -> None:
+    def _encode(self, span: slice, logits_BC: Tensor) -> None:
         if logits_BC.device.type != "cpu" or self._encoding.keeps_constants:  # its bound differs from finite sums
-            self.invalid[place].copy_(self._encoding.refused(logits_BC), non_blocking=self.pinned)
-        start = self.rows.start + place.start
+            self.invalid[span].copy_(self._encoding.refused(logits_BC), non_blocking=self.pinned)
+        start = self.rows.start + span.start
         encoded = self._encoding.encode(logits_BC, view=self.block.view, start=start)
         for name, values in encoded.items():
-            self.buffers[self._output.stored_name(name)][place].copy_(values, non_blocking=self.pinned)
+            self.buffers[self._output.stored_name(name)][span].copy_(values, non_blocking=self.pinned)
         if self._output.measures_kl:
             decoded_BC = self._encoding.decode(encoded, self._num_classes)
-            self.kl[place].copy_(fidelity_kl(decoded_BC, logits_BC), non_blocking=self.pinned)
+            self.kl[span].copy_(fidelity_kl(decoded_BC, logits_BC), non_blocking=self.pinned)
 
     def _compare(self, first: int, written: list[int], logits_BC: Tensor) -> None:
         """Compare rows with those that were written before; `written` counts from `first`."""
         self.wait_for_device()
-        for place in written:
-            row, again_1C = first + place, logits_BC[place : place + 1].cpu()
+        for offset in written:
+            row, again_1C = first + offset, logits_BC[offset : offset + 1].cpu()
             slab = self._slabs.get(row // self._slab_rows)
             if slab is not None:
                 stored_1C = slab[row % self._slab_rows][None].cpu()

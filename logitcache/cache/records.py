@@ -287,7 +287,15 @@ def in_place(storage: Storage, layout: Layout, receipts: Mapping[str, Receipt]) 
 
 def _sealed_receipts(storage: Storage, manifest: Manifest, objects: ObjectReader | None) -> dict[str, Receipt]:
     layout = manifest.layout
-    gathered = _gathered_receipts(storage, manifest, receipts_limit(layout), objects)
+    expected = str(manifest.receipts)
+    nearby = None if objects is None else objects.nearby
+    gathered = None if nearby is None else nearby.get(expected, limit=receipts_limit(layout))
+    if gathered is None or sha256_hex(gathered) != expected:
+        gathered, is_right = gathered_receipts(storage, manifest)
+        if gathered is not None and not is_right:
+            raise CorruptCache(f"{storage.url}: {RECEIPTS} is damaged: its SHA-256 differs from the one in {MANIFEST}")
+        if gathered is not None and objects is not None:
+            objects.keep(expected, [gathered])
     found = {} if gathered is None else read_receipts(gathered, url=storage.url)
     # Ends at the first name that is missing: a manifest may claim more names than fit into memory.
     missing = next((name for name in receipt_names(layout) if name not in found), None)
@@ -314,23 +322,19 @@ def _contradiction(layout: Layout, name: str, receipt: Receipt, limits: Mapping[
     return None
 
 
-def _gathered_receipts(storage: Storage, manifest: Manifest, limit: int, objects: ObjectReader | None) -> bytes | None:
-    """`receipts.json` with the SHA-256 that the manifest states; while a cache is replaced it has another name."""
-    expected = str(manifest.receipts)
-    kept = None if objects is None or objects.nearby is None else objects.nearby.get(expected, limit=limit)
-    if kept is not None and sha256_hex(kept) == expected:
-        return kept
-    any_found = None
-    for key in (RECEIPTS, pinned_receipts_key(expected)):
+def gathered_receipts(storage: Storage, manifest: Manifest) -> tuple[bytes | None, bool]:
+    """The bytes of a sealed cache's `receipts.json`, and whether they have the SHA-256 that the manifest states.
+
+    While the records are replaced, the right file may have its second key only.
+    """
+    limit = receipts_limit(manifest.layout)
+    other = None
+    for key in (RECEIPTS, pinned_receipts_key(str(manifest.receipts))):
         found = storage.get(key, limit=limit)
-        if found is not None and sha256_hex(found) == expected:
-            if objects is not None:
-                objects.keep(expected, [found])
-            return found
-        any_found = any_found or found
-    if any_found is not None:
-        raise CorruptCache(f"{storage.url}: {RECEIPTS} is damaged: its SHA-256 differs from the one in {MANIFEST}")
-    return None
+        if found is not None and sha256_hex(found) == manifest.receipts:
+            return found, True
+        other = other or found
+    return other, False
 
 
 def pinned_receipts_key(sha256: str) -> str:

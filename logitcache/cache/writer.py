@@ -213,7 +213,7 @@ class CacheWriter:
                 opened = self._open_blocks[block]
                 opened.fill(row, piece)
                 opened.inputs.update(inside)
-                if opened.whole:
+                if opened.complete:
                     self._submit(self._open_blocks.pop(block))
             row = piece_stop
 

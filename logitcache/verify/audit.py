@@ -36,7 +36,7 @@ from logitcache.cache.manifest import (
 )
 from logitcache.cache.outputs import output_layouts, outputs_of
 from logitcache.cache.per_cache import fitted_encoding, samples_from_arrays
-from logitcache.cache.records import CacheObject, Records, pinned_receipts_key, stored_manifest
+from logitcache.cache.records import CacheObject, Records, gathered_receipts, stored_manifest
 from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import encoding_from_config
 from logitcache.errors import CorruptCache
@@ -113,21 +113,17 @@ def _all_receipts(storage: Storage, manifest: Manifest, problems: list[Problem])
     """Every receipt that can be read; the problems with the others are added to `problems`."""
     layout = manifest.layout
     receipts: dict[str, Receipt] = {}
-    limit = receipts_limit(layout)
-    gathered = storage.get(RECEIPTS, limit=limit)
+    if manifest.state == "sealed":
+        gathered, is_right = gathered_receipts(storage, manifest)
+        if not is_right:
+            problems.append(Problem("", RECEIPTS, "missing" if gathered is None else "wrong bytes"))
+    else:
+        gathered = storage.get(RECEIPTS, limit=receipts_limit(layout))
     if gathered is not None:
-        if manifest.state == "sealed" and sha256_hex(gathered) != manifest.receipts:
-            # A copy that was interrupted while views were added has them under a second key.
-            pinned = storage.get(pinned_receipts_key(str(manifest.receipts)), limit=limit)
-            gathered = gathered if pinned is None else pinned
-        if manifest.state == "sealed" and sha256_hex(gathered) != manifest.receipts:
-            problems.append(Problem("", RECEIPTS, "wrong bytes"))
         try:
             receipts = read_receipts(gathered, url=storage.url)
         except CorruptCache:
             problems.append(Problem("", RECEIPTS, "damaged"))
-    elif manifest.state == "sealed":
-        problems.append(Problem("", RECEIPTS, "missing"))
     missing = 0
     for name in receipt_names(layout):
         if name in receipts:

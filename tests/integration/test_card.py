@@ -244,6 +244,24 @@ def test_an_edited_card_is_left_alone_until_the_cache_grows(tmp_path: Path) -> N
     assert "| views of each | 2 |" in card(path)
 
 
+def test_a_writer_that_was_killed_between_records_and_card_leaves_no_outdated_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build(tmp_path / "a")
+
+    def killed(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("logitcache.cache.creation.write_missing_card", killed)
+        build(path, num_views=2)
+    assert logitcache.open(path).sealed
+    assert not (path / "README.md").exists()
+
+    build(path, num_views=2)
+    assert "| views of each | 2 |" in card(path)
+
+
 def test_what_a_sealed_cache_says_of_itself_can_be_changed(tmp_path: Path) -> None:
     path = build(tmp_path / "a", card={"license": "mit"})
     before = logitcache.open(path)
