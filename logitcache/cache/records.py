@@ -47,8 +47,9 @@ from logitcache.cache.manifest import (
 )
 from logitcache.cache.objects import ATTEMPTS, PAUSE_SECONDS, ObjectReader
 from logitcache.cache.outputs import output_layouts, outputs_of, row_arrays
+from logitcache.cache.packages import encoding_names, missing_packages, recorded_packages
 from logitcache.digest import array_digest, canonical_json, sha256_hex
-from logitcache.encodings import encoding_from_config
+from logitcache.encodings import ENCODINGS, encoding_from_config
 from logitcache.errors import CorruptCache, LogitCacheError
 from logitcache.storage import Storage
 
@@ -196,12 +197,20 @@ def stored_manifest(storage: Storage) -> Manifest:
 
 
 def check_encoding(manifest: Manifest, *, url: str) -> None:
-    """Compare the arrays in a manifest's layout with those of its encodings, which decode them.
+    """Compare a manifest's arrays with those of its encodings, if the encodings' packages are installed.
 
     Raises:
         CorruptCache: they differ.
+        UsageError: a package can't be imported.
     """
     layout = manifest.layout
+    if manifest.identity.outputs.get(LOGITS) != [layout.num_classes]:
+        raise CorruptCache(f"{url}: {MANIFEST} is damaged: identity.outputs and layout.num_classes differ")
+    if missing_packages(manifest, ENCODINGS) is not None:
+        return  # the bytes can be copied and compared with the receipts; `require_packages` refuses to decode them
+    for name in encoding_names(manifest.identity):
+        if name in ENCODINGS:
+            _ = ENCODINGS[name]  # a package that can't be imported is not the cache's fault
     try:
         encoding = encoding_from_config(manifest.identity.encoding)
         outputs = outputs_of(manifest.identity)
@@ -216,12 +225,12 @@ def check_encoding(manifest: Manifest, *, url: str) -> None:
         or (not outputs_on_disk[output_of(name)].encoding.fitted_arrays and layout.arrays[name] != spec)
         for name, spec in expected.items()
     )
-    if manifest.identity.outputs.get(LOGITS) != [layout.num_classes]:
-        raise CorruptCache(f"{url}: {MANIFEST} is damaged: identity.outputs and layout.num_classes differ")
     if differs or not encoding.fitted_arrays.keys() <= layout.fixed.keys():
         named = ", ".join(f"{name}: {output.encoding!r}" for name, output in outputs.items())
+        versions = ", ".join(f"{package} wrote it" for package in recorded_packages(manifest).values())
         raise CorruptCache(
             f"{url}: {MANIFEST} is damaged: layout.arrays are not those of {encoding!r}{named and f' and {named}'}"
+            f"{versions and f' ({versions})'}"
         )
 
 

@@ -35,6 +35,7 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         "views": f"{manifest.layout.first_view}:{manifest.layout.num_views}",
         "kl_mean": None if contents is None else contents.kl_mean,
         "created": created if isinstance(created, str) else None,
+        **({"encoding_packages": summary.packages} if summary.packages else {}),
         **outputs,
     }
 

@@ -21,7 +21,15 @@ from logitcache.cache.objects import read_object
 from logitcache.cache.reader import LogitCache
 from logitcache.cache.records import CacheObject, Records, description, read_records
 from logitcache.digest import canonical_json, sha256_hex
-from logitcache.errors import CorruptCache, IncompleteCache, NotACache, StorageError, UsageError, unsealed
+from logitcache.errors import (
+    CorruptCache,
+    IncompleteCache,
+    MissingPackage,
+    NotACache,
+    StorageError,
+    UsageError,
+    unsealed,
+)
 from logitcache.progress import Meter, track
 from logitcache.share.publish import (
     PlannedRecords,
@@ -296,7 +304,10 @@ def _delete(target: Storage, keys: Iterable[str]) -> None:
 def _write_card(source: Storage, target: Storage, planned: PlannedRecords, *, same_content: bool) -> None:
     """Copy the source's card, which may have been edited; write a new one where the copy has other views."""
     if not same_content:
-        write_card(LogitCache(target, records=planned.records))
+        try:
+            write_card(LogitCache(target, records=planned.records))
+        except MissingPackage:
+            target.delete(CARD)  # it describes other views
         return
     card = source.get(CARD, limit=MAX_CARD_BYTES)
     if card is not None and len(card) <= MAX_CARD_BYTES and card != target.get(CARD, limit=MAX_CARD_BYTES):

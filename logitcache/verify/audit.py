@@ -34,11 +34,12 @@ from logitcache.cache.manifest import (
     read_receipts,
     receipts_limit,
 )
-from logitcache.cache.outputs import output_layouts, outputs_of
+from logitcache.cache.outputs import OutputLayout, output_layouts, outputs_of
+from logitcache.cache.packages import require_packages
 from logitcache.cache.per_cache import fitted_encoding, samples_from_arrays
 from logitcache.cache.records import CacheObject, Records, gathered_receipts, stored_manifest
 from logitcache.digest import array_digest, sha256_hex
-from logitcache.encodings import encoding_from_config
+from logitcache.encodings import ENCODINGS, encoding_from_config
 from logitcache.errors import CorruptCache
 from logitcache.progress import track
 from logitcache.storage import Storage, open_storage
@@ -73,9 +74,12 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
     Raises:
         NotACache: no cache there.
         CorruptCache: the manifest can't be read.
+        MissingPackage: with `deep`, the encoding comes from a package that is not installed.
     """
     storage = open_storage(location)
     manifest = stored_manifest(storage)
+    if deep:
+        require_packages(manifest, ENCODINGS, url=storage.url)
     layout = manifest.layout
     problems: list[Problem] = []
     records = Records(manifest, _all_receipts(storage, manifest, problems))
@@ -157,8 +161,10 @@ class _Check:
         self._manifest = manifest
         self._sizes = sizes
         self._deep = deep
-        encoding = encoding_from_config(manifest.identity.encoding)
-        self._outputs = output_layouts(encoding, manifest.layout.num_classes, outputs_of(manifest.identity))
+        self._outputs: dict[str, OutputLayout] = {}
+        if deep:  # only then the package of the encoding is needed
+            encoding = encoding_from_config(manifest.identity.encoding)
+            self._outputs = output_layouts(encoding, manifest.layout.num_classes, outputs_of(manifest.identity))
         self._per_cache: dict[str, np.ndarray] = {}
 
     def __call__(self, checked: CacheObject) -> str | None:
