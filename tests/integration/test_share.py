@@ -359,7 +359,10 @@ def test_the_next_view_is_fetched_while_this_one_trains(on: Any, whole: Path, ne
             if thread.name == "logitcache-ahead":
                 thread.join()
         there = {entry.name for entry in nearby.glob("blocks/*/*")}
-        blocks = {view: [entry_name(cache._wanted(Block(view, number))[0]) for number in range(3)] for view in range(4)}
+        blocks = {
+            view: [entry_name(cache._wanted(Block(view, number), "logits")[0]) for number in range(3)]
+            for view in range(4)
+        }
         assert fetched == {view for view, names in blocks.items() if there.issuperset(names)}
 
 
