@@ -120,7 +120,7 @@ def test_every_command_with_data_takes_overrides_and_needs_a_pipeline_for_them(f
     commands.append(("export", folder / "runs/small/seed-0", "--to", "safetensors"))
 
     for command in commands:
-        refused(logitcache(*command, "views.count=1"), 2, "'views.count=1' overrides a key of a pipeline", "add --data")
+        refused(logitcache(*command, "views.count=1"), 2, "'views.count=1' overrides a pipeline key", "add --data")
         refused(logitcache(*command, "views.cuont=1", *data), 2, "unknown key 'views.cuont'")
 
 
