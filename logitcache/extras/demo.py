@@ -36,7 +36,7 @@ class DemoResult:
 
 def embedded_pipeline(overrides: Sequence[str] = ()) -> Pipeline:
     """`pipelines/mnist5k.yaml`, from the checkout or from inside the installed package."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     checkout = here.parent / "pipelines" / "mnist5k.yaml"
     return load_pipeline(checkout if checkout.is_file() else here / "catalog" / "mnist5k.yaml", overrides)
 

@@ -25,8 +25,8 @@ from logitcache.extras.merging.merge import merge
 from logitcache.share.transfer import pull, push
 from logitcache.verify.audit import verify
 from logitcache.verify.repair import repair
-from tests.integration.test_cli import logitcache as run_command
-from tests.integration.test_share import run_json
+from tests.commands import logitcache as run_command
+from tests.commands import run_json
 
 VIEWS, SAMPLES, CLASSES = 2, 40, 6
 SETTINGS: dict[str, Any] = {

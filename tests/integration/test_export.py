@@ -25,8 +25,8 @@ from logitcache.config.schema import Pipeline
 from logitcache.errors import IncompleteCache, StorageError, UsageError
 from logitcache.extras.parquet import export_parquet
 from logitcache.stages.cache_teacher import cache_teacher
+from tests.commands import logitcache as run
 from tests.conftest import PICTURES
-from tests.integration.test_cli import logitcache as run
 
 Make = Callable[..., Pipeline]
 VIEWS, SAMPLES, CLASSES = 2, 100, 12

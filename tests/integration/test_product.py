@@ -36,8 +36,8 @@ from logitcache.extras.student_export.onnx_model import OnnxModel, hold_to_torch
 from logitcache.randomness import keyed_permutation
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students, train_teacher
-from tests.integration.test_cli import logitcache as command
-from tests.integration.test_cli import refused
+from tests.commands import logitcache as command
+from tests.commands import refused
 
 Make = Callable[..., Pipeline]
 NORMALISED = [{"Normalize": {"mean": [0.3], "std": [0.5]}}]
