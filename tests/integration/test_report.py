@@ -862,7 +862,7 @@ def test_runs_say_where_their_labels_came_from(built: Any) -> None:
 
 
 def test_labels_that_a_program_gave_are_not_called_the_caches(built: Any, tmp_path: Path) -> None:
-    """As the demo does for the student that everybody's mistake is made with."""
+    """As the demo does for the student on labels of one clean view."""
     from logitcache.config.schema import load_pipeline
     from logitcache.extras.demo import CleanLabels
     from logitcache.stages.train_student import Bench
@@ -870,7 +870,8 @@ def test_labels_that_a_program_gave_are_not_called_the_caches(built: Any, tmp_pa
     folder, _, _ = built
     cache = open_cache(folder / "tiny.cache")
     bench = Bench(load_pipeline(folder / "tiny.yaml", [f"runs.path={tmp_path}"]))
-    train(bench.job(bench.pipeline.student("small"), 0, labels=CleanLabels(cache, bench.plan, bench.device)))
+    views = logitcache.ViewDataset(bench.data.train, bench.plan)
+    train(bench.job(bench.pipeline.student("small"), 0, labels=CleanLabels(cache, views, bench.device)))
 
     assert ["given by the program"] == [student.labels for student in find_runs(tmp_path, cache).students]
 
