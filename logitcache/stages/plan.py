@@ -1,4 +1,4 @@
-"""Size and fidelity of each encoding, and the time of stage 1, measured on a calibration sample."""
+"""Before the run: what each encoding would cost and lose, and how long the teacher would take."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ from logitcache.train.inference import calibrate, output_shapes, teacher_outputs
 
 @dataclass(frozen=True)
 class Plan:
-    """A table of encodings, smallest first, and the recommended one."""
+    """A table of encodings, cheapest first, and the one to take."""
 
     num_rows: int
-    """Calibration rows that were measured."""
+    """Calibration rows that it rests on."""
     num_classes: int
     fidelities: list[Fidelity]
     recommended: Fidelity
     num_samples: int | None = None
-    """Samples of the whole cache, per view; None for `plan --logits`."""
+    """Of the whole cache, in each view; None where only logits were given."""
     num_views: int | None = None
     samples_per_second: float | None = None
-    """Throughput of the teacher, rendering included, measured on the calibration rows."""
+    """Of the teacher, views rendered; measured on the calibration rows."""
     output_bytes: dict[str, float] = field(default_factory=dict)
-    """Bytes per sample and view of each output other than the logits, by name, measured on one batch."""
+    """Of a sample and view, of each output beside the logits, as the pipeline encodes it; measured on some rows."""
 
     @property
     def hours(self) -> float | None:
-        """Estimated time of `cache-teacher`."""
+        """Of `cache-teacher` at that rate."""
         if self.samples_per_second is None or self.num_samples is None or self.num_views is None:
             return None
         return self.num_samples * self.num_views / self.samples_per_second / 3600
 
     def total_bytes(self, fidelity: Fidelity) -> float | None:
-        """Size of the whole cache with an encoding, other outputs included."""
+        """Of the whole cache in one of the encodings, other outputs and all."""
         if self.num_samples is None or self.num_views is None:
             return None
         row = fidelity.bytes_per_sample + sum(self.output_bytes.values())
@@ -61,10 +61,10 @@ class Plan:
 def plan_pipeline(
     pipeline: Pipeline, *, max_kl: float | None = None, max_bytes: float | None = None, trust: bool = False
 ) -> Plan:
-    """Run the pipeline's teacher on its calibration sample, and measure the encodings on its logits.
+    """Run the pipeline's teacher on its calibration sample, and try the encodings on what it says.
 
     Raises:
-        LogitCacheError: data or teacher are not available, or no encoding is within the limits.
+        LogitCacheError: data or teacher that can't be had, or no encoding within the limits.
     """
     data = resolve_data(pipeline, trust=trust)
     views = ViewDataset(data.train, resolve_plan(pipeline, data, trust=trust))
@@ -90,7 +90,7 @@ def plan_pipeline(
 def measure_outputs(
     pipeline: Pipeline, teacher: nn.Module, views: ViewDataset, device: torch.device
 ) -> dict[str, float]:
-    """Compressed bytes per sample of each output other than the logits, measured on one batch."""
+    """Bytes of a sample, compressed as a block would be, of each output beside the logits; from one batch's rows."""
     outputs = declared_outputs(pipeline.cache.outputs, output_shapes(pipeline, teacher, views))
     if not outputs:
         return {}
@@ -107,10 +107,10 @@ def measure_outputs(
 
 
 def plan_logits(calibration: Calibration, *, max_kl: float | None = None, max_bytes: float | None = None) -> Plan:
-    """Measure the encodings on given logits.
+    """Try the encodings on logits at hand.
 
     Raises:
-        UsageError: no encoding is within the limits, or there are too few rows.
+        UsageError: no encoding within the limits, or too few rows.
     """
     num_rows, num_classes = calibration.logits.shape
     tried = candidates(num_classes, len(calibration.split()[0]))
@@ -122,38 +122,38 @@ def plan_logits(calibration: Calibration, *, max_kl: float | None = None, max_by
 
 
 def read_logits(path: Path, group: str | None = None) -> Calibration:
-    """Read logits from a `.npy` file, or from array `logits` of a `.npz` file, optionally with an array of groups.
+    """Logits from a `.npy` file, or from a `.npz` file's `logits` with, if it is named, a column of groups.
 
     Raises:
-        UsageError: no such file or array, or a wrong shape.
-        InvalidLogits: NaN, +inf, or a row of only -inf.
+        UsageError: no such file, array or shape.
+        InvalidLogits: NaN, +inf or a row of nothing but -inf.
     """
     if path.suffix not in (".npy", ".npz") or not path.is_file():
-        raise UsageError(f"{path}: expected a .npy file, or a .npz file with an array `logits`")
+        raise UsageError(f"{path}: expected a .npy file, or a .npz file that holds `logits`")
     wanted = ["logits", *([] if group is None else [group])]
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         names = ["logits"] if isinstance(loaded, np.ndarray) else list(loaded)
         found = [loaded] if isinstance(loaded, np.ndarray) else [loaded[name] for name in wanted if name in names]
-    except Exception as error:  # NumPy raises many kinds for invalid bytes
+    except Exception as error:  # whatever NumPy raises for bytes that are no arrays
         raise UsageError(f"{path} can't be read: {error}") from error
     for name in wanted:
         if name not in names:
-            raise UsageError(f"{path} has no array {name!r}; it has: {', '.join(names)}")
+            raise UsageError(f"{path} holds no array {name!r}; it has: {', '.join(names)}")
     logits, groups = found[0], None if group is None else found[1]
     if logits.ndim != 2 or logits.shape[1] < 2 or logits.dtype.kind != "f":
         raise UsageError(
-            f"{path}: logits are {logits.dtype} {logits.shape}; expected floats (M, C) with C >= 2 classes"
+            f"{path}: logits are {logits.dtype} {logits.shape}; expected floats (M, C) of two or more classes"
         )
     if groups is not None and groups.shape != (len(logits),):
-        raise UsageError(f"{path}: {group} is {groups.shape}; expected ({len(logits)},), one group per row")
+        raise UsageError(f"{path}: {group} is {groups.shape}; expected one for each of the {len(logits)} rows")
     if not np.isfinite(np.max(logits, axis=1)).all():
-        raise InvalidLogits(f"{path}: logits contain NaN or +inf, or a row of only -inf")
+        raise InvalidLogits(f"{path}: logits hold NaN or +inf, or a row of nothing but -inf")
     return Calibration(logits, groups)
 
 
 def pareto_front(fidelities: Sequence[Fidelity]) -> list[Fidelity]:
-    """Encodings that no other one beats in both bytes and KL at T = 1, smallest first."""
+    """Those that no other one beats in bytes and KL at T = 1 both, cheapest first."""
     front: list[Fidelity] = []
     for each in sorted(fidelities, key=lambda each: (each.bytes_per_sample, each.kl[1.0])):
         if np.isfinite(each.kl[1.0]) and (not front or each.kl[1.0] < front[-1].kl[1.0]):
@@ -162,19 +162,19 @@ def pareto_front(fidelities: Sequence[Fidelity]) -> list[Fidelity]:
 
 
 def check_plot(path: Path) -> None:
-    """Check that a plot can be written, before anything is computed.
+    """Refuse a plot that can't be made, before anything is computed for it.
 
     Raises:
-        UsageError: the suffix is not .png, the folder does not exist, or matplotlib is not installed.
+        UsageError: another suffix than .png, no such folder, or matplotlib is not installed.
     """
     if path.suffix != ".png" or not path.absolute().parent.is_dir():
-        raise UsageError(f"--plot expects a .png file in an existing folder, not {path}")
+        raise UsageError(f"--plot writes a .png file into a folder that is there, not {path}")
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("a plot needs matplotlib: pip install 'logitcache[plot]'")
 
 
 def plot(plan: Plan, path: Path) -> None:
-    """Plot KL against bytes: one point per encoding, and the Pareto front.
+    """KL against bytes, a point for each encoding, and the Pareto front.
 
     Raises:
         UsageError: see `check_plot`.
@@ -195,7 +195,7 @@ def plot(plan: Plan, path: Path) -> None:
         place = (plan.recommended.bytes_per_sample, plan.recommended.kl[1.0])
         axes.annotate("recommended", place, xytext=(8, 8), textcoords="offset points")
     axes.set(
-        xscale="log", yscale="log", xlabel="bytes per sample, compressed", ylabel="KL(teacher ‖ decoded) at T = 1, nats"
+        xscale="log", yscale="log", xlabel="bytes a sample, compressed", ylabel="KL(teacher ‖ decoded) at T = 1, nats"
     )
     axes.grid(which="both", alpha=0.2)
     axes.legend()
