@@ -28,9 +28,7 @@ PipelineArgument = Annotated[Path, typer.Argument(help="Pipeline file, such as p
 CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Directory or URL of a cache.")]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...", help="Pipeline keys to override: views.count=4 cache.encoding='TopK(k=5)'"
-    ),
+    typer.Argument(metavar="KEY=VALUE", help="Keys to override: views.count=4 cache.encoding='TopK(k=5)'"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else.")]
 TrustOption = Annotated[

@@ -124,7 +124,7 @@ def run_command(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="PIPELINE... [KEY=VALUE]...",
+            metavar="PIPELINE|KEY=VALUE",
             help="Pipeline file, and keys to override. With --dry-run, any number of pipeline and federation files.",
         ),
     ],
