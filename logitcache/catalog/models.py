@@ -99,15 +99,31 @@ def build_model(
     return model
 
 
-def _torchvision_model(
-    name: str, num_classes: int, weights: str | None, args: dict[str, Any], new_head: bool
-) -> nn.Module:
+def check_model_name(name: str, *, trust: bool) -> None:
+    """Check that a model of this name exists, without building it; an entry point is imported.
+
+    Raises:
+        UsageError: unknown model, or an entry point that can't be imported.
+    """
+    if is_entry_point(name):
+        load_entry_point(name, trust=trust)
+        return
+    if name in MODELS:
+        return
     import torchvision
 
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         expected = f"package.module:function, a torchvision classifier, or one of: {', '.join(MODELS)}"
         raise UsageError(unknown_name("model", name, [*MODELS, *known], expected))
+
+
+def _torchvision_model(
+    name: str, num_classes: int, weights: str | None, args: dict[str, Any], new_head: bool
+) -> nn.Module:
+    import torchvision
+
+    check_model_name(name, trust=False)
     if weights is None:
         if name in ("googlenet", "inception_v3"):
             args.setdefault("aux_logits", False)  # else they give more than logits in training

@@ -2,7 +2,7 @@
 
 Five processes that read and evict for a minute, one of them killed every six seconds:
 
-    python -m tests.contract.test_blockdir 60
+    python -m tests.durability.test_blockdir 60
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def test_a_pipe_in_the_place_of_the_count_blocks_nobody(tmp_path: Path) -> None:
     (tmp_path / "nearby/bytes").unlink()
     occupy(tmp_path / "nearby/bytes", "pipe")
 
-    with pytest.raises(StorageError, match="can't keep blocks"):
+    with pytest.raises(StorageError, match="can't store blocks"):
         directory.put("b" * 64, b"two")
     assert b"one" == directory.get("a" * 64)
 
@@ -137,7 +137,7 @@ def test_a_directory_that_can_only_be_read_is_read(monkeypatch: pytest.MonkeyPat
         expected = logitcache.open(f"{server.url}/a.cache").view(0, ahead=False).logits(range(SAMPLES))
         with nobody(folder / "nearby"):
             cache = logitcache.open(f"{server.url}/a.cache")
-            with pytest.warns(RuntimeWarning, match="can't keep blocks"):
+            with pytest.warns(RuntimeWarning, match="can't store blocks"):
                 cache.view(1, ahead=False)
             before = sum(server.counts.values())
             found = cache.view(0, ahead=False).logits(range(SAMPLES))
@@ -232,7 +232,7 @@ def size(path: Path) -> int:
 
 
 def test_five_processes_read_and_evict_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`python -m tests.contract.test_blockdir 60` for longer, and with some of them killed."""
+    """`python -m tests.durability.test_blockdir 60` for longer, and with some of them killed."""
     monkeypatch.setenv("LOGITCACHE_CACHE_DIR", "")
     monkeypatch.setenv("LOGITCACHE_CACHE_GB", "")
     reads, _, most = together(2, tmp_path, kill=False)
