@@ -207,6 +207,23 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
             )
 
 
+SITE, REPOSITORY = "https://logitcache.readthedocs.io/en/latest/", "https://github.com/logitcache/logitcache/blob/main/"
+
+
+def test_links_of_the_readme_are_absolute_and_lead_to_files_of_the_repository() -> None:
+    """The README is also shown by package indices, where relative links break."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", README)
+    files = [
+        re.sub(r"(?:\.html|/)$", ".md", target.replace(SITE, "docs/")).replace("docs.md", "docs/index.md")
+        if target.startswith(SITE)
+        else target.removeprefix(REPOSITORY)
+        for target in targets
+    ]
+
+    assert len(files) > 8
+    assert [] == [file for file in files if not (CHECKOUT / file).is_file()]
+
+
 def _sections() -> dict[str, Any]:
     from logitcache.config import schema
 
