@@ -98,6 +98,7 @@ DRAWER = """
 import os
 from pathlib import Path
 
+from logitcache.storage import LocalStorage
 
 
 def open_drawer(url: str) -> LocalStorage:
@@ -232,7 +233,7 @@ def test_bytes_are_verified_without_the_package_and_values_are_not(cache: Path, 
     with pytest.raises(MissingPackage, match=MESSAGE):
         verify(str(tmp_path / "a.cache"), deep=True)
 
-    next((tmp_path / "a.cache" / "labels.zarr" / "steps" / "c" / "1").rglob("0")).unlink()
+    (tmp_path / "a.cache" / "labels.zarr" / "steps" / "c" / "1" / "0" / "0").unlink()
 
     assert ["missing"] == [problem.kind for problem in verify(str(tmp_path / "a.cache"))]
 
@@ -258,7 +259,7 @@ def test_commands_note_the_missing_package(built: Path, cache: Path, tmp_path: P
     for name, ended in found.items():
         assert 0 == ended.returncode, ended.stderr
         assert name.startswith("ls") or re.search(f"note: the {MESSAGE}", ended.stderr)
-    assert "{'grid': 'grid-codec 0.1.0'}" in found[f"info {cache}"].stdout
+    assert "name grid-codec, version 0.1.0" in found[f"info {cache}"].stdout
 
 
 def test_info_needs_neither_torch_nor_the_package(built: Path, cache: Path) -> None:
