@@ -219,6 +219,21 @@ def test_a_wheels_encoding_loss_dataset_and_store_serve_a_pipeline(built: Path, 
     assert {"grid": {"name": "grid-codec", "version": "0.1.0"}} == recorded
 
 
+def test_the_documented_encoding_passes_the_contract_suite(built: Path) -> None:
+    (built / "test_grid.py").write_text(
+        "from grid_codec import Grid\nfrom logitcache.testing import EncodingContract\n\n\n"
+        "class TestGrid(EncodingContract):\n    encoding = Grid(step=0.02)\n    largest_kl = 1e-3\n"
+    )
+    ended = python(
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", built, "test_grid.py"),
+        cwd=built,
+        path=[CHECKOUT, built / "packages"],
+    )
+
+    assert 0 == ended.returncode, ended.stdout
+    assert " passed" in ended.stdout
+
+
 # Without the package, which this process does not find.
 
 
