@@ -9,17 +9,12 @@ from typing import Any
 import pytest
 
 import logitcache
-from logitcache.catalog.datasets import DATASETS
-from logitcache.catalog.initialisations import INITIALISATIONS
-from logitcache.catalog.models import MODELS
-from logitcache.data.batching import COLLATES
-from logitcache.data.transforms import TRANSFORMS, build_transform
+from logitcache.data.transforms import build_transform
 from logitcache.encodings import ENCODINGS, Dense
 from logitcache.errors import UntrustedCode, UsageError
-from logitcache.losses import FEATURE_LOSSES, LOSSES
 from logitcache.registry import Package, Registry, offered
-from logitcache.storage import STORES, open_storage
-from logitcache.train.tracking import TRACKERS, load_tracker
+from logitcache.storage import open_storage
+from logitcache.train.tracking import load_tracker
 
 
 class Shape:
@@ -165,18 +160,6 @@ def test_an_encoding_that_no_reader_could_find_is_refused(tmp_path: Path) -> Non
 def test_every_kind_has_the_same_message(configure: Callable[[], object], message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         configure()
-
-
-def test_the_documentation_lists_every_group() -> None:
-    page = next((Path(__file__).parents[2] / "docs").rglob("plugins.md")).read_text()
-    registries = (
-        *(ENCODINGS, LOSSES, FEATURE_LOSSES, DATASETS, MODELS, TRANSFORMS, COLLATES, STORES, TRACKERS),
-        INITIALISATIONS,
-    )
-
-    assert {registry.group for registry in registries} == set(
-        re.findall(r"^\| `(logitcache\.\w+)`", page, re.MULTILINE)
-    )
 
 
 TRANSFORMS_OF_OTHERS = """
