@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The demo needs few packages: an environment of its own, unless the one for development is there.
 DEMO_VENV := $(if $(wildcard $(VENV)/installed),$(VENV),$(VENV)/demo)
 
-.PHONY: demo test lint type format bench clean
+.PHONY: demo test lint type format docs bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ type: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/installed  ## The documentation site, in build/site
+	$(BIN)/mkdocs build --quiet
 
 bench: $(VENV)/installed  ## Measure on this machine, into benchmarks/results/; trust.py needs a commit to compare with
 	$(BIN)/python benchmarks/stage1.py --write
