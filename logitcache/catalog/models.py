@@ -107,7 +107,7 @@ def check_model_name(name: str, *, trust: bool) -> None:
         UsageError: unknown model, or an entry point that can't be imported.
     """
     if is_entry_point(name):
-        load_entry_point(name, trust=trust)
+        MODELS.resolve(name, trust=trust)
         return
     if name in MODELS:
         return
