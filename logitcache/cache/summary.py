@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from logitcache.cache.manifest import MANIFEST, MAX_MANIFEST_BYTES, Contents, Manifest, read_manifest
@@ -41,9 +41,9 @@ class Summary:
         return _spelled(self.manifest.identity.encoding)
 
     @property
-    def packages(self) -> dict[str, str]:
+    def packages(self) -> dict[str, dict[str, str]]:
         """Name and version of the package that each encoding comes from, unless it is built in."""
-        return {name: str(package) for name, package in recorded_packages(self.manifest).items()}
+        return {name: asdict(package) for name, package in recorded_packages(self.manifest).items()}
 
     @property
     def missing_packages(self) -> str | None:
