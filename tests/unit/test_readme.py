@@ -207,6 +207,15 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
             )
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(CHECKOUT).as_posix())
+def test_every_test_and_script_that_a_page_names_exists(page: Path) -> None:
+    text = page.read_text()
+    named = re.findall(r"`(?:python )?((?:tests|benchmarks|logitcache|pipelines)/[\w/]+\.\w+)", text)
+    named += [module.replace(".", "/") + ".py" for module in re.findall(r"`python -m (tests[.\w]+)", text)]
+
+    assert [] == [file for file in named if not (CHECKOUT / file).is_file()]
+
+
 SITE, REPOSITORY = "https://logitcache.readthedocs.io/en/latest/", "https://github.com/logitcache/logitcache/blob/main/"
 
 
