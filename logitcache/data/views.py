@@ -232,7 +232,8 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         self.preprocess = plan.preprocess if preprocess is None else preprocess
         self._preprocess = adapt_transform(self.preprocess)
         # In shared memory, so that DataLoader workers that persist see a new view, and each other's checks.
-        self._view: Tensor = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        first = torch.tensor([0 if plan.views is None else plan.views.start])
+        self._view: Tensor = first.share_memory_()  # type: ignore[no-untyped-call]
         checked = torch.zeros(len(dataset), dtype=torch.bool)
         self._shared_checked: Tensor = checked.share_memory_()  # type: ignore[no-untyped-call]
         # Asked for every sample: NumPy answers thirty times as fast as torch.
@@ -258,7 +259,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         Raises:
             UsageError: a view that the plan does not have.
         """
-        self._view[0] = self._checked_view(view)
+        self._view[0] = self.check_view(view)
         return view
 
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[int, Any, Any]:
@@ -312,7 +313,12 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         found = np.flatnonzero(np.asarray(self.rows) == row)
         return int(found[0]) if len(found) else None
 
-    def _checked_view(self, view: int) -> int:
+    def check_view(self, view: int) -> int:
+        """The view number, checked.
+
+        Raises:
+            UsageError: the plan does not have this view.
+        """
         if view < 0 or (self.plan.views is not None and view not in self.plan.views):
             known = self.plan.views
             expected = "at least 0" if known is None else f"{known.start} to {known.stop - 1}, those of the cache"
@@ -320,7 +326,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         return view
 
     def _render(self, view: int, index: int) -> tuple[int, Any, Any]:
-        self._checked_view(view)
+        self.check_view(view)
         index = operator.index(index)
         if not 0 <= index < len(self.dataset):
             raise IndexBeyondEnd(
