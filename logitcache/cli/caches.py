@@ -64,8 +64,9 @@ def info_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
     """What a cache is."""
     from logitcache.cache.summary import summarise
 
-    summary = cache_summary(summarise(cache))
-    show(summary, as_json, lambda: print_mapping(cache, summary))
+    found = summarise(cache)
+    summary = cache_summary(found)
+    show(summary, as_json, lambda: print_mapping(f"{found.names.title} ({cache})", summary))
 
 
 @app.command("ls")
