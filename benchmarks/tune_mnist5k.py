@@ -14,7 +14,8 @@ from measuring import TINY_MNIST5K, fresh_folder, options, parse, table
 
 from logitcache.extras.demo import ALL, MATCHED, TENTH, embedded_pipeline
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Bench, summarise, train_teacher
+from logitcache.stages.train_student import Experiment, summarise
+from logitcache.stages.train_teacher import train_teacher
 from logitcache.train.loop import train
 
 
@@ -32,7 +33,7 @@ def main() -> None:
     pipeline = embedded_pipeline([*paths, *tiny, *arguments.overrides])
     train_teacher(pipeline)
     cache_teacher(pipeline)
-    bench = Bench(pipeline)
+    bench = Experiment(pipeline)
     cases = [(name, rate, None) for name in (TENTH, ALL) for rate in arguments.rates]
     cases += [(MATCHED, rate, temperature) for rate in arguments.rates for temperature in arguments.temperatures]
     print(table(["setting", "validation accuracy, %"], []))

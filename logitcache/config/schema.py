@@ -21,7 +21,7 @@ from logitcache.entry_points import is_entry_point
 from logitcache.errors import UsageError
 from logitcache.losses import Loss, loss_from_config
 from logitcache.train.hint_config import hints_config
-from logitcache.train.weighting import weights_config, weights_from_config
+from logitcache.train.weighting import NONE, weights_config, weights_from_config
 
 
 class Section(BaseModel):
@@ -65,11 +65,11 @@ class DataConfig(Section):
     """Take the place of one of several parties, whose parts of the training split have nothing in common."""
 
     def source(self) -> tuple[Any, ...]:
-        """What its samples are taken from, whichever of them: keys of one source name the same samples."""
+        """Dataset, folder and arguments: equal where equal sample keys name the same samples."""
         return self.name, self.root, self.args
 
     def identity(self) -> dict[str, Any]:
-        """The data as part of what a run is: not where they lie, nor what was not asked for."""
+        """The data's part of a run's identity: without its location and unset options."""
         unasked = {name for name in ("part", "collate") if getattr(self, name) is None}
         return self.model_dump(exclude={"root", "download"} | unasked)
 
@@ -96,6 +96,10 @@ class ViewsConfig(Section):
     @classmethod
     def _normal_form(cls, value: Any) -> Any:
         return None if value in (None, "clean", []) else normalise_spec(value)
+
+    def identity(self) -> dict[str, Any]:
+        """The views' part of a run's identity."""
+        return self.model_dump(exclude={"count"})
 
 
 class TrainConfig(Section):
@@ -135,6 +139,10 @@ class TrainConfig(Section):
     def _one_seed(cls, value: Any) -> Any:
         return [value] if isinstance(value, int) else value
 
+    def identity(self, seed: int) -> dict[str, Any]:
+        """The training settings' part of a run's identity."""
+        return self.model_dump(exclude={"seeds"}) | {"seed": seed}
+
 
 class ModelConfig(Section):
     """A net, by name."""
@@ -166,6 +174,10 @@ class TeacherConfig(ModelConfig):
     """Rows that the teacher sees at once in stage 1; batches never straddle blocks."""
     train: dict[str, Any] = {}
     """Overrides of the pipeline's `train` for `train-teacher`."""
+
+    def identity(self) -> dict[str, Any]:
+        """The teacher's part of the identity of its own training run: without settings of inference."""
+        return self.model_dump(exclude={"batch_size", "compile", "channels_last", "precision"})
 
 
 class CacheConfig(Section):
@@ -261,8 +273,14 @@ class StudentConfig(ModelConfig):
         if self.init is not None and self.weights is not None:
             raise ValueError("a student starts from `weights` or from its teacher (`init`); give one of the two")
         if self.hints and isinstance(self.labels, TeachersConfig):
-            raise ValueError("only logits of several teachers are put together; `hints` take the labels of one cache")
+            raise ValueError("`hints` need the labels of one cache; several teachers give combined logits only")
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """The student's part of its run's identity: without `train`, which has a part of its own, and unset options."""
+        unset: dict[str, Any] = {"init": None, "sample_weights": {"name": NONE}, "sampler": NONE, "hints": []}
+        stated = self.model_dump(exclude={"train"})
+        return {key: value for key, value in stated.items() if key not in unset or value != unset[key]}
 
 
 class RunsConfig(Section):
@@ -334,8 +352,17 @@ class Pipeline(Section):
         """A student's loss."""
         return loss_from_config(student.loss)
 
+    def run_identity(self, owner: TeacherConfig | StudentConfig, seed: int) -> dict[str, Any]:
+        """What one run of training computes, as `run.yaml` records it; a student's label source adds to it."""
+        return {
+            "teacher" if isinstance(owner, TeacherConfig) else "student": owner.identity(),
+            "train": self.train_config(owner).identity(seed),
+            "data": self.data.identity(),
+            "views": self.views.identity(),
+        }
+
     def as_yaml(self) -> str:
-        """The resolved pipeline, every default written out."""
+        """The resolved pipeline as YAML, with every default."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 

@@ -17,7 +17,8 @@ from logitcache.data.index import split_index
 from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.extras.report import check_installed, write_report
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Bench, Row, summarise, train_teacher
+from logitcache.stages.train_student import Experiment, Row, summarise
+from logitcache.stages.train_teacher import train_teacher
 from logitcache.train.loop import train
 
 # B batch, C classes
@@ -56,7 +57,7 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> DemoResult:
     )
     cache_teacher(clean)
 
-    bench = Bench(pipeline)
+    bench = Experiment(pipeline)
     clean_labels = CleanLabels(open_cache(clean.cache.path), bench.plan, bench.device)
     # The mistake is no pipeline's business: nothing but this demonstration can ask for it.
     mismatched = pipeline.student(MATCHED).model_copy(update={"name": MISMATCHED})

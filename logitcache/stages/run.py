@@ -1,17 +1,17 @@
-"""A pipeline from end to end, skipping what is done."""
+"""Runs all stages of a pipeline, and skips those that are done."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from logitcache.cache.reader import open_cache
-from logitcache.config.build import TRAINED, resolve_data, resolve_plan, teacher_folder
+from logitcache.config.build import TRAINED, resolve_data, resolve_plan, student_folder, teacher_folder
 from logitcache.config.schema import Pipeline
 from logitcache.errors import NotACache, UsageError
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Row, train_students, train_teacher
+from logitcache.stages.train_student import Row, train_students
+from logitcache.stages.train_teacher import train_teacher
 from logitcache.train.ranks import launched
 from logitcache.train.runs import RESULT
 
@@ -26,7 +26,7 @@ class Step:
 
 
 def plan_run(pipeline: Pipeline, *, trust: bool = False) -> list[Step]:
-    """What `run_pipeline` would do; loads the data and builds the transforms, so that they are known to work."""
+    """The stages of `run_pipeline`; loads the data and builds the transforms, to check them."""
     data = resolve_data(pipeline, trust=trust)
     resolve_plan(pipeline, data, trust=trust)
     steps = []
@@ -36,21 +36,20 @@ def plan_run(pipeline: Pipeline, *, trust: bool = False) -> list[Step]:
     steps.append(Step("cache-teacher", f"{what} -> {pipeline.cache.path}", _cached(pipeline)))
     for student in pipeline.students:
         seeds = pipeline.train_config(student).seeds
-        folders = [Path(pipeline.runs.path) / student.name / f"seed-{seed}" for seed in seeds]
-        done = all((folder / RESULT).is_file() for folder in folders)
+        done = all((student_folder(pipeline, student.name, seed) / RESULT).is_file() for seed in seeds)
         steps.append(Step("train-student", f"{student.name} ({student.model}), {len(seeds)} seeds", done))
     return steps
 
 
 def run_pipeline(pipeline: Pipeline, *, trust: bool = False) -> list[Row]:
-    """Teacher, cache and students of a pipeline; each stage goes on from where it was left.
+    """Train the teacher, build the cache and train the students; each stage resumes where it was interrupted.
 
     Raises:
-        UsageError: under `torchrun`, which starts the processes of one stage.
+        UsageError: started by `torchrun`.
     """
     if launched():
         raise UsageError(
-            "`run` takes one stage after another in one process; with torchrun start the stages one by one: "
+            "`run` runs all stages in one process; with torchrun start each stage on its own: "
             "train-teacher, cache-teacher, train-student"
         )
     if pipeline.teacher.weights == TRAINED:

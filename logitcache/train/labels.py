@@ -12,7 +12,7 @@ from logitcache.cache.labelview import View
 from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache
 from logitcache.data.views import ViewDataset
-from logitcache.train.inference import AskedTeacher
+from logitcache.train.inference import TeacherRunner
 
 # B batch, C classes
 
@@ -151,7 +151,7 @@ class EnsembleLabels:
 class LiveLabels:
     """Labels from the teacher, run on every batch: what a cache saves."""
 
-    def __init__(self, teacher: AskedTeacher, *, needs_teacher_inputs: bool) -> None:
+    def __init__(self, teacher: TeacherRunner, *, needs_teacher_inputs: bool) -> None:
         self.needs_teacher_inputs = needs_teacher_inputs
         self._teacher = teacher
 

@@ -32,9 +32,9 @@ from logitcache.randomness import preserved_generators, seed_generators
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.job import Job
 from logitcache.train.labels import OutputLabels
-from logitcache.train.optimizer import Updates, WeightAverage
+from logitcache.train.optimizer import OptimizerStep, WeightAverage
 from logitcache.train.ranks import ALONE, Ranks
-from logitcache.train.runs import CHECKPOINT, FROM_START, RESOLVED, Onlooker, RunFolder
+from logitcache.train.runs import CHECKPOINT, FROM_START, RESOLVED, NullRunFolder, RunFolder
 from logitcache.train.step import losses
 
 # B batch, C classes
@@ -86,7 +86,7 @@ def begin(job: Job, ranks: Ranks = ALONE) -> Run | dict[str, Any]:
     Raises:
         UsageError: the folder holds a run of another configuration.
     """
-    folder = Onlooker() if ranks.rank else RunFolder(job.folder, job.identity)
+    folder = NullRunFolder() if ranks.rank else RunFolder(job.folder, job.identity)
     finished = ranks.from_first(lambda: folder.result(job.name, job.seed))
     if finished is not None:
         return finished
@@ -99,25 +99,26 @@ def train_epoch(run: Run, loader: Iterator[Batch], meter: Meter) -> None:
     """Take one run through its next epoch, or through the rest of one that was interrupted."""
     run.begin_epoch()
     while run.in_epoch:
-        run.take(*next(loader))
+        run.train_step(*next(loader))
         meter.advance()
     meter.advance(0, note=run.end_epoch())
 
 
 class Run:
-    """A job under way: `begin_epoch`, `take` each rendered batch of it, `end_epoch`, until `done`; then `finish`.
+    """A job in progress.
 
-    All that it needs between two batches is its own, so several runs may take turns in one process, batch by batch,
-    each with the bits that it would have alone. Batches come in the order of `places`. It goes on from the folder's
-    checkpoint, and leaves one there at the end of each epoch and every `checkpoint_steps`.
+    Until `done`, call `begin_epoch`, then `train_step` on each rendered batch of the epoch in the order of `places`,
+    then `end_epoch`; after that, `finish`. A run owns all state between two batches, so several runs may alternate in
+    one process, batch by batch, with the same bits as alone. It resumes from the folder's checkpoint, and writes one at
+    the end of each epoch and every `checkpoint_steps`.
 
     Args:
         job: what to train.
-        folder: where it goes on from, and what it leaves its results in.
+        folder: of checkpoints and results.
         ranks: the processes that train together; each calls the same methods, with its share of every batch.
     """
 
-    def __init__(self, job: Job, folder: RunFolder | Onlooker, ranks: Ranks = ALONE) -> None:
+    def __init__(self, job: Job, folder: RunFolder | NullRunFolder, ranks: Ranks = ALONE) -> None:
         self.job = job
         self.folder = folder
         self.ranks = ranks
@@ -139,7 +140,7 @@ class Run:
         self._net = cast(
             "nn.Module", torch.compile(self._parallel, dynamic=False) if config.compile else self._parallel
         )
-        self._updates = Updates(whole, config, job.device, self.steps_per_epoch)
+        self._updates = OptimizerStep(whole, config, job.device, self.steps_per_epoch)
         self._average = None if config.ema is None else WeightAverage(self.model, config.ema)
         self.state = _State()
         self.done = False
@@ -205,7 +206,7 @@ class Run:
             following = job.view_of(self._epoch + 1) if next_needed else None
             job.labels.start_view(job.view_of(self._epoch), following)
 
-    def take(self, index: Tensor, inputs: Any, targets: Any) -> None:
+    def train_step(self, index: Tensor, inputs: Any, targets: Any) -> None:
         """Train on one rendered batch, or on this process's share of it.
 
         Args:

@@ -38,7 +38,7 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     return config.lr * _half_cosine(1.0, 0.0, min((step - warmup) / max(total - warmup, 1), 1.0))
 
 
-class Updates:
+class OptimizerStep:
     """Turns losses into changes of a model's weights.
 
     Args:

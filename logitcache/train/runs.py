@@ -282,7 +282,7 @@ class RunFolder:
             raise CorruptRun(f"{error}; delete it to train from the start") from error
 
 
-class Onlooker:
+class NullRunFolder:
     """A run's folder as every process but the first has it, where several train one net: nothing is written.
 
     What is in it comes from the first process.

@@ -91,7 +91,7 @@ def _until_one_is_done(runs: Sequence[Run], meter: Meter) -> None:
             if not run.in_epoch:
                 run.begin_epoch()
             # A net may change its input in place; the last one may do so with the original.
-            run.take(index, mine if position + 1 == len(at_step) else _copied(mine), targets)
+            run.train_step(index, mine if position + 1 == len(at_step) else _copied(mine), targets)
             meter.advance()
             if not run.in_epoch:
                 meter.advance(0, note=f"{run.job.name}: {run.end_epoch()}")

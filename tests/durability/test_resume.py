@@ -20,9 +20,10 @@ from logitcache.checksums import CHECKSUMS
 from logitcache.config.schema import Pipeline
 from logitcache.errors import CorruptRun, UsageError
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Bench, train_students, train_teacher
+from logitcache.stages.train_student import Experiment, train_students
+from logitcache.stages.train_teacher import train_teacher
 from logitcache.train.finished import read_run
-from logitcache.train.optimizer import Updates
+from logitcache.train.optimizer import OptimizerStep
 from logitcache.train.runs import CHECKPOINT, CONFIG, METRICS, RESULT, RunFolder
 from tests.integration.test_stages import log, same, weights
 
@@ -47,16 +48,16 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Trains seed 0 (and seed 1 before it, where asked) of `small`, and stops in a step; its folder."""
 
     def interrupt(pipeline: Pipeline, step: int, seed: int = 0) -> Path:
-        apply = Updates.apply
+        apply = OptimizerStep.apply
 
-        def stopping(updates: Updates, at: int) -> None:
+        def stopping(updates: OptimizerStep, at: int) -> None:
             if at == step:
                 raise Interrupted
             apply(updates, at)
 
         only = pipeline.model_copy(update={"train": pipeline.train.model_copy(update={"seeds": [seed]})})
         with monkeypatch.context() as patched, pytest.raises(Interrupted):
-            patched.setattr(Updates, "apply", stopping)
+            patched.setattr(OptimizerStep, "apply", stopping)
             train_students(only, ["small"])
         return Path(pipeline.runs.path) / "small" / f"seed-{seed}"
 
@@ -64,7 +65,7 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
 
 
 def folder_of(pipeline: Pipeline, seed: int = 0) -> RunFolder:
-    job = Bench(pipeline).job(pipeline.student("small"), seed)
+    job = Experiment(pipeline).job(pipeline.student("small"), seed)
     return RunFolder(job.folder, job.identity)
 
 

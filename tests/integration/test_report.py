@@ -36,7 +36,8 @@ from logitcache.extras.report.trees import drawn_nodes, mean_use, paths
 from logitcache.extras.report.words import ClassNames, decimal, name_of, percent, size
 from logitcache.extras.soft_tree import SoftTree
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Row, train_students, train_teacher
+from logitcache.stages.train_student import Row, train_students
+from logitcache.stages.train_teacher import train_teacher
 from logitcache.train.loop import train
 from tests.conftest import PICTURES
 from tests.integration.test_cli import logitcache as command
@@ -865,12 +866,16 @@ def test_labels_that_a_program_gave_are_not_called_the_caches(built: Any, tmp_pa
     """As the demo does for the student that everybody's mistake is made with."""
     from logitcache.config.schema import load_pipeline
     from logitcache.extras.demo import CleanLabels
-    from logitcache.stages.train_student import Bench
+    from logitcache.stages.train_student import Experiment
 
     folder, _, _ = built
     cache = open_cache(folder / "tiny.cache")
-    bench = Bench(load_pipeline(folder / "tiny.yaml", [f"runs.path={tmp_path}"]))
-    train(bench.job(bench.pipeline.student("small"), 0, labels=CleanLabels(cache, bench.plan, bench.device)))
+    experiment = Experiment(load_pipeline(folder / "tiny.yaml", [f"runs.path={tmp_path}"]))
+    train(
+        experiment.job(
+            experiment.pipeline.student("small"), 0, labels=CleanLabels(cache, experiment.plan, experiment.device)
+        )
+    )
 
     assert ["given by the program"] == [student.labels for student in find_runs(tmp_path, cache).students]
 

@@ -18,7 +18,7 @@ from logitcache.config.build import resolve_data
 from logitcache.config.schema import Pipeline, load_pipeline
 from logitcache.losses import LOSSES, loss_from_config
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import train_teacher
+from logitcache.stages.train_teacher import train_teacher
 
 CHECKOUT = Path(__file__).parents[2]
 README = (CHECKOUT / "README.md").read_text()
