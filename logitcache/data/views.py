@@ -77,6 +77,19 @@ class Mixture:
     box: tuple[float, float] | None = None
     """Centre (row, column) of CutMix's patch in [0, 1]; None for mixup."""
 
+    def patch(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(top, bottom), (left, right) of CutMix's patch in an image of this size, cut off where the image ends."""
+        assert self.box is not None
+        side = (1.0 - self.weight) ** 0.5
+        return _span(self.box[0], side, height), _span(self.box[1], side, width)
+
+    def weight_in(self, height: int, width: int) -> float:
+        """The weight that the sample itself keeps in an image of this size: CutMix loses what lies outside."""
+        if self.box is None:
+            return self.weight
+        (top, bottom), (left, right) = self.patch(height, width)
+        return 1.0 - (bottom - top) * (right - left) / (height * width)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ViewPlan:
@@ -422,12 +435,10 @@ def _mix(pixels: Any, other: Any, mixture: Mixture) -> tuple[Tensor, float]:
     if mixture.box is None:
         return torch.lerp(other, pixels, mixture.weight), mixture.weight
     height, width = pixels.shape[-2:]
-    side = (1.0 - mixture.weight) ** 0.5
-    top, bottom = _span(mixture.box[0], side, height)
-    left, right = _span(mixture.box[1], side, width)
+    (top, bottom), (left, right) = mixture.patch(height, width)
     pixels = pixels.clone()
     pixels[..., top:bottom, left:right] = other[..., top:bottom, left:right]
-    return pixels, 1.0 - (bottom - top) * (right - left) / (height * width)
+    return pixels, mixture.weight_in(height, width)
 
 
 def _span(centre: float, side: float, length: int) -> tuple[int, int]:

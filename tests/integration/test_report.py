@@ -863,7 +863,7 @@ def test_runs_say_where_their_labels_came_from(built: Any) -> None:
 
 
 def test_labels_that_a_program_gave_are_not_called_the_caches(built: Any, tmp_path: Path) -> None:
-    """As the demo does for the student that everybody's mistake is made with."""
+    """As the demo does for the student on labels of one clean view."""
     from logitcache.config.schema import load_pipeline
     from logitcache.extras.demo import CleanLabels
     from logitcache.stages.train_student import Experiment
@@ -871,11 +871,8 @@ def test_labels_that_a_program_gave_are_not_called_the_caches(built: Any, tmp_pa
     folder, _, _ = built
     cache = open_cache(folder / "tiny.cache")
     experiment = Experiment(load_pipeline(folder / "tiny.yaml", [f"runs.path={tmp_path}"]))
-    train(
-        experiment.job(
-            experiment.pipeline.student("small"), 0, labels=CleanLabels(cache, experiment.plan, experiment.device)
-        )
-    )
+    views = logitcache.ViewDataset(experiment.data.train, experiment.plan)
+    train(experiment.job(experiment.pipeline.student("small"), 0, labels=CleanLabels(cache, views, experiment.device)))
 
     assert ["given by the program"] == [student.labels for student in find_runs(tmp_path, cache).students]
 
