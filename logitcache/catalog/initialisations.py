@@ -1,4 +1,4 @@
-"""Where a student's first weights may come from: ways by name, which `students[].init` takes."""
+"""Initialisations of a student by name, for `students[].init`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from logitcache.registry import Registry
 
 
 class Report(Protocol):
-    """Which parameters came from where."""
+    """Lists where each parameter comes from."""
 
     def as_json(self) -> str: ...
 
@@ -20,13 +20,13 @@ class Report(Protocol):
 
 
 class Initialisation(Protocol):
-    """A way to give a student its first weights."""
+    """A method to initialise a student's weights."""
 
     def config(self, value: Any) -> dict[str, Any]:
-        """A pipeline's `init` in its one form, checked.
+        """A pipeline's `init` in its normal form, validated.
 
         Raises:
-            UsageError: an unknown key or value.
+            UsageError: unknown key or invalid value.
         """
 
     def start(
@@ -39,17 +39,17 @@ class Initialisation(Protocol):
         inputs: Any,
         batches: Callable[[int], Iterable[tuple[Any, Tensor]]],
     ) -> Report:
-        """Give a student its first weights, in place.
+        """Initialise a student's weights in place.
 
         Args:
-            student, teacher: the nets, the teacher with its weights.
+            student, teacher: the models, the teacher with its weights.
             value: a pipeline's `init`.
             seed: of the run.
-            inputs: a batch as the student takes it.
-            batches: (teacher's inputs, targets) of so many samples that the student may see, on the teacher's device.
+            inputs: a batch, preprocessed for the student.
+            batches: called with a number of samples, yields (teacher's inputs, targets) on the teacher's device.
 
         Raises:
-            UsageError: what can't fit; names the parameter and both shapes.
+            UsageError: weights don't fit; names the parameter and both shapes.
         """
 
 
@@ -57,10 +57,10 @@ INITIALISATIONS: Registry[Initialisation] = Registry("initialisation", {})
 
 
 def initialisation_of(value: Any) -> Initialisation:
-    """The way that a pipeline's `init` names: a name, or a mapping with `from`.
+    """The initialisation that a pipeline's `init` names: a name, or a mapping with `from`.
 
     Raises:
-        UsageError: an unknown one.
+        UsageError: unknown name.
     """
     name = value.get("from") if isinstance(value, Mapping) else value
     if not isinstance(name, str) or name not in INITIALISATIONS:

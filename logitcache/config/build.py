@@ -145,7 +145,7 @@ def resolve_model(
         shape = captured_shapes(model, {LOGITS: logits}, views.batch([(0, 0)] * 2))[LOGITS]
         if shape != (data.num_classes,):
             raise ShapeError(
-                f"module {logits.module!r} of {config.model!r} gives {shape} for one sample; expected "
+                f"module {logits.module!r} of {config.model!r} returns {shape} for one sample; expected "
                 f"({data.num_classes},), one logit for each of the data's classes"
             )
     return model

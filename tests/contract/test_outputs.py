@@ -465,12 +465,12 @@ def test_plan_counts_the_outputs(tiny: Make) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("{features: trnk}", "TwoHeads has no module 'trnk'; near it are: trunk"),
+        ("{features: trnk}", "TwoHeads has no module 'trnk'; nearest: trunk"),
         ("{features: {module: trunk, pool: 0}}", "cache.outputs: features: `pool` of 'trunk' is a number"),
         ("{features: {modul: trunk}}", "unknown key 'modul'; did you mean 'module'"),
         ("{features: {pool: 3}}", "`module` is missing"),
         ("{parity: {module: parity, pool: 2}}", "only .B, C, H, W. can be pooled"),
-        ("{features: {module: trunk, key: out}}", "gives a tensor of float32, which has no 'out'"),
+        ("{features: {module: trunk, key: out}}", "returns a tensor of float32, which has no 'out'"),
         ("{features: {module: trunk, encoding: dense}}", "use Values"),
         ("{features: {module: trunk, encoding: TopK(q=1)}}", "has no parameter 'q'"),
         ("{logits: {module: digit, encoding: dense}}", "their encoding is `cache.encoding`"),
@@ -508,7 +508,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("tap", "message"),
     [
-        (Tap(module="parts"), "gives a mapping of 'both', 'count'; expected a tensor of floats"),
+        (Tap(module="parts"), "returns a mapping of 'both', 'count'; expected a floating-point tensor"),
         (Tap(module="parts", key="both"), "gives a tuple of 2"),
         (Tap(module="parts", key="count"), "gives a tensor of int64"),
         (Tap(module="relu"), "is called more than once"),

@@ -196,19 +196,19 @@ def test_a_step_changes_at_once_and_says_where_it_is_zero() -> None:
 @pytest.mark.parametrize(
     ("hint", "message"),
     [
-        ("{module: body, loss: hint}", "hint 1: a hint lacks 'output'"),
+        ("{module: body, loss: hint}", "hint 1: 'output' is missing"),
         ("{output: maps, modul: body, loss: hint}", "a hint has no key 'modul'; did you mean 'module'"),
         ("{output: maps, module: body, loss: hints}", "unknown loss 'hints'; did you mean 'hint'"),
         ("{output: maps, module: body, loss: {name: hint, scale: 2}}", "loss 'hint' has no parameter 'scale'"),
         ("{output: maps, module: body, loss: hint, weight: -1}", "weight is at least 0"),
         ("{output: maps, module: body, loss: hint, weight: {from: 1}}", "lacks 'to'"),
-        ("{output: maps, module: 3, loss: hint}", "`module` is the path of a module"),
+        ("{output: maps, module: 3, loss: hint}", "`module` must be the path of a module"),
         ("{output: [maps], module: body, loss: hint}", "the name of one of the cache's outputs"),
         ("{output: head, module: head, loss: true_label}", "takes the true labels"),
         ("{output: head, module: head, loss: dkd}", "takes the true labels"),
         ("{output: head, module: head, loss: {stages: [{until: 0.5, loss: kl}, {loss: blend}]}}", "takes the true"),
         ("{output: head, module: head, loss: {name: relational, angle_weight: x}}", "angle_weight is a number"),
-        ("maps", "a hint is a mapping"),
+        ("maps", "expected a mapping such as"),
     ],
 )
 def test_a_hint_that_can_not_be_is_refused_with_the_pipeline(tiny: Make, hint: str, message: str) -> None:
@@ -219,12 +219,12 @@ def test_a_hint_that_can_not_be_is_refused_with_the_pipeline(tiny: Make, hint: s
 @pytest.mark.parametrize(
     ("hint", "message"),
     [
-        ("{output: map, module: body, loss: hint}", "the output 'map'; there are: logits, head, maps, pooled"),
-        ("{output: maps, module: bodi, loss: hint}", "CNN has no module 'bodi'; near it are: body"),
+        ("{output: map, module: body, loss: hint}", "the output 'map'; available: logits, head, maps, pooled"),
+        ("{output: maps, module: bodi, loss: hint}", "CNN has no module 'bodi'; nearest: body"),
         ("{output: maps, module: head, loss: attention}", r"gives \(10,\), the teacher's output is \(6, 4, 4\)"),
-        ("{output: maps, module: head, loss: hint}", r"no regressor leads from \(10,\) to \(6, 4, 4\)"),
+        ("{output: maps, module: head, loss: hint}", r"no regressor from \(10,\) to \(6, 4, 4\)"),
         ("{output: maps, module: body, loss: kl}", "'kl' compares logits, one for each class"),
-        ("{output: head, module: body, loss: relational}", "'head' holds logits, right up to a constant"),
+        ("{output: head, module: body, loss: relational}", "'head' is encoded as logits, up to a constant"),
         ("{output: logits, module: head, loss: hint}", "'logits' holds logits"),
     ],
 )
@@ -261,7 +261,7 @@ def gap(pipeline: Pipeline, *, trained: Path | None) -> float:
     assert isinstance(job.labels, CachedLabels)
     if trained is not None:
         job.model.load_state_dict(weights(trained))
-    hinted = job.hints.around(job.model.eval())
+    hinted = job.hints.attach(job.model.eval())
     hinted.capture.hook()
     rows = torch.arange(200)
     job.labels.start_view(0, None)

@@ -397,10 +397,10 @@ def test_a_run_says_where_its_parameters_came_from_and_starts_there(tiny: Make, 
     assert "body.0.weight  8x64   body.0.weight  32x64  [body.0], all" in (folder / "init.txt").read_text()
     assert "started_from: mlp@" in (folder / "run.yaml").read_text()
     with pytest.raises(
-        UsageError, match=r"holds a run of another configuration \(differs in student.init, started_from\)"
+        UsageError, match=r"contains a run of another configuration \(differs in student.init, started_from\)"
     ):
         train_students(tiny(*TRAINED), ["small"])
-    with pytest.raises(UsageError, match=r"holds a run of another configuration \(differs in student.init.width\)"):
+    with pytest.raises(UsageError, match=r"contains a run of another configuration \(differs in student.init.width\)"):
         train_students(
             tiny(*TRAINED, "students.small.init={from: teacher, width: random, calibration: 100}"), ["small"]
         )

@@ -846,7 +846,7 @@ def test_what_can_not_be_measured_says_why(built: Any, tmp_path: Path) -> None:
     written = write_report(folder / "tiny.cache", tmp_path / "r.html", runs=tmp_path / "runs")
     page = written.path.read_text()
 
-    assert "are not measured: image_folder: there is no folder" in page
+    assert "are not measured: image_folder: the folder" in page
     assert "Not finished, and left out: small/seed-1." in page
     assert "Not readable, and left out: labels/seed-1." in page
     assert all(student["agreement_mean"] is None for student in written.headline["students"])
@@ -909,7 +909,7 @@ def test_wrong_requests_are_refused_and_what_was_there_stays(built: Any, tmp_pat
     refused(command("report", cache, "-o", old, "--runs", tmp_path / "gone"), 2, "there is no such folder")
     (tmp_path / "empty").mkdir()
     refused(command("report", cache, "-o", old, "--runs", tmp_path / "empty"), 2, "holds no run")
-    refused(command("report", cache, "-o", old, "--data", tmp_path / "gone.yaml"), 2, "there is no pipeline file")
+    refused(command("report", cache, "-o", old, "--data", tmp_path / "gone.yaml"), 2, "gone.yaml does not exist")
     assert "before" == old.read_text()
 
 

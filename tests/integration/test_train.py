@@ -329,7 +329,7 @@ def test_a_tracker_is_told_the_configuration_and_every_metric(tiny: Make, tmp_pa
     assert {"finished": True} == last
 
 
-@pytest.mark.parametrize(("tracker", "when"), [("failing", "at step"), ("refusing", "at its start")])
+@pytest.mark.parametrize(("tracker", "when"), [("failing", "at step"), ("refusing", "when the run started")])
 def test_a_tracker_that_fails_is_said_once_and_loses_nothing(
     tiny: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str], tracker: str, when: str
 ) -> None:

@@ -62,7 +62,7 @@ def test_what_nothing_is_known_of_weighs_one() -> None:
     ("config", "message"),
     [
         ("balanced", "unknown sample_weights 'balanced'; expected one of: none, class_balanced"),
-        ({"name": "class_balanced", "beta": 1.0}, r"beta of class_balanced lies in \[0, 1\), not 1\.0"),
+        ({"name": "class_balanced", "beta": 1.0}, r"beta of class_balanced must be in \[0, 1\), not 1\.0"),
         ({"name": "teacher_confidence", "beta": 0.5}, "beta is a parameter of class_balanced"),
         ({"name": "none", "gamma": 2}, "or have name, beta; found"),
     ],
