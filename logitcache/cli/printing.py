@@ -25,7 +25,7 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         "digest": manifest.digest,
         "sealed": manifest.state == "sealed",
         "num_samples": manifest.layout.num_samples,
-        "num_views": manifest.layout.num_views,
+        "num_views": len(manifest.layout.views),
         "num_classes": manifest.layout.num_classes,
         "encoding": summary.encoding,
         "bytes": None if contents is None else contents.bytes,

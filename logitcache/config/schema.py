@@ -19,7 +19,7 @@ from logitcache.data.transforms import normalise_spec
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import UsageError
-from logitcache.losses import Loss, loss_from_config
+from logitcache.losses import Loss, loss_from_config, recorded_loss
 from logitcache.train.hint_config import hints_config
 from logitcache.train.weighting import NONE, weights_config, weights_from_config
 
@@ -280,6 +280,7 @@ class StudentConfig(ModelConfig):
         """The student's part of its run's identity: without `train`, which has a part of its own, and unset options."""
         unset: dict[str, Any] = {"init": None, "sample_weights": {"name": NONE}, "sampler": NONE, "hints": []}
         stated = self.model_dump(exclude={"train"})
+        stated |= {"loss": recorded_loss(self.loss), "hints": recorded_loss(self.hints)}
         return {key: value for key, value in stated.items() if key not in unset or value != unset[key]}
 
 

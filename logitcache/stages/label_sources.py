@@ -68,7 +68,7 @@ class TrueLabels(LabelSource):
 
     def __init__(self, dataset: Dataset, plan: ViewPlan, indices: np.ndarray, preprocess: Preprocess) -> None:
         chosen = dataset if len(indices) == len(dataset) else Selection(dataset, indices)
-        views = ViewDataset(chosen, replace(plan, num_samples=len(chosen)), model_input=preprocess)
+        views = ViewDataset(chosen, replace(plan, num_samples=len(chosen)), preprocess=preprocess)
         super().__init__(views, np.arange(len(chosen)))
         self._samples = indices
 
@@ -105,8 +105,8 @@ class LiveTeacher(LabelSource):
         output_configs: Mapping[str, Any],
         extra_outputs: Mapping[str, Output],
     ) -> None:
-        both = None if preprocess is None else BothInputs(preprocess, plan.model_input)
-        super().__init__(ViewDataset(dataset, plan, model_input=both), indices)
+        both = None if preprocess is None else BothInputs(preprocess, plan.preprocess)
+        super().__init__(ViewDataset(dataset, plan, preprocess=both), indices)
         self.labels = LiveLabels(runner, needs_teacher_inputs=both is not None)
         self.num_views = num_views
         self.extra_outputs = extra_outputs
@@ -150,12 +150,12 @@ class Cached(LabelSource):
         cache = caches[0]
         contents = None if cache.samples is None else cache.samples.contents
         plan = replace(plan, num_samples=cache.num_samples, contents=contents)
-        super().__init__(ViewDataset(dataset, plan, model_input=preprocess, rows=rows), indices)
+        super().__init__(ViewDataset(dataset, plan, preprocess=preprocess, rows=rows), indices)
         self._cached_labels = make_labels(self.views) if given is None else None
         self.labels = self._cached_labels or given
         self.num_views = num_views
         self.first_view = cache.views.start
-        self.extra_outputs = cache.others
+        self.extra_outputs = cache.extra_outputs
         self._caches = caches
         self._ensemble = ensemble
         self.rows_per_block = cache.layout.rows_per_block if given is None else None

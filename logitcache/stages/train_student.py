@@ -183,7 +183,7 @@ class Experiment:
             identity=identity,
             resolved=pipeline.as_yaml(),
             views_key=source.views_key,
-            input_key=json_digest([student.input, isinstance(views.model_input, BothInputs)]),
+            input_key=json_digest([student.input, isinstance(views.preprocess, BothInputs)]),
             rows_per_block=source.rows_per_block,
             window_blocks=source.window_blocks,
             sample_weights=by_row(weights, source.indices if views.rows is None else views.rows[source.indices]),
@@ -279,7 +279,7 @@ class Experiment:
         return Hints(
             [hint_from_config(config) for config in student.hints],
             model,
-            ViewDataset(self.data.train, self.plan, model_input=preprocess).batch([(0, 0)] * 2),
+            ViewDataset(self.data.train, self.plan, preprocess=preprocess).batch([(0, 0)] * 2),
             self.data.num_classes,
             source.extra_outputs,
             seed=seed,

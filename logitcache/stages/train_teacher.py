@@ -20,7 +20,7 @@ from logitcache.config.schema import Pipeline
 from logitcache.data.order import run_seed
 from logitcache.data.views import ViewDataset
 from logitcache.errors import UsageError
-from logitcache.losses import TrueLabel
+from logitcache.losses import CrossEntropy
 from logitcache.train.job import Job
 from logitcache.train.loop import train
 from logitcache.train.ranks import joined
@@ -53,7 +53,7 @@ def train_teacher(pipeline: Pipeline, *, trust: bool = False) -> dict[str, Any]:
                 indices=np.arange(len(data.train)),
                 num_views=None,
                 labels=None,
-                loss=TrueLabel(),
+                loss=CrossEntropy(),
                 config=settings,
                 seed=seed,
                 validation=build_evaluation(pipeline, data.validation, config, context),
