@@ -108,40 +108,40 @@ class Capture(nn.Module):
         super().__init__()
         self.net = net
         self.taps = dict(taps)
-        self._taken: dict[str, Tensor] | None = None
+        self._captured: dict[str, Tensor] | None = None
         for tap in self.taps.values():
             module_at(net, tap.module)
 
     def hook(self) -> list[RemovableHandle]:
         """Register the hooks, after any replacement of modules; returns handles that remove them."""
         return [
-            module_at(self.net, tap.module).register_forward_hook(self._taking(name, tap))
+            module_at(self.net, tap.module).register_forward_hook(self._hook(name, tap))
             for name, tap in self.taps.items()
         ]
 
     def forward(self, *inputs: Any, **options: Any) -> tuple[Any, dict[str, Tensor]]:
-        self._taken = {}
+        self._captured = {}
         try:
             logits = self.net(*inputs, **options)
-            taken = self._taken
+            taken = self._captured
         finally:
-            self._taken = None
+            self._captured = None
         for name, tap in self.taps.items():
             if name not in taken:
                 raise UsageError(f"module {tap.module!r} was not called in the forward pass; name one that is")
         return taken.pop(LOGITS, logits), taken
 
-    def _taking(self, name: str, tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
+    def _hook(self, name: str, tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
         # A function, which deep copies of the model share: a copy is never called while this one captures.
         def take(module: nn.Module, inputs: Any, output: Any) -> None:
-            if self._taken is None:
+            if self._captured is None:
                 return
-            if name in self._taken:
+            if name in self._captured:
                 raise UsageError(
                     f"module {tap.module!r} is called more than once per batch, so its output is ambiguous; name a "
                     "module that is called once"
                 )
-            self._taken[name] = tap.take(output)
+            self._captured[name] = tap.take(output)
 
         return take
 

@@ -1,12 +1,12 @@
 """Where a student's labels come from: true labels only, a cache, or the live teacher.
 
-Each source decides which views the student trains on, and adds its part to the run's identity.
+Each source decides which views the student is trained on, and adds its part to the run's identity.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -21,21 +21,26 @@ from logitcache.digest import array_digest, json_digest
 from logitcache.train.inference import TeacherRunner
 from logitcache.train.labels import CachedLabels, EnsembleLabels, Labels, LiveLabels
 
-Preprocess = Callable[[Any], Any]
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What a student is trained on."""
+
+    dataset: Dataset
+    plan: ViewPlan
+    indices: np.ndarray
+    """Samples of the dataset, int64 (M,)."""
+    preprocess: Callable[[Any], Any]
+    """The student's own deterministic transform."""
 
 
 class LabelSource:
-    """The views of one student, and the labels for them.
-
-    Args:
-        views: of the training split, as the student takes them.
-        indices: the samples of `views` to train on, int64 (M,).
-    """
+    """The views of one student, and the labels for them."""
 
     kind: str
     labels: Labels | None = None
     num_views: int | None = None
-    """Views that epochs cycle through; None gives each epoch a view of its own."""
+    """Views that epochs cycle through; None gives each epoch a new view."""
     first_view = 0
     rows_per_block: int | None = None
     extra_outputs: Mapping[str, Output] = MappingProxyType({})
@@ -44,6 +49,7 @@ class LabelSource:
     def __init__(self, views: ViewDataset, indices: np.ndarray) -> None:
         self.views = views
         self.indices = indices
+        """Samples of `views` to train on, int64 (M,)."""
 
     @property
     def window_blocks(self) -> int | None:
@@ -52,7 +58,7 @@ class LabelSource:
 
     @property
     def views_key(self) -> str:
-        """Equal for two sources that render the same pixels, before the model's own preprocessing."""
+        """Equal for two sources whose views are the same before the model's own preprocessing."""
         rows = self.views.rows
         return json_digest([self.kind, None if rows is None else array_digest(rows)])
 
@@ -66,11 +72,12 @@ class TrueLabels(LabelSource):
 
     kind = "fresh"
 
-    def __init__(self, dataset: Dataset, plan: ViewPlan, indices: np.ndarray, preprocess: Preprocess) -> None:
-        chosen = dataset if len(indices) == len(dataset) else Selection(dataset, indices)
-        views = ViewDataset(chosen, replace(plan, num_samples=len(chosen)), preprocess=preprocess)
-        super().__init__(views, np.arange(len(chosen)))
-        self._samples = indices
+    def __init__(self, data: TrainingSet) -> None:
+        everything = len(data.indices) == len(data.dataset)
+        dataset = data.dataset if everything else Selection(data.dataset, data.indices)
+        plan = replace(data.plan, num_samples=len(dataset))
+        super().__init__(ViewDataset(dataset, plan, preprocess=data.preprocess), np.arange(len(dataset)))
+        self._samples = data.indices
 
     @property
     def views_key(self) -> str:
@@ -81,36 +88,32 @@ class LiveTeacher(LabelSource):
     """The teacher, run on every batch.
 
     Args:
-        runner: the teacher.
-        fingerprint: of the teacher.
-        dataset, plan, indices: what the student trains on.
+        data: what the student is trained on.
         num_views: of the pipeline.
-        preprocess: the student's; None where it is the teacher's.
-        output_configs: configuration of each output that the student uses, for the identity.
-        extra_outputs: their shapes and encodings.
+        runner: the teacher.
+        same_input: whether the student's preprocessing is the teacher's.
+        identity: of the teacher and the outputs that the student uses.
+        extra_outputs: shapes and encodings of these outputs.
     """
 
     kind = "live"
 
     def __init__(
         self,
-        runner: TeacherRunner,
-        fingerprint: str,
-        dataset: Dataset,
-        plan: ViewPlan,
-        indices: np.ndarray,
-        *,
+        data: TrainingSet,
         num_views: int,
-        preprocess: Preprocess | None,
-        output_configs: Mapping[str, Any],
+        runner: TeacherRunner,
+        *,
+        same_input: bool,
+        identity: dict[str, Any],
         extra_outputs: Mapping[str, Output],
     ) -> None:
-        both = None if preprocess is None else BothInputs(preprocess, plan.preprocess)
-        super().__init__(ViewDataset(dataset, plan, preprocess=both), indices)
-        self.labels = LiveLabels(runner, needs_teacher_inputs=both is not None)
+        preprocess = data.preprocess if same_input else BothInputs(data.preprocess, data.plan.preprocess)
+        super().__init__(ViewDataset(data.dataset, data.plan, preprocess=preprocess), data.indices)
+        self.labels = LiveLabels(runner, needs_teacher_inputs=not same_input)
         self.num_views = num_views
         self.extra_outputs = extra_outputs
-        self._identity = {"teacher": fingerprint} | ({"outputs": dict(output_configs)} if output_configs else {})
+        self._identity = identity
 
     def add_identity(self, identity: dict[str, Any]) -> None:
         identity["labels"] = self._identity
@@ -121,11 +124,10 @@ class Cached(LabelSource):
     """One or several caches of the same views.
 
     Args:
-        caches: the first one proves the pixels.
-        rows: the caches' row of each sample, int64 (N,); None where row and sample number are the same.
-        dataset, plan, indices: what the student trains on.
+        data: what the student is trained on.
         num_views: of the pipeline.
-        preprocess: the student's.
+        caches: inputs are verified against the first one.
+        rows: the caches' row of each sample, int64 (N,); None where row and sample number are the same.
         make_labels: makes the labels for the views.
         given: labels to use instead, in an experiment.
         ensemble: how several caches are combined, for the identity.
@@ -135,30 +137,27 @@ class Cached(LabelSource):
 
     def __init__(
         self,
+        data: TrainingSet,
+        num_views: int,
         caches: list[LogitCache],
         rows: np.ndarray | None,
-        dataset: Dataset,
-        plan: ViewPlan,
-        indices: np.ndarray,
         *,
-        num_views: int,
-        preprocess: Preprocess,
         make_labels: Callable[[ViewDataset], CachedLabels | EnsembleLabels],
         given: Labels | None,
-        ensemble: Mapping[str, Any] | None,
+        ensemble: dict[str, Any] | None,
     ) -> None:
         cache = caches[0]
         contents = None if cache.samples is None else cache.samples.contents
-        plan = replace(plan, num_samples=cache.num_samples, contents=contents)
-        super().__init__(ViewDataset(dataset, plan, preprocess=preprocess, rows=rows), indices)
+        plan = replace(data.plan, num_samples=cache.num_samples, contents=contents)
+        super().__init__(ViewDataset(data.dataset, plan, preprocess=data.preprocess, rows=rows), data.indices)
         self._cached_labels = make_labels(self.views) if given is None else None
         self.labels = self._cached_labels or given
         self.num_views = num_views
         self.first_view = cache.views.start
         self.extra_outputs = cache.extra_outputs
+        self.rows_per_block = cache.layout.rows_per_block if given is None else None
         self._caches = caches
         self._ensemble = ensemble
-        self.rows_per_block = cache.layout.rows_per_block if given is None else None
 
     @property
     def window_blocks(self) -> int | None:
@@ -170,7 +169,7 @@ class Cached(LabelSource):
             labels["given"] = type(self.labels).__name__
         if self._ensemble is not None:
             # Ids, not locations: a run resumes with copies of the same caches.
-            identity["student"]["labels"] = dict(self._ensemble)
+            identity["student"]["labels"] = self._ensemble
             labels["caches"] = [cache.id for cache in self._caches]
         identity["labels"] = labels
         if self.first_view:

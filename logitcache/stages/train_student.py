@@ -34,7 +34,7 @@ from logitcache.data.samples import sample_table
 from logitcache.data.views import BothInputs, ViewDataset, ViewPlan
 from logitcache.digest import json_digest
 from logitcache.errors import UsageError
-from logitcache.stages.label_sources import Cached, LabelSource, LiveTeacher, TrueLabels
+from logitcache.stages.label_sources import Cached, LabelSource, LiveTeacher, TrainingSet, TrueLabels
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.hint_config import hint_from_config
 from logitcache.train.hints import Hints
@@ -161,8 +161,9 @@ class Experiment:
             student, self.data, self.plan, weights=student.weights, seed=run_seed(seed), trust=self.trust
         )
         documents = self._start_from_teacher(model, student, indices, seed, identity)
-        source = self._label_source(student, indices, labels)
-        hints = self._hints(student, model, source, seed)
+        data = TrainingSet(self.data.train, self.plan, indices, input_part(student, trust=self.trust))
+        source = self._label_source(student, data, labels)
+        hints = self._hints(student, model, data, source, seed)
         source.add_identity(identity)
         views = source.views
         return Job(
@@ -204,47 +205,44 @@ class Experiment:
         caches, rows = self._open(None)
         return caches[0], rows
 
-    def _label_source(self, student: StudentConfig, indices: np.ndarray, given: Labels | None) -> LabelSource:
-        """The student's labels and views; nothing of the teacher is loaded where neither loss nor hints use it."""
+    def _label_source(self, student: StudentConfig, data: TrainingSet, given: Labels | None) -> LabelSource:
+        """The student's views and labels; cache and teacher are not loaded where neither loss nor hints use them."""
         outputs = {hint["output"] for hint in student.hints}
         if self.pipeline.loss(student).needs_teacher:
             outputs.add(LOGITS)
-        preprocess = input_part(student, trust=self.trust)
         if given is None and not outputs:
-            return TrueLabels(self.data.train, self.plan, indices, preprocess)
+            return TrueLabels(data)
         if given is None and student.labels == "live":
-            return self._live_teacher(student, indices, outputs)
+            return self._live_teacher(student, data, outputs)
         ensemble = student.labels if isinstance(student.labels, TeachersConfig) else None
         caches, rows = self._open(ensemble)
         return Cached(
+            data,
+            self.pipeline.views.count,
             caches,
             rows,
-            self.data.train,
-            self.plan,
-            indices,
-            num_views=self.pipeline.views.count,
-            preprocess=preprocess,
             make_labels=lambda views: self._cached_labels(ensemble, caches, views, sorted(outputs)),
             given=given,
             ensemble=None if ensemble is None else ensemble.model_dump(exclude={"caches"}),
         )
 
-    def _live_teacher(self, student: StudentConfig, indices: np.ndarray, outputs: set[str]) -> LiveTeacher:
+    def _live_teacher(self, student: StudentConfig, data: TrainingSet, outputs: set[str]) -> LiveTeacher:
         pipeline, configs = self.pipeline, self.pipeline.cache.outputs
         teacher, fingerprint = self._teacher()
+        identity: dict[str, Any] = {"teacher": fingerprint}
+        used = {name: config for name, config in configs.items() if name in outputs}
+        if used:
+            identity["outputs"] = used
         extra_outputs = {}
         if student.hints:
-            shapes = output_shapes(teacher, ViewDataset(self.data.train, self.plan), taps_of(configs))
+            shapes = output_shapes(teacher, ViewDataset(data.dataset, data.plan), taps_of(configs))
             extra_outputs = declared_outputs(configs, shapes)
         return LiveTeacher(
+            data,
+            pipeline.views.count,
             build_runner(pipeline, teacher, self.context, sorted(outputs)),
-            fingerprint,
-            self.data.train,
-            self.plan,
-            indices,
-            num_views=pipeline.views.count,
-            preprocess=None if student.input == pipeline.teacher.input else input_part(student, trust=self.trust),
-            output_configs={name: config for name, config in configs.items() if name in outputs},
+            same_input=student.input == pipeline.teacher.input,
+            identity=identity,
             extra_outputs=extra_outputs,
         )
 
@@ -272,18 +270,14 @@ class Experiment:
             self._shared_labels[key] = labels
         return labels
 
-    def _hints(self, student: StudentConfig, model: nn.Module, source: LabelSource, seed: int) -> Hints | None:
+    def _hints(
+        self, student: StudentConfig, model: nn.Module, data: TrainingSet, source: LabelSource, seed: int
+    ) -> Hints | None:
         if not student.hints:
             return None
-        preprocess = input_part(student, trust=self.trust)
-        return Hints(
-            [hint_from_config(config) for config in student.hints],
-            model,
-            ViewDataset(self.data.train, self.plan, preprocess=preprocess).batch([(0, 0)] * 2),
-            self.data.num_classes,
-            source.extra_outputs,
-            seed=seed,
-        )
+        hints = [hint_from_config(config) for config in student.hints]
+        inputs = ViewDataset(data.dataset, data.plan, preprocess=data.preprocess).batch([(0, 0)] * 2)
+        return Hints(hints, model, inputs, self.data.num_classes, source.extra_outputs, seed=seed)
 
     def _sample_weights(
         self, student: StudentConfig, indices: np.ndarray, identity: dict[str, Any]

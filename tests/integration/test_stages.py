@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor
 
 import logitcache
+import logitcache.config.build
 from logitcache.cache.layout import all_blocks
 from logitcache.config.build import resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline
@@ -182,6 +183,21 @@ def test_the_identity_of_a_trained_teacher_does_not_change(tiny: Make, tmp_path:
     }
 
     assert yaml.safe_load((tmp_path / "runs/teacher/run.yaml").read_text()) == {"teacher": teacher, **COMMON}
+
+
+def test_the_check_before_training_builds_no_model_twice(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = tiny("train.seeds=[0,1]")
+    cache_teacher(pipeline)
+    built: list[Any] = []
+    build = logitcache.config.build.build_model
+    monkeypatch.setattr(
+        logitcache.config.build,
+        "build_model",
+        lambda name, **options: built.append(options["args"]["hidden"]) or build(name, **options),
+    )
+    train_students(pipeline)
+
+    assert [[8]] * 4 == [hidden for hidden in built if hidden != [16]]
 
 
 @pytest.mark.parametrize("net", ["mlp", "cnn"])
