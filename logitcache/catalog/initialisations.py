@@ -1,4 +1,4 @@
-"""Initialisations of a student by name, for `students[].init`."""
+"""How a student's weights are initialised: the names that `students[].init` takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from logitcache.registry import Registry
 
 
 class Report(Protocol):
-    """Lists where each parameter comes from."""
+    """The source of each parameter."""
 
     def as_json(self) -> str: ...
 
@@ -20,13 +20,13 @@ class Report(Protocol):
 
 
 class Initialisation(Protocol):
-    """A method to initialise a student's weights."""
+    """A method that sets a student's initial weights."""
 
     def config(self, value: Any) -> dict[str, Any]:
-        """A pipeline's `init` in its normal form, validated.
+        """A pipeline's `init`, checked and in its normal form.
 
         Raises:
-            UsageError: unknown key or invalid value.
+            UsageError: an unknown key or value.
         """
 
     def start(
@@ -39,30 +39,33 @@ class Initialisation(Protocol):
         inputs: Any,
         batches: Callable[[int], Iterable[tuple[Any, Tensor]]],
     ) -> Report:
-        """Initialise a student's weights in place.
+        """Set a student's initial weights, in place.
 
         Args:
-            student, teacher: the models, the teacher with its weights.
+            student: the student.
+            teacher: the teacher with its weights.
             value: a pipeline's `init`.
-            seed: of the run.
-            inputs: a batch, preprocessed for the student.
-            batches: called with a number of samples, yields (teacher's inputs, targets) on the teacher's device.
+            seed: the run's seed.
+            inputs: a batch of the student's inputs.
+            batches: gives (teacher's inputs, targets) of a number of the student's training samples, on the teacher's
+                device.
 
         Raises:
-            UsageError: weights don't fit; names the parameter and both shapes.
+            UsageError: the nets don't match; names the parameter and both shapes.
         """
 
 
 INITIALISATIONS: Registry[Initialisation] = Registry("initialisation", {})
+"""A package adds one in the entry point group `logitcache.initialisations`."""
 
 
 def initialisation_of(value: Any) -> Initialisation:
     """The initialisation that a pipeline's `init` names: a name, or a mapping with `from`.
 
     Raises:
-        UsageError: unknown name.
+        UsageError: an unknown name.
     """
     name = value.get("from") if isinstance(value, Mapping) else value
     if not isinstance(name, str) or name not in INITIALISATIONS:
         raise UsageError(INITIALISATIONS.unknown(name))
-    return INITIALISATIONS.get(name)
+    return INITIALISATIONS[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from logitcache.encodings import encoding_or_auto
 from logitcache.errors import LogitCacheError, UsageError
+from logitcache.registry import unknown_name
 
 
 def read_raw(path: str | Path, schema: type[BaseModel], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -121,14 +121,8 @@ def _describe(problem: Any, schema: type[BaseModel]) -> str:
 
 
 def unknown_key(dotted: str, key: str, known: list[str]) -> str:
-    """The message for an unknown key, with the nearest known one."""
-    return f"unknown key {dotted!r}{nearest(key, known)}; expected one of: {', '.join(known)}"
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """A question that suggests the known word nearest to `word`; empty where none is near."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """The message for an unknown key."""
+    return unknown_name("key", key, known, at=dotted.removesuffix(key))
 
 
 def _known_keys(schema: type[BaseModel], location: list[str]) -> list[str]:

@@ -37,8 +37,8 @@ from logitcache.randomness import keyed_permutation
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
 from logitcache.stages.train_teacher import train_teacher
-from tests.integration.test_cli import logitcache as command
-from tests.integration.test_cli import refused
+from tests.commands import logitcache as command
+from tests.commands import refused
 
 Make = Callable[..., Pipeline]
 NORMALISED = [{"Normalize": {"mean": [0.3], "std": [0.5]}}]
@@ -529,7 +529,7 @@ def test_the_command_prints_the_table_and_json(made: Path) -> None:
     printed = json.loads(command("export", made / "runs/conv/seed-0", "--to", "onnx", "--json").stdout)
 
     assert 0 == table.returncode
-    for expected in ("5,178 parameters, 83,264 MACs", "onnx int8", "model-int8.onnx", "all of it was there"):
+    for expected in ("5,178 parameters, 83,264 MACs", "onnx int8", "model-int8.onnx", "already complete"):
         assert expected in table.stdout
     assert facts(made / "runs/conv/seed-0/product").items() <= printed.items()
 
@@ -537,8 +537,8 @@ def test_the_command_prints_the_table_and_json(made: Path) -> None:
 def test_wrong_pairs_are_refused(made: Path, tmp_path: Path) -> None:
     cache, run = made / "tiny.cache", made / "runs/conv/seed-0"
 
-    refused(command("export", cache, "--to", "onnx"), 2, "is a cache, whose labels go --to parquet")
-    refused(command("export", run, "--to", "parquet", "-o", tmp_path / "x"), 2, "whose student goes --to safetensors")
+    refused(command("export", cache, "--to", "onnx"), 2, "is a cache: use --to parquet; --to onnx needs a run")
+    refused(command("export", run, "--to", "parquet", "-o", tmp_path / "x"), 2, "is a run: use --to safetensors")
     refused(command("export", run, "--to", "safetensors", "--int8"), 2, "--int8 makes an ONNX model; add --to onnx")
     refused(command("export", run, "--to", "onnx", "--top", "3"), 2, "--views and --top are for a cache's labels")
     refused(command("export", cache, "--to", "parquet", "-o", tmp_path / "x", "--int8"), 2, "are for a run's student")
