@@ -173,13 +173,13 @@ def _regressor(hint: Hint, student: Shape, teacher: Shape) -> Regressor | None:
     if not isinstance(hint.loss, FeatureLoss):
         if student != teacher or len(teacher) != 1:
             raise UsageError(
-                f"{hint.loss.name!r} compares logits, one for each class; the student's module gives {student}, the "
+                f"{hint.loss.name!r} compares logits, one for each class; the student returns {student}, the "
                 f"teacher's output is {teacher}"
             )
         return None
     if hint.loss.needs_maps and not len(student) == len(teacher) == 3:
         raise UsageError(
-            f"{hint.loss.name!r} compares maps (C, H, W); the student's module gives {student}, the teacher's output "
+            f"{hint.loss.name!r} compares maps (C, H, W); the student returns {student}, the teacher's output "
             f"is {teacher}"
         )
     return Regressor(student, teacher) if hint.loss.regresses else None

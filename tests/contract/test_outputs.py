@@ -132,7 +132,7 @@ def test_prefetched_outputs_are_read_once(tmp_path: Path, monkeypatch: pytest.Mo
     view = cache.view(1, outputs=["logits", "features"])
 
     assert torch.equal(said(1)["features"], view.output("features", range(SAMPLES)))
-    assert [("features",), ()] == read
+    assert [("features",), ("logits",)] == read
 
 
 def test_an_output_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
@@ -255,12 +255,12 @@ def test_outputs_that_can_not_be_are_refused_before_anything_is_written(
 def test_every_write_gives_every_output_in_its_shape(tmp_path: Path) -> None:
     rows = said(0)
     logits = rows.pop("logits")
-    with pytest.raises(UsageError, match="are features; this cache has features, parity"):
+    with pytest.raises(UsageError, match="are features; expected those of this cache, by name: features, parity"):
         writer(tmp_path / "a").write(view=0, start=0, logits=logits, outputs={"features": rows["features"]})
     with pytest.raises(ShapeError, match=r"'features' is \(40, 54\); expected \(40, 6, 3, 3\)"):
         flat = rows | {"features": rows["features"].flatten(1)}
         writer(tmp_path / "a").write(view=0, start=0, logits=logits, outputs=flat)
-    with pytest.raises(ShapeError, match=r"expected \(40, 4\), one row for each of the logits"):
+    with pytest.raises(ShapeError, match=r"expected \(40, 4\), one row for each row of logits"):
         writer(tmp_path / "a").write(view=0, start=0, logits=logits, outputs=rows | {"parity": rows["parity"][:7]})
 
 
@@ -433,7 +433,7 @@ def test_what_the_teacher_made_is_checked_and_mended_by_it(tiny: Make) -> None:
     assert [] == spot_check(pipeline, 60)
     file = Path(pipeline.cache.path) / "labels.zarr" / "features_values" / "c" / "1" / "2" / "0"
     file.unlink()
-    result = repair(pipeline.cache.path, pipeline=pipeline)
+    result = repair(pipeline.cache.path, recompute=lambda: cache_teacher(pipeline).manifest.digest)
 
     assert (["v00001/b00002"], [], digest) == (result.recomputed, result.remaining, result.digest)
 
@@ -466,15 +466,15 @@ def test_plan_counts_the_outputs(tiny: Make) -> None:
     ("given", "message"),
     [
         ("{features: trnk}", "TwoHeads has no module 'trnk'; nearest: trunk"),
-        ("{features: {module: trunk, pool: 0}}", "cache.outputs: features: `pool` of 'trunk' is a number"),
+        ("{features: {module: trunk, pool: 0}}", "cache.outputs: features: `pool` of 'trunk' must be an integer"),
         ("{features: {modul: trunk}}", "unknown key 'modul'; did you mean 'module'"),
         ("{features: {pool: 3}}", "`module` is missing"),
         ("{parity: {module: parity, pool: 2}}", "only .B, C, H, W. can be pooled"),
         ("{features: {module: trunk, key: out}}", "returns a tensor of float32, which has no 'out'"),
         ("{features: {module: trunk, encoding: dense}}", "use Values"),
         ("{features: {module: trunk, encoding: TopK(q=1)}}", "has no parameter 'q'"),
-        ("{logits: {module: digit, encoding: dense}}", "their encoding is `cache.encoding`"),
-        ("{logits: parity}", r"gives \(2,\) for one sample; expected \(10,\)"),
+        ("{logits: {module: digit, encoding: dense}}", "set their encoding as `cache.encoding`"),
+        ("{logits: parity}", r"returns \(2,\) for one sample; expected \(10,\)"),
         ("{sample keys: trunk}", "can't be called 'sample keys'"),
         ("[trunk]", "expected modules by name"),
     ],
@@ -509,11 +509,11 @@ class Odd(nn.Module):
     ("tap", "message"),
     [
         (Tap(module="parts"), "returns a mapping of 'both', 'count'; expected a floating-point tensor"),
-        (Tap(module="parts", key="both"), "gives a tuple of 2"),
-        (Tap(module="parts", key="count"), "gives a tensor of int64"),
+        (Tap(module="parts", key="both"), "returns a tuple of 2"),
+        (Tap(module="parts", key="count"), "returns a tensor of int64"),
         (Tap(module="relu"), "is called more than once"),
-        (Tap(module="unused"), "was not called on the way"),
-        (Tap(module="flat"), r"gives \(6,\) for two samples; expected \(2, ...\)"),
+        (Tap(module="unused"), "was not called in the forward pass"),
+        (Tap(module="flat"), r"returns \(6,\) for two samples; expected \(2, ...\)"),
         (Tap(module="nothing"), "Odd has no module 'nothing'"),
     ],
 )

@@ -100,8 +100,8 @@ def test_verify_says_what_it_could_not_compare_and_which_views_are_missing(folde
 def test_places_that_are_not_there_or_not_on_this_machine_are_misuse(folder: Path, tmp_path: Path) -> None:
     cache = folder / "tiny.cache"
     refused(logitcache("ls", tmp_path / "nothing"), 2, "no such folder")
-    refused(logitcache("export", cache, "--to", "parquet", "-o", "s3://team/labels"), 2, "no path on this machine")
-    refused(logitcache("report", cache, "-o", "s3://team/report.html"), 2, "no path on this machine")
+    refused(logitcache("export", cache, "--to", "parquet", "-o", "s3://team/labels"), 2, "not a path on this machine")
+    refused(logitcache("report", cache, "-o", "s3://team/report.html"), 2, "not a path on this machine")
 
     assert not Path("s3:").exists()
 
@@ -223,7 +223,11 @@ def test_the_installed_command_runs_in_a_process_of_its_own(folder: Path) -> Non
         pytest.param("train-student", "students.small.loss=3", 2, "a loss is a name or a mapping", id="no loss"),
         pytest.param("train-student", "students.small.loss.temperature=hot", 2, "a temperature is a number", id="word"),
         pytest.param(
-            "cache-teacher", "teacher.weights=gone.safetensors", 2, "no weights file gone.safetensors", id="file"
+            "cache-teacher",
+            "teacher.weights=gone.safetensors",
+            2,
+            "weights file gone.safetensors does not exist",
+            id="file",
         ),
         pytest.param(
             "cache-teacher", "teacher.weights=README.safetensors", 2, "README.safetensors does not exist", id="weights"

@@ -221,7 +221,7 @@ def test_a_hint_that_can_not_be_is_refused_with_the_pipeline(tiny: Make, hint: s
     [
         ("{output: map, module: body, loss: hint}", "the output 'map'; available: logits, head, maps, pooled"),
         ("{output: maps, module: bodi, loss: hint}", "CNN has no module 'bodi'; nearest: body"),
-        ("{output: maps, module: head, loss: attention}", r"gives \(10,\), the teacher's output is \(6, 4, 4\)"),
+        ("{output: maps, module: head, loss: attention}", r"returns \(10,\), the teacher's output is \(6, 4, 4\)"),
         ("{output: maps, module: head, loss: hint}", r"no regressor from \(10,\) to \(6, 4, 4\)"),
         ("{output: maps, module: body, loss: kl}", "'kl' compares logits, one for each class"),
         ("{output: head, module: body, loss: relational}", "'head' is encoded as logits, up to a constant"),

@@ -109,7 +109,7 @@ def test_models_fit_the_data(name: str, args: dict[str, object], shape: Sequence
     model = build_model(name, num_classes=7, input_shape=shape, args=args)
 
     check_output(model, torch.zeros(1, *shape), 7, name=name)
-    with pytest.raises(ShapeError, match=r"gives \(1, 7\) for one sample; expected \(1, 8\)"):
+    with pytest.raises(ShapeError, match=r"returns \(1, 7\) for one sample; expected \(1, 8\)"):
         check_output(model, torch.zeros(1, *shape), 8, name=name)
 
 
