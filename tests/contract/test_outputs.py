@@ -532,7 +532,7 @@ def test_hooks_take_nothing_when_others_call_the_net() -> None:
 
     assert torch.equal(nn.functional.linear(inputs, net[0].weight, net[0].bias), taken["x"])
     assert torch.equal(taken["x"].relu(), logits)
-    assert capture._taken is None
+    assert capture._captured is None
     for handle in handles:
         handle.remove()
     with pytest.raises(UsageError, match="was not called"):
