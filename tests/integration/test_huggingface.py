@@ -26,7 +26,8 @@ from logitcache.extras.report.students import find_runs, measure_students
 from logitcache.extras.student_export import export_run
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.plan import plan_pipeline
-from logitcache.stages.train_student import train_students, train_teacher
+from logitcache.stages.train_student import train_students
+from logitcache.stages.train_teacher import train_teacher
 from logitcache.verify.audit import verify
 from logitcache.verify.fit import all_differences
 from logitcache.verify.spot_check import spot_check

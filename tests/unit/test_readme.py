@@ -26,7 +26,8 @@ from logitcache.data.transforms import TRANSFORMS
 from logitcache.encodings import ENCODINGS
 from logitcache.losses import FEATURE_LOSSES, LOSSES, loss_from_config
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import train_students, train_teacher
+from logitcache.stages.train_student import train_students
+from logitcache.stages.train_teacher import train_teacher
 from logitcache.storage import STORES
 from logitcache.train.tracking import TRACKERS
 
