@@ -304,7 +304,9 @@ def endless_listing(monkeypatch: pytest.MonkeyPatch, *, objects_per_page: int, r
     with answering(answer) as (url, asked):
         for name, value in (servers.KEYS | {"AWS_ENDPOINT_URL": url}).items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(StorageError, match=r"can't list s3://team/a\.cache/receipts: (more than 5000 objects|it doesn't end)"):
+        with pytest.raises(
+            StorageError, match=r"can't list s3://team/a\.cache/receipts: (more than 5000 objects|it doesn't end)"
+        ):
             read(open_storage("s3://team/a.cache"))
         assert asked
 
