@@ -292,7 +292,9 @@ def test_info_needs_neither_torch_nor_the_package(built: Path, cache: Path) -> N
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        pytest.param("data", "unknown dataset 'stripes'; expected package.module:object or one of: mnist5k", id="data"),
+        pytest.param(
+            "data", "unknown dataset 'stripes'; expected package.module:function or one of: mnist5k", id="data"
+        ),
         pytest.param("cache", "unknown encoding 'grid'; expected one of: dense", id="encoding"),
         pytest.param("students", "unknown loss 'focal_kl'; expected one of: kl", id="loss"),
     ],
