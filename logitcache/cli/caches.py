@@ -64,8 +64,10 @@ def info_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
     """Show a cache's metadata: shape, encoding, size, teacher, dataset and digest."""
     from logitcache.cache.summary import summarise
 
-    summary = cache_summary(summarise(cache))
+    found = summarise(cache)
+    summary = cache_summary(found)
     show(summary, as_json, lambda: print_mapping(cache, summary))
+    _note(found.missing_packages)
 
 
 @app.command("ls")
@@ -102,6 +104,7 @@ def verify_command(
     as_json: JsonOption = False,
 ) -> None:
     """Check a cache: receipts and sizes; --deep: every byte; --data: its match with a pipeline. Exit 1 on a problem."""
+    from logitcache.cache.summary import missing_packages_of
     from logitcache.verify.audit import Problem, verify
 
     if recompute and data is None:
@@ -123,6 +126,7 @@ def verify_command(
             problems += spot_check(pipeline, recompute, trust=trust)
     found = {"ok": not problems, "problems": [dataclasses.asdict(problem) for problem in problems]}
     show(found, as_json, lambda: print_problems(cache, problems))
+    _note(missing_packages_of(cache))
     if problems:
         raise typer.Exit(1)
 
@@ -189,10 +193,17 @@ def pull_command(
     as_json: JsonOption = False,
 ) -> None:
     """Copy a cache here, or add views to a copy; every SHA-256 is checked. Safe to interrupt: re-run to resume."""
+    from logitcache.cache.summary import missing_packages_of
     from logitcache.share.transfer import pull
 
     result = pull(url, cache, views=views, expect=expect)
     show(dataclasses.asdict(result), as_json, lambda: print_transfer(cache, result))
+    _note(missing_packages_of(cache))
+
+
+def _note(text: str | None) -> None:
+    if text is not None:
+        print(f"note: {text}", file=sys.stderr)
 
 
 @app.command("merge")

@@ -25,7 +25,7 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         "digest": manifest.digest,
         "sealed": manifest.state == "sealed",
         "num_samples": manifest.layout.num_samples,
-        "num_views": manifest.layout.num_views,
+        "num_views": len(manifest.layout.views),
         "num_classes": manifest.layout.num_classes,
         "encoding": summary.encoding,
         "bytes": None if contents is None else contents.bytes,
@@ -35,6 +35,7 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         "views": f"{manifest.layout.first_view}:{manifest.layout.num_views}",
         "kl_mean": None if contents is None else contents.kl_mean,
         "created": created if isinstance(created, str) else None,
+        **({"encoding_packages": summary.packages} if summary.packages else {}),
         **outputs,
     }
 

@@ -20,7 +20,7 @@ from logitcache.data.batching import COLLATES, Collate
 from logitcache.data.samples import Dataset
 from logitcache.data.transforms import build_transform
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
-from logitcache.entry_points import is_entry_point, load_entry_point
+from logitcache.entry_points import is_entry_point
 from logitcache.errors import ShapeError, UsageError
 from logitcache.randomness import preserved_generators, seed_generators
 
@@ -51,7 +51,7 @@ def resolve_plan(pipeline: Pipeline, data: Data, *, trust: bool) -> ViewPlan:
         transform=None if views.transform is None else build_transform(views.transform, trust=trust),
         seed=views.seed,
         mixing=Mixing(mixup=views.mixup, cutmix=views.cutmix, probability=views.mix_probability),
-        model_input=input_part(pipeline.teacher, trust=trust),
+        preprocess=input_part(pipeline.teacher, trust=trust),
         num_classes=data.num_classes,
         num_samples=len(data.train),
         collate=resolve_collate(pipeline, trust=trust),
@@ -65,13 +65,12 @@ def resolve_collate(pipeline: Pipeline, *, trust: bool) -> Collate | None:
         UsageError: an entry point that is no function.
     """
     name = pipeline.data.collate
-    if name is None or name in COLLATES:
-        return None if name is None else COLLATES[name]
-    function = load_entry_point(name, trust=trust)
+    if name is None:
+        return None
+    function = COLLATES.resolve(name, trust=trust)
     if not callable(function):
         raise UsageError(f"data.collate {name} is a {type(function).__name__}; expected a function of a list of inputs")
-    collate: Collate = function
-    return collate
+    return function
 
 
 def input_part(config: ModelConfig, *, trust: bool) -> Callable[[Any], Any]:
@@ -98,7 +97,7 @@ def resolve_model(
     Raises:
         UsageError, ShapeError: a model that can't be built or does not fit the data.
     """
-    views = ViewDataset(data.train, replace(plan, contents=None), model_input=input_part(config, trust=trust))
+    views = ViewDataset(data.train, replace(plan, contents=None), preprocess=input_part(config, trust=trust))
     sample = views[(0, 0)][1]
     with preserved_generators():
         seed_generators(seed)
@@ -181,4 +180,4 @@ def place_teacher(teacher: nn.Module, device: torch.device, config: TeacherConfi
 def clean_views(dataset: Dataset, config: ModelConfig, pipeline: Pipeline, *, trust: bool) -> ViewDataset:
     """A dataset without augmentation, as one model of a pipeline takes it: for validation and test."""
     collate = resolve_collate(pipeline, trust=trust)
-    return ViewDataset(dataset, ViewPlan(model_input=input_part(config, trust=trust), collate=collate))
+    return ViewDataset(dataset, ViewPlan(preprocess=input_part(config, trust=trust), collate=collate))

@@ -395,7 +395,7 @@ def test_a_student_trains_from_a_merged_cache_with_the_pipeline_of_either_teache
     assert weights[0] == weights[1]
     assert [] == all_differences(cache, at(one, merged, tmp_path), trust=False)
     views = ViewDataset(resolve_data(one, trust=False).train, cache.view_plan)
-    assert [8, 8] == [cache.check_inputs(views, view) for view in range(2)]
+    assert [8, 8] == [cache.verify_inputs(views, view) for view in range(2)]
     assert torch.allclose((read_all(one.cache.path) + read_all(other.cache.path)) / 2, read_all(merged), atol=1e-6)
 
 
@@ -420,7 +420,7 @@ def test_teachers_may_take_the_views_in_sizes_of_their_own(tiny: Make, tmp_path:
     cache = logitcache.open(merged)
     views = ViewDataset(resolve_data(one, trust=False).train, cache.view_plan)
 
-    assert [8, 8] == [cache.check_inputs(views, view) for view in range(2)]
+    assert [8, 8] == [cache.verify_inputs(views, view) for view in range(2)]
     assert cache.input_digests(0) == logitcache.open(one.cache.path).input_digests(0)
     assert 1 == len(train_students(at(one, merged, tmp_path / "a"), ["small"]))
     with pytest.raises(IdentityMismatch, match=r"transform.teacher_input: null in the cache, "):

@@ -460,7 +460,7 @@ def odd(tiny: Make) -> Callable[[str], Path]:
     """The run of a student whose net is one of `tests.models`."""
 
     def train(net: str) -> Path:
-        student = {"name": "odd", "model": f"tests.models:{net}", "loss": "true_label"}
+        student = {"name": "odd", "model": f"tests.models:{net}", "loss": "cross_entropy"}
         pipeline = tiny(f"students=[{json.dumps(student)}]", "train.epochs=1", "train.lr=0.001")
         train_students(pipeline)
         return Path(pipeline.runs.path) / "odd/seed-0"

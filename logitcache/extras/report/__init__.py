@@ -148,7 +148,7 @@ def _tiles(cache: LogitCache, numbers: dict[str, float | None], found: RunsFound
         ("mean confidence", percent(numbers["confidence_mean"]), f"entropy {decimal(numbers['entropy_mean'])} nats")
     )
     rows = sum(receipt.rows for name, receipt in cache.receipts.items() if name != "fixed")
-    tiles.append(("bytes a label", decimal(cache.label_bytes / max(rows, 1)), f"KL {decimal(cache.kl_mean)} nats"))
+    tiles.append(("bytes a label", decimal(cache.target_bytes / max(rows, 1)), f"KL {decimal(cache.kl_mean)} nats"))
     best = [] if found is None else [student for student in found.students if student.row.accuracy_mean is not None]
     if best:
         student = max(best, key=lambda each: each.row.accuracy_mean or 0.0)

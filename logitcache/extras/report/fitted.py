@@ -34,12 +34,12 @@ class FittedData:
 
     def views(self, model: ModelConfig | None = None) -> ViewDataset:
         """The views as a model takes them, the teacher by default."""
-        model_input = None if model is None else input_part(model, trust=self.trust)
-        return ViewDataset(self.data.train, self.plan, model_input=model_input, rows=self.rows)
+        preprocess = None if model is None else input_part(model, trust=self.trust)
+        return ViewDataset(self.data.train, self.plan, preprocess=preprocess, rows=self.rows)
 
     def shared_views(self) -> ViewDataset:
         """The views before any model's own part."""
-        return ViewDataset(self.data.train, replace(self.plan, model_input=None), rows=self.rows)
+        return ViewDataset(self.data.train, replace(self.plan, preprocess=None), rows=self.rows)
 
 
 def fit_data(cache: LogitCache, location: str, pipeline: Pipeline, *, trust: bool) -> FittedData:
@@ -63,5 +63,5 @@ def fit_data(cache: LogitCache, location: str, pipeline: Pipeline, *, trust: boo
     samples = cache.samples
     plan = replace(plan, num_samples=cache.num_samples, contents=None if samples is None else samples.contents)
     fitted = FittedData(cache, pipeline, data, plan, rows, trust)
-    cache.check_inputs(fitted.views(), 0)
+    cache.verify_inputs(fitted.views(), 0)
     return fitted

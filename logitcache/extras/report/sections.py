@@ -46,7 +46,7 @@ def cache_section(cache: LogitCache) -> Section:
         ("views", count(cache.num_views)),
         ("classes", count(cache.num_classes)),
         ("encoding", name_of(repr(cache.encoding), 200)),
-        ("size", f"{size(cache.stored_bytes)}; {decimal(cache.label_bytes / max(rows, 1))} bytes a label"),
+        ("size", f"{size(cache.stored_bytes)}; {decimal(cache.target_bytes / max(rows, 1))} bytes a label"),
         ("teacher", name_of(identity.teacher, 160)),
         ("precision", name_of(identity.precision)),
         ("dataset", name_of(identity.dataset, 160)),
