@@ -8,7 +8,7 @@ DEMO_VENV := $(if $(wildcard $(VENV)/installed),$(VENV),$(VENV)/demo)
 # As do the unit and contract tests.
 QUICK_VENV := $(if $(wildcard $(VENV)/installed),$(VENV),$(VENV)/quick)
 
-.PHONY: demo test quick lint type format bench clean
+.PHONY: demo test quick lint type format docs bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -46,6 +46,9 @@ type: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/installed  ## The documentation site, in build/site
+	$(BIN)/mkdocs build --quiet
 
 bench: $(VENV)/installed  ## Measure on this machine, into benchmarks/results/; trust.py needs a commit to compare with
 	$(BIN)/python benchmarks/stage1.py --write

@@ -201,7 +201,7 @@ def test_the_test_vector_of_the_specification() -> None:
         stored = StoredObject(bytes=1, sha256="0" * 64, values_sha256=array_digest(rows))
         receipt = Receipt(rows=len(rows), objects={"logits": stored}, kl_mean=None, kl_max=None, inputs={})
         receipts[Block(view, block).name] = receipt
-    specified = (Path(__file__).parents[2] / "docs/design/0001-format.md").read_text()
+    specified = (Path(__file__).parents[2] / "docs/format.md").read_text()
 
     assert 1 == specified.count(content_digest(manifest, receipts))
     assert manifest.id in specified
