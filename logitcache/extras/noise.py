@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from logitcache.cache.ground_truth import NO_TARGET, targets_of
-from logitcache.cache.opinions import Opinions, OpinionsOfCache
+from logitcache.cache.mean_probabilities import MeanProbabilities, SampleProbabilities
 from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.errors import UsageError, unsealed
 from logitcache.storage import LocalStorage
@@ -109,7 +109,7 @@ def find_suspects(location: str) -> LabelNoise:
         raise UsageError(
             f"{location} has {cache.num_classes:,} classes; a confident joint is made for {MAX_CLASSES:,} at most"
         )
-    opinions = OpinionsOfCache(cache)
+    opinions = MeanProbabilities(cache)
     thresholds_C, counts_C = confident_thresholds(opinions, targets_N, cache.num_classes)
     num_judged = int(counts_C.sum())
     if not num_judged:
@@ -121,7 +121,7 @@ def find_suspects(location: str) -> LabelNoise:
 
 
 def confident_thresholds(
-    opinions: OpinionsOfCache, targets_N: np.ndarray, num_classes: int
+    opinions: MeanProbabilities, targets_N: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(thresholds float64 (C,), inf for a class that no sample has; judged samples of each label, int64 (C,))."""
     sums_C, counts_C = np.zeros(num_classes), np.zeros(num_classes, dtype=np.int64)
@@ -133,7 +133,7 @@ def confident_thresholds(
     return thresholds_C, counts_C
 
 
-def confident_joint(opinions: OpinionsOfCache, targets_N: np.ndarray, thresholds_C: np.ndarray) -> np.ndarray:
+def confident_joint(opinions: MeanProbabilities, targets_N: np.ndarray, thresholds_C: np.ndarray) -> np.ndarray:
     """Samples by label and by the class that the teacher is confident of, int64 (C, C).
 
     Of several such classes the most probable one counts; a sample without any is left out.
@@ -157,7 +157,7 @@ def calibrated(joint_CC: np.ndarray, counts_C: np.ndarray) -> np.ndarray:
     return np.asarray(scaled_CC * (counts_C / np.maximum(totals_C, 1.0))[:, None])
 
 
-def _pruned(opinions: OpinionsOfCache, targets_N: np.ndarray, joint_CC: np.ndarray) -> dict[int, tuple[float, ...]]:
+def _pruned(opinions: MeanProbabilities, targets_N: np.ndarray, joint_CC: np.ndarray) -> dict[int, tuple[float, ...]]:
     """(margin, class, its probability, the label's) of each suspect, by row.
 
     For label i and class j these are the joint's number of samples with the largest p_j - p_i, but for those whose
@@ -186,7 +186,7 @@ def _pruned(opinions: OpinionsOfCache, targets_N: np.ndarray, joint_CC: np.ndarr
     return {row: what for row, what in found.items() if row in chosen}
 
 
-def _judged(piece: Opinions, targets_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _judged(piece: SampleProbabilities, targets_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(labels (B,), probabilities (B, C), rows (B,)) of the samples of a piece with a label and an unmixed view."""
     given_B = targets_N[piece.rows.start : piece.rows.stop]
     judged = np.flatnonzero((given_B != NO_TARGET) & (piece.num_views > 0))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.cache.layout import FIXED, Block
+from logitcache.cache.layout import PER_CACHE, Block
 from logitcache.cache.reader import LogitCache
 from logitcache.extras.report import charts, measures
 from logitcache.extras.report.figures import Figure, Section, Table, histogram_figure
@@ -37,7 +37,7 @@ MAX_POINTS = 60
 def cache_section(cache: LogitCache) -> Section:
     """What the cache is."""
     identity, provenance = cache.manifest.identity, cache.manifest.provenance
-    rows = sum(receipt.rows for name, receipt in cache.receipts.items() if name != FIXED)
+    rows = sum(receipt.rows for name, receipt in cache.receipts.items() if name != PER_CACHE)
     versions = provenance.get("versions")
     facts = [
         ("id", cache.id),
@@ -281,7 +281,7 @@ def fidelity_section(cache: LogitCache) -> Section:
 def _divergence_figure(cache: LogitCache) -> Figure | None:
     by_view: dict[int, list[Any]] = {}
     for name, receipt in cache.receipts.items():
-        if name != FIXED and receipt.kl_mean is not None and receipt.rows:
+        if name != PER_CACHE and receipt.kl_mean is not None and receipt.rows:
             by_view.setdefault(Block.from_name(name).view, []).append(receipt)
     if not by_view or cache.kl_mean is None:
         return None
