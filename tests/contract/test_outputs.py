@@ -392,6 +392,7 @@ def teacher_says(pipeline: Pipeline, view: int) -> dict[str, Tensor]:
     return {"logits": both["digit"], "parity": both["parity"], "features": features}
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 def test_stage_1_keeps_what_the_teachers_modules_give(tiny: Make, compiled: bool) -> None:
     """A teacher whose forward gives two heads; a ReLU that works in place; a map that is pooled."""
