@@ -178,7 +178,7 @@ def _rows_of(name: str, value: Any) -> list[tuple[str, Any]]:
 
 def print_rows(rows: list[Any]) -> None:
     """The table of students."""
-    table = Table("student", "parameters", "samples", "seeds", "test accuracy", "validation", "s/epoch")
+    table = Table("student", "parameters", "samples", "seeds", "test accuracy, %", "validation, %", "s/epoch")
     for row in rows:
         spread = "" if row.accuracy_sd is None else f" ± {100 * row.accuracy_sd:.2f}"
         table.add_row(
