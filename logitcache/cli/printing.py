@@ -226,7 +226,7 @@ def print_export(out: str, kind: str, result: Any) -> None:
 
 def print_product(exported: Any) -> None:
     """An exported student: each of its forms, what it reaches and what it costs."""
-    product = exported.product
+    product = exported.metadata
     title = f"{product.student}, seed {product.seed}: {product.parameters:,} parameters, {product.macs:,} MACs a sample"
     table = Table(
         "form", "file", "size", "test accuracy", "validation", "ms, batch 1", "ms, batch 64",

@@ -30,7 +30,7 @@ from logitcache.data.samples import sample_table
 from logitcache.errors import IdentityMismatch, InvalidLogits, PartyMissing, UsageError
 from logitcache.extras.federation.configuration import Federation, load_federation
 from logitcache.extras.federation.rounds import Turn, federate
-from logitcache.extras.merging.merge import merge
+from logitcache.extras.merge import merge
 from logitcache.share.transfer import push
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.verify.audit import verify

@@ -24,7 +24,7 @@ from logitcache.config.schema import Pipeline
 from logitcache.data.views import ViewDataset
 from logitcache.digest import json_digest
 from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, InvalidLogits, UsageError
-from logitcache.extras.merging.merge import calibration_sample, mean_of_logits, mean_of_probabilities, merge
+from logitcache.extras.merge import calibration_sample, mean_of_logits, mean_of_probabilities, merge
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
 from logitcache.verify.audit import verify
@@ -202,8 +202,8 @@ def test_the_default_encoding_is_the_first_ones_fitted_again(tmp_path: Path) -> 
 
 
 def test_calibration_reads_a_bounded_number_of_blocks(three: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logitcache.extras.merging.merge.CALIBRATION_ROWS", 30)
-    monkeypatch.setattr("logitcache.extras.merging.merge.CALIBRATION_BLOCKS", 5)
+    monkeypatch.setattr("logitcache.extras.merge.CALIBRATION_ROWS", 30)
+    monkeypatch.setattr("logitcache.extras.merge.CALIBRATION_BLOCKS", 5)
     asked: list[tuple[int, np.ndarray]] = []
 
     class Recorded:
