@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The demo needs few packages: an environment of its own, unless the one for development is there.
+DEMO_VENV := $(if $(wildcard $(VENV)/installed),$(VENV),$(VENV)/demo)
 
 .PHONY: demo test lint type format bench clean
 
@@ -10,8 +12,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(VENV)/installed  ## The whole story on embedded real data
-	$(BIN)/logitcache demo
+$(VENV)/demo/installed: pyproject.toml constraints.txt
+	@echo "Installing the demo into $(VENV)/demo: about 6 GB, of which torch and its CUDA libraries take 5. Two to five minutes, once."
+	test -x $(VENV)/demo/bin/python || $(PYTHON) -m venv $(VENV)/demo
+	$(VENV)/demo/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	touch $@
+
+demo: $(DEMO_VENV)/installed  ## What a cache buys, on embedded real data
+	$(DEMO_VENV)/bin/logitcache demo
 
 test: $(VENV)/installed  ## Everything that CI tests
 	$(BIN)/python -m pytest

@@ -23,8 +23,8 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 TINY = ["data.name=digits", "teacher.train.epochs=1", "train.epochs=1", "num_workers=0"]
 """Overrides of a pipeline for a tiny run."""
-TINY_MNIST5K = [*TINY, "students.true-labels-of-a-tenth.train.epochs=1"]
-"""Of `pipelines/mnist5k.yaml`, one of whose students has epochs of its own."""
+TINY_MNIST5K = [*TINY, "train.seeds=[0]", "students.true-labels-of-a-tenth.train.epochs=1"]
+"""Of `pipelines/mnist5k.yaml` and `demo.yaml`, one of whose students has epochs of its own."""
 
 
 def options(description: str, *, writes: str | None = "benchmarks/results/") -> argparse.ArgumentParser:

@@ -46,7 +46,7 @@ from logitcache.config.schema import Pipeline, StudentConfig, load_pipeline
 from logitcache.data.loading import rendered_batches
 from logitcache.data.order import batches, epoch_order
 from logitcache.devices import autocast, pick_device, to_device
-from logitcache.losses import LOSSES, Loss, TrueLabel, loss_from_config
+from logitcache.losses import LOSSES, CrossEntropy, Loss, loss_from_config
 from logitcache.progress import silence, track
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import Bench
@@ -68,7 +68,7 @@ ROWS_AT_ONCE = 8192
 """Random rows made at a time."""
 MEASURED_WITH: dict[str, list[dict[str, Any]]] = {
     "stages": [],  # one of the others at any step
-    "weighted": [{"parts": [{"loss": "true_label"}, {"loss": "dist", "weight": 2.0}]}],
+    "weighted": [{"parts": [{"loss": "cross_entropy"}, {"loss": "dist", "weight": 2.0}]}],
     "kl": [{}, {"temperature": 2.0}, {"temperature": 2.0, "standardise": True}],
 }
 """Parameters of the losses that are measured with others than their defaults."""
@@ -218,7 +218,7 @@ def added_section(pipeline: Pipeline, student_name: str | None, repeats: int) ->
     rows_B = torch.arange(size)
     student_BC = torch.randn(size, num_classes, requires_grad=True)
     target_BC = torch.randn(size, num_classes).softmax(dim=1)
-    true_label = TrueLabel()
+    true_label = CrossEntropy()
     starts, cached, plain, epochs = [], [], [], []
     for repeat in range(repeats):
         labels = bench.job(arms[CACHED], seed=0).labels  # one that has proven no view yet
@@ -349,12 +349,12 @@ def loss_costs(
     work: Callable[[Loss], None], device: torch.device, *, repeats: int, count: int
 ) -> tuple[dict[str, Comparison], dict[str, int]]:
     """Seconds of a piece of work with each loss, beside true labels, and the most bytes that it holds at once."""
-    arms = {LABELS_ONLY: loss_from_config("true_label")}
+    arms = {LABELS_ONLY: loss_from_config("cross_entropy")}
     for name in LOSSES:
         for arguments in MEASURED_WITH.get(name, [{}]):
-            if name != "true_label":
+            if name != "cross_entropy":
                 shown = ", ".join(f"{key}={value}" for key, value in arguments.items() if key != "parts")
-                shown = "true_label + 2 dist" if name == "weighted" else shown
+                shown = "cross_entropy + 2 dist" if name == "weighted" else shown
                 arms[f"{name} ({shown})" if shown else name] = loss_from_config({"name": name, **arguments})
     peaks = {}
     for name, loss in arms.items():
@@ -398,7 +398,7 @@ def three_ways(pipeline: Pipeline, student_name: str | None, epochs: int) -> dic
     cached = pipeline.student(student_name)
     cached = cached.model_copy(update={"name": "cached", "train": {**cached.train, "epochs": epochs}})
     return {
-        LABELS_ONLY: cached.model_copy(update={"name": "labels-only", "loss": {"name": "true_label"}}),
+        LABELS_ONLY: cached.model_copy(update={"name": "labels-only", "loss": {"name": "cross_entropy"}}),
         CACHED: cached,
         LIVE: cached.model_copy(update={"name": "live", "labels": "live"}),
     }

@@ -145,7 +145,7 @@ def render(photos: Photos, num_views: int) -> tuple[Tensor, Tensor]:
     )
     student = v2.Compose([v2.Resize(STUDENT_SIDE), v2.Normalize([0.5] * 3, [0.25] * 3)])
     both = BothInputs(student, v2.Normalize([0.5] * 3, [0.5] * 3))
-    views = ViewDataset(photos, plan, model_input=both)
+    views = ViewDataset(photos, plan, preprocess=both)
     teacher = efficientnet_lite0().eval().to(memory_format=torch.channels_last)
     places = [(view, index) for view in range(num_views) for index in range(len(photos))]
     batches = [places[start : start + 32] for start in range(0, len(places), 32)]
@@ -173,7 +173,7 @@ def train_on(
         cache = logitcache.open(f"{folder}/labels.cache")
         results = [train_student(cache, crops, test, epochs, seed) for seed in seeds]
         label_kl = "∞" if cache.kl_mean is None else f"{cache.kl_mean:.3g}"
-        num_bytes = cache.label_bytes / (num_views * num_photos)
+        num_bytes = cache.target_bytes / (num_views * num_photos)
     cells = [f"{num_bytes:.1f}", label_kl]
     for index, form in ((0, "{:.3f} ± {:.3f}"), (1, "{:.1%} ± {:.1%}")):
         values = [result[index] for result in results]

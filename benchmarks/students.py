@@ -1,4 +1,4 @@
-"""The tables of students in the README: of `logitcache demo`, or of a pipeline, with what they were measured on.
+"""The tables of students in the README: of `logitcache demo --full`, or of a pipeline, with what they were measured on.
 
     python benchmarks/students.py demo --write
     python benchmarks/students.py pipelines/fashion_mnist.yaml --write
@@ -9,6 +9,7 @@ as the pipeline; a second call only prints.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -35,8 +36,8 @@ def main() -> None:
     before = conditions()
     start = time.perf_counter()
     if arguments.pipeline == "demo":
-        result = run_demo(folder, overrides)
-        subject, rows, teacher_accuracy, findings = "demo", result.rows, result.teacher_accuracy, result.findings
+        result = run_demo(folder, overrides, full=not arguments.tiny)
+        subject, rows, teacher_accuracy, findings = "demo", result.rows, result.teacher["accuracy"], result.findings
     else:
         pipeline = load_pipeline(arguments.pipeline, overrides)
         rows = run_pipeline(pipeline)
@@ -52,14 +53,16 @@ def main() -> None:
 
 
 def students_table(rows: list[Row]) -> str:
-    """Accuracy in per cent, mean ± standard deviation between seeds; seconds are medians of epochs."""
+    """Accuracy in per cent, mean ± standard deviation between seeds; its standard error; median seconds of an epoch."""
     lines = []
     for row in rows:
         spread = "" if row.accuracy_sd is None else f" ± {100 * row.accuracy_sd:.2f}"
+        error = "-" if row.accuracy_sd is None else f"{100 * row.accuracy_sd / math.sqrt(len(row.seeds)):.2f}"
         accuracy = "-" if row.accuracy_mean is None else f"{100 * row.accuracy_mean:.2f}{spread}"
         seconds = "-" if row.epoch_seconds is None else f"{row.epoch_seconds:.2f}"
-        lines.append([row.name, f"{row.parameters:,}", f"{row.samples:,}", len(row.seeds), accuracy, seconds])
-    return table(["student", "parameters", "samples", "seeds", "test accuracy, %", "seconds an epoch"], lines)
+        lines.append([row.name, f"{row.parameters:,}", f"{row.samples:,}", len(row.seeds), accuracy, error, seconds])
+    header = ["student", "parameters", "samples", "seeds", "test accuracy, %", "standard error", "seconds an epoch"]
+    return table(header, lines)
 
 
 if __name__ == "__main__":

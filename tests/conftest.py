@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {
     "train": {"epochs": 2, "batch_size": 64, "lr": 0.01},
     "students": [
         {"name": "small", "model": "mlp", "args": {"hidden": [8]}, "loss": {"name": "kl", "temperature": 2.0}},
-        {"name": "labels", "model": "mlp", "args": {"hidden": [8]}, "loss": "true_label"},
+        {"name": "labels", "model": "mlp", "args": {"hidden": [8]}, "loss": "cross_entropy"},
     ],
     "runs": {"path": ""},
     "num_workers": 0,

@@ -122,11 +122,11 @@ def _sections(cache: LogitCache, stated: Card) -> Iterator[str]:
             "classes": f"{cache.num_classes:,}",
             "encoding": code(repr(cache.encoding)),
             "bytes": f"{cache.stored_bytes:,}",
-            "bytes a sample and view": f"{cache.label_bytes / rows:.1f}",
+            "bytes a sample and view": f"{cache.target_bytes / rows:.1f}",
             **{
                 f"output {name}": f"{code(str(output.shape))} a sample, {code(repr(output.encoding))}, "
                 f"{cache.contents.output_bytes[name] / rows:.1f} bytes"
-                for name, output in cache.others.items()
+                for name, output in cache.extra_outputs.items()
             },
         }
     )
@@ -185,14 +185,14 @@ def _how_to_load_it(cache: LogitCache) -> Iterator[str]:
         "right up to a constant per row\n"
         + "".join(
             f'print(cache.view({cache.views.start}).output("{name}", [0]))  # float32 {(1, *output.shape)}\n'
-            for name, output in cache.others.items()
+            for name, output in cache.extra_outputs.items()
         )
         + "```\n"
     )
     if cache.manifest.identity.transform is not None:
         yield (
             "`logitcache.ViewDataset(dataset, cache.view_plan)` renders the views that the teacher saw, and "
-            "`cache.check_inputs` and `cache.check_batch` prove it. The same from the command line, with the pipeline "
+            "`cache.verify_inputs` and `cache.check_batch` prove it. The same from the command line, with the pipeline "
             "that names the data:\n"
         )
     yield (

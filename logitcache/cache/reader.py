@@ -1,6 +1,6 @@
-"""An open cache: whole views in memory, or block by block where a view exceeds the memory budget.
+"""Read a cache: whole views in memory, or block by block if a view exceeds the memory budget.
 
-Nothing is ever read row by row. Every object is checked against its receipt when it is read.
+Labels are read by the block, never by the row. Every object is checked against its receipt when it is read.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from logitcache.cache.rendering import check_arrived, check_rendered, recorded_d
 from logitcache.data.index import split_index
 from logitcache.data.samples import SampleTable
 from logitcache.data.views import ViewDataset, ViewPlan
+from logitcache.deprecation import RenamedAttribute
 from logitcache.encodings import Encoding, encoding_from_config
 from logitcache.errors import REBUILD, CorruptCache, IdentityMismatch, IncompleteCache, UsageError
 from logitcache.storage import Storage, open_storage
@@ -44,36 +45,45 @@ from logitcache.storage.blockdir import shared_block_directory
 # B batch, C classes, N samples, V views
 
 RESIDENT_BYTES = 2**32
-"""Encoded labels that `cache.logits` keeps in memory, by default."""
+"""Default memory budget of `LogitCache.logits`, in bytes of encoded labels."""
 
 
 def open_cache(location: str | os.PathLike[str], *, trust: bool = False) -> LogitCache:
     """Open a cache: checks manifest and receipts, reads no labels.
 
     Args:
-        location: a directory, or a `file://`, `s3://`, `gs://`, `az://` or `https://` URL. What is read from a remote
-            one is kept in a local directory (`~/.cache/logitcache`, moved by `LOGITCACHE_CACHE_DIR`; at most
-            `LOGITCACHE_CACHE_GB`, 50 by default), and the view after the one that is asked for comes meanwhile.
-        trust: allow `view_plan` to run the `package.module:function` transforms that the cache names, wherever they
-            lie.
+        location: a directory, or a `file://`, `s3://`, `gs://`, `az://` or `https://` URL. Blocks of a remote cache are
+            kept in a local directory (`LOGITCACHE_CACHE_DIR`, default `~/.cache/logitcache`; at most
+            `LOGITCACHE_CACHE_GB`, default 50). The view after the one in use is downloaded in the background.
+        trust: allow `view_plan` to import and run the `package.module:function` transforms that the cache names.
 
     Raises:
-        NotACache: no cache there.
-        UnsupportedFormat: written by a newer version.
+        NotACache: there is no cache at the location.
+        UnsupportedFormat: the cache was written by a newer version.
         CorruptCache: manifest and receipts contradict each other.
-        StorageError: the store refuses, or can't be reached.
+        StorageError: the store refuses access or can't be reached.
     """
     return LogitCache(open_storage(location), trust=trust)
 
 
 class LogitCache:
-    """The labels of one teacher over views of one dataset.
+    """The labels of one teacher over views of one dataset. Open one with `logitcache.open`.
+
+    The attributes `storage`, `manifest`, `receipts`, `layout` and `contents`, and the methods `window_blocks`,
+    `read_encoded`, `read_blocks`, `encoding_of` and `input_digests`, give access to the stored form. Most programs
+    need only `view_plan`, `view`, `logits` and the checks.
 
     Args:
-        storage: where it lies.
+        storage: where the cache is stored.
         trust: see `open_cache`.
-        written: manifest and receipts, for the writer that has them at hand.
+        written: manifest and receipts, if the caller has them already.
     """
+
+    objects = RenamedAttribute("_objects")
+    trust = RenamedAttribute("_trust")
+    others = RenamedAttribute("extra_outputs")
+    label_bytes = RenamedAttribute("target_bytes")
+    check_inputs = RenamedAttribute("verify_inputs")
 
     def __init__(
         self,
@@ -83,19 +93,20 @@ class LogitCache:
         written: tuple[Manifest, dict[str, Receipt]] | None = None,
     ) -> None:
         self.storage = storage
-        self.objects = ObjectReader(storage, shared_block_directory() if storage.is_remote else None)
-        self.manifest, self.receipts = read_records(storage, self.objects) if written is None else written
+        self._objects = ObjectReader(storage, shared_block_directory() if storage.is_remote else None)
+        self.manifest, self.receipts = read_records(storage, self._objects) if written is None else written
         self.layout = self.manifest.layout
+        """Shape of the stored arrays; `layout.num_views` counts from view 0, also in a partial copy."""
         self.encoding: Encoding = encoding_from_config(self.manifest.identity.encoding)
-        """Of the logits."""
-        self.others = outputs_of(self.manifest.identity)
-        """What is held beside the logits: shape, encoding and source by name."""
-        self.trust = trust
+        """Encoding of the logits."""
+        self.extra_outputs = outputs_of(self.manifest.identity)
+        """Outputs other than the logits, by name: shape, encoding and source."""
+        self._trust = trust
         self._loader: ThreadPoolExecutor | None = None
         self._loading: dict[tuple[int, str, str], Future[View]] = {}
         self._kept: OrderedDict[tuple[int, str, int], View] = OrderedDict()
         self._plans: list[ViewPlan] = []
-        """Those of this cache's views whose datasets `check_batch` may render from."""
+        """Plans of this cache's views; `check_batch` renders from their datasets."""
         self._process = os.getpid()
         if self.sealed and content_digest(self.manifest, self.receipts) != self.manifest.digest:
             raise CorruptCache(
@@ -104,7 +115,7 @@ class LogitCache:
 
     @property
     def id(self) -> str:
-        """SHA-256 of the identity."""
+        """SHA-256 of the identity: dataset, teacher, views and encoding."""
         return self.manifest.id
 
     @property
@@ -114,62 +125,62 @@ class LogitCache:
 
     @property
     def pin(self) -> str | None:
-        """What `pull --expect` is best given: the digest, or in format 1 its stronger form; None until sealed."""
+        """The hash for `pull --expect`: the digest, or in format 1 a stronger form of it; None until sealed."""
         return pin_of(self.manifest, self.receipts) if self.sealed else None
 
     @property
     def sealed(self) -> bool:
-        """Whether every block is there."""
+        """Whether the cache is complete."""
         return self.manifest.state == "sealed"
 
     @property
     def num_samples(self) -> int:
-        """N."""
+        """Number of samples (rows of each view)."""
         return self.layout.num_samples
 
     @property
     def num_views(self) -> int:
-        """V."""
-        return self.layout.num_views
+        """Number of views in this cache: `len(views)`."""
+        return len(self.views)
 
     @property
     def views(self) -> range:
-        """The views that are held: all of them, but in a copy that was made of some."""
+        """The view numbers in this cache: from 0, except in a partial copy such as of views 2 and 3."""
         return self.layout.views
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """Number of classes."""
         return self.layout.num_classes
 
     @property
     def outputs(self) -> dict[str, tuple[int, ...]]:
-        """What is held of the teacher, `logits` first: the shape of each output for one sample."""
-        return {LOGITS: (self.num_classes,)} | {name: output.shape for name, output in self.others.items()}
+        """The shape of each stored output for one sample, by name, `logits` first."""
+        return {LOGITS: (self.num_classes,)} | {name: output.shape for name, output in self.extra_outputs.items()}
 
     @cached_property
     def contents(self) -> Contents:
-        """Sizes and fidelity of all that is there."""
+        """Sizes and fidelity of the stored labels."""
         return contents(self.receipts, fixed=FIXED)
 
     @property
     def stored_bytes(self) -> int:
-        """Size of all stored objects that have receipts."""
+        """Bytes of all stored objects."""
         return self.contents.bytes
 
     @property
-    def label_bytes(self) -> int:
-        """Size of the labels alone, all outputs, without what is stored once."""
+    def target_bytes(self) -> int:
+        """Bytes of the stored labels of all rows and outputs, without the arrays that are stored once per cache."""
         return self.contents.label_bytes
 
     @property
     def kl_mean(self) -> float | None:
-        """KL(teacher ‖ decoded) of the logits at T = 1, in nats, over all rows that are there."""
+        """Mean KL(teacher ‖ decoded) of the logits at T = 1, in nats, over all stored rows."""
         return self.contents.kl_mean
 
     @property
     def view_bytes(self) -> int:
-        """Memory of the logits of one resident view."""
+        """Bytes of memory that the encoded logits of one view take."""
         return self._memory([LOGITS])
 
     def _memory(self, outputs: Iterable[str]) -> int:
@@ -178,7 +189,7 @@ class LogitCache:
 
     @cached_property
     def samples(self) -> SampleTable | None:
-        """Keys, targets and content digests of the samples; None where the cache was created without.
+        """Keys, targets and content digests of the samples; None if the cache was created without them.
 
         Raises:
             CorruptCache: the table is damaged.
@@ -187,77 +198,77 @@ class LogitCache:
         wanted = [name for name in SAMPLE_ARRAYS if name in self.layout.fixed]
         if fixed is None or not wanted:
             return None
-        arrays = {name: read_fixed(self.storage, self.layout, fixed, name, self.objects) for name in wanted}
+        arrays = {name: read_fixed(self.storage, self.layout, fixed, name, self._objects) for name in wanted}
         return stored_samples(arrays, self.num_samples, url=self.storage.url)
 
     @cached_property
     def _fitted_encoding(self) -> Encoding:
         if FIXED not in self.receipts:
-            raise IncompleteCache(f"{self.storage.url}: what is stored once is missing; {REBUILD}")
-        return stored_encoding(self.storage, self.manifest, self.receipts[FIXED], self.objects)
+            raise IncompleteCache(f"{self.storage.url}: the per-cache arrays are missing; {REBUILD}")
+        return stored_encoding(self.storage, self.manifest, self.receipts[FIXED], self._objects)
 
     @cached_property
     def view_plan(self) -> ViewPlan:
-        """How the views were made, for `ViewDataset`; it holds samples to their content digests.
+        """How the views are made, for `ViewDataset`; samples are checked against their content digests.
 
         Raises:
-            UsageError: the cache does not say how its views were made.
-            UntrustedCode: the cache names somebody's code, which it lists; open the cache with trust=True.
+            UsageError: the cache was created without a view plan.
+            UntrustedCode: the cache names third-party code; the message lists it. Open the cache with trust=True.
         """
-        plan = recorded_plan(self.manifest, self.samples, url=self.storage.url, trust=self.trust)
+        plan = recorded_plan(self.manifest, self.samples, url=self.storage.url, trust=self._trust)
         self._plans.append(plan)
         return plan
 
     def check_plan(self, plan: ViewPlan) -> None:
-        """Hold a view plan to the one that the cache was built with.
+        """Check that a view plan is the one that the cache was built with.
 
         Raises:
-            IdentityMismatch: names the first parameter that differs.
+            IdentityMismatch: it differs; names the first parameter that does.
         """
         identity = self.manifest.identity
         here = identity.model_copy(update={"transform": plan.describe(), "view_seed": plan.seed})
         differences = identity.differences(type(identity).model_validate_json(here.model_dump_json()))
         if differences:
             raise IdentityMismatch(
-                f"the views at hand are not those of cache {self.id[:12]}…; they differ in\n  "
-                + "\n  ".join(differences)
+                f"the view plan is not that of cache {self.id[:12]}…; it differs in\n  " + "\n  ".join(differences)
             )
         self._plans.append(plan)
 
-    def check_inputs(self, views: ViewDataset, view: int) -> int:
-        """Render the proof rows of a view and hold their pixels to what the teacher was given.
+    def verify_inputs(self, views: ViewDataset, view: int) -> int:
+        """Render a few rows of a view and compare them with digests of the teacher's inputs.
 
         Args:
-            views: the views at hand, for whichever model; the teacher's own part is rendered.
+            views: the dataset; rows are rendered with the teacher's preprocessing, whatever the dataset's own is.
+            view: a number in `cache.views`.
 
         Returns:
-            How many rows were compared; rows outside a subset are left out.
+            The number of rows compared; rows outside a subset are skipped.
 
         Raises:
-            UsageError: no such view.
-            IdentityMismatch: names the sample, and the library versions that may be the cause.
+            UsageError: the cache has no such view.
+            IdentityMismatch: a row differs; names the sample and the library versions that may be the cause.
         """
-        self._check_held(view)
+        self._check_view(view)
         return check_rendered(views, view, self.input_digests(view), self.manifest, self.samples)
 
     def check_batch(self, index: Any, inputs: Any, *, views: ViewDataset | None = None) -> int:
-        """Compare a batch that arrived with its own samples, rendered again: the first and the last one.
+        """Render the first and the last sample of a batch again and compare them with the batch.
 
-        `check_inputs` renders rows itself; this finds what a loader changes on the way (timm's casts floats to uint8).
-        Call it at each view's first batch.
+        `verify_inputs` checks the dataset; this check finds what a loader changes afterwards (timm's casts floats to
+        uint8, for example). Call it on the first batch of each view.
 
         Args:
-            index: of the batch, int (B,), as `ViewDataset` gave it.
-            inputs: of the batch, as the loader gave them, on any device.
-            views: what the batch was loaded from; by default every living `ViewDataset` of `cache.view_plan`, or of a
-                plan that passed `check_plan`.
+            index: the batch's index from `ViewDataset`, int (B,).
+            inputs: the batch's inputs from the loader, on any device.
+            views: the dataset of the batch; by default any live `ViewDataset` of `cache.view_plan`, or of a plan that
+                passed `check_plan`.
 
         Returns:
-            How many samples were compared.
+            The number of samples compared.
 
         Raises:
-            UsageError: plain row numbers, or samples that no dataset at hand has.
-            IdentityMismatch: names the sample and what differs.
+            UsageError: plain row numbers, or samples that none of the datasets has.
+            IdentityMismatch: a sample differs; names it and the difference.
         """
         if views is not None:
             return check_arrived([views], index, inputs, self.manifest, self.samples)
@@ -266,14 +277,14 @@ class LogitCache:
         return check_arrived(datasets, index, inputs, self.manifest, self.samples)
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
-        """Row numbers of sample keys, int64 (len(keys),), for subsets and other orders.
+        """Row numbers of sample keys, int64 (len(keys),), for subsets and datasets in another order.
 
         Raises:
-            SampleMismatch: a key that the cache does not hold.
+            SampleMismatch: a key that is not in the cache.
             UsageError: the cache was created without keys.
         """
         if self.samples is None:
-            raise UsageError(f"{self.storage.url} was created without sample keys; count its rows yourself")
+            raise UsageError(f"{self.storage.url} was created without sample keys; pass row numbers instead")
         return self.samples.rows(keys)
 
     def view(
@@ -285,19 +296,19 @@ class LogitCache:
         ahead: bool = True,
         outputs: Sequence[str] = (LOGITS,),
     ) -> View:
-        """One view on a device: resident, or streamed by blocks where it exceeds the memory budget.
+        """One view on a device: resident in memory, or streamed by blocks if it exceeds the memory budget.
 
         Args:
-            view: 0 <= view < num_views.
-            device: where the encoded labels lie and `logits` are decoded.
+            view: a number in `cache.views`.
+            device: holds the encoded labels; `logits` are decoded there.
             memory_budget: bytes that the view's encoded labels may take; None is no limit.
-            ahead: of a remote cache, bring the rest of a streamed view and the view after it nearby meanwhile.
-            outputs: what is read now. Others are read when they are first asked for, each as if it were alone.
+            ahead: for a remote cache, download the rest of a streamed view, and the next view, in the background.
+            outputs: outputs to read now. Each other one is read when it is first used.
 
         Raises:
-            UsageError: no such view or output.
-            IncompleteCache: a block of it is missing.
-            CorruptCache: an object is not the one that was written.
+            UsageError: the cache has no such view or output.
+            IncompleteCache: a block of the view is missing.
+            CorruptCache: an object differs from what was written.
         """
         self._check_complete(view)
         window = self.window_blocks(memory_budget, outputs)
@@ -309,19 +320,19 @@ class LogitCache:
             streamed = window if output in outputs else self.window_blocks(memory_budget, [output])
             return self._rows_of(view, output, torch.device(device), streamed)
 
-        if not self.others and tuple(outputs) == (LOGITS,):
+        if not self.extra_outputs and tuple(outputs) == (LOGITS,):
             return read(LOGITS)
         whole = ViewOfOutputs(view, self.num_samples, self.outputs, read)
         whole.read(outputs)
         return whole
 
     def window_blocks(self, memory_budget: int | None, outputs: Sequence[str] = (LOGITS,)) -> int | None:
-        """How many blocks of a view batches should stay within, under a budget in bytes; None if the whole view fits.
+        """Number of blocks that consecutive batches should stay within; None if a whole view fits the memory budget.
 
-        Two such windows are kept, since a batch may straddle the end of one.
+        A streamed view keeps two such windows in memory, because a batch may span the end of one.
 
         Raises:
-            UsageError: an output that is not held.
+            UsageError: the cache has no such output.
         """
         for name in outputs:
             if name not in self.outputs:
@@ -333,7 +344,7 @@ class LogitCache:
         return max(1, memory_budget // (2 * block_bytes))
 
     def prefetch(self, view: int, device: str | torch.device = "cpu", outputs: Sequence[str] = (LOGITS,)) -> None:
-        """Load outputs of a view in the background, for the `view` call to come."""
+        """Load outputs of a view in the background, for a later call of `view`."""
         self._check_complete(view)
         self._leave_parent()
         if self._loader is None:
@@ -344,12 +355,12 @@ class LogitCache:
                 self._loading[key] = self._loader.submit(self._load_view, view, torch.device(device), output)
 
     def _leave_parent(self) -> None:
-        """After a fork: what the parent's thread is loading never arrives here."""
+        """After a fork, forget loads of the parent's thread: they never finish in the child."""
         if self._process != os.getpid():
             self._process, self._loader, self._loading = os.getpid(), None, {}
 
     def _rows_of(self, view: int, output: str, device: torch.device, window: int | None) -> View:
-        """One output of a view: streamed in so many blocks, or resident where that is None."""
+        """One output of a view: streamed with a window of blocks, or resident if the window is None."""
         if window is None:
             self._leave_parent()
             loading = self._loading.pop((view, str(device), output), None)
@@ -365,16 +376,16 @@ class LogitCache:
         return ResidentView(view, encoding, tensors, num_values)
 
     def encoding_of(self, output: str) -> tuple[Encoding, int]:
-        """The encoding of an output, fitted, and how many values a row has."""
+        """The fitted encoding of an output, and the number of values of a row."""
         if output == LOGITS:
             return self._fitted_encoding, self.num_classes
-        return self.others[output].encoding, self.others[output].num_values
+        return self.extra_outputs[output].encoding, self.extra_outputs[output].num_values
 
     def read_encoded(self, view: int, numbers: Sequence[int], *, output: str) -> dict[str, np.ndarray]:
-        """The arrays (rows, *row_shape) of consecutive blocks of one output, by the encoding's names for them.
+        """The arrays (rows, *row_shape) of consecutive blocks of one output, under the encoding's names.
 
         Raises:
-            CorruptCache: names the first block that is not as it was written.
+            CorruptCache: a block differs from what was written; names the first one.
         """
         if output == LOGITS:
             return self.read_blocks(view, numbers)
@@ -382,16 +393,16 @@ class LogitCache:
         return {name.removeprefix(f"{output}_"): values for name, values in arrays.items()}
 
     def read_blocks(self, view: int, numbers: Sequence[int], output: str = LOGITS) -> dict[str, np.ndarray]:
-        """The encoded arrays (rows, *row_shape) of consecutive blocks of a view, of one output, checked.
+        """The checked arrays (rows, *row_shape) of consecutive blocks of one output, under their stored names.
 
         Raises:
-            CorruptCache: names the first block that is not as it was written.
+            CorruptCache: a block differs from what was written; names the first one.
         """
         blocks = [Block(view, number) for number in numbers]
         num_rows = sum(len(block_rows(self.layout, block)) for block in blocks)
-        objects = self.objects.read_all([self._wanted(block, [output]) for block in blocks])
+        objects = self._objects.read_all([self._wanted(block, [output]) for block in blocks])
         arrays = {}
-        num_values = self.num_classes if output == LOGITS else self.others[output].num_values
+        num_values = self.num_classes if output == LOGITS else self.extra_outputs[output].num_values
         for position, name in enumerate(self._arrays([output])):
             spec = self.layout.arrays[name]
             chunks = [of_block[position] for of_block in objects]
@@ -406,11 +417,11 @@ class LogitCache:
         return arrays
 
     def _arrays(self, outputs: Sequence[str]) -> list[str]:
-        """The arrays of rows of some outputs, in their order."""
+        """Names of the stored arrays of some outputs, in order."""
         return [name for name in self.layout.arrays if output_of(name) in outputs]
 
     def _wanted(self, block: Block, outputs: Sequence[str] = (LOGITS,)) -> tuple[Wanted, str]:
-        """A block's objects of some outputs by key, and who vouches for them."""
+        """A block's objects of some outputs by key, and the name of their receipt for messages."""
         receipt = self.receipts.get(block.name)
         if receipt is None:
             raise IncompleteCache(f"{self.storage.url}: block {block.name} is missing; {REBUILD}")
@@ -419,38 +430,38 @@ class LogitCache:
         return keys, f"block {block.name}"
 
     def _fetch_ahead(self, views: Sequence[int], outputs: Sequence[str]) -> None:
-        """Bring views nearby from a remote store in the background, where there is room for them."""
-        nearby = self.objects.nearby
+        """Download views from a remote store in the background, if the local directory has room for them."""
+        nearby = self._objects.nearby
         sizes = self.contents.output_bytes or {LOGITS: self.contents.label_bytes}
-        label_bytes = sum(sizes[output] for output in outputs) * len(views) // len(self.views)
-        if nearby is not None and 2 * label_bytes <= nearby.max_bytes:
+        target_bytes = sum(sizes[output] for output in outputs) * len(views) // len(self.views)
+        if nearby is not None and 2 * target_bytes <= nearby.max_bytes:
             blocks = [Block(view, number) for view in views for number in range(blocks_per_view(self.layout))]
             there = [block for block in blocks if block.name in self.receipts]
-            # An entry nearby for each output: whoever asks for one later asks for it alone.
-            self.objects.read_ahead([self._wanted(block, [output]) for block in there for output in outputs])
+            # One local entry per output, because outputs are read one at a time later.
+            self._objects.read_ahead([self._wanted(block, [output]) for block in there for output in outputs])
 
     def logits(
         self, index: Any, device: str | torch.device = "cpu", *, memory_budget: int = RESIDENT_BYTES
     ) -> torch.Tensor:
-        """The teacher's logits of samples in any mix of views, float32 (B, C), on a device.
+        """The teacher's logits of samples of any views, float32 (B, C), on a device.
 
-        Views are loaded when an index first names them, and stay. Beyond the budget those used least recently leave,
-        so that batches which mix more views than it holds are slow.
+        A view is loaded when an index first names it, and kept. Beyond the memory budget the least recently used views
+        are dropped, so batches that mix more views than fit are slow.
 
         Args:
-            index: int (B,), as `ViewDataset` gives it.
-            device: where encoded labels lie and logits are decoded.
-            memory_budget: bytes of encoded labels that stay; 4 GiB by default.
+            index: int (B,), from `ViewDataset`.
+            device: holds the encoded labels; logits are decoded there.
+            memory_budget: bytes of encoded labels to keep; default 4 GiB.
 
         Raises:
-            UsageError: plain row numbers, which name no view; no such view; booleans or floats.
+            UsageError: plain row numbers, which name no view; a view that is not in the cache; booleans or floats.
             IncompleteCache: a block of a view is missing.
-            CorruptCache: an object is not the one that was written.
+            CorruptCache: an object differs from what was written.
         """
         views_B, rows_B = split_index(index)
         if bool((views_B < 0).any()):
             raise UsageError(
-                "plain row numbers name no view; pass the index that `ViewDataset` gives, or take "
+                "plain row numbers name no view; pass the index that `ViewDataset` gives, or use "
                 "`cache.view(view).logits(rows)`"
             )
         target = torch.device(device)
@@ -469,27 +480,27 @@ class LogitCache:
             self._kept.popitem(last=False)
         return self._kept[key]
 
-    def _check_held(self, view: int) -> None:
-        if not 0 <= view < self.num_views:
-            raise UsageError(f"no view {view}: the cache has {self.num_views}, numbered from 0")
+    def _check_view(self, view: int) -> None:
+        if not 0 <= view < self.views.stop:
+            raise UsageError(f"no view {view}: the cache has views {self.views.start} to {self.views.stop - 1}")
         if view not in self.views:
             raise UsageError(
-                f"{self.storage.url} is a copy of views {self.views.start} to {self.views.stop - 1} only; view {view} "
-                "is not among them: `logitcache pull` the others as well"
+                f"{self.storage.url} is a partial copy with views {self.views.start} to {self.views.stop - 1}, without "
+                f"view {view}; `logitcache pull` adds views"
             )
 
     def _check_complete(self, view: int) -> None:
-        self._check_held(view)
+        self._check_view(view)
         names = (Block(view, number).name for number in range(blocks_per_view(self.layout)))
         missing = next((name for name in names if name not in self.receipts), None)
         if missing is not None:
-            # Counted by what is there: a manifest may claim millions of blocks.
+            # Counts the receipts: an untrusted manifest may claim millions of blocks.
             there = sum(name.startswith(f"v{view:05d}/") for name in self.receipts)
             raise IncompleteCache(
-                f"{self.storage.url}: {blocks_per_view(self.layout) - there} blocks of view {view} are missing, the "
-                f"first being {missing}; {REBUILD}"
+                f"{self.storage.url}: {blocks_per_view(self.layout) - there} blocks of view {view} are missing, "
+                f"{missing} first; {REBUILD}"
             )
 
     def input_digests(self, view: int) -> dict[int, str]:
-        """The digest of what the teacher was given, by row, for the proof rows of a view that are known."""
+        """Digests of the teacher's inputs for a few rows of a view, by row number."""
         return recorded_digests(self.manifest, self.receipts, view)

@@ -49,7 +49,7 @@ def recorded_plan(manifest: Manifest, samples: SampleTable | None, *, url: str, 
         transform=parts[0],
         seed=manifest.identity.view_seed,
         mixing=Mixing(**(transform["mixing"] or {})),
-        model_input=parts[1],
+        preprocess=parts[1],
         num_classes=manifest.layout.num_classes,
         num_samples=manifest.layout.num_samples,
         contents=None if samples is None else samples.contents,
@@ -142,7 +142,7 @@ def check_arrived(
                 f"sample {row} ({key}) of this batch is not view {view} as it is rendered here: {reasons[0]}.\n"
                 "Something between the dataset and this call changes the inputs (a loader that casts or normalises, a "
                 "transform on the device), or pairs them with other indices. Check the batch as the dataset gives it, "
-                "and pass a model's own steps as `model_input=`"
+                "and pass a model's own steps as `preprocess=`"
             )
     return len(places)
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,7 +25,7 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         "digest": manifest.digest,
         "sealed": manifest.state == "sealed",
         "num_samples": manifest.layout.num_samples,
-        "num_views": manifest.layout.num_views,
+        "num_views": len(manifest.layout.views),
         "num_classes": manifest.layout.num_classes,
         "encoding": summary.encoding,
         "bytes": None if contents is None else contents.bytes,
@@ -193,6 +194,70 @@ def print_rows(rows: list[Any]) -> None:
             "-" if row.epoch_seconds is None else f"{row.epoch_seconds:.2f}",
         )
     console().print(table)
+
+
+def demo_summary(result: Any, report: Path | None) -> dict[str, Any]:
+    """The keys of `demo`."""
+    from logitcache.extras.demo import DESCRIPTIONS
+
+    return {
+        "rows": [
+            {
+                **dataclasses.asdict(row),
+                "accuracy_standard_error": _standard_error(row),
+                "labels": DESCRIPTIONS[row.name],
+            }
+            for row in result.rows
+        ],
+        "teacher_accuracy": result.teacher["accuracy"],
+        "teacher_macs": result.teacher_macs,
+        "student_macs": result.student_macs,
+        "cost": None if result.cost is None else dataclasses.asdict(result.cost),
+        "view_matching": dataclasses.asdict(result.view_matching),
+        "few_labels": dataclasses.asdict(result.few_labels),
+        "findings": result.findings,
+        "cache": result.pipeline.cache.path,
+        "report": None if report is None else str(report),
+    }
+
+
+def print_demo(result: Any, report: Path | None) -> None:
+    """The demo's table, and what it shows."""
+    from logitcache.extras.demo import DESCRIPTIONS
+
+    teacher = result.teacher
+    accuracy = "" if teacher["accuracy"] is None else f"; test accuracy {100 * teacher['accuracy']:.1f} %"
+    console().print(
+        f"Teacher: {result.teacher_macs / 1e6:.1f} million multiply-adds per image, trained on {teacher['samples']:,} "
+        f"true labels{accuracy}. Student: {result.student_macs / 1e6:.1f} million multiply-adds.",
+        highlight=False,
+    )
+    table = Table("student trained on", "images", "seeds", "test accuracy, % ± standard error", "seconds per epoch")
+    for row in result.rows:
+        error = _standard_error(row)
+        spread = "" if error is None else f" ± {100 * error:.2f}"
+        table.add_row(
+            DESCRIPTIONS[row.name],
+            f"{row.samples:,}",
+            str(len(row.seeds)),
+            "-" if row.accuracy_mean is None else f"{100 * row.accuracy_mean:.2f}{spread}",
+            "-" if row.epoch_seconds is None else f"{row.epoch_seconds:.2f}",
+        )
+    console().print(table)
+    for line in result.findings:
+        console().print(line, highlight=False)
+    console().print(
+        f"Report: {report}" if report else "For an HTML report: pip install 'logitcache[report]' and re-run.",
+        highlight=False,
+        markup=False,
+    )
+    cache = result.pipeline.cache.path
+    console().print(f"Cache: {cache}; try `logitcache info {cache}`.", highlight=False, markup=False)
+
+
+def _standard_error(row: Any) -> float | None:
+    """Of a row's mean accuracy over seeds; None for a single one."""
+    return None if row.accuracy_sd is None else row.accuracy_sd / math.sqrt(len(row.seeds))
 
 
 def print_turns(turns: list[Any]) -> None:

@@ -11,8 +11,9 @@ import typer
 from logitcache.cli.application import JsonOption, OverridesArgument, PipelineArgument, TrustOption, app, show
 from logitcache.cli.printing import (
     cache_summary,
-    console,
+    demo_summary,
     plan_summary,
+    print_demo,
     print_mapping,
     print_plan,
     print_rows,
@@ -168,28 +169,17 @@ def federate_command(
 def demo_command(
     overrides: OverridesArgument = None,
     folder: Annotated[Path, typer.Option(help="Where runs and caches go.")] = Path("runs/demo"),
+    full: Annotated[
+        bool, typer.Option("--full", help="More seeds, and a student on all true labels: the documentation's table.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """The whole story on embedded real data: a teacher, a cache, and one small student trained five ways."""
-    from logitcache.extras.demo import run_demo
+    """What a cache buys, on embedded data: time, view matching, few labels. Safe to interrupt: re-run to resume."""
+    from logitcache.extras.demo import demo_report, run_demo
 
-    result = run_demo(folder, overrides or ())
-    summary = {
-        "teacher_accuracy": result.teacher_accuracy,
-        "rows": [dataclasses.asdict(row) for row in result.rows],
-        "findings": result.findings,
-        "cache": result.cache_path,
-        "report": result.report_path,
-    }
-
-    def print_demo() -> None:
-        console().print(f"The teacher is right on {result.teacher_accuracy:.1%} of the test images.")
-        print_rows(result.rows)
-        for line in result.findings:
-            console().print(f"  {line}", highlight=False)
-        console().print(f"The report is {result.report_path}: open it in a browser.", highlight=False)
-        console().print(
-            f"The cache is in {result.cache_path}: try `logitcache info {result.cache_path}`.", highlight=False
-        )
-
-    show(summary, as_json, print_demo)
+    if not as_json:
+        minutes = "about 8 minutes" if full else "about 90 seconds"
+        typer.echo(f"Training a teacher, caching it and training students: {minutes} on two idle cores.", err=True)
+    result = run_demo(folder, overrides or (), full=full)
+    report = demo_report(result, folder / "report.html")
+    show(demo_summary(result, report), as_json, lambda: print_demo(result, report))

@@ -51,7 +51,7 @@ def resolve_plan(pipeline: Pipeline, data: Data, *, trust: bool) -> ViewPlan:
         transform=None if views.transform is None else build_transform(views.transform, trust=trust),
         seed=views.seed,
         mixing=Mixing(mixup=views.mixup, cutmix=views.cutmix, probability=views.mix_probability),
-        model_input=input_part(pipeline.teacher, trust=trust),
+        preprocess=input_part(pipeline.teacher, trust=trust),
         num_classes=data.num_classes,
         num_samples=len(data.train),
         collate=resolve_collate(pipeline, trust=trust),
@@ -98,7 +98,7 @@ def resolve_model(
     Raises:
         UsageError, ShapeError: a model that can't be built or does not fit the data.
     """
-    views = ViewDataset(data.train, replace(plan, contents=None), model_input=input_part(config, trust=trust))
+    views = ViewDataset(data.train, replace(plan, contents=None), preprocess=input_part(config, trust=trust))
     sample = views[(0, 0)][1]
     with preserved_generators():
         seed_generators(seed)
@@ -181,4 +181,4 @@ def place_teacher(teacher: nn.Module, device: torch.device, config: TeacherConfi
 def clean_views(dataset: Dataset, config: ModelConfig, pipeline: Pipeline, *, trust: bool) -> ViewDataset:
     """A dataset without augmentation, as one model of a pipeline takes it: for validation and test."""
     collate = resolve_collate(pipeline, trust=trust)
-    return ViewDataset(dataset, ViewPlan(model_input=input_part(config, trust=trust), collate=collate))
+    return ViewDataset(dataset, ViewPlan(preprocess=input_part(config, trust=trust), collate=collate))

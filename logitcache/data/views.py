@@ -25,6 +25,7 @@ from logitcache.data.index import join_index
 from logitcache.data.samples import Dataset, content_digest, input_digest, load_sample, sample_key
 from logitcache.data.transforms import adapt_transform, describe_transform
 from logitcache.data.workers import end_with_parent
+from logitcache.deprecation import RenamedAttribute, renamed_keyword
 from logitcache.errors import IndexBeyondEnd, LogitCacheError, SampleMismatch, ShapeError, UsageError
 from logitcache.randomness import counter_seed, keyed_permutation, preserved_generators, seed_generators
 
@@ -77,6 +78,19 @@ class Mixture:
     box: tuple[float, float] | None = None
     """Centre (row, column) of CutMix's patch in [0, 1]; None for mixup."""
 
+    def patch(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(top, bottom), (left, right) of CutMix's patch in an image of this size, cut off where the image ends."""
+        assert self.box is not None
+        side = (1.0 - self.weight) ** 0.5
+        return _span(self.box[0], side, height), _span(self.box[1], side, width)
+
+    def weight_in(self, height: int, width: int) -> float:
+        """The weight that the sample itself keeps in an image of this size: CutMix loses what lies outside."""
+        if self.box is None:
+            return self.weight
+        (top, bottom), (left, right) = self.patch(height, width)
+        return 1.0 - (bottom - top) * (right - left) / (height * width)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ViewPlan:
@@ -87,8 +101,8 @@ class ViewPlan:
     seed: int = 0
     """Which views, out of all that this transform could give."""
     mixing: Mixing = field(default_factory=Mixing)
-    model_input: Callable[[Any], Any] | None = None
-    """The teacher's own deterministic part (size, normalisation); a student may have another."""
+    preprocess: Callable[[Any], Any] | None = None
+    """The teacher's deterministic preprocessing, such as size and normalisation; a student may have its own."""
     num_classes: int | None = None
     """Needed with mixing, where targets become (C,) distributions."""
     num_samples: int | None = None
@@ -105,6 +119,8 @@ class ViewPlan:
     )
     """The `ViewDataset`s of this very plan, for `cache.check_batch`."""
 
+    model_input = RenamedAttribute("preprocess")
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "datasets"}
 
@@ -120,7 +136,7 @@ class ViewPlan:
         return {
             "shared": describe_transform(self.transform) or None,
             "mixing": self.mixing.config() if self.mixing.active else None,
-            "teacher_input": describe_transform(self.model_input) or None,
+            "teacher_input": describe_transform(self.preprocess) or None,
         }
 
     def mixes(self, view: int, row: int, num_samples: int) -> bool:
@@ -141,6 +157,9 @@ class ViewPlan:
         weight = draw.betavariate(alpha, alpha)
         box = (draw.random(), draw.random()) if cut else None
         return Mixture(int(_partners(num_samples, self.seed, view)[row]), weight, box)
+
+
+ViewPlan.__init__ = renamed_keyword("model_input", "preprocess")(ViewPlan.__init__)  # type: ignore[method-assign]
 
 
 @functools.lru_cache(maxsize=256)
@@ -167,7 +186,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
     Args:
         dataset: map-style, `dataset[i]` gives (input, target).
         plan: such as `cache.view_plan`.
-        model_input: the deterministic part of the model at hand; the plan's own (the teacher's) by default.
+        preprocess: the model's deterministic preprocessing; by default the plan's, which is the teacher's.
         rows: the cache's row of each sample, from `cache.rows(keys)`, for a subset or another order.
 
     Raises:
@@ -175,12 +194,15 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         SampleMismatch: a sample's content is not what the teacher saw (when it is first loaded).
     """
 
+    model_input = RenamedAttribute("preprocess")
+
+    @renamed_keyword("model_input", "preprocess")
     def __init__(
         self,
         dataset: Dataset,
         plan: ViewPlan,
         *,
-        model_input: Callable[[Any], Any] | None = None,
+        preprocess: Callable[[Any], Any] | None = None,
         rows: np.ndarray | None = None,
     ) -> None:
         self.dataset = dataset
@@ -207,8 +229,8 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         if plan.mixing.active and plan.num_classes is None:
             raise UsageError("views with mixup or CutMix give targets as distributions: set ViewPlan(num_classes=...)")
         self._shared = adapt_transform(plan.transform)
-        self.model_input = plan.model_input if model_input is None else model_input
-        self._model_input = adapt_transform(self.model_input)
+        self.preprocess = plan.preprocess if preprocess is None else preprocess
+        self._preprocess = adapt_transform(self.preprocess)
         # In shared memory, so that DataLoader workers that persist see a new view, and each other's checks.
         self._view: Tensor = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         checked = torch.zeros(len(dataset), dtype=torch.bool)
@@ -309,8 +331,8 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         pixels, target = self._augmented(view, row, index)
         if self.plan.mixing.active:
             pixels, target = self._mixed(view, row, pixels, int(target))
-        if self._model_input is not None:
-            pixels = self._run(self._model_input, pixels, index, "input")
+        if self._preprocess is not None:
+            pixels = self._run(self._preprocess, pixels, index, "input")
         return join_index(view, row), pixels, target
 
     def _augmented(self, view: int, row: int, index: int) -> tuple[Any, Any]:
@@ -422,12 +444,10 @@ def _mix(pixels: Any, other: Any, mixture: Mixture) -> tuple[Tensor, float]:
     if mixture.box is None:
         return torch.lerp(other, pixels, mixture.weight), mixture.weight
     height, width = pixels.shape[-2:]
-    side = (1.0 - mixture.weight) ** 0.5
-    top, bottom = _span(mixture.box[0], side, height)
-    left, right = _span(mixture.box[1], side, width)
+    (top, bottom), (left, right) = mixture.patch(height, width)
     pixels = pixels.clone()
     pixels[..., top:bottom, left:right] = other[..., top:bottom, left:right]
-    return pixels, 1.0 - (bottom - top) * (right - left) / (height * width)
+    return pixels, mixture.weight_in(height, width)
 
 
 def _span(centre: float, side: float, length: int) -> tuple[int, int]:

@@ -1,8 +1,11 @@
-"""The whole story on embedded real data: one teacher, one cache, one small student trained five ways."""
+"""What a cache buys, on embedded real data: time, labels of the very views, and labels where few are known."""
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,72 +15,19 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.reader import LogitCache, open_cache
+from logitcache.config.build import resolve_teacher
 from logitcache.config.schema import Pipeline, load_pipeline
 from logitcache.data.index import split_index
 from logitcache.data.views import ViewDataset, ViewPlan
-from logitcache.extras.report import check_installed, write_report
+from logitcache.devices import pick_device
+from logitcache.errors import UsageError
+from logitcache.extras.student_export.cost import count_macs
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import Bench, Row, summarise, train_teacher
+from logitcache.storage import LocalStorage
 from logitcache.train.loop import train
 
 # B batch, C classes
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """The table, and what it says."""
-
-    rows: list[Row]
-    teacher_accuracy: float
-    findings: list[str]
-    cache_path: str
-    report_path: str
-
-
-def embedded_pipeline(overrides: Sequence[str] = ()) -> Pipeline:
-    """`pipelines/mnist5k.yaml`, from the checkout or from inside the installed package."""
-    here = Path(__file__).parent
-    checkout = here.parent / "pipelines" / "mnist5k.yaml"
-    return load_pipeline(checkout if checkout.is_file() else here / "catalog" / "mnist5k.yaml", overrides)
-
-
-def run_demo(folder: Path, overrides: Sequence[str] = ()) -> DemoResult:
-    """Teacher, cache, and the same student five ways with every seed; what is done already is not repeated."""
-    paths = [f"runs.path={folder}/runs", f"cache.path={folder}/views.cache"]
-    pipeline = embedded_pipeline([*paths, *overrides])
-    check_installed()  # now, rather than after minutes of training
-    teacher = train_teacher(pipeline)
-    cache_teacher(pipeline)
-    clean = pipeline.model_copy(
-        update={
-            "views": pipeline.views.model_copy(update={"transform": None, "mixup": 0.0, "cutmix": 0.0, "count": 1}),
-            "cache": pipeline.cache.model_copy(update={"path": f"{folder}/clean.cache"}),
-        }
-    )
-    cache_teacher(clean)
-
-    bench = Bench(pipeline)
-    clean_labels = CleanLabels(open_cache(clean.cache.path), bench.plan, bench.device)
-    # The mistake is no pipeline's business: nothing but this demonstration can ask for it.
-    mismatched = pipeline.student(MATCHED).model_copy(update={"name": MISMATCHED})
-    students = [
-        pipeline.student(TENTH),
-        pipeline.student(ALL),
-        mismatched,
-        pipeline.student(MATCHED),
-        pipeline.student(LIVE),
-    ]
-    results: dict[str, list[dict[str, Any]]] = {student.name: [] for student in students}
-    for seed in pipeline.train.seeds:  # students side by side, so that a slow minute of the machine hits all of them
-        for student in students:
-            labels = clean_labels if student.name == MISMATCHED else None
-            results[student.name].append(train(bench.job(student, seed, labels=labels)))
-    rows = [summarise(name, runs) for name, runs in results.items()]
-    report = write_report(pipeline.cache.path, folder / "report.html", runs=pipeline.runs.path, data=pipeline)
-    return DemoResult(
-        rows, teacher["accuracy"], findings({row.name: row for row in rows}), pipeline.cache.path, str(report.path)
-    )
-
 
 TENTH, ALL, MISMATCHED, MATCHED, LIVE = (
     "true-labels-of-a-tenth",
@@ -86,20 +36,161 @@ TENTH, ALL, MISMATCHED, MATCHED, LIVE = (
     "labels-of-matching-views",
     "live-teacher",
 )
-"""Four students of `pipelines/mnist5k.yaml`, and the third, which only this demonstration trains."""
+"""Students of `pipelines/demo.yaml`; the third one is trained by this demo only."""
+
+DESCRIPTIONS = {
+    TENTH: "true labels of a tenth of the images",
+    ALL: "true labels of all images",
+    MISMATCHED: "cached labels of one clean view",
+    MATCHED: "cached labels of the matching views",
+    LIVE: "labels of the live teacher",
+}
+"""What each student is trained on."""
+
+FULL_SEEDS = 6
+"""Seeds of each student with `full`."""
+COST_STUDENTS = 4
+"""Students whose cost is compared."""
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two rows of the table, compared."""
+
+    row: str
+    reference: str
+    points: float | None
+    """Mean test accuracy of `row` minus that of `reference`, in percentage points; None without a test split."""
+    standard_error: float | None
+    """Of `points`; None for a single seed."""
+    interval: tuple[float, float] | None
+    """95 % confidence interval of `points` over seeds (Student's t, pooled variance); None for a single seed."""
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds to train several students with the live teacher, and from the cache, stage 1 included."""
+
+    students: int
+    stage1_seconds: float
+    cached_seconds: float
+    """Stage 1 and the students; means over seeds."""
+    live_seconds: float
+    ratio: float
+    """Live over cached, the mean of one ratio per seed."""
+    ratio_standard_error: float
+    interval: tuple[float, float]
+    """95 % confidence interval of `ratio` over seeds."""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The table, and what it shows."""
+
+    rows: list[Row]
+    teacher: dict[str, Any]
+    """The result of the teacher's own training."""
+    teacher_macs: int
+    """Multiply-accumulates of the teacher for one image."""
+    student_macs: int
+    cost: Cost | None
+    """None where one seed, or an interrupted stage 1, leaves nothing to compare."""
+    view_matching: Comparison
+    few_labels: Comparison
+    findings: list[str]
+    """Three sentences: cost, view matching, few labels."""
+    pipeline: Pipeline
+    """As it was run."""
+
+
+def embedded_pipeline(overrides: Sequence[str] = ()) -> Pipeline:
+    """`pipelines/demo.yaml`, from the checkout or from inside the installed package."""
+    here = Path(__file__).parent
+    checkout = here.parents[1] / "pipelines" / "demo.yaml"
+    return load_pipeline(checkout if checkout.is_file() else here / "demo.yaml", overrides)
+
+
+def run_demo(folder: Path, overrides: Sequence[str] = (), *, full: bool = False) -> DemoResult:
+    """Train the teacher, cache it, and train one student net from several sources of labels.
+
+    What is done already is not repeated, so `full` after a run without it trains only the seeds and the student that
+    are missing.
+
+    Args:
+        folder: where runs and caches go.
+        overrides: of `pipelines/demo.yaml`, such as `train.epochs=4`.
+        full: more seeds, and a student on all true labels.
+    """
+    paths = [f"runs.path={folder}/runs", f"cache.path={folder}/views.cache"]
+    many = [*range(FULL_SEEDS)]
+    seeds = [f"train.seeds={many}", f"students.{LIVE}.train.seeds={many}"] if full else []
+    pipeline = embedded_pipeline([*paths, *seeds, *overrides])
+    # Before anything is timed: how many threads compute is set once for the process.
+    pick_device(pipeline.device, threads=pipeline.threads)
+    teacher = train_teacher(pipeline)
+    stage1_seconds = _timed_stage1(pipeline, folder)
+    bench = Bench(pipeline)
+    mismatched_labels = clean_labels(pipeline, bench, folder / "clean.cache")
+    students = [
+        pipeline.student(TENTH),
+        *([pipeline.student(ALL)] if full else []),
+        # No pipeline can ask for mismatched labels, so this student is made here.
+        pipeline.student(MATCHED).model_copy(update={"name": MISMATCHED}),
+        pipeline.student(MATCHED),
+        pipeline.student(LIVE),
+    ]
+    results: dict[str, list[dict[str, Any]]] = {student.name: [] for student in students}
+    # Students side by side, so that a slow minute of the machine hits all of them.
+    for seed in sorted({seed for student in students for seed in bench.seeds(student)}):
+        for student in students:
+            if seed in bench.seeds(student):
+                labels = mismatched_labels if student.name == MISMATCHED else None
+                results[student.name].append(train(bench.job(student, seed, labels=labels)))
+    rows = {name: summarise(name, runs) for name, runs in results.items()}
+    cost = compare_cost(results[LIVE], results[MATCHED], stage1_seconds)
+    view_matching = compare(rows[MATCHED], rows[MISMATCHED])
+    few_labels = compare(rows[MATCHED], rows[TENTH])
+    image_1 = ViewDataset(bench.data.train, bench.plan)[(0, 0)][1][None]
+    return DemoResult(
+        rows=list(rows.values()),
+        teacher=teacher,
+        teacher_macs=count_macs(resolve_teacher(pipeline, bench.data, bench.plan, trust=False)[0], image_1),
+        student_macs=count_macs(bench.job(pipeline.student(MATCHED), seed=0).model, image_1),
+        cost=cost,
+        view_matching=view_matching,
+        few_labels=few_labels,
+        findings=[
+            cost_finding(cost),
+            accuracy_finding("View matching", view_matching, rows),
+            accuracy_finding("Few labels", few_labels, rows),
+        ],
+        pipeline=pipeline,
+    )
 
 
 class CleanLabels:
-    """Everybody's mistake, made as well as it can be: labels of the clean image for whatever it was augmented to.
+    """Labels of the clean image, whatever it was augmented to: the common mistake, made as well as it can be.
 
-    The labels of mixed samples are mixed in proportion, as a practitioner would; only the augmentation is unseen.
+    The labels of mixed samples are mixed by the area that each image has; only the augmentation is ignored.
+
+    Args:
+        clean: one view without augmentation or mixing.
+        views: what the student sees.
+        device: where the labels go.
     """
 
     needs_teacher_inputs = False
 
-    def __init__(self, clean: LogitCache, plan: ViewPlan, device: torch.device) -> None:
+    def __init__(self, clean: LogitCache, views: ViewDataset, device: torch.device) -> None:
         self._labels = clean.view(0, device)
-        self._plan = plan
+        self._plan: ViewPlan = views.plan
+        self._size: tuple[int, int] = tuple(views[(0, 0)][1].shape[-2:])
         self._num_samples = clean.num_samples
         self._device = device
         self._view = 0
@@ -116,34 +207,138 @@ class CleanLabels:
         partners = torch.tensor(
             [row if m is None else m.partner for row, m in zip(rows.tolist(), mixtures, strict=True)]
         )
-        weights_B1 = torch.tensor([[1.0 if m is None else m.weight] for m in mixtures], device=self._device)
+        weights_B1 = torch.tensor([[1.0 if m is None else m.weight_in(*self._size)] for m in mixtures])
+        weights_B1 = weights_B1.to(self._device)
         own_BC = self._labels.logits(rows).softmax(dim=1)
         other_BC = self._labels.logits(partners).softmax(dim=1)
         return (weights_B1 * own_BC + (1 - weights_B1) * other_BC).log()
 
 
-def findings(rows: dict[str, Row]) -> list[str]:
-    """What the table says, in sentences; what does not hold is said as it is."""
-    matched = rows[MATCHED]
-    lines = [
-        _compare("Matching views", matched, "a tenth's true labels", rows[TENTH]),
-        _compare("Matching views", matched, "one clean view's labels", rows[MISMATCHED]),
-        _compare("Matching views", matched, "true labels of all", rows[ALL]),
-        _compare("Matching views", matched, "the live teacher", rows[LIVE]),
-    ]
-    for name, row in (("a labels-only epoch", rows[ALL]), ("an epoch with the live teacher", rows[LIVE])):
-        if matched.epoch_seconds and row.epoch_seconds:
-            ratio = matched.epoch_seconds / row.epoch_seconds
-            lines.append(f"An epoch from the cache takes {ratio:.2f} of {name}.")
-    return lines
+def clean_labels(pipeline: Pipeline, bench: Bench, path: Path) -> CleanLabels:
+    """Labels of one clean view for a pipeline's augmented images, from a cache at `path` that is built where needed."""
+    unmixed = {"transform": None, "mixup": 0.0, "cutmix": 0.0, "count": 1}
+    cache_teacher(
+        pipeline.model_copy(
+            update={
+                "views": pipeline.views.model_copy(update=unmixed),
+                "cache": pipeline.cache.model_copy(update={"path": str(path)}),
+            }
+        )
+    )
+    return CleanLabels(open_cache(str(path)), ViewDataset(bench.data.train, bench.plan), bench.device)
 
 
-def _compare(name: str, row: Row, other_name: str, other: Row) -> str:
-    if row.accuracy_mean is None or other.accuracy_mean is None:
-        return f"{name} against {other_name}: no test split to compare on."
-    difference = 100 * (row.accuracy_mean - other.accuracy_mean)
-    if row.accuracy_sd is None or other.accuracy_sd is None:
-        return f"{name} against {other_name}: {difference:+.2f} points (one seed, no spread)."
-    error = 100 * math.sqrt(row.accuracy_sd**2 / len(row.seeds) + other.accuracy_sd**2 / len(other.seeds))
-    verdict = "more than two standard errors" if abs(difference) > 2 * error else "within two standard errors"
-    return f"{name} against {other_name}: {difference:+.2f} points, {verdict} (standard error {error:.2f})."
+def compare(row: Row, reference: Row) -> Comparison:
+    """The difference of two rows' test accuracies, with what the seeds say of its error."""
+    if row.accuracy_mean is None or reference.accuracy_mean is None:
+        return Comparison(row.name, reference.name, None, None, None)
+    points = 100 * (row.accuracy_mean - reference.accuracy_mean)
+    if row.accuracy_sd is None or reference.accuracy_sd is None:
+        return Comparison(row.name, reference.name, points, None, None)
+    first, second = len(row.seeds) - 1, len(reference.seeds) - 1
+    variance = (first * row.accuracy_sd**2 + second * reference.accuracy_sd**2) / (first + second)
+    error = 100 * math.sqrt(variance / (first + 1) + variance / (second + 1))
+    half = _t_quantile(first + second) * error
+    return Comparison(row.name, reference.name, points, error, (points - half, points + half))
+
+
+def compare_cost(
+    live: Sequence[dict[str, Any]], cached: Sequence[dict[str, Any]], stage1_seconds: float | None
+) -> Cost | None:
+    """What `COST_STUDENTS` students cost either way, from the seeds that both have; None for fewer than two.
+
+    A run costs its epochs times the median seconds of one, without evaluation, which both have alike.
+
+    Args:
+        live, cached: results of `train`.
+        stage1_seconds: of `cache_teacher`; None where it is not known.
+    """
+
+    def seconds(runs: Sequence[dict[str, Any]]) -> dict[int, float]:
+        timed = [run for run in runs if run["epoch_seconds"] is not None]
+        return {run["seed"]: COST_STUDENTS * run["epochs"] * run["epoch_seconds"] for run in timed}
+
+    of_live, of_cached = seconds(live), seconds(cached)
+    seeds = [seed for seed in of_live if seed in of_cached]
+    if stage1_seconds is None or len(seeds) < 2:
+        return None
+    live_seconds = [of_live[seed] for seed in seeds]
+    cached_seconds = [stage1_seconds + of_cached[seed] for seed in seeds]
+    ratios = [ours / theirs for ours, theirs in zip(live_seconds, cached_seconds, strict=True)]
+    ratio, error = statistics.fmean(ratios), statistics.stdev(ratios) / math.sqrt(len(ratios))
+    half = _t_quantile(len(ratios) - 1) * error
+    return Cost(
+        students=COST_STUDENTS,
+        stage1_seconds=stage1_seconds,
+        cached_seconds=statistics.fmean(cached_seconds),
+        live_seconds=statistics.fmean(live_seconds),
+        ratio=ratio,
+        ratio_standard_error=error,
+        interval=(ratio - half, ratio + half),
+    )
+
+
+def cost_finding(cost: Cost | None) -> str:
+    """The cost, as a sentence."""
+    if cost is None:
+        return "Cost: no statement; it needs at least two seeds and a stage 1 that was not interrupted."
+    low, high = cost.interval
+    seconds = (
+        f"{cost.students} students take {cost.live_seconds:.0f} s with the live teacher and "
+        f"{cost.cached_seconds:.0f} s with the cache, running the teacher once ({cost.stage1_seconds:.0f} s) included"
+    )
+    ratio = f"{cost.ratio:.2f} times as long (95 % interval {low:.2f} to {high:.2f})"
+    shown = "" if low > 1 or high < 1 else ", which is no difference that these seeds can show"
+    return f"Cost: {seconds}: {ratio}{shown}; training the teacher, needed for both, is not counted."
+
+
+def accuracy_finding(subject: str, found: Comparison, rows: dict[str, Row]) -> str:
+    """A comparison in a sentence; what the seeds can't carry is no conclusion."""
+    row, reference = rows[found.row], rows[found.reference]
+    if found.points is None:
+        return f"{subject}: no statement; there is no test split."
+    values = (
+        f"{subject}: {DESCRIPTIONS[row.name]} give {100 * (row.accuracy_mean or 0):.1f} %, "
+        f"{DESCRIPTIONS[reference.name]} {100 * (reference.accuracy_mean or 0):.1f} %"
+    )
+    if found.interval is None:
+        return f"{values}; no conclusion from one seed."
+    low, high = found.interval
+    spread = f"{found.points:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
+    if found.significant:
+        return f"{values}: {spread}."
+    more = "; try --full" if len(row.seeds) < FULL_SEEDS else ""
+    return f"{values}: {spread}, which is no difference that {len(row.seeds)} seeds can show{more}."
+
+
+def _t_quantile(degrees: int) -> float:
+    """Of Student's t, two-sided, for `CONFIDENCE`."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, (1 + CONFIDENCE) / 2))
+
+
+def _timed_stage1(pipeline: Pipeline, folder: Path) -> float | None:
+    """Seconds of stage 1, kept for a demo that is run again; None where it was interrupted."""
+    storage, name = LocalStorage(folder), "stage1.json"
+    start = time.perf_counter()
+    result = cache_teacher(pipeline)
+    seconds = time.perf_counter() - start
+    if len(result.computed_blocks) == result.total_blocks:
+        storage.put(name, json.dumps({"digest": result.manifest.digest, "seconds": seconds}).encode())
+    elif result.computed_blocks:
+        storage.delete(name)
+    record = json.loads(storage.get(name) or b"{}")
+    return record["seconds"] if record.get("digest") == result.manifest.digest else None
+
+
+def demo_report(result: DemoResult, out: Path) -> Path | None:
+    """Write a report on the demo's cache and students; None where the extra `report` is not installed."""
+    try:
+        from logitcache.extras.report import check_installed, write_report
+
+        check_installed()
+    except UsageError:
+        return None
+    pipeline = result.pipeline
+    return write_report(pipeline.cache.path, out, runs=pipeline.runs.path, data=pipeline).path

@@ -168,7 +168,9 @@ def merge(
             if source.num_views > num_views
         },
         left_out_outputs={
-            location: list(source.others) for location, source in zip(locations, sources, strict=True) if source.others
+            location: list(source.extra_outputs)
+            for location, source in zip(locations, sources, strict=True)
+            if source.extra_outputs
         },
     )
 

@@ -1,4 +1,4 @@
-"""Several losses at once: weighted sums."""
+"""Weighted sums of losses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from logitcache.errors import UsageError
-from logitcache.losses.hard import check_hard, hard_label_cross_entropy
+from logitcache.losses.hard import check_hard, hard_cross_entropy, uses_true_label
 from logitcache.losses.protocol import Loss, given
 from logitcache.losses.schedules import Scheduled, check_parameter, check_temperature, fixed, value_at
 from logitcache.losses.soft import kl_divergence
@@ -18,14 +18,14 @@ from logitcache.losses.soft import kl_divergence
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HardPlusSoft(Loss):
-    """L_hard + λ · L_soft: cross-entropy to a hard label, plus a weighted KL to the soft ones."""
+    """Cross-entropy to a hard label + λ · KL to the teacher's soft labels."""
 
     name: ClassVar[str] = "hard_plus_soft"
     weight: Scheduled = 0.5
-    """λ, of the soft part."""
+    """λ, weight of the soft part."""
     temperature: Scheduled = 1.0
-    hard: str = "true_label"
-    """"true_label" or "teacher_label"."""
+    hard: str = "cross_entropy"
+    """"cross_entropy", to the true label; or "teacher_argmax"."""
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
@@ -34,23 +34,23 @@ class HardPlusSoft(Loss):
 
     @property
     def needs_target(self) -> bool:
-        return self.hard == "true_label"
+        return uses_true_label(self.hard)
 
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
         soft_B = kl_divergence(student_BC, given(teacher_BC), temperature=fixed(self.temperature))
-        return hard_label_cross_entropy(self.hard, student_BC, given(teacher_BC), target) + fixed(self.weight) * soft_B
+        return hard_cross_entropy(self.hard, student_BC, given(teacher_BC), target) + fixed(self.weight) * soft_B
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blend(Loss):
-    """α · KL + (1 - α) · CE: between the teacher's soft labels and a hard label."""
+    """α · KL to the teacher's soft labels + (1 - α) · cross-entropy to a hard label."""
 
     name: ClassVar[str] = "blend"
     alpha: Scheduled = 0.5
     """α, between 0 (hard label only) and 1 (teacher only)."""
     temperature: Scheduled = 1.0
-    hard: str = "true_label"
-    """"true_label" or "teacher_label"."""
+    hard: str = "cross_entropy"
+    """"cross_entropy", to the true label; or "teacher_argmax"."""
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
@@ -59,18 +59,18 @@ class Blend(Loss):
 
     @property
     def needs_target(self) -> bool:
-        return self.hard == "true_label"
+        return uses_true_label(self.hard)
 
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
         alpha = fixed(self.alpha)
         soft_B = kl_divergence(student_BC, given(teacher_BC), temperature=fixed(self.temperature))
-        hard_B = hard_label_cross_entropy(self.hard, student_BC, given(teacher_BC), target)
+        hard_B = hard_cross_entropy(self.hard, student_BC, given(teacher_BC), target)
         return alpha * soft_B + (1.0 - alpha) * hard_B
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """One loss of a weighted sum."""
+    """One loss of a weighted sum, with its weight."""
 
     loss: Loss
     weight: Scheduled = 1.0
@@ -81,7 +81,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weighted(Loss):
-    """A sum of any losses, each times its weight, which need not add up to 1."""
+    """A weighted sum of any losses; the weights need not add up to 1."""
 
     name: ClassVar[str] = "weighted"
     parts: tuple[Part, ...]

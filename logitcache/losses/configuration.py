@@ -12,7 +12,7 @@ from logitcache.losses.blends import Blend, HardPlusSoft, Part, Weighted
 from logitcache.losses.correlation import Dist
 from logitcache.losses.decoupled import DecoupledKD
 from logitcache.losses.features import AttentionLoss, FeatureLoss, HintLoss, RelationalLoss
-from logitcache.losses.hard import TeacherLabel, TrueLabel
+from logitcache.losses.hard import CURRENT_NAMES, CrossEntropy, TeacherArgmax
 from logitcache.losses.protocol import Loss
 from logitcache.losses.regression import LogitMSE
 from logitcache.losses.relational import RKD
@@ -30,8 +30,8 @@ LOSSES: dict[str, type[Loss]] = {
         DecoupledKD,
         Dist,
         RKD,
-        TeacherLabel,
-        TrueLabel,
+        TeacherArgmax,
+        CrossEntropy,
         HardPlusSoft,
         Blend,
         Weighted,
@@ -44,7 +44,7 @@ def loss_from_config(config: str | Mapping[str, Any]) -> Loss:
     """A loss from its name, or from a mapping such as `{name: kl, temperature: 2}`.
 
     Weighted sums are `{name: weighted, parts: [{loss: dist, weight: 2}, ...]}`, sequences are
-    `{stages: [{until: 0.8, loss: kl}, {loss: true_label}]}`, and any number may be a schedule,
+    `{stages: [{until: 0.8, loss: kl}, {loss: cross_entropy}]}`, and any number may be a schedule,
     `{from: 4, to: 1, over: 0.5, shape: cosine}`.
 
     Raises:
@@ -68,7 +68,7 @@ def hint_loss_from_config(config: Any) -> FeatureLoss | Loss:
         check_keys(f"loss {name!r} has no parameter", fields, _parameters(FEATURE_LOSSES[name]))
         return FEATURE_LOSSES[name](**{field: _number_or_schedule(field, value) for field, value in fields.items()})
     stages = isinstance(config, Mapping) and "stages" in config
-    if not stages and not (isinstance(name, str) and name in LOSSES):
+    if not stages and not (isinstance(name, str) and CURRENT_NAMES.get(name, name) in LOSSES):
         known = [*FEATURE_LOSSES, *LOSSES]
         raise UsageError(f"unknown loss {shown(name)}{_nearest(name, known)}; expected one of: {', '.join(known)}")
     loss = _loss(config, {})
@@ -100,6 +100,7 @@ def _loss(config: Any, refused: Mapping[str, str]) -> Loss:
         raise UsageError(f"a loss is a name or a mapping such as {{name: kl, temperature: 2}}, not {shown(config)}")
     fields = {"name": config} if isinstance(config, str) else dict(config)
     name = fields.pop("name", Stages.name if "stages" in fields else None)
+    name = CURRENT_NAMES.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in LOSSES:
         known = list(LOSSES)
         raise UsageError(f"unknown loss {shown(name)}{_nearest(name, known)}; expected one of: {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""Distillation with the target class and the other classes weighed apart (DKD)."""
+"""Distillation with separate weights for the target class and the other classes (DKD)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from logitcache.errors import ShapeError, UsageError
-from logitcache.losses.protocol import Loss, given, same_shape
+from logitcache.losses.protocol import Loss, Reduction, given, reduced, same_shape
 from logitcache.losses.schedules import Scheduled, check_parameter, check_temperature, fixed, shown
 from logitcache.losses.soft import check_standardise, softened
 
 # B batch, C classes
 
 AS_IN_KD = "kd"
-"""The β that gives each sample the weight 1 - p_t, which the divergence as a whole gives it."""
+"""The β that weights each sample by 1 - p_t, as plain KL does."""
 
 
 def decoupled_kd(
@@ -30,27 +30,29 @@ def decoupled_kd(
     beta: float | Literal["kd"] = 8.0,
     temperature: float = 4.0,
     standardise: bool = False,
+    reduction: Reduction = "none",
 ) -> Tensor:
     """α · TCKD + β · NCKD, times T², in nats, (B,).
 
-    With p_t the teacher's probability of the target class, TCKD is the divergence of (p_t, 1 - p_t), and NCKD that of
-    the distributions over the other classes alone. KL = TCKD + (1 - p_t) · NCKD: a sure teacher's other classes hardly
-    count there, and get a weight of their own here. No constant β is the same as KL for every sample; `beta="kd"` with
-    α = 1 is. Source: Zhao et al. 2022, "Decoupled Knowledge Distillation", arXiv:2203.08679, section 3; α = 1, β = 8,
-    T = 4 are theirs for most pairs of nets on CIFAR-100.
+    With p_t the teacher's probability of the target class, TCKD is the KL divergence of (p_t, 1 - p_t), and NCKD the
+    KL divergence of the distributions over the other classes. KL = TCKD + (1 - p_t) · NCKD, so KL nearly ignores the
+    other classes of a confident teacher; DKD weights them separately. No constant β equals KL for every sample;
+    `beta="kd"` with α = 1 does. Source: Zhao et al. 2022, "Decoupled Knowledge Distillation", arXiv:2203.08679,
+    section 3, who use α = 1, β = 8, T = 4 for most pairs of models on CIFAR-100.
 
-    A class masked by -inf in the teacher has its probability 0; where it masks all but the target, NCKD is 0.
+    A class masked by -inf in the teacher has probability 0; if all but the target are masked, NCKD is 0.
 
     Args:
-        target: int (B,); or float (B, C), a mixture of labels, whose dominant class is then the target.
+        target: int (B,); or float (B, C), a mixture of labels whose largest class is then the target.
         standardise: z-score both rows before the temperature; see `standardised`.
+        reduction: "mean" or "sum" over the batch returns a scalar; "none" returns (B,).
 
     Raises:
         ShapeError: the two differ in shape, or there are fewer than two classes.
     """
     same_shape(student_BC, teacher_BC)
     if student_BC.shape[1] < 2:
-        raise ShapeError("DKD weighs the target class against the others; expected two classes at least, found one")
+        raise ShapeError("DKD weighs the target class against the others; expected at least two classes, found one")
     target_B = target.argmax(dim=1) if target.is_floating_point() else target.long()
     student_BC = softened(student_BC, temperature, standardise=standardise)
     teacher_BC = softened(teacher_BC, temperature, standardise=standardise)
@@ -58,12 +60,12 @@ def decoupled_kd(
     log_teacher_B2, others_BC, log_teacher_others_B1 = _target_and_others(teacher_BC, target_B)
     teacher_p_B2 = log_teacher_B2.exp()
     target_part_B = F.kl_div(log_student_B2, teacher_p_B2, reduction="none").sum(dim=1)
-    # A softmax of nothing but -inf is NaN: the teacher says nothing of the others there.
+    # The softmax of a row of -inf is NaN: there all other classes are masked.
     teacher_p_BC = F.softmax(others_BC, dim=1).masked_fill(log_teacher_others_B1 == -math.inf, 0.0)
-    # The target's own entry is no log-probability, and counts nothing: the teacher's is 0.
+    # The target's own entry is not a log-probability; the teacher's 0 removes it from the sum.
     other_part_B = F.kl_div(student_BC - log_others_B1, teacher_p_BC, reduction="none").sum(dim=1)
     weight = teacher_p_B2[:, 1] if isinstance(beta, str) else beta
-    return (alpha * target_part_B + weight * other_part_B) * temperature**2
+    return reduced((alpha * target_part_B + weight * other_part_B) * temperature**2, reduction)
 
 
 def _target_and_others(logits_BC: Tensor, target_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,14 +82,14 @@ def _target_and_others(logits_BC: Tensor, target_B: Tensor) -> tuple[Tensor, Ten
 class DecoupledKD(Loss):
     """DKD: α · TCKD + β · NCKD at temperature T, times T² (Zhao et al. 2022, arXiv:2203.08679).
 
-    The target class is the true label; of a mixture of labels, the dominant one.
+    The target class is the true label, or the largest class of a mixture of labels.
     """
 
     name: ClassVar[str] = "dkd"
     alpha: Scheduled = 1.0
-    """α, of the target class against the rest."""
+    """α, weight of the target class against the rest."""
     beta: Scheduled | Literal["kd"] = 8.0
-    """β, of the classes beside the target; "kd" weighs each sample by 1 - p_t, which with α = 1 is KL."""
+    """β, weight of the other classes; "kd" weights each sample by 1 - p_t, which with α = 1 is KL."""
     temperature: Scheduled = 4.0
     standardise: bool = False
     """Z-score both rows first (Sun et al. 2024, arXiv:2403.01427)."""

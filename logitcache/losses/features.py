@@ -1,6 +1,6 @@
-"""Losses between what modules of student and teacher give on the way to their logits, of any shapes.
+"""Losses between intermediate features of student and teacher, of any shapes.
 
-Each gives (B,), one number a sample, in float64 where the features are, else in float32.
+Each returns one number per sample, (B,), unless `reduction` is given; in float64 if the features are, else float32.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from logitcache.errors import UsageError
-from logitcache.losses.protocol import same_shape, wide
+from logitcache.losses.protocol import Reduction, reduced, same_shape, wide
 from logitcache.losses.relational import relations
 from logitcache.losses.schedules import Scheduled, check_parameter, fixed, settled
 
@@ -22,31 +22,37 @@ from logitcache.losses.schedules import Scheduled, check_parameter, fixed, settl
 MAP_NDIM = 4
 
 
-def feature_mse(student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
-    """Mean squared difference of features over their values, (B,): FitNets' hint, but for its factor 1/2.
+def feature_mse(student_BCHW: Tensor, teacher_BCHW: Tensor, *, reduction: Reduction = "none") -> Tensor:
+    """Mean squared difference of the features, (B,): the hint loss of FitNets, without its factor 1/2.
 
-    Maps of other heights or widths are both brought to the smaller one of each by adaptive average pooling. Source:
-    Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", arXiv:1412.6550, equation 3, which takes the sum; the
-    regressor from the student's channels to the teacher's is the caller's.
+    Maps of different height or width are pooled to the smaller of each (adaptive average pooling). Source: Romero et
+    al. 2015, "FitNets: Hints for Thin Deep Nets", arXiv:1412.6550, equation 3, which takes the sum. The caller brings
+    the student's channels to the teacher's, for example by a regressor.
+
+    Args:
+        reduction: "mean" or "sum" over the batch returns a scalar; "none" returns (B,).
 
     Raises:
-        ShapeError: other channels, or another number of dimensions.
+        ShapeError: different channels or numbers of dimensions.
     """
     student_BCHW, teacher_BCHW = at_same_places(wide(student_BCHW), wide(teacher_BCHW))
     same_shape(student_BCHW, teacher_BCHW)
-    return (student_BCHW - teacher_BCHW).square().flatten(1).mean(dim=1)
+    return reduced((student_BCHW - teacher_BCHW).square().flatten(1).mean(dim=1), reduction)
 
 
-def attention_transfer(student_BCHW: Tensor, teacher_BDHW: Tensor) -> Tensor:
-    """Squared L2 distance of the attention maps, each of norm 1, from 0 to 2, without unit, (B,).
+def attention_transfer(student_BCHW: Tensor, teacher_BDHW: Tensor, *, reduction: Reduction = "none") -> Tensor:
+    """Squared L2 distance of the normalised attention maps, from 0 to 2, unitless, (B,).
 
-    A map is the sum over channels of the squared values; maps of other heights or widths are both brought to the
-    smaller one of each by adaptive average pooling. Source: Zagoruyko and Komodakis 2017, "Paying More Attention to
-    Attention", arXiv:1612.03928, equation 2 with F_sum^2; squared as in its authors' code, for the distance itself has
-    no gradient where the maps agree.
+    An attention map is the sum over channels of the squared values. Maps of different height or width are pooled to
+    the smaller of each (adaptive average pooling). Source: Zagoruyko and Komodakis 2017, "Paying More Attention to
+    Attention", arXiv:1612.03928, equation 2 with F_sum^2; squared as in the authors' code, because the distance itself
+    has no gradient where the maps agree.
+
+    Args:
+        reduction: "mean" or "sum" over the batch returns a scalar; "none" returns (B,).
 
     Raises:
-        UsageError: no maps (B, C, H, W).
+        UsageError: features that are not maps (B, C, H, W).
     """
     for features in (student_BCHW, teacher_BDHW):
         if features.ndim != MAP_NDIM:
@@ -54,23 +60,33 @@ def attention_transfer(student_BCHW: Tensor, teacher_BDHW: Tensor) -> Tensor:
     squares = (wide(features).square().sum(dim=1, keepdim=True) for features in (student_BCHW, teacher_BDHW))
     student_B1HW, teacher_B1HW = at_same_places(*squares)
     student_BP, teacher_BP = (F.normalize(each.flatten(1), dim=1) for each in (student_B1HW, teacher_B1HW))
-    return (student_BP - teacher_BP).square().sum(dim=1)
+    return reduced((student_BP - teacher_BP).square().sum(dim=1), reduction)
 
 
 def feature_rkd(
-    student_BCHW: Tensor, teacher_BDHW: Tensor, *, distance_weight: float = 1.0, angle_weight: float = 2.0
+    student_BCHW: Tensor,
+    teacher_BDHW: Tensor,
+    *,
+    distance_weight: float = 1.0,
+    angle_weight: float = 2.0,
+    reduction: Reduction = "none",
 ) -> Tensor:
-    """RKD between features of any shapes, each sample's values as one point, (B,).
+    """RKD between features of any shapes; each sample's flattened features are one point, (B,).
 
-    As `rkd`, but that rows are not brought to mean 0: features are no logits. Source: Park et al. 2019, "Relational
+    Like `rkd`, but rows are not centred, because features are not logits. Source: Park et al. 2019, "Relational
     Knowledge Distillation", arXiv:1904.05068, section 3.
+
+    Args:
+        distance_weight, angle_weight: weights of the two parts.
+        reduction: "mean" or "sum" over the batch returns a scalar; "none" returns (B,).
     """
     student_BV, teacher_BV = wide(student_BCHW).flatten(1), wide(teacher_BDHW).flatten(1)
-    return relations(student_BV, teacher_BV, distance_weight=distance_weight, angle_weight=angle_weight)
+    loss_B = relations(student_BV, teacher_BV, distance_weight=distance_weight, angle_weight=angle_weight)
+    return reduced(loss_B, reduction)
 
 
 def at_same_places(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps (B, C, H, W) at the smaller height and the smaller width of the two; what is no map stays as it is."""
+    """Two maps (B, C, H, W) pooled to the smaller height and width of the two; other tensors are returned unchanged."""
     if one.ndim != MAP_NDIM or other.ndim != MAP_NDIM or one.shape[2:] == other.shape[2:]:
         return one, other
     places = (min(one.shape[2], other.shape[2]), min(one.shape[3], other.shape[3]))
@@ -78,16 +94,16 @@ def at_same_places(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FeatureLoss(ABC):
-    """A loss between features by name: called with (student (B, ...), teacher (B, ...))."""
+    """A configured loss between features: called with (student (B, ...), teacher (B, ...))."""
 
     name: ClassVar[str]
     regresses: ClassVar[bool] = False
-    """Whether the student's features are first brought to the teacher's channels, by a regressor that is trained."""
+    """Whether a trained regressor first maps the student's channels to the teacher's."""
     needs_maps: ClassVar[bool] = False
-    """Whether it compares (B, C, H, W) only."""
+    """Whether the loss takes only maps (B, C, H, W)."""
 
     def at(self, progress: float) -> Self:
-        """The loss when so much of training is done, 0 to 1."""
+        """The loss at this share of training, 0 to 1."""
         return settled(self, progress)
 
     @abstractmethod
@@ -97,7 +113,7 @@ class FeatureLoss(ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HintLoss(FeatureLoss):
-    """FitNets' hint: mean squared error of regressed features (Romero et al. 2015, arXiv:1412.6550)."""
+    """Hint loss of FitNets: mean squared error of regressed features (Romero et al. 2015, arXiv:1412.6550)."""
 
     name: ClassVar[str] = "hint"
     regresses: ClassVar[bool] = True
@@ -130,5 +146,6 @@ class RelationalLoss(FeatureLoss):
         check_parameter("angle_weight", self.angle_weight, least=0.0)
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        weights = {"distance_weight": fixed(self.distance_weight), "angle_weight": fixed(self.angle_weight)}
-        return feature_rkd(student, teacher, **weights)
+        return feature_rkd(
+            student, teacher, distance_weight=fixed(self.distance_weight), angle_weight=fixed(self.angle_weight)
+        )

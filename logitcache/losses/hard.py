@@ -1,57 +1,84 @@
-"""Cross-entropy to one label a sample: the teacher's, or the true one."""
+"""Cross-entropy to one hard label per sample: the true label, or the teacher's most probable class."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from logitcache.errors import UsageError
-from logitcache.losses.protocol import Loss, given, same_shape, wide
+from logitcache.losses.protocol import Loss, Reduction, given, reduced, same_shape, wide
 from logitcache.losses.schedules import Scheduled, check_parameter, fixed, shown
 
 # B batch, C classes
 
+FIRST_NAMES = {"cross_entropy": "true_label", "teacher_argmax": "teacher_label"}
+"""The first names of losses that were renamed. They stay valid in pipelines, and runs are recorded under them."""
+CURRENT_NAMES = {first: current for current, first in FIRST_NAMES.items()}
 
-def teacher_label_cross_entropy(student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
+
+def recorded_loss(config: Any) -> Any:
+    """A loss configuration as a run's identity records it: with first names, so that renaming changes no id."""
+    if isinstance(config, list | tuple):
+        return [recorded_loss(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: FIRST_NAMES.get(value, value)
+        if key in ("name", "loss", "hard") and isinstance(value, str)
+        else recorded_loss(value)
+        for key, value in config.items()
+    }
+
+
+def teacher_argmax_cross_entropy(student_BC: Tensor, teacher_BC: Tensor, *, reduction: Reduction = "none") -> Tensor:
     """Cross-entropy to the teacher's most probable class ("hard" distillation), in nats, (B,).
 
     Source: Touvron et al. 2021, arXiv:2012.12877, section 4.
+
+    Args:
+        reduction: "mean" or "sum" over the batch returns a scalar; "none" returns (B,).
 
     Raises:
         ShapeError: the two differ in shape.
     """
     same_shape(student_BC, teacher_BC)
-    return F.cross_entropy(wide(student_BC), teacher_BC.argmax(dim=1), reduction="none")
+    return reduced(F.cross_entropy(wide(student_BC), teacher_BC.argmax(dim=1), reduction="none"), reduction)
 
 
-def true_label_cross_entropy(student_BC: Tensor, target: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(
+    student_BC: Tensor, target: Tensor, *, label_smoothing: float = 0.0, reduction: Reduction = "none"
+) -> Tensor:
     """Cross-entropy to the true label, in nats, (B,).
 
-    `target` is int (B,), or float (B, C) where mixup or CutMix made the label a mixture.
+    Args:
+        target: int (B,); or float (B, C) where mixup or CutMix made the label a mixture.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+        reduction: "mean" or "sum" over the batch returns a scalar; "none" returns (B,).
     """
     student_BC = wide(student_BC)
     target = target.to(student_BC.dtype) if target.is_floating_point() else target.long()
-    return F.cross_entropy(student_BC, target, reduction="none", label_smoothing=label_smoothing)
+    loss_B = F.cross_entropy(student_BC, target, reduction="none", label_smoothing=label_smoothing)
+    return reduced(loss_B, reduction)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TeacherLabel(Loss):
+class TeacherArgmax(Loss):
     """Cross-entropy to the teacher's most probable class (Touvron et al. 2021, arXiv:2012.12877)."""
 
-    name: ClassVar[str] = "teacher_label"
+    name: ClassVar[str] = "teacher_argmax"
 
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
-        return teacher_label_cross_entropy(student_BC, given(teacher_BC))
+        return teacher_argmax_cross_entropy(student_BC, given(teacher_BC))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrueLabel(Loss):
-    """Cross-entropy to the true label: what training without a teacher uses."""
+class CrossEntropy(Loss):
+    """Cross-entropy to the true label, as in training without a teacher."""
 
-    name: ClassVar[str] = "true_label"
+    name: ClassVar[str] = "cross_entropy"
     label_smoothing: Scheduled = 0.0
 
     def __post_init__(self) -> None:
@@ -66,21 +93,26 @@ class TrueLabel(Loss):
         return True
 
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
-        return true_label_cross_entropy(student_BC, target, label_smoothing=fixed(self.label_smoothing))
+        return cross_entropy(student_BC, target, label_smoothing=fixed(self.label_smoothing))
 
 
-def hard_label_cross_entropy(kind: str, student_BC: Tensor, teacher_BC: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy to the hard label of a kind, "true_label" or "teacher_label", in nats, (B,)."""
-    if kind == "teacher_label":
-        return teacher_label_cross_entropy(student_BC, teacher_BC)
-    return true_label_cross_entropy(student_BC, target)
+def hard_cross_entropy(hard: str, student_BC: Tensor, teacher_BC: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy to one kind of hard label, in nats, (B,); `hard` as `check_hard` takes it."""
+    if uses_true_label(hard):
+        return cross_entropy(student_BC, target)
+    return teacher_argmax_cross_entropy(student_BC, teacher_BC)
+
+
+def uses_true_label(hard: str) -> bool:
+    """Whether a kind of hard label is the true label."""
+    return CURRENT_NAMES.get(hard, hard) == CrossEntropy.name
 
 
 def check_hard(hard: object) -> None:
-    """Refuse what is no kind of hard label.
+    """Check the name of a kind of hard label.
 
     Raises:
-        UsageError: names the two kinds.
+        UsageError: neither "cross_entropy" nor "teacher_argmax", nor one of their first names.
     """
-    if hard not in ("true_label", "teacher_label"):
-        raise UsageError(f"'hard' is 'true_label' or 'teacher_label', not {shown(hard)}")
+    if not isinstance(hard, str) or CURRENT_NAMES.get(hard, hard) not in FIRST_NAMES:
+        raise UsageError(f"'hard' is 'cross_entropy' or 'teacher_argmax', not {shown(hard)}")

@@ -1,4 +1,4 @@
-"""Relations between the samples of a batch: their distances and angles (RKD)."""
+"""Relational distillation: distances and angles between the samples of a batch (RKD)."""
 
 from __future__ import annotations
 
@@ -11,27 +11,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from logitcache.errors import UsageError
-from logitcache.losses.protocol import Loss, given, same_shape, wide
+from logitcache.losses.protocol import Loss, Reduction, given, reduced, same_shape, wide
 from logitcache.losses.schedules import Scheduled, check_parameter, fixed
 
 # B batch, C classes, D and E values of a row of features
 
 
-def rkd(student_BC: Tensor, teacher_BC: Tensor, *, distance_weight: float = 1.0, angle_weight: float = 2.0) -> Tensor:
-    """Huber losses between the distances of all pairs, and the angles of all triplets, of samples, without unit, (B,).
+def rkd(
+    student_BC: Tensor,
+    teacher_BC: Tensor,
+    *,
+    distance_weight: float = 1.0,
+    angle_weight: float = 2.0,
+    reduction: Reduction = "none",
+) -> Tensor:
+    """Huber losses between the distances of all pairs and the angles of all triplets of samples, unitless, (B,).
 
-    Distances of logits are in units of their mean over the batch; angles are cosines at each sample between any two
-    others. A sample is given the mean over its pairs, and over the triplets that have it as their vertex, so that the
-    mean over the batch is the paper's loss; it depends on who shares a batch. Rows are brought to mean 0 first, for a
-    cache's logits are right up to a constant for each row. Source: Park et al. 2019, "Relational Knowledge
-    Distillation", arXiv:1904.05068, section 3, on logits rather than embeddings; the weights have its ratio of 1 to 2.
+    Distances between rows of logits are divided by their mean over the batch; angles are cosines, at each sample,
+    between any two others. A sample's loss is the mean over its pairs plus the mean over the triplets with the sample
+    as vertex, so that the mean over the batch is the paper's loss; it depends on the composition of the batch. Rows
+    are centred first, because a cache stores logits up to a constant per row. Source: Park et al. 2019, "Relational
+    Knowledge Distillation", arXiv:1904.05068, section 3, on logits instead of embeddings, with the same weight ratio
+    of 1 to 2.
 
-    One sample has no pairs and two have no angle: those parts are then 0. Samples at the same place have distance 0
-    and no angle, without a gradient, so this stands beside another loss. Memory grows as B³.
+    A batch of one sample has no pairs and one of two has no angles; those parts are then 0. Two equal rows have
+    distance 0, no angle and no gradient, so use this loss together with another one. Memory grows as B³.
+
+    Args:
+        distance_weight, angle_weight: weights of the two parts.
+        reduction: "mean" or "sum" over the batch returns a scalar; "none" returns (B,).
 
     Raises:
         ShapeError: the two differ in shape.
-        UsageError: the teacher masks a class by -inf, to which no distance is finite.
+        UsageError: the teacher masks a class by -inf, so distances are infinite.
     """
     same_shape(student_BC, teacher_BC)
     if bool((teacher_BC == -math.inf).any()):
@@ -40,13 +52,14 @@ def rkd(student_BC: Tensor, teacher_BC: Tensor, *, distance_weight: float = 1.0,
             "with Sampled do; expected finite logits: use Dense, LowRank or TopK, or a loss such as 'kl'"
         )
     student_BC, teacher_BC = (wide(rows) - wide(rows).mean(dim=1, keepdim=True) for rows in (student_BC, teacher_BC))
-    return relations(student_BC, teacher_BC, distance_weight=distance_weight, angle_weight=angle_weight)
+    loss_B = relations(student_BC, teacher_BC, distance_weight=distance_weight, angle_weight=angle_weight)
+    return reduced(loss_B, reduction)
 
 
 def relations(student_BD: Tensor, teacher_BE: Tensor, *, distance_weight: float, angle_weight: float) -> Tensor:
-    """The losses of `rkd` between points of any two spaces, such as features of other widths, (B,).
+    """The losses of `rkd` between points of any two spaces, such as features of different widths, (B,).
 
-    Rows are taken as they are: where a constant per row means something, it counts.
+    Rows are not centred.
     """
     loss_B = student_BD.new_zeros(len(student_BD))
     student_BB, teacher_BB = _distances(student_BD), _distances(teacher_BE)
@@ -62,20 +75,20 @@ def relations(student_BD: Tensor, teacher_BE: Tensor, *, distance_weight: float,
 
 def _distances(rows_BC: Tensor) -> Tensor:
     """Euclidean distances of all pairs, (B, B)."""
-    # Not by products of rows: they lose near neighbours to rounding.
+    # Not by matrix products, which round the distances of near neighbours to 0.
     return torch.cdist(rows_BC, rows_BC, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _relative(distances_BB: Tensor) -> Tensor:
-    """Distances over the mean of those that are not 0, (B, B)."""
+    """Distances divided by the mean of the non-zero ones, (B, B)."""
     mean = distances_BB.sum() / (distances_BB > 0).sum().clamp_min(1)
     return distances_BB / torch.where(mean > 0, mean, 1.0)
 
 
 def _angles(rows_BC: Tensor, distances_BB: Tensor) -> Tensor:
-    """Cosines of the angle at sample i between samples j and k, (B, B, B); 0 where one of them is at i's place."""
-    # Products of edges from products of rows: (B, B, C) edges would take a hundred times as long over 1000 classes. In
-    # float64, for what near neighbours have in common cancels.
+    """Cosine of the angle at sample i between samples j and k, (B, B, B); 0 if one of them equals i."""
+    # Products of edges from products of rows: (B, B, C) edges would take a hundred times as long for 1000 classes. In
+    # float64, because the common part of near neighbours cancels.
     rows_BC = (rows_BC - rows_BC.mean(dim=0)).double()
     products_BB = rows_BC @ rows_BC.T
     to_vertex_BB = products_BB - 0.5 * products_BB.diagonal().unsqueeze(1)

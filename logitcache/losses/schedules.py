@@ -1,4 +1,4 @@
-"""Parameters that change while a net trains: a pure function of the share of training that is done."""
+"""Scheduled parameters: pure functions of the share of training that is done."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import TypeVar
 from logitcache.errors import UsageError
 
 shown = reprlib.repr
-"""A value in a message: shortened, for an alias in YAML may stand for more than can be written out."""
+"""A value for a message, shortened: YAML aliases can make a value too large to print."""
 SHAPES = ("linear", "cosine", "step")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A number that goes from `start` to `end` over the first part of training, and stays there.
+    """A number that goes from `start` to `end` over the first part of training and stays there.
 
-    In a pipeline it is `{from: 4, to: 1, over: 0.5, shape: cosine}` in the place of a number. Within a stage the
-    training is the stage.
+    In a pipeline: `{from: 4, to: 1, over: 0.5, shape: cosine}` in place of a number. Within a stage of `Stages` the
+    schedule runs over the stage.
 
     Raises:
-        UsageError: `over` lies outside (0, 1], or an unknown shape.
+        UsageError: `over` outside (0, 1], or an unknown shape.
     """
 
     start: float
     end: float
     over: float = 1.0
-    """Share of training after which `end` is reached, above 0 and at most 1."""
+    """Share of training after which `end` is reached; 0 < over <= 1."""
     shape: str = "linear"
-    """"linear"; "cosine", half a wave, slow at both ends; or "step", `start` until `over` and `end` from there."""
+    """"linear"; "cosine", half a cosine wave; or "step", `start` until `over` and `end` afterwards."""
 
     def __post_init__(self) -> None:
         check_number("a schedule's `from`", self.start)
@@ -43,7 +43,7 @@ class Schedule:
             raise UsageError(f"a schedule's `shape` is one of: {', '.join(SHAPES)}; not {shown(self.shape)}")
 
     def at(self, progress: float) -> float:
-        """The number when so much of training is done, 0 to 1."""
+        """The number at this share of training, 0 to 1."""
         share = min(progress / self.over, 1.0)
         if self.shape == "step":
             return self.end if share == 1.0 else self.start
@@ -57,25 +57,23 @@ Scheduled = float | Schedule
 
 
 def is_zero_during(value: Scheduled, start: float, end: float) -> bool:
-    """Whether a number is 0 all the way between two shares of training: schedules go one way only."""
+    """Whether a number stays 0 between two shares of training; schedules are monotonic."""
     return value_at(value, start) == 0 == value_at(value, end)
 
 
 def value_at(value: Scheduled, progress: float) -> float:
-    """The number when so much of training is done, 0 to 1."""
+    """The number at this share of training, 0 to 1."""
     return value.at(progress) if isinstance(value, Schedule) else value
 
 
 def fixed(value: Scheduled) -> float:
-    """A parameter of a loss that is being called.
+    """A parameter of a loss that is called, checked not to be a schedule.
 
     Raises:
-        UsageError: it is still a schedule.
+        UsageError: it is a schedule.
     """
     if isinstance(value, Schedule):
-        raise UsageError(
-            "this loss changes while training goes on; call `loss.at(progress)` with 0 to 1, and that loss"
-        )
+        raise UsageError("the loss is scheduled: call `loss.at(progress)` first, with progress from 0 to 1")
     return value
 
 
@@ -83,26 +81,26 @@ T = TypeVar("T")
 
 
 def settled(config: T, progress: float) -> T:
-    """A configuration when so much of training is done, its schedules' numbers in their place."""
+    """A configuration at this share of training, 0 to 1, with its schedules replaced by numbers."""
     changing = {name: value.at(progress) for name, value in vars(config).items() if isinstance(value, Schedule)}
     return replace(config, **changing) if changing else config  # type: ignore[type-var]
 
 
 def check_number(name: str, value: object) -> None:
-    """Refuse what is no finite number.
+    """Check that a value is a finite number.
 
     Raises:
-        UsageError: names the parameter.
+        UsageError: it is not; names the parameter.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise UsageError(f"{name} is a number, not {shown(value)}")
 
 
 def check_parameter(name: str, value: object, *, least: float = -math.inf, most: float = math.inf) -> None:
-    """Refuse a parameter, or a schedule with an end, that is out of range (both ends are within).
+    """Check that a parameter, or both ends of its schedule, lies in [least, most].
 
     Raises:
-        UsageError: names the parameter and its range.
+        UsageError: it does not; names the parameter and its range.
     """
     for number in (value.start, value.end) if isinstance(value, Schedule) else (value,):
         check_number(name, number)
@@ -113,10 +111,10 @@ def check_parameter(name: str, value: object, *, least: float = -math.inf, most:
 
 
 def check_temperature(value: object) -> None:
-    """Refuse a temperature, or a schedule of one, that is not positive.
+    """Check that a temperature, or both ends of its schedule, is positive.
 
     Raises:
-        UsageError: says so.
+        UsageError: it is not.
     """
     for number in (value.start, value.end) if isinstance(value, Schedule) else (value,):
         check_number("a temperature", number)

@@ -1,4 +1,4 @@
-"""Losses to the teacher's softened distribution: KL, cross-entropy, Jensen-Shannon; logits standardised on request."""
+"""Losses on the teacher's softened distribution: KL, cross-entropy and Jensen-Shannon."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from logitcache.errors import UsageError
-from logitcache.losses.protocol import Loss, given, same_shape, wide
+from logitcache.losses.protocol import Loss, Reduction, given, reduced, same_shape, wide
 from logitcache.losses.schedules import Scheduled, check_temperature, fixed, shown
 
 # B batch, C classes
 
 LEAST_DEVIATION = 1e-3
-"""Rows whose logits deviate less count as this wide when they are standardised."""
+"""Smallest standard deviation that `standardised` divides by."""
 
 
 def kl_divergence(
-    student_BC: Tensor, teacher_BC: Tensor, *, temperature: float = 1.0, standardise: bool = False
+    student_BC: Tensor,
+    teacher_BC: Tensor,
+    *,
+    temperature: float = 1.0,
+    standardise: bool = False,
+    reduction: Reduction = "none",
 ) -> Tensor:
     """KL(teacher ‖ student) of the softened distributions, times T², in nats, (B,).
 
@@ -29,6 +34,7 @@ def kl_divergence(
 
     Args:
         standardise: z-score both rows before the temperature; see `standardised`.
+        reduction: "mean" or "sum" over the batch returns a scalar; "none" returns (B,).
 
     Raises:
         ShapeError: the two differ in shape.
@@ -37,19 +43,25 @@ def kl_divergence(
     log_student_BC = F.log_softmax(softened(student_BC, temperature, standardise=standardise), dim=1)
     teacher_p_BC = F.softmax(softened(teacher_BC, temperature, standardise=standardise), dim=1)
     kl_B = F.kl_div(log_student_BC, teacher_p_BC, reduction="none").sum(dim=1)
-    return kl_B if temperature == 1.0 else kl_B * temperature**2
+    return reduced(kl_B if temperature == 1.0 else kl_B * temperature**2, reduction)
 
 
 def soft_cross_entropy(
-    student_BC: Tensor, teacher_BC: Tensor, *, temperature: float = 1.0, standardise: bool = False
+    student_BC: Tensor,
+    teacher_BC: Tensor,
+    *,
+    temperature: float = 1.0,
+    standardise: bool = False,
+    reduction: Reduction = "none",
 ) -> Tensor:
     """Cross-entropy of the student to the teacher's softened distribution, times T², in nats, (B,).
 
-    It exceeds `kl_divergence` by T² times the teacher's entropy; their gradients agree. Source: Hinton et al. 2015,
-    arXiv:1503.02531, section 2. A class masked by -inf in the teacher contributes nothing.
+    It equals `kl_divergence` plus T² times the teacher's entropy, so both have the same gradient. Source: Hinton et
+    al. 2015, arXiv:1503.02531, section 2. A class masked by -inf in the teacher contributes nothing.
 
     Args:
         standardise: z-score both rows before the temperature; see `standardised`.
+        reduction: "mean" or "sum" over the batch returns a scalar; "none" returns (B,).
 
     Raises:
         ShapeError: the two differ in shape.
@@ -57,15 +69,20 @@ def soft_cross_entropy(
     same_shape(student_BC, teacher_BC)
     log_student_BC = F.log_softmax(softened(student_BC, temperature, standardise=standardise), dim=1)
     teacher_p_BC = F.softmax(softened(teacher_BC, temperature, standardise=standardise), dim=1)
-    return -(teacher_p_BC * log_student_BC).sum(dim=1) * temperature**2
+    return reduced(-(teacher_p_BC * log_student_BC).sum(dim=1) * temperature**2, reduction)
 
 
-def jensen_shannon(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float = 1.0) -> Tensor:
+def jensen_shannon(
+    student_BC: Tensor, teacher_BC: Tensor, *, temperature: float = 1.0, reduction: Reduction = "none"
+) -> Tensor:
     """Jensen-Shannon divergence of the softened distributions, times T², in nats, (B,): at most T² ln 2.
 
-    The mean of the divergences of the two to their average: symmetric, and bounded where KL is not. Source: Lin 1991,
+    The mean KL of the two distributions to their average: symmetric and, unlike KL, bounded. Source: Lin 1991,
     "Divergence measures based on the Shannon entropy", IEEE Transactions on Information Theory 37 (1). A class masked
-    by -inf in the teacher has its probability 0.
+    by -inf in the teacher has probability 0.
+
+    Args:
+        reduction: "mean" or "sum" over the batch returns a scalar; "none" returns (B,).
 
     Raises:
         ShapeError: the two differ in shape.
@@ -75,18 +92,19 @@ def jensen_shannon(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float
     log_teacher_BC = F.log_softmax(softened(teacher_BC, temperature), dim=1)
     log_mean_BC = torch.logaddexp(log_student_BC, log_teacher_BC) - math.log(2.0)
     of_student_BC = F.kl_div(log_mean_BC, log_student_BC, reduction="none", log_target=True)
-    # By its probabilities: the logarithm of a masked class is -inf, and 0 times that no number.
+    # With probabilities, not log_target: a masked class has log-probability -inf, and 0 * -inf is NaN.
     of_teacher_BC = F.kl_div(log_mean_BC, log_teacher_BC.exp(), reduction="none")
-    return 0.5 * (of_student_BC + of_teacher_BC).sum(dim=1) * temperature**2
+    return reduced(0.5 * (of_student_BC + of_teacher_BC).sum(dim=1) * temperature**2, reduction)
 
 
 def standardised(logits_BC: Tensor) -> Tensor:
-    """Each row's z-score over its classes: mean 0, deviation 1, (B, C).
+    """Each row's z-score over its classes: mean 0, standard deviation 1, (B, C).
 
-    A student then matches how the teacher ranks and spaces classes, not how large its logits are. Source: Sun et al.
-    2024, "Logit Standardization in Knowledge Distillation", arXiv:2403.01427; squares are divided by C here, by C - 1
-    in the authors' code, which amounts to a slightly other temperature. Classes at -inf are left out and stay -inf. A
-    row whose deviation is below 0.001 is divided by 0.001, which bounds the gradient where a head starts at 0.
+    The student then matches the ranking and relative spacing of the teacher's classes, not the scale of its logits.
+    Source: Sun et al. 2024, "Logit Standardization in Knowledge Distillation", arXiv:2403.01427. The variance is
+    divided by C; the authors' code divides by C - 1, which is a slightly different temperature. Classes at -inf are
+    left out and stay -inf. A standard deviation below 0.001 counts as 0.001, which bounds the gradient for a head that
+    is initialised to 0.
     """
     logits_BC = wide(logits_BC)
     kept_BC = logits_BC != -math.inf
@@ -99,17 +117,17 @@ def standardised(logits_BC: Tensor) -> Tensor:
 
 
 def softened(logits_BC: Tensor, temperature: float, *, standardise: bool = False) -> Tensor:
-    """Logits over T, standardised before that on request, in float32 at least."""
+    """Logits divided by T, optionally standardised first, in float32 or float64."""
     logits_BC = standardised(logits_BC) if standardise else wide(logits_BC)
-    # At T = 1 the division would cost a small student's step more than the gather of its labels.
+    # For a small student the division at T = 1 would cost more than gathering its labels.
     return logits_BC if temperature == 1.0 else logits_BC / temperature
 
 
 def check_standardise(standardise: object) -> None:
-    """Refuse what is neither true nor false.
+    """Check that `standardise` is a bool.
 
     Raises:
-        UsageError: says so.
+        UsageError: it is not.
     """
     if not isinstance(standardise, bool):
         raise UsageError(f"'standardise' is true or false, not {shown(standardise)}")

@@ -1,4 +1,4 @@
-"""Losses one after another, such as the teacher's labels and then the true ones."""
+"""Losses in sequence, such as the teacher's soft labels first and the true labels afterwards."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from logitcache.losses.protocol import Loss
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One loss, and the share of training up to which it holds."""
+    """One loss and the share of training at which it ends."""
 
     loss: Loss
     until: float = 1.0
-    """Above the stage before, and at most 1, where training ends."""
+    """Greater than in the previous stage; at most 1, the end of training."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stages(Loss):
     """Losses in sequence, each over its own part of training.
 
-    A schedule within a stage runs over that stage. Where a stage takes no teacher, none of its labels is read.
+    A schedule within a stage runs over that stage. In a stage that needs no teacher, no cached labels are read.
 
     Raises:
-        UsageError: no stages, or ends that do not rise to 1.
+        UsageError: no stages, or ends that do not increase to 1.
     """
 
     name: ClassVar[str] = "stages"
@@ -38,18 +38,18 @@ class Stages(Loss):
     def __post_init__(self) -> None:
         if not self.stages:
             raise UsageError(
-                "'stages' is empty; expected for example stages: [{until: 0.8, loss: kl}, {loss: true_label}]"
+                "'stages' is empty; expected for example stages: [{until: 0.8, loss: kl}, {loss: cross_entropy}]"
             )
         start = 0.0
         for number, stage in enumerate(self.stages, start=1):
             if not start < stage.until <= 1.0:
                 raise UsageError(
                     f"stage {number} ends at {stage.until:g} and the one before at {start:g}; `until` is a share of "
-                    "training that rises from stage to stage, above 0 and at most 1"
+                    "training that increases from stage to stage, above 0 and at most 1"
                 )
             start = stage.until
         if start != 1.0:
-            raise UsageError(f"the last stage ends at {start:g}; leave out its `until`, and it lasts to the end")
+            raise UsageError(f"the last stage ends at {start:g}; leave out its `until` so that it lasts to the end")
 
     @property
     def needs_teacher(self) -> bool:
@@ -73,7 +73,7 @@ class Stages(Loss):
         raise AssertionError("the last stage lasts to the end")
 
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
-        raise UsageError("this loss has stages; call `loss.at(progress)` with 0 to 1, and that loss")
+        raise UsageError("the loss has stages: call `loss.at(progress)` first, with progress from 0 to 1")
 
     def _begins(self) -> list[float]:
         return [0.0, *(stage.until for stage in self.stages[:-1])]

@@ -62,5 +62,5 @@ def run_pipeline(pipeline: Pipeline, *, trust: bool = False) -> list[Row]:
 def _cached(pipeline: Pipeline) -> bool:
     with suppress(NotACache):
         cache = open_cache(pipeline.cache.path)
-        return cache.sealed and cache.num_views >= pipeline.views.count
+        return cache.sealed and cache.views.stop >= pipeline.views.count
     return False

@@ -34,7 +34,7 @@ from logitcache.data.views import BothInputs, ViewDataset, ViewPlan
 from logitcache.devices import pick_device
 from logitcache.digest import array_digest, json_digest
 from logitcache.errors import UsageError
-from logitcache.losses import TrueLabel
+from logitcache.losses import CrossEntropy
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.hint_config import Hint, hint_from_config
 from logitcache.train.hints import Hints
@@ -87,7 +87,7 @@ def train_teacher(pipeline: Pipeline, *, trust: bool = False) -> dict[str, Any]:
                 indices=np.arange(len(data.train)),
                 num_views=None,
                 labels=None,
-                loss=TrueLabel(),
+                loss=CrossEntropy(),
                 config=settings,
                 seed=seed,
                 validation=_evaluation(pipeline, data.validation, config, trust=trust),
@@ -200,7 +200,7 @@ class Bench:
             # every epoch has a view of its own, as in any training on true labels.
             num_views = None
             dataset = self.data.train if len(indices) == len(self.data.train) else Selection(self.data.train, indices)
-            views = ViewDataset(dataset, replace(self.plan, num_samples=len(dataset)), model_input=student_input)
+            views = ViewDataset(dataset, replace(self.plan, num_samples=len(dataset)), preprocess=student_input)
             indices = np.arange(len(dataset))
         elif student.labels == "live" and labels is None:
             kind = "live"
@@ -209,8 +209,8 @@ class Bench:
             others = sorted(asked & pipeline.cache.outputs.keys() - {LOGITS})
             live = AskedTeacher(pipeline, teacher, self.device, others)
             labels = LiveLabels(live, needs_teacher_inputs=not same_input)
-            both = BothInputs(student_input, self.plan.model_input)
-            views = ViewDataset(self.data.train, self.plan, model_input=student_input if same_input else both)
+            both = BothInputs(student_input, self.plan.preprocess)
+            views = ViewDataset(self.data.train, self.plan, preprocess=student_input if same_input else both)
             identity["labels"] = {"teacher": fingerprint}
             if asked & pipeline.cache.outputs.keys():
                 identity["labels"]["outputs"] = {
@@ -227,10 +227,10 @@ class Bench:
             plan = replace(
                 self.plan, num_samples=cache.num_samples, contents=None if samples is None else samples.contents
             )
-            views = ViewDataset(self.data.train, plan, model_input=student_input, rows=rows)
+            views = ViewDataset(self.data.train, plan, preprocess=student_input, rows=rows)
             given = {} if labels is None else {"given": type(labels).__name__}
             if hints:
-                bound = self._hints(hints, model, student_input, cache.others, seed)
+                bound = self._hints(hints, model, student_input, cache.extra_outputs, seed)
             if labels is None:
                 cached = self._labels(student, caches, views, sorted(asked))
                 rows_per_block, window_blocks = cache.layout.rows_per_block, cached.window_blocks
@@ -262,7 +262,7 @@ class Bench:
             identity=identity,
             resolved=pipeline.as_yaml(),
             views_key=json_digest([kind, array_digest(chosen) if kind == "fresh" else self._rows_key(views)]),
-            input_key=json_digest([student.input, isinstance(views.model_input, BothInputs)]),
+            input_key=json_digest([student.input, isinstance(views.preprocess, BothInputs)]),
             rows_per_block=rows_per_block,
             window_blocks=window_blocks,
             sample_weights=by_row(weights, indices if views.rows is None else views.rows[indices]),
@@ -277,12 +277,12 @@ class Bench:
         self,
         hints: list[Hint],
         model: nn.Module,
-        model_input: Callable[[Any], Any],
+        preprocess: Callable[[Any], Any],
         outputs: Mapping[str, Output],
         seed: int,
     ) -> Hints:
         """What a student learns beside the logits, held to what there is."""
-        views = ViewDataset(self.data.train, replace(self.plan, contents=None), model_input=model_input)
+        views = ViewDataset(self.data.train, replace(self.plan, contents=None), preprocess=preprocess)
         return Hints(hints, model, views.batch([(0, 0)] * 2), self.data.num_classes, outputs, seed=seed)
 
     def _rows_key(self, views: ViewDataset) -> str | None:

@@ -94,7 +94,7 @@ class CachedLabels:
 
     def start_view(self, view: int, following: int | None) -> None:
         if self._prove and view not in self._proven:
-            self._cache.check_inputs(self._views, view)
+            self._cache.verify_inputs(self._views, view)
             self._proven.add(view)
         if view != self._number:
             self._view = self._cache.view(

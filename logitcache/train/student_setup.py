@@ -18,6 +18,7 @@ from logitcache.data.order import batches, run_seed
 from logitcache.data.samples import sample_table
 from logitcache.data.views import ViewDataset
 from logitcache.devices import to_device
+from logitcache.losses import recorded_loss
 from logitcache.randomness import keyed_permutation
 from logitcache.train.weighting import (
     CLASS_BALANCED,
@@ -41,6 +42,7 @@ def student_identity(student: StudentConfig) -> dict[str, Any]:
     """A student as part of what its run is, without what differs between runs of its own or was not asked for."""
     unasked: dict[str, Any] = {"init": None, "sample_weights": {"name": NONE}, "sampler": NONE, "hints": []}
     stated = student.model_dump(exclude={"train"})
+    stated |= {"loss": recorded_loss(student.loss), "hints": recorded_loss(student.hints)}
     return {key: value for key, value in stated.items() if key not in unasked or value != unasked[key]}
 
 

@@ -102,8 +102,8 @@ def _until_one_is_done(runs: Sequence[Run], meter: Meter) -> None:
 
 def _views_of(views: ViewDataset, inputs: Sequence[ViewDataset]) -> ViewDataset:
     """The same views, rendered for several models at once."""
-    parts = tuple(adapt_transform(each.model_input) for each in inputs)
-    return ViewDataset(views.dataset, views.plan, model_input=EachInput(parts), rows=views.rows)
+    parts = tuple(adapt_transform(each.preprocess) for each in inputs)
+    return ViewDataset(views.dataset, views.plan, preprocess=EachInput(parts), rows=views.rows)
 
 
 def _copied(value: Any) -> Any:

@@ -178,7 +178,7 @@ def all_differences(cache: LogitCache, pipeline: Pipeline, *, trust: bool) -> li
         views = ViewDataset(data.train, plan, rows=match_rows(cache.samples, here, cache_id=cache.id))
         for view in cache.views:
             try:
-                cache.check_inputs(views, view)
+                cache.verify_inputs(views, view)
             except IdentityMismatch as error:
                 differences.append(str(error).splitlines()[0])
     return differences

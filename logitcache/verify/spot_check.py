@@ -59,7 +59,7 @@ def spot_check(pipeline: Pipeline, count: int, *, seed: int = 0, trust: bool = F
     places = sorted((cache.views[draw // len(views)], draw % len(views)) for draw in draws)
     size = pipeline.teacher.batch_size
     batches = [places[start : start + size] for start in range(0, len(places), size)]
-    asked = [name for name in cache.others if name in pipeline.cache.outputs]
+    asked = [name for name in cache.extra_outputs if name in pipeline.cache.outputs]
     problems = []
     with track("asking the teacher again", len(places), unit="samples") as meter:
         answers = teacher_outputs(pipeline, teacher, views, batches, device, asked)

@@ -454,7 +454,7 @@ def test_auto_takes_the_cheapest_encoding_within_its_limit(tmp_path: Path) -> No
     assert logitcache.Dense(dtype="uint8") == strict.encoding
     assert strict.kl_mean is not None
     assert strict.kl_mean < 0.01
-    assert loose.label_bytes < strict.label_bytes
+    assert loose.target_bytes < strict.target_bytes
     assert {"name": "auto", "max_kl": 0.01} == strict.manifest.provenance["encoding"]["chosen_by"]
     # It goes on with what was chosen, and only for the same limit.
     writer(tmp_path / "strict", encoding="auto").close()

@@ -291,7 +291,7 @@ def test_info_says_what_is_held(tmp_path: Path) -> None:
         shown["outputs"]["features"][key] for key in ("shape", "encoding")
     )
     sizes = {name: each["bytes"] for name, each in shown["outputs"].items()}
-    assert cache.label_bytes == sum(sizes.values()) + cache.contents.output_bytes["logits"]
+    assert cache.target_bytes == sum(sizes.values()) + cache.contents.output_bytes["logits"]
     table = CliRunner().invoke(app, ["info", str(tmp_path / "a")]).stdout
     assert "outputs: features" in table
     card = (tmp_path / "a" / "README.md").read_text()

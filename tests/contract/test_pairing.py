@@ -133,8 +133,8 @@ def test_a_view_beyond_the_plan_is_refused(cache: logitcache.LogitCache, views: 
         views.set_view(view)
     with pytest.raises(UsageError, match="there is no view"):
         views[(view, 0)]
-    with pytest.raises(UsageError, match=rf"no view {view}: the cache has 3"):
-        cache.check_inputs(views, view)
+    with pytest.raises(UsageError, match=rf"no view {view}: the cache has views 0 to 2"):
+        cache.verify_inputs(views, view)
 
 
 def test_a_dataset_ends_where_it_ends(views: ViewDataset) -> None:
@@ -165,7 +165,7 @@ def test_a_batch_that_was_changed_on_the_way_is_refused(
 ) -> None:
     index, inputs, _ = next(iter(DataLoader(views, batch_size=8)))
 
-    assert 8 == cache.check_inputs(views, 0)  # which renders rows itself
+    assert 8 == cache.verify_inputs(views, 0)  # which renders rows itself
     with pytest.raises(IdentityMismatch, match=rf"of this batch is not view 0 as it is rendered here: .*{message}"):
         cache.check_batch(index, change(inputs))
 
@@ -185,7 +185,7 @@ def test_timms_loader_that_casts_to_uint8_is_found_out(cache: logitcache.LogitCa
 def test_a_batch_is_checked_for_the_model_that_it_is_for(cache: logitcache.LogitCache) -> None:
     """A student with an input of its own: the batch is one that some dataset at hand renders."""
     as_teacher = ViewDataset(Pictures(), cache.view_plan)
-    enlarged = ViewDataset(Pictures(), cache.view_plan, model_input=v2.Resize(16))
+    enlarged = ViewDataset(Pictures(), cache.view_plan, preprocess=v2.Resize(16))
     index, inputs, _ = next(iter(DataLoader(enlarged, batch_size=8)))
 
     assert 2 == cache.check_batch(index, inputs)

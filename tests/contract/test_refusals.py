@@ -548,7 +548,7 @@ def with_everything(folder: Path) -> list[Path]:
         ),
         seed=3,
         mixing=Mixing(mixup=0.4, probability=0.5),
-        model_input=build_transform([{"Normalize": {"mean": [0.5], "std": [0.5]}}, {"tests.models:shift": {"by": 1}}]),
+        preprocess=build_transform([{"Normalize": {"mean": [0.5], "std": [0.5]}}, {"tests.models:shift": {"by": 1}}]),
         num_classes=CLASSES,
     )
     settings: dict[str, Any] = {

@@ -47,7 +47,7 @@ class Plain:
 def test_a_for_loop_over_views_ends_with_the_dataset() -> None:
     views = logitcache.ViewDataset(Pictures(), logitcache.ViewPlan())
 
-    assert list(range(40)) == [int(row) for row, _, _ in views]
+    assert list(range(40)) == logitcache.split_index([index for index, _, _ in views])[1].tolist()
 
 
 @pytest.mark.parametrize("beyond", [40, -1])
@@ -120,7 +120,7 @@ def test_arrays_that_torchvision_would_leave_unchanged_are_refused(transform: An
 def test_float_arrays_in_a_models_own_part_are_refused_too() -> None:
     views = logitcache.ViewDataset(
         Plain([(np.zeros((3, 8, 8), dtype=np.float32), 0)]),
-        logitcache.ViewPlan(model_input=build_transform({"Normalize": {"mean": [0.5], "std": [0.5]}})),
+        logitcache.ViewPlan(preprocess=build_transform({"Normalize": {"mean": [0.5], "std": [0.5]}})),
     )
 
     with pytest.raises(UsageError, match="torchvision's Normalize returns a NumPy array"):

@@ -89,7 +89,10 @@ def pipeline_file(pipeline: Pipeline, folder: Path) -> str:
 DATA = ["data.name=tests.workers:announcing", "data.validation=0", "num_workers=2", "views.transform=[]"]
 COMMANDS = {
     "cache-teacher": ["views.count=4000"],
-    "train-student": ["train.epochs=4000", "students=[{name: s, model: mlp, args: {hidden: [8]}, loss: true_label}]"],
+    "train-student": [
+        "train.epochs=4000",
+        "students=[{name: s, model: mlp, args: {hidden: [8]}, loss: cross_entropy}]",
+    ],
 }
 
 

@@ -164,7 +164,7 @@ def test_the_plan_of_a_cache_is_the_plan_that_it_was_built_with(tiny: Make) -> N
     cache, _ = bench.cache()
     views = logitcache.ViewDataset(bench.data.train, cache.view_plan)
 
-    assert [cache.check_inputs(views, view) for view in range(2)] == [8, 8]
+    assert [cache.verify_inputs(views, view) for view in range(2)] == [8, 8]
     cache.check_plan(bench.plan)
     with pytest.raises(IdentityMismatch, match=r"transform.mixing"):
         cache.check_plan(Bench(tiny(*PICTURES)).plan)
@@ -175,9 +175,9 @@ def test_inputs_are_checked_as_the_teacher_had_them_whatever_the_student_takes(t
     cache_teacher(tiny(*PICTURES, normalised))
     bench = Bench(tiny(*PICTURES, normalised))
     cache, _ = bench.cache()
-    views = logitcache.ViewDataset(bench.data.train, cache.view_plan, model_input=lambda pixels: pixels[..., :4])
+    views = logitcache.ViewDataset(bench.data.train, cache.view_plan, preprocess=lambda pixels: pixels[..., :4])
 
-    assert 8 == cache.check_inputs(views, 1)
+    assert 8 == cache.verify_inputs(views, 1)
 
 
 def test_targets_beyond_the_classes_are_named(tiny: Make) -> None:

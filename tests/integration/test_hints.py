@@ -205,7 +205,7 @@ def test_a_step_changes_at_once_and_says_where_it_is_zero() -> None:
         ("{output: maps, module: body, loss: hint, weight: {from: 1}}", "lacks 'to'"),
         ("{output: maps, module: 3, loss: hint}", "`module` is the path of a module"),
         ("{output: [maps], module: body, loss: hint}", "the name of one of the cache's outputs"),
-        ("{output: head, module: head, loss: true_label}", "takes the true labels"),
+        ("{output: head, module: head, loss: cross_entropy}", "takes the true labels"),
         ("{output: head, module: head, loss: dkd}", "takes the true labels"),
         ("{output: head, module: head, loss: {stages: [{until: 0.5, loss: kl}, {loss: blend}]}}", "takes the true"),
         ("{output: head, module: head, loss: {name: relational, angle_weight: x}}", "angle_weight is a number"),
@@ -332,7 +332,7 @@ def test_fitnets_reads_features_in_its_first_stage_and_logits_in_its_second(
         "read_blocks",
         lambda self, view, numbers, output="logits": read.append(output) or whole(self, view, numbers, output),
     )
-    stages = "students.small.loss={stages: [{until: 0.5, loss: true_label}, {loss: kl}]}"
+    stages = "students.small.loss={stages: [{until: 0.5, loss: cross_entropy}, {loss: kl}]}"
     train_students(small(tiny, stages, FITNETS[1], "train.epochs=4"), ["small"])
 
     assert ["maps", "maps", "logits", "logits"] == read
@@ -435,7 +435,7 @@ def test_hinted_students_that_take_turns_end_as_they_would_alone(tiny: Make, tmp
     students = f"""students=[
         {{name: hinted, model: cnn, args: {{widths: [4]}}, hints: [{HINTS["hint"]}]}},
         {{name: plain, model: cnn, args: {{widths: [4]}}}},
-        {{name: attentive, model: cnn, args: {{widths: [6]}}, loss: true_label, hints: [{HINTS["attention"]}]}}]"""
+        {{name: attentive, model: cnn, args: {{widths: [6]}}, loss: cross_entropy, hints: [{HINTS["attention"]}]}}]"""
     train_students(tiny(*TEACHER, students))
     train_students(tiny(*TEACHER, students, "together=true", f"runs.path={tmp_path}/together"))
 
@@ -524,7 +524,7 @@ def test_a_head_of_another_task_is_learned_from_the_cache(tiny: Make, tmp_path: 
 
 
 def test_losses_say_whether_they_take_the_true_label() -> None:
-    takes = ["true_label", "dkd", "hard_plus_soft", "blend", {"name": "weighted", "parts": [{"loss": "dkd"}]}]
-    leaves = ["kl", "dist", "rkd", "teacher_label", {"name": "blend", "hard": "teacher_label"}]
+    takes = ["cross_entropy", "dkd", "hard_plus_soft", "blend", {"name": "weighted", "parts": [{"loss": "dkd"}]}]
+    leaves = ["kl", "dist", "rkd", "teacher_argmax", {"name": "blend", "hard": "teacher_argmax"}]
 
     assert [True] * 5 + [False] * 5 == [loss_from_config(config).needs_target for config in [*takes, *leaves]]

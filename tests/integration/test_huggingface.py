@@ -148,7 +148,7 @@ def test_mappings_of_lists_arrays_and_tensors_are_padded_alike(tiny: Make, kind:
     cache = logitcache.open(pipeline.cache.path)
     data = resolve_data(pipeline, trust=False)
     views = logitcache.ViewDataset(data.train, cache.view_plan)
-    assert 8 == cache.check_inputs(views, 0) == cache.check_inputs(views, 1)
+    assert 8 == cache.verify_inputs(views, 0) == cache.verify_inputs(views, 1)
 
 
 def test_digests_of_inputs_depend_neither_on_the_batch_nor_on_its_padding(tiny: Make, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_mapping_of_numbers_is_stacked(tiny: Make) -> None:
     cache_teacher(pipeline)
     train_students(pipeline)
 
-    assert 8 == logitcache.open(pipeline.cache.path).check_inputs(
+    assert 8 == logitcache.open(pipeline.cache.path).verify_inputs(
         logitcache.ViewDataset(Texts(kind="numbers"), logitcache.open(pipeline.cache.path).view_plan), 0
     )
 
@@ -222,13 +222,13 @@ def test_a_collate_function_of_ones_own_makes_every_batch(tiny: Make, function: 
 def test_views_in_python_are_padded_by_the_plans_collate() -> None:
     views = logitcache.ViewDataset(Texts(), logitcache.ViewPlan(collate=pad))
 
-    rows, inputs, targets = next(iter(DataLoader(views, batch_size=8, collate_fn=views.collate)))
+    index, inputs, targets = next(iter(DataLoader(views, batch_size=8, collate_fn=views.collate)))
 
     longest = max(len(tokens) for tokens in Texts().tokens[:8])
     assert {"input_ids": (8, longest), "attention_mask": (8, longest)} == {
         name: tuple(values.shape) for name, values in inputs.items()
     }
-    assert (list(range(8)), [0, 1, 2, 0, 1, 2, 0, 1]) == (rows.tolist(), targets.tolist())
+    assert (list(range(8)), [0, 1, 2, 0, 1, 2, 0, 1]) == (logitcache.split_index(index)[1].tolist(), targets.tolist())
 
 
 def test_a_writer_takes_the_digests_of_inputs_that_were_padded(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_writer_takes_the_digests_of_inputs_that_were_padded(tmp_path: Path) -
         logits = torch.randn(60, 3)
         writer.write(view=0, start=0, logits=logits, input_digests=views.input_digests(0))
 
-    assert 8 == logitcache.open(tmp_path / "own.cache").check_inputs(views, 0)
+    assert 8 == logitcache.open(tmp_path / "own.cache").verify_inputs(views, 0)
 
 
 def test_different_lengths_without_padding_say_how_to_pad(tiny: Make) -> None:

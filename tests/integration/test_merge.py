@@ -276,7 +276,7 @@ def test_other_views_are_refused_before_anything_is_written(tmp_path: Path, case
 
 
 REQUESTS: dict[str, tuple[Callable[[list[str], Path], object], type[Exception], str]] = {
-    "one cache": (lambda three, out: merge(three[:1], out), UsageError, "merge takes two caches or more, not 1"),
+    "one cache": (lambda three, out: merge(three[:1], out), UsageError, "merge needs two or more caches, not 1"),
     "the same twice": (
         lambda three, out: merge([three[0], three[1], f"file://{three[0]}"], out), UsageError, "are the same cache",
     ),
@@ -335,7 +335,7 @@ def test_rows_without_a_common_class_are_named(tmp_path: Path) -> None:
     masked[1][1, 40, 6:] = -torch.inf
     paths = [built(tmp_path / f"{seed}.cache", seed, logits=logits) for seed, logits in enumerate(masked)]
 
-    with pytest.raises(InvalidLogits, match="view 1, row 40: every class is masked in one of the caches"):
+    with pytest.raises(InvalidLogits, match="view 1, row 40: every class is masked in at least one of the caches"):
         merge(paths, tmp_path / "m.cache")
     assert torch.isfinite(read_all(merged_probabilities(paths, tmp_path))).all()
 
@@ -395,7 +395,7 @@ def test_a_student_trains_from_a_merged_cache_with_the_pipeline_of_either_teache
     assert weights[0] == weights[1]
     assert [] == all_differences(cache, at(one, merged, tmp_path), trust=False)
     views = ViewDataset(resolve_data(one, trust=False).train, cache.view_plan)
-    assert [8, 8] == [cache.check_inputs(views, view) for view in range(2)]
+    assert [8, 8] == [cache.verify_inputs(views, view) for view in range(2)]
     assert torch.allclose((read_all(one.cache.path) + read_all(other.cache.path)) / 2, read_all(merged), atol=1e-6)
 
 
@@ -420,7 +420,7 @@ def test_teachers_may_take_the_views_in_sizes_of_their_own(tiny: Make, tmp_path:
     cache = logitcache.open(merged)
     views = ViewDataset(resolve_data(one, trust=False).train, cache.view_plan)
 
-    assert [8, 8] == [cache.check_inputs(views, view) for view in range(2)]
+    assert [8, 8] == [cache.verify_inputs(views, view) for view in range(2)]
     assert cache.input_digests(0) == logitcache.open(one.cache.path).input_digests(0)
     assert 1 == len(train_students(at(one, merged, tmp_path / "a"), ["small"]))
     with pytest.raises(IdentityMismatch, match=r"transform.teacher_input: null in the cache, "):

@@ -27,8 +27,8 @@ STUDENTS = """[
   {name: soft, model: mlp, args: {hidden: [8]}, loss: {name: kl, temperature: 2.0}},
   {name: resized, model: cnn, args: {widths: [4]}, input: [{Resize: {size: [6, 6]}}], loss: {name: dkd, beta: 2.0}},
   {name: longer, model: mlp, args: {hidden: [12]}, loss: kl, train: {epochs: 3, ema: 0.9, clip_norm: 1.0}},
-  {name: labels, model: mlp, args: {hidden: [8]}, loss: true_label},
-  {name: more-labels, model: mlp, args: {hidden: [16]}, loss: true_label, train: {lr: 0.02}},
+  {name: labels, model: mlp, args: {hidden: [8]}, loss: cross_entropy},
+  {name: more-labels, model: mlp, args: {hidden: [16]}, loss: cross_entropy, train: {lr: 0.02}},
 ]"""
 FROM_CACHE, FROM_LABELS = ["soft", "resized", "longer"], ["labels", "more-labels"]
 

@@ -284,7 +284,7 @@ def test_accuracies_and_calibration_are_what_a_loop_over_samples_finds(num_class
     rng = np.random.default_rng(5)
     targets, count = rng.integers(0, num_classes, 301), 301
     logits_NC = torch.from_numpy(rng.normal(0, 3, (count, num_classes)).astype(np.float32))
-    views = ViewDataset(Numbers(targets), ViewPlan(model_input=lambda value: value))
+    views = ViewDataset(Numbers(targets), ViewPlan(preprocess=lambda value: value))
     measured = Evaluation(views, batch_size=64, num_workers=0).measure(Fixed(logits_NC), torch.device("cpu"))
     probabilities_NC = logits_NC.double().softmax(dim=1).numpy()
     confidence_N, right_N = probabilities_NC.max(axis=1), probabilities_NC.argmax(axis=1) == targets

@@ -29,7 +29,7 @@ from logitcache.train.loop import train
 
 Make = Callable[..., Pipeline]
 
-KL_THEN_TRUTH = "{stages: [{until: 0.5, loss: {name: kl, temperature: {from: 4, to: 1}}}, {loss: true_label}]}"
+KL_THEN_TRUTH = "{stages: [{until: 0.5, loss: {name: kl, temperature: {from: 4, to: 1}}}, {loss: cross_entropy}]}"
 
 
 def with_loss(loss: str) -> str:
@@ -52,7 +52,7 @@ def same(one: Path, other: Path) -> bool:
         "dkd",
         "js",
         "logit_mse",
-        "{name: weighted, parts: [{loss: true_label}, {loss: dist, weight: {from: 0, to: 2}}]}",
+        "{name: weighted, parts: [{loss: cross_entropy}, {loss: dist, weight: {from: 0, to: 2}}]}",
         "{name: weighted, parts: [{loss: kl}, {loss: rkd, weight: 0.5}]}",
     ],
     ids=["kl", "dkd", "js", "logit_mse", "dist", "rkd"],
@@ -129,7 +129,7 @@ class Counted:
         pytest.param(KL_THEN_TRUTH, 0.5, [(0, 1), (1, None)], id="at the end of an epoch"),
         pytest.param(KL_THEN_TRUTH.replace("0.5", "0.6"), 0.6, [(0, 1), (1, 0), (0, None)], id="within an epoch"),
         pytest.param(
-            "{stages: [{until: 0.5, loss: true_label}, {loss: kl}]}", 0.5, [(0, 1), (1, None)], id="the other way"
+            "{stages: [{until: 0.5, loss: cross_entropy}, {loss: kl}]}", 0.5, [(0, 1), (1, None)], id="the other way"
         ),
     ],
 )
@@ -151,7 +151,7 @@ def test_a_stage_without_a_teacher_reads_none_of_its_labels(
 
 def test_a_student_of_stages_needs_the_cache_before_its_first_step(tiny: Make) -> None:
     with pytest.raises(UsageError, match="there is no cache|no logit cache"):
-        train_students(tiny(with_loss("{stages: [{until: 0.5, loss: true_label}, {loss: kl}]}")), ["small"])
+        train_students(tiny(with_loss("{stages: [{until: 0.5, loss: cross_entropy}, {loss: kl}]}")), ["small"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

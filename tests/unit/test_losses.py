@@ -1,5 +1,6 @@
 """Losses against numbers that were worked out elsewhere, and what every loss owes."""
 
+import inspect
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from logitcache import losses
 from logitcache.errors import ShapeError, UsageError
 from logitcache.losses import (
     LOSSES,
@@ -44,12 +46,12 @@ CASES: dict[str, Any] = {
     "dkd-standardised": {"name": "dkd", "standardise": True},
     "dist": {"name": "dist", "temperature": 2.0},
     "rkd": "rkd",
-    "teacher_label": "teacher_label",
-    "true_label": {"name": "true_label", "label_smoothing": 0.1},
+    "teacher_argmax": "teacher_argmax",
+    "cross_entropy": {"name": "cross_entropy", "label_smoothing": 0.1},
     "hard_plus_soft": "hard_plus_soft",
-    "blend": {"name": "blend", "hard": "teacher_label"},
-    "weighted": {"name": "weighted", "parts": [{"loss": "true_label"}, {"loss": "dist", "weight": 2.0}]},
-    "stages": {"stages": [{"until": 0.5, "loss": "kl"}, {"loss": "true_label"}]},
+    "blend": {"name": "blend", "hard": "teacher_argmax"},
+    "weighted": {"name": "weighted", "parts": [{"loss": "cross_entropy"}, {"loss": "dist", "weight": 2.0}]},
+    "stages": {"stages": [{"until": 0.5, "loss": "kl"}, {"loss": "cross_entropy"}]},
 }
 DIVERGENCES = ["kl", "kl-standardised", "js", "logit_mse", "dkd", "dkd-as-kd", "dkd-standardised", "dist", "rkd"]
 """Those that are 0 where student and teacher agree."""
@@ -327,7 +329,7 @@ def test_dkd_takes_the_dominant_class_of_a_mixed_target() -> None:
 
 
 def test_dkd_of_one_class_is_refused() -> None:
-    with pytest.raises(ShapeError, match="expected two classes at least, found one"):
+    with pytest.raises(ShapeError, match="expected at least two classes, found one"):
         decoupled_kd(STUDENT[:, :1], TEACHER[:, :1], torch.tensor([0, 0]))
 
 
@@ -421,8 +423,8 @@ def test_rkd_of_samples_at_one_place_is_finite() -> None:
 
 
 def test_hard_labels_of_the_teacher_and_true_labels_are_different_things() -> None:
-    by_teacher = LOSSES["teacher_label"]()(STUDENT, TEACHER, TARGET)
-    by_truth = LOSSES["true_label"]()(STUDENT, TEACHER, TARGET)
+    by_teacher = LOSSES["teacher_argmax"]()(STUDENT, TEACHER, TARGET)
+    by_truth = LOSSES["cross_entropy"]()(STUDENT, TEACHER, TARGET)
 
     assert -math.log(softmax(STUDENT, 1)[0, 0]) == pytest.approx(float(by_teacher[0]), rel=1e-6)
     assert -math.log(softmax(STUDENT, 1)[0, 1]) == pytest.approx(float(by_truth[0]), rel=1e-6)
@@ -430,7 +432,7 @@ def test_hard_labels_of_the_teacher_and_true_labels_are_different_things() -> No
 
 def test_the_two_blends_are_those_of_the_sources() -> None:
     kl = kl_divergence(STUDENT, TEACHER, temperature=3)
-    truth = LOSSES["true_label"]()(STUDENT, TEACHER, TARGET)
+    truth = LOSSES["cross_entropy"]()(STUDENT, TEACHER, TARGET)
     plus = loss_from_config({"name": "hard_plus_soft", "weight": 0.5, "temperature": 3})
     blend = loss_from_config({"name": "blend", "alpha": 0.9, "temperature": 3})
 
@@ -439,7 +441,7 @@ def test_the_two_blends_are_those_of_the_sources() -> None:
 
 
 def test_a_mixed_target_is_a_mixture_of_losses() -> None:
-    loss = LOSSES["true_label"]()
+    loss = LOSSES["cross_entropy"]()
     mixed = loss(STUDENT[:1], None, torch.tensor([[0.3, 0.7, 0.0]]))
 
     parts = [loss(STUDENT[:1], None, torch.tensor([label])) for label in (0, 1)]
@@ -447,10 +449,10 @@ def test_a_mixed_target_is_a_mixture_of_losses() -> None:
 
 
 def test_a_weighted_sum_is_the_sum_of_its_weighted_parts() -> None:
-    config = {"name": "weighted", "parts": [{"loss": "true_label"}, {"loss": "dist", "weight": 2}, {"loss": "js"}]}
+    config = {"name": "weighted", "parts": [{"loss": "cross_entropy"}, {"loss": "dist", "weight": 2}, {"loss": "js"}]}
     found = loss_from_config(config)(logits(1), logits(2), labels())
 
-    truth, relation, js = (LOSSES[name]() for name in ("true_label", "dist", "js"))
+    truth, relation, js = (LOSSES[name]() for name in ("cross_entropy", "dist", "js"))
     arguments = (logits(1), logits(2), labels())
     torch.testing.assert_close(found, truth(*arguments) + 2 * relation(*arguments) + js(*arguments))
 
@@ -472,7 +474,7 @@ def test_a_weighted_sum_is_the_sum_of_its_weighted_parts() -> None:
         pytest.param({"name": "kl", "temperature": 10**400}, "a temperature is ", id="beyond floats"),
         pytest.param({"name": "kl", "standardise": "yes"}, "'standardise' is true or false", id="standardise"),
         pytest.param({"name": "blend", "alpha": 2}, "alpha lies between 0 and 1", id="alpha"),
-        pytest.param({"name": "blend", "hard": "soft"}, "'hard' is 'true_label' or 'teacher_label'", id="hard"),
+        pytest.param({"name": "blend", "hard": "soft"}, "'hard' is 'cross_entropy' or 'teacher_argmax'", id="hard"),
         pytest.param({"name": "dkd", "beta": "kl"}, "beta is at least 0, or 'kd'", id="beta"),
         pytest.param({"name": "rkd", "angle_weight": -1}, "angle_weight is at least 0, not -1", id="weight"),
         pytest.param(["kl"], "a loss is a name or a mapping", id="list"),
@@ -578,12 +580,94 @@ def test_a_loss_that_changes_says_what_to_ask_for() -> None:
 def test_stages_follow_each_other_and_their_schedules_run_within_them() -> None:
     changing = {"name": "kl", "temperature": {"from": 4, "to": 1}}
     loss = loss_from_config(
-        {"stages": [{"until": 0.4, "loss": changing}, {"until": 0.8, "loss": "dist"}, {"loss": "true_label"}]}
+        {"stages": [{"until": 0.4, "loss": changing}, {"until": 0.8, "loss": "dist"}, {"loss": "cross_entropy"}]}
     )
 
     assert loss_from_config({"name": "kl", "temperature": 2.5}) == loss.at(0.2)
-    assert ["kl", "dist", "dist", "true_label", "true_label"] == [
+    assert ["kl", "dist", "dist", "cross_entropy", "cross_entropy"] == [
         loss.at(progress).name for progress in (0.39, 0.4, 0.79, 0.8, 1.0)
     ]
     assert loss.needs_teacher
     assert [True, True, False] == [loss.needs_teacher_during(*span) for span in ((0, 0.1), (0.7, 0.9), (0.8, 1.0))]
+
+
+FUNCTIONS = {
+    name: function
+    for name, function in vars(losses).items()
+    if inspect.isfunction(function) and "reduction" in inspect.signature(function).parameters
+}
+
+
+def test_every_loss_function_takes_a_reduction() -> None:
+    expected = {
+        "attention_transfer", "cross_entropy", "decoupled_kd", "dist", "feature_mse", "feature_rkd", "jensen_shannon",
+        "kl_divergence", "logit_mse", "rkd", "soft_cross_entropy", "teacher_argmax_cross_entropy",
+    }  # fmt: skip
+
+    assert expected == set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_reduction_is_the_mean_or_the_sum_of_the_losses_of_the_samples(name: str) -> None:
+    student, teacher = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    if name not in ("attention_transfer", "feature_mse", "feature_rkd"):
+        student, teacher = student[:, :, 0, 0], teacher[:, :, 0, 0]
+    second = torch.tensor([0, 3, 1]) if name == "cross_entropy" else teacher
+    more = (torch.tensor([0, 3, 1]),) if name == "decoupled_kd" else ()
+    function = FUNCTIONS[name]
+    loss_B = function(student, second, *more)
+
+    assert (3,) == loss_B.shape
+    torch.testing.assert_close(loss_B, function(student, second, *more, reduction="none"))
+    torch.testing.assert_close(loss_B.mean(), function(student, second, *more, reduction="mean"))
+    torch.testing.assert_close(loss_B.sum(), function(student, second, *more, reduction="sum"))
+    with pytest.raises(UsageError, match="reduction is 'none', 'mean' or 'sum', not 'batchmean'"):
+        function(student, second, *more, reduction="batchmean")
+
+
+FIRST_SPELLINGS = [
+    ("true_label", "cross_entropy"),
+    ("teacher_label", "teacher_argmax"),
+    ({"name": "blend", "hard": "teacher_label"}, {"name": "blend", "hard": "teacher_argmax"}),
+    ({"name": "hard_plus_soft", "hard": "true_label"}, "hard_plus_soft"),
+    (
+        {"stages": [{"until": 0.5, "loss": "kl"}, {"loss": {"name": "true_label", "label_smoothing": 0.1}}]},
+        {"stages": [{"until": 0.5, "loss": "kl"}, {"loss": {"name": "cross_entropy", "label_smoothing": 0.1}}]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("first", "current"), FIRST_SPELLINGS)
+def test_the_first_spelling_of_a_loss_stays_valid_and_means_the_same(first: Any, current: Any) -> None:
+    old, new = (loss_from_config(config).at(0.75) for config in (first, current))
+
+    assert type(old) is type(new)
+    assert (old.needs_target, old.needs_teacher) == (new.needs_target, new.needs_teacher)
+    torch.testing.assert_close(old(STUDENT, TEACHER, TARGET), new(STUDENT, TEACHER, TARGET))
+
+
+def test_runs_are_recorded_under_the_first_spelling() -> None:
+    """So that a renamed loss does not change the identity of runs that exist."""
+    recorded = {"stages": [{"until": 0.5, "loss": {"name": "blend", "hard": "teacher_label"}}, {"loss": "true_label"}]}
+    written = {
+        "stages": [{"until": 0.5, "loss": {"name": "blend", "hard": "teacher_argmax"}}, {"loss": "cross_entropy"}]
+    }
+
+    assert recorded == losses.recorded_loss(written) == losses.recorded_loss(recorded)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("TrueLabel", "CrossEntropy"),
+        ("TeacherLabel", "TeacherArgmax"),
+        ("true_label_cross_entropy", "cross_entropy"),
+        ("teacher_label_cross_entropy", "teacher_argmax_cross_entropy"),
+    ],
+)
+def test_old_python_names_work_with_a_warning(old: str, new: str) -> None:
+    with pytest.warns(
+        DeprecationWarning,
+        match=f"`logitcache.losses.{old}` is removed in the next release: use `logitcache.losses.{new}`",
+    ):
+        assert getattr(losses, old) is getattr(losses, new)

@@ -133,17 +133,17 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
 
 
 def _sections() -> dict[str, Any]:
-    from logitcache import pipeline
+    from logitcache.config import schema
 
     return {
-        "data": pipeline.DataConfig,
-        "views": pipeline.ViewsConfig,
-        "teacher": pipeline.TeacherConfig,
-        "train": pipeline.TrainConfig,
-        "cache": pipeline.CacheConfig,
-        "cache.card": pipeline.CacheConfig.model_fields["card"].annotation,
-        "students": pipeline.StudentConfig,
-        "runs": pipeline.RunsConfig,
+        "data": schema.DataConfig,
+        "views": schema.ViewsConfig,
+        "teacher": schema.TeacherConfig,
+        "train": schema.TrainConfig,
+        "cache": schema.CacheConfig,
+        "cache.card": schema.CacheConfig.model_fields["card"].annotation,
+        "students": schema.StudentConfig,
+        "runs": schema.RunsConfig,
     }
 
 

@@ -118,9 +118,9 @@ def test_workers_that_persist_see_the_view_change() -> None:
 
 
 def test_each_model_has_its_own_deterministic_part_of_one_crop() -> None:
-    plan = ViewPlan(transform=v2.RandomCrop(6), model_input=v2.Resize(12))
+    plan = ViewPlan(transform=v2.RandomCrop(6), preprocess=v2.Resize(12))
     teacher = ViewDataset(Pictures(), plan)[(1, 4)][1]
-    student = ViewDataset(Pictures(), plan, model_input=v2.Resize(3))[(1, 4)][1]
+    student = ViewDataset(Pictures(), plan, preprocess=v2.Resize(3))[(1, 4)][1]
     crop = ViewDataset(Pictures(), ViewPlan(transform=v2.RandomCrop(6)))[(1, 4)][1]
 
     assert [(1, 12, 12), (1, 3, 3)] == [tuple(teacher.shape), tuple(student.shape)]

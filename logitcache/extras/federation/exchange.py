@@ -94,7 +94,7 @@ def receive(party: str, url: str, path: str, own: LogitCache, *, own_path: str, 
         try:
             cache = open_cache(path)
             check_same_views(own_path, own, path, cache)
-            check_same_pixels([own_path, path], [own, cache], own.num_views)
+            check_same_pixels([own_path, path], [own, cache], own.views.stop)
             if combine == "logits":
                 refuse_sampled([path], [cache])
             check_logits(cache, masks=combine != "logits")

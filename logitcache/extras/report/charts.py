@@ -9,7 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import altair as alt
+from logitcache.errors import UsageError
+
+try:
+    import altair as alt
+except ImportError as error:
+    raise UsageError(f"a report needs altair ({error}): pip install 'logitcache[report]'") from error
 
 Rows = Sequence[dict[str, Any]]
 Spec = dict[str, Any]

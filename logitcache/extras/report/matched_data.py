@@ -36,12 +36,12 @@ class MatchedData:
 
     def views(self, model: ModelConfig | None = None) -> ViewDataset:
         """The views as the input of a model, by default of the teacher."""
-        model_input = None if model is None else input_part(model, trust=self.trust)
-        return ViewDataset(self.data.train, self.plan, model_input=model_input, rows=self.rows)
+        preprocess = None if model is None else input_part(model, trust=self.trust)
+        return ViewDataset(self.data.train, self.plan, preprocess=preprocess, rows=self.rows)
 
     def shared_views(self) -> ViewDataset:
         """The views before the input transform of any model."""
-        return ViewDataset(self.data.train, replace(self.plan, model_input=None), rows=self.rows)
+        return ViewDataset(self.data.train, replace(self.plan, preprocess=None), rows=self.rows)
 
 
 def match_data(cache: LogitCache, location: str, pipeline: Pipeline, *, trust: bool) -> MatchedData:
@@ -65,5 +65,5 @@ def match_data(cache: LogitCache, location: str, pipeline: Pipeline, *, trust: b
     contents = None if cache.samples is None else cache.samples.contents
     plan = replace(plan, num_samples=cache.num_samples, contents=contents)
     matched = MatchedData(cache, pipeline, data, plan, rows, trust)
-    cache.check_inputs(matched.views(), 0)
+    cache.verify_inputs(matched.views(), 0)
     return matched

@@ -35,7 +35,7 @@ MAX_POINTS = 60
 def bytes_per_row(cache: LogitCache) -> float:
     """Stored bytes per row of the blocks that are present."""
     rows = sum(receipt.rows for name, receipt in cache.receipts.items() if name != FIXED)
-    return cache.label_bytes / max(rows, 1)
+    return cache.target_bytes / max(rows, 1)
 
 
 def cache_section(cache: LogitCache) -> Section:

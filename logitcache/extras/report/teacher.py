@@ -51,9 +51,7 @@ def complete_views(cache: LogitCache) -> list[int]:
         IncompleteCache: no view is complete.
     """
     numbers = range(blocks_per_view(cache.layout))
-    views = [
-        view for view in range(cache.num_views) if all(Block(view, number).name in cache.receipts for number in numbers)
-    ]
+    views = [view for view in cache.views if all(Block(view, number).name in cache.receipts for number in numbers)]
     if not views:
         raise IncompleteCache(f"{cache.storage.url} has no complete view yet, so there is nothing to report; {REBUILD}")
     return views
