@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from torch import Tensor, nn
 
 from logitcache.catalog.calling import model_logits
@@ -33,61 +34,43 @@ from logitcache.extras.channels import (
 
 # B batch, C classes
 
-EVERY_OTHER, ALL = "every_other", "all"
-NONE, UNIFORM, RANDOM, MAGNITUDE, IMPORTANCE = "none", "uniform", "random", "magnitude", "importance"
-WIDTHS = (NONE, UNIFORM, RANDOM, MAGNITUDE, IMPORTANCE)
+Width = Literal["none", "uniform", "random", "magnitude", "importance"]
+WIDTHS = get_args(Width)
+
+_Blocks = Annotated[list[NonNegativeInt], Field(min_length=1)]
+_First = Annotated[dict[Literal["first"], PositiveInt], Field(min_length=1)]
+_Chosen = Annotated[
+    dict[Literal["blocks"], _Blocks | Annotated[dict[str, _Blocks], Field(min_length=1)]], Field(min_length=1)
+]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Init:
+class Init(BaseModel):
     """The selection of teacher weights that a student starts from."""
 
-    layers: str | Mapping[str, Any] = ALL
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    layers: Literal["all", "every_other"] | _First | _Chosen = "all"
     """Blocks of the teacher wherever the student has fewer: "all" keeps the student's numbers, "every_other",
     {"first": n}, or {"blocks": [0, 2, 5]}; {"blocks": {"layer1": [0, 2]}} by path."""
-    width: str = NONE
-    """How channels are selected where the student is narrower; one of `WIDTHS`."""
-    submodel: str | None = None
+    width: Width = "none"
+    """How channels are selected where the student is narrower."""
+    submodel: Annotated[str, Field(min_length=1)] | None = None
     """Copy only the teacher's parameters below this path, such as "stages.1", to the same path of the student, or to
     the whole student if it has no such path."""
-    calibration: int = 256
+    calibration: PositiveInt = 256
     """Number of training samples for "importance"."""
-
-    def __post_init__(self) -> None:
-        if self.width not in WIDTHS:
-            raise UsageError(f"unknown init.width {self.width!r}; expected one of: {', '.join(WIDTHS)}")
-        if not _is_layers(self.layers):
-            raise UsageError(
-                f"init.layers is {self.layers!r}; expected all, every_other, {{first: 4}}, {{blocks: [0, 2, 5]}} or "
-                "{blocks: {layer1: [0, 2]}}"
-            )
-        if self.submodel is not None and (not isinstance(self.submodel, str) or not self.submodel):
-            raise UsageError(f"init.submodel must be a path in the teacher such as stages.1, not {self.submodel!r}")
-        if not _is_count(self.calibration):
-            raise UsageError(f"init.calibration must be a number of samples, not {self.calibration!r}")
 
     def config(self) -> dict[str, Any]:
         """As plain data for `init_from_config`."""
-        return {"from": "teacher"} | {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"from": "teacher"} | self.model_dump()
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_layers(layers: Any) -> bool:
-    if layers in (ALL, EVERY_OTHER):
-        return True
-    if not isinstance(layers, Mapping) or len(layers) != 1:
-        return False
-    if "first" in layers:
-        return _is_count(layers["first"])
-    blocks = layers.get("blocks")
-    lists = list(blocks.values()) if isinstance(blocks, Mapping) else [blocks]
-    return bool(lists) and all(
-        isinstance(each, list) and each and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in each)
-        for each in lists
-    )
+EXPECTED = {
+    "layers": "all, every_other, {first: 4}, {blocks: [0, 2, 5]} or {blocks: {layer1: [0, 2]}}",
+    "width": f"one of {', '.join(WIDTHS)}",
+    "submodel": "a path in the teacher such as stages.1",
+    "calibration": "a number of samples",
+}
 
 
 def init_from_config(value: Any) -> Init:
@@ -97,13 +80,15 @@ def init_from_config(value: Any) -> Init:
         UsageError: an unknown key or value.
     """
     given = {"from": value} if isinstance(value, str) else value
-    known = [field.name for field in fields(Init)]
-    if not isinstance(given, Mapping) or given.get("from") != "teacher" or set(given) - {"from", *known}:
-        raise UsageError(
-            f"init must be `teacher`, or have `from: teacher` and any of {', '.join(known)}; not {value!r}"
-        )
-    settings: dict[str, Any] = {name: each for name, each in given.items() if name != "from"}
-    return Init(**settings)
+    if not isinstance(given, Mapping) or given.get("from") != "teacher" or set(given) - {"from", *EXPECTED}:
+        keys = ", ".join(EXPECTED)
+        raise UsageError(f"init must be `teacher`, or have `from: teacher` and any of {keys}; not {value!r}")
+    settings = {name: each for name, each in given.items() if name != "from"}
+    try:
+        return Init.model_validate(settings)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        raise UsageError(f"init.{name} must be {EXPECTED[name]}, not {settings[name]!r}") from None
 
 
 @dataclass(frozen=True)
@@ -229,7 +214,7 @@ def _check_fit(name: str, source: str, there: Shape, here: Shape, init: Init, st
     module = student.get_submodule(name.rpartition(".")[0])
     if isinstance(module, nn.modules.conv._ConvNd) and there[2:] != here[2:]:
         raise UsageError(f"{both}: kernel sizes differ; use the teacher's kernel size in the student")
-    if init.width == NONE:
+    if init.width == "none":
         raise UsageError(
             f"{both}; select channels with init.width ({', '.join(WIDTHS[1:])}), or blocks with init.layers"
         )
@@ -279,14 +264,14 @@ def _numbers(names: Iterable[str], place: str) -> list[int]:
 
 def _blocks(here: list[int], there: list[int], layers: str | Mapping[str, Any], place: str) -> dict[int, int]:
     """The teacher's block for each of the student's at one path; empty if the numbers stay the same."""
-    if len(here) == len(there) or not there or layers == ALL:
+    if len(here) == len(there) or not there or layers == "all":
         return dict(zip(here, there, strict=True)) if len(here) == len(there) else {}
     asked: Any = layers
     if isinstance(layers, Mapping) and isinstance(layers.get("blocks"), Mapping):
         if place not in layers["blocks"]:
             return {}
         asked = {"blocks": layers["blocks"][place]}
-    if asked == EVERY_OTHER:
+    if asked == "every_other":
         selected = there[::2]
     elif "first" in asked:
         selected = there[: asked["first"]]
@@ -312,7 +297,7 @@ def _find_structure(
     if chain is not None and is_valid(student, chain, inputs, seed=seed):
         return chain
     by_width = width_structure(shapes)
-    if init.width == UNIFORM or is_valid(student, by_width, inputs, seed=seed):
+    if init.width == "uniform" or is_valid(student, by_width, inputs, seed=seed):
         return by_width
     name = next(name for name, (there, here) in shapes.items() if there != here)
     there, here = shapes[name]
@@ -333,12 +318,12 @@ def _selected_channels(
     seed: int,
     importance: Callable[[], Mapping[str, Tensor]] | None,
 ) -> dict[str, np.ndarray]:
-    if init.width == UNIFORM:
+    if init.width == "uniform":
         return {name: evenly_spaced(group) for name, group in structure.groups.items()}
-    if init.width == RANDOM:
+    if init.width == "random":
         numbered = enumerate(structure.groups.items())
         return {name: random_channels(group, number, seed=seed) for number, (name, group) in numbered}
-    weights_only = init.width == MAGNITUDE
+    weights_only = init.width == "magnitude"
     by_parameter: Mapping[str, Tensor] = dict(teacher.named_parameters())
     if not weights_only:
         if importance is None:

@@ -359,9 +359,12 @@ def test_what_can_not_fit_is_refused_by_name_and_shape(
     [
         ("imagenet", "init must be `teacher`, or have `from: teacher`"),
         ({"from": "teacher", "layer": "first"}, "any of layers, width, submodel, calibration"),
-        ({"from": "teacher", "width": "best"}, "unknown init.width 'best'; expected one of: none, uniform"),
-        ({"from": "teacher", "layers": {"first": 0}}, "init.layers is"),
-        ({"from": "teacher", "layers": {"blocks": []}}, "init.layers is"),
+        (
+            {"from": "teacher", "width": "best"},
+            "init.width must be one of none, uniform, random, magnitude, importance, not 'best'",
+        ),
+        ({"from": "teacher", "layers": {"first": 0}}, "init.layers must be all, every_other"),
+        ({"from": "teacher", "layers": {"blocks": []}}, "init.layers must be all, every_other"),
         ({"from": "teacher", "calibration": 0}, "init.calibration must be a number of samples"),
     ],
 )

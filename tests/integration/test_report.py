@@ -28,7 +28,7 @@ from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, I
 from logitcache.extras.report import measures, teacher, write_report
 from logitcache.extras.report.attribution import attributions
 from logitcache.extras.report.decision_views import choose_samples
-from logitcache.extras.report.formatting import ClassNames, decimal, percent, plain_text, size
+from logitcache.extras.report.formatting import ClassNames, decimal, percent, plain_text
 from logitcache.extras.report.page import json_for_script
 from logitcache.extras.report.pictures import image_uri, signed_map_uri, strongest_region
 from logitcache.extras.report.samples import disagreement
@@ -447,9 +447,6 @@ def test_class_names_stay_apart() -> None:
 def test_numbers_read_well() -> None:
     assert ["0.0123", "12", "∞", "–", "5.33\u202f×\u202f10⁻⁸", "0"] == [
         decimal(value) for value in (0.0123, 12.0, math.inf, math.nan, 5.33e-8, 0.0)
-    ]
-    assert ["0\u00a0B", "999\u00a0B", "1\u00a0kB", "1.234\u00a0MB"] == [
-        size(value) for value in (0, 999, 1000, 1_234_000)
     ]
 
 

@@ -137,12 +137,11 @@ def accuracy_against(
     rows: Rows, *, students: Sequence[str], title: str, axis_format: str, logarithmic: bool, teacher: float | None
 ) -> Spec:
     """Test accuracy against a cost: rows of student, value, accuracy, low, high."""
-    names = list(students)
     scale = alt.Scale(type="log", padding=24) if logarithmic else alt.Scale(zero=True, padding=24)
     base = alt.Chart(_data(rows)).encode(
         alt.X("value:Q", title=title, scale=scale, axis=alt.Axis(format=axis_format, tickCount=4)),
         opacity=_highlighted(),
-        color=alt.Color("student:N", sort=names, scale=alt.Scale(domain=names), legend=None),
+        color=_by_student(alt.Color, students),
         tooltip=_tips(student=None, value=axis_format, accuracy=".2%", low=".2%", high=".2%"),
     )
     accuracy: Any = {
@@ -150,7 +149,7 @@ def accuracy_against(
         "scale": alt.Scale(zero=False),
         "axis": alt.Axis(format="~%", tickCount=5),
     }
-    shape = alt.Shape("student:N", sort=names, scale=alt.Scale(domain=names), legend=None)
+    shape = _by_student(alt.Shape, students)
     layers = [
         base.mark_rule(style="spread").encode(alt.Y("low:Q", **accuracy), alt.Y2("high:Q")),
         base.mark_point(style="student").encode(alt.Y("accuracy:Q", **accuracy), shape=shape),
@@ -168,7 +167,7 @@ def learning_curves(rows: Rows, *, students: Sequence[str], title: str, axis_for
     """A quantity during training: rows of student, step, mean, low, high."""
     base = alt.Chart(_data(rows)).encode(
         alt.X("step:Q", title="optimizer steps", axis=alt.Axis(format=",d", tickCount=6)),
-        color=alt.Color("student:N", scale=alt.Scale(domain=list(students)), legend=None),
+        color=_by_student(alt.Color, students),
         tooltip=_tips(student=None, step=",", mean=axis_format, low=axis_format, high=axis_format),
     )
     value: Any = {"title": title, "scale": alt.Scale(zero=False), "axis": alt.Axis(format=axis_format, tickCount=5)}
@@ -187,18 +186,22 @@ def learning_curves(rows: Rows, *, students: Sequence[str], title: str, axis_for
 
 def shares_by_class(rows: Rows, *, students: Sequence[str], title: str) -> Spec:
     """A share for each class and student: rows of name, student, value, rows; classes in the order given."""
-    names, classes = list(students), list(dict.fromkeys(row["name"] for row in rows))
+    classes = list(dict.fromkeys(row["name"] for row in rows))
     base = alt.Chart(_data(rows)).encode(
         alt.Y("name:N", title=None, sort=classes, axis=alt.Axis(labelLimit=130, grid=True)),
         alt.X("value:Q", title=title, scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="~%", tickCount=5)),
-        color=alt.Color("student:N", sort=names, scale=alt.Scale(domain=names), legend=None),
-        shape=alt.Shape("student:N", sort=names, scale=alt.Scale(domain=names), legend=None),
+        color=_by_student(alt.Color, students),
+        shape=_by_student(alt.Shape, students),
         opacity=_highlighted(),
         tooltip=_tips(name=None, student=None, value=".1%", rows=","),
     )
     height = max(len(classes), 3) * ROW_HEIGHT
     chart = base.mark_point(style="student")
     return _finish(chart, f"{title} by class, a point for each student", height=height, highlight=True)
+
+
+def _by_student(channel: Any, names: Sequence[str]) -> Any:
+    return channel("student:N", sort=list(names), scale=alt.Scale(domain=list(names)), legend=None)
 
 
 def _highlighted(on: float = 1.0, off: float = 0.12) -> Any:

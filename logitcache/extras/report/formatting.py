@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.filesize import decimal as size
+
 from logitcache.markdown import one_line
 
 MISSING = "–"
@@ -68,12 +70,6 @@ def decimal(value: float | None, digits: int = 3) -> str:
         power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
         return f"{mantissa}\N{NARROW NO-BREAK SPACE}×\N{NARROW NO-BREAK SPACE}10{power}"
     return f"{value:.{digits}g}" if abs(value) < 10**digits else count(round(value))
-
-
-def size(num_bytes: float) -> str:
-    """Bytes in the largest unit that fits; 1 kB is 1000 B."""
-    power = min(max(int(math.log10(num_bytes)) // 3, 0), 4) if num_bytes else 0
-    return f"{num_bytes / 1000**power:.4g}\N{NO-BREAK SPACE}{('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def transform_lines(transform: Any) -> list[tuple[str, str]]:
