@@ -1,11 +1,14 @@
-# `make demo` and `make test` each do their whole set-up; only Python (3.11 or later) and make are needed.
+# Each target does its whole set-up; only Python (3.11 or later) and make are needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CONSTRAINTS := constraints.txt
 # The demo needs few packages: an environment of its own, unless the one for development is there.
 DEMO_VENV := $(if $(wildcard $(VENV)/installed),$(VENV),$(VENV)/demo)
+# As do the unit and contract tests.
+QUICK_VENV := $(if $(wildcard $(VENV)/installed),$(VENV),$(VENV)/quick)
 
-.PHONY: demo test lint type format bench clean
+.PHONY: demo test quick lint type format docs bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -24,6 +27,15 @@ demo: $(DEMO_VENV)/installed  ## What a cache buys, on embedded real data
 test: $(VENV)/installed  ## Everything that CI tests
 	$(BIN)/python -m pytest
 
+$(VENV)/quick/installed: pyproject.toml $(CONSTRAINTS)
+	@echo "Installing the test-core extra into $(VENV)/quick: about 6 GB, of which torch and its CUDA libraries take 5. Two to five minutes, once."
+	test -x $(VENV)/quick/bin/python || $(PYTHON) -m venv $(VENV)/quick
+	$(VENV)/quick/bin/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test-core]'
+	touch $@
+
+quick: $(QUICK_VENV)/installed  ## Unit and contract tests, in about two minutes
+	$(QUICK_VENV)/bin/python -m pytest tests/unit tests/contract
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,6 +46,9 @@ type: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/installed  ## The documentation site, in build/site
+	$(BIN)/mkdocs build --quiet
 
 bench: $(VENV)/installed  ## Measure on this machine, into benchmarks/results/; trust.py needs a commit to compare with
 	$(BIN)/python benchmarks/stage1.py --write

@@ -19,18 +19,22 @@ if TYPE_CHECKING:
     from logitcache.data.views import Mixing as Mixing
     from logitcache.data.views import ViewDataset as ViewDataset
     from logitcache.data.views import ViewPlan as ViewPlan
+    from logitcache.encodings import ArraySpec as ArraySpec
     from logitcache.encodings import Auto as Auto
     from logitcache.encodings import Dense as Dense
+    from logitcache.encodings import Encoding as Encoding
     from logitcache.encodings import LowRank as LowRank
     from logitcache.encodings import Sampled as Sampled
     from logitcache.encodings import TopK as TopK
     from logitcache.encodings import Values as Values
 
 __all__ = [
+    "ArraySpec",
     "Auto",
     "CacheWriter",
     "Calibration",
     "Dense",
+    "Encoding",
     "LogitCache",
     "LowRank",
     "Mixing",
@@ -48,10 +52,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ArraySpec": "encodings:ArraySpec",
     "Auto": "encodings:Auto",
     "CacheWriter": "cache.writer:CacheWriter",
     "Calibration": "cache.fidelity:Calibration",
     "Dense": "encodings:Dense",
+    "Encoding": "encodings:Encoding",
     "LogitCache": "cache.reader:LogitCache",
     "LowRank": "encodings:LowRank",
     "Mixing": "data.views:Mixing",

@@ -27,6 +27,10 @@ class DatasetUnavailable(UsageError, LookupError):
     """The dataset is not on this machine; the message says how to get it."""
 
 
+class MissingPackage(UsageError, ImportError):
+    """The cache's encoding comes from a package that is not installed; the message names the package."""
+
+
 class NotACache(UsageError):
     """The path holds no logit cache."""
 

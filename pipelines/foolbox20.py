@@ -1,4 +1,4 @@
-"""foolbox's 20 labelled ImageNet images and EfficientNet-Lite0, both from inside installed packages."""
+"""foolbox's 20 labelled ImageNet images and EfficientNet-Lite0, both from installed packages."""
 
 from __future__ import annotations
 

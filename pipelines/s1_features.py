@@ -1,7 +1,4 @@
-"""S1's data: 100 random rows of 10 features in two classes, as the source has them; nothing can be learned from them.
-
-And rows of a rule, of the same shape, from which something can.
-"""
+"""S1's data: 100 random rows of 10 features in two classes, and rows of the same shape whose class follows a rule."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ class FeatureRows:
 
 
 def random_rows(seed: int = 0) -> dict[str, FeatureRows]:
-    """100 rows of noise with random classes; test rows are other noise."""
+    """100 rows of noise with random classes, and 1 000 test rows of other noise."""
     generator = torch.Generator().manual_seed(seed)
 
     def split(num_rows: int) -> FeatureRows:
@@ -46,10 +43,7 @@ def random_rows(seed: int = 0) -> dict[str, FeatureRows]:
 
 
 def rule_rows(seed: int = 0, noise: float = 0.2) -> dict[str, FeatureRows]:
-    """100 rows whose class is a threshold of a product of two features, a fifth of them with the other class.
-
-    The classes of test rows are without that noise.
-    """
+    """100 rows whose class depends on three features; a fifth have the wrong class. Test rows have no label noise."""
     generator = torch.Generator().manual_seed(seed)
 
     def split(num_rows: int, share: float) -> FeatureRows:

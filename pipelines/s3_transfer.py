@@ -1,4 +1,4 @@
-"""S3's teachers: the features of a net that was trained on ImageNet, frozen, and a new head for the data at hand."""
+"""S3's teachers: frozen features of a net trained on ImageNet, and a new head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class FrozenFeatures(nn.Module):
-    """Features that training leaves as they are, batch-norm statistics included, and a head that it fits.
+    """Frozen features, batch-norm statistics included, and a trainable head.
 
     Args:
         features: gives (B, F, H, W) or (B, F).
@@ -26,7 +26,7 @@ class FrozenFeatures(nn.Module):
         self.head = nn.Sequential(nn.Linear(num_features, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
 
     def train(self, mode: bool = True) -> FrozenFeatures:
-        """Into training or evaluation; the features stay in evaluation."""
+        """Set the mode of the head; the features stay in evaluation mode."""
         super().train(mode)
         self.features.eval()
         return self
@@ -39,7 +39,7 @@ class FrozenFeatures(nn.Module):
 
 
 def vgg16(num_classes: int, hidden: int = 1024) -> FrozenFeatures:
-    """VGG-16's convolutions with torchvision's ImageNet weights; takes 224 px, normalised as torchvision says."""
+    """VGG-16's convolutions with torchvision's ImageNet weights; takes 224 px, with torchvision's normalisation."""
     from torchvision.models import VGG16_Weights
     from torchvision.models import vgg16 as build
 

@@ -1,4 +1,4 @@
-"""What many tests start from: a pipeline that runs in a second, on real images."""
+"""Fixtures of many tests: a pipeline that runs in a second on real images, servers, and a marker for each tier."""
 
 from __future__ import annotations
 
@@ -42,6 +42,12 @@ TINY: dict[str, Any] = {
 
 PICTURES = ["data.name=tests.models:pictures", "data.validation=0", "cache.rows_per_block=16", "train.batch_size=16"]
 """Overrides that put forty keyed pictures in the place of the digits."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with its tier, the name of its folder."""
+    for item in items:
+        item.add_marker(item.path.relative_to(Path(__file__).parent).parts[0])
 
 
 @pytest.fixture(autouse=True)

@@ -42,9 +42,10 @@ from logitcache.cache.manifest import (
 )
 from logitcache.cache.objects import ATTEMPTS, PAUSE_SECONDS, ObjectReader
 from logitcache.cache.outputs import outputs_of, row_arrays
+from logitcache.cache.packages import encoding_names, missing_packages, recorded_packages
 from logitcache.data.samples import SampleTable
 from logitcache.digest import array_digest, sha256_hex
-from logitcache.encodings import Encoding, encoding_from_config
+from logitcache.encodings import ENCODINGS, Encoding, encoding_from_config
 from logitcache.errors import CorruptCache, LogitCacheError, UsageError
 from logitcache.storage import Storage
 
@@ -135,12 +136,20 @@ def stored_manifest(storage: Storage) -> Manifest:
 
 
 def check_encoding(manifest: Manifest, *, url: str) -> None:
-    """Hold a manifest's arrays to those of its encoding, which is asked to decode them.
+    """Compare a manifest's arrays with those of its encoding, if the encoding's package is installed.
 
     Raises:
-        CorruptCache: they are others.
+        CorruptCache: they differ.
+        UsageError: the package can't be imported.
     """
     layout = manifest.layout
+    if manifest.identity.outputs.get(LOGITS) != [layout.num_classes]:
+        raise CorruptCache(f"{url}: {MANIFEST} is damaged: identity.outputs and layout.num_classes differ")
+    if missing_packages(manifest, ENCODINGS) is not None:
+        return  # the bytes can be copied and compared with the receipts; `require_packages` refuses to decode them
+    for name in encoding_names(manifest.identity):
+        if name in ENCODINGS:
+            _ = ENCODINGS[name]  # a package that can't be imported is not the cache's fault
     try:
         encoding = encoding_from_config(manifest.identity.encoding)
         outputs = outputs_of(manifest.identity)
@@ -154,12 +163,12 @@ def check_encoding(manifest: Manifest, *, url: str) -> None:
         or (not (encoding.fitted_arrays and output_of(name) == LOGITS) and layout.arrays[name] != spec)
         for name, spec in expected.items()
     )
-    if manifest.identity.outputs.get(LOGITS) != [layout.num_classes]:
-        raise CorruptCache(f"{url}: {MANIFEST} is damaged: identity.outputs and layout.num_classes differ")
     if differs or not encoding.fitted_arrays.keys() <= layout.fixed.keys():
         named = ", ".join(f"{name}: {output.encoding!r}" for name, output in outputs.items())
+        versions = ", ".join(f"{package} wrote it" for package in recorded_packages(manifest).values())
         raise CorruptCache(
             f"{url}: {MANIFEST} is damaged: layout.arrays are not those of {encoding!r}{named and f' and {named}'}"
+            f"{versions and f' ({versions})'}"
         )
 
 

@@ -6,9 +6,9 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -39,12 +39,13 @@ from logitcache.cache.manifest import (
     receipts_limit,
 )
 from logitcache.cache.outputs import Output, checked_outputs, row_arrays
+from logitcache.cache.packages import ENCODING_PACKAGES
 from logitcache.cache.place import check_place
 from logitcache.cache.writer import CacheWriter
 from logitcache.data.samples import SampleTable
 from logitcache.data.views import ViewPlan
 from logitcache.digest import canonical_json
-from logitcache.encodings import Auto, Dense, Encoding, encoding_or_auto
+from logitcache.encodings import ENCODINGS, Auto, Dense, Encoding, encoding_or_auto
 from logitcache.encodings.protocol import float_tensor
 from logitcache.errors import CorruptCache, IdentityMismatch, InvalidLogits, NotACache, UsageError
 from logitcache.progress import track
@@ -190,6 +191,7 @@ def open_writer(
     else:
         settled, choice = _settle(requested, calibration, num_classes)
         notes |= {"encoding": choice} if choice else {}
+    notes |= _encoding_packages([settled, *(output.encoding for output in others.values())])
     table = _sample_arrays(samples)
 
     def shape(stored: tuple[Manifest, Receipt] | None, settled: Encoding) -> tuple[Layout, dict[str, np.ndarray]]:
@@ -319,6 +321,25 @@ def _settle(requested: Encoding | Auto, calibration: Any, num_classes: int) -> t
     choice = choose(results, max_kl=requested.max_kl)
     notes |= {"chosen_by": requested.config(), "kl": choice.kl[1.0], "bytes_per_sample": choice.bytes_per_sample}
     return choice.encoding.fit(sample.logits), notes
+
+
+def _encoding_packages(encodings: Iterable[Encoding]) -> dict[str, Any]:
+    """What the manifest's provenance records of the packages that encodings come from; {} if all are built in.
+
+    Raises:
+        UsageError: an encoding that no reader of the cache could find.
+    """
+    packages = {}
+    for encoding in encodings:
+        if encoding.name not in ENCODINGS:
+            raise UsageError(
+                f"encoding {encoding.name!r} is not registered, so the cache could not be opened. Install the package "
+                f"of {type(encoding).__qualname__} with an entry point in the group {ENCODINGS.group!r}"
+            )
+        package = ENCODINGS.package_of(encoding.name)
+        if package is not None:
+            packages[encoding.name] = asdict(package)
+    return {ENCODING_PACKAGES: packages} if packages else {}
 
 
 def _masked(sample: Calibration) -> bool:

@@ -32,12 +32,13 @@ from logitcache.cache.layout import (
 from logitcache.cache.manifest import LOGITS, Contents, Manifest, Receipt, contents, output_of
 from logitcache.cache.objects import ObjectReader, Wanted
 from logitcache.cache.outputs import outputs_of
+from logitcache.cache.packages import require_packages
 from logitcache.cache.rendering import check_arrived, check_rendered, recorded_digests, recorded_plan
 from logitcache.data.index import split_index
 from logitcache.data.samples import SampleTable
 from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.deprecation import RenamedAttribute
-from logitcache.encodings import Encoding, encoding_from_config
+from logitcache.encodings import ENCODINGS, Encoding, encoding_from_config
 from logitcache.errors import REBUILD, CorruptCache, IdentityMismatch, IncompleteCache, UsageError
 from logitcache.storage import Storage, open_storage
 from logitcache.storage.blockdir import shared_block_directory
@@ -61,6 +62,7 @@ def open_cache(location: str | os.PathLike[str], *, trust: bool = False) -> Logi
         NotACache: there is no cache at the location.
         UnsupportedFormat: the cache was written by a newer version.
         CorruptCache: manifest and receipts contradict each other.
+        MissingPackage: the encoding comes from a package that is not installed; names it.
         StorageError: the store refuses access or can't be reached.
     """
     return LogitCache(open_storage(location), trust=trust)
@@ -95,6 +97,7 @@ class LogitCache:
         self.storage = storage
         self._objects = ObjectReader(storage, shared_block_directory() if storage.is_remote else None)
         self.manifest, self.receipts = read_records(storage, self._objects) if written is None else written
+        require_packages(self.manifest, ENCODINGS, url=storage.url)
         self.layout = self.manifest.layout
         """Shape of the stored arrays; `layout.num_views` counts from view 0, also in a partial copy."""
         self.encoding: Encoding = encoding_from_config(self.manifest.identity.encoding)

@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from logitcache.cache.manifest import MANIFEST, MAX_MANIFEST_BYTES, Contents, Manifest, read_manifest
+from logitcache.cache.manifest import MANIFEST, MAX_MANIFEST_BYTES, Contents, Manifest, contents, read_manifest
+from logitcache.cache.packages import missing_packages, recorded_packages
 from logitcache.errors import CorruptCache, NotACache, StorageError, UnsupportedFormat, UsageError
+from logitcache.registry import offered
 from logitcache.storage import LocalStorage, Storage, open_storage
 
 MAX_DEPTH = 5
@@ -37,6 +39,18 @@ class Summary:
     def encoding(self) -> str:
         """As one would write it in Python."""
         return _spelled(self.manifest.identity.encoding)
+
+    @property
+    def packages(self) -> dict[str, str]:
+        """Name and version of the package that each encoding comes from, unless it is built in."""
+        return {name: str(package) for name, package in recorded_packages(self.manifest).items()}
+
+    @property
+    def missing_packages(self) -> str | None:
+        """Which of these is not installed, and how to install it."""
+        if not self.packages:
+            return None
+        return missing_packages(self.manifest, {*SPELLINGS, *offered("logitcache.encodings")})
 
     @property
     def outputs(self) -> dict[str, dict[str, Any]]:
@@ -88,9 +102,17 @@ def summarise(location: str) -> Summary:
     manifest = _manifest(storage, "")
     if manifest.contents is not None:
         return Summary(storage.url, manifest, manifest.contents)
-    from logitcache.cache.reader import LogitCache
+    from logitcache.cache.committed import read_records
+    from logitcache.cache.layout import FIXED
 
-    return Summary(storage.url, manifest, LogitCache(storage).contents)
+    manifest, receipts = read_records(storage)
+    return Summary(storage.url, manifest, contents(receipts, fixed=FIXED))
+
+
+def missing_packages_of(location: str) -> str | None:
+    """Which package a cache's encodings need that is not installed, and how to install it; reads the manifest only."""
+    storage = open_storage(location)
+    return Summary(storage.url, _manifest(storage, ""), None).missing_packages
 
 
 def find_caches(location: str) -> list[Summary | Unreadable]:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from logitcache.cache.manifest import LOGITS
 from logitcache.catalog.calling import call_model, described, input_described
 from logitcache.errors import LogitCacheError, ShapeError, UsageError
+from logitcache.registry import unknown_name
 
 # B batch, C channels, H height, W width
 
@@ -85,11 +86,7 @@ def tap_from_config(config: str | Mapping[str, Any]) -> Tap:
     known = [field.name for field in dataclasses.fields(Tap)]
     for field in config:
         if field not in known:
-            near = difflib.get_close_matches(str(field), known, n=1)
-            raise UsageError(
-                f"unknown key {field!r}{f'; did you mean {near[0]!r}?' if near else ''}; expected one of: "
-                f"{', '.join(known)}"
-            )
+            raise UsageError(unknown_name("key", field, known))
     if "module" not in config:
         raise UsageError("`module` is missing: the path of a module, such as layer3")
     return Tap(**config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import importlib
+import inspect
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -16,9 +17,10 @@ import numpy as np
 
 from logitcache.catalog.parts import PartConfig, samples_of_part
 from logitcache.data.samples import Dataset, content_digest, load_sample, sample_key, sample_table
-from logitcache.entry_points import call_entry_point, is_entry_point, load_entry_point
+from logitcache.entry_points import call_entry_point, is_entry_point
 from logitcache.errors import DatasetUnavailable, UsageError
 from logitcache.randomness import keyed_permutation
+from logitcache.registry import Registry
 
 # N samples, H height, W width, C channels
 
@@ -125,32 +127,30 @@ def load_data(
 ) -> Data:
     """A dataset by name, or by `package.module:function`.
 
-    A function gives a map-style dataset for training, or a mapping with `train` and perhaps `validation` and
-    `test`; attributes `num_classes`, `class_names` or `classes` are heeded.
-
     Args:
         name: one of `DATASETS`, or an entry point.
         root: folder of local files.
-        download: fetch what is missing, where the dataset can be fetched.
-        validation: fraction of the training split that is set apart, stratified by class, by a fixed seed.
-        args: for an entry point.
-        part: which samples of the training split to keep; validation and test stay whole, to measure on.
+        download: download missing files, if the dataset supports it.
+        validation: fraction of the training split to use for validation, stratified by class, with a fixed seed.
+        args: arguments of a function that is not built in.
+        part: which samples of the training split to keep; validation and test stay whole.
         trust: run an entry point from outside the working folder.
 
     Raises:
-        UsageError: no such dataset, or a split that can't be.
-        DatasetUnavailable: says how to get it.
+        UsageError: an unknown dataset, or an impossible split.
+        DatasetUnavailable: the files are missing; says how to get them.
     """
     if not 0 <= validation < 1:
         raise UsageError(f"data.validation is a fraction between 0 and 1, not {validation}")
-    if is_entry_point(name):
-        data = _from_entry_point(call_entry_point(load_entry_point(name, trust=trust), name, args or {}), name)
-    elif name in DATASETS:
-        if args:
-            raise UsageError(f"data.args is for a package.module:function; {name} takes none")
-        data = DATASETS[name](Path(root), download)
-    else:
-        raise UsageError(f"unknown dataset {name!r}; expected package.module:function or one of: {', '.join(DATASETS)}")
+    factory = DATASETS.resolve(name, trust=trust)
+    arguments = dict(args or {})
+    if not is_entry_point(name):
+        taken = inspect.signature(factory).parameters
+        common = {"root": Path(root), "download": download}
+        arguments = {key: value for key, value in common.items() if key in taken} | arguments
+        if DATASETS.package_of(name) is None and args:
+            raise UsageError(f"data.args is for datasets of your own; {name} takes none")
+    data = _checked(call_entry_point(factory, name, arguments), name)
     for split in (data.train, data.validation, data.test):
         if split is not None:
             _check_targets(split, data.num_classes)
@@ -285,18 +285,30 @@ def _image_folder(root: Path, download: bool) -> Data:
     return Data(train=train, **splits, num_classes=len(train.class_names), class_names=train.class_names)
 
 
-DATASETS: dict[str, Callable[[Path, bool], Data]] = {
-    "mnist5k": _mnist5k,
-    "digits": _digits,
-    "fashion_mnist": _fashion_mnist,
-    "mnist": _mnist,
-    "cifar10": _cifar10,
-    "cifar100": _cifar100,
-    "image_folder": _image_folder,
-}
+DATASETS: Registry[Callable[..., Any]] = Registry(
+    "dataset",
+    {
+        "mnist5k": _mnist5k,
+        "digits": _digits,
+        "fashion_mnist": _fashion_mnist,
+        "mnist": _mnist,
+        "cifar10": _cifar10,
+        "cifar100": _cifar100,
+        "image_folder": _image_folder,
+    },
+    allows_code=True,
+)
+"""Functions that return `Data`, a map-style dataset for training, or a mapping with `train` and optionally `validation`
+and `test`. A dataset can have the attributes `num_classes`, and `class_names` or `classes`.
+
+A package adds a function in the entry point group `logitcache.datasets`. It is called with `data.args` of the pipeline,
+and with `root` and `download` if it has parameters of these names.
+"""
 
 
-def _from_entry_point(made: Any, name: str) -> Data:
+def _checked(made: Any, name: str) -> Data:
+    if isinstance(made, Data):
+        return made
     splits = dict(made) if isinstance(made, Mapping) else {"train": made}
     if "train" not in splits or set(splits) - {"train", "validation", "test"}:
         raise UsageError(f"{name} gave {sorted(splits)}; expected a dataset, or `train` with `validation` and `test`")

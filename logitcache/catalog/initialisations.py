@@ -1,4 +1,4 @@
-"""Where a student's first weights may come from: ways by name, which `students[].init` takes."""
+"""How a student's weights are initialised: the names that `students[].init` takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from logitcache.registry import Registry
 
 
 class Report(Protocol):
-    """Which parameters came from where."""
+    """The source of each parameter."""
 
     def as_json(self) -> str: ...
 
@@ -20,10 +20,10 @@ class Report(Protocol):
 
 
 class Initialisation(Protocol):
-    """A way to give a student its first weights."""
+    """A method that sets a student's initial weights."""
 
     def config(self, value: Any) -> dict[str, Any]:
-        """A pipeline's `init` in its one form, checked.
+        """A pipeline's `init`, checked and in its normal form.
 
         Raises:
             UsageError: an unknown key or value.
@@ -39,30 +39,33 @@ class Initialisation(Protocol):
         inputs: Any,
         batches: Callable[[int], Iterable[tuple[Any, Tensor]]],
     ) -> Report:
-        """Give a student its first weights, in place.
+        """Set a student's initial weights, in place.
 
         Args:
-            student, teacher: the nets, the teacher with its weights.
+            student: the student.
+            teacher: the teacher with its weights.
             value: a pipeline's `init`.
-            seed: of the run.
-            inputs: a batch as the student takes it.
-            batches: (teacher's inputs, targets) of so many samples that the student may see, on the teacher's device.
+            seed: the run's seed.
+            inputs: a batch of the student's inputs.
+            batches: gives (teacher's inputs, targets) of a number of the student's training samples, on the teacher's
+                device.
 
         Raises:
-            UsageError: what can't fit; names the parameter and both shapes.
+            UsageError: the nets don't match; names the parameter and both shapes.
         """
 
 
 INITIALISATIONS: Registry[Initialisation] = Registry("initialisation", {})
+"""A package adds one in the entry point group `logitcache.initialisations`."""
 
 
 def initialisation_of(value: Any) -> Initialisation:
-    """The way that a pipeline's `init` names: a name, or a mapping with `from`.
+    """The initialisation that a pipeline's `init` names: a name, or a mapping with `from`.
 
     Raises:
-        UsageError: an unknown one.
+        UsageError: an unknown name.
     """
     name = value.get("from") if isinstance(value, Mapping) else value
     if not isinstance(name, str) or name not in INITIALISATIONS:
         raise UsageError(INITIALISATIONS.unknown(name))
-    return INITIALISATIONS.get(name)
+    return INITIALISATIONS[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import inspect
@@ -24,7 +23,7 @@ from logitcache.checksums import check_file
 from logitcache.digest import canonical_json
 from logitcache.entry_points import call_entry_point, is_entry_point, load_entry_point
 from logitcache.errors import CorruptRun, LogitCacheError, ShapeError, UsageError
-from logitcache.registry import Registry
+from logitcache.registry import Registry, unknown_name
 from logitcache.storage import LocalStorage
 
 # B batch, C classes
@@ -38,8 +37,10 @@ MODELS: Registry[Callable[..., nn.Module]] = Registry(
         "resnet20": functools.partial(CIFARResNet, depth=20),
         "resnet32": functools.partial(CIFARResNet, depth=32),
     },
+    allows_code=True,
 )
-"""Small nets: called with the shape of one sample's input, the number of classes, and a pipeline's `args`."""
+"""Called with the shape of one sample's input, the number of classes, and a pipeline's `args`. A package adds one in
+the entry point group `logitcache.models`."""
 
 ORIGIN = "logitcache"
 """The entry of a safetensors file's metadata that says, in JSON, which run its weights are of."""
@@ -55,7 +56,7 @@ def build_model(
     trust: bool = False,
     new_head: bool = True,
 ) -> nn.Module:
-    """A classifier by name: a small net, any of torchvision's, or what `package.module:function` gives.
+    """A classifier by name: one of `MODELS`, one of torchvision's, or what `package.module:function` returns.
 
     Args:
         name: one of `MODELS`, a torchvision classifier, or an entry point.
@@ -81,7 +82,7 @@ def build_model(
                 args.setdefault("num_classes", num_classes)
             model = call_entry_point(factory, name, args)
         elif name in MODELS:
-            model = MODELS.get(name)(input_shape, num_classes, **args)
+            model = MODELS[name](input_shape, num_classes, **args)
         else:
             model = _torchvision_model(name, num_classes, named_weights, args, new_head)
             named_weights = None
@@ -98,19 +99,31 @@ def build_model(
     return model
 
 
+def check_model_name(name: str, *, trust: bool) -> None:
+    """Check that a model of this name exists, without building it; an entry point is imported.
+
+    Raises:
+        UsageError: unknown model, or an entry point that can't be imported.
+    """
+    if is_entry_point(name):
+        load_entry_point(name, trust=trust)
+        return
+    if name in MODELS:
+        return
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        expected = f"package.module:function, a torchvision classifier, or one of: {', '.join(MODELS)}"
+        raise UsageError(unknown_name("model", name, [*MODELS, *known], expected))
+
+
 def _torchvision_model(
     name: str, num_classes: int, weights: str | None, args: dict[str, Any], new_head: bool
 ) -> nn.Module:
     import torchvision
 
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        near = difflib.get_close_matches(name, [*MODELS, *known], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UsageError(
-            f"unknown model {name!r}{hint} Expected one of {', '.join(MODELS)}, a torchvision classifier, or "
-            "package.module:function"
-        )
+    check_model_name(name, trust=False)
     if weights is None:
         if name in ("googlenet", "inception_v3"):
             args.setdefault("aux_logits", False)  # else they give more than logits in training

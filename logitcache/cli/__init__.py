@@ -1,6 +1,8 @@
 """The command line: parse, call, print."""
 
-# isort: skip_file: `--help` lists commands in the order in which they come in.
+# ruff: noqa: I001
+# `--help` lists commands in the order of these imports.
+from logitcache.cli import init as init
 from logitcache.cli import caches as caches
 from logitcache.cli import stages as stages
 from logitcache.cli.application import app as app

@@ -1,4 +1,4 @@
-"""The application, the arguments that commands share, and how results and errors are printed."""
+"""The application, arguments that several commands share, and the output of results and errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 from logitcache.errors import LogitCacheError, StorageError, UsageError
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it: 128 and the signal's number."""
+"""Exit code after Ctrl-C: 128 plus the signal's number, as in shells."""
 
 app = typer.Typer(
     name="logitcache",
@@ -24,25 +24,24 @@ app = typer.Typer(
     add_completion=False,
 )
 
-PipelineArgument = Annotated[Path, typer.Argument(help="A pipeline file, such as pipelines/mnist5k.yaml.")]
-CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="A cache's directory or URL.")]
+PipelineArgument = Annotated[Path, typer.Argument(help="Pipeline file, such as pipeline.yaml.")]
+CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Directory or URL of a cache.")]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...", help="Keys of the pipeline to override: views.count=4 cache.encoding='TopK(k=5)'"
-    ),
+    typer.Argument(metavar="KEY=VALUE", help="Keys to override: views.count=4 cache.encoding='TopK(k=5)'"),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else.")]
 TrustOption = Annotated[
-    bool, typer.Option("--trust", help="Run package.module:function code from outside the working folder.")
+    bool,
+    typer.Option("--trust", help="Allow package.module:function code from outside the working folder."),
 ]
 
 
 def pipeline_of(cache: str, file: Path | None, overrides: Sequence[str] | None) -> Any:
-    """The pipeline of `--data` with its cache at another place, and keys overridden; None where none is given.
+    """Load the pipeline of `--data` with its cache path and other keys overridden; None without `--data`.
 
     Raises:
-        UsageError: overrides of no pipeline.
+        UsageError: overrides without `--data`.
     """
     if file is None:
         refuse_overrides(overrides)
@@ -53,17 +52,17 @@ def pipeline_of(cache: str, file: Path | None, overrides: Sequence[str] | None) 
 
 
 def refuse_overrides(overrides: Sequence[str] | None) -> None:
-    """Keys are those of a pipeline.
+    """Refuse overrides where no pipeline is given.
 
     Raises:
         UsageError: there is an override.
     """
     if overrides:
-        raise UsageError(f"{overrides[0]!r} overrides a key of a pipeline, and there is none; add --data PIPELINE")
+        raise UsageError(f"{overrides[0]!r} overrides a pipeline key, but no pipeline is given; add --data PIPELINE")
 
 
 def show(value: dict[str, Any], as_json: bool, print_it: Any) -> None:
-    """One JSON object on stdout, or something for people."""
+    """Print one JSON object to stdout, or call `print_it` for human-readable output."""
     if as_json:
         print(json.dumps(value))
     else:
@@ -71,15 +70,15 @@ def show(value: dict[str, Any], as_json: bool, print_it: Any) -> None:
 
 
 def main() -> None:
-    """Run the command line; errors become one message and their exit code."""
+    """Run the command line; an error becomes one message and its exit code."""
     try:
         app(standalone_mode=True)
     except SystemExit as leaving:
         if leaving.code != INTERRUPTED:
             raise
-        report_failure("KeyboardInterrupt", "interrupted; run the same command again, what is done stays")
+        report_failure("KeyboardInterrupt", "interrupted; re-run the same command to resume")
         sys.stdout.flush()
-        os._exit(INTERRUPTED)  # threads that still wait for a slow network would keep the process
+        os._exit(INTERRUPTED)  # threads that wait for a slow network would keep the process alive
     except LogitCacheError as error:
         fail(error, str(error), error.exit_code)
     except OSError as error:
@@ -89,13 +88,13 @@ def main() -> None:
 
 
 def fail(error: BaseException, message: str, exit_code: int) -> None:
-    """Say what went wrong, and leave."""
+    """Report an error and exit."""
     report_failure(type(error).__name__, message)
     sys.exit(exit_code)
 
 
 def report_failure(kind: str, message: str) -> None:
-    """On stderr, and with --json on stdout too."""
+    """Print an error to stderr, and with --json to stdout as well."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     if "--json" in sys.argv:
         print(json.dumps({"error": message, "kind": kind}))

@@ -1,4 +1,4 @@
-"""Commands on caches that are there."""
+"""Commands on existing caches."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class MeanOf(StrEnum):
 
 
 class ExportFormat(StrEnum):
-    """What `export` writes."""
+    """Formats of `export`."""
 
     parquet = "parquet"
     safetensors = "safetensors"
@@ -53,7 +53,7 @@ class ExportFormat(StrEnum):
 
 
 class Weights(StrEnum):
-    """Which of a run's weights `export` takes."""
+    """Weights of a run that `export` uses."""
 
     last = "last"
     best = "best"
@@ -61,19 +61,21 @@ class Weights(StrEnum):
 
 @app.command("info")
 def info_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
-    """What a cache is."""
+    """Show a cache's metadata: shape, encoding, size, teacher, dataset and digest."""
     from logitcache.cache.summary import summarise
 
-    summary = cache_summary(summarise(cache))
+    found = summarise(cache)
+    summary = cache_summary(found)
     show(summary, as_json, lambda: print_mapping(cache, summary))
+    _note(found.missing_packages)
 
 
 @app.command("ls")
 def ls_command(
-    location: Annotated[str, typer.Argument(metavar="URL", help="A directory or URL with caches in or below it.")],
+    location: Annotated[str, typer.Argument(metavar="URL", help="Directory or URL to search, subfolders included.")],
     as_json: JsonOption = False,
 ) -> None:
-    """What caches lie at a location, and in the folders below it; exit 1 if one of them can't be read."""
+    """List the caches in a folder or at a URL, subfolders included; exit 1 if one can't be read."""
     from logitcache.cache.summary import Summary, find_caches
 
     found = find_caches(location)
@@ -90,19 +92,23 @@ def verify_command(
     overrides: OverridesArgument = None,
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte and compare its SHA-256.")] = False,
     recompute: Annotated[
-        int, typer.Option(metavar="N", help="Ask the teacher of --data again about N samples drawn over all views.")
+        int,
+        typer.Option(
+            metavar="N", help="Run the teacher of --data again on N samples drawn over all views, and compare."
+        ),
     ] = 0,
     data: Annotated[
-        Path | None, typer.Option(help="A pipeline whose data, views and teacher are compared with the cache.")
+        Path | None, typer.Option(help="Pipeline whose data, views and teacher are compared with the cache.")
     ] = None,
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check receipts and sizes, with --deep every byte, with --data whether the cache fits; exit 1 on a problem."""
+    """Check a cache: receipts and sizes; --deep: every byte; --data: its match with a pipeline. Exit 1 on a problem."""
+    from logitcache.cache.summary import missing_packages_of
     from logitcache.verify.audit import Problem, verify
 
     if recompute and data is None:
-        raise UsageError("--recompute asks the teacher again, so it needs the pipeline that has one: --data PIPELINE")
+        raise UsageError("--recompute runs the teacher, so it needs a pipeline: add --data PIPELINE")
     pipeline = pipeline_of(cache, data, overrides)
     problems = verify(cache, deep=deep)
     if pipeline is not None and not problems:
@@ -113,11 +119,14 @@ def verify_command(
         differences = all_differences(open_cache(cache, trust=trust), pipeline, trust=trust)
         problems += [Problem("", line, "differs") for line in differences]
         if not has_teacher(pipeline):
-            print(f"{data}: the teacher's weights are not at hand, so only its name was compared", file=sys.stderr)
+            print(
+                f"{data}: the teacher's weights are not on this machine, so only its name was compared", file=sys.stderr
+            )
         if recompute and not problems:
             problems += spot_check(pipeline, recompute, trust=trust)
     found = {"ok": not problems, "problems": [dataclasses.asdict(problem) for problem in problems]}
     show(found, as_json, lambda: print_problems(cache, problems))
+    _note(missing_packages_of(cache))
     if problems:
         raise typer.Exit(1)
 
@@ -126,12 +135,12 @@ def verify_command(
 def repair_command(
     cache: CacheArgument,
     overrides: OverridesArgument = None,
-    source: Annotated[str | None, typer.Option("--from", help="A copy of the cache, to take blocks from.")] = None,
-    data: Annotated[Path | None, typer.Option(help="The pipeline that made it, to compute blocks again.")] = None,
+    source: Annotated[str | None, typer.Option("--from", help="A copy of the cache to fetch blocks from.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The cache's pipeline, to recompute blocks.")] = None,
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make the blocks that `verify --deep` finds bad what they were, and only those; exit 1 if a problem remains."""
+    """Fetch or recompute the blocks that fail `verify --deep`, and no others; exit 1 if a problem remains."""
     from logitcache.verify.repair import repair
 
     pipeline = pipeline_of(cache, data, overrides)
@@ -141,8 +150,8 @@ def repair_command(
     def print_repair() -> None:
         blocks = len(result.fetched) + len(result.recomputed)
         console().print(
-            f"{cache}: {len(result.problems)} problems found; {len(result.fetched)} blocks fetched, "
-            f"{len(result.recomputed)} recomputed."
+            f"{cache}: {len(result.problems)} problems found, {len(result.fetched)} blocks fetched, "
+            f"{len(result.recomputed)} recomputed"
             if blocks or result.problems
             else f"{cache}: nothing to repair",
             highlight=False,
@@ -157,13 +166,13 @@ def repair_command(
 @app.command("push")
 def push_command(
     cache: CacheArgument,
-    url: Annotated[str, typer.Argument(metavar="URL", help="Where to: s3://, gs://, az://, or a directory.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="Destination: s3://, gs://, az:// or a directory.")],
     anonymous: Annotated[
-        bool, typer.Option("--anonymous", help="Leave out machine, command and paths from the manifest there.")
+        bool, typer.Option("--anonymous", help="Omit machine, command and paths from the copy's manifest.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy a cache to where others find it. Interrupted? Run it again; it shows there once it is whole."""
+    """Copy a cache to a store; it becomes visible there once complete. Safe to interrupt: re-run to resume."""
     from logitcache.share.transfer import push
 
     result = push(cache, url, anonymous=anonymous)
@@ -172,39 +181,47 @@ def push_command(
 
 @app.command("pull")
 def pull_command(
-    url: Annotated[str, typer.Argument(metavar="URL", help="The cache: s3://, gs://, az://, https:// or a directory.")],
-    cache: Annotated[str, typer.Argument(metavar="CACHE", help="The directory to copy it to.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="Source: s3://, gs://, az://, https:// or a directory.")],
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="Destination directory.")],
     views: Annotated[
-        str | None, typer.Option(metavar="FIRST:END", help="Some of its views only, such as 0:8 or 8:16; END excluded.")
+        str | None,
+        typer.Option(metavar="FIRST:END", help="Copy only these views, such as 0:8 or 8:16; END is excluded."),
     ] = None,
     expect: Annotated[
-        str | None, typer.Option(metavar="DIGEST", help="Refuse any other content digest, before anything is copied.")
+        str | None, typer.Option(metavar="DIGEST", help="Fail before copying if the content digest differs.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy a cache here, every object held to its SHA-256. Interrupted? Run it again; asked again, it adds views."""
+    """Copy a cache here, or add views to a copy; every SHA-256 is checked. Safe to interrupt: re-run to resume."""
+    from logitcache.cache.summary import missing_packages_of
     from logitcache.share.transfer import pull
 
     result = pull(url, cache, views=views, expect=expect)
     show(dataclasses.asdict(result), as_json, lambda: print_transfer(cache, result))
+    _note(missing_packages_of(cache))
+
+
+def _note(text: str | None) -> None:
+    if text is not None:
+        print(f"note: {text}", file=sys.stderr)
 
 
 @app.command("merge")
 def merge_command(
-    caches: Annotated[list[str], typer.Argument(metavar="CACHE", help="Two or more caches over the same views.")],
-    out: Annotated[str, typer.Option("--out", "-o", help="The merged cache.")],
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE", help="Two or more caches of the same views.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Directory of the merged cache.")],
     mean: Annotated[
-        MeanOf, typer.Option(help="Of logits (geometric, at any temperature) or of probabilities (at T = 1).")
+        MeanOf, typer.Option(help="Average logits (a geometric mean, for any temperature) or probabilities (at T = 1).")
     ] = MeanOf.logits,
     weight: Annotated[
-        list[float] | None, typer.Option(help="How much a cache counts: once for each, in their order.")
+        list[float] | None, typer.Option(help="Weight of a cache; repeat the option, once per cache in order.")
     ] = None,
     encoding: Annotated[
-        str | None, typer.Option(help='Such as "TopK(k=20)" or auto; the first cache\'s by default.')
+        str | None, typer.Option(help='Such as "TopK(k=20)" or auto; default: the first cache\'s.')
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Average several teachers over the same views into one cache. Interrupted? Run it again."""
+    """Average the caches of several teachers over the same views. Safe to interrupt: re-run to resume."""
     from logitcache.cache.summary import summarise
     from logitcache.extras.merge import merge
 
@@ -222,29 +239,35 @@ def merge_command(
 
 @app.command("export")
 def export_command(
-    source: Annotated[str, typer.Argument(metavar="CACHE|RUN", help="A cache; or a run's folder, to get a student.")],
+    source: Annotated[
+        str, typer.Argument(metavar="CACHE|RUN", help="A cache (parquet), or a run's folder (safetensors, onnx).")
+    ],
     *,
     overrides: OverridesArgument = None,
     to: Annotated[
-        ExportFormat, typer.Option("--to", help="What to make of it: parquet of a cache; the others of a run.")
+        ExportFormat, typer.Option("--to", help="Output format: parquet for a cache; safetensors or onnx for a run.")
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="A folder that holds nothing else; of a run, RUN/product by default."),
+        typer.Option("--out", "-o", help="Output folder, new or empty; default for a run: RUN/product."),
     ] = None,
-    views: Annotated[str | None, typer.Option(help="Of a cache, such as 0:2 or 3; all by default.")] = None,
-    top: Annotated[int | None, typer.Option(help="Keep the largest logits of each row only, and the tail.")] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="With --to onnx: a statically quantised model as well.")] = False,
-    weights: Annotated[Weights, typer.Option(help="Of a run: the last, or the best by validation accuracy.")] = (
-        Weights.last
-    ),
+    views: Annotated[str | None, typer.Option(help="Views of the cache, such as 0:2 or 3; default: all.")] = None,
+    top: Annotated[
+        int | None, typer.Option(help="Keep only the TOP largest logits of each row, and the tail mass.")
+    ] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="With --to onnx: also write a statically quantised model.")
+    ] = False,
+    weights: Annotated[
+        Weights, typer.Option(help="Weights of the run: the last, or the best by validation accuracy.")
+    ] = (Weights.last),
     data: Annotated[
-        Path | None, typer.Option(metavar="PIPELINE", help="The pipeline that has a run's data; the run's own else.")
+        Path | None, typer.Option(metavar="PIPELINE", help="Pipeline with the data of the run; default: the run's own.")
     ] = None,
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """A cache's labels as Parquet files; or a run's student as a product: safetensors or ONNX, card and numbers."""
+    """Export a cache's labels as Parquet, or a run's student as safetensors or ONNX with a card and measurements."""
     if data is None:
         refuse_overrides(overrides)
     if to is ExportFormat.parquet:
@@ -274,32 +297,32 @@ def export_command(
 
 def _check_is_cache(source: str, out: Path | None, *, int8: bool, weights: Weights, data: Path | None) -> None:
     if (Path(source) / "run.yaml").is_file():
-        raise UsageError(f"{source} is a run, whose student goes --to safetensors or onnx; parquet is made of a cache")
+        raise UsageError(f"{source} is a run: use --to safetensors or --to onnx; --to parquet needs a cache")
     if int8 or data is not None or weights is not Weights.last:
-        raise UsageError("--int8, --weights and --data are for a run's student; Parquet takes --views and --top")
+        raise UsageError("--int8, --weights and --data apply to runs; --to parquet takes --views and --top")
     if out is None:
-        raise UsageError("where to? Name a folder with -o")
+        raise UsageError("--to parquet needs an output folder: add -o FOLDER")
 
 
 def _check_is_run(source: str, to: str, *, views: str | None, top: int | None) -> None:
     if "://" in source or (Path(source) / "manifest.json").is_file():
-        raise UsageError(
-            f"{source} is a cache, whose labels go --to parquet; {to} is made of a run, such as runs/STUDENT/seed-0"
-        )
+        raise UsageError(f"{source} is a cache: use --to parquet; --to {to} needs a run, such as runs/STUDENT/seed-0")
     if views is not None or top is not None:
-        raise UsageError("--views and --top are for a cache's labels; a student has neither")
+        raise UsageError("--views and --top apply to caches, not to runs")
 
 
 @app.command("suspects")
 def suspects_command(
     cache: CacheArgument,
-    top: Annotated[int | None, typer.Option(min=1, help="Only the most suspicious ones; 20 on the screen.")] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="List only the TOP most suspicious samples; default without --json: 20.")
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="CSV", help="Write the list to a CSV file as well.")
+        Path | None, typer.Option("--output", "-o", metavar="CSV", help="Also write the list to a CSV file.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Samples whose label is probably wrong, by confident learning on the cached logits."""
+    """List samples whose label is probably wrong, by confident learning on the cached logits."""
     from logitcache.extras.noise import CAUTION, find_suspects, write_suspects
 
     noise = find_suspects(cache)
@@ -313,21 +336,19 @@ def suspects_command(
 def report_command(
     cache: CacheArgument,
     overrides: OverridesArgument = None,
-    runs: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A folder below which students left their runs.")
-    ] = None,
+    runs: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with the students' runs.")] = None,
     data: Annotated[
         Path | None,
         typer.Option(
             metavar="PIPELINE",
-            help="The pipeline that has the data: for pictures; students are measured on it, else on their runs' own.",
+            help="Pipeline with the data, for example images; default for students: their runs' own data.",
         ),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """One page that opens offline: the cache, its teacher, its fidelity, its views, and students side by side."""
+    """Write an offline HTML report: the cache, its teacher, fidelity and views, and a comparison of students."""
     from logitcache.extras.report import write_report
 
     pipeline = pipeline_of(cache, data, overrides)

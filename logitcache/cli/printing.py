@@ -1,4 +1,4 @@
-"""What commands print: JSON objects for scripts, tables for people."""
+"""Output of commands: JSON objects for scripts, tables for people."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         "views": f"{manifest.layout.first_view}:{manifest.layout.num_views}",
         "kl_mean": None if contents is None else contents.kl_mean,
         "created": created if isinstance(created, str) else None,
+        **({"encoding_packages": summary.packages} if summary.packages else {}),
         **outputs,
     }
 
 
 def print_caches(location: str, caches: list[dict[str, Any]], unreadable: list[dict[str, Any]]) -> None:
-    """The table of `ls`, and a line on stderr for each cache that can't be read."""
+    """The table of `ls`, and a line to stderr for each cache that can't be read."""
     for each in unreadable:
         print(_plain_line(f"error: {each['error']}"), file=sys.stderr, flush=True)
     if not caches:
         if not unreadable:
-            console().print(f"{location}: no cache there", highlight=False, markup=False)
+            console().print(f"{location}: no cache found", highlight=False, markup=False)
         return
     columns = (Column(name, overflow="fold") for name in ("cache", "id", "teacher", "dataset"))
     table = Table(*columns, "views", "samples", "size", "state")
@@ -58,30 +59,30 @@ def print_caches(location: str, caches: list[dict[str, Any]], unreadable: list[d
 
 
 def print_transfer(where: str, transfer: Any) -> None:
-    """What a push or a pull did."""
-    pin = f"Pin this content with --expect {transfer.pin}"
+    """The result of a push or a pull."""
+    pin = f"To pin this content: --expect {transfer.pin}"
     if transfer.digest != transfer.source_digest:
-        pin += f" where it came from; what is there now has the digest {transfer.digest}"
+        pin += f" for the source; the digest of the copy is {transfer.digest}"
     if transfer.matched == "digest":
-        pin += ".\nThe digest given is of format 1: it covers which labels there are, not which block holds them. "
-        pin += "The pin covers both"
+        pin += ".\nThe given digest is of format 1, which covers the labels but not their positions. "
+        pin += "The new pin covers both"
     rate = f", {decimal(int(transfer.copied_bytes / transfer.seconds))}/s" if transfer.copied_bytes else ""
     console().print(
         f"{where}: views {transfer.views}; {transfer.copied_objects:,} objects copied "
-        f"({decimal(transfer.copied_bytes)}{rate}), {transfer.kept_objects:,} were there.\n{pin}",
+        f"({decimal(transfer.copied_bytes)}{rate}), {transfer.kept_objects:,} already present.\n{pin}",
         highlight=False,
         markup=False,
     )
 
 
 def _short(fingerprint: str) -> str:
-    """A name as it is, a hash by its beginning."""
+    """A fingerprint with its hash shortened."""
     name, at, digest = fingerprint.rpartition("@")
     return f"{name}{at}{digest[:12]}" if len(digest) == 64 else fingerprint
 
 
 def _plain(text: Any) -> str:
-    """Text from a stranger, without markup and control characters."""
+    """Untrusted text without markup and control characters."""
     return escape(_plain_line(text))
 
 
@@ -120,12 +121,12 @@ def plan_summary(plan: Any) -> dict[str, Any]:
 
 
 def print_plan(plan: Any) -> None:
-    """The table of encodings, and what to make of it."""
+    """The table of encodings, and the recommended one."""
     whole = plan.num_samples is not None
     temperatures = list(plan.recommended.kl)
     columns = ["encoding", "bytes/sample", *(["total"] if whole else []), *(f"KL T={t:g}" for t in temperatures)]
     table = Table(
-        *columns, "largest", "top-1 agreement", title=f"{plan.num_rows:,} rows of {plan.num_classes:,} classes"
+        *columns, "largest KL", "top-1 agreement", title=f"{plan.num_rows:,} rows of {plan.num_classes:,} classes"
     )
     for each in plan.fidelities:
         chosen = each is plan.recommended
@@ -135,18 +136,18 @@ def print_plan(plan: Any) -> None:
         table.add_row(*cells, style="bold" if chosen else None)
     console().print(table)
     for name, size in plan.output_bytes.items():
-        console().print(f"{name}: {size:,.1f} bytes/sample more, counted in the totals.", highlight=False)
+        console().print(f"Output {name}: {size:,.1f} bytes/sample, included in the totals.", highlight=False)
     if plan.hours is not None:
         console().print(
-            f"{plan.num_views} views of {plan.num_samples:,} samples at {plan.samples_per_second:,.0f} a second: "
-            f"cache-teacher would take {timedelta(seconds=round(3600 * plan.hours))}.",
+            f"Estimated time of cache-teacher: {timedelta(seconds=round(3600 * plan.hours))} "
+            f"({plan.num_views} views of {plan.num_samples:,} samples at {plan.samples_per_second:,.0f} samples/s).",
             highlight=False,
         )
     console().print(f'Recommended: cache.encoding="{spelled(plan.recommended.encoding)}"', highlight=False)
 
 
 def spelled(encoding: Any) -> str:
-    """An encoding as one would write it: without the parameters that have their default."""
+    """An encoding as Python code, without parameters that have their default value."""
     changed = [
         f"{field.name}={getattr(encoding, field.name)!r}"
         for field in dataclasses.fields(encoding)
@@ -156,7 +157,7 @@ def spelled(encoding: Any) -> str:
 
 
 def console() -> Console:
-    """Standard output; where it is no terminal, nothing is broken into lines: other programs read it."""
+    """Standard output; lines are not wrapped if another program reads them."""
     return Console(soft_wrap=True) if sys.stdout.isatty() else Console(soft_wrap=True, width=1000)
 
 
@@ -171,7 +172,7 @@ def print_mapping(title: str, values: dict[str, Any]) -> None:
 
 
 def _rows_of(name: str, value: Any) -> list[tuple[str, Any]]:
-    """A value, or each of a mapping's, with what is known of it in one line."""
+    """A value, or one line per entry of a mapping."""
     if not isinstance(value, dict):
         return [(name, value)]
     return [
@@ -261,8 +262,8 @@ def _standard_error(row: Any) -> float | None:
 
 
 def print_turns(turns: list[Any]) -> None:
-    """The table of a federation: each party's round; and where the parties' weights are in the end."""
-    table = Table("round", "party", "own samples", "parameters", "test accuracy, own data", "after consensus")
+    """The table of a federation, one row per round and party; then the paths of the parties' final weights."""
+    table = Table("round", "party", "own samples", "parameters", "test accuracy, own data, %", "after consensus, %")
     for turn in turns:
         accuracies = (turn.private_accuracy, turn.accuracy)
         table.add_row(
@@ -279,22 +280,24 @@ def print_turns(turns: list[Any]) -> None:
 
 
 def print_export(out: str, kind: str, result: Any) -> None:
-    """What an export wrote."""
+    """The result of an export to Parquet."""
     there = len(result.files) - len(result.written)
     console().print(
-        f"{out}: {result.rows:,} rows in {kind} files, {len(result.files)} in number, {decimal(result.bytes)}"
-        f"{f'; there already: {there}' if there else ''}",
+        f"{out}: {result.rows:,} rows in {len(result.files)} {kind} files, {decimal(result.bytes)}"
+        f"{f'; {there} of them already present' if there else ''}",
         highlight=False,
         markup=False,
     )
 
 
 def print_product(exported: Any) -> None:
-    """An exported student: each of its forms, what it reaches and what it costs."""
+    """An exported student: accuracy, size and latency of each form."""
     product = exported.metadata
-    title = f"{product.student}, seed {product.seed}: {product.parameters:,} parameters, {product.macs:,} MACs a sample"
+    title = (
+        f"{product.student}, seed {product.seed}: {product.parameters:,} parameters, {product.macs:,} MACs per sample"
+    )
     table = Table(
-        "form", "file", "size", "test accuracy", "validation", "ms, batch 1", "ms, batch 64",
+        "form", "file", "size", "test accuracy, %", "validation, %", "ms, batch 1", "ms, batch 64",
         title=_plain(title), title_justify="left",
     )  # fmt: skip
     for form in product.variants:
@@ -310,34 +313,34 @@ def print_product(exported: Any) -> None:
     seeds = product.seeds
     if seeds.test_sd is not None:
         console().print(
-            f"Over {len(seeds.seeds)} seeds, in torch: test {100 * seeds.test_mean:.2f} ± {100 * seeds.test_sd:.2f}",
+            f"Torch, {len(seeds.seeds)} seeds: test accuracy {100 * seeds.test_mean:.2f} ± {100 * seeds.test_sd:.2f} %",
             highlight=False,
         )
-    there = "" if exported.written else "; all of it was there"
+    there = "" if exported.written else "; already complete"
     console().print(
         f"{exported.folder}: {', '.join(product.files)}, product.json{there}", highlight=False, markup=False
     )
 
 
 def print_merge(out: str, summary: dict[str, Any]) -> None:
-    """A merged cache, and what it is the mean of."""
+    """A merged cache, and the caches that were averaged."""
     plain = {
         name: value for name, value in summary.items() if name not in ("parts", "left_out_views", "left_out_outputs")
     }
     print_mapping(out, plain)
     for part in summary["parts"]:
         console().print(
-            f"{part['weight']:.4g} of {part['location']}: {part['teacher']!r}", highlight=False, markup=False
+            f"weight {part['weight']:.4g}: {part['location']}, teacher {part['teacher']}", highlight=False, markup=False
         )
     for location, count in summary["left_out_views"].items():
         console().print(
-            f"It holds the views that all of them have, {summary['num_views']} in number; {location} has {count} more.",
+            f"The merged cache has the {summary['num_views']} views that all inputs have; {location} has {count} more.",
             highlight=False,
             markup=False,
         )
     for location, outputs in summary["left_out_outputs"].items():
         console().print(
-            f"Only logits have a mean: left out of {location} are {', '.join(outputs)}.", highlight=False, markup=False
+            f"Only logits are merged; omitted from {location}: {', '.join(outputs)}.", highlight=False, markup=False
         )
 
 
@@ -358,7 +361,7 @@ def noise_summary(noise: Any, top: int | None) -> dict[str, Any]:
 def print_suspects(cache: str, summary: dict[str, Any], caution: str) -> None:
     """The table of `suspects`."""
     shown = summary["suspects"]
-    table = Table("rank", "row", "key", "label", "its probability", "teacher's label", "its probability")
+    table = Table("rank", "row", "key", "label", "probability", "teacher's label", "probability")
     for each in shown:
         table.add_row(
             str(each["rank"]),
@@ -375,31 +378,45 @@ def print_suspects(cache: str, summary: dict[str, Any], caution: str) -> None:
     unjudged = summary["num_samples"] - summary["num_judged"]
     out.print(
         f"{cache}: {summary['num_suspects']:,} of {summary['num_judged']:,} labels are probably wrong"
-        f"{f', of which these are {len(shown):,}' if len(shown) < summary['num_suspects'] else ''}"
-        f"{f'; {unjudged:,} samples have no label or no unmixed view' if unjudged else ''}. "
+        f"{f' ({len(shown):,} shown)' if len(shown) < summary['num_suspects'] else ''}"
+        f"{f'; {unjudged:,} samples were not checked: no label, or no unmixed view' if unjudged else ''}. "
         f"Estimated share of wrong labels: {summary['noise_rate']:.2%}.\n{caution}",
         highlight=False,
         markup=False,
     )
 
 
-def print_steps(steps: list[Any]) -> None:
-    """What a run would do."""
-    table = Table("stage", "what", "state")
-    for step in steps:
-        table.add_row(step.stage, step.what, "done" if step.done else "to do")
+def print_checked(checked: list[Any]) -> None:
+    """The stages of one pipeline, or the state of several; errors go to stderr."""
+    if len(checked) == 1:
+        table = Table("stage", "what", "state")
+        for step in checked[0].steps:
+            table.add_row(step.stage, _plain(step.what), "done" if step.done else "to do")
+    else:
+        table = Table("pipeline", "stages", "state")
+        for each in checked:
+            state = "invalid" if each.error else "valid, not ready" if each.missing else "valid"
+            table.add_row(_plain(each.file), str(len(each.steps)), state)
     console().print(table)
+    for each in checked:
+        for line in each.missing:
+            indented = line.replace("\n", "\n  ")
+            console().print(f"{each.file}: missing: {indented}", highlight=False, markup=False)
+        for line in each.unchecked:
+            console().print(f"{each.file}: not checked: {line}", highlight=False, markup=False)
+        if each.error:
+            print(f"error: {each.error}", file=sys.stderr, flush=True)
 
 
 def print_report(written: Any) -> None:
-    """What `report` wrote."""
-    console().print(f"{written.path}: {decimal(written.bytes)}, opens in any browser, offline.", highlight=False)
+    """The result of `report`."""
+    console().print(f"{written.path}: {decimal(written.bytes)}; opens in any browser, offline.", highlight=False)
 
 
 def print_problems(cache: str, problems: list[Any]) -> None:
-    """What `verify` found."""
+    """The problems that `verify` or `repair` found."""
     if not problems:
-        console().print(f"{cache}: no problem found", highlight=False)
+        console().print(f"{cache}: no problems found", highlight=False)
         return
     table = Table(
         "block",

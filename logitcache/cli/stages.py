@@ -1,4 +1,4 @@
-"""Commands that take a pipeline through its stages."""
+"""Commands that run the stages of a pipeline."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from logitcache.cli.printing import (
     cache_summary,
     demo_summary,
     plan_summary,
+    print_checked,
     print_demo,
     print_mapping,
     print_plan,
     print_rows,
-    print_steps,
     print_turns,
 )
 from logitcache.errors import UsageError
@@ -25,30 +25,30 @@ from logitcache.errors import UsageError
 
 @app.command("plan")
 def plan_command(
-    pipeline: Annotated[Path | None, typer.Argument(help="A pipeline file; or give --logits.")] = None,
+    pipeline: Annotated[Path | None, typer.Argument(help="Pipeline file; or use --logits.")] = None,
     overrides: OverridesArgument = None,
-    logits: Annotated[
-        Path | None, typer.Option(help="A .npy or .npz file of logits, in the place of a teacher.")
-    ] = None,
+    logits: Annotated[Path | None, typer.Option(help="A .npy or .npz file of logits, instead of a teacher.")] = None,
     group: Annotated[
         str | None,
-        typer.Option(help="An array of the .npz file: rows of one group are never fitted to and measured on."),
+        typer.Option(
+            help="Array in the .npz file; rows of one group are used either to fit or to measure, never both."
+        ),
     ] = None,
     max_kl: Annotated[
-        float | None, typer.Option(help="Nats at T = 1 that may be lost; 0.01 if neither is given.")
+        float | None, typer.Option(help="Largest accepted KL at T = 1, in nats; default without --max-bytes: 0.01.")
     ] = None,
-    max_bytes: Annotated[float | None, typer.Option(help="Bytes a sample that may be spent.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="A .png file for KL against bytes.")] = None,
+    max_bytes: Annotated[float | None, typer.Option(help="Largest accepted size, in bytes per sample.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of KL against bytes to this .png file.")] = None,
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Before any long run: bytes, fidelity and time of each encoding on a calibration sample."""
+    """Compare encodings before a long run: size, fidelity and time, measured on a calibration sample."""
     from logitcache.config.schema import load_pipeline
     from logitcache.stages.plan import check_plot, plan_logits, plan_pipeline, read_logits
     from logitcache.stages.plan import plot as plot_plan
 
     if (pipeline is None) == (logits is None):
-        raise UsageError("plan needs a pipeline file, or logits of its own (--logits FILE): one of the two")
+        raise UsageError("plan needs either a pipeline file or --logits FILE")
     if plot is not None:
         check_plot(plot)
     if logits is not None:
@@ -69,7 +69,7 @@ def train_teacher_command(
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train or fine-tune the teacher on true labels, where no ready one exists."""
+    """Train or fine-tune the teacher on true labels; for pipelines with teacher.weights=trained."""
     from logitcache.config.schema import load_pipeline
     from logitcache.stages.train_student import train_teacher
     from logitcache.train.ranks import is_first_process
@@ -86,7 +86,7 @@ def cache_teacher_command(
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Stage 1: compute the blocks of the cache that are missing, then seal it. Interrupted? Run it again."""
+    """Stage 1: compute the missing blocks of the cache and seal it. Safe to interrupt: re-run to resume."""
     from logitcache.cache.summary import summarise
     from logitcache.config.schema import load_pipeline
     from logitcache.stages.cache_teacher import cache_teacher
@@ -105,13 +105,11 @@ def cache_teacher_command(
 def train_student_command(
     pipeline: PipelineArgument,
     overrides: OverridesArgument = None,
-    student: Annotated[
-        list[str] | None, typer.Option(help="A student of the pipeline; may be given several times.")
-    ] = None,
+    student: Annotated[list[str] | None, typer.Option(help="Train only this student; can be repeated.")] = None,
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Stage 2: train one, several or all students of the pipeline from the cache."""
+    """Stage 2: train students from the cache. Safe to interrupt: re-run to resume."""
     from logitcache.config.schema import load_pipeline
     from logitcache.stages.train_student import train_students
     from logitcache.train.ranks import is_first_process
@@ -123,41 +121,69 @@ def train_student_command(
 
 @app.command("run")
 def run_command(
-    pipeline: PipelineArgument,
-    overrides: OverridesArgument = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the file and print what would be done.")] = False,
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PIPELINE|KEY=VALUE",
+            help="Pipeline file, and keys to override. With --dry-run, any number of pipeline and federation files.",
+        ),
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the files and list their stages; run and download nothing.")
+    ] = False,
+    require_data: Annotated[
+        bool, typer.Option("--require-data", help="With --dry-run: load all data; exit 1 if anything is missing.")
+    ] = False,
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """All stages of a pipeline, skipping what is done."""
-    from logitcache.config.schema import load_pipeline
-    from logitcache.stages.run import plan_run, run_pipeline
-
-    loaded = load_pipeline(pipeline, overrides or ())
+    """Run all stages of a pipeline; completed ones are skipped. Safe to interrupt: re-run to resume."""
+    files = [Path(each) for each in arguments if "=" not in each]
+    overrides = [each for each in arguments if "=" in each]
     if dry_run:
-        steps = plan_run(loaded, trust=trust)
-        show({"steps": [dataclasses.asdict(step) for step in steps]}, as_json, lambda: print_steps(steps))
-    else:
-        rows = run_pipeline(loaded, trust=trust)
-        show({"rows": [dataclasses.asdict(row) for row in rows]}, as_json, lambda: print_rows(rows))
+        _dry_run(files, overrides, require_data=require_data, trust=trust, as_json=as_json)
+        return
+    if require_data:
+        raise UsageError("--require-data needs --dry-run")
+    if len(files) != 1:
+        raise UsageError(f"expected one pipeline file, found {len(files)}; only --dry-run takes several")
+    from logitcache.config.schema import load_pipeline
+    from logitcache.stages.run import run_pipeline
+
+    rows = run_pipeline(load_pipeline(files[0], overrides), trust=trust)
+    show({"rows": [dataclasses.asdict(row) for row in rows]}, as_json, lambda: print_rows(rows))
+
+
+def _dry_run(files: list[Path], overrides: list[str], *, require_data: bool, trust: bool, as_json: bool) -> None:
+    if not files:
+        raise UsageError("expected at least one pipeline file")
+    from logitcache.cli.dry_run import check_files
+
+    checked = check_files(files, overrides, trust=trust, require_data=require_data)
+    summary = {"pipelines": [dataclasses.asdict(each) for each in checked]}
+    if len(checked) == 1:
+        summary["steps"] = summary["pipelines"][0]["steps"]
+    show(summary, as_json, lambda: print_checked(checked))
+    if any(each.error for each in checked):
+        raise typer.Exit(UsageError.exit_code)
+    if require_data and any(each.missing for each in checked):
+        raise typer.Exit(1)
 
 
 @app.command("federate")
 def federate_command(
-    file: Annotated[
-        Path, typer.Argument(metavar="FEDERATION", help="A federation file, such as pipelines/federated_mnist.yaml.")
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FEDERATION", help="Federation file, such as federation.yaml.")],
     overrides: OverridesArgument = None,
     party: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Do the work of this party only; of all in turn by default.")
+        str | None, typer.Option(metavar="NAME", help="Run only this party; default: all parties in turn.")
     ] = None,
     wait: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="How long to wait for the others in each round.")
+        float, typer.Option(metavar="SECONDS", min=0, help="How long to wait for the other parties in each round.")
     ] = 3600.0,
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Federated distillation: parties exchange logits on a public set, in rounds. Interrupted? Run it again."""
+    """Federated distillation: parties exchange logits on a public dataset. Safe to interrupt: re-run to resume."""
     from logitcache.extras.federation.configuration import load_federation
     from logitcache.extras.federation.rounds import federate
 
@@ -178,7 +204,7 @@ def demo_command(
     from logitcache.extras.demo import demo_report, run_demo
 
     if not as_json:
-        minutes = "about 8 minutes" if full else "about 90 seconds"
+        minutes = "about 4 minutes" if full else "about 90 seconds"
         typer.echo(f"Training a teacher, caching it and training students: {minutes} on two idle cores.", err=True)
     result = run_demo(folder, overrides or (), full=full)
     report = demo_report(result, folder / "report.html")

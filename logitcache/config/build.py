@@ -20,7 +20,7 @@ from logitcache.data.batching import COLLATES, Collate
 from logitcache.data.samples import Dataset
 from logitcache.data.transforms import build_transform
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
-from logitcache.entry_points import is_entry_point, load_entry_point
+from logitcache.entry_points import is_entry_point
 from logitcache.errors import ShapeError, UsageError
 from logitcache.randomness import preserved_generators, seed_generators
 
@@ -65,13 +65,12 @@ def resolve_collate(pipeline: Pipeline, *, trust: bool) -> Collate | None:
         UsageError: an entry point that is no function.
     """
     name = pipeline.data.collate
-    if name is None or name in COLLATES:
-        return None if name is None else COLLATES[name]
-    function = load_entry_point(name, trust=trust)
+    if name is None:
+        return None
+    function = COLLATES.resolve(name, trust=trust)
     if not callable(function):
         raise UsageError(f"data.collate {name} is a {type(function).__name__}; expected a function of a list of inputs")
-    collate: Collate = function
-    return collate
+    return function
 
 
 def input_part(config: ModelConfig, *, trust: bool) -> Callable[[Any], Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from logitcache.encodings import encoding_or_auto
 from logitcache.errors import LogitCacheError, UsageError
+from logitcache.registry import unknown_name
 
 
 def read_raw(path: str | Path, schema: type[BaseModel], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -119,14 +119,8 @@ def _describe(problem: Any, schema: type[BaseModel]) -> str:
 
 
 def unknown_key(dotted: str, key: str, known: list[str]) -> str:
-    """What is wrong with a key that a section does not have, and which one may be meant."""
-    return f"unknown key {dotted!r}{nearest(key, known)}; expected one of: {', '.join(known)}"
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """The known word that is most like another, as a question; nothing where none is."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """The message for a key that a section does not have."""
+    return unknown_name("key", key, known, at=dotted.removesuffix(key))
 
 
 def _known_keys(schema: type[BaseModel], location: list[str]) -> list[str]:

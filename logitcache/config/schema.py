@@ -13,14 +13,16 @@ from logitcache.cache.card import Card
 from logitcache.catalog.initialisations import initialisation_of
 from logitcache.catalog.outputs import outputs_config
 from logitcache.catalog.parts import PartConfig
-from logitcache.config.overrides import nearest, parse, read_raw, refuse_namesakes, unknown_key
+from logitcache.config.overrides import parse, read_raw, refuse_namesakes, unknown_key
 from logitcache.data.batching import COLLATES
 from logitcache.data.transforms import normalise_spec
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import UsageError
 from logitcache.losses import Loss, loss_from_config
+from logitcache.registry import nearest
 from logitcache.train.hint_config import hints_config
+from logitcache.train.tracking import TRACKERS
 from logitcache.train.weighting import weights_config, weights_from_config
 
 
@@ -77,7 +79,7 @@ class DataConfig(Section):
     @classmethod
     def _known_collate(cls, value: str | None) -> str | None:
         if value is not None and value not in COLLATES and not is_entry_point(value):
-            raise ValueError(f"expected package.module:function or one of: {', '.join(COLLATES)}")
+            raise ValueError(COLLATES.unknown(value))
         return value
 
 
@@ -270,13 +272,13 @@ class RunsConfig(Section):
 
     path: str = "runs"
     tracker: str | None = None
-    """`package.module:function`, called once for each run; what it returns has `log(dict, step=)` and `finish()`."""
+    """The name of a tracker, or `package.module:function`; see `logitcache.train.tracking`."""
 
     @field_validator("tracker")
     @classmethod
-    def _entry_point(cls, value: str | None) -> str | None:
-        if value is not None and not is_entry_point(value):
-            raise ValueError("expected package.module:function")
+    def _known_tracker(cls, value: str | None) -> str | None:
+        if value is not None and value not in TRACKERS and not is_entry_point(value):
+            raise ValueError(TRACKERS.unknown(value))
         return value
 
 

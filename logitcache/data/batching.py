@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from logitcache.errors import LogitCacheError, ShapeError, UsageError
+from logitcache.registry import Registry
 
 # B batch
 
@@ -42,7 +43,10 @@ def pad(inputs: Sequence[Any]) -> Any:
     return _padded([as_tensors(each) for each in inputs])
 
 
-COLLATES: dict[str, Collate] = {"stack": stack, "pad": pad}
+COLLATES: Registry[Collate] = Registry(
+    "collate function", {"stack": stack, "pad": pad}, plural="collates", allows_code=True
+)
+"""A package adds one in the entry point group `logitcache.collates`."""
 
 
 def collate(samples: Sequence[tuple[int, Any, Any]], function: Collate | None = None) -> Batch:
@@ -98,7 +102,7 @@ def num_bytes(value: Any) -> int | None:
 
 
 def _batch(inputs: list[Any], function: Collate | None) -> Any:
-    if function is None or function in COLLATES.values():
+    if function in (None, stack, pad):
         try:
             return (function or stack)(inputs)
         except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:

@@ -5,7 +5,6 @@ No transform library is imported here; each is met by its own protocol.
 
 from __future__ import annotations
 
-import difflib
 import enum
 import functools
 import hashlib
@@ -20,9 +19,13 @@ import numpy as np
 import torch
 
 from logitcache.digest import array_digest
-from logitcache.entry_points import is_entry_point, load_entry_point
+from logitcache.entry_points import is_entry_point
 from logitcache.errors import LogitCacheError, UsageError
+from logitcache.registry import Registry, nearest
 
+TRANSFORMS: Registry[Callable[..., Callable[[Any], Any]]] = Registry("transform", {}, allows_code=True)
+"""Called with a step's parameters; each returns a callable from sample to sample. A package adds one in the entry point
+group `logitcache.transforms`."""
 _LIBRARIES = ("torchvision.", "timm.", "albumentations.", "torch.")
 
 
@@ -202,8 +205,9 @@ def build_transform(spec: Any, *, trust: bool = False) -> SpecifiedTransform:
 
     A step is a transform of torchvision v2 (`RandomCrop: {size: 28}`), of albumentations
     (`albumentations.GaussNoise: {p: 0.3}`), `timm: {input_size: 224, is_training: true}` for
-    `timm.data.create_transform`, or `package.module:function`, called with its parameters to make a callable; the
-    digest of the function's source joins its name, since the name alone does not say what it does.
+    `timm.data.create_transform`, one of `TRANSFORMS`, or `package.module:function`. The last two are functions, called
+    with the parameters to make a callable; the digest of the function's source is appended to its name in `spec`, since
+    the source can change while the name stays the same.
 
     Raises:
         UsageError: an unknown transform or parameter, or a library that is not installed.
@@ -229,8 +233,8 @@ class SpecifiedTransform:
 def _build_step(name: str, parameters: dict[str, Any], *, trust: bool) -> tuple[dict[str, Any], Callable[[Any], Any]]:
     """One step's own specification, and the step."""
     bare_name, _, source = name.partition("@")
-    if is_entry_point(bare_name):
-        factory = load_entry_point(bare_name, trust=trust)
+    if is_entry_point(bare_name) or _is_registered(bare_name):
+        factory = TRANSFORMS.resolve(bare_name, trust=trust)
         found = _source(factory)
         if source and source != found:
             raise UsageError(
@@ -245,7 +249,7 @@ def _build_step(name: str, parameters: dict[str, Any], *, trust: bool) -> tuple[
     elif name == "Lambda":
         raise UsageError("transform Lambda can't be written in a file; name a `package.module:function` instead")
     else:
-        factory = _named(_library("torchvision.transforms.v2", "torchvision"), name, name)
+        factory = _named(_torchvision(), name, name)
     try:
         step = factory(**{key: _argument(key, value, trust=trust) for key, value in parameters.items()})
     except LogitCacheError:
@@ -256,6 +260,15 @@ def _build_step(name: str, parameters: dict[str, Any], *, trust: bool) -> tuple[
     if not callable(adapted):
         raise UsageError(f"transform {name} is no callable, but a {type(step).__name__}")
     return {name: parameters}, adapted
+
+
+def _is_registered(name: str) -> bool:
+    """Whether an installed package offers a transform; it can't replace timm's or one of torchvision's."""
+    return name in TRANSFORMS and name != "timm" and not hasattr(_torchvision(), name)
+
+
+def _torchvision() -> Any:
+    return _library("torchvision.transforms.v2", "torchvision")
 
 
 def _argument(key: str, value: Any, *, trust: bool) -> Any:
@@ -283,7 +296,5 @@ def _named(library: Any, attribute: str, name: str) -> Any:
     found = getattr(library, attribute, None)
     if attribute.startswith("_") or not isinstance(found, type):
         known = [entry for entry in dir(library) if entry[:1].isupper() and isinstance(getattr(library, entry), type)]
-        near = difflib.get_close_matches(attribute, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"unknown transform {name!r}{hint}")
+        raise UsageError(f"unknown transform {name!r}{nearest(attribute, [*known, *TRANSFORMS])}")
     return found

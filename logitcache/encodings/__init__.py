@@ -1,7 +1,7 @@
 """How a (B, C) batch of logits, or of other values, becomes named arrays and back: one file per encoding.
 
-To add one: subclass `Encoding` in a file of its own, name it in `ENCODINGS` below, and let
-`tests/contract/test_encodings.py` run the contract suite over it.
+To add a built-in encoding, subclass `Encoding` in a file of its own, add it to `ENCODINGS` below, and run the contract
+suite over it in `tests/contract/test_encodings.py`. To add one in a package of your own, see `Encoding`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
+from logitcache.arrays import ArraySpec as ArraySpec
 from logitcache.encodings.auto import Auto as Auto
 from logitcache.encodings.dense import Dense as Dense
 from logitcache.encodings.lowrank import LowRank as LowRank
 from logitcache.encodings.protocol import Encoding as Encoding
-from logitcache.encodings.protocol import parameters
 from logitcache.encodings.sampled import Sampled as Sampled
 from logitcache.encodings.topk import TopK as TopK
 from logitcache.encodings.values import Values as Values
 from logitcache.errors import UsageError
+from logitcache.registry import Registry, configured
 
-ENCODINGS: dict[str, type[Encoding]] = {kind.name: kind for kind in (Dense, TopK, LowRank, Sampled, Values)}
+ENCODINGS: Registry[type[Encoding]] = Registry(
+    "encoding", {kind.name: kind for kind in (Dense, TopK, LowRank, Sampled, Values)}, base=Encoding
+)
 
 
 def encoding_from_config(config: Encoding | str | Mapping[str, Any]) -> Encoding:
@@ -31,31 +34,25 @@ def encoding_from_config(config: Encoding | str | Mapping[str, Any]) -> Encoding
     """
     encoding = encoding_or_auto(config)
     if isinstance(encoding, Auto):
-        raise UsageError("'auto' stands for an encoding that is still to be chosen; expected the one that was")
+        raise UsageError("'auto' is an encoding that is still to be chosen; expected the chosen encoding")
     return encoding
 
 
 def encoding_or_auto(config: Encoding | Auto | str | Mapping[str, Any]) -> Encoding | Auto:
-    """The same, with `auto` (`{"name": "auto", "max_kl": 0.01}`) for one to be chosen.
+    """As `encoding_from_config`, and `Auto` from `auto` or `{"name": "auto", "max_kl": 0.01}`.
 
     Raises:
-        UsageError: likewise.
+        UsageError: as `encoding_from_config`.
     """
     if isinstance(config, Encoding | Auto):
         return config
     fields = _parse_call(config) if isinstance(config, str) else dict(config)
     name = str(fields.pop("name", "")).lower()
-    kinds: dict[str, Any] = {**ENCODINGS, Auto.name: Auto}
-    if name not in kinds:
-        raise UsageError(f"unknown encoding {name!r}; expected one of: {', '.join(kinds)}")
-    known = parameters(kinds[name])
-    for field in fields:
-        if field not in known:
-            raise UsageError(f"encoding {name!r} has no parameter {field!r}; it has: {', '.join(known)}")
-    try:
-        return kinds[name](**fields)  # type: ignore[no-any-return]
-    except TypeError as error:
-        raise UsageError(f"encoding {name!r}: {error}; its parameters are: {', '.join(known)}") from error
+    if name == Auto.name:
+        return configured("encoding 'auto'", Auto, fields)
+    if name not in ENCODINGS:
+        raise UsageError(ENCODINGS.unknown(name, also=[Auto.name]))
+    return configured(f"encoding {name!r}", ENCODINGS[name], fields)
 
 
 def _parse_call(text: str) -> dict[str, Any]:

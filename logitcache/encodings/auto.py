@@ -18,7 +18,7 @@ class Auto:
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_kl, int | float) or not self.max_kl > 0:
-            raise UsageError(f"Auto: max_kl is a positive number of nats, not {self.max_kl!r}")
+            raise UsageError(f"max_kl is a positive number of nats, not {self.max_kl!r}")
 
     def config(self) -> dict[str, Any]:
         """As JSON."""

@@ -90,11 +90,9 @@ class LowRank(Encoding):
         for name, least in (("rank", 1), ("k", 0), ("search", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UsageError(f"LowRank: {name} is a whole number, at least {least}, not {value!r}")
+                raise UsageError(f"{name} is a whole number, at least {least}, not {value!r}")
         if not self.step > 0 or not self.bit_price >= 0:
-            raise UsageError(
-                f"LowRank: step is positive and bit_price at least 0, not {self.step} and {self.bit_price}"
-            )
+            raise UsageError(f"step is positive and bit_price at least 0, not {self.step} and {self.bit_price}")
 
     def arrays(self, num_classes: int) -> dict[str, ArraySpec]:
         if self.rank >= num_classes or self.k > num_classes:

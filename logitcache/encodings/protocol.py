@@ -1,8 +1,7 @@
-"""What every encoding owes: the shapes it writes, and a way there and back."""
+"""The interface of an encoding: the arrays that it writes, and how logits become arrays and back."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from logitcache.arrays import ArraySpec
+from logitcache.registry import parameters
 
 # B batch, C classes, M calibration rows
 
@@ -20,68 +20,113 @@ from logitcache.arrays import ArraySpec
 class Encoding(ABC):
     """A frozen configuration that turns (B, C) logits into named arrays and back.
 
-    Implementations are dataclasses whose fields survive JSON. Rows are encoded independently of each other. Where a
-    matrix product's rounding might depend on how many rows it has, the writer sees to it that it never shows: it
-    always encodes the same rows together.
+    Subclass it to add an encoding of your own: a dataclass whose fields survive JSON, with `name`, `arrays`, `encode`
+    and `decode`. Each row is encoded independently of the others in its batch. Decoded logits may be off by a constant
+    per row. For example, in `my_package.py`:
+
+    ```python
+    from collections.abc import Mapping
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    import torch
+    from torch import Tensor
+
+    from logitcache import ArraySpec, Encoding
+
+
+    @dataclass(frozen=True, kw_only=True)
+    class Grid(Encoding):
+        # Every logit as a number of equal steps below its row's largest logit.
+
+        name: ClassVar[str] = "grid"
+        holds_masks: ClassVar[bool] = False
+
+        step: float = 0.01
+
+        def arrays(self, num_classes: int) -> dict[str, ArraySpec]:
+            return {"steps": ArraySpec(dtype="uint16", row_shape=(num_classes,))}
+
+        def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:
+            below_max_BC = logits_BC.amax(dim=1, keepdim=True) - logits_BC
+            return {"steps": (below_max_BC / self.step).round().clamp(max=65_535).to(torch.uint16)}
+
+        def decode(self, encoded: Mapping[str, Tensor], num_classes: int) -> Tensor:
+            return encoded["steps"].float() * -self.step
+    ```
+
+    Offer it under its `name` with an entry point in the package's `pyproject.toml`. Pipelines, `create` and the readers
+    of caches then find it wherever the package is installed:
+
+    ```toml
+    [project.entry-points."logitcache.encodings"]
+    grid = "my_package:Grid"
+    ```
+
+    A cache records the package and its version. Keep `decode` compatible with every version that has written caches,
+    and choose a name that no other package uses. `logitcache.testing.EncodingContract` tests all of this.
     """
 
     name: ClassVar[str]
-    """Its name in manifests and pipelines."""
+    """Its name in manifests and pipelines: the name of the class in lower case."""
     fitted_arrays: ClassVar[Mapping[str, int]] = {}
-    """Arrays that fitting makes, which a cache stores once: name -> number of dimensions."""
+    """Arrays that `fit` determines, stored once per cache: name -> number of dimensions."""
     holds_masks: ClassVar[bool] = True
     """Whether a logit may be -inf."""
     masked_arrays: ClassVar[tuple[str, ...]] = ()
-    """Arrays of floats in which -inf may stand for a class that is masked or left out; all others are finite."""
+    """Float arrays that may contain -inf, for classes that are masked or left out; all other arrays are finite."""
     keeps_constants: ClassVar[bool] = False
-    """Whether a constant per row survives, which logits don't need and other outputs do."""
+    """Whether decoding also restores a constant per row: outputs such as features need it, logits don't."""
 
     @abstractmethod
     def arrays(self, num_classes: int) -> dict[str, ArraySpec]:
-        """The arrays that `encode` returns for this many classes; no name has an underscore.
+        """The arrays that `encode` returns for this many classes, by name.
+
+        A name has lowercase letters only. A row is a number or one-dimensional, of uint8, uint16, uint32, int8, int64,
+        float16 or float32.
 
         Raises:
-            UsageError: the encoding can't hold this many classes.
+            UsageError: the encoding does not support this many classes.
         """
 
     @abstractmethod
     def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:
-        """Encode float32 (B, C) logits on their own device; -inf stands for a masked class.
+        """Encode float32 (B, C) logits on their device; -inf marks a masked class.
 
-        Each returned tensor is (B, *row_shape) of the dtype that `arrays` names.
+        Each returned tensor is (B, *row_shape), of the dtype that `arrays` states.
 
         Args:
-            logits_BC: rows of one view, in their order.
-            view: which view, and
-            start: which row comes first, for encodings that draw random numbers.
+            logits_BC: consecutive rows of one view.
+            view: the view's number, and
+            start: the first row's number: seeds for encodings that draw random numbers.
         """
 
     @abstractmethod
     def decode(self, encoded: Mapping[str, Tensor], num_classes: int) -> Tensor:
-        """Float32 (B, C) logits, right up to a constant per row, on the arrays' device."""
+        """Float32 (B, C) logits, correct up to a constant per row, on the arrays' device."""
 
     def refused(self, logits_BC: Tensor) -> Tensor:
-        """The rows of which no distribution can be made, or which it can't hold, bool (B,)."""
-        # A row's largest logit is NaN, +inf or -inf exactly where no distribution can be made of it.
+        """Which rows are not distributions, or can't be encoded, bool (B,)."""
+        # A row's largest logit is NaN, +inf or -inf exactly where the row is not a distribution.
         refused_B = ~torch.isfinite(logits_BC.amax(dim=1))
         return refused_B if self.holds_masks else refused_B | ~torch.isfinite(logits_BC.amin(dim=1))
 
     def accepts(self, name: str, values: Tensor) -> bool:
-        """Whether an array of stored rows, (rows, *row_shape), gives logits without NaN, +inf or rows of -inf only."""
+        """Whether stored rows, (rows, *row_shape), decode to logits without NaN, +inf or rows of only -inf."""
         if not values.is_floating_point() or not values.numel():
             return True
         # NaN is both the largest and the smallest of its row; `isfinite` on every value would take ten times as long.
         if name not in self.masked_arrays:
             return all(map(math.isfinite, map(float, values.aminmax())))
-        if values.ndim == 1:  # one number for several classes, which may all be masked
+        if values.ndim == 1:  # one number for several classes, all of which may be masked
             return float(values.amax()) < math.inf
         return bool(torch.isfinite(values.amax(dim=1)).all())
 
     def fit(self, calibration: Any) -> Encoding:
-        """The same encoding, fitted to a sample of the teacher's logits where it needs that.
+        """The same encoding, fitted to a sample of the teacher's logits; itself if it needs no fit.
 
         Args:
-            calibration: (M, C) floats that can be sliced by rows: a tensor, an array or a memory map.
+            calibration: (M, C) floats that can be sliced by row: a tensor, an array or a memory map.
 
         Raises:
             UsageError: too few rows.
@@ -91,7 +136,7 @@ class Encoding(ABC):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether it can encode and decode as it is."""
+        """Whether it can encode and decode without `fit`."""
         return True
 
     def fitted_values(self) -> dict[str, np.ndarray]:
@@ -99,27 +144,22 @@ class Encoding(ABC):
         return {}
 
     def with_fitted(self, arrays: Mapping[str, np.ndarray]) -> Encoding:
-        """The same encoding, with what a cache stored of its fit."""
+        """The same encoding with fitted arrays that were read from a cache."""
         del arrays
         return self
 
     def config(self) -> dict[str, Any]:
-        """The JSON object that `encoding_from_config` reads back."""
+        """Name and parameters as a JSON object, which `encoding_from_config` reads."""
         return {"name": self.name, **{name: getattr(self, name) for name in parameters(type(self))}}
 
 
-def parameters(kind: type) -> list[str]:
-    """Names of an encoding's parameters; what fitting found is none."""
-    return [field.name for field in dataclasses.fields(kind) if field.compare]
-
-
 def smallest_id_dtype(num_classes: int) -> str:
-    """The smallest unsigned integer that holds every class id."""
+    """The smallest unsigned integer type for class ids."""
     return "uint8" if num_classes <= 2**8 else "uint16" if num_classes <= 2**16 else "uint32"
 
 
 def float_tensor(logits: Any) -> Tensor:
-    """A tensor, an array or a part of a memory map as a float32 tensor on the CPU."""
+    """A tensor, an array or a slice of a memory map as a float32 tensor on the CPU."""
     if isinstance(logits, Tensor):
         return logits.detach().float().cpu()
     return torch.from_numpy(np.array(logits, dtype=np.float32))  # a copy: a memory map may be read-only

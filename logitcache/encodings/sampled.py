@@ -40,7 +40,7 @@ class Sampled(Encoding):
         for name, least in (("draws", 1), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UsageError(f"Sampled: {name} is a whole number, at least {least}, not {value!r}")
+                raise UsageError(f"{name} is a whole number, at least {least}, not {value!r}")
 
     def arrays(self, num_classes: int) -> dict[str, ArraySpec]:
         return {"ids": ArraySpec(dtype=smallest_id_dtype(num_classes), row_shape=(self.draws,))}

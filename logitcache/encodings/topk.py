@@ -42,9 +42,9 @@ class TopK(Encoding):
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
-            raise UsageError(f"TopK: k is a whole number of classes, at least 1, not {self.k!r}")
+            raise UsageError(f"k is a whole number of classes, at least 1, not {self.k!r}")
         if self.dtype not in ("float32", "float16", "uint8"):
-            raise UsageError(f"TopK: dtype is 'float32', 'float16' or 'uint8', not {self.dtype!r}")
+            raise UsageError(f"dtype is 'float32', 'float16' or 'uint8', not {self.dtype!r}")
 
     def arrays(self, num_classes: int) -> dict[str, ArraySpec]:
         if self.k >= num_classes:

@@ -41,7 +41,7 @@ class Values(Encoding):
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "float16", "uint8"):
-            raise UsageError(f"Values: dtype is 'float32', 'float16' or 'uint8', not {self.dtype!r}")
+            raise UsageError(f"dtype is 'float32', 'float16' or 'uint8', not {self.dtype!r}")
 
     def arrays(self, num_classes: int) -> dict[str, ArraySpec]:
         arrays = {"values": ArraySpec(dtype=self.dtype, row_shape=(num_classes,))}

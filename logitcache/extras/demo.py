@@ -128,8 +128,7 @@ def run_demo(folder: Path, overrides: Sequence[str] = (), *, full: bool = False)
         full: more seeds, and a student on all true labels.
     """
     paths = [f"runs.path={folder}/runs", f"cache.path={folder}/views.cache"]
-    many = [*range(FULL_SEEDS)]
-    seeds = [f"train.seeds={many}", f"students.{LIVE}.train.seeds={many}"] if full else []
+    seeds = [f"train.seeds={[*range(FULL_SEEDS)]}"] if full else []
     pipeline = embedded_pipeline([*paths, *seeds, *overrides])
     # Before anything is timed: how many threads compute is set once for the process.
     pick_device(pipeline.device, threads=pipeline.threads)
@@ -146,12 +145,10 @@ def run_demo(folder: Path, overrides: Sequence[str] = (), *, full: bool = False)
         pipeline.student(LIVE),
     ]
     results: dict[str, list[dict[str, Any]]] = {student.name: [] for student in students}
-    # Students side by side, so that a slow minute of the machine hits all of them.
-    for seed in sorted({seed for student in students for seed in bench.seeds(student)}):
+    for seed in pipeline.train.seeds:  # students side by side, so that a slow minute of the machine hits all of them
         for student in students:
-            if seed in bench.seeds(student):
-                labels = mismatched_labels if student.name == MISMATCHED else None
-                results[student.name].append(train(bench.job(student, seed, labels=labels)))
+            labels = mismatched_labels if student.name == MISMATCHED else None
+            results[student.name].append(train(bench.job(student, seed, labels=labels)))
     rows = {name: summarise(name, runs) for name, runs in results.items()}
     cost = compare_cost(results[LIVE], results[MATCHED], stage1_seconds)
     view_matching = compare(rows[MATCHED], rows[MISMATCHED])
@@ -245,25 +242,19 @@ def compare(row: Row, reference: Row) -> Comparison:
 def compare_cost(
     live: Sequence[dict[str, Any]], cached: Sequence[dict[str, Any]], stage1_seconds: float | None
 ) -> Cost | None:
-    """What `COST_STUDENTS` students cost either way, from the seeds that both have; None for fewer than two.
+    """What `COST_STUDENTS` students cost either way, from runs of the same seeds; None for fewer than two.
 
     A run costs its epochs times the median seconds of one, without evaluation, which both have alike.
 
     Args:
-        live, cached: results of `train`.
+        live, cached: results of `train`, seed by seed.
         stage1_seconds: of `cache_teacher`; None where it is not known.
     """
-
-    def seconds(runs: Sequence[dict[str, Any]]) -> dict[int, float]:
-        timed = [run for run in runs if run["epoch_seconds"] is not None]
-        return {run["seed"]: COST_STUDENTS * run["epochs"] * run["epoch_seconds"] for run in timed}
-
-    of_live, of_cached = seconds(live), seconds(cached)
-    seeds = [seed for seed in of_live if seed in of_cached]
-    if stage1_seconds is None or len(seeds) < 2:
+    timed = all(run["epoch_seconds"] is not None for run in [*live, *cached])
+    if stage1_seconds is None or len(live) < 2 or not timed:
         return None
-    live_seconds = [of_live[seed] for seed in seeds]
-    cached_seconds = [stage1_seconds + of_cached[seed] for seed in seeds]
+    live_seconds = [COST_STUDENTS * run["epochs"] * run["epoch_seconds"] for run in live]
+    cached_seconds = [stage1_seconds + COST_STUDENTS * run["epochs"] * run["epoch_seconds"] for run in cached]
     ratios = [ours / theirs for ours, theirs in zip(live_seconds, cached_seconds, strict=True)]
     ratio, error = statistics.fmean(ratios), statistics.stdev(ratios) / math.sqrt(len(ratios))
     half = _t_quantile(len(ratios) - 1) * error

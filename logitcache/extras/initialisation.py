@@ -262,11 +262,11 @@ def _numbers(names: Iterable[str], place: str) -> list[int]:
     return sorted(int(part) for part in following if part.isdecimal())
 
 
-def _blocks(here: list[int], there: list[int], layers: str | Mapping[str, Any], place: str) -> dict[int, int]:
+def _blocks(here: list[int], there: list[int], layers: Any, place: str) -> dict[int, int]:
     """The teacher's block for each of the student's at one path; empty if the numbers stay the same."""
     if len(here) == len(there) or not there or layers == "all":
         return dict(zip(here, there, strict=True)) if len(here) == len(there) else {}
-    asked: Any = layers
+    asked = layers
     if isinstance(layers, Mapping) and isinstance(layers.get("blocks"), Mapping):
         if place not in layers["blocks"]:
             return {}

@@ -1,11 +1,9 @@
-"""Losses by name, as pipelines write them."""
+"""Losses from their configuration in a pipeline."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from logitcache.errors import UsageError
 from logitcache.losses.blends import Blend, HardPlusSoft, Part, Weighted
@@ -19,25 +17,34 @@ from logitcache.losses.relational import RKD
 from logitcache.losses.schedules import Schedule, Scheduled, check_number, check_parameter, shown
 from logitcache.losses.soft import JensenShannon, KLDivergence, SoftCrossEntropy
 from logitcache.losses.stages import Stage, Stages
+from logitcache.registry import Registry, check_keys, configured, parameters
 
-LOSSES: dict[str, type[Loss]] = {
-    loss.name: loss
-    for loss in (
-        KLDivergence,
-        SoftCrossEntropy,
-        JensenShannon,
-        LogitMSE,
-        DecoupledKD,
-        Dist,
-        RKD,
-        TeacherArgmax,
-        CrossEntropy,
-        HardPlusSoft,
-        Blend,
-        Weighted,
-        Stages,
-    )
-}
+T = TypeVar("T")
+
+_BUILT_IN: tuple[type[Loss], ...] = (
+    KLDivergence,
+    SoftCrossEntropy,
+    JensenShannon,
+    LogitMSE,
+    DecoupledKD,
+    Dist,
+    RKD,
+    TeacherArgmax,
+    CrossEntropy,
+    HardPlusSoft,
+    Blend,
+    Weighted,
+    Stages,
+)
+LOSSES: Registry[type[Loss]] = Registry("loss", {loss.name: loss for loss in _BUILT_IN}, plural="losses", base=Loss)
+"""Losses between logits. A package adds one, a frozen dataclass, in the entry point group `logitcache.losses`."""
+FEATURE_LOSSES: Registry[type[FeatureLoss]] = Registry(
+    "feature loss",
+    {loss.name: loss for loss in (HintLoss, AttentionLoss, RelationalLoss)},
+    plural="feature_losses",
+    base=FeatureLoss,
+)
+"""Losses between features, which hints take; a package adds one in `logitcache.feature_losses`."""
 
 
 def loss_from_config(config: str | Mapping[str, Any]) -> Loss:
@@ -53,48 +60,41 @@ def loss_from_config(config: str | Mapping[str, Any]) -> Loss:
     return _loss(config, {})
 
 
-FEATURE_LOSSES: dict[str, type[FeatureLoss]] = {loss.name: loss for loss in (HintLoss, AttentionLoss, RelationalLoss)}
-
-
 def hint_loss_from_config(config: Any) -> FeatureLoss | Loss:
-    """What a student learns of an output: a loss between features, or one of logits, for another head.
+    """The loss of a hint: one between features, or one between logits for another head.
 
     Raises:
-        UsageError: an unknown loss or parameter, or a loss that takes true labels, which another head has none of.
+        UsageError: an unknown loss or parameter, or a loss that takes true labels, which other heads don't have.
     """
     name = config.get("name") if isinstance(config, Mapping) else config
     if isinstance(name, str) and name in FEATURE_LOSSES:
-        fields = {key: value for key, value in config.items() if key != "name"} if isinstance(config, Mapping) else {}
-        check_keys(f"loss {name!r} has no parameter", fields, _parameters(FEATURE_LOSSES[name]))
-        return FEATURE_LOSSES[name](**{field: _number_or_schedule(field, value) for field, value in fields.items()})
-    stages = isinstance(config, Mapping) and "stages" in config
-    if not stages and not (isinstance(name, str) and CURRENT_NAMES.get(name, name) in LOSSES):
-        known = [*FEATURE_LOSSES, *LOSSES]
-        raise UsageError(f"unknown loss {shown(name)}{_nearest(name, known)}; expected one of: {', '.join(known)}")
-    loss = _loss(config, {})
+        fields = {} if isinstance(config, str) else config
+        return _configured(name, FEATURE_LOSSES[name], {key: fields[key] for key in fields if key != "name"})
+    loss = _loss(config, {}, also=list(FEATURE_LOSSES))
     if loss.needs_target:
         raise UsageError(
-            f"loss {loss.name!r} takes the true labels, which are the logits' and not another output's; expected a "
-            "loss of teacher and student alone, such as 'kl'"
+            f"loss {loss.name!r} takes the true labels, which belong to the logits; expected a loss of teacher and "
+            "student alone, such as 'kl'"
         )
     return loss
 
 
 def scheduled_weight(value: Any) -> Scheduled:
-    """A weight, or a schedule of one from its mapping.
+    """A weight, or a schedule of a weight from its mapping.
 
     Raises:
-        UsageError: neither, or one below 0.
+        UsageError: neither, or a weight below 0.
     """
     weight: Scheduled = _number_or_schedule("weight", value)
     check_parameter("weight", weight, least=0.0)
     return weight
 
 
-def _loss(config: Any, refused: Mapping[str, str]) -> Loss:
-    """A loss; `refused` are those that can't stand where this one does, with the reason.
+def _loss(config: Any, refused: Mapping[str, str], also: Sequence[str] = ()) -> Loss:
+    """A loss; `refused` are the losses that are not allowed here, with the reason.
 
-    Sums stand in stages and plain losses in both, and nothing goes deeper: an alias in YAML can hold itself.
+    Stages may contain weighted sums, both may contain plain losses, and nothing nests deeper: an alias in YAML can
+    contain itself.
     """
     if not isinstance(config, str | Mapping):
         raise UsageError(f"a loss is a name or a mapping such as {{name: kl, temperature: 2}}, not {shown(config)}")
@@ -102,47 +102,50 @@ def _loss(config: Any, refused: Mapping[str, str]) -> Loss:
     name = fields.pop("name", Stages.name if "stages" in fields else None)
     name = CURRENT_NAMES.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in LOSSES:
-        known = list(LOSSES)
-        raise UsageError(f"unknown loss {shown(name)}{_nearest(name, known)}; expected one of: {', '.join(known)}")
+        raise UsageError(LOSSES.unknown(name, also))
     if name in refused:
         raise UsageError(f"loss {name!r} can't stand {refused[name]}")
-    check_keys(f"loss {name!r} has no parameter", fields, _parameters(LOSSES[name]))
     if name == Stages.name:
         inner = {name: "within a stage; write all stages in one list"}
-        return Stages(stages=tuple(_stage(item, inner) for item in _listed("stages", fields)))
+        return _configured(name, Stages, _with_items("stages", fields, Stage, "{until: 0.8, loss: kl}", inner))
     if name == Weighted.name:
         inner = {
             name: "within another; write all parts in one list, their weights multiplied",
             Stages.name: f"within {name!r}; write stages outside, each with its own parts",
         }
-        return Weighted(parts=tuple(_part(item, inner) for item in _listed("parts", fields)))
-    values = {field: _number_or_schedule(field, value) for field, value in fields.items()}
-    try:
-        return LOSSES[name](**values)
-    except UsageError as error:
-        raise UsageError(f"loss {name!r}: {error}") from error
+        return _configured(name, Weighted, _with_items("parts", fields, Part, "{loss: dist, weight: 2}", inner))
+    return _configured(name, LOSSES[name], fields)
 
 
-def _stage(config: Any, refused: Mapping[str, str]) -> Stage:
-    fields = _mapping("a stage", "{until: 0.8, loss: kl}", config)
-    check_keys("a stage has no key", fields, _parameters(Stage))
-    if "loss" not in fields:
-        raise UsageError("a stage has no loss; expected for example {until: 0.8, loss: kl}")
-    until = fields.get("until", 1.0)
-    check_number("`until` of a stage", until)
-    return Stage(loss=_loss(fields["loss"], refused), until=until)
+def _configured(name: str, kind: type[T], fields: Mapping[Any, Any]) -> T:
+    return configured(f"loss {name!r}", kind, fields, _number_or_schedule)
 
 
-def _part(config: Any, refused: Mapping[str, str]) -> Part:
-    fields = _mapping("a part", "{loss: dist, weight: 2}", config)
-    check_keys("a part has no key", fields, _parameters(Part))
-    if "loss" not in fields:
-        raise UsageError("a part has no loss; expected for example {loss: dist, weight: 2}")
-    return Part(loss=_loss(fields["loss"], refused), weight=_number_or_schedule("weight", fields.get("weight", 1.0)))
+def _with_items(
+    key: str, fields: Mapping[Any, Any], kind: type[Stage | Part], example: str, refused: Mapping[str, str]
+) -> dict[Any, Any]:
+    """The fields of a loss with the items of its list, mappings such as the example, as objects."""
+    items = fields.get(key)
+    if not isinstance(items, list | tuple):
+        raise UsageError(f"{key!r} is a list, not {shown(items)}")
+    what = f"a {kind.__name__.lower()}"
+    objects = []
+    for item in items:
+        if not isinstance(item, Mapping):
+            raise UsageError(f"{what} is a mapping such as {example}, not {shown(item)}")
+        check_keys(f"{what} has no key", item, parameters(kind))
+        if "loss" not in item:
+            raise UsageError(f"{what} has no loss; expected for example {example}")
+        loss = _loss(item["loss"], refused)
+        if "until" in item:
+            check_number("`until` of a stage", item["until"])
+        numbers = {name: _number_or_schedule(name, value) for name, value in item.items() if name != "loss"}
+        objects.append(kind(loss=loss, **numbers))
+    return {**fields, key: tuple(objects)}
 
 
 def _number_or_schedule(parameter: str, value: Any) -> Any:
-    """A schedule where a mapping stands for a number; everything else is the loss's own to judge."""
+    """A schedule from a mapping in the place of a number; any other value is left to the loss to check."""
     if not isinstance(value, Mapping):
         return value
     keys = {"from": "start", "to": "end", "over": "over", "shape": "shape"}
@@ -151,36 +154,3 @@ def _number_or_schedule(parameter: str, value: Any) -> Any:
     if missing:
         raise UsageError(f"the schedule of {parameter!r} lacks {missing[0]!r}; expected for example {{from: 4, to: 1}}")
     return Schedule(**{keys[key]: number for key, number in value.items()})
-
-
-def _listed(key: str, fields: Mapping[str, Any]) -> Sequence[Any]:
-    value = fields.get(key)
-    if not isinstance(value, list | tuple):
-        raise UsageError(f"{key!r} is a list, not {shown(value)}")
-    return value
-
-
-def _mapping(what: str, example: str, value: Any) -> Mapping[Any, Any]:
-    if not isinstance(value, Mapping):
-        raise UsageError(f"{what} is a mapping such as {example}, not {shown(value)}")
-    return value
-
-
-def check_keys(complaint: str, fields: Mapping[Any, Any], known: list[str]) -> None:
-    """Refuse a key that is not known, naming the nearest one that is.
-
-    Raises:
-        UsageError: the complaint, the key and those that are known.
-    """
-    for key in fields:
-        if key not in known:
-            raise UsageError(f"{complaint} {shown(key)}{_nearest(key, known)}; it has: {', '.join(known) or 'none'}")
-
-
-def _parameters(kind: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(kind)]
-
-
-def _nearest(word: object, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5) if isinstance(word, str) else []
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -11,12 +11,13 @@ from logitcache.cache.digests import content_digest
 from logitcache.cache.ensemble import MERGED
 from logitcache.cache.layout import FIXED, Block
 from logitcache.cache.manifest import MANIFEST, RECEIPTS, Manifest, Receipt, contents, dump_manifest
+from logitcache.cache.packages import ENCODING_PACKAGES
 from logitcache.cache.publish import receipts_in_copy, replace_records, write_group_metadata
 from logitcache.digest import canonical_json, sha256_hex
 from logitcache.errors import REBUILD, CorruptCache, IdentityMismatch, NotACache, UsageError
 from logitcache.storage import Storage
 
-PUBLIC_PROVENANCE = ("created", "python", "versions", "encoding", "card", MERGED)
+PUBLIC_PROVENANCE = ("created", "python", "versions", "encoding", ENCODING_PACKAGES, "card", MERGED)
 """What an anonymous push keeps of a manifest's provenance."""
 
 Records = tuple[Manifest, dict[str, Receipt]]

@@ -23,7 +23,15 @@ from logitcache.cache.objects import read_object
 from logitcache.cache.place import check_place
 from logitcache.cache.reader import LogitCache
 from logitcache.digest import array_digest, canonical_json, sha256_hex
-from logitcache.errors import CorruptCache, IncompleteCache, NotACache, StorageError, UsageError, unsealed
+from logitcache.errors import (
+    CorruptCache,
+    IncompleteCache,
+    MissingPackage,
+    NotACache,
+    StorageError,
+    UsageError,
+    unsealed,
+)
 from logitcache.progress import Meter, track
 from logitcache.share.records import (
     PlannedRecords,
@@ -326,7 +334,10 @@ def _write_card(source: Storage, target: Storage, planned: PlannedRecords, *, wh
     if whole:
         _copy_card(source, target)
     else:
-        write_card(LogitCache(target, written=planned.records))  # of these views
+        try:
+            write_card(LogitCache(target, written=planned.records))  # of these views
+        except MissingPackage:
+            target.delete(CARD)  # it describes other views
 
 
 def _copy_card(source: Storage, target: Storage) -> None:

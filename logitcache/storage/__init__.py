@@ -1,61 +1,76 @@
-"""Get, put and list objects by key, wherever they lie: one file per kind of store.
+"""Stores: get, put and list objects by key, in a directory or behind a URL; one file per kind of store.
 
-To add one: write the methods of `Storage` in a file of its own, and name its URLs in `open_storage` below.
+To add a store, implement `Storage`. A package adds a function from a URL to its `Storage`, named like the URL's scheme,
+in the entry point group `logitcache.stores`.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from logitcache.errors import UsageError
+from logitcache.registry import Registry, unknown_name
 from logitcache.storage.local import LocalStorage as LocalStorage
 from logitcache.storage.protocol import Arrived as Arrived
 from logitcache.storage.protocol import Storage as Storage
 
-SCHEMES = ("file", "s3", "gs", "az", "https", "http", "memory")
-LOCATIONS = "a directory, file://, s3://, gs://, az://, https:// or http:// (reading) or memory:// (tests)"
-
 
 def open_storage(location: str | os.PathLike[str]) -> Storage:
-    """The storage at a directory or a URL; nothing is created, and nothing is asked of a server yet.
+    """The store of a directory or URL. Nothing is created, and no request is sent.
 
     Raises:
-        UsageError: a URL that this version can't open, or one of an object store without the extra `remote`.
+        UsageError: an invalid URL, an unknown scheme, or an object store without the extra `remote`.
     """
     text = os.fsdecode(location)
     if "://" not in text and not text.lower().startswith("file:"):
         return LocalStorage(local_path(text))
     try:
         parts = urlsplit(text)
-        _ = parts.port  # checked only when it is asked for
+        _ = parts.port  # urlsplit checks it only on access
     except ValueError as error:
-        raise UsageError(f"{text} is no URL: {error}; expected {LOCATIONS}") from None
-    if parts.scheme == "file":
-        if parts.netloc not in ("", "localhost") or not parts.path:
-            raise UsageError(f"{text}: a file:// URL is absolute and names no host: file:///folder/a.cache")
-        return LocalStorage(_path(unquote(parts.path)))
-    if parts.scheme not in SCHEMES:
-        raise UsageError(f"{text}: {parts.scheme}:// is no store that logitcache opens; expected {LOCATIONS}")
+        raise UsageError(f"{text} is not a valid URL: {error}") from None
+    if parts.scheme not in STORES:
+        known = [f"{scheme}://" for scheme in STORES]
+        expected = f"a directory or one of: {', '.join(known)}"
+        raise UsageError(f"{text}: {unknown_name('store', f'{parts.scheme}://', known, expected)}")
+    return STORES[parts.scheme](text)
+
+
+def _local(url: str) -> Storage:
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or not parts.path:
+        raise UsageError(f"{url}: a file:// URL is absolute and names no host: file:///folder/a.cache")
+    return LocalStorage(_path(unquote(parts.path)))
+
+
+def _remote(url: str) -> Storage:
     from logitcache.storage.remote import open_remote
 
-    return open_remote(text)
+    return open_remote(url)
+
+
+STORES: Registry[Callable[[str], Storage]] = Registry(
+    "store", {"file": _local} | dict.fromkeys(("s3", "gs", "az", "https", "http", "memory"), _remote)
+)
+"""Functions from a URL to its `Storage`, by scheme."""
 
 
 def local_path(location: str | os.PathLike[str]) -> Path:
-    """A place on this machine, where nothing but files can be written.
+    """A path on this machine, for what can only be written to files.
 
     Raises:
-        UsageError: a URL, or what is left of one: a path has one slash where it had two.
+        UsageError: a URL, also with a single slash, which is what `Path` leaves of the two.
     """
     text = os.fsdecode(location)
     scheme = text.partition(":/")[0]
-    if scheme in SCHEMES:
-        raise UsageError(f"{text} is no path on this machine; a URL begins with {scheme}://, where one can be given")
+    if scheme in STORES:
+        raise UsageError(f"{text} is not a path on this machine; a URL begins with {scheme}://, where one is allowed")
     try:
         return _path(text).expanduser()
-    except RuntimeError as error:  # ~somebody
+    except RuntimeError as error:  # an unknown user in ~user
         raise UsageError(f"{text}: {error}") from None
 
 
@@ -65,4 +80,4 @@ def _path(text: str) -> Path:
             return Path(text)
     except UnicodeEncodeError:
         pass
-    raise UsageError(f"{text!r} holds a character that no path has")
+    raise UsageError(f"{text!r} contains a character that is not allowed in paths")

@@ -9,8 +9,9 @@ from typing import Any
 from logitcache.catalog.capture import Tap
 from logitcache.errors import UsageError
 from logitcache.losses import FeatureLoss, Loss, hint_loss_from_config
-from logitcache.losses.configuration import check_keys, scheduled_weight
+from logitcache.losses.configuration import scheduled_weight
 from logitcache.losses.schedules import Scheduled, is_zero_during, value_at
+from logitcache.registry import check_keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,8 @@
-"""A run's metrics in somebody's experiment tracker: any function that gives an object with `log` and `finish`."""
+"""Metrics of a run in an experiment tracker, which `runs.tracker` names.
+
+A tracker is a function. It is called once for each run with a description of the run, and returns an object with `log`
+and `finish`.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +10,41 @@ import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from logitcache.entry_points import load_entry_point
+from logitcache.registry import Registry
 
 
 class Handle(Protocol):
-    """What a tracker gives for a run; `wandb.init(...)` returns one."""
+    """What a tracker returns for a run; `wandb.init(...)` returns one."""
 
     def log(self, values: dict[str, float], *, step: int) -> Any:
-        """Take the metrics of a step."""
+        """Record the metrics of a step."""
 
     def finish(self) -> Any:
-        """The run is over."""
+        """End the run."""
+
+
+Start = Callable[[dict[str, Any]], Handle]
+
+TRACKERS: Registry[Start] = Registry("tracker", {}, allows_code=True)
+"""A package adds one in the entry point group `logitcache.trackers`."""
 
 
 class Tracker:
-    """A tracker as the pipeline's `runs.tracker` names it: whatever it raises is said once, and the run goes on.
+    """A tracker whose errors don't stop the run: the first one is printed.
 
     Args:
-        name: `package.module:function`.
-        start: that function; called once for each run, with what the run is.
+        name: `runs.tracker` of the pipeline.
+        start: the function of that name.
     """
 
-    def __init__(self, name: str, start: Callable[[dict[str, Any]], Handle]) -> None:
+    def __init__(self, name: str, start: Start) -> None:
         self._name = name
         self._start = start
         self._handle: Handle | None = None
         self._complained = False
 
     def start(self, config: dict[str, Any]) -> None:
-        """Begin a run, or go on with it after an interruption."""
+        """Begin a run, or resume it."""
         self._guarded("at its start", lambda: setattr(self, "_handle", self._start(config)))
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -44,7 +54,7 @@ class Tracker:
             self._guarded(f"at step {step}", lambda: handle.log(values, step=step))
 
     def finish(self) -> None:
-        """The run is over."""
+        """End the run."""
         handle = self._handle
         if handle is not None:
             self._guarded("at its end", handle.finish)
@@ -63,11 +73,11 @@ class Tracker:
 
 
 def load_tracker(name: str, *, trust: bool) -> Callable[[], Tracker]:
-    """What makes a tracker for each run.
+    """A function that makes a tracker for each run.
 
     Raises:
-        UntrustedCode: the function lies outside the working folder, and `trust` is False.
-        UsageError: there is no such function.
+        UntrustedCode: the function is outside the working folder, and `trust` is False.
+        UsageError: the name is unknown.
     """
-    start = load_entry_point(name, trust=trust)
+    start = TRACKERS.resolve(name, trust=trust)
     return lambda: Tracker(name, start)

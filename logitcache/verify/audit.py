@@ -48,9 +48,10 @@ from logitcache.cache.manifest import (
     receipts_limit,
 )
 from logitcache.cache.outputs import outputs_of
+from logitcache.cache.packages import require_packages
 from logitcache.data.samples import SampleTable
 from logitcache.digest import array_digest, sha256_hex
-from logitcache.encodings import encoding_from_config
+from logitcache.encodings import ENCODINGS, encoding_from_config
 from logitcache.errors import CorruptCache
 from logitcache.progress import track
 from logitcache.storage import Storage, open_storage
@@ -85,9 +86,12 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
     Raises:
         NotACache: no cache there.
         CorruptCache: a manifest that can't be read.
+        MissingPackage: with `deep`, the encoding comes from a package that is not installed.
     """
     storage = open_storage(location)
     manifest = stored_manifest(storage)
+    if deep:
+        require_packages(manifest, ENCODINGS, url=storage.url)
     specs = manifest.layout.arrays
     fixed = manifest.layout.fixed
     problems: list[Problem] = []
@@ -109,8 +113,8 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
             known.add(path)
             checks.append((name, array, spec, path, stored))
 
-    outputs = outputs_of(manifest.identity)
-    encodings = {LOGITS: encoding_from_config(manifest.identity.encoding)}
+    outputs = outputs_of(manifest.identity) if deep else {}
+    encodings = {LOGITS: encoding_from_config(manifest.identity.encoding)} if deep else {}
     encodings |= {name: output.encoding for name, output in outputs.items()}
     num_values = {LOGITS: manifest.layout.num_classes} | {name: output.num_values for name, output in outputs.items()}
     once: dict[str, np.ndarray] = {}

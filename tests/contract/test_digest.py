@@ -25,8 +25,8 @@ from logitcache.extras.merge import merge
 from logitcache.share.transfer import pull, push
 from logitcache.verify.audit import verify
 from logitcache.verify.repair import repair
-from tests.integration.test_cli import logitcache as run_command
-from tests.integration.test_share import run_json
+from tests.commands import logitcache as run_command
+from tests.commands import run_json
 
 VIEWS, SAMPLES, CLASSES = 2, 40, 6
 SETTINGS: dict[str, Any] = {
@@ -201,7 +201,7 @@ def test_the_test_vector_of_the_specification() -> None:
         stored = StoredObject(bytes=1, sha256="0" * 64, values_sha256=array_digest(rows))
         receipt = Receipt(rows=len(rows), objects={"logits": stored}, kl_mean=None, kl_max=None, inputs={})
         receipts[Block(view, block).name] = receipt
-    specified = (Path(__file__).parents[2] / "docs/design/0001-format.md").read_text()
+    specified = (Path(__file__).parents[2] / "docs/format.md").read_text()
 
     assert 1 == specified.count(content_digest(manifest, receipts))
     assert manifest.id in specified
@@ -268,10 +268,10 @@ def test_pull_says_what_a_digest_of_format_1_leaves_open(cache: logitcache.Logit
     path, is_old = tmp_path / "a.cache", cache.manifest.identity.format_version == 1
     assert f"--expect {cache.pin}" in run_command("push", path, tmp_path / "there.cache").stdout
     by_digest = run_command("pull", path, tmp_path / "by-digest.cache", "--expect", str(cache.digest)[:20]).stdout
-    assert is_old == ("not which block holds them" in by_digest)
+    assert is_old == ("covers the labels but not their positions" in by_digest)
     assert f"--expect {cache.pin}" in by_digest
     by_pin = run_command("pull", path, tmp_path / "by-pin.cache", "--expect", cache.pin)
-    assert (0, False) == (by_pin.returncode, "not which block holds them" in by_pin.stdout)
+    assert (0, False) == (by_pin.returncode, "covers the labels but not their positions" in by_pin.stdout)
     told = run_json("pull", path, tmp_path / "json.cache", "--expect", cache.digest)
     assert (cache.pin, "digest" if is_old else "pin") == (told["pin"], told["matched"])
     with pytest.raises(IdentityMismatch, match="expected 0000"):

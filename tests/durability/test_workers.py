@@ -108,7 +108,7 @@ def test_workers_of_a_command_end_with_it(tiny: Make, tmp_path: Path, command: s
 
     assert {signal.SIGINT: 130}.get(number, -number) == returncode
     assert "Traceback" not in errors
-    assert (number == signal.SIGINT) == ("interrupted; run the same command again" in errors)
+    assert (number == signal.SIGINT) == ("interrupted; re-run the same command to resume" in errors)
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))

@@ -3,59 +3,20 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
-from logitcache.cli import main
+from tests.commands import logitcache, refused
 from tests.conftest import TINY
 
 CHECKOUT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """What a command left behind."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def logitcache(*arguments: object, limit_file_bytes: int | None = None) -> Ended:
-    """Run the command, here or, under a limit, in a process of its own."""
-    if limit_file_bytes is not None:
-        command = ["prlimit", f"--fsize={limit_file_bytes}", sys.executable, "-m", "logitcache.cli"]
-        ended = subprocess.run(
-            [*command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=240
-        )
-        return Ended(ended.returncode, ended.stdout, ended.stderr)
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["logitcache", *map(str, arguments)]
-    try:
-        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended_with:
-            main()
-    finally:
-        sys.argv = before
-    return Ended(int(ended_with.value.code or 0), out.getvalue(), err.getvalue())
-
-
-def refused(result: Ended, exit_code: int, *messages: str) -> None:
-    assert "Traceback" not in result.stderr
-    for message in messages:
-        assert message in result.stderr
-    assert exit_code == result.returncode
-    assert "" == result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +81,7 @@ def test_every_command_with_data_takes_overrides_and_needs_a_pipeline_for_them(f
     commands.append(("export", folder / "runs/small/seed-0", "--to", "safetensors"))
 
     for command in commands:
-        refused(logitcache(*command, "views.count=1"), 2, "'views.count=1' overrides a key of a pipeline", "add --data")
+        refused(logitcache(*command, "views.count=1"), 2, "'views.count=1' overrides a pipeline key", "add --data")
         refused(logitcache(*command, "views.cuont=1", *data), 2, "unknown key 'views.cuont'")
 
 
@@ -187,6 +148,37 @@ def test_a_dry_run_prints_what_would_be_done_and_does_nothing(folder: Path, tmp_
         (step["stage"], step["done"]) for step in steps
     ]
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_checks_any_number_of_files_without_their_data(tmp_path: Path) -> None:
+    """Pipelines and federations; an invalid one doesn't hide the others."""
+    files = sorted(CHECKOUT.glob("pipelines/**/*.yaml"))
+    (tmp_path / "typo.yaml").write_text(
+        (CHECKOUT / "pipelines/s4_imagenet.yaml").read_text().replace("resnet50", "resnet5O")
+    )
+    result = logitcache("run", "--dry-run", *files, "--json")
+    found = {Path(each["file"]).stem: each for each in json.loads(result.stdout)["pipelines"]}
+
+    assert (result.returncode, len(found)) == (0, len(files))
+    assert [name for name, each in found.items() if each["error"] or not each["steps"]] == []
+    assert "there is no folder imagenet" in found["s4_imagenet"]["missing"][0]
+    assert found["s1_features"]["unchecked"] == [
+        "pipelines.s1_features:random_rows was not called; --require-data calls it"
+    ]
+    result = logitcache("run", "--dry-run", tmp_path / "typo.yaml", CHECKOUT / "pipelines/s1_features.yaml", "--json")
+    typo, valid = json.loads(result.stdout)["pipelines"]
+    assert (result.returncode, valid["error"]) == (2, None)
+    assert "did you mean 'resnet50'?" in typo["error"]
+
+
+def test_a_dry_run_that_requires_data_exits_with_one_where_some_is_missing() -> None:
+    s4 = CHECKOUT / "pipelines/s4_imagenet.yaml"
+
+    assert logitcache("run", "--dry-run", s4).returncode == 0
+    assert logitcache("run", "--dry-run", "--require-data", s4).returncode == 1
+    assert logitcache("run", "--dry-run", "--require-data", CHECKOUT / "pipelines/s1_features.yaml").returncode == 0
+    refused(logitcache("run", s4, s4), 2, "only --dry-run takes several")
+    refused(logitcache("run", "--require-data", s4), 2, "--require-data needs --dry-run")
 
 
 def test_the_installed_command_runs_in_a_process_of_its_own(folder: Path) -> None:

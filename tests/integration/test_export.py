@@ -25,8 +25,8 @@ from logitcache.config.schema import Pipeline
 from logitcache.errors import IncompleteCache, StorageError, UsageError
 from logitcache.extras.parquet import export_parquet
 from logitcache.stages.cache_teacher import cache_teacher
+from tests.commands import logitcache as run
 from tests.conftest import PICTURES
-from tests.integration.test_cli import logitcache as run
 
 Make = Callable[..., Pipeline]
 VIEWS, SAMPLES, CLASSES = 2, 100, 12
@@ -263,8 +263,8 @@ def test_the_command_exports(tmp_path: Path) -> None:
 
     assert ([f"{tmp_path}/out/view-00000.parquet"], 100) == (found["files"], found["rows"])
     again = run("export", tmp_path / "a.cache", "--to", "parquet", "-o", tmp_path / "out")
-    assert "200 rows in parquet files, 2 in number" in again.stdout
-    assert "there already: 1" in again.stdout
+    assert "200 rows in 2 parquet files" in again.stdout
+    assert "1 of them already present" in again.stdout
     wrong = run("export", tmp_path / "a.cache", "--to", "csv", "-o", tmp_path / "out")
     assert 2 == wrong.returncode
     assert "Traceback" not in wrong.stderr

@@ -31,8 +31,8 @@ from logitcache.verify.audit import verify
 from logitcache.verify.fit import all_differences
 from logitcache.verify.repair import repair
 from logitcache.verify.spot_check import spot_check
+from tests.commands import logitcache as run
 from tests.conftest import PICTURES
-from tests.integration.test_cli import logitcache as run
 from tests.integration.test_fit import never
 
 Make = Callable[..., Pipeline]

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import rich.filesize
 import torch
 import yaml
 from huggingface_hub import ModelCard
@@ -36,8 +37,8 @@ from logitcache.extras.student_export.onnx_model import OnnxModel, compare_with_
 from logitcache.randomness import keyed_permutation
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students, train_teacher
-from tests.integration.test_cli import logitcache as command
-from tests.integration.test_cli import refused
+from tests.commands import logitcache as command
+from tests.commands import refused
 
 Make = Callable[..., Pipeline]
 NORMALISED = [{"Normalize": {"mean": [0.3], "std": [0.5]}}]
@@ -528,7 +529,7 @@ def test_the_command_prints_the_table_and_json(made: Path) -> None:
     printed = json.loads(command("export", made / "runs/conv/seed-0", "--to", "onnx", "--json").stdout)
 
     assert 0 == table.returncode
-    for expected in ("5,178 parameters, 83,264 MACs", "onnx int8", "model-int8.onnx", "all of it was there"):
+    for expected in ("5,178 parameters, 83,264 MACs", "onnx int8", "model-int8.onnx", "already complete"):
         assert expected in table.stdout
     assert facts(made / "runs/conv/seed-0/product").items() <= printed.items()
 
@@ -536,8 +537,8 @@ def test_the_command_prints_the_table_and_json(made: Path) -> None:
 def test_wrong_pairs_are_refused(made: Path, tmp_path: Path) -> None:
     cache, run = made / "tiny.cache", made / "runs/conv/seed-0"
 
-    refused(command("export", cache, "--to", "onnx"), 2, "is a cache, whose labels go --to parquet")
-    refused(command("export", run, "--to", "parquet", "-o", tmp_path / "x"), 2, "whose student goes --to safetensors")
+    refused(command("export", cache, "--to", "onnx"), 2, "is a cache: use --to parquet; --to onnx needs a run")
+    refused(command("export", run, "--to", "parquet", "-o", tmp_path / "x"), 2, "is a run: use --to safetensors")
     refused(command("export", run, "--to", "safetensors", "--int8"), 2, "--int8 makes an ONNX model; add --to onnx")
     refused(command("export", run, "--to", "onnx", "--top", "3"), 2, "--views and --top are for a cache's labels")
     refused(command("export", cache, "--to", "parquet", "-o", tmp_path / "x", "--int8"), 2, "are for a run's student")
@@ -547,13 +548,17 @@ def test_wrong_pairs_are_refused(made: Path, tmp_path: Path) -> None:
 
 def test_the_report_shows_what_was_exported(made: Path, tmp_path: Path) -> None:
     from logitcache.extras.report import write_report
-    from logitcache.extras.report.formatting import percent, size
+    from logitcache.extras.report.formatting import percent
 
     folder = made / "runs/conv/seed-0/product"
     page = write_report(made / "tiny.cache", tmp_path / "r.html", runs=made / "runs").path.read_text()
     int8 = form(folder, "onnx int8")
 
-    for expected in (percent(int8["test_accuracy"]), size(int8["bytes"]), "83\N{NARROW NO-BREAK SPACE}264"):
+    for expected in (
+        percent(int8["test_accuracy"]),
+        rich.filesize.decimal(int8["bytes"]),
+        "83\N{NARROW NO-BREAK SPACE}264",
+    ):
         assert expected in page
     shutil.copytree(made / "runs", tmp_path / "runs")
     shutil.copy(made / "runs/conv/seed-1/last.safetensors", tmp_path / "runs/conv/seed-0/last.safetensors")

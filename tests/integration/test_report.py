@@ -39,9 +39,9 @@ from logitcache.extras.soft_tree import SoftTree
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import Row, train_students, train_teacher
 from logitcache.train.loop import train
+from tests.commands import logitcache as command
+from tests.commands import refused
 from tests.conftest import PICTURES
-from tests.integration.test_cli import logitcache as command
-from tests.integration.test_cli import refused
 
 CHROMIUM = Path("/usr/bin/chromium")
 ARGUMENTS = [

@@ -44,7 +44,8 @@ from logitcache.storage.remote import RemoteStorage
 from logitcache.verify.audit import verify
 from logitcache.verify.spot_check import spot_check
 from tests import servers
-from tests.integration.test_cli import logitcache as run_command
+from tests.commands import logitcache as run_command
+from tests.commands import run_json
 
 VIEWS, SAMPLES, CLASSES = 4, 40, 6
 STORES = ["memory", "moto", "seaweedfs", "google", "azure"]
@@ -728,9 +729,3 @@ def test_the_records_of_a_copy_are_those_that_zarr_needs(whole: Path, tmp_path: 
     layout = logitcache.open(tmp_path / "part.cache").layout
 
     assert all((tmp_path / "part.cache" / key).read_bytes() == data for key, data in group_metadata(layout).items())
-
-
-def run_json(*arguments: object) -> dict[str, Any]:
-    ended = run_command(*map(str, arguments), "--json")
-    assert 0 == ended.returncode, ended.stderr
-    return json.loads(ended.stdout)

@@ -296,10 +296,10 @@ def test_a_teacher_is_trained_where_none_is_ready(tiny: Make) -> None:
     overrides = ["teacher.weights=trained", "teacher.train={epochs: 3}"]
     with pytest.raises(UsageError, match="run `logitcache train-teacher` first"):
         cache_teacher(tiny(*overrides))
-    todo = [step.done for step in plan_run(tiny(*overrides))]
+    todo = [step.done for step in plan_run(tiny(*overrides)).steps]
     rows = run_pipeline(tiny(*overrides))
 
     assert todo == [False] * 4
-    assert [step.done for step in plan_run(tiny(*overrides))] == [True] * 4
+    assert [step.done for step in plan_run(tiny(*overrides)).steps] == [True] * 4
     assert [row.name for row in rows] == ["small", "labels"]
     assert train_teacher(tiny(*overrides))["accuracy"] > 0.5

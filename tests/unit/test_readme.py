@@ -1,8 +1,9 @@
-"""What the README and its guides say, run."""
+"""The claims of README and documentation: code runs, keys and names exist, links resolve."""
 
 from __future__ import annotations
 
 import dataclasses
+import pkgutil
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,18 +14,27 @@ import torch
 import yaml
 
 import logitcache
+from logitcache import losses
 from logitcache.catalog.nets import MLP
 from logitcache.config.build import resolve_data
 from logitcache.config.schema import Pipeline, load_pipeline
 from logitcache.losses import LOSSES, loss_from_config
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import train_teacher
+from logitcache.stages.train_student import train_students, train_teacher
 
 CHECKOUT = Path(__file__).parents[2]
 README = (CHECKOUT / "README.md").read_text()
+GETTING_STARTED = (CHECKOUT / "docs/getting-started.md").read_text()
 KEYS = (CHECKOUT / "docs/pipeline.md").read_text()
 LOSS_GUIDE = (CHECKOUT / "docs/losses.md").read_text()
-BLOCKS = re.findall(r"```python\n(import logitcache.*?)```", README, flags=re.DOTALL)
+API = (CHECKOUT / "docs/reference/logitcache.md").read_text()
+LOSS_API = (CHECKOUT / "docs/reference/losses.md").read_text()
+BATCH = (CHECKOUT / "docs/a-batch.md").read_text()
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
 
 
 def test_the_training_loop_of_the_readme_distils(
@@ -51,17 +61,53 @@ def test_the_training_loop_of_the_readme_distils(
             return float(logitcache.losses.kl_divergence(student(inputs), cache.view(0).logits(range(200))).mean())
 
     before = distance()
-    exec(BLOCKS[0], namespace)
+    [loop] = blocks(README, "python")
+    exec(loop.replace("range(16)", "range(4)"), namespace)
     assert distance() < before / 3
 
 
-def test_the_cache_of_any_logits_of_the_readme_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_getting_started_distils(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All blocks in order, as one program."""
     monkeypatch.chdir(tmp_path)
-    teacher_logits = torch.randn(1000, 10) * 4
-    exec(BLOCKS[1], {"teacher_logits": teacher_logits})
-    read = logitcache.open("caches/mine.cache").view(0).logits([7, 0, 42])
+    program = "\n".join(blocks(GETTING_STARTED, "python"))
+    exec(program, {"__name__": "__main__"})
+    accuracies = dict(re.findall(r"(\w+): ([\d.]+)%", capsys.readouterr().out))
 
-    assert torch.equal(teacher_logits[[7, 0, 42]].argmax(dim=1), read.argmax(dim=1))
+    assert {"teacher", "student"} == accuracies.keys()
+    assert all(float(accuracy) > 85 for accuracy in accuracies.values())
+
+
+def test_the_pipeline_of_getting_started_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("digits.yaml").write_text(blocks(GETTING_STARTED, "yaml")[0])
+    pipeline = load_pipeline(Path("digits.yaml"), ["train.epochs=2"])
+    train_teacher(pipeline)
+    cache_teacher(pipeline)
+
+    assert ["small"] == [row.name for row in train_students(pipeline)]
+
+
+def test_the_api_reference_has_every_public_name() -> None:
+    described = set(re.findall(r"^::: logitcache\.(\w+)$", API, flags=re.MULTILINE))
+
+    assert described | {"losses"} == set(logitcache.__all__)
+
+
+def test_the_reference_of_losses_has_every_loss() -> None:
+    names = set(re.findall(r"^from [\w.]+ import (\w+) as \1$", Path(losses.__file__).read_text(), flags=re.MULTILINE))
+    described = set(re.findall(r"^::: logitcache\.losses\.(\w+)$", LOSS_API, flags=re.MULTILINE))
+
+    assert names - {"FEATURE_LOSSES", "LOSSES", "Reduction", "recorded_loss"} == described
+
+
+def test_a_batch_passes_through_functions_that_exist() -> None:
+    names = re.findall(r"`(logitcache\.[\w.]+)`", BATCH)
+
+    assert len(names) > 25
+    assert len(BATCH.splitlines()) <= 60
+    assert all(callable(pkgutil.resolve_name(name)) for name in names)
 
 
 def test_every_key_of_the_guide_exists() -> None:
@@ -86,7 +132,7 @@ def test_every_key_of_the_schema_is_in_the_guide() -> None:
 
 def test_every_loss_of_the_guide_exists_with_its_parameters() -> None:
     """And none is missing, nor any of its parameters, nor what they are by default."""
-    header = "| | compares | parameters, and what they are by default | source |"
+    header = "| | compares | parameters and defaults | source |"
     table = LOSS_GUIDE.split(header, 1)[1].split("\n\n", 1)[0]
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
     stated = {

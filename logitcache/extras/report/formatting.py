@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.filesize import decimal as size
-
 from logitcache.markdown import one_line
 
 MISSING = "–"

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+from rich.filesize import decimal as size
 
 from logitcache.cache.layout import FIXED, Block
 from logitcache.cache.reader import LogitCache
@@ -18,7 +19,6 @@ from logitcache.extras.report.formatting import (
     decimal,
     percent,
     plain_text,
-    size,
     transform_lines,
 )
 from logitcache.extras.report.samples import TOP, Disagreement, ShownSample

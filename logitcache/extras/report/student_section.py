@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from rich.filesize import decimal as size
 
 from logitcache.extras.report import charts, measures
 from logitcache.extras.report.decision_views import ChosenSample, inputs_of
@@ -19,7 +20,6 @@ from logitcache.extras.report.formatting import (
     decimal,
     percent,
     plain_text,
-    size,
     with_spread,
 )
 from logitcache.extras.report.students import ComparedStudent, RunsFound, Student, spread

@@ -2,7 +2,7 @@
 
 Five processes that read and evict for a minute, one of them killed every six seconds:
 
-    python -m tests.contract.test_blockdir 60
+    python -m tests.durability.test_blockdir 60
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def size(path: Path) -> int:
 
 
 def test_five_processes_read_and_evict_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`python -m tests.contract.test_blockdir 60` for longer, and with some of them killed."""
+    """`python -m tests.durability.test_blockdir 60` for longer, and with some of them killed."""
     monkeypatch.setenv("LOGITCACHE_CACHE_DIR", "")
     monkeypatch.setenv("LOGITCACHE_CACHE_GB", "")
     reads, _, most = together(2, tmp_path, kill=False)

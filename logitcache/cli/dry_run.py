@@ -1,0 +1,54 @@
+"""The check of pipeline and federation files, for `run --dry-run`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from logitcache.config.overrides import read_raw
+from logitcache.config.schema import Pipeline, load_pipeline
+from logitcache.errors import LogitCacheError
+from logitcache.extras.federation.configuration import load_federation
+from logitcache.extras.federation.plan import plan_federation
+from logitcache.stages.run import RunPlan, Step, plan_run
+
+
+@dataclass(frozen=True)
+class CheckedFile:
+    """What a dry run found in one file."""
+
+    file: str
+    steps: list[Step] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """Data, weights, packages and code that are not on this machine or not trusted."""
+    unchecked: list[str] = field(default_factory=list)
+    """What a dry run leaves alone."""
+    error: str | None = None
+    """Why the file is invalid."""
+
+
+def check_files(
+    files: Sequence[Path], overrides: Sequence[str], *, trust: bool, require_data: bool
+) -> list[CheckedFile]:
+    """Check each file; an invalid one does not stop the others, unless it is the only one.
+
+    Raises:
+        LogitCacheError: the only file is invalid.
+    """
+    checked = []
+    for file in files:
+        try:
+            plan = _plan(file, overrides, trust=trust, load_all=require_data)
+            checked.append(CheckedFile(str(file), plan.steps, plan.missing, plan.unchecked))
+        except LogitCacheError as error:
+            if len(files) == 1:
+                raise
+            checked.append(CheckedFile(str(file), error=str(error)))
+    return checked
+
+
+def _plan(file: Path, overrides: Sequence[str], *, trust: bool, load_all: bool) -> RunPlan:
+    if "parties" in read_raw(file, Pipeline):
+        return plan_federation(load_federation(file, overrides), trust=trust, load_all=load_all)
+    return plan_run(load_pipeline(file, overrides), trust=trust, load_all=load_all)

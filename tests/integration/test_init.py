@@ -1,0 +1,166 @@
+"""`logitcache init`: each starter pipeline is valid as written, and runs once its data is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from logitcache.cli.init import DataKind
+
+CHECKOUT = Path(__file__).parents[2]
+TINY = ["views.count=1", "train.epochs=1", "cache.encoding=dense", "num_workers=0", "threads=1"]
+
+
+def logitcache(folder: Path, *arguments: object, package: Path = CHECKOUT) -> Any:
+    """Run a command in a folder, by the package at a path; the JSON object that it prints."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "logitcache.cli", *map(str, arguments), "--json"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(package)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+def images(count: int, side: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    return generator.integers(0, 256, (count, side, side, 3), dtype=np.uint8), np.arange(count) % 3
+
+
+def write_arrays(folder: Path) -> None:
+    train, test = images(30), images(9)
+    np.savez(
+        folder / "images.npz", train_images=train[0], train_labels=train[1], test_images=test[0], test_labels=test[1]
+    )
+
+
+@pytest.mark.parametrize("kind", DataKind)
+def test_a_starter_is_valid_without_its_data(kind: DataKind, tmp_path: Path) -> None:
+    written = logitcache(tmp_path, "init", "here", "--data", kind.value)["files"]
+
+    [found] = logitcache(tmp_path, "run", "--dry-run", "here/pipeline.yaml")["pipelines"]
+    assert written[0] == "here/pipeline.yaml"
+    assert found["error"] is None
+    assert [step["done"] for step in found["steps"]] == [False] * len(found["steps"])
+    assert found["missing"] != []
+
+
+def test_existing_files_are_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "my_data.py").write_text("mine")
+    ended = subprocess.run(
+        [sys.executable, "-m", "logitcache.cli", "init", str(tmp_path), "--data", "arrays"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert ended.returncode == 2
+    assert f"{tmp_path}/my_data.py exists already" in ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["my_data.py"]
+
+
+def test_the_starter_for_folders_runs(tmp_path: Path) -> None:
+    logitcache(tmp_path, "init")
+    pixels, labels = images(12, side=32)
+    for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+        file = tmp_path / "images/train" / f"class-{label}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+    small = ["views.transform=[{RandomResizedCrop: {size: [32, 32]}}]"]
+    for net in ("teacher", "students.distilled", "students.baseline"):
+        small += [f"{net}.model=mlp", f"{net}.args={{hidden: [8]}}", f"{net}.input=[{{Resize: {{size: [32, 32]}}}}]"]
+    small += ["teacher.start_from=null", "teacher.train.epochs=1", "data.validation=0.25"]
+
+    rows = logitcache(tmp_path, "run", "pipeline.yaml", *TINY, *small)["rows"]
+    assert [row["name"] for row in rows] == ["distilled", "baseline"]
+
+
+def test_the_starter_for_arrays_runs(tmp_path: Path) -> None:
+    logitcache(tmp_path, "init", "--data", "arrays")
+    write_arrays(tmp_path)
+    small = ["teacher.args={depth: 8, width: 4}", "teacher.train.epochs=1"]
+
+    [found] = logitcache(tmp_path, "run", "--dry-run", "--require-data", "pipeline.yaml")["pipelines"]
+    assert found["missing"] == []
+    rows = logitcache(tmp_path, "run", "pipeline.yaml", *TINY, *small)["rows"]
+    assert [(row["name"], row["samples"]) for row in rows] == [("distilled", 27), ("baseline", 27)]
+
+
+def test_the_starter_for_hugging_face_runs(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    logitcache(tmp_path, "init", "--data", "huggingface")
+    (tmp_path / "hub").mkdir()
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    for split, count in (("train", 30), ("test", 9)):
+        pixels, labels = images(count)
+        columns = {"img": [Image.fromarray(image) for image in pixels], "label": labels.tolist()}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / f"hub/{split}.parquet"))
+    small = ["teacher.args={depth: 8, width: 4}", "teacher.train.epochs=1", f"data.args.path={tmp_path}/hub"]
+    small += ["views.transform=[{RandomCrop: {size: 8, padding: 1}}]"]
+
+    rows = logitcache(tmp_path, "run", "pipeline.yaml", *TINY, *small)["rows"]
+    assert [(row["name"], row["samples"]) for row in rows] == [("distilled", 27), ("baseline", 27)]
+
+
+def test_the_starter_for_logits_trains_on_them(tmp_path: Path) -> None:
+    logitcache(tmp_path, "init", "--data", "logits")
+    write_arrays(tmp_path)
+    np.save(tmp_path / "logits.npy", np.random.default_rng(1).normal(size=(30, 3)).astype(np.float32))
+    subprocess.run(
+        [sys.executable, "make_cache.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}, check=True
+    )
+
+    rows = logitcache(tmp_path, "train-student", "pipeline.yaml", "train.epochs=1", "num_workers=0")["rows"]
+    assert [(row["name"], row["samples"]) for row in rows] == [("distilled", 30), ("baseline", 30)]
+    [found] = logitcache(tmp_path, "run", "--dry-run", "pipeline.yaml")["pipelines"]
+    assert found["missing"] == []
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel's files, installed into a folder; without hatchling the tests are skipped, but in CI they fail."""
+    if importlib.util.find_spec("hatchling") is None:
+        if os.environ.get("CI"):
+            pytest.fail("hatchling is not installed, and CI must run this (pip install 'logitcache[test]')")
+        pytest.skip("hatchling is not installed (pip install 'logitcache[test]')")
+    built, installed = tmp_path_factory.mktemp("built"), tmp_path_factory.mktemp("installed")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(built), str(CHECKOUT)]
+    subprocess.run([*pip, *build], check=True)
+    [file] = built.glob("logitcache-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(installed), str(file)], check=True)
+    return installed
+
+
+@pytest.mark.parametrize("kind", DataKind)
+def test_the_wheel_alone_writes_and_checks_each_starter(kind: DataKind, wheel: Path, tmp_path: Path) -> None:
+    logitcache(tmp_path, "init", "--data", kind.value, package=wheel)
+
+    [found] = logitcache(tmp_path, "run", "--dry-run", "pipeline.yaml", package=wheel)["pipelines"]
+    assert found["error"] is None
+
+
+def test_the_wheel_holds_the_pipeline_of_the_demo(wheel: Path) -> None:
+    program = "from logitcache.extras.demo import embedded_pipeline; print(embedded_pipeline().data.name)"
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=wheel.parent,
+        env={**os.environ, "PYTHONPATH": str(wheel)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert ended.stdout.strip() == "mnist5k"
