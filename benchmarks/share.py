@@ -46,12 +46,11 @@ from obstore.store import from_url
 
 import logitcache
 from logitcache.arrays import ArraySpec
-from logitcache.cache.digests import content_digest
-from logitcache.cache.layout import FIXED, all_blocks, block_rows
-from logitcache.cache.manifest import MANIFEST, RECEIPTS, Receipt, StoredObject, contents, dump_manifest
+from logitcache.cache.layout import PER_CACHE, all_blocks, block_rows
+from logitcache.cache.manifest import MANIFEST, RECEIPTS, Receipt, StoredObject, dump_manifest
+from logitcache.cache.records import Records
 from logitcache.config.schema import load_pipeline
 from logitcache.data.loading import rendered_batches
-from logitcache.digest import canonical_json, sha256_hex
 from logitcache.progress import silence, track
 from logitcache.share.transfer import pull, push
 from logitcache.stages.cache_teacher import cache_teacher
@@ -323,22 +322,14 @@ def records_of_a_large_cache(path: Path, num_views: int, num_samples: int) -> No
         size = rows * math.prod(spec.row_shape) * np.dtype(spec.dtype).itemsize
         return StoredObject(bytes=size, sha256=secrets.token_hex(32), values_sha256=secrets.token_hex(32))
 
-    receipts = {FIXED: Receipt(rows=num_samples, objects={}, kl_mean=None, kl_max=None, inputs={})}
+    receipts = {PER_CACHE: Receipt(rows=num_samples, objects={}, kl_mean=None, kl_max=None, inputs={})}
     for block in all_blocks(manifest.layout):
         rows = len(block_rows(manifest.layout, block))
         objects = {name: stored(spec, rows) for name, spec in manifest.layout.arrays.items()}
         receipts[block.name] = Receipt(rows=rows, objects=objects, kl_mean=0.0123456789, kl_max=1.23456789, inputs={})
-    gathered = canonical_json({name: receipt.model_dump() for name, receipt in receipts.items()})
-    sealed = manifest.model_copy(
-        update={
-            "state": "sealed",
-            "digest": content_digest(manifest, receipts),
-            "receipts": sha256_hex(gathered),
-            "contents": contents(receipts, fixed=FIXED),
-        }
-    )
+    sealed, gathered = Records(manifest, receipts).sealed()
     (path / RECEIPTS).write_bytes(gathered)
-    (path / MANIFEST).write_bytes(dump_manifest(sealed))
+    (path / MANIFEST).write_bytes(dump_manifest(sealed.manifest))
 
 
 def warm_section(folder: Path, overrides: Sequence[str], epochs: int, num_samples: int, repeats: int) -> str:

@@ -18,6 +18,7 @@ from logitcache.config.schema import Pipeline, parse_pipeline
 from tests import servers
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("logitcache.testing")
 
 TINY: dict[str, Any] = {
     "name": "tiny",

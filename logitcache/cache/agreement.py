@@ -1,4 +1,4 @@
-"""Whether what a teacher gives now is what a cache holds: up to its encoding, and to other roundings."""
+"""Whether outputs of a teacher agree with stored ones, within the encoding's loss and rounding."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from torch import Tensor
 from logitcache.cache.fidelity import fidelity_kl
 from logitcache.encodings import Encoding, Sampled
 
-# B batch, D values of a row: classes of logits
+# B batch, D values of a row (for logits: classes)
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 5e-3}
 """Nats at T = 1 by which a teacher's distribution may differ between devices and batches, by its precision."""
 DISTANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
-"""Distance by which other outputs may differ likewise, in parts of the row's norm."""
+"""The same for additional outputs: distance relative to the row's norm."""
 SLACK = 1.5
-"""Factor on what the encoding alone loses: other roundings of nearly the same values."""
+"""Factor on the encoding's own loss, which rounding changes a little."""
 DIFFERENT_DRAWS = 0.05
-"""Share of a `Sampled` row's draws that may come out otherwise; one draw always may."""
+"""Share of a `Sampled` row's draws that may differ; one draw always may."""
 
 
 def differing_rows(
     stored_BD: Tensor, again_BD: Tensor, encoding: Encoding, precision: str, *, view: int, rows_B: list[int]
 ) -> list[int]:
-    """The rows whose stored values are further from what the teacher gives now than encoding it would explain.
+    """The rows in which stored and new values differ by more than the encoding's loss and rounding.
 
     Args:
-        stored_BD: what the cache holds, decoded, float32.
-        again_BD: what the teacher gives now, float32.
+        stored_BD: decoded values of the cache, float32.
+        again_BD: new values of the teacher, float32.
         encoding: of the output, fitted.
-        precision: the teacher's arithmetic; an unknown one takes the widest tolerance.
-        view, rows_B: where the rows lie, for encodings that draw random numbers.
+        precision: the teacher's arithmetic; the widest tolerance applies to an unknown one.
+        view, rows_B: view and row numbers, for encodings that draw random numbers.
 
     Returns:
         Row numbers, some of `rows_B`.
     """
-    # One at a time, since random draws go by row; all at once where nothing is drawn.
+    # `Sampled` draws by row number, and these rows need not be consecutive: one at a time.
     pieces = [[place] for place in range(len(rows_B))] if isinstance(encoding, Sampled) else [range(len(rows_B))]
     encoded = [encoding.encode(again_BD[list(piece)], view=view, start=rows_B[piece[0]]) for piece in pieces]
     lossy_BD = torch.cat([encoding.decode(each, again_BD.shape[1]) for each in encoded])
@@ -44,7 +44,7 @@ def differing_rows(
 
 
 def differing(stored_BD: Tensor, again_BD: Tensor, lossy_BD: Tensor, encoding: Encoding, precision: str) -> Tensor:
-    """As `differing_rows`, with what the encoding makes of the new values at hand; bool (B,)."""
+    """As `differing_rows`, where `lossy_BD` are the new values encoded and decoded; bool (B,)."""
     if encoding.keeps_constants:
         size_B = again_BD.norm(dim=1)
         off_B, explained_B = (stored_BD - again_BD).norm(dim=1), (lossy_BD - again_BD).norm(dim=1)

@@ -1,4 +1,4 @@
-"""Labels of several teachers over the same views: what makes the views the same, and how labels become one."""
+"""Combines the labels of several teachers, after checking that they saw the same views."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from logitcache.errors import IdentityMismatch, UsageError
 
 
 def combination(combine: str, weights: Sequence[float] | None, count: int) -> Callable[[list[Tensor], Tensor], Tensor]:
-    """A function of (logits (B, C) of each teacher, true labels) that gives one teacher's worth of logits (B, C).
+    """A function that combines the logits (B, C) of each teacher, given the true labels, to logits (B, C).
 
     Args:
-        combine: "logits" or "probabilities", a weighted mean of either; "best", each sample's best teacher.
-        weights: for each teacher; all alike if None.
-        count: how many teachers.
+        combine: "logits" or "probabilities" for a weighted mean; "best" for the best teacher of each sample.
+        weights: one for each teacher; equal if None.
+        count: number of teachers.
 
     Raises:
-        UsageError: weights that are none.
+        UsageError: invalid weights.
     """
     if combine == "best":
         return best_by_label
@@ -38,10 +38,9 @@ def combination(combine: str, weights: Sequence[float] | None, count: int) -> Ca
 
 
 def mean_of_logits(logits: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted mean of float32 (B, C) logits; a class that one of them masks is masked.
+    """The weighted mean of float32 (B, C) logits; a class that one teacher masks is masked.
 
-    Its softmax is the normalised geometric mean of the distributions, at every temperature: to soften the mean is to
-    take the mean of the softened.
+    Its softmax is the normalised geometric mean of the teachers' distributions, at every temperature.
     """
     total_BC: Tensor | None = None
     for logits_BC, weight in zip(logits, weights, strict=True):
@@ -51,9 +50,9 @@ def mean_of_logits(logits: Iterable[Tensor], weights: Sequence[float]) -> Tensor
 
 
 def mean_of_probabilities(logits: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
-    """The logarithm of the weighted mean of the distributions at T = 1, float32 (B, C), in log space throughout.
+    """The logarithm of the weighted mean of the distributions at T = 1, float32 (B, C), computed in log space.
 
-    A class is masked where all of them mask it.
+    A class is masked where all teachers mask it.
     """
     total_BC: Tensor | None = None
     for logits_BC, weight in zip(logits, weights, strict=True):
@@ -64,19 +63,19 @@ def mean_of_probabilities(logits: Iterable[Tensor], weights: Sequence[float]) ->
 
 
 def best_by_label(logits: Sequence[Tensor], targets: Tensor) -> Tensor:
-    """For each row the logits of the teacher that gives the true label the most, float32 (B, C).
+    """For each row the logits of the teacher with the lowest cross-entropy to the true label, float32 (B, C).
 
-    Which is the one of the least cross-entropy to it; the first of those that are equal.
+    The first teacher wins a tie.
 
     Args:
         logits: of each teacher, (B, C).
-        targets: the true labels, int (B,), or as distributions (B, C) where samples were mixed.
+        targets: the true labels, int (B,), or distributions (B, C) where samples are mixed.
     """
     stacked_TBC = torch.stack(list(logits)).float()
     targets = targets.to(stacked_TBC.device)
     target_p_BC = targets if targets.is_floating_point() else one_hot(targets.long(), stacked_TBC.shape[2]).float()
     log_p_TBC = stacked_TBC.log_softmax(dim=2)
-    # A masked class (log p = -inf) that the label does not have costs nothing; one that it has, everything.
+    # A masked class (log p = -inf) counts only where the label includes it.
     cost_TB = -torch.where(target_p_BC > 0, target_p_BC * log_p_TBC, 0.0).sum(dim=2)
     return stacked_TBC[cost_TB.argmin(dim=0), torch.arange(stacked_TBC.shape[1], device=stacked_TBC.device)]
 
@@ -85,29 +84,31 @@ def normalised_weights(weights: Sequence[float] | None, count: int) -> list[floa
     """Weights that sum to 1.
 
     Raises:
-        UsageError: not one positive number for each.
+        UsageError: not one positive number for each cache.
     """
     weights = [1.0] * count if weights is None else list(weights)
     if len(weights) != count:
-        raise UsageError(f"{len(weights)} weights for {count} caches; give one for each, in their order")
+        raise UsageError(f"{len(weights)} weights for {count} caches; give one for each, in the same order")
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
-            raise UsageError(f"a weight is a positive number, not {weight}; leave out a cache that is not to count")
+            raise UsageError(
+                f"a weight must be a positive number, not {weight}; leave out a cache that should not count"
+            )
     shares = [weight / math.fsum(weights) for weight in weights]
     if min(shares) <= 0:
-        raise UsageError(f"the weights {weights} are too far apart; leave out a cache that is not to count")
+        raise UsageError(f"the weights {weights} are too far apart; leave out a cache that should not count")
     return shares
 
 
 def check_same_views(first_location: str, first: LogitCache, location: str, source: LogitCache) -> None:
-    """Hold a cache to the views of another, whoever its teacher is, its own input part, and what it has beside logits.
+    """Check that two caches are of the same views; teachers, their input transforms and other outputs may differ.
 
     Raises:
-        IdentityMismatch: names the fields that differ.
+        IdentityMismatch: the views differ; lists the fields.
     """
     ours, theirs = first.manifest.identity, source.manifest.identity
     own: dict[str, Any] = {"teacher": ours.teacher, "precision": ours.precision, "encoding": ours.encoding}
-    # Features of two nets have nothing in common that could be averaged or compared; their logits have the classes.
+    # Only logits of different teachers can be compared: they share the classes.
     own |= {"output_encodings": ours.output_encodings, "output_sources": ours.output_sources}
     own["format_version"] = ours.format_version
     own["outputs"] = ours.outputs | {LOGITS: theirs.outputs[LOGITS]}
@@ -120,16 +121,16 @@ def check_same_views(first_location: str, first: LogitCache, location: str, sour
         raise IdentityMismatch(
             f"{location} is not of the same views as {first_location}; they differ in\n  "
             + "\n  ".join(differences)
-            + "\nOnly teachers that saw the same views of the same samples have a mean: build one of the caches again, "
-            "with the other's data and views. Nothing was written."
+            + "\nLabels can only be combined for the same views of the same samples: rebuild one of the caches with "
+            "the data and views of the other. Nothing was written."
         )
 
 
 def check_same_pixels(locations: Sequence[str], sources: Sequence[LogitCache], num_views: int) -> None:
-    """Where two teachers take the same input, the digests of what they were given must agree.
+    """Compare the input digests of teachers that have the same input transform.
 
     Raises:
-        IdentityMismatch: names the view and the sample.
+        IdentityMismatch: they differ; names the view and the sample.
     """
     pairs = combinations(zip(locations, sources, strict=True), 2)
     alike = [(one, other) for one, other in pairs if teacher_input(one[1]) == teacher_input(other[1])]
@@ -140,28 +141,28 @@ def check_same_pixels(locations: Sequence[str], sources: Sequence[LogitCache], n
                 if expected[row] != found[row]:
                     key = source.samples.key(row) if source.samples is not None else str(row)
                     raise IdentityMismatch(
-                        f"the teachers of {location} and {other_location} were given other pixels in view {view}, row "
-                        f"{row} ({key}): the digest is {expected[row]} in the one, {found[row]} in the other.\n"
-                        "Data, transform and seed agree, so one of the machines rendered otherwise: build both caches "
-                        "with the same library versions. Nothing was written."
+                        f"the teachers of {location} and {other_location} had different inputs in view {view}, row "
+                        f"{row} ({key}): the digests are {expected[row]} and {found[row]}.\n"
+                        "Data, transform and seed agree, so the machines rendered the view differently: build both "
+                        "caches with the same library versions. Nothing was written."
                     )
 
 
 def refuse_sampled(locations: Sequence[str], sources: Sequence[LogitCache]) -> None:
-    """Caches that have no useful mean of logits.
+    """Refuse caches with a `Sampled` encoding, which have no useful mean of logits.
 
     Raises:
-        UsageError: one that holds drawn classes only.
+        UsageError: a cache has this encoding.
     """
     for location, source in zip(locations, sources, strict=True):
         if isinstance(source.encoding, Sampled):
             raise UsageError(
-                f"{location} holds {source.encoding!r}: each row has only the classes that were drawn, and the mean of "
-                "logits would keep only those that every teacher drew; take the mean of probabilities"
+                f"{location} has the encoding {source.encoding!r}: a row has only the classes that were drawn, and the "
+                "mean of logits would keep only classes drawn for every teacher; use the mean of probabilities"
             )
 
 
 def teacher_input(cache: LogitCache) -> Any:
-    """The teacher's own deterministic part of the transform, as the identity has it."""
+    """The teacher's own input transform, as the identity describes it."""
     transform = cache.manifest.identity.transform
     return transform.get("teacher_input") if isinstance(transform, dict) else transform

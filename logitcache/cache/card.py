@@ -15,13 +15,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from logitcache.cache.ensemble import Part, merged_parts
-from logitcache.cache.layout import FIXED, SAMPLE_ARRAYS
+from logitcache.cache.layout import PER_CACHE, SAMPLE_ARRAYS
+from logitcache.cache.manifest import CARD
 from logitcache.cache.reader import LogitCache
 from logitcache.data.views import Mixing, ViewPlan
 from logitcache.errors import CorruptCache, UsageError
 from logitcache.markdown import LONGEST_NAME, code, escaped, fenced, one_line, table
 
-CARD = "README.md"
 ACCURACY_ROWS = 65_536
 ACCURACY_LOGITS = 2**26
 """Rows of view 0, and logits of them, that the accuracy is taken over: sealing stays cheap."""
@@ -78,6 +78,13 @@ def write_card(cache: LogitCache) -> None:
         CorruptCache: the labels that the teacher's accuracy is taken over are damaged.
     """
     cache.storage.put(CARD, render_card(cache).encode())
+
+
+def write_missing_card(cache: LogitCache) -> None:
+    """Write the card of a cache that was just sealed, or whose writer was killed before it wrote the card."""
+    if cache.storage.size(CARD) is None:
+        cache.storage.remove_leftovers()
+        write_card(cache)
 
 
 def render_card(cache: LogitCache) -> str:
@@ -211,7 +218,7 @@ def _views(cache: LogitCache) -> str:
 
 
 def _fidelity(cache: LogitCache) -> str:
-    blocks = [receipt for name, receipt in cache.receipts.items() if name != FIXED]
+    blocks = [receipt for name, receipt in cache.receipts.items() if name != PER_CACHE]
     measured = [receipt.kl_max for receipt in blocks if receipt.kl_max is not None]
     lines = []
     if measured and cache.kl_mean is not None:

@@ -17,11 +17,12 @@ import numpy as np
 from pydantic import ValidationError
 from torch import Tensor
 
-from logitcache.cache.card import CARD, Card, card_from
-from logitcache.cache.committed import collect_receipts, stored_encoding, stored_manifest
+from logitcache.cache.card import Card, card_from, write_missing_card
+from logitcache.cache.destination import check_destination
 from logitcache.cache.fidelity import Calibration, candidates, choose, compare
-from logitcache.cache.layout import FIXED, GROUP, Block, fixed_spec
+from logitcache.cache.layout import GROUP, PER_CACHE, Block
 from logitcache.cache.manifest import (
+    CARD,
     FORMAT_VERSION,
     LOGITS,
     MANIFEST,
@@ -30,7 +31,7 @@ from logitcache.cache.manifest import (
     Identity,
     Layout,
     Manifest,
-    Receipt,
+    PerCacheSpec,
     check_length,
     dump,
     dump_manifest,
@@ -38,9 +39,11 @@ from logitcache.cache.manifest import (
     read_receipts,
     receipts_limit,
 )
-from logitcache.cache.outputs import Output, checked_outputs, row_arrays
+from logitcache.cache.objects import ObjectReader
+from logitcache.cache.outputs import Output, checked_outputs, output_layouts, row_arrays
 from logitcache.cache.packages import ENCODING_PACKAGES
-from logitcache.cache.place import check_place
+from logitcache.cache.per_cache import stored_encoding
+from logitcache.cache.records import Records, collect_receipts, stored_manifest
 from logitcache.cache.writer import CacheWriter
 from logitcache.data.samples import SampleTable
 from logitcache.data.views import ViewPlan
@@ -187,14 +190,14 @@ def open_writer(
     replaced = _keys_to_replace(storage) if overwrite else []
     stored = None if replaced else _stored(storage)
     if stored is not None:
-        settled = _encoding_of(storage, *stored, requested)
+        settled = _encoding_of(storage, stored, requested)
     else:
         settled, choice = _settle(requested, calibration, num_classes)
         notes |= {"encoding": choice} if choice else {}
     notes |= _encoding_packages([settled, *(output.encoding for output in others.values())])
     table = _sample_arrays(samples)
 
-    def shape(stored: tuple[Manifest, Receipt] | None, settled: Encoding) -> tuple[Layout, dict[str, np.ndarray]]:
+    def shape(stored: Records | None, settled: Encoding) -> tuple[Layout, dict[str, np.ndarray]]:
         # Unfitted still where the cache that is there has another encoding: about to be refused for that.
         fixed = (settled.fitted_values() if settled.is_fitted else {}) | table
         try:
@@ -203,8 +206,13 @@ def open_writer(
                 num_views=num_views,
                 num_classes=num_classes,
                 rows_per_block=min(rows_per_block, num_samples),
-                arrays=row_arrays(settled, num_classes, others) if stored is None else stored[0].layout.arrays,
-                fixed={name: fixed_spec(values) for name, values in fixed.items()},
+                arrays=row_arrays(output_layouts(settled, num_classes, others))
+                if stored is None
+                else stored.layout.arrays,
+                fixed={
+                    name: PerCacheSpec(dtype=values.dtype.name, shape=list(values.shape))
+                    for name, values in fixed.items()
+                },
             ), fixed
         except ValidationError as error:
             raise UsageError(
@@ -218,13 +226,13 @@ def open_writer(
         if stored is None:
             stored = _stored(storage)
             if stored is not None:  # another builder began it meanwhile, and fitted its encoding
-                settled = _encoding_of(storage, *stored, requested)
+                settled = _encoding_of(storage, stored, requested)
                 layout, fixed = shape(stored, settled)
         identity = make_identity(origin, settled, num_classes, others, logits_source)
         manifest = _open_manifest(storage, identity, layout, fixed_stored=stored is not None, notes=notes)
         if stated is not None and manifest.provenance.get("card") != stated:
             manifest = _change_card(storage, manifest, stated)
-        return CacheWriter(storage, manifest, settled, fixed=fixed)
+        return CacheWriter(storage, manifest, settled, per_cache=fixed, after_sealing=write_missing_card)
 
 
 def _keys_to_replace(storage: Storage) -> list[str]:
@@ -266,31 +274,31 @@ def _sample_arrays(samples: SampleTable | None) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _stored(storage: Storage) -> tuple[Manifest, Receipt] | None:
-    """The manifest of a cache that was begun here and the receipt of its fixed arrays; blocks come only after both."""
+def _stored(storage: Storage) -> Records | None:
+    """The records of a cache whose per-cache arrays are written; None where there is none."""
     if storage.size(MANIFEST) is None:
-        check_place(storage)
+        check_destination(storage)
         stranger = next(iter(storage.list_keys()), None)
         # Unless another builder began just now: of what it writes, the manifest comes first.
         if stranger is not None and storage.size(MANIFEST) is None:
             raise NotACache(f"{storage.url} is not empty and no logit cache (it holds {stranger}); choose another path")
         return None
     manifest = stored_manifest(storage)
-    fixed = collect_receipts(storage, manifest).get(FIXED)
-    return None if fixed is None else (manifest, fixed)
+    records = Records(manifest, collect_receipts(storage, manifest))
+    return records if PER_CACHE in records.receipts else None
 
 
-def _encoding_of(storage: Storage, manifest: Manifest, fixed: Receipt, requested: Encoding | Auto) -> Encoding:
+def _encoding_of(storage: Storage, stored: Records, requested: Encoding | Auto) -> Encoding:
     """The encoding to go on with: the cache's, where it is the one that is asked for; else that one, to be refused."""
-    choice = manifest.provenance.get("encoding")
+    choice = stored.manifest.provenance.get("encoding")
     chosen_by = choice.get("chosen_by") if isinstance(choice, dict) else None
     if isinstance(requested, Auto) and chosen_by is not None and chosen_by != requested.config():
         raise IdentityMismatch(
             f"{storage.url} has an encoding that was chosen by {chosen_by}, not by {requested.config()}.\n"
             "Ask for the same, name the encoding itself, or choose another `cache.path`; nothing was changed."
         )
-    if isinstance(requested, Auto) or requested.config() == manifest.identity.encoding:
-        return stored_encoding(storage, manifest, fixed)
+    if isinstance(requested, Auto) or requested.config() == stored.manifest.identity.encoding:
+        return stored_encoding(stored, ObjectReader(storage))
     return requested
 
 
@@ -434,7 +442,7 @@ def _open_manifest(
 def _forget_views(storage: Storage, manifest: Manifest, layout: Layout) -> Manifest:
     """Take back views that were asked for and never finished; those that were sealed before stay."""
     gathered = storage.get(RECEIPTS, limit=receipts_limit(manifest.layout))
-    names = read_receipts(gathered, url=storage.url).keys() - {FIXED} if gathered is not None else set()
+    names = read_receipts(gathered, url=storage.url).keys() - {PER_CACHE} if gathered is not None else set()
     num_views = max([layout.num_views, *(Block.from_name(name).view + 1 for name in names)])
     kept = manifest.layout.model_copy(update={"num_views": num_views})
     for view in range(num_views, manifest.layout.num_views):

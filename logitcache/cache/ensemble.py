@@ -1,4 +1,4 @@
-"""Who the teacher of a merged cache is: the mean of several caches' teachers, named by what it is made of."""
+"""The teacher of a merged cache: the mean of several teachers, named by a hash of its parts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from logitcache.digest import json_digest
 from logitcache.errors import CorruptCache
 
 MERGED = "merged"
-"""Where a manifest's provenance says which caches a merged one is the mean of."""
+"""Key of the provenance that lists the parts of a merged cache."""
 _NAME = re.compile(r"mean-of-(logits|probabilities):[0-9a-f]{64}")
 
 
 class Part(BaseModel):
-    """One of the caches that a merged cache is the mean of."""
+    """One of the caches that were merged."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -29,22 +29,22 @@ class Part(BaseModel):
     teacher_input: Any
     """The teacher's own part of the transform, which may differ between parts."""
     weight: float = Field(gt=0, le=1)
-    """All weights together are 1."""
+    """The weights of all parts sum to 1."""
     location: str = ""
-    """Where it lay; no part of what it is."""
+    """Where it was; not part of the name's hash."""
 
 
 def merged_name(parts: Sequence[Part], mean: str) -> str:
-    """The identity's `teacher` of a mean over these parts, in whatever order they come."""
+    """The identity's `teacher` of a mean of these parts; independent of their order."""
     described = [part.model_dump(exclude={"location"}) for part in sorted(parts, key=lambda part: part.id)]
     return f"mean-of-{mean}:{json_digest(described)}"
 
 
 def merged_parts(manifest: Manifest) -> list[Part]:
-    """The parts of a merged cache; none where it is of one teacher.
+    """The parts of a merged cache; none for the cache of one teacher.
 
     Raises:
-        CorruptCache: what the provenance says is not what the teacher's name was made from.
+        CorruptCache: the parts in the provenance don't match the hash in the teacher's name.
     """
     named = _NAME.fullmatch(manifest.identity.teacher)
     merged = manifest.provenance.get(MERGED)
@@ -56,7 +56,7 @@ def merged_parts(manifest: Manifest) -> list[Part]:
         parts = []
     if merged_name(parts, named[1]) != manifest.identity.teacher:
         raise CorruptCache(
-            f"cache {manifest.id[:12]}… is a mean of caches, but those that its provenance names are not the ones that "
-            "its teacher's name was made from; merge them again"
+            f"cache {manifest.id[:12]}… is a mean of caches, but the parts in its provenance don't match the hash in "
+            "its teacher's name; merge the caches again"
         )
     return parts

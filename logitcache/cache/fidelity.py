@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcache.cache.layout import encode_block, encode_fixed
+from logitcache.cache.layout import encode_block, encode_per_cache
 from logitcache.encodings import Auto, Dense, Encoding, LowRank, Sampled, TopK
 from logitcache.encodings.protocol import float_tensor
 from logitcache.errors import UsageError
@@ -97,7 +97,7 @@ def measure(encoding: Encoding, logits: Any, *, temperatures: Sequence[float] = 
             kl[temperature] += float(kl_B.double().sum()) / len(logits_BC)
             kl_max = max(kl_max, float(kl_B.max())) if temperature == 1.0 else kl_max
         agreeing += int((decoded_BC.argmax(dim=1) == logits_BC[rows].argmax(dim=1)).sum())
-    fixed = sum(len(encode_fixed(values)) for values in encoding.fitted_values().values())
+    fixed = sum(len(encode_per_cache(values)) for values in encoding.fitted_values().values())
     return Fidelity(
         encoding=encoding,
         bytes_per_sample=stored / len(logits_BC),

@@ -1,6 +1,6 @@
-"""What a cache says of its samples beside logits: their targets, and which rows of which views are mixed.
+"""The targets of a cache's samples, and which rows of which views are mixed.
 
-A cache may come from a stranger, so both are checked, and no transform of it is built to find out.
+Both are validated, since a cache may be hostile; none of its transforms is built.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from logitcache.errors import CorruptCache, LogitCacheError
 # B batch, N samples
 
 NO_TARGET = -1
-"""In the place of a target that is no class."""
+"""Marks a target that is not a class."""
 
 
 def targets_of(cache: LogitCache) -> np.ndarray | None:
-    """The true class of each sample, int64 (N,), `NO_TARGET` where it is no class; None in a cache without targets.
+    """The true class of each sample, int64 (N,), or `NO_TARGET`; None for a cache without targets.
 
     Raises:
-        CorruptCache: a table that makes no sense.
+        CorruptCache: the sample table is invalid.
     """
     samples = cache.samples
     if samples is None:
@@ -35,10 +35,10 @@ def targets_of(cache: LogitCache) -> np.ndarray | None:
 
 
 class MixingOfCache:
-    """Which rows of a cache are mixed; it needs no transform, so no foreign code is built to find out.
+    """Which rows of a cache are mixed, from the identity alone.
 
     Raises:
-        CorruptCache: an identity whose mixing makes no sense.
+        CorruptCache: the mixing in the identity is invalid.
     """
 
     def __init__(self, cache: LogitCache) -> None:
@@ -49,21 +49,19 @@ class MixingOfCache:
         try:
             mixing = Mixing(**{name: float(value) for name, value in (config or {}).items()})
         except (TypeError, ValueError, AttributeError, LogitCacheError) as error:
-            raise CorruptCache(
-                f"{cache.storage.url}: its identity mixes samples in a way that makes no sense"
-            ) from error
+            raise CorruptCache(f"{cache.storage.url}: identity.transform.mixing is invalid") from error
         self.active = mixing.active
         self.always = mixing.active and mixing.probability == 1 and cache.num_samples > 1
         self._plan = ViewPlan(seed=identity.view_seed, mixing=mixing, num_classes=cache.num_classes)
 
     def mixed(self, view: int, rows: range) -> np.ndarray:
-        """Whether each of some rows of a view is mixed, bool (B,); finds no partner, which would cost a permutation."""
+        """Whether each of these rows of a view is mixed, bool (B,); faster than `of_rows`, which finds partners."""
         if not self.active:
             return np.zeros(len(rows), dtype=np.bool_)
         return np.array([self._plan.mixes(view, row, self._num_samples) for row in rows], dtype=np.bool_)
 
     def of_rows(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(whether mixed, bool (B,); the row of the sample that has the most weight, int64 (B,)) of rows of a view."""
+        """Whether each of these rows is mixed, bool (B,), and the row of its sample with most weight, int64 (B,)."""
         if not self.active:
             return np.zeros(len(rows), dtype=np.bool_), rows
         mixtures = [self._plan.mixture(view, row, self._num_samples) for row in rows.tolist()]
@@ -75,7 +73,7 @@ class MixingOfCache:
 
 
 def _own_weight(mixture: Mixture) -> float:
-    """The weight that a sample keeps; CutMix's patch may lie partly outside, and then takes less than was drawn."""
+    """The weight that a sample keeps, which is higher than drawn where CutMix's patch is partly outside the image."""
     if mixture.box is None:
         return mixture.weight
     side = math.sqrt(1.0 - mixture.weight)

@@ -1,4 +1,4 @@
-"""What a cache is (identity), how it came to be (provenance), and which blocks are whole (receipts)."""
+"""Schema of the manifest (identity, layout, provenance) and of receipts, and their bytes."""
 
 from __future__ import annotations
 
@@ -25,81 +25,81 @@ from logitcache.errors import CorruptCache, NotACache, UnsupportedFormat, UsageE
 from logitcache.strict_json import parse_json
 
 FORMAT_VERSION = 2
-"""Of new caches; those of format 1 stay in it. docs/design/0001-format.md says what differs."""
+"""Of new caches. Caches of format 1 keep it; docs/design/0001-format.md lists the differences."""
 MANIFEST = "manifest.json"
 RECEIPTS = "receipts.json"
-"""All receipts in one file; written at sealing."""
+"""All receipts in one file, written at sealing."""
+CARD = "README.md"
 
 MAX_MANIFEST_BYTES = 2**24
 SEALING_BYTES = 2**16
-"""Left free in the manifest of an open cache, for what sealing, copies and repairs add."""
+"""Reserved in the manifest of an open cache for what sealing, copies and repairs add."""
 MAX_RECEIPT_BYTES = 2**16
 MAX_RECEIPTS_BYTES = 2**30
-"""Of the gathered receipts, whatever the manifest claims; a million blocks need half of it."""
+"""Of `receipts.json`, whatever the manifest claims; a million blocks need half of it."""
 MAX_BLOCKS = 2**24
 MAX_CHUNK_BYTES = 2**33
-"""Of an array's chunk or of a fixed array, decompressed."""
+"""Of a decompressed chunk."""
 DTYPES = ("uint8", "uint16", "uint32", "int8", "int64", "float16", "float32")
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ArrayName = Annotated[str, Field(pattern=r"^[a-z][a-z_]{0,39}$")]
 
-
 LOGITS = "logits"
-"""The output that every cache has."""
+"""Name of the output that every cache has."""
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     left_out_if_empty: ClassVar[tuple[str, ...]] = ()
-    """Fields that came later: where there is nothing to say, records, and what is hashed of them, are as before."""
+    """Fields of later versions, left out when empty so that older records keep their bytes and hashes."""
 
     @model_serializer(mode="wrap")
-    def _without_what_is_empty(self, dump_all: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _dump_without_empty_fields(self, dump_all: SerializerFunctionWrapHandler) -> dict[str, Any]:
         dumped: dict[str, Any] = dump_all(self)
         return {name: value for name, value in dumped.items() if value or name not in self.left_out_if_empty}
 
 
 class Identity(_Record):
-    """What makes two caches the same cache; the cache id is the SHA-256 of its canonical JSON."""
+    """What defines a cache; the cache id is the SHA-256 of its canonical JSON."""
 
     left_out_if_empty = ("output_encodings", "output_sources")
 
     format_version: int = Field(ge=1)
     dataset: str
-    """Fingerprint of ordered keys, targets and contents; or the name that `create` was given."""
+    """Fingerprint of ordered keys, targets and contents, or the name given to `create`."""
     teacher: str
-    """Fingerprint of entry point and weights; or the name that `create` was given."""
+    """Fingerprint of entry point and weights, or the name given to `create`."""
     precision: str
     transform: Any
-    """`ViewPlan.describe()`: shared part, mixing, the teacher's own part."""
+    """`ViewPlan.describe()`: the shared part, mixing, and the teacher's own part."""
     view_seed: int
     encoding: dict[str, Any]
     outputs: dict[str, list[int]]
     """Shape of each output for one sample: {"logits": [C], "features": [64, 7, 7]}."""
     class_names: list[str] | None
     output_encodings: dict[str, dict[str, Any]] = {}
-    """Encoding of each output but the logits, which `encoding` is of; left out where there are none."""
+    """Encoding of each additional output, by name; `encoding` is that of the logits."""
     output_sources: dict[str, Any] = {}
-    """Where in the teacher an output comes from, as far as anybody said; left out likewise."""
+    """Which module of the teacher an output comes from, where it is known."""
 
     @field_validator("transform")
     @classmethod
-    def _as_a_plan_describes_it(cls, transform: Any) -> Any:
-        """What every reader of it may rely on; the parts themselves are whatever somebody's transform says."""
+    def _has_the_form_of_a_plan(cls, transform: Any) -> Any:
+        """Check the keys and the mixing; the transforms themselves have no fixed form."""
         if transform is None:
             return None
         if not isinstance(transform, dict) or transform.keys() != {"shared", "mixing", "teacher_input"}:
-            raise ValueError("it describes the shared part, the mixing and the teacher's input, and nothing else")
+            raise ValueError("expected exactly the keys shared, mixing and teacher_input")
         mixing = transform["mixing"]
         if mixing is None:
             return transform
         if not isinstance(mixing, dict) or mixing.keys() != {"mixup", "cutmix", "probability"}:
-            raise ValueError("mixing has the numbers mixup, cutmix and probability")
+            raise ValueError("mixing: expected exactly the numbers mixup, cutmix and probability")
         for value in mixing.values():
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"mixing has the numbers mixup, cutmix and probability, not {value!r:.40}")
+                raise ValueError(f"mixing: expected the numbers mixup, cutmix and probability, not {value!r:.40}")
         return transform
 
     @property
@@ -107,7 +107,7 @@ class Identity(_Record):
         return json_digest(self.model_dump())
 
     def differences(self, other: Identity, *, mine: str = "in the cache", theirs: str = "here") -> list[str]:
-        """The fields in which another identity differs, a line each: this one's value first, then the other's."""
+        """The fields that differ from another identity, one line each: this value first, then the other."""
         lines = []
         for name in type(self).model_fields:
             ours, others = getattr(self, name), getattr(other, name)
@@ -117,65 +117,65 @@ class Identity(_Record):
         return lines
 
 
-class FixedSpec(_Record):
-    """An array that is stored once, in one chunk."""
+class PerCacheSpec(_Record):
+    """A per-cache array: stored once, in one chunk."""
 
     dtype: str
     shape: list[int] = Field(min_length=1, max_length=2)
 
 
 class Layout(_Record):
-    """Shape of the cache on disk. Views may be added; the rest is fixed when the cache is created."""
+    """Shape of the cache on disk. Views may be added later; everything else is set at creation."""
 
     num_samples: int = Field(ge=1, le=2**40)
     num_views: int = Field(ge=1, le=2**20)
     num_classes: int = Field(ge=2, le=2**24)
     rows_per_block: int = Field(ge=1, le=2**31)
     arrays: dict[ArrayName, ArraySpec]
-    """What is stored for every row, by array name."""
-    fixed: dict[ArrayName, FixedSpec]
-    """What is stored once: the sample table, and what the encoding was fitted to."""
+    """Arrays with an entry for every row, by name."""
+    fixed: dict[ArrayName, PerCacheSpec]
+    """Per-cache arrays, by name: the sample table, and the arrays that the encoding was fitted to."""
     first_view: int = Field(default=0, ge=0)
-    """The views from here on are held: more than 0 in a copy that was made of some views only."""
+    """First view that is stored; above 0 in a copy of some views."""
 
     @property
     def views(self) -> range:
-        """The views that are held."""
+        """The views that are stored."""
         return range(self.first_view, self.num_views)
 
     @model_validator(mode="after")
     def _within_bounds(self) -> Layout:
-        """No shape that a reader could not hold: a manifest may come from a stranger."""
+        """Limit memory and work: the manifest may be hostile."""
         if self.first_view >= self.num_views:
             raise ValueError(f"first_view is {self.first_view} of {self.num_views} views")
         if self.num_views * -(-self.num_samples // self.rows_per_block) > MAX_BLOCKS:
             raise ValueError(f"more than {MAX_BLOCKS} blocks")
         for name, spec in self.arrays.items():
             if len(spec.row_shape) > 1 or not 0 <= spec.level <= 22:
-                raise ValueError(f"array {name} has no shape or level that logitcache writes: {spec}")
+                raise ValueError(f"array {name} has an unsupported shape or level: {spec}")
             _check_size(name, spec.dtype, (self.rows_per_block, *spec.row_shape))
-        for name, fixed in self.fixed.items():
-            _check_size(name, fixed.dtype, tuple(fixed.shape))
+        for name, once in self.fixed.items():
+            _check_size(name, once.dtype, tuple(once.shape))
         if self.arrays.keys() & self.fixed.keys():
-            raise ValueError(f"{sorted(self.arrays.keys() & self.fixed.keys())[0]} is stored both by row and once")
+            raise ValueError(f"{min(self.arrays.keys() & self.fixed.keys())} is both in `arrays` and in `fixed`")
         return self
 
 
 class Contents(_Record):
-    """What the receipts of a sealed cache add up to, so that `info` need not read them."""
+    """Sums over the receipts of a sealed cache, so that `info` doesn't need to read them."""
 
     left_out_if_empty = ("output_bytes",)
 
     bytes: int = Field(ge=0)
     """Of all stored objects."""
     label_bytes: int = Field(ge=0)
-    """Of these, the labels alone, all outputs, without what is stored once."""
+    """Of the labels of all outputs, without the per-cache arrays."""
     rows: int = Field(ge=0)
-    """Of labels: samples times views."""
+    """Rows of labels: samples times views."""
     kl_mean: float | None = Field(default=None, allow_inf_nan=False)
     """KL(teacher ‖ decoded) of the logits at T = 1 over all rows, in nats."""
     output_bytes: dict[str, int] = {}
-    """Of the labels, by output; left out where there are logits only."""
+    """Of the labels, by output; empty where there are only logits."""
 
 
 class Manifest(_Record):
@@ -187,15 +187,15 @@ class Manifest(_Record):
     layout: Layout
     state: Literal["open", "sealed"]
     digest: Sha256 | None
-    """`digests.content_digest`; set at sealing."""
+    """`Records.content_digest`; set at sealing."""
     provenance: dict[str, Any]
-    """Host, time, versions, command: recorded, and no part of identity or digest."""
+    """Host, time, versions, command; not part of identity or digest."""
     receipts: Sha256 | None = None
     """SHA-256 of `receipts.json`; set at sealing."""
     contents: Contents | None = None
     """Set at sealing."""
     checksum: Sha256 | None = None
-    """SHA-256 of the canonical JSON of all the above: against accidents, not against liars. Only ever on disk."""
+    """SHA-256 of the canonical JSON of all other fields; detects damage, not forgery. Only set on disk."""
 
     @model_validator(mode="after")
     def _has_a_name_for_each_class(self) -> Manifest:
@@ -206,17 +206,17 @@ class Manifest(_Record):
 
 
 class StoredObject(_Record):
-    """One object of a block: a chunk of one array."""
+    """One object of a receipt: a chunk of one array."""
 
     bytes: int = Field(ge=0)
     sha256: Sha256
-    """Of the stored bytes: guards transport and disk."""
+    """Of the stored bytes; detects damage in transport and on disk."""
     values_sha256: Sha256
-    """Of the decoded values: what it says, whatever the compressor's version."""
+    """Of the decoded values; independent of the compressor's version."""
 
 
 class Receipt(_Record):
-    """The record, written last, that a block is whole."""
+    """States that a block is complete; written after its objects."""
 
     rows: int = Field(ge=0)
     objects: dict[str, StoredObject]
@@ -225,11 +225,11 @@ class Receipt(_Record):
     """KL(teacher ‖ decoded) of the logits at T = 1 over the block's rows, in nats."""
     kl_max: float | None = Field(allow_inf_nan=False)
     inputs: dict[str, str]
-    """Row -> digest of the teacher's input, for the view's proof rows in this block."""
+    """Digest of the teacher's input, by row, for the view's proof rows in this block."""
 
 
 def output_of(array: str) -> str:
-    """The output that an array of rows belongs to: `features` for `features_values`, and else the logits."""
+    """The output that an array belongs to: `features` for `features_values`, `logits` for names without prefix."""
     return array.rpartition("_")[0] or LOGITS
 
 
@@ -242,67 +242,47 @@ def dump_manifest(manifest: Manifest) -> bytes:
     """A manifest as readable JSON, with its checksum.
 
     Raises:
-        UsageError: it would be longer than what is read, or hold text that is no Unicode.
+        UsageError: it would exceed the limit for reading, or contain text that is not Unicode.
     """
     try:
         data = dump(manifest.model_copy(update={"checksum": _checksum(manifest.model_dump(mode="json"))}))
     except UnicodeEncodeError as error:
-        raise UsageError(f"the cache's {MANIFEST} can't hold {error.object[error.start]!r}: {error.reason}") from None
+        raise UsageError(f"the cache's {MANIFEST} can't store {error.object[error.start]!r}: {error.reason}") from None
     check_length(len(data), sealed=manifest.state == "sealed")
     return data
 
 
 def check_length(length: int, *, sealed: bool) -> None:
-    """Refuse to write a manifest of so many bytes, if nobody could read it.
+    """Refuse to write a manifest that is too long to be read.
 
     Raises:
-        UsageError: says how long it is, and what may be shortened.
+        UsageError: it is too long.
     """
     limit = MAX_MANIFEST_BYTES - (0 if sealed else SEALING_BYTES)
     if length > limit:
         raise UsageError(
-            f"the cache's {MANIFEST} would take {length:,} bytes; at most {limit:,} can be read. Shorten "
-            "`class_names`, or leave them out; else shorten the card, or the description of the transform"
+            f"the cache's {MANIFEST} would have {length:,} bytes; the limit is {limit:,}. Shorten or leave out "
+            "`class_names`, the card or the description of the transform"
         )
 
 
 def _checksum(raw: Mapping[str, Any]) -> str:
-    """Over the keys that are there: a manifest from before a key was added keeps its checksum."""
+    """Covers the keys that are present: manifests of earlier versions keep their checksum."""
     return json_digest({key: value for key, value in raw.items() if key != "checksum"})
-
-
-def contents(receipts: Mapping[str, Receipt], *, fixed: str) -> Contents:
-    """What receipts add up to; `fixed` names the one that is not a block's."""
-    sizes = {name: sum(stored.bytes for stored in receipt.objects.values()) for name, receipt in receipts.items()}
-    blocks = [receipt for name, receipt in receipts.items() if name != fixed]
-    measured = [receipt for receipt in blocks if receipt.kl_mean is not None]
-    rows = sum(receipt.rows for receipt in measured)
-    kl_mean = sum(receipt.rows * (receipt.kl_mean or 0.0) for receipt in measured) / rows if rows else math.nan
-    output_bytes: dict[str, int] = {}
-    for receipt in blocks:
-        for array, stored in receipt.objects.items():
-            output_bytes[output_of(array)] = output_bytes.get(output_of(array), 0) + stored.bytes
-    return Contents(
-        bytes=sum(sizes.values()),
-        label_bytes=sum(sizes.values()) - sizes.get(fixed, 0),
-        rows=sum(receipt.rows for receipt in blocks),
-        kl_mean=kl_mean if math.isfinite(kl_mean) else None,
-        output_bytes=output_bytes if output_bytes.keys() - {LOGITS} else {},
-    )
 
 
 def read_manifest(data: bytes | None, *, url: str) -> Manifest:
     """A manifest from its bytes.
 
     Raises:
-        NotACache: no manifest, or the manifest of something else.
-        UnsupportedFormat: written by a newer version.
-        CorruptCache: a manifest that contradicts itself.
+        NotACache: no manifest, or not one of a cache.
+        UnsupportedFormat: the cache was written by a newer version.
+        CorruptCache: the manifest is damaged.
     """
     if data is None:
         raise NotACache(
-            f"{url} is no logit cache: it has no {MANIFEST}. Is it the right place? `logitcache ls` shows "
-            "what caches lie somewhere, `logitcache cache-teacher` builds one"
+            f"{url} is no logit cache: it has no {MANIFEST}. Check the path: `logitcache ls FOLDER` lists the caches "
+            "in a folder. `logitcache cache-teacher` builds a cache"
         )
     try:
         raw = parse_json(data, max_bytes=MAX_MANIFEST_BYTES)
@@ -324,10 +304,10 @@ def read_manifest(data: bytes | None, *, url: str) -> Manifest:
     if manifest.identity.cache_id != manifest.id:
         raise CorruptCache(
             f"{url}: {MANIFEST} is damaged: its identity hashes to {manifest.identity.cache_id[:12]}…, "
-            f"but it says {manifest.id[:12]}…"
+            f"but it states {manifest.id[:12]}…"
         )
     if manifest.checksum != _checksum(raw):
-        raise CorruptCache(f"{url}: {MANIFEST} is damaged: it does not have the checksum that it states")
+        raise CorruptCache(f"{url}: {MANIFEST} is damaged: its checksum is wrong")
     if not data.endswith(b"\n"):
         raise CorruptCache(f"{url}: {MANIFEST} is damaged: its last newline is missing")
     return manifest.model_copy(update={"checksum": None})
@@ -337,7 +317,7 @@ def read_receipt(data: bytes, *, key: str) -> Receipt:
     """A receipt from its bytes.
 
     Raises:
-        CorruptCache: bytes that are no receipt.
+        CorruptCache: the receipt is damaged.
     """
     try:
         return Receipt.model_validate(parse_json(data, max_bytes=MAX_RECEIPT_BYTES))
@@ -346,9 +326,9 @@ def read_receipt(data: bytes, *, key: str) -> Receipt:
 
 
 def receipts_limit(layout: Layout) -> int:
-    """Bytes that the gathered receipts of a cache may take, about twice what logitcache writes.
+    """The most bytes that the `receipts.json` of a cache may have, about twice what logitcache writes.
 
-    A receipt states 235 bytes for each of its arrays at most, and 700 besides where it has all proof rows of a view.
+    A receipt takes at most 235 bytes for each of its arrays, and 700 more with all proof rows of a view.
     """
     num_receipts = 1 + len(layout.views) * -(-layout.num_samples // layout.rows_per_block)
     num_arrays = max(len(layout.arrays), len(layout.fixed))
@@ -356,15 +336,15 @@ def receipts_limit(layout: Layout) -> int:
 
 
 def read_receipts(data: bytes, *, url: str) -> dict[str, Receipt]:
-    """The gathered receipts by name, from the bytes of `receipts.json`.
+    """Receipts by name, from the bytes of `receipts.json`.
 
     Raises:
-        CorruptCache: bytes that are no receipts.
+        CorruptCache: the file is damaged.
     """
     try:
         raw = parse_json(data, max_bytes=MAX_RECEIPTS_BYTES)
         if not isinstance(raw, dict):
-            raise ValueError("no JSON object")
+            raise ValueError("expected a JSON object")
         return {name: Receipt.model_validate(receipt) for name, receipt in raw.items()}
     except ValueError as error:
         raise CorruptCache(f"{url}: {RECEIPTS} is damaged: {_reason(error)}") from None
@@ -374,7 +354,7 @@ def _check_size(name: str, dtype: str, shape: tuple[int, ...]) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"array {name} has dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     if min(shape) < 0 or math.prod(shape) * np.dtype(dtype).itemsize > MAX_CHUNK_BYTES:
-        raise ValueError(f"array {name} has chunks of shape {shape}, more than {MAX_CHUNK_BYTES} bytes")
+        raise ValueError(f"array {name} has chunks of shape {shape}, above the limit of {MAX_CHUNK_BYTES} bytes")
 
 
 def _reason(error: ValueError) -> str:
@@ -385,7 +365,7 @@ def _reason(error: ValueError) -> str:
 
 
 def _first_difference(path: str, mine: Any, theirs: Any) -> tuple[str, Any, Any]:
-    """Descend to the first place in which two JSON values differ."""
+    """The path and the values of the first difference between two JSON values."""
     if isinstance(mine, dict) and isinstance(theirs, dict):
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key, _ABSENT) != theirs.get(key, _ABSENT):

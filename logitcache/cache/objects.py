@@ -1,4 +1,4 @@
-"""Objects of a cache, read and held to their hashes: from the storage, or from nearby where they were read before."""
+"""Reads objects of a cache and checks their hashes; remote ones are kept in a local directory."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from logitcache.storage import Arrived, Storage
 from logitcache.storage.blockdir import BlockDirectory
 
 ATTEMPTS = 3
-"""How often a remote object is asked for that arrives as something else: a proxy's page, an older version."""
+"""Requests for a remote object whose hash is wrong, such as an older version or the error page of a proxy."""
 PAUSE_SECONDS = 0.2
 AHEAD = 8
-"""Blocks that are brought at once for later: some of the connections are left to what is read now."""
+"""Blocks that are fetched ahead at once; the other connections are free for blocks that are needed now."""
 
 Wanted = Mapping[str, StoredObject]
-"""The objects that one receipt vouches for, by key."""
+"""Objects of one receipt, by key."""
 
 
 def read_object(
     storage: Storage, key: str, stored: StoredObject, *, why: str = "", arrived: Arrived | None = None
 ) -> memoryview:
-    """One object, held to its size and SHA-256; a remote one that arrives otherwise is asked for again.
+    """One object, with its size and SHA-256 checked; a remote object that differs is requested again.
 
     Args:
         storage: where it is.
-        key: which.
-        stored: what its receipt says of it.
-        why: for the message, who vouches for it, such as "block v00000/b00003".
-        arrived: is told how far it is.
+        key: its key.
+        stored: its entry in the receipt.
+        why: which receipt this is, for messages, such as "block v00000/b00003".
+        arrived: called with the number of bytes that have arrived.
 
     Raises:
-        CorruptCache: it is gone, or it is not what was written.
+        CorruptCache: the object is missing, or differs from its receipt.
         StorageError: the store can't be reached.
     """
     for attempt in range(ATTEMPTS):
@@ -52,19 +52,19 @@ def read_object(
         if attempt + 1 < ATTEMPTS:
             time.sleep(PAUSE_SECONDS * 2**attempt)
     if data is None:
-        raise CorruptCache(f"{storage.url}: {key} is gone, though {why or 'the cache'} has a receipt for it")
+        raise CorruptCache(f"{storage.url}: {key} is missing, although the receipt of {why or 'the cache'} lists it")
     raise CorruptCache(
-        f"{storage.url}: {key} is not what was written: its SHA-256 differs from the receipt of {why or 'the cache'}.\n"
-        "`logitcache verify --deep` lists every block like it, and `logitcache repair` mends them."
+        f"{storage.url}: {key} differs from its receipt: its SHA-256 is not the one of {why or 'the cache'}.\n"
+        "`logitcache verify --deep` lists every damaged block, and `logitcache repair` restores them."
     )
 
 
 class ObjectReader:
-    """Reads the objects of a cache, several at once where that is faster, each over the network only once.
+    """Reads the objects of a cache, remote ones in parallel and only once.
 
     Args:
         storage: where the cache is.
-        nearby: where objects that crossed a network are kept; None keeps none.
+        nearby: local directory for remote objects; None keeps none.
     """
 
     def __init__(self, storage: Storage, nearby: BlockDirectory | None = None) -> None:
@@ -74,7 +74,7 @@ class ObjectReader:
         self._start()
 
     def _start(self) -> None:
-        """Without threads, which begin when they are needed."""
+        """The state of a new process; threads start when they are needed."""
         self._process = os.getpid()
         self._threads: ThreadPoolExecutor | None = None
         self._running: dict[str, Future[list[memoryview]]] = {}
@@ -89,7 +89,7 @@ class ObjectReader:
         return self._begin(wanted, why).result() if self.storage.is_remote else self._read(wanted, why)
 
     def read_all(self, groups: Sequence[tuple[Wanted, str]]) -> list[list[memoryview]]:
-        """The objects of several receipts, each with who vouches for it."""
+        """The objects of several receipts, each with its description for messages."""
         if not self.storage.is_remote:
             return [self._read(wanted, why) for wanted, why in groups]
         begun = [self._begin(wanted, why) for wanted, why in groups]
@@ -101,31 +101,31 @@ class ObjectReader:
             raise
 
     def read_ahead(self, groups: Sequence[tuple[Wanted, str]]) -> None:
-        """Bring objects nearby in the background, a few at a time; what goes wrong is met when they are read."""
+        """Fetch objects into the local directory in the background. Errors are ignored: reading raises them again."""
         if self.nearby is None or not self._keeps:
             return
 
-        def bring() -> None:
-            coming: deque[Future[list[memoryview]]] = deque()
+        def fetch() -> None:
+            running: deque[Future[list[memoryview]]] = deque()
             with contextlib.suppress(Exception):
                 for wanted, why in groups:
                     if self.nearby is None or not self._keeps:
                         return
                     if entry_name(wanted) not in self.nearby:
-                        coming.append(self._begin(wanted, why))
-                    if len(coming) >= AHEAD:
-                        coming.popleft().result()
-                for reading in coming:
+                        running.append(self._begin(wanted, why))
+                    if len(running) >= AHEAD:
+                        running.popleft().result()
+                for reading in running:
                     reading.result()
 
-        # A daemon: whoever leaves does not wait for what would be needed next.
-        threading.Thread(target=bring, name="logitcache-ahead", daemon=True).start()
+        # A daemon thread: the process exits without waiting for it.
+        threading.Thread(target=fetch, name="logitcache-ahead", daemon=True).start()
 
     def _begin(self, wanted: Wanted, why: str) -> Future[list[memoryview]]:
-        """Start reading, or join whoever is reading the same."""
+        """Start reading, or join a read of the same objects."""
         name = entry_name(wanted)
         if self._process != os.getpid():
-            self._start()  # after a fork: the parent's threads are not here, and the lock may be held for ever
+            self._start()  # after a fork: the parent's threads don't exist here, and its lock may be held
         with self._lock:
             running = self._running.get(name)
             if running is not None and not running.cancelled():
@@ -154,7 +154,7 @@ class ObjectReader:
         return objects
 
     def keep(self, name: str, objects: Sequence[bytes | memoryview]) -> None:
-        """Keep objects nearby; where that is impossible, say so once and read only what is there already."""
+        """Store objects in the local directory; after the first failure, warn and only read from it."""
         if self.nearby is not None and self._keeps:
             try:
                 self.nearby.put(name, b"".join(objects))
@@ -164,7 +164,7 @@ class ObjectReader:
 
 
 def entry_name(wanted: Wanted) -> str:
-    """What an entry of the block directory is called: the SHA-256 of its objects' hashes."""
+    """Name of the objects' entry in the block directory: the SHA-256 of their hashes."""
     return sha256_hex("\n".join(stored.sha256 for stored in wanted.values()).encode())
 
 
@@ -173,7 +173,7 @@ def _total_bytes(wanted: Wanted) -> int:
 
 
 def _split(data: bytes | None, wanted: Wanted) -> list[memoryview] | None:
-    """An entry's objects, or None where it is not whole."""
+    """The objects of an entry; None where it is incomplete or damaged."""
     if data is None or len(data) != _total_bytes(wanted):
         return None
     objects = []

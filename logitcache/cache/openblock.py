@@ -1,4 +1,4 @@
-"""A block on its way from the teacher to the disk: encoded rows in host memory until all have come."""
+"""A block that is being written: encoded rows in host memory until all of them have arrived."""
 
 from __future__ import annotations
 
@@ -10,36 +10,35 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.agreement import differing, differing_rows
-from logitcache.cache.committed import arrays_of
 from logitcache.cache.fidelity import fidelity_kl
 from logitcache.cache.layout import Block
 from logitcache.cache.manifest import LOGITS, Layout
-from logitcache.encodings import Encoding
+from logitcache.cache.outputs import OutputLayout
 from logitcache.errors import IdentityMismatch, InvalidLogits
 
-# B batch, C classes, or values of another output's row
+# B batch, C classes (for other outputs: values of a row)
 
 SLAB_LOGITS = 2**20
-"""Logits that are encoded at once (4 MB): many enough that small operations cost little, few enough for a cache."""
+"""Logits that are encoded at once (4 MB): enough to amortise small operations, few enough for the processor's cache."""
 
 
 class OpenBlock:
-    """A block that rows still come for: its logits, and the other outputs of the same rows.
+    """The rows of one block, in all outputs.
 
     Args:
-        block: which.
-        rows: those that it holds.
-        encodings: of each output, fitted, by name.
+        block: which block.
+        rows: its rows.
+        outputs: how each output is stored, with fitted encodings, by name.
         layout: of the cache.
         like: the first rows of each output, for their device.
-        precision: the teacher's arithmetic, for the comparison of rows that come twice.
+        precision: the teacher's arithmetic, for comparing rows that are written twice.
     """
 
     def __init__(
         self,
         block: Block,
         rows: range,
-        encodings: Mapping[str, Encoding],
+        outputs: Mapping[str, OutputLayout],
         layout: Layout,
         like: Mapping[str, Tensor],
         *,
@@ -48,94 +47,84 @@ class OpenBlock:
         self.block = block
         self.rows = rows
         self._parts = {
-            name: _OpenRows(name, block, rows, encoding, layout, like[name], precision)
-            for name, encoding in encodings.items()
+            name: _OpenRows(output, block, rows, layout, like[name], precision) for name, output in outputs.items()
         }
         self.kl = self._parts[LOGITS].kl
         """KL(teacher ‖ decoded) of each row's logits, in nats, float32."""
         self.inputs: dict[str, str] = {}
+        """Digests of the teacher's inputs, by row."""
 
     @property
     def filled(self) -> np.ndarray:
-        """Which rows have come, bool."""
+        """Which rows have arrived, bool."""
         return self._parts[LOGITS].filled
 
     @property
-    def whole(self) -> bool:
-        """Whether all have."""
-        return self._parts[LOGITS].whole
+    def complete(self) -> bool:
+        """Whether all rows have arrived and are encoded."""
+        return self._parts[LOGITS].complete
 
     def buffers(self) -> dict[str, Tensor]:
-        """The encoded rows by the names of the arrays that they are stored in."""
+        """The encoded rows, by the names of their arrays in the cache."""
         return {name: buffer for part in self._parts.values() for name, buffer in part.buffers.items()}
 
     def fill(self, start: int, parts: Mapping[str, Tensor]) -> None:
-        """Take float32 rows of this block, of every output: (B, C) each.
+        """Add float32 rows (B, C) of every output.
 
         Raises:
-            InvalidLogits: rows that the encoding can't hold; they may come again.
-            IdentityMismatch: rows that came before, with other values.
+            InvalidLogits: the encoding can't store these rows; they may be written again.
+            IdentityMismatch: the rows were written before with other values.
         """
         for name, rows in self._parts.items():
             rows.fill(start, parts[name])
 
     def wait_for_device(self) -> None:
-        """Until the copies that were started have arrived."""
+        """Wait for the copies from the device that were started."""
         for rows in self._parts.values():
             rows.wait_for_device()
 
     def check(self) -> None:
-        """Refuse rows that can't be stored, naming them."""
+        """Raise InvalidLogits if a row can't be stored."""
         for rows in self._parts.values():
             rows.check()
 
 
 class _OpenRows:
-    """One output of a block.
+    """The rows of one output in one block.
 
-    Rows are encoded a slab at a time, never batch by batch: a slab is always the same rows, so the batches that they
-    came in show neither in what is stored nor, where classes are few, in the time it takes.
+    Rows are encoded in slabs of fixed rows, never in the batches that they arrive in: stored values don't depend on
+    the batches, and encoding is fast for small batches of few classes too.
     """
 
     def __init__(
-        self,
-        output: str,
-        block: Block,
-        rows: range,
-        encoding: Encoding,
-        layout: Layout,
-        like_BC: Tensor,
-        precision: str,
+        self, output: OutputLayout, block: Block, rows: range, layout: Layout, like_BC: Tensor, precision: str
     ) -> None:
         self.block = block
         self.rows = rows
         self._output = output
         self._precision = precision
-        self._encoding = encoding
+        self._encoding = output.encoding
         self._device = like_BC.device
         self._num_classes = like_BC.shape[1]
         self._slab_rows = max(1, SLAB_LOGITS // self._num_classes)
         self._slabs: dict[int, Tensor] = {}
-        """The logits of slabs that are not whole yet, by number."""
+        """The logits of incomplete slabs, by number."""
         self.pinned = self._device.type == "cuda"
-        """Only copies into pinned memory may be left running; others would be read before they arrive."""
-        self._prefix = "" if output == LOGITS else f"{output}_"
+        """Only copies into pinned memory run asynchronously."""
         self.buffers = {
-            f"{self._prefix}{name}": torch.empty(
-                (len(rows), *spec.row_shape), dtype=getattr(torch, spec.dtype), pin_memory=self.pinned
-            )
-            for name, spec in arrays_of(layout, output).items()
+            name: torch.empty((len(rows), *spec.row_shape), dtype=getattr(torch, spec.dtype), pin_memory=self.pinned)
+            for name, spec in output.stored(layout.arrays).items()
         }
-        self.kl = torch.empty(len(rows) if output == LOGITS else 0, pin_memory=self.pinned)
+        self.kl = torch.empty(len(rows) if output.measures_kl else 0, pin_memory=self.pinned)
         self.invalid = torch.zeros(len(rows), dtype=torch.bool, pin_memory=self.pinned)
         self.filled = np.zeros(len(rows), dtype=bool)
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         return not self._slabs and bool(self.filled.all())
 
     def fill(self, start: int, logits_BC: Tensor) -> None:
-        """Take rows of this block; slabs that are whole are encoded on their device, without waiting for a GPU."""
+        """Add rows; complete slabs are encoded on their device, without waiting for a GPU."""
         first = start - self.rows.start
         written = np.flatnonzero(self.filled[first : first + len(logits_BC)])
         if len(written):
@@ -145,46 +134,43 @@ class _OpenRows:
             self.invalid[first : first + len(logits_BC)] = self._encoding.refused(logits_BC)
             self.check()
         for number in range(first // self._slab_rows, -(-(first + len(logits_BC)) // self._slab_rows)):
-            place = slice(number * self._slab_rows, min((number + 1) * self._slab_rows, len(self.rows)))
-            within = slice(max(place.start, first), min(place.stop, first + len(logits_BC)))
+            span = slice(number * self._slab_rows, min((number + 1) * self._slab_rows, len(self.rows)))
+            within = slice(max(span.start, first), min(span.stop, first + len(logits_BC)))
             if number not in self._slabs:
-                if self.filled[place].all():
+                if self.filled[span].all():
                     continue  # written before
-                shape = (place.stop - place.start, self._num_classes)
+                shape = (span.stop - span.start, self._num_classes)
                 self._slabs[number] = torch.empty(shape, device=self._device)
             slab_BC = self._slabs[number]
-            slab_BC[within.start - place.start : within.stop - place.start] = logits_BC[
+            slab_BC[within.start - span.start : within.stop - span.start] = logits_BC[
                 within.start - first : within.stop - first
             ]
             self.filled[within] = True
-            if self.filled[place].all():
-                self._encode(place, self._slabs.pop(number))
+            if self.filled[span].all():
+                self._encode(span, self._slabs.pop(number))
 
-    def _encode(self, place: slice, logits_BC: Tensor) -> None:
-        if logits_BC.device.type != "cpu" or self._encoding.keeps_constants:  # which has a bound of its own
-            self.invalid[place].copy_(self._encoding.refused(logits_BC), non_blocking=self.pinned)
-        start = self.rows.start + place.start
+    def _encode(self, span: slice, logits_BC: Tensor) -> None:
+        if logits_BC.device.type != "cpu" or self._encoding.keeps_constants:  # its bound differs from finite sums
+            self.invalid[span].copy_(self._encoding.refused(logits_BC), non_blocking=self.pinned)
+        start = self.rows.start + span.start
         encoded = self._encoding.encode(logits_BC, view=self.block.view, start=start)
         for name, values in encoded.items():
-            self.buffers[f"{self._prefix}{name}"][place].copy_(values, non_blocking=self.pinned)
-        if self._output != LOGITS:
-            return
-        decoded_BC = self._encoding.decode(encoded, self._num_classes)
-        self.kl[place].copy_(fidelity_kl(decoded_BC, logits_BC), non_blocking=self.pinned)
+            self.buffers[self._output.stored_name(name)][span].copy_(values, non_blocking=self.pinned)
+        if self._output.measures_kl:
+            decoded_BC = self._encoding.decode(encoded, self._num_classes)
+            self.kl[span].copy_(fidelity_kl(decoded_BC, logits_BC), non_blocking=self.pinned)
 
     def _compare(self, first: int, written: list[int], logits_BC: Tensor) -> None:
-        """Compare rows that came before with what is held of them; `written` counts from `first`."""
+        """Compare rows with those that were written before; `written` counts from `first`."""
         self.wait_for_device()
-        for place in written:
-            row, again_1C = first + place, logits_BC[place : place + 1].cpu()
+        for offset in written:
+            row, again_1C = first + offset, logits_BC[offset : offset + 1].cpu()
             slab = self._slabs.get(row // self._slab_rows)
             if slab is not None:
                 stored_1C = slab[row % self._slab_rows][None].cpu()
                 differs = bool(differing(stored_1C, again_1C, again_1C, self._encoding, self._precision))
             else:
-                encoded = {
-                    name.removeprefix(self._prefix): values[row : row + 1] for name, values in self.buffers.items()
-                }
+                encoded = {name: values[row : row + 1] for name, values in self._output.encoded(self.buffers).items()}
                 stored_1C = self._encoding.decode(encoded, self._num_classes)
                 numbers, view = [self.rows.start + row], self.block.view
                 differs = bool(
@@ -193,16 +179,16 @@ class _OpenRows:
             if differs:
                 raise IdentityMismatch(
                     f"row {self.rows.start + row} of view {self.block.view} was written before with other "
-                    f"{self._output}; the first values stay. Write each row once, or the same values again"
+                    f"{self._output.name}; the first values are kept. Write each row once, or the same values again"
                 )
 
     def wait_for_device(self) -> None:
-        """Until the copies that were started have arrived."""
+        """Wait for the copies from the device that were started."""
         if self.pinned:
             torch.cuda.current_stream(self._device).synchronize()
 
     def check(self) -> None:
-        """Refuse rows that the encoding can't hold, naming them."""
+        """Raise InvalidLogits if the encoding can't store a row."""
         invalid = np.flatnonzero(self.invalid.numpy())
         if not len(invalid):
             return
@@ -213,10 +199,10 @@ class _OpenRows:
             what = "NaN or +inf, or nothing but -inf"
         else:
             what = "NaN, +inf or -inf"
-            masks = f" {self._encoding.name} can't hold masked classes: use Dense."
+            masks = f" {self._encoding.name} can't store masked classes: use Dense."
         raise InvalidLogits(
-            f"view {self.block.view}, row {self.rows.start + invalid[0]}: the teacher's {self._output} hold {what} "
-            f"({len(invalid)} such rows of {len(self.rows)} in this block).\n"
-            "The block was not stored. Look at the teacher's weights and inputs, or at its precision "
+            f"view {self.block.view}, row {self.rows.start + invalid[0]}: the teacher's {self._output.name} "
+            f"hold {what} ({len(invalid)} such rows of {len(self.rows)} in this block).\n"
+            "The block was not stored. Check the teacher's weights, its inputs and its precision "
             f"(float16 overflows; try bfloat16).{masks}"
         )

@@ -6,10 +6,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from logitcache.arrays import ArraySpec
-from logitcache.cache.manifest import LOGITS, Identity
+from logitcache.cache.manifest import LOGITS, Identity, output_of
 from logitcache.encodings import Encoding, Values, encoding_from_config
 from logitcache.errors import UsageError
 
@@ -17,6 +19,7 @@ MAX_OUTPUTS = 32
 MAX_DIMENSIONS = 6
 MAX_VALUES = 2**28
 """Numbers of one row of an output."""
+T = TypeVar("T")
 _NAME = re.compile(r"[a-z][a-z_]{0,19}")
 
 
@@ -130,9 +133,60 @@ def outputs_of(identity: Identity) -> dict[str, Output]:
     )
 
 
-def row_arrays(encoding: Encoding, num_classes: int, outputs: Mapping[str, Output]) -> dict[str, ArraySpec]:
-    """What a cache stores of every row: the arrays of its logits, and `<output>_<array>` of each other output."""
-    arrays = encoding.arrays(num_classes)
-    for name, output in outputs.items():
-        arrays |= {f"{name}_{array}": spec for array, spec in output.arrays().items()}
-    return arrays
+@dataclass(frozen=True)
+class OutputLayout:
+    """How a cache stores one output of the teacher, the logits or another."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of one sample."""
+    encoding: Encoding
+
+    @property
+    def num_values(self) -> int:
+        """Of one sample."""
+        return math.prod(self.shape)
+
+    @property
+    def prefix(self) -> str:
+        """Of the names of its arrays in the cache: the logits' have none."""
+        return "" if self.name == LOGITS else f"{self.name}_"
+
+    @property
+    def measures_kl(self) -> bool:
+        """Whether receipts state how much the encoding loses of it."""
+        return self.name == LOGITS
+
+    def stored_name(self, array: str) -> str:
+        """The name in the cache of one of the encoding's arrays."""
+        return f"{self.prefix}{array}"
+
+    def specs(self) -> dict[str, ArraySpec]:
+        """Its arrays, by their names in the cache."""
+        return {self.stored_name(array): spec for array, spec in self.encoding.arrays(self.num_values).items()}
+
+    def stored(self, arrays: Mapping[str, T]) -> dict[str, T]:
+        """Those of a cache's arrays that belong to this output, by their names in the cache."""
+        return {name: values for name, values in arrays.items() if output_of(name) == self.name}
+
+    def encoded(self, arrays: Mapping[str, T]) -> dict[str, T]:
+        """Those of a cache's arrays that belong to this output, by the encoding's names."""
+        return {name.removeprefix(self.prefix): values for name, values in self.stored(arrays).items()}
+
+    def has_unknown_class(self, array: str, values: np.ndarray) -> bool:
+        """Whether an array, by its name in the cache, holds the id of a class that does not exist."""
+        return array.endswith("ids") and bool(values.size) and int(values.max()) >= self.num_values
+
+
+def output_layouts(
+    encoding: Encoding, num_classes: int, outputs: Mapping[str, Output] | None = None
+) -> dict[str, OutputLayout]:
+    """How each output is stored, by name: the logits, which `encoding` is of, and the others."""
+    logits = OutputLayout(LOGITS, (num_classes,), encoding)
+    others = {name: OutputLayout(name, output.shape, output.encoding) for name, output in (outputs or {}).items()}
+    return {LOGITS: logits} | others
+
+
+def row_arrays(outputs: Mapping[str, OutputLayout]) -> dict[str, ArraySpec]:
+    """The arrays with an entry for every row: those of all outputs."""
+    return {name: spec for output in outputs.values() for name, spec in output.specs().items()}

@@ -17,22 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from logitcache.cache.committed import arrays_of, read_fixed, read_records, stored_encoding, stored_samples
-from logitcache.cache.digests import content_digest, pin_of
 from logitcache.cache.labelview import ResidentView, StreamedView, View, ViewOfOutputs, no_output
-from logitcache.cache.layout import (
-    FIXED,
-    SAMPLE_ARRAYS,
-    Block,
-    block_key,
-    block_rows,
-    blocks_per_view,
-    decode_rows,
-)
-from logitcache.cache.manifest import LOGITS, Contents, Manifest, Receipt, contents, output_of
+from logitcache.cache.layout import Block, block_rows, blocks_per_view, decode_rows
+from logitcache.cache.manifest import LOGITS, Contents
 from logitcache.cache.objects import ObjectReader, Wanted
-from logitcache.cache.outputs import outputs_of
+from logitcache.cache.outputs import output_layouts, outputs_of
 from logitcache.cache.packages import require_packages
+from logitcache.cache.per_cache import stored_encoding, stored_samples
+from logitcache.cache.records import Records, description, read_records
 from logitcache.cache.rendering import check_arrived, check_rendered, recorded_digests, recorded_plan
 from logitcache.data.index import split_index
 from logitcache.data.samples import SampleTable
@@ -78,7 +70,7 @@ class LogitCache:
     Args:
         storage: where the cache is stored.
         trust: see `open_cache`.
-        written: manifest and receipts, if the caller has them already.
+        records: manifest and receipts, if the caller has them already.
     """
 
     objects = RenamedAttribute("_objects")
@@ -92,11 +84,12 @@ class LogitCache:
         storage: Storage,
         *,
         trust: bool = False,
-        written: tuple[Manifest, dict[str, Receipt]] | None = None,
+        records: Records | None = None,
     ) -> None:
         self.storage = storage
         self._objects = ObjectReader(storage, shared_block_directory() if storage.is_remote else None)
-        self.manifest, self.receipts = read_records(storage, self._objects) if written is None else written
+        self.records = read_records(storage, self._objects) if records is None else records
+        self.manifest, self.receipts = self.records.manifest, self.records.receipts
         require_packages(self.manifest, ENCODINGS, url=storage.url)
         self.layout = self.manifest.layout
         """Shape of the stored arrays; `layout.num_views` counts from view 0, also in a partial copy."""
@@ -104,6 +97,7 @@ class LogitCache:
         """Encoding of the logits."""
         self.extra_outputs = outputs_of(self.manifest.identity)
         """Outputs other than the logits, by name: shape, encoding and source."""
+        self._output_layouts = output_layouts(self.encoding, self.num_classes, self.extra_outputs)
         self._trust = trust
         self._loader: ThreadPoolExecutor | None = None
         self._loading: dict[tuple[int, str, str], Future[View]] = {}
@@ -111,7 +105,7 @@ class LogitCache:
         self._plans: list[ViewPlan] = []
         """Plans of this cache's views; `check_batch` renders from their datasets."""
         self._process = os.getpid()
-        if self.sealed and content_digest(self.manifest, self.receipts) != self.manifest.digest:
+        if self.sealed and self.records.content_digest() != self.manifest.digest:
             raise CorruptCache(
                 f"{storage.url}: the receipts don't add up to the manifest's digest; run `logitcache verify` on it"
             )
@@ -129,7 +123,7 @@ class LogitCache:
     @property
     def pin(self) -> str | None:
         """The hash for `pull --expect`: the digest, or in format 1 a stronger form of it; None until sealed."""
-        return pin_of(self.manifest, self.receipts) if self.sealed else None
+        return self.records.pin() if self.sealed else None
 
     @property
     def sealed(self) -> bool:
@@ -159,12 +153,12 @@ class LogitCache:
     @property
     def outputs(self) -> dict[str, tuple[int, ...]]:
         """The shape of each stored output for one sample, by name, `logits` first."""
-        return {LOGITS: (self.num_classes,)} | {name: output.shape for name, output in self.extra_outputs.items()}
+        return {name: output.shape for name, output in self._output_layouts.items()}
 
     @cached_property
     def contents(self) -> Contents:
         """Sizes and fidelity of the stored labels."""
-        return contents(self.receipts, fixed=FIXED)
+        return self.records.contents()
 
     @property
     def stored_bytes(self) -> int:
@@ -187,7 +181,7 @@ class LogitCache:
         return self._memory([LOGITS])
 
     def _memory(self, outputs: Iterable[str]) -> int:
-        specs = [spec for output in outputs for spec in arrays_of(self.layout, output).values()]
+        specs = [spec for name in outputs for spec in self._output_layouts[name].stored(self.layout.arrays).values()]
         return self.num_samples * sum(np.dtype(spec.dtype).itemsize * math.prod(spec.row_shape) for spec in specs)
 
     @cached_property
@@ -197,18 +191,11 @@ class LogitCache:
         Raises:
             CorruptCache: the table is damaged.
         """
-        fixed = self.receipts.get(FIXED)
-        wanted = [name for name in SAMPLE_ARRAYS if name in self.layout.fixed]
-        if fixed is None or not wanted:
-            return None
-        arrays = {name: read_fixed(self.storage, self.layout, fixed, name, self._objects) for name in wanted}
-        return stored_samples(arrays, self.num_samples, url=self.storage.url)
+        return stored_samples(self.records, self._objects)
 
     @cached_property
     def _fitted_encoding(self) -> Encoding:
-        if FIXED not in self.receipts:
-            raise IncompleteCache(f"{self.storage.url}: the per-cache arrays are missing; {REBUILD}")
-        return stored_encoding(self.storage, self.manifest, self.receipts[FIXED], self._objects)
+        return stored_encoding(self.records, self._objects)
 
     @cached_property
     def view_plan(self) -> ViewPlan:
@@ -380,9 +367,8 @@ class LogitCache:
 
     def encoding_of(self, output: str) -> tuple[Encoding, int]:
         """The fitted encoding of an output, and the number of values of a row."""
-        if output == LOGITS:
-            return self._fitted_encoding, self.num_classes
-        return self.extra_outputs[output].encoding, self.extra_outputs[output].num_values
+        found = self._output_layouts[output]
+        return self._fitted_encoding if found.encoding.fitted_arrays else found.encoding, found.num_values
 
     def read_encoded(self, view: int, numbers: Sequence[int], *, output: str) -> dict[str, np.ndarray]:
         """The arrays (rows, *row_shape) of consecutive blocks of one output, under the encoding's names.
@@ -390,10 +376,7 @@ class LogitCache:
         Raises:
             CorruptCache: a block differs from what was written; names the first one.
         """
-        if output == LOGITS:
-            return self.read_blocks(view, numbers)
-        arrays = self.read_blocks(view, numbers, output)
-        return {name.removeprefix(f"{output}_"): values for name, values in arrays.items()}
+        return self._output_layouts[output].encoded(self.read_blocks(view, numbers, output))
 
     def read_blocks(self, view: int, numbers: Sequence[int], output: str = LOGITS) -> dict[str, np.ndarray]:
         """The checked arrays (rows, *row_shape) of consecutive blocks of one output, under their stored names.
@@ -403,34 +386,28 @@ class LogitCache:
         """
         blocks = [Block(view, number) for number in numbers]
         num_rows = sum(len(block_rows(self.layout, block)) for block in blocks)
-        objects = self._objects.read_all([self._wanted(block, [output]) for block in blocks])
+        objects = self._objects.read_all([self._wanted(block, output) for block in blocks])
         arrays = {}
-        num_values = self.num_classes if output == LOGITS else self.extra_outputs[output].num_values
-        for position, name in enumerate(self._arrays([output])):
-            spec = self.layout.arrays[name]
+        stored = self._output_layouts[output]
+        for position, (name, spec) in enumerate(stored.stored(self.layout.arrays).items()):
             chunks = [of_block[position] for of_block in objects]
             try:
                 arrays[name] = decode_rows(spec, chunks, num_rows, self.layout.rows_per_block)
             except Exception as error:
                 raise CorruptCache(f"{self.storage.url}: {name} of view {view} can't be decoded: {error}") from error
-            if name.endswith("ids") and arrays[name].size and int(arrays[name].max()) >= num_values:
+            if stored.has_unknown_class(name, arrays[name]):
                 raise CorruptCache(
-                    f"{self.storage.url}: {name} of view {view} holds class {arrays[name].max()} of {num_values}"
+                    f"{self.storage.url}: {name} of view {view} holds class {arrays[name].max()} of {stored.num_values}"
                 )
         return arrays
 
-    def _arrays(self, outputs: Sequence[str]) -> list[str]:
-        """Names of the stored arrays of some outputs, in order."""
-        return [name for name in self.layout.arrays if output_of(name) in outputs]
-
-    def _wanted(self, block: Block, outputs: Sequence[str] = (LOGITS,)) -> tuple[Wanted, str]:
-        """A block's objects of some outputs by key, and the name of their receipt for messages."""
-        receipt = self.receipts.get(block.name)
-        if receipt is None:
+    def _wanted(self, block: Block, output: str) -> tuple[Wanted, str]:
+        """The objects of one output in a block, in the layout's order, and their description for messages."""
+        if block.name not in self.receipts:
             raise IncompleteCache(f"{self.storage.url}: block {block.name} is missing; {REBUILD}")
-        names = self._arrays(outputs)
-        keys = {block_key(name, self.layout.arrays[name], block): receipt.objects[name] for name in names}
-        return keys, f"block {block.name}"
+        found = {each.array: each for each in self.records.objects([block.name])}
+        names = self._output_layouts[output].stored(self.layout.arrays)
+        return {found[name].key: found[name].stored for name in names}, description(block.name)
 
     def _fetch_ahead(self, views: Sequence[int], outputs: Sequence[str]) -> None:
         """Download views from a remote store in the background, if the local directory has room for them."""
@@ -441,7 +418,7 @@ class LogitCache:
             blocks = [Block(view, number) for view in views for number in range(blocks_per_view(self.layout))]
             there = [block for block in blocks if block.name in self.receipts]
             # One local entry per output, because outputs are read one at a time later.
-            self._objects.read_ahead([self._wanted(block, [output]) for block in there for output in outputs])
+            self._objects.read_ahead([self._wanted(block, output) for block in there for output in outputs])
 
     def logits(
         self, index: Any, device: str | torch.device = "cpu", *, memory_budget: int = RESIDENT_BYTES

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from logitcache.cache.manifest import MANIFEST, MAX_MANIFEST_BYTES, Contents, Manifest, contents, read_manifest
+from logitcache.cache.manifest import MANIFEST, MAX_MANIFEST_BYTES, Contents, Manifest, read_manifest
 from logitcache.cache.packages import missing_packages, recorded_packages
 from logitcache.errors import CorruptCache, NotACache, StorageError, UnsupportedFormat, UsageError
 from logitcache.registry import offered
@@ -41,9 +41,9 @@ class Summary:
         return _spelled(self.manifest.identity.encoding)
 
     @property
-    def packages(self) -> dict[str, str]:
+    def packages(self) -> dict[str, dict[str, str]]:
         """Name and version of the package that each encoding comes from, unless it is built in."""
-        return {name: str(package) for name, package in recorded_packages(self.manifest).items()}
+        return {name: asdict(package) for name, package in recorded_packages(self.manifest).items()}
 
     @property
     def missing_packages(self) -> str | None:
@@ -102,11 +102,10 @@ def summarise(location: str) -> Summary:
     manifest = _manifest(storage, "")
     if manifest.contents is not None:
         return Summary(storage.url, manifest, manifest.contents)
-    from logitcache.cache.committed import read_records
-    from logitcache.cache.layout import FIXED
+    from logitcache.cache.records import read_records
 
-    manifest, receipts = read_records(storage)
-    return Summary(storage.url, manifest, contents(receipts, fixed=FIXED))
+    records = read_records(storage)
+    return Summary(storage.url, records.manifest, records.contents())
 
 
 def missing_packages_of(location: str) -> str | None:

@@ -1,7 +1,7 @@
-"""Logits in, committed blocks out: bounded queue -> objects -> receipt last -> seal.
+"""Writes a cache: encodes logits, commits each block when it is complete, and seals.
 
-A block is encoded on the device that its logits come from, gathered in (pinned) host memory, and committed by a
-writer thread once it is whole. A block without a receipt never happened.
+A block is encoded on the device of its logits, collected in (pinned) host memory, and committed by a writer thread.
+Its receipt is written last: a block without a receipt does not count.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
@@ -19,36 +19,33 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.agreement import differing_rows
-from logitcache.cache.card import CARD, write_card
-from logitcache.cache.committed import collect_receipts, in_place, stored_manifest
-from logitcache.cache.digests import content_digest
 from logitcache.cache.layout import (
-    FIXED,
-    FIXED_RECEIPT_KEY,
+    PER_CACHE,
     Block,
     all_blocks,
-    block_key,
     block_rows,
-    encode_block,
-    encode_fixed,
-    fixed_array_key,
+    encode_object,
+    num_blocks,
+    object_key,
+    receipt_key,
+    receipt_names,
+    receipt_rows,
 )
-from logitcache.cache.manifest import (
-    LOGITS,
-    RECEIPTS,
-    Manifest,
-    Receipt,
-    StoredObject,
-    contents,
-    dump,
-)
+from logitcache.cache.manifest import CARD, LOGITS, RECEIPTS, Manifest, Receipt, StoredObject, dump
 from logitcache.cache.openblock import OpenBlock
-from logitcache.cache.outputs import outputs_of
-from logitcache.cache.publish import replace_records, write_group_metadata
+from logitcache.cache.outputs import output_layouts, outputs_of
 from logitcache.cache.reader import LogitCache
+from logitcache.cache.records import (
+    Records,
+    collect_receipts,
+    in_place,
+    replace_records,
+    stored_manifest,
+    write_group_metadata,
+)
 from logitcache.data.samples import batch_item, input_digest
 from logitcache.data.views import proof_rows
-from logitcache.digest import array_digest, canonical_json, sha256_hex
+from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import Encoding
 from logitcache.errors import IdentityMismatch, IncompleteCache, InvalidLogits, ShapeError, UsageError
 from logitcache.storage import Storage
@@ -57,15 +54,23 @@ from logitcache.storage import Storage
 
 WRITER_THREADS = 2
 BLOCKS_IN_FLIGHT = 4
-"""Blocks that wait for a writer thread or are in one: the bound on memory."""
+"""Blocks that wait for a writer thread or are being written: bounds the memory."""
+SHOWN_MISSING = 5
+"""Missing blocks that an error message lists."""
 
 
 class CacheWriter:
-    """Takes logits in any order, commits each block when it is whole, and seals; a context manager.
+    """Takes logits in any order, commits each block when it is complete, and seals. A context manager.
 
-    Leaving the `with` seals the cache, or raises `IncompleteCache` that says which rows are missing. After an
-    exception everything committed so far is kept, and a writer opened again goes on from there. It is made under the
-    storage's lock.
+    Leaving the `with` block seals the cache, or raises `IncompleteCache` with the rows that are missing. After an
+    exception everything that was committed is kept, and a new writer resumes there.
+
+    Args:
+        storage: where the cache is; the caller holds its lock.
+        manifest: as it is stored.
+        encoding: of the logits, fitted.
+        per_cache: the per-cache arrays, by name; written unless they are stored already.
+        after_sealing: called with the sealed cache under the storage's lock, such as to write its card.
     """
 
     def __init__(
@@ -74,19 +79,21 @@ class CacheWriter:
         manifest: Manifest,
         encoding: Encoding,
         *,
-        fixed: Mapping[str, np.ndarray],
+        per_cache: Mapping[str, np.ndarray],
+        after_sealing: Callable[[LogitCache], None],
     ) -> None:
         self.storage = storage
         self.manifest = manifest
         self.layout = manifest.layout
         self.encoding = encoding
-        """Of the logits; fitted, where it is one that is."""
+        """Of the logits, fitted."""
         self.outputs = outputs_of(manifest.identity)
-        """What is written beside the logits, by name."""
-        self._encodings = {LOGITS: encoding} | {name: output.encoding for name, output in self.outputs.items()}
+        """The outputs that are written in addition to the logits, by name."""
         self.committed_blocks: list[Block] = []
         """Blocks committed by this writer, in the order of their receipts."""
-        self._receipts = collect_receipts(storage, self.manifest)
+        self._after_sealing = after_sealing
+        self._output_layouts = output_layouts(encoding, self.layout.num_classes, self.outputs)
+        self._receipts = collect_receipts(storage, manifest)
         self._open_blocks: dict[Block, OpenBlock] = {}
         self._submitted: set[Block] = set()
         self._lock = threading.Lock()
@@ -97,21 +104,21 @@ class CacheWriter:
         self._slots = threading.BoundedSemaphore(BLOCKS_IN_FLIGHT)
         self._threads = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="logitcache-writer")
         write_group_metadata(storage, self.layout)
-        if self.manifest.state == "open":
+        if manifest.state == "open":
             storage.remove_leftovers()
-            if FIXED not in self._receipts:
-                if encoding.fitted_arrays and self._receipts:  # those seen here, not another builder's since
-                    self._forget_blocks()
-                self._receipts[FIXED] = self._commit_fixed(fixed)
+            if PER_CACHE not in self._receipts:
+                if encoding.fitted_arrays and self._receipts:  # only what was seen under the lock
+                    self._discard_blocks()
+                self._receipts[PER_CACHE] = self._store(PER_CACHE, per_cache)
 
-    def _forget_blocks(self) -> None:
-        """Blocks in the terms of a basis that is gone say nothing: they are computed again."""
+    def _discard_blocks(self) -> None:
+        """Blocks are useless without the arrays that the encoding was fitted to: they are computed again."""
         for key in [*self.storage.list_keys("receipts"), RECEIPTS]:
             self.storage.delete(key)
         self._receipts = {}
 
     def missing_blocks(self) -> list[Block]:
-        """The blocks that have no valid receipt yet, view by view."""
+        """The blocks that have no valid receipt, view by view."""
         return [block for block in all_blocks(self.layout) if block.name not in self._receipts]
 
     def write(
@@ -126,26 +133,26 @@ class CacheWriter:
     ) -> None:
         """Store the logits of consecutive rows of one view; several threads may call it.
 
-        Logits are stored up to a constant per row. Rows that were written before are compared with what is stored, up
-        to the encoding's loss and other roundings, and are not stored again.
+        Logits are stored up to a constant per row. Rows that were written before are not stored again, but compared
+        with the stored ones, within the encoding's loss and rounding.
 
         Args:
             view: 0 <= view < num_views.
             start: the first row.
             logits: (B, C) floats, a tensor on any device or an array; -inf masks a class. Not probabilities.
-            outputs: (B, *shape) of each output that the cache has beside the logits, by name.
-            inputs: what the teacher was given for these rows, batched; digests of a few rows of each view are kept,
-                so that a student can prove that it sees the same. Not for a padded batch, whose padding would count.
-            input_digests: these digests by row, where they are known and the inputs are not at hand, or are padded;
-                `ViewDataset.input_digests(view)` gives them.
+            outputs: (B, *shape) of each additional output of the cache, by name.
+            inputs: the teacher's batched inputs for these rows. Digests of a few rows of each view are stored, against
+                which a student checks its own views. Don't pass a padded batch: the digests would include the padding.
+            input_digests: these digests by row, for padded inputs or where the inputs are not available;
+                `ViewDataset.input_digests(view)` computes them.
 
         Raises:
             ShapeError: not (B, C), another shape of an output, or rows beyond the cache.
-            UsageError: an output is missing, or one that the cache does not have.
-            InvalidLogits: NaN, +inf, or a row of -inf only; probabilities, integers or complex numbers; of another
-                output, anything that its encoding can't hold.
-            IdentityMismatch: rows that were written before, with other logits or from other inputs.
-            StorageError: the store refused an earlier block.
+            UsageError: an output is missing, or is not one of the cache.
+            InvalidLogits: NaN, +inf, or a row of -inf only; probabilities, integers or complex numbers; for additional
+                outputs, values that the encoding can't store.
+            IdentityMismatch: rows were written before with other logits or inputs.
+            StorageError: an earlier block could not be written.
         """
         with self._writing:
             self._write(view, start, logits, outputs or {}, inputs, input_digests or {})
@@ -196,20 +203,25 @@ class CacheWriter:
                 if block not in self._open_blocks:
                     _refuse_probabilities(piece[LOGITS])
                     self._open_blocks[block] = OpenBlock(
-                        block, rows, self._encodings, self.layout, parts, precision=self.manifest.identity.precision
+                        block,
+                        rows,
+                        self._output_layouts,
+                        self.layout,
+                        parts,
+                        precision=self.manifest.identity.precision,
                     )
                 opened = self._open_blocks[block]
                 opened.fill(row, piece)
                 opened.inputs.update(inside)
-                if opened.whole:
+                if opened.complete:
                     self._submit(self._open_blocks.pop(block))
             row = piece_stop
 
     def _compare(self, block: Block, start: int, parts: Mapping[str, Tensor], digests: Mapping[str, str]) -> None:
-        """Compare rows of a committed block with what it holds.
+        """Compare rows with those of a committed block.
 
         Raises:
-            IdentityMismatch: they are others.
+            IdentityMismatch: they differ.
         """
         if block.name not in self._receipts:
             self.flush()
@@ -219,12 +231,13 @@ class CacheWriter:
         what = "from other inputs" if differing else "with other logits"
         for name, encoded in self._stored(block).items():
             values = parts[name]
+            encoding = self._output_layouts[name].encoding
             rows = {array: stored[first : first + len(values)] for array, stored in encoded.items()}
             differing |= set(
                 differing_rows(
-                    self._encodings[name].decode(rows, values.shape[1]),
+                    encoding.decode(rows, values.shape[1]),
                     values.cpu(),
-                    self._encodings[name],
+                    encoding,
                     self.manifest.identity.precision,
                     view=block.view,
                     rows_B=list(range(start, start + len(values))),
@@ -234,25 +247,27 @@ class CacheWriter:
             raise IdentityMismatch(
                 f"block {block.name} of {self.storage.url} was written {what}: row {min(differing)} of view "
                 f"{block.view} differs from what is written now ({len(differing)} of {len(parts[LOGITS])} rows).\n"
-                "Nothing was changed. Choose another path, give this teacher another name, or delete what is there by "
+                "Nothing was changed. Choose another path, give this teacher another name, or replace the cache with "
                 "`create(..., overwrite=True)`."
             )
 
     def _stored(self, block: Block) -> dict[str, dict[str, Tensor]]:
         """The encoded rows of a committed block, by output and array."""
         if self._stored_block is None or self._stored_block[0] != block:
-            cache = self._written()
-            arrays = {name: cache.read_encoded(block.view, [block.number], output=name) for name in self._encodings}
+            cache = self._cache()
+            arrays = {
+                name: cache.read_encoded(block.view, [block.number], output=name) for name in self._output_layouts
+            }
             tensors = {name: {key: torch.from_numpy(a) for key, a in each.items()} for name, each in arrays.items()}
             self._stored_block = block, tensors
         return self._stored_block[1]
 
     def _flattened(self, outputs: Mapping[str, Any], num_rows: int) -> dict[str, Tensor]:
-        """Outputs beside the logits, held to their shapes, as float32 rows (B, D)."""
+        """The additional outputs, with their shapes checked, as float32 rows (B, D)."""
         if outputs.keys() != self.outputs.keys():
             raise UsageError(
-                f"the outputs beside the logits are {', '.join(sorted(outputs)) or 'none'}; this cache has "
-                f"{', '.join(self.outputs) or 'none'}: give each of them, by its name"
+                f"the additional outputs are {', '.join(sorted(outputs)) or 'none'}; expected those of this cache, by "
+                f"name: {', '.join(self.outputs) or 'none'}"
             )
         flat = {}
         for name, output in self.outputs.items():
@@ -260,27 +275,28 @@ class CacheWriter:
             if tuple(values.shape) != (num_rows, *output.shape):
                 raise ShapeError(
                     f"output {name!r} is {tuple(values.shape)}; expected {(num_rows, *output.shape)}, one row for each "
-                    "of the logits"
+                    "row of logits"
                 )
             flat[name] = values.detach().reshape(num_rows, output.num_values).float()
         return flat
 
     def seal(self) -> Manifest:
-        """Wait for every commit, gather the receipts, close the cache for writing, and write its card.
+        """Wait for every commit, then replace the receipts by one file and close the cache for writing.
 
-        Another builder of the same cache may have sealed it meanwhile: with these views or more, it is left as it is.
+        If another writer sealed the cache meanwhile, with these views or more, its records are kept.
 
         Raises:
-            IncompleteCache: names the first rows that are missing; another builder may have taken back views.
-            IdentityMismatch: another cache has been put in its place, or another builder sealed other labels.
+            IncompleteCache: rows are missing; another writer may have removed views.
+            IdentityMismatch: the path holds another cache by now, or another writer sealed other labels.
         """
         self.flush()
-        if self.manifest.state == "open" or self.storage.size(CARD) is None:
-            with self.storage.lock():
-                self._seal()
+        with self.storage.lock():
+            if self.manifest.state == "open":
+                self._seal_records()
+            self._after_sealing(self._cache())
         return self.manifest
 
-    def _seal(self) -> None:
+    def _seal_records(self) -> None:
         there = stored_manifest(self.storage)
         if there.id != self.manifest.id:
             raise IdentityMismatch(
@@ -288,73 +304,62 @@ class CacheWriter:
                 "nothing of it was changed. Choose another path, and build again"
             )
         if there.state == "sealed" and set(self.layout.views) <= set(there.layout.views):
-            self._compare_sealed(collect_receipts(self.storage, there))
-            self.manifest = there
-            self._forget_receipts()
-            if self.storage.size(CARD) is None:
-                self.storage.remove_leftovers()  # of a writer that was killed as it wrote the card
-                write_card(LogitCache(self.storage))
+            sealed = collect_receipts(self.storage, there)
+            self._compare_sealed(sealed)
+            self.manifest, self._receipts = there, sealed
+            self._delete_receipts()
             return
-        opened = self.manifest.model_copy(update={"state": "open"})
-        # What other builders took back is gone, and what they had may be there.
+        # Other writers may have removed blocks of this cache, and added others.
         self._receipts = in_place(self.storage, self.layout, self._receipts)
         if self.missing_blocks():
-            self._receipts |= collect_receipts(self.storage, opened)
+            self._receipts |= collect_receipts(self.storage, self.manifest)
         missing = self.missing_blocks()
         if missing:
             raise IncompleteCache(self._describe_missing(missing))
-        names = [FIXED, *(block.name for block in all_blocks(self.layout))]
-        receipts = {name: self._receipts[name] for name in names}
-        compact = {name: receipt.model_dump() for name, receipt in receipts.items()}
-        gathered = canonical_json(compact)
-        changes = {
-            "state": "sealed",
-            "digest": content_digest(self.manifest, receipts),
-            "receipts": sha256_hex(gathered),
-            "contents": contents(receipts, fixed=FIXED),
-            "provenance": {name: value for name, value in there.provenance.items() if name != "repairing"},
-        }
-        self.manifest = self.manifest.model_copy(update=changes)
+        self._receipts = {name: self._receipts[name] for name in receipt_names(self.layout)}
+        provenance = {name: value for name, value in there.provenance.items() if name != "repairing"}
+        records, gathered = Records(self.manifest, self._receipts).sealed(provenance=provenance)
+        self.manifest = records.manifest
+        self.storage.delete(CARD)  # it describes the records that are replaced; a missing card is written again
         if there.layout != self.layout:
             write_group_metadata(self.storage, self.layout)
         replace_records(self.storage, self.manifest, gathered, replaces=there)
-        self._forget_receipts()
-        write_card(self._written())  # last: a cache is whole without it
+        self._delete_receipts()
 
     def _compare_sealed(self, sealed: Mapping[str, Receipt]) -> None:
-        """Compare what this writer committed with what another builder sealed meanwhile.
+        """Compare the blocks of this writer with those that another writer sealed.
 
         Raises:
-            IdentityMismatch: they differ, so that objects of the one may lie under receipts of the other.
+            IdentityMismatch: they differ, so the objects of one may lie under the receipts of the other.
         """
         for block in self.committed_blocks:
             if self._receipts[block.name].objects != sealed[block.name].objects:
                 raise IdentityMismatch(
-                    f"{self.storage.url} was sealed by another builder, whose labels differ from this one's in "
-                    f"{block.name}: the teacher ran twice, and rounded differently.\nBlocks may be damaged by that: "
-                    "`logitcache verify --deep` names them, and `logitcache repair` mends them."
+                    f"{self.storage.url} was sealed by another writer, whose labels in {block.name} differ from this "
+                    "one's: the teacher ran twice, with different rounding.\nBlocks may be damaged: "
+                    "`logitcache verify --deep` lists them, and `logitcache repair` restores them."
                 )
 
-    def _forget_receipts(self) -> None:
-        """Remove the receipts that are gathered now."""
+    def _delete_receipts(self) -> None:
+        """Delete the receipts of single blocks, which `receipts.json` now contains."""
         for key in list(self.storage.list_keys("receipts")):
             of_view = re.fullmatch(r"receipts/v(\d+)/.*", key)
-            # Those of later views are another builder's, who asked for more and goes on.
+            # Receipts of later views belong to a writer that adds views and is not finished.
             if of_view is None or int(of_view[1]) < self.manifest.layout.num_views:
                 self.storage.delete(key)
 
-    def _written(self) -> LogitCache:
-        """The cache as this writer knows it: another one may be at work on what lies in the storage."""
-        return LogitCache(self.storage, written=(self.manifest, dict(self._receipts)))
+    def _cache(self) -> LogitCache:
+        """The cache with the records of this writer, which those in the storage may differ from."""
+        return LogitCache(self.storage, records=Records(self.manifest, dict(self._receipts)))
 
     def flush(self) -> None:
-        """Wait until every whole block is committed; raises what went wrong in a writer thread."""
+        """Wait until every complete block is committed; raises the first error of a writer thread."""
         for commit in self._commits:
             commit.exception()
         self._raise_failed_commit()
 
     def close(self) -> None:
-        """Let running commits end, and stop the writer threads; nothing is sealed."""
+        """Finish running commits and stop the writer threads, without sealing."""
         self._threads.shutdown(wait=True)
 
     def __enter__(self) -> CacheWriter:
@@ -377,40 +382,45 @@ class CacheWriter:
         self._commits.append(self._threads.submit(self._commit, opened))
 
     def _commit(self, opened: OpenBlock) -> None:
-        """In a writer thread: the block's objects, then its receipt."""
+        """Write a block; runs in a writer thread."""
         try:
-            objects = {}
-            for name, buffer in opened.buffers().items():
-                values = buffer.numpy()
-                spec = self.layout.arrays[name]
-                data = encode_block(spec, values, self.layout.rows_per_block)
-                self.storage.put(block_key(name, spec, opened.block), data)
-                objects[name] = _stored_object(data, values)
             kl = opened.kl.double()
-            receipt = Receipt(
-                rows=len(opened.rows),
-                objects=objects,
+            receipt = self._store(
+                opened.block.name,
+                {name: buffer.numpy() for name, buffer in opened.buffers().items()},
                 kl_mean=_finite(float(kl.mean())),
                 kl_max=_finite(float(kl.max())),
                 inputs=opened.inputs,
             )
-            # Receipt last: a block without one never happened.
-            self.storage.put(opened.block.receipt_key, dump(receipt))
             with self._lock:
                 self._receipts[opened.block.name] = receipt
                 self.committed_blocks.append(opened.block)
         finally:
             self._slots.release()
 
-    def _commit_fixed(self, arrays: Mapping[str, np.ndarray]) -> Receipt:
-        """Store what is stored once, beside the labels."""
+    def _store(
+        self,
+        name: str,
+        arrays: Mapping[str, np.ndarray],
+        *,
+        kl_mean: float | None = None,
+        kl_max: float | None = None,
+        inputs: Mapping[str, str] | None = None,
+    ) -> Receipt:
+        """Write the objects of a receipt, and the receipt last: a block without a receipt does not count."""
         objects = {}
-        for name, values in arrays.items():
-            data = encode_fixed(values)
-            self.storage.put(fixed_array_key(name, self.layout.fixed[name]), data)
-            objects[name] = _stored_object(data, values)
-        receipt = Receipt(rows=self.layout.num_samples, objects=objects, kl_mean=None, kl_max=None, inputs={})
-        self.storage.put(FIXED_RECEIPT_KEY, dump(receipt))
+        for array, values in arrays.items():
+            data = encode_object(self.layout, name, array, values)
+            self.storage.put(object_key(self.layout, name, array), data)
+            objects[array] = StoredObject(bytes=len(data), sha256=sha256_hex(data), values_sha256=array_digest(values))
+        receipt = Receipt(
+            rows=receipt_rows(self.layout, name),
+            objects=objects,
+            kl_mean=kl_mean,
+            kl_max=kl_max,
+            inputs=dict(inputs or {}),
+        )
+        self.storage.put(receipt_key(name), dump(receipt))
         return receipt
 
     def _raise_failed_commit(self) -> None:
@@ -424,7 +434,7 @@ class CacheWriter:
 
     def _describe_missing(self, missing: list[Block]) -> str:
         lines = []
-        for block in missing[:5]:
+        for block in missing[:SHOWN_MISSING]:
             opened = self._open_blocks.get(block)
             rows = block_rows(self.layout, block)
             if opened is None:
@@ -432,26 +442,25 @@ class CacheWriter:
             else:
                 absent = rows.start + np.flatnonzero(~opened.filled)
                 lines.append(f"view {block.view}: {len(absent)} rows from {absent[0]} to {absent[-1]}")
-        if len(missing) > 5:
-            lines.append(f"and {len(missing) - 5} more blocks")
-        total = sum(1 for _ in all_blocks(self.layout))
+        if len(missing) > SHOWN_MISSING:
+            lines.append(f"and {len(missing) - SHOWN_MISSING} more blocks")
         return (
-            f"{self.storage.url} is not complete: {len(missing)} of {total} blocks are missing.\n  "
+            f"{self.storage.url} is not complete: {len(missing)} of {num_blocks(self.layout)} blocks are missing.\n  "
             + "\n  ".join(lines)
-            + "\nWhat is committed stays; write the missing rows and leave the `with` again."
+            + "\nCommitted blocks are kept; write the missing rows with a new writer."
         )
 
 
 def _refuse_probabilities(logits_BC: Tensor) -> None:
-    """Softmax outputs are no logits: a loss would apply softmax to them again.
+    """Refuse softmax outputs, to which a loss would apply softmax again.
 
     Raises:
         InvalidLogits: every row is a distribution.
     """
     if len(logits_BC) and bool(((logits_BC.sum(dim=1) - 1).abs() < 1e-3).all()) and bool((logits_BC >= 0).all()):
         raise InvalidLogits(
-            "these rows are probabilities: none is negative, and each sums to 1. Pass the logits before softmax, or "
-            "`probabilities.log()`. If they are logits after all, add any constant: it changes no distribution"
+            "these rows are probabilities: no value is negative, and each row sums to 1. Pass the logits before "
+            "softmax, or `probabilities.log()`. If they are logits, add any constant: softmax ignores it"
         )
 
 
@@ -460,15 +469,11 @@ def _as_tensor(logits: Any) -> Tensor:
         return torch.as_tensor(logits)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ShapeError(
-            f"logits are a {type(logits).__name__}; expected one tensor or array (B, C). Where the teacher returns a "
-            "mapping, a tuple or an object, pass the tensor in it, such as `output.logits`"
+            f"logits are a {type(logits).__name__}; expected one tensor or array (B, C). If the teacher returns a "
+            "mapping, a tuple or an object, pass its tensor of logits, such as `output.logits`"
         ) from error
 
 
 def _finite(nats: float) -> float | None:
-    """A divergence for a receipt; none where classes that the teacher may choose are left out altogether."""
+    """A divergence for a receipt; None where it is infinite, since the encoding leaves classes out."""
     return nats if math.isfinite(nats) else None
-
-
-def _stored_object(data: bytes, values: np.ndarray) -> StoredObject:
-    return StoredObject(bytes=len(data), sha256=sha256_hex(data), values_sha256=array_digest(values))

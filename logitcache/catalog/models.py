@@ -21,7 +21,7 @@ from logitcache.catalog.calling import call_model, input_described, logits_of
 from logitcache.catalog.nets import CNN, MLP, CIFARResNet
 from logitcache.checksums import check_file
 from logitcache.digest import canonical_json
-from logitcache.entry_points import call_entry_point, is_entry_point, load_entry_point
+from logitcache.entry_points import is_entry_point
 from logitcache.errors import CorruptRun, LogitCacheError, ShapeError, UsageError
 from logitcache.registry import Registry, unknown_name
 from logitcache.storage import LocalStorage
@@ -39,8 +39,8 @@ MODELS: Registry[Callable[..., nn.Module]] = Registry(
     },
     allows_code=True,
 )
-"""Called with the shape of one sample's input, the number of classes, and a pipeline's `args`. A package adds one in
-the entry point group `logitcache.models`."""
+"""Called with a pipeline's `args`, and with `input_shape` of one sample and `num_classes` if they have parameters of
+these names. A package adds one in the entry point group `logitcache.models`."""
 
 ORIGIN = "logitcache"
 """The entry of a safetensors file's metadata that says, in JSON, which run its weights are of."""
@@ -76,20 +76,21 @@ def build_model(
     if path is not None and not path.is_file():
         raise UsageError(f"there is no weights file {path}")
     try:
-        if is_entry_point(name):
-            factory = load_entry_point(name, trust=trust)
-            if "num_classes" in inspect.signature(factory).parameters:
-                args.setdefault("num_classes", num_classes)
-            model = call_entry_point(factory, name, args)
-        elif name in MODELS:
-            model = MODELS[name](input_shape, num_classes, **args)
+        if is_entry_point(name) or name in MODELS:
+            factory = MODELS.resolve(name, trust=trust)
+            taken = inspect.signature(factory).parameters
+            sizes = {"input_shape": input_shape, "num_classes": num_classes}
+            args = {key: size for key, size in sizes.items() if key in taken} | args
+            model: Any = factory(**args)
         else:
             model = _torchvision_model(name, num_classes, named_weights, args, new_head)
             named_weights = None
     except LogitCacheError:
         raise
     except Exception as error:
-        raise UsageError(f"model {name!r} can't be built with the arguments {args}: {error}") from error
+        raise UsageError(
+            f"model {name!r} can't be built with the arguments {args}: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"model {name!r} gave a {type(model).__name__}; expected a torch.nn.Module")
     if named_weights is not None:
@@ -106,7 +107,7 @@ def check_model_name(name: str, *, trust: bool) -> None:
         UsageError: unknown model, or an entry point that can't be imported.
     """
     if is_entry_point(name):
-        load_entry_point(name, trust=trust)
+        MODELS.resolve(name, trust=trust)
         return
     if name in MODELS:
         return

@@ -144,7 +144,14 @@ def repair_command(
     from logitcache.verify.repair import repair
 
     pipeline = pipeline_of(cache, data, overrides)
-    result = repair(cache, source=source, pipeline=pipeline, trust=trust)
+
+    def recompute() -> str | None:
+        from logitcache.stages.cache_teacher import cache_teacher
+
+        assert pipeline is not None
+        return cache_teacher(pipeline, trust=trust).manifest.digest
+
+    result = repair(cache, source=source, recompute=None if pipeline is None else recompute)
     found = {"ok": not result.remaining, **dataclasses.asdict(result)}
 
     def print_repair() -> None:

@@ -1,4 +1,4 @@
-"""An encoding yet to be chosen, on a sample of the teacher's logits."""
+"""A placeholder for an encoding that is chosen on a sample of the teacher's logits."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ class Auto:
             raise UsageError(f"max_kl is a positive number of nats, not {self.max_kl!r}")
 
     def config(self) -> dict[str, Any]:
-        """As JSON."""
+        """Name and parameters as a JSON object."""
         return {"name": self.name, "max_kl": float(self.max_kl)}

@@ -1,4 +1,4 @@
-"""The subspace that a teacher's logits lie near, found on a sample of them, some rows at a time."""
+"""The principal subspace of a teacher's logits, computed on a sample, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from logitcache.encodings.protocol import float_tensor
 # B batch, C classes, R rank
 
 DEEPEST = 40.0
-"""Logits further below a row's largest count as this far: their probability is below 1e-17."""
+"""Distance below a row's largest logit at which logits are clamped: their probability is below 1e-17."""
 EXACT_CLASSES = 4096
-"""Up to so many classes the basis comes from the whole covariance; beyond, from a randomised subspace iteration."""
+"""Up to this many classes the basis is computed from the full covariance; above, by randomised subspace iteration."""
 
 
 def principal_components(calibration: Any, rank: int) -> tuple[Tensor, Tensor]:
     """Mean (C,) and orthonormal principal components (rank, C) of logits, each row's own mean removed.
 
-    The calibration logits are read a few rows at a time, several times over, so that a memory map larger than memory
-    will do. Beyond `EXACT_CLASSES` classes: randomised subspace iteration (Halko, Martinsson and Tropp 2011,
+    The calibration logits are read a few rows at a time, several times, so they can be a memory map that is larger than
+    memory. Above `EXACT_CLASSES` classes: randomised subspace iteration (Halko, Martinsson and Tropp 2011,
     arXiv:0909.4061, algorithm 4.4).
     """
     num_rows, num_classes = calibration.shape
@@ -46,7 +46,7 @@ def principal_components(calibration: Any, rank: int) -> tuple[Tensor, Tensor]:
             product_CR += rows_BC.T @ (rows_BC @ vectors_CR)
         inner_RR = vectors_CR.T @ product_CR
         vectors_CR = product_CR
-    # Rayleigh and Ritz: the components in order of their variance.
+    # Rayleigh-Ritz: sorts the components by variance.
     basis_CR = torch.linalg.qr(product_CR)[0]
     inner_RR = torch.zeros(width, width)
     for rows_BC in _batches(calibration):
@@ -55,7 +55,7 @@ def principal_components(calibration: Any, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _sign_fixed(basis_RC: Tensor) -> Tensor:
-    """The same components, each with its largest entry positive: an eigenvector's sign is a library's whim."""
+    """The components with signs such that the largest entry is positive: the sign of an eigenvector is arbitrary."""
     largest_R1 = basis_RC.gather(1, basis_RC.abs().argmax(dim=1, keepdim=True))
     return (basis_RC * largest_R1.sign()).contiguous()
 
@@ -67,6 +67,6 @@ def _batches(calibration: Any) -> Any:
 
 
 def centred(logits_BC: Tensor) -> Tensor:
-    """Logits less their mean in each row, the lowest of them raised to what still makes a difference."""
+    """Logits minus their mean in each row, after clamping at `DEEPEST` below the row's largest."""
     logits_BC = (logits_BC - logits_BC.amax(dim=1, keepdim=True)).clamp_(min=-DEEPEST)
     return logits_BC - logits_BC.mean(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Every logit, in 32, 16 or 8 bits."""
+"""Every logit, with 32, 16 or 8 bits."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from logitcache.errors import UsageError
 # B batch, C classes
 
 MASKED = 0
-"""Code of -inf in uint8, in rows whose step is negative; the others, 1 to 255, run from the row's lowest finite logit
-to its largest."""
+"""Code of -inf in uint8, in rows whose step is negative; codes 1 to 255 span the row's finite logits."""
 STEPS = 254
 DEEPEST = 64.0
-"""Distance from the row's largest logit beyond which uint8 does not tell."""
+"""Distance below the row's largest logit at which uint8 saturates."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(Encoding):
     """All C logits of a row.
 
-    Exact in float32; in float16 stored as distances from the row's largest; in uint8 affine, with a step for each
-    row, so that a logit is at most half a step off.
+    float32 is exact. float16 stores distances from the row's largest logit. uint8 is affine with one step per row; the
+    error is at most half a step.
     """
 
     name: ClassVar[str] = "dense"
@@ -52,13 +51,12 @@ class Dense(Encoding):
         del view, start
         if self.dtype == "float32":
             return {"logits": logits_BC}
-        # Distances from the maximum put float16's finest steps where the probability is, and keep a row of
-        # large logits from overflowing.
+        # float16 is finest near 0, so this is most precise for the most probable classes; and it can't overflow.
         below_max_BC = logits_BC - logits_BC.amax(dim=1, keepdim=True)
         if self.dtype == "float16":
             return {"logits": below_max_BC.to(torch.float16)}
         masked_BC = below_max_BC == -math.inf
-        # One logit that is next to impossible must not make the steps of all others coarse.
+        # One extremely improbable class must not make the steps of all others coarse.
         below_max_BC = below_max_BC.clamp(min=-DEEPEST)
         lowest_B = below_max_BC.masked_fill(masked_BC, 0.0).amin(dim=1)
         step_B = torch.where(lowest_B < 0, -lowest_B / STEPS, 1.0)
@@ -70,7 +68,7 @@ class Dense(Encoding):
             return encoded["logits"].float()
         codes_BC, step_B = encoded["logits"], encoded["step"]
         decoded_BC = codes_BC.float().mul_(step_B.abs()[:, None])
-        # To look for masks takes longer than all else, so rows that have them say so; a GPU would wait for the answer.
+        # Searching all codes for masks is slow, so the sign of a row's step marks them; on a GPU the check would sync.
         if codes_BC.device.type == "cpu" and not bool((step_B < 0).any()):
             return decoded_BC
         return decoded_BC.masked_fill_(codes_BC == MASKED, -math.inf)

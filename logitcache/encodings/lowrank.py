@@ -1,8 +1,8 @@
-"""A few coefficients over a basis that the teacher's classes share, searched for what the divergence feels.
+"""Integer coefficients over a low-rank basis of the teacher's logits, chosen by rate-distortion optimisation.
 
-decoded = mean + coefficients @ basis, and exact corrections of k classes. Coefficients are small integers. Rounding
-each of them would spread the error over all classes alike; they are chosen instead so that the error lies where the
-softmax does not feel it, at a price for every bit (rate-distortion optimisation, as in video coding).
+decoded = mean + coefficients @ basis, plus corrections of k classes. Rounding each coefficient to the nearest integer
+would spread the error evenly over all classes. Instead the coefficients are chosen to minimise the KL divergence, which
+puts the error on improbable classes, with a price for every bit as in video coding.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from logitcache.errors import UsageError
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
-# B batch, C classes, R rank, K corrected classes, M classes that a row's search heeds, J flips of a round
+# B batch, C classes, R rank, K corrected classes, M most probable classes of a row, J coefficients changed in a round
 
 FURTHEST_CORRECTION = 127
 CORRECTION_STEP = 0.25
-HEEDED = 8
-"""Most probable classes of a row, that its first estimate and the flips' interactions are computed for."""
+TOP_CLASSES = 8
+"""M: the most probable classes of a row; the initial estimate and the interactions of changes use only these."""
 FLIPS = 8
-"""Coefficients that may change in one round of the search."""
+"""Coefficients that can change in one round of the search."""
 SQUARED_ERROR = 0.2
-"""Weight of a row's mean squared error beside its KL at T = 1, in nats: what higher temperatures feel."""
+"""Weight of a row's mean squared error, which matters at high temperatures, relative to its KL at T = 1 in nats."""
 ROWS_AT_ONCE = 512
 FORBIDDEN = 64.0
-"""Price of a step beyond the limit, in nats."""
+"""Cost of a step beyond the limit, in nats."""
 FITTED_DTYPES = {"basis": "float16", "mean": "float32", "limits": "uint16", "bit_costs": "float32"}
 FIT_ROWS = 2048
-"""Rows that the frequencies of coefficients are taken from."""
+"""Rows on which the frequencies of coefficients are counted."""
 
 
 def full_precision(method: Callable[P, Result]) -> Callable[P, Result]:
-    """A method whose matrix products are not lowered to 16 bits by an autocast around it."""
+    """Disable autocast in a method: its matrix products keep full precision."""
 
     @functools.wraps(method)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> Result:
@@ -58,16 +58,15 @@ def full_precision(method: Callable[P, Result]) -> Callable[P, Result]:
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank(Encoding):
-    """Quantised coefficients over a fitted basis, and corrections of the k classes where they matter most.
+    """Quantised coefficients over a fitted basis, and corrections of the k classes with the largest error.
 
-    The basis holds the principal components of the calibration logits, each row's constant removed. A row's
+    The basis is the principal components of the calibration logits, after each row's mean is subtracted. A row's
     coefficients start at the least-squares solution under the Fisher metric diag(p) - pp' of its most probable
-    classes, are rounded, and then changed by single steps while that lowers
-    KL(teacher ‖ decoded) + 0.2 mean squared error + bit_price · bits. Decoding is one matrix product and a scatter.
+    classes. They are rounded, and then changed one step at a time while this lowers
+    KL(teacher ‖ decoded) + 0.2 · mean squared error + bit_price · bits. Decoding is one matrix product and a scatter.
 
-    Sources: principal components of logits, `Hinton et al. 2015` for why small logits matter; the quadratic form of
-    KL is Fisher's; choosing quantised values by their rate is Sullivan and Wiegand 1998 (rate-distortion
-    optimization for video compression). The combination is ours.
+    Sources: Hinton et al. 2015 for the information in small logits; Sullivan and Wiegand 1998, "Rate-distortion
+    optimization for video compression", for choosing quantised values by their rate. The combination is new.
     """
 
     name: ClassVar[str] = "lowrank"
@@ -79,11 +78,11 @@ class LowRank(Encoding):
     k: int = 1
     """Classes corrected in each row; 0 for none."""
     step: float = 0.075
-    """Change of a class's logit, root mean square, by one step of one coefficient."""
+    """Root mean square change of a class's logit for one step of one coefficient."""
     bit_price: float = 1e-4
-    """Nats of divergence that are accepted to save one bit."""
+    """Divergence, in nats, that is accepted to save one bit."""
     search: int = 4
-    """Rounds of the search, each of which may change eight coefficients; more rounds, smaller divergence."""
+    """Rounds of the search. Each can change eight coefficients; more rounds give a smaller divergence."""
     fitted: Fitted | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -118,13 +117,13 @@ class LowRank(Encoding):
         if num_rows <= self.rank:
             raise UsageError(
                 f"LowRank(rank={self.rank}) can't be fitted on {num_rows} calibration rows; it needs more rows than "
-                f"the rank, at best some ten thousand: raise `cache.calibration`, or lower the rank"
+                "the rank, preferably ten thousand or more: raise `cache.calibration`, or lower the rank"
             )
         mean_C, basis_RC = principal_components(calibration, self.rank)
-        # In float16 from here on, as it is stored: encoder and decoder must have the same basis.
+        # Rounded to float16, as it is stored: encoder and decoder must use the same basis.
         basis_RC = (basis_RC * (self.step * math.sqrt(num_classes))).half().float()
         if not bool(torch.isfinite(basis_RC).all()):
-            raise UsageError(f"LowRank: step={self.step} is too coarse: a step would not fit into float16")
+            raise UsageError(f"LowRank: step={self.step} is too coarse: a step exceeds float16")
         limits_R = np.full(self.rank, LARGEST, dtype=np.uint16)
         fitted = Fitted(basis_RC.half().numpy(), mean_C.numpy(), limits_R, np.zeros((2, self.rank), dtype=np.float32))
         sample = np.random.default_rng(0).choice(num_rows, min(FIT_ROWS, num_rows), replace=False)
@@ -132,7 +131,7 @@ class LowRank(Encoding):
         steps_BR = self._with(fitted)._coefficients(logits_BC)
         if float(steps_BR.abs().max()) >= LARGEST:
             raise UsageError(f"LowRank: step={self.step} is too fine: these logits are more than {LARGEST} steps apart")
-        for _ in range(2):  # what the bits cost decides which values are chosen, and these what the bits cost
+        for _ in range(2):  # the bit costs and the chosen coefficients depend on each other
             fitted = Fitted(fitted.basis, fitted.mean, limits_R, _bit_costs(steps_BR))
             steps_BR = self._with(fitted)._coefficients(logits_BC)
         return self._with(Fitted(fitted.basis, fitted.mean, _limits(steps_BR), fitted.bit_costs))
@@ -181,17 +180,17 @@ class LowRank(Encoding):
         return self.fitted
 
     def _coefficients(self, logits_BC: Tensor) -> Tensor:
-        """Whole numbers of steps, float32 (B, R)."""
+        """Coefficients as whole numbers of steps, float32 (B, R)."""
         on = self._fitted().on(logits_BC.device)
         pieces = torch.split(logits_BC, ROWS_AT_ONCE)
         return torch.cat([self._search(centred(piece_BC), on)[0] for piece_BC in pieces])
 
     def _search(self, logits_BC: Tensor, on: _OnDevice) -> tuple[Tensor, Tensor, Tensor]:
-        """Coefficients (B, R) in whole steps, what they decode to (B, C), and the teacher's probabilities (B, C)."""
+        """Coefficients in whole steps (B, R), the decoded logits (B, C) and the teacher's probabilities (B, C)."""
         num_classes = logits_BC.shape[1]
         error_weight = 2 * SQUARED_ERROR / num_classes * on.squared_norm
         p_BC = logits_BC.softmax(dim=1)
-        top_BM, ids_BM = p_BC.topk(min(HEEDED, num_classes), dim=1)
+        top_BM, ids_BM = p_BC.topk(min(TOP_CLASSES, num_classes), dim=1)
         wanted_BC = logits_BC - on.mean_C
         plain_BR = (wanted_BC @ on.basis_CR).div_(on.squared_norm)
         basis_BMR = on.basis_CR[ids_BM]
@@ -201,13 +200,13 @@ class LowRank(Encoding):
         decoded_BC = torch.addmm(on.mean_C, steps_BR, on.basis_RC)
         if not self.search:
             return steps_BR, decoded_BC, p_BC
-        # The cost changes by ±gradient + half the curvature when a coefficient changes by a step, to second order.
+        # To second order, a step of a coefficient changes the cost by ±gradient + half the curvature.
         curvature_BR = _curvature(top_BM, basis_BMR, on.squared_norm / num_classes).add_(error_weight).mul_(0.5)
         up_BR, down_BR = (bits_BR.add_(curvature_BR) for bits_BR in self._bits(steps_BR, on.bit_costs_2R, on.limit_R))
         for _ in range(self.search):
             q_BC = decoded_BC.softmax(dim=1)
             q_BM = q_BC.gather(1, ids_BM)
-            # The basis is orthogonal, so the squared error's part of the gradient needs no product with it.
+            # The basis is orthogonal, so the gradient of the squared error needs no matrix product.
             gradient_BR = q_BC.sub_(p_BC) @ on.basis_CR
             gradient_BR.add_(steps_BR, alpha=error_weight).sub_(plain_BR, alpha=error_weight)
             rising_BR, falling_BR = up_BR + gradient_BR, down_BR - gradient_BR
@@ -229,7 +228,7 @@ class LowRank(Encoding):
         return steps_BR, decoded_BC, p_BC
 
     def _bits(self, steps: Tensor, costs: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-        """What a step up and a step down cost in bits, priced; out of bounds it is more than any gain."""
+        """The cost of the bits of a step up and of a step down, in nats; prohibitive beyond the limit."""
         away, nonzero = self.bit_price * costs
         magnitude = steps.abs()
         grown = away + nonzero * (magnitude == 0) + FORBIDDEN * (magnitude >= limit)
@@ -237,10 +236,10 @@ class LowRank(Encoding):
         return torch.where(steps >= 0, grown, shrunk), torch.where(steps <= 0, grown, shrunk)
 
     def _corrections(self, p_BC: Tensor, q_BC: Tensor) -> dict[str, Tensor]:
-        """What to add to the logits of the classes whose probability is furthest off, in steps."""
+        """Corrections, in steps, of the logits of the k classes with the largest error in probability."""
         num_classes = p_BC.shape[1]
         ids_BK = (p_BC - q_BC).abs_().topk(self.k, dim=1).indices
-        # The row's constant is free: the classes that are not corrected get their teacher's mass together.
+        # A constant per row is free: it gives the uncorrected classes the teacher's total probability for them.
         (p_BK, p_rest_B1), (q_BK, q_rest_B1) = (_kept_and_rest(x_BC.gather(1, ids_BK)) for x_BC in (p_BC, q_BC))
         wanted_BK = (p_BK / q_BK).log_() - (p_rest_B1 / q_rest_B1).log_()
         steps_BK = (wanted_BK / CORRECTION_STEP).round_().clamp_(-FURTHEST_CORRECTION, FURTHEST_CORRECTION)
@@ -251,7 +250,7 @@ class LowRank(Encoding):
 
 
 class Fitted:
-    """What fitting found, as it is stored once in a cache."""
+    """The arrays that `LowRank.fit` determines; a cache stores them once."""
 
     def __init__(self, basis: np.ndarray, mean: np.ndarray, limits: np.ndarray, bit_costs: np.ndarray) -> None:
         for name, values in {"basis": basis, "mean": mean, "limits": limits, "bit_costs": bit_costs}.items():
@@ -263,27 +262,27 @@ class Fitted:
         if basis.shape != (rank, len(mean)) or bit_costs.shape != (2, rank):
             raise ValueError(f"shapes {basis.shape}, {mean.shape}, {limits.shape} and {bit_costs.shape} don't agree")
         if not all(np.isfinite(values).all() for values in (basis, mean, bit_costs)):
-            raise ValueError("NaN or an infinite number")
+            raise ValueError("basis, mean or bit_costs contain NaN or infinity")
         self.basis = basis
-        """float16 (R, C): what one step of a coefficient adds to the logits."""
+        """float16 (R, C): the change of the logits for one step of each coefficient."""
         self.mean = mean
-        """float32 (C,)."""
+        """float32 (C,): the mean of the logits."""
         self.limits = limits
-        """uint16 (R,): steps that a coefficient may be away from zero."""
+        """uint16 (R,): the largest magnitude of each coefficient, in steps."""
         self.bit_costs = bit_costs
-        """float32 (2, R): bits of every step away from zero, and of the first one besides; for the encoder alone."""
+        """float32 (2, R): bits for each step away from zero, and extra bits for the first; the decoder ignores them."""
         self.radix = MixedRadix(limits.tolist())
         self._on: dict[torch.device, _OnDevice] = {}
 
     def on(self, device: torch.device) -> _OnDevice:
-        """The same as tensors on a device, made once."""
+        """The arrays as tensors on a device; kept for the next call."""
         if device not in self._on:
             self._on[device] = _OnDevice(self, device)
         return self._on[device]
 
 
 class _OnDevice:
-    """Fitted arrays as float32 tensors, with what the search asks of them."""
+    """Fitted arrays as float32 tensors, with quantities derived from them for the search."""
 
     def __init__(self, fitted: Fitted, device: torch.device) -> None:
         self.radix = fitted.radix.to(device)
@@ -291,23 +290,23 @@ class _OnDevice:
         self.basis_RC = torch.from_numpy(fitted.basis).to(device).float()
         self.basis_CR = self.basis_RC.T.contiguous()
         self.squared_norm = float(self.basis_RC.square().sum(dim=1).mean())
-        """Of every component alike."""
+        """Of each component; all have about the same norm."""
         self.limit_R = torch.from_numpy(fitted.limits.astype(np.float32)).to(device)
         self.bit_costs_2R = torch.from_numpy(fitted.bit_costs).to(device)
 
 
 def _kept_and_rest(p_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities of some classes, and of all others together; neither is ever zero."""
+    """Probabilities of some classes, and the total of all others; both clamped above 0."""
     return p_BK.clamp(min=1e-12), (1.0 - p_BK.sum(dim=1, keepdim=True)).clamp_(min=1e-6)
 
 
 def _fisher_correction(
     wanted_BM: Tensor, plain_BR: Tensor, p_BM: Tensor, basis_BMR: Tensor, error_weight: float
 ) -> Tensor:
-    """What to add to least-squares coefficients, in steps, for the Fisher metric of each row's likeliest classes.
+    """The difference, in steps, between the solution under the Fisher metric and the least-squares coefficients.
 
-    Minimises ½ e'(diag(p) - pp')e over those classes plus the weighted squared error of all; by the Woodbury
-    identity it takes a system of as many unknowns as there are such classes, not of the rank.
+    The solution minimises ½ e'(diag(p) - pp')e over each row's most probable classes plus the weighted squared error
+    of all classes. With the Woodbury identity the linear system has M unknowns instead of R.
     """
     error_BM1 = wanted_BM.unsqueeze(2) - torch.bmm(basis_BMR, plain_BR.unsqueeze(2))
     rest_B = (1.0 - p_BM.sum(dim=1)).clamp_(min=1e-4)
@@ -319,9 +318,10 @@ def _fisher_correction(
 
 
 def _curvature(p_BM: Tensor, basis_BMR: Tensor, mean_square: float) -> Tensor:
-    """Second derivative of the KL by each coefficient: the variance of its component under p, (B, R).
+    """Second derivative of the KL with respect to each coefficient: the variance of its component under p, (B, R).
 
-    The likeliest classes count as they are, all others as if the component had its mean square there and mean zero.
+    It is exact for the most probable classes; for all others the component is assumed to have mean zero and its average
+    square.
     """
     p_B1M = p_BM.unsqueeze(1)
     rest_B1 = 1.0 - p_BM.sum(dim=1, keepdim=True)
@@ -330,10 +330,10 @@ def _curvature(p_BM: Tensor, basis_BMR: Tensor, mean_square: float) -> Tensor:
 
 
 def _best_of_each_group(change_BR: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest entry, and its column, of each of `FLIPS` groups of columns, smallest first; (B, J) both."""
+    """The smallest entry and its column in each of `FLIPS` groups of columns, smallest first; both (B, J)."""
     num_groups = min(FLIPS, change_BR.shape[1])
     padded_BR = F.pad(change_BR, (0, -change_BR.shape[1] % num_groups), value=math.inf)
-    # Neighbouring columns in different groups; a selection of the J smallest of all takes ten times as long.
+    # Adjacent columns are in different groups. Selecting the J smallest of all columns takes ten times as long.
     change_BJ, place_BJ = padded_BR.view(len(padded_BR), -1, num_groups).min(dim=1)
     change_BJ, order_BJ = change_BJ.sort(dim=1)
     return change_BJ, (place_BJ * num_groups + torch.arange(num_groups, device=place_BJ.device)).gather(1, order_BJ)
@@ -342,7 +342,7 @@ def _best_of_each_group(change_BR: Tensor) -> tuple[Tensor, Tensor]:
 def _flips_that_help_together(
     change_BJ: Tensor, which_BJ: Tensor, sign_BJ: Tensor, q_BM: Tensor, ids_BM: Tensor, on: _OnDevice
 ) -> Tensor:
-    """Of the steps that look best alone, those that still lower the cost beside the ones already taken; (B, J)."""
+    """The steps, best first, that lower the cost in combination with the steps taken before them, (B, J)."""
     moved_BJM = on.basis_RC[which_BJ.unsqueeze(2), ids_BM.unsqueeze(1)] * sign_BJ.unsqueeze(2)
     felt_BJM = moved_BJM * q_BM.unsqueeze(1)
     mean_BJ1 = felt_BJM.sum(dim=2, keepdim=True)
@@ -355,7 +355,7 @@ def _flips_that_help_together(
 
 
 def _bit_costs(steps_BR: Tensor) -> np.ndarray:
-    """Bits of each step away from zero, and of leaving it, float32 (2, R), if magnitudes are geometric."""
+    """Bits for each step away from zero and extra bits for the first, float32 (2, R), for geometric magnitudes."""
     num_rows = len(steps_BR)
     nonzero_R = (steps_BR != 0).float().sum(dim=0) + 0.5
     further_R = 1.0 - nonzero_R / (steps_BR.abs().sum(dim=0) + 1.0)
@@ -366,7 +366,7 @@ def _bit_costs(steps_BR: Tensor) -> np.ndarray:
 
 
 def _limits(steps_BR: Tensor) -> np.ndarray:
-    """How far each coefficient may go, uint16 (R,): rare large values of the small ones are not worth their room."""
+    """The largest magnitude of each coefficient, uint16 (R,); rare large values of small coefficients are cut off."""
     magnitudes_BR = steps_BR.abs()
     common_R = torch.quantile(magnitudes_BR, 0.98, dim=0).ceil()
     limits_R = torch.where(common_R <= 3, common_R, magnitudes_BR.amax(dim=0))

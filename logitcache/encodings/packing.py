@@ -1,4 +1,4 @@
-"""Several small signed integers in one byte, as the digits of a mixed-radix number."""
+"""Several small signed integers per byte, as digits of a mixed-radix number."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 LARGEST = 32_767
-"""The widest limit: such a number takes two bytes."""
+"""The largest limit; a number of this range takes two bytes."""
 
 
 class MixedRadix:
-    """How numbers in [-limit, limit] share bytes: neighbours do, while the product of their ranges fits.
+    """Packs numbers in [-limit, limit]: adjacent numbers share a byte while the product of their ranges fits.
 
-    An entropy coder of whole symbols spends at least one bit on each; coefficients that are mostly zero carry less,
-    so that several of them must make one symbol. A number of more than 256 values has two bytes, the low one first.
+    An entropy coder spends at least one bit per symbol. Coefficients that are mostly zero carry less information than
+    that, so several of them form one symbol. A number with more than 256 values takes two bytes, the low byte first.
     """
 
     def __init__(self, limits: Sequence[int]) -> None:
@@ -27,7 +27,7 @@ class MixedRadix:
         for number, limit in enumerate(limits):
             base = 2 * int(limit) + 1
             if not 1 <= limit <= LARGEST:
-                raise ValueError(f"a limit lies between 1 and {LARGEST}, not {limit}")
+                raise ValueError(f"a limit is between 1 and {LARGEST}, not {limit}")
             if size * min(base, 256) > 256:
                 byte, size = byte + 1, 1
             bytes_R.append(byte)
@@ -47,14 +47,14 @@ class MixedRadix:
         self._high_W = torch.tensor(high_W, dtype=torch.int64)
 
     def to(self, device: torch.device) -> MixedRadix:
-        """The same on another device."""
+        """The packing with its tensors on another device."""
         moved = object.__new__(MixedRadix)
         for name, value in vars(self).items():
             setattr(moved, name, value.to(device) if isinstance(value, Tensor) else value)
         return moved
 
     def pack(self, numbers_BR: Tensor) -> Tensor:
-        """Whole float32 numbers within the limits as uint8 (B, G)."""
+        """Pack whole float32 numbers within the limits, (B, R), into uint8 (B, G)."""
         packed_BG = numbers_BR.new_zeros(len(numbers_BR), self.num_bytes)
         digits_BR = numbers_BR + self._limit_R
         if len(self._wide_W):
@@ -66,7 +66,7 @@ class MixedRadix:
         return packed_BG.to(torch.uint8)
 
     def unpack(self, packed_BG: Tensor) -> Tensor:
-        """The float32 (B, R) numbers of packed bytes."""
+        """Unpack bytes into float32 numbers (B, R)."""
         # Quotients of whole numbers below 256 are either whole or at least 1/256 away: floor is exact.
         digits_BR = packed_BG.index_select(1, self._byte_R).float().div_(self._divisor_R).floor_()
         digits_BR.sub_(digits_BR.div(self._base_R).floor_().mul_(self._base_R))

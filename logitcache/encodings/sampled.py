@@ -1,4 +1,4 @@
-"""A few classes drawn from the teacher's own distribution: unbiased, where the largest few are not."""
+"""Classes sampled from the teacher's distribution: an unbiased estimate, unlike the k largest classes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from logitcache.randomness import keyed_uniform
 class Sampled(Encoding):
     """Classes drawn in proportion to their probability at T = 1; decoded to the logarithm of their shares.
 
-    The expected share of a class is its probability, so the expected gradient of KL or soft cross-entropy at T = 1
-    is that of the full distribution (RS-KD, arXiv:2503.16870, section 3.2). One row has few classes, and all others
-    are -inf: it is for training at T = 1, where many rows average out, and KL(teacher ‖ decoded) of one is infinite.
-    Draws are systematic (one random offset a row, evenly spaced points of the cumulated distribution), which has the
-    same expectation as independent ones and less variance: a class with probability p comes up pD times, rounded up
-    or down.
+    The expected share of a class is its probability, so the expected gradient of KL or soft cross-entropy at T = 1 is
+    that of the full distribution (RS-KD, arXiv:2503.16870, section 3.2). A decoded row has few classes, and -inf for
+    all others, so KL(teacher ‖ decoded) of a row is infinite: use it for training at T = 1, where rows average out.
+    Draws are systematic: evenly spaced points of the cumulative distribution with one random offset per row. They have
+    the same expectation as independent draws and less variance: a class with probability p is drawn pD times, rounded
+    up or down.
     """
 
     name: ClassVar[str] = "sampled"
 
     draws: int = 50
-    """Draws for each row; a class may come up more than once."""
+    """Draws per row; a class can be drawn more than once."""
     seed: int = 0
-    """With view and row it fixes the offset, so that a build can be repeated."""
+    """Determines the offsets, together with view and row."""
 
     def __post_init__(self) -> None:
         for name, least in (("draws", 1), ("seed", 0)):
@@ -48,13 +48,13 @@ class Sampled(Encoding):
     def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:
         rows = range(start, start + len(logits_BC))
         offsets_B = torch.from_numpy(keyed_uniform(rows, "sampled", self.seed, view)).to(logits_BC.device)
-        # MPS has no float64; elsewhere the sum of many small probabilities is worth it.
+        # MPS has no float64; elsewhere it makes the sum of many small probabilities precise.
         wide = torch.float32 if logits_BC.device.type == "mps" else torch.float64
         cumulated_BC = logits_BC.softmax(dim=1).to(wide).cumsum(dim=1)
         points_BD = torch.arange(self.draws, device=logits_BC.device, dtype=wide) + offsets_B.to(wide)[:, None]
         points_BD *= cumulated_BC[:, -1:] / self.draws
         ids_BD = torch.searchsorted(cumulated_BC, points_BD, right=True)
-        # A point that rounding moved to the very end belongs to the last class that has any probability.
+        # Rounding can move a point to the end: it belongs to the last class with a probability above 0.
         ids_BD = torch.minimum(ids_BD, torch.searchsorted(cumulated_BC, cumulated_BC[:, -1:].contiguous()))
         return {"ids": ids_BD.to(getattr(torch, smallest_id_dtype(logits_BC.shape[1])))}
 

@@ -17,7 +17,7 @@ from logitcache.errors import UsageError
 # B batch, C classes, K kept classes
 
 DEEPEST = 64.0
-"""Distance from the row's largest logit beyond which uint8 does not tell."""
+"""Distance below the row's largest logit at which uint8 saturates."""
 MASKED = 255
 """Code of -inf."""
 CODES_PER_E = 254 / math.log1p(DEEPEST)
@@ -25,10 +25,10 @@ CODES_PER_E = 254 / math.log1p(DEEPEST)
 
 @dataclass(frozen=True, kw_only=True)
 class TopK(Encoding):
-    """The k largest logits of a row, and the exact log-sum-exp of the rest, spread evenly when decoded.
+    """The k largest logits of a row and the exact log-sum-exp of the rest, which decoding spreads evenly.
 
-    Keeping the tail's mass leaves the kept probabilities unbiased at T = 1, unlike renormalised top-k
-    (RS-KD, arXiv:2503.16870, section 3); the even spread is TinyViT's (arXiv:2207.10666, section 3.1).
+    With the tail's mass the kept probabilities are unbiased at T = 1, unlike those of renormalised top-k (RS-KD,
+    arXiv:2503.16870, section 3). The even spread is TinyViT's (arXiv:2207.10666, section 3.1).
     """
 
     name: ClassVar[str] = "topk"
@@ -37,8 +37,8 @@ class TopK(Encoding):
     k: int
     """Classes kept, largest first; 1 <= k < C."""
     dtype: str = "float16"
-    """Of the kept logits, as distances d from the row's largest: "float32", "float16", or "uint8" in logarithmic
-    steps, which are within 0.8 % of 1 + d."""
+    """Type of the kept logits, stored as distances d from the row's largest: "float32", "float16", or "uint8" with
+    logarithmic steps and an error of at most 0.8 % of 1 + d."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:

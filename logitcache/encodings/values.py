@@ -1,4 +1,4 @@
-"""Numbers that are no logits: features, attention maps. A constant per row is kept."""
+"""Values other than logits, such as features and attention maps, including a constant per row."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from logitcache.errors import UsageError
 # B batch, D values of a row
 
 LARGEST = 2.0**126
-"""Beyond this a range of values would overflow float32."""
+"""Largest magnitude; the range of larger values would overflow float32."""
 TOP_EXPONENT = 15
-"""float16 rows are scaled so that their largest value lies between 2^14 and 2^15, well below its limit of 65 504."""
+"""float16 rows are scaled so that their largest value is between 2^14 and 2^15, well below the limit of 65 504."""
 LOWEST_EXPONENT = -112
 STEPS = 255
 
@@ -27,9 +27,9 @@ STEPS = 255
 class Values(Encoding):
     """All D values of a row.
 
-    Exact in float32. In float16 each row is divided by a power of two, so that no size of values overflows: a value is
-    within 2^-11 of itself, or 2^-38 of the row's largest. In uint8 affine, with 256 steps from the row's lowest to its
-    largest, so that a value is at most half a step off.
+    float32 is exact. float16 divides each row by a power of two, so that it can't overflow; the error is at most 2^-11
+    of the value, or 2^-38 of the row's largest. uint8 is affine with 256 steps from the row's lowest value to its
+    largest; the error is at most half a step.
     """
 
     name: ClassVar[str] = "values"
@@ -76,10 +76,10 @@ class Values(Encoding):
         return values_BD
 
     def refused(self, logits_BC: Tensor) -> Tensor:
-        # A comparison with NaN is false, so this finds those too.
+        # Comparisons with NaN are false, so this also finds NaN.
         return ~(logits_BC.abs().amax(dim=1) <= LARGEST)
 
 
 def _power_of_two(exponent_B: Tensor) -> Tensor:
-    """2 to whole numbers from -126 to 127, float32 (B,), exactly: `exp2` may be off by a bit."""
+    """Exact powers of two, float32 (B,), for exponents from -126 to 127; `exp2` can be off by one bit."""
     return ((exponent_B.to(torch.int32) + 127) << 23).view(torch.float32)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from logitcache.cache.ground_truth import NO_TARGET, targets_of
-from logitcache.cache.opinions import Opinions, OpinionsOfCache
+from logitcache.cache.mean_probabilities import MeanProbabilities, SampleProbabilities
 from logitcache.cache.reader import open_cache
 from logitcache.errors import UsageError, unsealed
 from logitcache.storage import LocalStorage
@@ -102,13 +102,13 @@ def find_suspects(location: str) -> LabelNoise:
         )
     if cache.num_classes > MAX_CLASSES:
         raise UsageError(f"{location} has {cache.num_classes:,} classes; suspects needs {MAX_CLASSES:,} or fewer")
-    opinions = OpinionsOfCache(cache)
-    thresholds_C, counts_C = confident_thresholds(opinions, targets_N, cache.num_classes)
+    probabilities = MeanProbabilities(cache)
+    thresholds_C, counts_C = confident_thresholds(probabilities, targets_N, cache.num_classes)
     num_judged = int(counts_C.sum())
     if not num_judged:
         raise UsageError(f"{location} has no sample with both a label and an unmixed view")
-    joint_CC = calibrated(confident_joint(opinions, targets_N, thresholds_C), counts_C)
-    found = sorted(_pruned(opinions, targets_N, joint_CC))
+    joint_CC = calibrated(confident_joint(probabilities, targets_N, thresholds_C), counts_C)
+    found = sorted(_pruned(probabilities, targets_N, joint_CC))
     suspects = [
         Suspect(rank, row, cache.samples.key(row), int(targets_N[row]), given_probability, label, probability)
         for rank, (_, row, given_probability, label, probability) in enumerate(found, 1)
@@ -118,11 +118,11 @@ def find_suspects(location: str) -> LabelNoise:
 
 
 def confident_thresholds(
-    opinions: OpinionsOfCache, targets_N: np.ndarray, num_classes: int
+    probabilities: MeanProbabilities, targets_N: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(thresholds float64 (C,), inf for a class without samples; judged samples of each label, int64 (C,))."""
     sums_C, counts_C = np.zeros(num_classes), np.zeros(num_classes, dtype=np.int64)
-    for piece in opinions:
+    for piece in probabilities:
         given_B, p_BC, _ = _judged(piece, targets_N)
         np.add.at(sums_C, given_B, p_BC[np.arange(len(given_B)), given_B])
         counts_C += np.bincount(given_B, minlength=num_classes)
@@ -130,13 +130,13 @@ def confident_thresholds(
     return thresholds_C, counts_C
 
 
-def confident_joint(opinions: OpinionsOfCache, targets_N: np.ndarray, thresholds_C: np.ndarray) -> np.ndarray:
+def confident_joint(probabilities: MeanProbabilities, targets_N: np.ndarray, thresholds_C: np.ndarray) -> np.ndarray:
     """Samples by label and by the most probable class that reaches its threshold, int64 (C, C).
 
     Samples without such a class are not counted.
     """
     joint_CC = np.zeros((len(thresholds_C), len(thresholds_C)), dtype=np.int64)
-    for piece in opinions:
+    for piece in probabilities:
         given_B, p_BC, _ = _judged(piece, targets_N)
         confident_BC = np.where(p_BC >= thresholds_C - _TOLERANCE, p_BC, -1.0)
         found_B = confident_BC.argmax(axis=1)
@@ -155,7 +155,7 @@ def calibrated(joint_CC: np.ndarray, counts_C: np.ndarray) -> np.ndarray:
 
 
 def _pruned(
-    opinions: OpinionsOfCache, targets_N: np.ndarray, joint_CC: np.ndarray
+    probabilities: MeanProbabilities, targets_N: np.ndarray, joint_CC: np.ndarray
 ) -> list[tuple[float, int, float, int, float]]:
     """(negative margin, row, probability of the label, most probable class, its probability) of each suspect.
 
@@ -167,7 +167,7 @@ def _pruned(
     pairs = np.argwhere(quotas_CC).tolist()
     best = {(i, j): (np.empty(0), np.empty(0, dtype=np.int64)) for i, j in pairs}
     disputed: dict[int, tuple[float, int, float, int, float]] = {}
-    for piece in opinions:
+    for piece in probabilities:
         given_B, p_BC, rows_B = _judged(piece, targets_N)
         top_B, own_B = p_BC.argmax(axis=1), p_BC[np.arange(len(given_B)), given_B]
         places_of = {given: np.flatnonzero(given_B == given) for given in {i for i, _ in pairs}}
@@ -185,7 +185,7 @@ def _pruned(
     return [disputed[row] for row in chosen & disputed.keys()]
 
 
-def _judged(piece: Opinions, targets_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _judged(piece: SampleProbabilities, targets_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(labels (B,), probabilities (B, C), rows (B,)) of the samples of a piece with a label and an unmixed view."""
     given_B = targets_N[piece.rows.start : piece.rows.stop]
     judged = np.flatnonzero((given_B != NO_TARGET) & (piece.num_views > 0))

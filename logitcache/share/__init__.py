@@ -1,1 +1,1 @@
-"""Caches leave: to object stores and back, and to Parquet."""
+"""Copies caches to object stores and back."""

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from logitcache.cache.creation import create
+from logitcache.cache.destination import check_destination
 from logitcache.cache.layout import Block, all_blocks, block_rows
 from logitcache.cache.manifest import LOGITS, MANIFEST, Layout, Manifest
-from logitcache.cache.place import check_place
 from logitcache.cache.reader import open_cache
 from logitcache.cache.writer import CacheWriter
 from logitcache.catalog.outputs import declared_outputs, sources_of
@@ -51,7 +51,7 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
     """
     place = open_storage(pipeline.cache.path)
     if place.size(MANIFEST) is None:
-        check_place(place)
+        check_destination(place)
     data = resolve_data(pipeline, trust=trust)
     plan = resolve_plan(pipeline, data, trust=trust)
     device = pick_device(pipeline.device, threads=pipeline.threads)

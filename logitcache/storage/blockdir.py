@@ -1,9 +1,8 @@
-"""The local directory of blocks that were read from remote caches: content-addressed, shared, limited in size.
+"""The local directory of blocks of remote caches: content-addressed, shared between processes, limited in size.
 
-An entry is one block of one cache, named by the SHA-256 of what is in it, so the same block of two copies is there
-once, and nothing in it can ever be out of date. Several processes share the directory: all that changes it happens
-under one file lock, so the limit holds at every moment; reading takes no lock. What is read is held to its hashes by
-the caller, so an entry that was cut short is one that is not there.
+An entry is one block, named by the SHA-256 of its content, so two copies of a cache share entries, and an entry is
+never outdated. All changes happen under one file lock, so the size limit always holds; reading takes no lock. The
+caller checks the hashes of what it reads, so a truncated entry counts as missing.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ FOLDER_VARIABLE = "LOGITCACHE_CACHE_DIR"
 SIZE_VARIABLE = "LOGITCACHE_CACHE_GB"
 DEFAULT_GB = 50.0
 KEPT_SHARE = 0.9
-"""Of the limit, that is left when something must go: then the directory is not listed for every block that comes."""
+"""Share of the limit that remains after entries were evicted, so that not every new block needs a listing."""
 
 
 def shared_block_directory() -> BlockDirectory | None:
-    """The directory that all caches of this user share; None where `LOGITCACHE_CACHE_GB` is 0.
+    """The directory for all caches of this user; None where `LOGITCACHE_CACHE_GB` is 0.
 
     Raises:
-        UsageError: a size that is no number.
+        UsageError: the size is not a number.
     """
     text = os.environ.get(SIZE_VARIABLE, "")
     try:
@@ -38,7 +37,7 @@ def shared_block_directory() -> BlockDirectory | None:
     except ValueError:
         gigabytes = -1.0
     if not 0 <= gigabytes < 2**40:
-        raise UsageError(f"{SIZE_VARIABLE} is {text!r}; expected a number of gigabytes, 0 to keep nothing")
+        raise UsageError(f"{SIZE_VARIABLE} is {text!r}; expected a number of gigabytes (0: keep nothing)")
     if gigabytes == 0:
         return None
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -47,11 +46,11 @@ def shared_block_directory() -> BlockDirectory | None:
 
 
 class BlockDirectory:
-    """Entries by name, the least recently used ones leaving first.
+    """Entries by name; the least recently used ones are evicted first.
 
     Args:
-        root: made when the first entry comes.
-        max_bytes: that all entries together may take.
+        root: the directory, created with the first entry.
+        max_bytes: limit for all entries together.
     """
 
     def __init__(self, root: Path, *, max_bytes: int) -> None:
@@ -59,25 +58,25 @@ class BlockDirectory:
         self.max_bytes = max_bytes
         self._blocks = self.root / "blocks"
         self._total = self.root / "bytes"
-        """What the entries take, at least; the truth is counted when it seems too much."""
+        """Upper bound of the entries' total size; counted exactly when it reaches the limit."""
         self._lock = FileLock(self.root / "lock")
 
     def __contains__(self, name: str) -> bool:
         return self._path(name).is_file()
 
     def get(self, name: str, *, limit: int | None = None) -> bytes | None:
-        """An entry's bytes as they lie there, which is for the caller to check; it counts as used now."""
+        """An entry's bytes, unchecked; marks the entry as used."""
         path = self._path(name)
         try:
             data = read_regular(path, limit=limit)
-        except OSError:  # gone, or leaving this very moment
+        except OSError:  # missing, or being evicted
             return None
-        with contextlib.suppress(OSError):  # a directory that is shared read-only can't note it
+        with contextlib.suppress(OSError):  # impossible in a read-only directory
             os.utime(path)
         return data
 
     def put(self, name: str, data: bytes) -> bool:
-        """Keep an entry, and let others go where it would be too much; whether it is kept.
+        """Store an entry, and evict others if needed; returns whether it was stored.
 
         Raises:
             StorageError: the directory can't be written to.
@@ -93,27 +92,27 @@ class BlockDirectory:
                 total = self._counted()
                 if total is None or total + len(data) > self.max_bytes:
                     total = self._make_room(len(data))
-                # Counted before it is there: a process killed in between leaves too high a number, never too low.
+                # Counted first: a process that is killed in between leaves too high a number, never too low.
                 self._count(total + len(data))
-                # A new name each time: whatever lies at one that can be guessed, a pipe or a link, is not written to.
+                # A random name: a pipe or a link at a predictable one would be written to.
                 partial = path.with_suffix(f".{secrets.token_hex(8)}.partial")
                 with partial.open("xb") as file:
                     file.write(data)
                 partial.replace(path)
         except OSError as error:
             raise StorageError(
-                f"can't keep blocks in {self.root}: {error.strerror or error}; set {FOLDER_VARIABLE} to another "
-                f"directory, or {SIZE_VARIABLE}=0 to keep none"
+                f"can't store blocks in {self.root}: {error.strerror or error}; set {FOLDER_VARIABLE} to another "
+                f"directory, or {SIZE_VARIABLE}=0 to store none"
             ) from error
         return True
 
     def drop(self, name: str) -> None:
-        """Remove an entry that was found damaged."""
+        """Delete a damaged entry."""
         with contextlib.suppress(OSError):
             self._path(name).unlink(missing_ok=True)
 
     def stored_bytes(self) -> int:
-        """What the entries take, counted."""
+        """Total size of the entries, counted."""
         return sum(entry.stat().st_size for entry in self._entries())
 
     def _path(self, name: str) -> Path:
@@ -129,16 +128,16 @@ class BlockDirectory:
             return None
 
     def _count(self, total: int) -> None:
-        # Never waits for a reader, as it would where somebody put a pipe.
+        # O_NONBLOCK: if the path is a pipe, opening must not wait for a reader.
         descriptor = os.open(self._total, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o666)
         with os.fdopen(descriptor, "w") as file:
             file.write(str(total))
 
     def _make_room(self, coming: int) -> int:
-        """Let the least recently used entries go where so many bytes more are too much; returns what is left."""
+        """Evict entries until `coming` bytes fit; returns the size of those that are left."""
         found = []
         for path in self._entries():
-            if path.suffix == ".partial":  # of a writer that died: nobody else writes while we hold the lock
+            if path.suffix == ".partial":  # of a dead writer: live ones hold the lock
                 path.unlink(missing_ok=True)
                 continue
             with contextlib.suppress(OSError):

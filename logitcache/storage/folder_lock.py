@@ -1,7 +1,8 @@
-"""One lock for a folder, held by one thread of one process at a time.
+"""A lock for a folder, held by one thread of one process at a time.
 
-It is the operating system's lock on a file: whoever is killed lets go of it, and NFS passes it on between hosts. The
-holder removes the file. `filelock` leaves its files, or in some versions removes them after it has let go.
+It is the operating system's lock on a file: a killed process releases it, and NFS shares it between hosts. The holder
+deletes the file before it releases the lock. `filelock` is not used: it leaves its files, or in some versions deletes
+them after the release.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if sys.platform != "win32":
     import fcntl
 
 LOCK = ".lock"
-"""Name of the file; no part of what lies in the folder."""
+"""Name of the lock file; not an object of the store."""
 
 _CAN_NOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
 _HAS_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -25,12 +26,12 @@ _HAS_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder that is there; wait for whoever has it.
+    """Wait for the lock of an existing folder, and hold it.
 
-    Without a lock where the file system has none, or the folder can't be written to anyway.
+    There is no lock where the file system doesn't support it, or where the folder is read-only.
 
     Raises:
-        OSError: the folder is gone, or the file system fails.
+        OSError: the folder doesn't exist, or the file system fails.
     """
     path = folder / LOCK
     descriptor = _acquire(path)
@@ -38,7 +39,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            # Removed while it is held: whoever waits for this file finds that it has no name any more, and begins anew.
+            # Deleted while it is held: a process that waits for this file finds it deleted, and starts again.
             with suppress(OSError):
                 path.unlink()
             _release(descriptor)
@@ -61,7 +62,7 @@ def _acquire(path: Path) -> int | None:
                     path.unlink()
                 os.close(descriptor)
                 return None
-            if error.errno != errno.ESTALE:  # on NFS: removed by another host
+            if error.errno != errno.ESTALE:  # on NFS: deleted by another host
                 os.close(descriptor)
                 raise
         except BaseException:
@@ -77,7 +78,7 @@ def _open(path: Path) -> int | None:
     except OSError as error:
         if error.errno not in _CAN_NOT_WRITE:
             raise
-    with suppress(OSError):  # another user's: reading is enough for a lock, but on NFS
+    with suppress(OSError):  # another user's file: read access is enough to lock it, except on NFS
         return os.open(path, os.O_RDONLY | flags)
     return None
 
@@ -93,6 +94,6 @@ def _has_name(descriptor: int, path: Path) -> bool:
 
 def _release(descriptor: int) -> None:
     if sys.platform != "win32":
-        # Not left to closing: a process that was forked meanwhile has the file open too.
+        # Closing alone doesn't release it: a forked process has the file open too.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)

@@ -1,4 +1,4 @@
-"""A directory as a store: durable, and never led astray by links, pipes or half-written files."""
+"""A directory as a store: durable writes, and safe against links, pipes and partial files."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from logitcache.storage.folder_lock import LOCK, locked_folder
 from logitcache.storage.protocol import Arrived
 
 LEFTOVER_SECONDS = 86_400
-"""A partial file that nobody wrote to for so long is a leftover, wherever its writer ran."""
+"""A partial file of this age is a leftover, even if its writer ran on another host."""
 _PARTIAL = re.compile(r"\.[^/]+\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.[0-9a-f]+\.partial$")
 
 
 def _process_space() -> str:
-    """Names the processes among which a process id means one: containers of one host name number theirs alike."""
+    """Identifies the namespace of process ids: containers may share a host name, but not their process ids."""
     space = [socket.gethostname()]
     with contextlib.suppress(OSError):  # not on Linux
         space += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
@@ -38,7 +38,7 @@ _HOST = _process_space()
 
 
 class LocalStorage:
-    """A directory. Objects appear under their name only when they are whole and on the disk."""
+    """A directory. An object gets its name when it is complete and on the disk."""
 
     is_remote = False
     concurrency = 4
@@ -59,7 +59,7 @@ class LocalStorage:
         except OSError as error:
             raise _storage_error("read", path, error) from error
         if data is None:
-            raise CorruptCache(f"{path} is no regular file")
+            raise CorruptCache(f"{path} is not a regular file")
         return data
 
     def get_view(self, key: str, *, limit: int | None = None, arrived: Arrived | None = None) -> memoryview | None:
@@ -78,7 +78,7 @@ class LocalStorage:
             raise _storage_error("write", path, error) from error
 
     def make_durable(self, keys: Iterable[str]) -> None:
-        # The folders of an object are those of its neighbours too: each is made durable once.
+        # Objects share folders: each folder is synced once.
         folders = {self.root / folder for key in keys for folder in PurePosixPath(key).parents}
         try:
             with ThreadPoolExecutor(self.concurrency) as threads:
@@ -92,7 +92,7 @@ class LocalStorage:
             return False
         partial = self._write_partial(path, data)
         try:
-            # Unlike a rename, a link fails where somebody else was first.
+            # Unlike a rename, a link fails where the name exists.
             os.link(partial, path)
             fsync_path(path.parent)
         except FileExistsError:
@@ -144,7 +144,7 @@ class LocalStorage:
             raise _storage_error("delete", self._path(key), error) from error
 
     def remove_leftovers(self) -> int:
-        """Delete the partial files of dead writers, where that is allowed: ours by process id, others after a day."""
+        """Delete partial files of dead writers: of this host by process id, of other hosts after a day."""
         removed = 0
         for path in self.root.rglob(".*.partial"):
             leftover = _PARTIAL.search(path.name)
@@ -169,15 +169,15 @@ class LocalStorage:
         if key.startswith("/") or ".." in parts or "" in parts:
             raise UsageError(f"{key!r} is not a key inside the cache")
         path = self.root.joinpath(*parts)
-        # Links are rare, and to look for one is cheaper than to resolve the whole path.
+        # Links are rare, and looking for one is cheaper than resolving the path.
         if any(map(os.path.islink, itertools.accumulate(parts, os.path.join, initial=str(self.root)))):
             real = os.path.realpath(path)
             if real != self._real_root and not real.startswith(self._real_root.rstrip(os.sep) + os.sep):
-                raise CorruptCache(f"{path} is a link that leads out of the cache; it is not followed")
+                raise CorruptCache(f"{path} is a link to outside the cache, which is not followed")
         return path
 
     def _write_partial(self, path: Path, data: bytes | memoryview, *, durable: bool = True) -> Path:
-        """The data on the disk, under a name that nobody takes for the object."""
+        """Write the data to the disk under a temporary name."""
         partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(8)}.partial")
         try:
             if durable:
@@ -203,20 +203,20 @@ class LocalStorage:
 
 
 def _is_lock(name: str) -> bool:
-    """Whether a file is a folder's lock, or what NFS shows of one that was removed a moment ago."""
+    """Whether a file is a folder's lock, or one that NFS keeps for a moment after its deletion."""
     return name == LOCK or name.startswith(".nfs")
 
 
 def read_regular(path: Path, *, limit: int | None = None) -> bytes | None:
-    """The bytes of a regular file, one beyond the limit at most; None for a pipe, a socket, a device or a folder.
+    """The bytes of a regular file, at most one more than the limit; None for a pipe, a socket, a device or a folder.
 
-    No more memory is asked for than the file holds, however high the limit.
+    Allocates no more memory than the file's size, however high the limit.
 
     Raises:
         OSError: it can't be read.
     """
     try:
-        # A pipe or a device in the place of a file would block, or never end.
+        # O_NONBLOCK: a pipe or a device in the place of the file would block.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket
@@ -234,7 +234,7 @@ def _is_dead(leftover: re.Match[str]) -> bool:
 
 
 def _age(path: Path) -> float:
-    """Seconds since a file was written to; 0 where it is gone."""
+    """Seconds since the last write to a file; 0 if it doesn't exist."""
     try:
         return time.time() - path.stat().st_mtime
     except OSError:
@@ -242,13 +242,13 @@ def _age(path: Path) -> float:
 
 
 def _discard(partial: Path) -> None:
-    """Remove a partial file, if that can be done: it must not hide the error that it was left over for."""
-    with suppress(OSError):  # a read-only file system refuses to remove even what is not there
+    """Delete a partial file; errors are ignored so that they don't hide the original one."""
+    with suppress(OSError):  # a read-only file system refuses even to delete a missing file
         partial.unlink()
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this host still runs."""
+    """Whether a process of this host is running."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -259,7 +259,7 @@ def is_alive(pid: int) -> bool:
 
 
 def fsync_path(path: Path) -> None:
-    """Until a file, or a folder with its names, survives a power loss."""
+    """Make a file, or the names in a folder, survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -268,13 +268,13 @@ def fsync_path(path: Path) -> None:
 
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-"""File systems without hard links: there the second of two writers at the same instant wins."""
+"""Errors of file systems without hard links, where the second of two simultaneous writers wins."""
 
 _REMEDY = {
-    errno.ENOSPC: "the disk is full; free some space and run the same command again, committed blocks are kept",
-    errno.EDQUOT: "the quota is used up; free some space and run the same command again, committed blocks are kept",
-    errno.EFBIG: "the file grew past the allowed size; raise the limit and run the same command again",
-    errno.EACCES: "permission denied; choose another path, or have its owner grant access",
+    errno.ENOSPC: "the disk is full; free some space and run the same command again (committed blocks are kept)",
+    errno.EDQUOT: "the quota is exceeded; free some space and run the same command again (committed blocks are kept)",
+    errno.EFBIG: "the file exceeds the allowed size; raise the limit and run the same command again",
+    errno.EACCES: "permission denied; choose another path, or ask its owner for access",
     errno.EPERM: "operation not permitted; choose another path",
     errno.EROFS: "the file system is read-only; choose another path",
 }

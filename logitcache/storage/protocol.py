@@ -1,4 +1,4 @@
-"""What every store owes: objects by key, whole or not at all."""
+"""The interface of a store: objects by key, each written completely or not at all."""
 
 from __future__ import annotations
 
@@ -7,73 +7,73 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 Arrived = Callable[[int], None]
-"""Is told how many bytes of an object have come so far: fewer than before where it is asked for anew."""
+"""Called with the number of bytes of an object that have arrived, which decreases when a request is repeated."""
 
 
 class Storage(Protocol):
     """Objects by key; a key is a relative path with forward slashes."""
 
     url: str
-    """Where it is, as people and commands name it."""
+    """Its location, as users and commands write it."""
     is_remote: bool
-    """Whether every call crosses a network: then objects that were read are worth keeping nearby."""
+    """Whether every call crosses a network; objects of a remote store are kept in a local directory."""
     concurrency: int
-    """How many calls at once it is best asked with."""
+    """Calls that it serves best at once."""
     can_write: bool
     can_list: bool
-    """A web server does neither."""
+    """A web server supports neither writing nor listing."""
 
     def get(self, key: str, *, limit: int | None = None) -> bytes | None:
-        """The object's bytes, or None where there is none; no more than one byte beyond the limit is kept.
+        """The object's bytes, at most one more than the limit; None if there is no such object.
 
         Raises:
             StorageError: the store refuses, or can't be reached.
         """
 
     def get_view(self, key: str, *, limit: int | None = None, arrived: Arrived | None = None) -> memoryview | None:
-        """As `get`, but where they lie: `bytes` of what a store's client holds are a copy, and labels are large.
+        """As `get`, without copying the bytes out of the client's buffer.
 
         Args:
-            key: which.
+            key: of the object.
             limit: as for `get`.
-            arrived: is told of large objects as they come.
+            arrived: called while a large object arrives.
         """
 
     def put(self, key: str, data: bytes | memoryview, *, durable: bool = True) -> None:
-        """Store an object whole or not at all; on return it survives a power loss, unless that is left for later.
+        """Store an object, completely or not at all.
 
         Args:
-            key: which.
+            key: of the object.
             data: its bytes.
-            durable: if False, its name may be lost in a power loss until `make_durable` is called.
+            durable: survive a power loss once this returns; if False, only after `make_durable`.
         """
 
     def make_durable(self, keys: Iterable[str]) -> None:
-        """See to it that objects stored before survive a power loss."""
+        """Make objects that were stored before survive a power loss."""
 
     def create(self, key: str, data: bytes) -> bool:
-        """Store an object unless there is one already, of two writers only one; whether it was stored."""
+        """Store an object unless it exists; returns whether it was stored. Of two writers, only one succeeds."""
 
     def size(self, key: str) -> int | None:
-        """The object's bytes counted, or None where there is none."""
+        """The object's size in bytes; None if there is no such object."""
 
     def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
-        """Every key under a folder, with its object's size in bytes."""
+        """Every key below a folder, with the size of its object in bytes."""
 
     def list_keys(self, prefix: str = "") -> Iterator[str]:
-        """Every key under a folder."""
+        """Every key below a folder."""
 
     def folders(self, prefix: str = "") -> list[str]:
-        """The names of the folders that lie directly in a folder, sorted."""
+        """Names of the folders directly in a folder, sorted."""
 
     def delete(self, key: str) -> None:
-        """Remove an object; it may be gone already."""
+        """Delete an object if it exists."""
 
     def remove_leftovers(self) -> int:
-        """Delete what dead writers left half-written; returns how many."""
+        """Delete partial files of dead writers; returns their number."""
 
     def lock(self) -> AbstractContextManager[None]:
-        """Held while records are replaced, so that nobody else does it meanwhile; object stores have none.
+        """Exclusive lock for replacing records. Object stores have none.
 
-        Not reentrant. The folder is made where there is none.
+        Not reentrant. The folder is created if needed.
         """

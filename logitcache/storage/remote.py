@@ -1,8 +1,8 @@
-"""Object stores and web servers as a store, by obstore: s3://, gs://, az://, https:// (reading), memory:// (tests).
+"""Object stores and web servers, through obstore: s3://, gs://, az://, https:// (reading), memory:// (tests).
 
-Credentials, regions and endpoints are found as the ecosystem's own tools find them: the environment
-(`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, …) first,
-for AWS then whatever boto3 finds (profiles, single sign-on, roles), and a bucket without any is read as a public one.
+Credentials, regions and endpoints come from the usual environment variables (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`,
+`GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, …); for AWS then from boto3 (profiles, single sign-on,
+roles). Without credentials, a bucket is read as a public one.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ READ_ONLY = ("https", "http")
 
 CONCURRENCY = 16
 READ_SECONDS = 30.0
-"""Between two pieces of an answer: a server that is silent for so long is given up."""
+"""Timeout between two pieces of a response."""
 REQUEST_SECONDS = 600.0
-"""For one whole object, after which it is not asked for again: a server that trickles is given up in the end."""
+"""Limit for one object including repeated requests, against servers that send very slowly."""
 RECORD_SECONDS = 60.0
 RECORD_BYTES_PER_SECOND = 2**16
-"""For a record (manifest, receipts, card): so long, and a second more for each so many bytes of it."""
+"""Limit for a record (manifest, receipts, card): RECORD_SECONDS, plus its size at RECORD_BYTES_PER_SECOND."""
 LISTING_SECONDS = 3600.0
 MAX_LISTED = 2**22
-"""Objects of one listing: four thousand requests, and twice as many objects as receipts can vouch for."""
+"""Objects of one listing: about 4000 requests, and twice as many objects as receipts can list."""
 BODY_ATTEMPTS = 4
-"""How often an answer is asked for that breaks off or has the wrong length; obstore repeats refused requests itself."""
+"""Requests for a response that is incomplete or has the wrong length; obstore itself repeats refused requests."""
 PIECE_BYTES = 2**20
-"""Larger objects come in pieces of this size where somebody wants to know how far they are."""
+"""Larger objects arrive in pieces of this size where progress is reported."""
 MULTIPART_BYTES = 64 * 2**20
-"""Objects from this size on are sent in parts."""
+"""Objects above this size are uploaded in parts."""
 
 _RETRY: Any = {
     "max_retries": 5,
@@ -58,20 +58,20 @@ _RETRY: Any = {
 }
 _memories: dict[str, Any] = {}
 _process: int | None = None
-"""That has sent a request: obstore's threads run there, and in no child that is forked from it."""
+"""Process that has sent requests: obstore's threads run in it, and in no process forked from it."""
 
 
 def open_remote(url: str) -> RemoteStorage:
     """The store behind a URL; no request is sent.
 
     Raises:
-        UsageError: a URL without a bucket, or credentials that contradict each other.
+        UsageError: a URL without a bucket, or incomplete credentials.
     """
     parts = urlsplit(url)
     if not parts.netloc:
-        raise UsageError(f"{url} names no bucket or host; expected for example {parts.scheme}://team/imagenet.cache")
+        raise UsageError(f"{url} has no bucket or host; expected for example {parts.scheme}://team/imagenet.cache")
     if parts.query or parts.fragment:
-        raise UsageError(f"{url}: a cache is a folder of objects; its URL has no ? or # part")
+        raise UsageError(f"{url}: the URL of a cache must have no ? or # part")
     try:
         if parts.scheme == "memory":
             memory = _memories.setdefault(parts.netloc, store.MemoryStore())
@@ -85,9 +85,9 @@ class RemoteStorage:
     """A prefix of an object store, or a folder of a web server.
 
     Args:
-        url: as people name it.
-        connection: obstore's store, which has the URL's path as its own prefix, or none.
-        prefix: the path where it has none.
+        url: as users write it.
+        connection: obstore's store, with the URL's path as its prefix, or without a prefix.
+        prefix: the path, where the store has no prefix.
     """
 
     is_remote = True
@@ -131,7 +131,7 @@ class RemoteStorage:
         self._put(key, data, mode="overwrite")
 
     def make_durable(self, keys: Iterable[str]) -> None:
-        """Nothing to do: an object store answers when an object is safe."""
+        """Nothing to do: objects are durable when `put` returns."""
 
     def create(self, key: str, data: bytes) -> bool:
         try:
@@ -141,7 +141,7 @@ class RemoteStorage:
         except StorageError as error:
             if not _is_unknown_there(error.__cause__):
                 raise
-            # A store without conditional writes: there the later of two writers at the same instant wins.
+            # Without conditional writes, the later of two simultaneous writers wins.
             if self.size(key) is not None:
                 return False
             self._put(key, data, mode="overwrite")
@@ -164,7 +164,7 @@ class RemoteStorage:
             for page in self._pages((self._prefix + prefix).rstrip("/") or None):
                 listed += len(page)
                 if listed > MAX_LISTED:
-                    raise TimeoutError(f"{listed} objects, and no end; at most {MAX_LISTED} are listed")
+                    raise TimeoutError(f"more than {MAX_LISTED} objects, the limit of a listing")
                 for entry in page:
                     yield entry["path"].removeprefix(self._prefix), int(entry["size"])
         except FileNotFoundError:
@@ -192,7 +192,7 @@ class RemoteStorage:
         return sorted(folder.rstrip("/").rsplit("/", 1)[-1] for folder in found["common_prefixes"])
 
     def _pages(self, prefix: str | None) -> Iterator[Any]:
-        """A listing, as many objects at once as a store lists."""
+        """The pages of a listing."""
         pages: Any = obstore.list(self._store, prefix=prefix, chunk_size=1000)
         if self._scheme == "memory":
             yield from pages
@@ -212,11 +212,11 @@ class RemoteStorage:
             raise self._error("delete", key, error) from error
 
     def remove_leftovers(self) -> int:
-        """Nothing to do: an object store never shows half an object."""
+        """Nothing to do: object stores have no partial objects."""
         return 0
 
     def lock(self) -> AbstractContextManager[None]:
-        """None: whoever replaces records here reads them again afterwards."""
+        """No lock: code that replaces records reads them again afterwards."""
         return nullcontext()
 
     def _read(self, key: str, limit: int | None, arrived: Arrived | None, *, is_record: bool) -> memoryview:
@@ -228,15 +228,15 @@ class RemoteStorage:
         data = bytearray()
         seconds = RECORD_SECONDS + min(size, most) / RECORD_BYTES_PER_SECOND
         until = time.monotonic() + seconds
-        # A record's pieces as they come: one of a size of its own might never be whole.
+        # A record's pieces are read as they arrive: a piece of fixed size might never be complete.
         for piece in answer.stream(min_chunk_size=1 if is_record else PIECE_BYTES):
             data += piece
             if arrived is not None:
                 arrived(len(data))
             if is_record and time.monotonic() > until:
-                raise TimeoutError(f"{len(data)} of {size} bytes came in {seconds:.0f} s; the server is too slow")
+                raise TimeoutError(f"{len(data)} of {size} bytes arrived in {seconds:.0f} s; the server is too slow")
             if len(data) > most:
-                break  # whatever else the server would send is not asked for
+                break  # more than the limit is not read
         return memoryview(data)[: most + 1].toreadonly()
 
     def _put(self, key: str, data: bytes | memoryview, *, mode: Any) -> None:
@@ -263,10 +263,10 @@ class RemoteStorage:
         return self._prefix + key
 
     def _check_process(self) -> None:
-        """Refuse what would wait for ever.
+        """Refuse requests that would wait forever.
 
         Raises:
-            StorageError: in a process that was forked from one that had sent requests.
+            StorageError: this process was forked from one that had sent requests.
         """
         global _process
         if self._scheme == "memory":
@@ -284,14 +284,14 @@ class RemoteStorage:
     def _refuse_writing(self) -> None:
         if not self.can_write:
             raise UsageError(
-                f"{self.url} can only be read: a web server takes no objects. Write to a directory that it serves, or "
-                "to s3://, gs:// or az://"
+                f"{self.url} is read-only, like every web server. Write to the directory that it serves, or to s3://, "
+                "gs:// or az://"
             )
 
     def _refuse_listing(self) -> None:
         if not self.can_list:
             raise StorageError(
-                f"{self.url} can't be listed, as no web server can: open a cache there that is sealed, by its whole URL"
+                f"{self.url} can't be listed, like every web server: open a sealed cache there by its full URL"
             )
 
     def _error(self, action: str, key: str, error: Exception) -> StorageError:
@@ -300,7 +300,7 @@ class RemoteStorage:
         if remedy is not None:
             reason = f"{remedy}. {reason}"
         elif isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
-            reason = f"access denied; check the credentials that are set ({_CREDENTIALS[self._scheme]}). {reason}"
+            reason = f"access denied; check the credentials ({_CREDENTIALS[self._scheme]}). {reason}"
         elif _lacks_bucket(error) or isinstance(error, FileNotFoundError) or "status code: 404" in reason:
             reason = f"no such bucket or container. {reason}"
         return StorageError(f"can't {action} {self.url}/{key}: {reason}")
@@ -308,9 +308,9 @@ class RemoteStorage:
 
 _CREDENTIALS = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY or another of Azure's",
-    "https": "web servers are asked without any",
-    "http": "web servers are asked without any",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or other Azure credentials",
+    "https": "none are sent to web servers",
+    "http": "none are sent to web servers",
     "memory": "none",
 }
 
@@ -335,7 +335,7 @@ def _connect(scheme: str, url: str) -> Any:
         raise UsageError(f"AWS_ENDPOINT_URL is {endpoint!r}; expected a URL that begins with http:// or https://")
     if endpoint.startswith("http://"):
         options["allow_http"] = True
-    # The store itself holds each object to the SHA-256 that is sent along, before it is seen.
+    # The store checks each object against the SHA-256 in the request before it becomes visible.
     config["checksum_algorithm"] = "SHA256"
     return store.S3Store.from_url(
         url, config=config, client_options=options, retry_config=_RETRY, credential_provider=provider
@@ -343,7 +343,7 @@ def _connect(scheme: str, url: str) -> Any:
 
 
 def _aws_settings() -> tuple[dict[str, Any], Any]:
-    """What the environment does not say by itself: boto3's credentials, region and endpoint, or none at all."""
+    """Settings beyond the environment variables: boto3's credentials, region and endpoint, or unsigned requests."""
     config: dict[str, Any] = {}
     keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     lacking = [name for name in keys if not os.environ.get(name)]
@@ -378,13 +378,13 @@ def _aws_settings() -> tuple[dict[str, Any], Any]:
 
 
 def _endpoint(config: Mapping[str, Any]) -> str:
-    """Where requests to S3 go, where that is not AWS."""
+    """The S3 endpoint; empty for AWS."""
     named = config.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     return str(named or "")
 
 
 def _s3_remedy(error: Exception, config: Mapping[str, Any]) -> str | None:
-    """Which setting of S3 is missing or wrong by an error, and what to set; None where that can't be told."""
+    """Which S3 setting an error points to, and what to set; None where it is unclear."""
     text, endpoint = str(error), _endpoint(config)
     at = f"at {endpoint} (AWS_ENDPOINT_URL)" if endpoint else "at AWS"
     elsewhere = "" if endpoint else "; for a store that is not AWS set AWS_ENDPOINT_URL"
@@ -393,7 +393,7 @@ def _s3_remedy(error: Exception, config: Mapping[str, Any]) -> str | None:
         known = re.search(r"<Region>([\w-]+)</Region>", text)
         set_to = known[1] if known else "the bucket's region"
         return f"wrong region: set AWS_REGION to {set_to} (now {region or 'not set, so us-east-1'})"
-    if "status code: 400" in text and "performing HEAD" in text:  # an answer without a body gives no reason
+    if "status code: 400" in text and "performing HEAD" in text:  # the response has no body
         return "the request was refused without a reason: check AWS_REGION, then whether the credentials have expired"
     if "ExpiredToken" in text:
         return "the credentials have expired: log in again, or set a new AWS_SESSION_TOKEN"
@@ -402,44 +402,43 @@ def _s3_remedy(error: Exception, config: Mapping[str, Any]) -> str | None:
             missing = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             return f"access denied, and no credentials are set: set {missing}{elsewhere}"
         if "InvalidAccessKeyId" in text:
-            return f"access denied: the access key is unknown {at}; check AWS_ACCESS_KEY_ID{elsewhere}"
+            return f"access denied: unknown access key {at}; check AWS_ACCESS_KEY_ID{elsewhere}"
         if "SignatureDoesNotMatch" in text:
             return "access denied: the secret key is wrong; check AWS_SECRET_ACCESS_KEY"
-        return f"access denied {at}: these credentials (AWS_ACCESS_KEY_ID or AWS_PROFILE) lack the right{elsewhere}"
+        return f"access denied {at}: these credentials (AWS_ACCESS_KEY_ID or AWS_PROFILE) lack permission{elsewhere}"
     if _lacks_bucket(error) or "status code: 404" in text:
         return f"no such bucket {at}: check its name in the URL{elsewhere}"
     if "error sending request" in text:
-        return (
-            f"no answer from {endpoint or 'AWS'}: check {'AWS_ENDPOINT_URL' if endpoint else 'the network'}{elsewhere}"
-        )
+        setting = "AWS_ENDPOINT_URL" if endpoint else "the network"
+        return f"no response from {endpoint or 'AWS'}: check {setting}{elsewhere}"
     return None
 
 
 def _within(seconds: float, begin: Callable[[], Awaitable[Any]]) -> Any:
-    """A result of obstore that may never come: it skips empty pages, and a store may send no others.
+    """A result of obstore within a time limit: obstore skips empty pages, and a store may send nothing else.
 
     Raises:
-        TimeoutError: it did not come in time; nothing more is asked for.
+        TimeoutError: the time is over.
     """
 
     async def wait() -> Any:
         return await asyncio.wait_for(begin(), max(seconds, 0.0))
 
-    # In a thread, as the caller may run an event loop.
+    # In a thread, since the caller may run an event loop.
     with ThreadPoolExecutor(1) as threads:
         try:
             return threads.submit(lambda: asyncio.run(wait())).result()
         except TimeoutError:
-            raise TimeoutError("it has no end, or the server is too slow") from None
+            raise TimeoutError("it doesn't end, or the server is too slow") from None
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether asking again may help: an answer that broke off may be whole the next time, a refusal stays one."""
+    """Whether repeating a request may help: after an incomplete response, but not after a refusal."""
     return "status code: 4" not in str(error) or "status code: 429" in str(error)
 
 
 def _is_unknown_there(error: BaseException | None) -> bool:
-    """Whether a store does not know conditional writes."""
+    """Whether a store doesn't support conditional writes."""
     return isinstance(error, exceptions.NotSupportedError) or "status code: 501" in str(error)
 
 
@@ -448,7 +447,7 @@ def _lacks_bucket(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, without the page that a server sent along, and with the operating system's reason."""
+    """The message of an error, without the server's page, with the reason of the operating system."""
     text = str(error)
     line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     reasons = re.findall(r'\b(?:message|error): "([^"]+)"', text)

@@ -1,4 +1,4 @@
-"""The folders that a web server's index page links to: what a listing is on the web."""
+"""Lists the folders that a web server's index page links to."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ MAX_PAGE_BYTES = 2**22
 
 
 def linked_folders(url: str, *, timeout: float, deadline: float) -> list[str]:
-    """Names of the folders directly below a URL that its index page links to, sorted; none without such a page.
+    """Names of the folders directly below a URL, sorted; none where the URL has no index page.
 
-    Understands the pages that nginx, Apache, Caddy and Python's own server make: links that end in a slash.
+    A folder is a link that ends in a slash, as on the index pages of nginx, Apache, Caddy and Python's http.server.
 
     Args:
         url: of the folder.
-        timeout: seconds between two pieces of the answer.
-        deadline: seconds for all of it.
+        timeout: seconds between two pieces of the response.
+        deadline: seconds for the whole response.
 
     Raises:
-        StorageError: the server can't be reached, or it is too slow.
+        StorageError: the server can't be reached, or is too slow.
     """
-    # Folders have names as people write them; what is quoted already stays so.
+    # Quotes special characters; "%" is safe, so that quoted ones stay as they are.
     base = quote(url.rstrip("/") + "/", safe=":/?#[]@!$&'()*+,;=%")
     page: Future[bytes] = Future()
 
@@ -38,12 +38,12 @@ def linked_folders(url: str, *, timeout: float, deadline: float) -> list[str]:
         except BaseException as error:
             page.set_exception(error)
 
-    # Nothing else ends a server that sends a byte now and then, in its headers or after them.
+    # A thread, since `timeout` doesn't stop a server that sends single bytes.
     reading = threading.Thread(target=read, name="logitcache-index", daemon=True)
     reading.start()
     reading.join(deadline)
     if not page.done():
-        raise StorageError(f"can't list {base}: its page is not whole after {deadline:.0f} s; the server is too slow")
+        raise StorageError(f"can't list {base}: its page is incomplete after {deadline:.0f} s; the server is too slow")
     try:
         data = page.result()
     except urllib.error.HTTPError:
@@ -69,7 +69,7 @@ def _page(url: str, timeout: float) -> bytes:
     with urllib.request.urlopen(request, timeout=timeout) as answer:
         data: bytes = answer.read(MAX_PAGE_BYTES)
         if answer.length and len(data) < MAX_PAGE_BYTES:
-            raise HTTPException("its page broke off")
+            raise HTTPException("its page is incomplete")
     return data
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from logitcache.cache.ground_truth import NO_TARGET, targets_of
-from logitcache.cache.opinions import OpinionsOfCache
+from logitcache.cache.mean_probabilities import MeanProbabilities
 from logitcache.cache.reader import LogitCache
 from logitcache.errors import UsageError
 
@@ -88,7 +88,7 @@ def teacher_weights(cache: LogitCache, name: str, views: range) -> np.ndarray:
     if name == AGREEMENT and (targets_N is None or (targets_N == NO_TARGET).any()):
         raise UsageError(f"{cache.storage.url} holds no target for some samples; {AGREEMENT} needs one for each")
     weights_N = np.full(cache.num_samples, np.nan)
-    for piece in OpinionsOfCache(cache, views):
+    for piece in MeanProbabilities(cache, views):
         rows = np.arange(piece.rows.start, piece.rows.stop)
         p_B = (
             piece.probabilities.max(axis=1)

@@ -1,1 +1,1 @@
-"""Does the cache fit the data, is it what was written, and how is it made good again?"""
+"""Whether a cache is intact, whether it matches the data, views and teacher, and how blocks are repaired."""

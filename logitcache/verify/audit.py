@@ -1,8 +1,7 @@
-"""Is everything there, and is it what was written?"""
+"""Checks a cache against its receipts: what is missing, damaged or unaccounted for."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,46 +9,35 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from logitcache.arrays import ArraySpec
-from logitcache.cache.card import CARD
-from logitcache.cache.committed import (
-    fitted_encoding,
-    num_rows,
-    pinned_receipts_key,
-    stored_manifest,
-    stored_samples,
-)
-from logitcache.cache.digests import content_digest
 from logitcache.cache.layout import (
-    FIXED,
-    FIXED_RECEIPT_KEY,
     GROUP,
+    PER_CACHE,
     SAMPLE_ARRAYS,
-    Block,
-    all_blocks,
-    block_key,
+    array_specs,
     decode_object,
-    fixed_array_key,
     group_metadata,
-    is_block,
+    is_receipt_name,
+    object_key,
+    receipt_key,
+    receipt_names,
+    receipt_rows,
 )
 from logitcache.cache.manifest import (
-    LOGITS,
+    CARD,
     MANIFEST,
     MAX_RECEIPT_BYTES,
     RECEIPTS,
-    Layout,
     Manifest,
     Receipt,
-    StoredObject,
     output_of,
     read_receipt,
     read_receipts,
     receipts_limit,
 )
-from logitcache.cache.outputs import outputs_of
+from logitcache.cache.outputs import OutputLayout, output_layouts, outputs_of
 from logitcache.cache.packages import require_packages
-from logitcache.data.samples import SampleTable
+from logitcache.cache.per_cache import fitted_encoding, samples_from_arrays
+from logitcache.cache.records import CacheObject, Records, gathered_receipts, stored_manifest
 from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import ENCODINGS, encoding_from_config
 from logitcache.errors import CorruptCache
@@ -57,180 +45,165 @@ from logitcache.progress import track
 from logitcache.storage import Storage, open_storage
 
 MAX_MISSING = 2**16
-"""Receipts that are looked for in vain before the search ends: a stranger's manifest may claim millions."""
+"""The search for receipts ends after this many are missing: a hostile manifest may claim millions."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it should be."""
+    """One thing that is wrong with a cache."""
 
     block: str
-    """Such as "v00003/b00012", "fixed" for the sample table, "" for the cache as a whole."""
+    """Such as "v00003/b00012"; "fixed" for the per-cache arrays; "" for the cache as a whole."""
     path: str
     kind: str
-    """"missing", "wrong size", "wrong bytes", "wrong values", "wrong digest", "damaged", "not finite", "stray" or
-    "differs"."""
+    """"missing", "wrong size", "wrong bytes", "wrong values", "wrong rows", "wrong digest", "damaged", "not finite",
+    "stray" or "differs"."""
 
 
 def verify(location: str, *, deep: bool = False) -> list[Problem]:
-    """Hold a cache to its receipts: what is missing, of another size, or not accounted for.
+    """Compare a cache with its receipts.
 
     Args:
         location: the cache.
-        deep: also read every byte, compare its SHA-256, decode it, compare the SHA-256 of its values, and look for
-            labels that are NaN or infinite, and for a sample table or fitted arrays that make no sense.
+        deep: also read every object, check its SHA-256, decode it, check the SHA-256 of its values, and look for NaN
+            or infinite labels and for invalid per-cache arrays.
 
     Returns:
-        The problems; of blocks without a receipt the first 65 536.
+        The problems; at most the first 65 536 missing receipts.
 
     Raises:
         NotACache: no cache there.
-        CorruptCache: a manifest that can't be read.
+        CorruptCache: the manifest can't be read.
         MissingPackage: with `deep`, the encoding comes from a package that is not installed.
     """
     storage = open_storage(location)
     manifest = stored_manifest(storage)
     if deep:
         require_packages(manifest, ENCODINGS, url=storage.url)
-    specs = manifest.layout.arrays
-    fixed = manifest.layout.fixed
+    layout = manifest.layout
     problems: list[Problem] = []
-    receipts = _all_receipts(storage, manifest, problems)
-    known = {MANIFEST, RECEIPTS, CARD}
-    checks = []
-    for name, receipt in receipts.items():
-        if receipt.rows != num_rows(manifest.layout, name):
+    records = Records(manifest, _all_receipts(storage, manifest, problems))
+    for name, receipt in records.receipts.items():
+        if receipt.rows != receipt_rows(layout, name):
             problems.append(Problem(name, RECEIPTS, "wrong rows"))
-        known |= {f"{GROUP}/{array}/zarr.json" for array in receipt.objects}
-        for array, stored in receipt.objects.items():
-            spec = specs.get(array)
-            if array not in (fixed if name == FIXED else specs):
-                problems.append(Problem(name, array, "damaged"))
-                continue
-            path = (
-                fixed_array_key(array, fixed[array]) if spec is None else block_key(array, spec, Block.from_name(name))
-            )
-            known.add(path)
-            checks.append((name, array, spec, path, stored))
+        unknown = receipt.objects.keys() - array_specs(layout, name).keys()
+        problems += [Problem(name, array, "damaged") for array in sorted(unknown)]
+    objects = list(records.objects())
 
-    outputs = outputs_of(manifest.identity) if deep else {}
-    encodings = {LOGITS: encoding_from_config(manifest.identity.encoding)} if deep else {}
-    encodings |= {name: output.encoding for name, output in outputs.items()}
-    num_values = {LOGITS: manifest.layout.num_classes} | {name: output.num_values for name, output in outputs.items()}
-    once: dict[str, np.ndarray] = {}
-
-    def check(name: str, array: str, spec: ArraySpec | None, path: str, stored: StoredObject) -> Problem | None:
-        kind = _what_is_wrong(storage, path, stored, sizes)
-        if kind is None and deep:
-            found = _values_inside(storage, manifest.layout, name, array, path, stored)
-            if isinstance(found, str):
-                kind = found
-            elif spec is None:
-                once[array] = found
-            elif array.endswith("ids") and int(found.max()) >= num_values[output_of(array)]:
-                kind = "damaged"
-            elif not encodings[output_of(array)].accepts(array.rpartition("_")[2], torch.from_numpy(found)):
-                kind = "not finite"
-        return None if kind is None else Problem(name, path, kind)
-
-    # Listed once, where that can be done: asking a store for each size would take a request each.
+    # Listed once where the store can: a request for each size would be slow.
     sizes = dict(storage.sizes()) if storage.can_list else None
-    with ThreadPoolExecutor(storage.concurrency) as threads, track("verifying", len(checks), unit="objects") as meter:
-        for problem in threads.map(check, *zip(*checks, strict=True)) if checks else ():
-            problems += [] if problem is None else [problem]
+    check = _Check(storage, manifest, sizes, deep=deep)
+    with ThreadPoolExecutor(storage.concurrency) as threads, track("verifying", len(objects), unit="objects") as meter:
+        for checked, kind in zip(objects, threads.map(check, objects), strict=True):
+            problems += [] if kind is None else [Problem(checked.receipt, checked.key, kind)]
             meter.advance()
-    if once.keys() == fixed.keys():
-        problems += [Problem(FIXED, path, "damaged") for path in _nonsense(manifest, once)]
-    for path, data in group_metadata(manifest.layout).items():
-        known.add(path)
+    problems += [Problem(PER_CACHE, path, "damaged") for path in check.invalid_per_cache_arrays()]
+
+    metadata = group_metadata(layout)
+    for path, data in metadata.items():
         found = storage.get(path, limit=len(data))
         if found != data:
             problems.append(Problem("", path, "missing" if found is None else "wrong bytes"))
-    strays = [path for path in sizes or () if path not in known and not path.startswith("receipts/")]
+    expected = {MANIFEST, RECEIPTS, CARD, *metadata, *(each.key for each in objects)}
+    expected |= {f"{GROUP}/{array}/zarr.json" for receipt in records.receipts.values() for array in receipt.objects}
+    strays = [path for path in sizes or () if path not in expected and not path.startswith("receipts/")]
     problems += [Problem("", path, "stray") for path in strays]
-    if manifest.state == "sealed" and content_digest(manifest, receipts) != manifest.digest:
+    if manifest.state == "sealed" and records.content_digest() != manifest.digest:
         problems.append(Problem("", MANIFEST, "wrong digest"))
     return problems
 
 
 def _all_receipts(storage: Storage, manifest: Manifest, problems: list[Problem]) -> dict[str, Receipt]:
+    """Every receipt that can be read; the problems with the others are added to `problems`."""
+    layout = manifest.layout
     receipts: dict[str, Receipt] = {}
-    limit = receipts_limit(manifest.layout)
-    gathered = storage.get(RECEIPTS, limit=limit)
+    if manifest.state == "sealed":
+        gathered, is_right = gathered_receipts(storage, manifest)
+        if not is_right:
+            problems.append(Problem("", RECEIPTS, "missing" if gathered is None else "wrong bytes"))
+    else:
+        gathered = storage.get(RECEIPTS, limit=receipts_limit(layout))
     if gathered is not None:
-        if manifest.state == "sealed" and sha256_hex(gathered) != manifest.receipts:
-            # A copy that was cut off while it was given more views has them under another name, whole.
-            pinned = storage.get(pinned_receipts_key(str(manifest.receipts)), limit=limit)
-            gathered = gathered if pinned is None else pinned
-        if manifest.state == "sealed" and sha256_hex(gathered) != manifest.receipts:
-            problems.append(Problem("", RECEIPTS, "wrong bytes"))
         try:
             receipts = read_receipts(gathered, url=storage.url)
         except CorruptCache:
             problems.append(Problem("", RECEIPTS, "damaged"))
-    elif manifest.state == "sealed":
-        problems.append(Problem("", RECEIPTS, "missing"))
-    layout = manifest.layout
-    wanted = itertools.chain(
-        [(FIXED, FIXED_RECEIPT_KEY)], ((block.name, block.receipt_key) for block in all_blocks(layout))
-    )
     missing = 0
-    for name, key in wanted:
+    for name in receipt_names(layout):
         if name in receipts:
             continue
-        data = storage.get(key, limit=MAX_RECEIPT_BYTES)
+        data = storage.get(receipt_key(name), limit=MAX_RECEIPT_BYTES)
         if data is None:
-            problems.append(Problem(name, key, "missing"))
+            problems.append(Problem(name, receipt_key(name), "missing"))
             missing += 1
             if missing == MAX_MISSING:
                 break
             continue
         try:
-            receipts[name] = read_receipt(data, key=key)
+            receipts[name] = read_receipt(data, key=receipt_key(name))
         except CorruptCache:
-            problems.append(Problem(name, key, "damaged"))
-    return {name: receipt for name, receipt in receipts.items() if name == FIXED or is_block(layout, name)}
+            problems.append(Problem(name, receipt_key(name), "damaged"))
+    return {name: receipt for name, receipt in receipts.items() if is_receipt_name(layout, name)}
 
 
-def _what_is_wrong(storage: Storage, path: str, stored: StoredObject, sizes: Mapping[str, int] | None) -> str | None:
-    found = storage.size(path) if sizes is None else sizes.get(path)
-    if found is None:
-        return "missing"
-    return None if found == stored.bytes else "wrong size"
+class _Check:
+    """Checks objects, several at once; keeps the per-cache arrays that it reads.
 
+    Args:
+        storage: the cache.
+        manifest: its manifest.
+        sizes: of all objects, by key; None where the store can't list them.
+        deep: whether objects are read.
+    """
 
-def _nonsense(manifest: Manifest, once: Mapping[str, np.ndarray]) -> Iterator[str]:
-    """The path of an array in each group of those that are stored once that was written so, and makes no sense."""
-    fixed = manifest.layout.fixed
-    table = {name: once[name] for name in SAMPLE_ARRAYS if name in fixed}
-    fitted = {name: values for name, values in once.items() if name not in table}
-    for arrays, read in ((table, _read_table), (fitted, fitted_encoding)):
-        if arrays:
-            try:
-                read(manifest, arrays, url="")
-            except CorruptCache:
-                array = next(iter(arrays))
-                yield fixed_array_key(array, fixed[array])
+    def __init__(self, storage: Storage, manifest: Manifest, sizes: Mapping[str, int] | None, *, deep: bool) -> None:
+        self._storage = storage
+        self._manifest = manifest
+        self._sizes = sizes
+        self._deep = deep
+        self._outputs: dict[str, OutputLayout] = {}
+        if deep:  # only then the package of the encoding is needed
+            encoding = encoding_from_config(manifest.identity.encoding)
+            self._outputs = output_layouts(encoding, manifest.layout.num_classes, outputs_of(manifest.identity))
+        self._per_cache: dict[str, np.ndarray] = {}
 
+    def __call__(self, checked: CacheObject) -> str | None:
+        """What is wrong with an object; None if nothing is."""
+        size = self._storage.size(checked.key) if self._sizes is None else self._sizes.get(checked.key)
+        if size is None:
+            return "missing"
+        if size != checked.stored.bytes:
+            return "wrong size"
+        return self._read(checked) if self._deep else None
 
-def _read_table(manifest: Manifest, arrays: Mapping[str, np.ndarray], *, url: str) -> SampleTable:
-    return stored_samples(arrays, manifest.layout.num_samples, url=url)
+    def _read(self, checked: CacheObject) -> str | None:
+        data = self._storage.get(checked.key, limit=checked.stored.bytes) or b""
+        if sha256_hex(data) != checked.stored.sha256:
+            return "wrong bytes"
+        try:
+            values = decode_object(self._manifest.layout, checked.receipt, checked.array, data)
+        except ValueError:
+            return "damaged"
+        if array_digest(values) != checked.stored.values_sha256:
+            return "wrong values"
+        if checked.receipt == PER_CACHE:
+            self._per_cache[checked.array] = values
+            return None
+        output = self._outputs[output_of(checked.array)]
+        if output.has_unknown_class(checked.array, values):
+            return "damaged"
+        array = checked.array.removeprefix(output.prefix)
+        return None if output.encoding.accepts(array, torch.from_numpy(values)) else "not finite"
 
-
-def _values_inside(
-    storage: Storage,
-    layout: Layout,
-    name: str,
-    array: str,
-    path: str,
-    stored: StoredObject,
-) -> np.ndarray | str:
-    """The values of an object, or what is wrong with it."""
-    data = storage.get(path, limit=stored.bytes) or b""
-    if sha256_hex(data) != stored.sha256:
-        return "wrong bytes"
-    try:
-        values = decode_object(layout, name, array, data)
-    except (ValueError, RuntimeError):
-        return "damaged"
-    return values if array_digest(values) == stored.values_sha256 else "wrong values"
+    def invalid_per_cache_arrays(self) -> Iterator[str]:
+        """A path of each group of per-cache arrays whose bytes fit the receipt, but whose values are invalid."""
+        if self._per_cache.keys() != self._manifest.layout.fixed.keys():
+            return
+        in_order = {name: self._per_cache[name] for name in self._manifest.layout.fixed}
+        table = {name: in_order.pop(name) for name in SAMPLE_ARRAYS if name in in_order}
+        for arrays, read in ((table, samples_from_arrays), (in_order, fitted_encoding)):
+            if arrays:
+                try:
+                    read(self._manifest, arrays, url="")
+                except CorruptCache:
+                    yield object_key(self._manifest.layout, PER_CACHE, next(iter(arrays)))

@@ -1,4 +1,4 @@
-"""Whether a cache fits the data, the views and the teacher at hand; asked before the first step of every student."""
+"""Compares a cache with the data, views and teacher of a pipeline; runs before the first step of every student."""
 
 from __future__ import annotations
 
@@ -26,17 +26,22 @@ from logitcache.progress import track
 def open_fitting_cache(
     pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool, any_teacher: bool = False
 ) -> tuple[LogitCache, np.ndarray | None]:
-    """Open the pipeline's cache and hold it to data, views and teacher.
+    """Open the pipeline's cache, and compare it with data, views and teacher.
 
-    The teacher's weights are compared where they are at hand; a team that has only the cache has only its name. Where
-    caches are named one by one, `any_teacher` is meant: its teacher and its precision are whatever they are.
+    Of the teacher, the fingerprint of its weights is compared where the weights are available, else only its name.
+
+    Args:
+        pipeline: names the cache and the teacher.
+        data, plan: built from the pipeline.
+        trust: allow entry points from outside the working folder.
+        any_teacher: don't compare the teacher and its precision.
 
     Returns:
-        The cache, and the row of each sample at hand, int64 (M,); None where they are the cache's own in its order.
+        The cache, and the cache's row of each sample in the data, int64 (M,); None where both have the same order.
 
     Raises:
-        IdentityMismatch: names the field or the sample that differs.
-        IncompleteCache: the cache is not sealed, or holds fewer views than the pipeline asks for.
+        IdentityMismatch: something differs; names the field or the sample.
+        IncompleteCache: the cache is not sealed, or has fewer views than the pipeline needs.
     """
     cache = open_cache(pipeline.cache.path, trust=trust)
     _check_sealed(cache, pipeline.cache.path)
@@ -45,9 +50,9 @@ def open_fitting_cache(
         differences += teacher_differences(cache, pipeline, data, plan, trust=trust)
     if differences:
         raise IdentityMismatch(
-            f"cache {cache.id[:12]}… at {pipeline.cache.path} was not made for this pipeline; it differs in\n  "
+            f"cache {cache.id[:12]}… at {pipeline.cache.path} doesn't match this pipeline; they differ in\n  "
             + "\n  ".join(differences)
-            + "\nRestore what differs, or build a cache of its own in another place."
+            + "\nRevert these differences, or build another cache with another cache.path."
         )
     _check_views(cache, pipeline.cache.path, pipeline.views.count)
     if cache.samples is None:
@@ -64,10 +69,10 @@ def open_fitting_cache(
 def open_fitting_caches(
     teachers: TeachersConfig, pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool
 ) -> tuple[list[LogitCache], np.ndarray | None]:
-    """Open several teachers' caches, hold the first to data and views, and the others to its views and pixels.
+    """Open the caches of several teachers; compare the first with data and views, and the others with the first.
 
     Raises:
-        UsageError: one of drawn classes where a mean of logits is asked for, or a best teacher without true labels.
+        UsageError: a mean of logits is configured, and a cache has the encoding `Sampled`.
         IdentityMismatch, IncompleteCache: as `open_fitting_cache`; names the cache.
     """
     caches: list[LogitCache] = []
@@ -95,14 +100,13 @@ def _check_sealed(cache: LogitCache, location: str) -> None:
 def _check_views(cache: LogitCache, location: str, count: int) -> None:
     if count > len(cache.views):
         raise IncompleteCache(
-            f"the pipeline asks for {count} views; {location} holds {len(cache.views)}. "
-            "Run `logitcache cache-teacher` to add the others, `logitcache pull` where they are shared, or lower "
-            "views.count"
+            f"the pipeline needs {count} views; {location} has {len(cache.views)}. "
+            "Add views with `logitcache cache-teacher`, copy shared ones with `logitcache pull`, or lower views.count"
         )
 
 
 def view_differences(cache: LogitCache, data: Data, plan: ViewPlan) -> list[str]:
-    """The fields of a cache's identity in which the views at hand differ, but for their samples."""
+    """The fields of the cache's identity that differ from the views here; samples are compared separately."""
     cached = cache.manifest.identity
     here: dict[str, Any] = {"view_seed": plan.seed, "outputs": cached.outputs | {LOGITS: [data.num_classes]}}
     if cached.transform is not None:
@@ -113,9 +117,9 @@ def view_differences(cache: LogitCache, data: Data, plan: ViewPlan) -> list[str]
 
 
 def teacher_differences(cache: LogitCache, pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool) -> list[str]:
-    """The fields of a cache's identity in which the pipeline's teacher differs, or where its outputs come from.
+    """The fields of the cache's identity that differ from the pipeline's teacher, or the sources of its outputs.
 
-    Outputs that only one of the two names are no difference: a student is held to those that it asks for.
+    Outputs that only one of them has are no difference: those that a student needs are checked separately.
     """
     cached = cache.manifest.identity
     here: dict[str, Any] = {"precision": pipeline.teacher.precision}
@@ -125,7 +129,7 @@ def teacher_differences(cache: LogitCache, pipeline: Pipeline, data: Data, plan:
     def is_ours(teacher: str) -> bool:
         return ours == (teacher if at_hand else teacher.partition("@")[0])
 
-    # A mean has no one teacher: a pipeline fits it with any of those that it is the mean of.
+    # The cache of a mean matches a pipeline with any of its teachers.
     parts = merged_parts(cache.manifest)
     if not parts:
         here["output_sources"] = _sources(cached.output_sources, sources_of(pipeline.cache.outputs))
@@ -137,26 +141,26 @@ def teacher_differences(cache: LogitCache, pipeline: Pipeline, data: Data, plan:
     differences = _differences(cache, here)
     if parts and part is None:
         differences.append(
-            f"it is the mean of {', '.join(part.teacher for part in parts)}: `teacher` must be one of these"
+            f"teacher: the cache is the mean of {', '.join(part.teacher for part in parts)}, none of which is {ours}"
         )
     return differences
 
 
 def has_teacher(pipeline: Pipeline) -> bool:
-    """Whether the teacher's weights are at hand; without them only its name can be compared."""
+    """Whether the teacher's weights are available; without them only its name can be compared."""
     weights = teacher_weights(pipeline)
     return weights in (None, RANDOM) or Path(str(weights)).is_file()
 
 
 def _sources(cached: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """The cache's sources, with the pipeline's own for the outputs that both have, and for the logits."""
+    """The cache's sources, replaced by the pipeline's for the logits and for outputs that both have."""
     shared = {name: asked[name] for name in cached.keys() & asked.keys()}
     logits = {LOGITS: asked[LOGITS]} if LOGITS in asked else {}
     return {name: source for name, source in cached.items() if name != LOGITS} | shared | logits
 
 
 def all_differences(cache: LogitCache, pipeline: Pipeline, *, trust: bool) -> list[str]:
-    """Everything in which a pipeline's data, views and teacher differ from a cache's, a line each.
+    """All differences between a pipeline's data, views and teacher and those of a cache, one line each.
 
     Reads every sample once, and renders the proof rows of every view.
     """

@@ -1,59 +1,64 @@
-"""Bad blocks made good again, and only those: fetched from a copy, or recomputed by the teacher."""
+"""Restores damaged blocks, and only those: from a copy, or by computing them again."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from logitcache.cache.committed import collect_receipts, stored_manifest
 from logitcache.cache.ensemble import merged_parts
-from logitcache.cache.layout import FIXED, GROUP, Block, block_key, fixed_array_key
-from logitcache.cache.manifest import (
-    MANIFEST,
-    RECEIPTS,
-    Manifest,
-    Receipt,
-    contents,
-    dump_manifest,
+from logitcache.cache.layout import GROUP, PER_CACHE, receipt_key
+from logitcache.cache.manifest import MANIFEST, RECEIPTS, Manifest, dump_manifest
+from logitcache.cache.records import (
+    Records,
+    collect_receipts,
+    dump_receipts,
+    matching_receipts,
+    stored_manifest,
+    write_group_metadata,
 )
-from logitcache.cache.publish import receipts_in_copy, write_group_metadata
-from logitcache.config.schema import Pipeline
-from logitcache.digest import canonical_json, sha256_hex
+from logitcache.digest import sha256_hex
 from logitcache.errors import CorruptCache, IdentityMismatch, NotACache, UsageError
-from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.storage import Storage, open_storage
 from logitcache.verify.audit import Problem, verify
+
+SHOWN_BLOCKS = 5
+"""Damaged blocks that an error message lists."""
 
 
 @dataclass(frozen=True)
 class RepairResult:
-    """What was wrong, and what became of it."""
+    """What a repair found and did."""
 
     problems: list[Problem]
-    """Found before; none means that nothing was touched."""
+    """Found before; if there are none, nothing was changed."""
     fetched: list[str]
     """Blocks taken from the copy."""
     recomputed: list[str]
     """Blocks that the teacher computed again."""
     remaining: list[Problem]
-    """Found after; empty when the cache is whole."""
+    """Found after; empty when the cache is intact."""
     digest: str | None
-    """Of the content, the same as before the damage when nothing remains."""
+    """Content digest; the same as before the damage when nothing remains."""
 
 
 def repair(
-    location: str, *, source: str | None = None, pipeline: Pipeline | None = None, trust: bool = False
+    location: str, *, source: str | None = None, recompute: Callable[[], str | None] | None = None
 ) -> RepairResult:
-    """Find every bad block of a cache, and make it what it was.
+    """Find every damaged block of a cache, and restore it.
 
-    A copy is asked first; what it gives is held to the receipts. What it does not have is recomputed with a pipeline:
-    the cache is opened again with those blocks missing, so that a repair that is interrupted goes on when it, or
-    `cache-teacher`, is run again.
+    Blocks come from a copy where it has them, checked against the receipts. The cache is then opened again without the
+    others, and `recompute` computes them. An interrupted repair resumes when it, or `cache-teacher`, runs again.
+
+    Args:
+        location: the cache.
+        source: a copy of it.
+        recompute: computes the missing blocks of the cache, seals it and returns its content digest, as
+            `cache_teacher` does with the pipeline that built the cache.
 
     Raises:
         CorruptCache: the manifest or the receipts are damaged, and there is no copy of this cache.
-        UsageError: blocks are bad, and there is neither a copy that has them nor a pipeline.
-        IdentityMismatch: the copy or the pipeline is of another cache, or the teacher's labels came out otherwise.
+        UsageError: blocks are damaged, the copy doesn't have them, and they can't be computed.
+        IdentityMismatch: the copy or the pipeline is of another cache, or the teacher's labels differ now.
     """
     storage = open_storage(location)
     copy = None if source is None else open_storage(source)
@@ -63,55 +68,56 @@ def repair(
     if all(problem.kind == "stray" for problem in problems):
         return RepairResult(problems, [], [], problems, stored_manifest(storage).digest)
     manifest = stored_manifest(storage)
-    receipts = collect_receipts(storage, manifest)
+    records = Records(manifest, collect_receipts(storage, manifest))
     with storage.lock():
         write_group_metadata(storage, manifest.layout)
-    bad = sorted({problem.block for problem in problems if problem.block})
-    fetched = [] if copy is None else [name for name in bad if _fetch(storage, copy, manifest, receipts, name)]
-    left = [name for name in bad if name not in fetched]
-    digest = manifest.digest or manifest.provenance.get("repairing")
+    damaged = sorted({problem.block for problem in problems if problem.block})
+    fetched = [] if copy is None else [name for name in damaged if _fetch(storage, copy, records, name)]
+    left = [name for name in damaged if name not in fetched]
     if left:
-        if pipeline is None:
+        if recompute is None:
             raise UsageError(
-                f"{location}: {', '.join(left[:5])}{' and more' if len(left) > 5 else ''} can't be repaired without "
-                f"{'a copy that has them (--from)' if copy is None else 'more than this copy has'}, or the pipeline "
-                "that made them (--data)"
+                f"{location}: {', '.join(left[:SHOWN_BLOCKS])}{' and more' if len(left) > SHOWN_BLOCKS else ''} can't "
+                f"be repaired without {'a copy that has them (--from)' if copy is None else 'a more complete copy'}, "
+                "or the pipeline that built the cache (--data)"
             )
         if merged_parts(manifest):
             raise UsageError(
-                f"{location} is the mean of several caches, and no one teacher can make it again; give a copy "
+                f"{location} is the mean of several caches, which no single teacher can recompute; give a copy "
                 "(--from), or delete it and merge again"
             )
-        if FIXED in left:
+        if PER_CACHE in left:
             raise UsageError(
-                f"{location}: what is stored once is damaged, and no teacher can make it again; give a copy (--from)"
+                f"{location}: the per-cache arrays are damaged, and the teacher can't recompute them; give a copy "
+                "(--from)"
             )
-        _reopen(storage, manifest, receipts, left)
-        digest_after = cache_teacher(pipeline, trust=trust).manifest.digest
-        if digest is not None and digest_after != digest:
+        _reopen(storage, records, left)
+        expected, found = manifest.digest or manifest.provenance.get("repairing"), recompute()
+        if expected is not None and found != expected:
             raise IdentityMismatch(
-                f"{location}: the recomputed blocks are not what they were: the content digest was {digest[:12]}…, now "
-                f"{(digest_after or '')[:12]}….\nThe cache is whole, but another; the teacher's machine or libraries "
-                "differ from those in the manifest's provenance. Take the blocks from a copy to have it as it was."
+                f"{location}: the recomputed blocks differ from the original ones: the content digest was "
+                f"{expected[:12]}…, now {(found or '')[:12]}….\nThe cache is intact, but has another digest; the "
+                "teacher's machine or libraries differ from those in the manifest's provenance. Repair from a copy "
+                "(--from) to restore the original."
             )
     remaining = verify(location, deep=True)
     return RepairResult(problems, fetched, left, remaining, stored_manifest(storage).digest)
 
 
 def _restore_records(storage: Storage, copy: Storage) -> None:
-    """Take manifest and receipts from a copy, where ours can't be read and the copy's are of the same cache.
+    """Take manifest and receipts from a copy where those of the cache can't be read.
 
-    The copy may have more views than ours.
+    The copy may have more views.
     """
     theirs = stored_manifest(copy)
     try:
         ours: Manifest | None = stored_manifest(storage)
     except (CorruptCache, NotACache):
         if next(storage.list_keys(GROUP), None) is None:
-            raise  # no damaged cache, but none
+            raise  # not a damaged cache, but none
         ours = None
     if ours is not None and not _is_copy(ours, theirs, copy):
-        raise IdentityMismatch(f"{copy.url} is no copy of {storage.url}: its id or its content digest is another")
+        raise IdentityMismatch(f"{copy.url} is no copy of {storage.url}: its id or its content digest differs")
     with storage.lock():
         if ours is None:
             storage.put(MANIFEST, dump_manifest(theirs))
@@ -120,52 +126,45 @@ def _restore_records(storage: Storage, copy: Storage) -> None:
             collect_receipts(storage, ours)
         except CorruptCache:
             receipts = collect_receipts(copy, theirs)
-            known = (receipts_in_copy(ours, receipts) if ours.state == "sealed" else None) or receipts
-            gathered = _records(known)
+            known = (matching_receipts(ours, receipts) if ours.state == "sealed" else None) or receipts
+            gathered = dump_receipts(known)
             storage.put(RECEIPTS, gathered)
-            if ours.state == "sealed" and ours.receipts != sha256_hex(gathered):  # the same values, stored otherwise
-                changes = {"receipts": sha256_hex(gathered), "contents": contents(known, fixed=FIXED)}
+            if ours.state == "sealed" and ours.receipts != sha256_hex(gathered):  # the same values in other bytes
+                changes = {"receipts": sha256_hex(gathered), "contents": Records(ours, known).contents()}
                 storage.put(MANIFEST, dump_manifest(ours.model_copy(update=changes)))
 
 
 def _is_copy(ours: Manifest, theirs: Manifest, copy: Storage) -> bool:
     if ours.id != theirs.id or ours.digest in (None, theirs.digest):
         return ours.id == theirs.id
-    return receipts_in_copy(ours, collect_receipts(copy, theirs)) is not None
+    return matching_receipts(ours, collect_receipts(copy, theirs)) is not None
 
 
-def _fetch(storage: Storage, copy: Storage, manifest: Manifest, receipts: dict[str, Receipt], name: str) -> bool:
-    """Whether every object of a block could be taken from the copy; nothing is stored that its receipt does not fit."""
-    if name not in receipts:
+def _fetch(storage: Storage, copy: Storage, records: Records, name: str) -> bool:
+    """Take the objects of a block from a copy; False, and nothing is stored, unless all fit the receipt."""
+    if name not in records.receipts:
         return False
-    objects: dict[str, Any] = {}
-    for array, stored in receipts[name].objects.items():
-        if name == FIXED:
-            key = fixed_array_key(array, manifest.layout.fixed[array])
-        else:
-            key = block_key(array, manifest.layout.arrays[array], Block.from_name(name))
-        data = copy.get(key, limit=stored.bytes)
-        if data is None or sha256_hex(data) != stored.sha256:
+    fetched = {}
+    for wanted in records.objects([name]):
+        data = copy.get(wanted.key, limit=wanted.stored.bytes)
+        if data is None or sha256_hex(data) != wanted.stored.sha256:
             return False
-        objects[key] = data
-    for key, data in objects.items():
+        fetched[wanted.key] = data
+    for key, data in fetched.items():
         if storage.get(key, limit=len(data)) != data:
             storage.put(key, data)
     return True
 
 
-def _reopen(storage: Storage, manifest: Manifest, receipts: dict[str, Receipt], bad: list[str]) -> None:
-    """Open a cache again, with some blocks missing; it says which content it is to come back to."""
+def _reopen(storage: Storage, records: Records, damaged: list[str]) -> None:
+    """Open a cache again without some blocks; its provenance states the digest that it must have afterwards."""
+    manifest = records.manifest
     provenance = manifest.provenance | ({} if manifest.digest is None else {"repairing": manifest.digest})
-    kept = {name: receipt for name, receipt in receipts.items() if name not in bad}
+    kept = {name: receipt for name, receipt in records.receipts.items() if name not in damaged}
     opened = manifest.model_copy(update={"state": "open", "digest": None, "provenance": provenance})
     with storage.lock():
-        # The manifest first: a sealed cache whose receipts lack a block is damaged, an open one is merely not finished.
+        # The manifest first: a sealed cache that lacks a receipt is damaged, an open one is only incomplete.
         storage.put(MANIFEST, dump_manifest(opened))
-        storage.put(RECEIPTS, _records(kept))
-        for name in bad:
-            storage.delete(Block.from_name(name).receipt_key)
-
-
-def _records(receipts: dict[str, Receipt]) -> bytes:
-    return canonical_json({name: receipt.model_dump() for name, receipt in receipts.items()})
+        storage.put(RECEIPTS, dump_receipts(kept))
+        for name in damaged:
+            storage.delete(receipt_key(name))

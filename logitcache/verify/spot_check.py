@@ -1,4 +1,4 @@
-"""The teacher asked again about a few samples of a cache: are these still its labels?"""
+"""Runs the teacher again on a few samples of a cache, and compares its outputs with the stored ones."""
 
 from __future__ import annotations
 
@@ -26,28 +26,27 @@ from logitcache.verify.fit import open_fitting_cache
 
 
 def spot_check(pipeline: Pipeline, count: int, *, seed: int = 0, trust: bool = False) -> list[Problem]:
-    """Run the teacher again on some seeded places, and hold its logits to the cache's.
+    """Run the teacher on randomly drawn rows, and compare its outputs with the cache's.
 
-    A row may differ by what its encoding loses of the teacher's present output, and by other roundings (see
-    `cache.agreement`).
+    A row may differ by the loss of its encoding and by rounding (see `cache.agreement`).
 
     Args:
-        pipeline: what the cache was made by.
-        count: places, drawn over all views.
-        seed: which places.
+        pipeline: what the cache was built from.
+        count: rows to draw, over all views.
+        seed: of the draw.
         trust: allow entry points from outside the working folder.
 
     Raises:
         IdentityMismatch: the pipeline is of another cache.
-        UsageError: the cache is a mean, which no one teacher can be asked about.
+        UsageError: the cache is a mean of several teachers.
     """
     data = resolve_data(pipeline, trust=trust)
     plan = resolve_plan(pipeline, data, trust=trust)
     cache, rows = open_fitting_cache(pipeline, data, plan, trust=trust)
     if merged_parts(cache.manifest):
         raise UsageError(
-            f"{pipeline.cache.path} is the mean of several caches, and no one teacher can be asked again; check those "
-            "that it was merged from"
+            f"{pipeline.cache.path} is the mean of several caches, for which no single teacher can be run again; check "
+            "the caches that it was merged from"
         )
     device = pick_device(pipeline.device, threads=pipeline.threads)
     teacher, _ = resolve_teacher(pipeline, data, plan, trust=trust)
@@ -61,7 +60,7 @@ def spot_check(pipeline: Pipeline, count: int, *, seed: int = 0, trust: bool = F
     batches = [places[start : start + size] for start in range(0, len(places), size)]
     asked = [name for name in cache.extra_outputs if name in pipeline.cache.outputs]
     problems = []
-    with track("asking the teacher again", len(places), unit="samples") as meter:
+    with track("running the teacher again", len(places), unit="samples") as meter:
         answers = teacher_outputs(pipeline, teacher, views, batches, device, asked)
         for batch, said in zip(batches, answers, strict=True):
             for view in sorted({view for view, _ in batch}):

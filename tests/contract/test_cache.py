@@ -243,7 +243,7 @@ def test_any_flipped_bit_of_a_label_is_noticed(tmp_path: Path, encoding: logitca
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
 
-    with pytest.raises(CorruptCache, match="is not what was written"):
+    with pytest.raises(CorruptCache, match="differs from its receipt"):
         logitcache.open(tmp_path / "a").view(1)
     assert [] == verify(str(tmp_path / "a"))
     (problem,) = verify(str(tmp_path / "a"), deep=True)
@@ -272,7 +272,7 @@ def test_the_sample_table_is_held_to_its_values(tmp_path: Path, name: str) -> No
     chunk = next(path for path in sorted((tmp_path / "a/labels.zarr" / name / "c").rglob("*")) if path.is_file())
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
 
-    with pytest.raises(CorruptCache, match=f"{name}/c/0.* is not what was written"):
+    with pytest.raises(CorruptCache, match=f"{name}/c/0.* differs from its receipt"):
         assert logitcache.open(tmp_path / "a").samples
 
 
@@ -304,7 +304,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "a" / "thesis.tex").write_text("dear")
     with pytest.raises(NotACache, match=r"holds thesis.tex"):
         writer(tmp_path / "a")
-    with pytest.raises(NotACache, match="`logitcache cache-teacher` builds one"):
+    with pytest.raises(NotACache, match="`logitcache cache-teacher` builds a cache"):
         logitcache.open(tmp_path / "a")
 
     assert ["thesis.tex"] == [path.name for path in (tmp_path / "a").iterdir()]
@@ -415,7 +415,7 @@ def test_a_damaged_basis_is_noticed(tmp_path: Path) -> None:
     cache = built(tmp_path / "a", encoding=logitcache.LowRank(rank=6), calibration=calibration())
     (tmp_path / "a/labels.zarr/basis/c/0/0").write_bytes(b"nothing")
 
-    with pytest.raises(CorruptCache, match="basis/c/0/0 is not what was written"):
+    with pytest.raises(CorruptCache, match="basis/c/0/0 differs from its receipt"):
         cache.view(0)
     assert {("fixed", "wrong size")} == {(problem.block, problem.kind) for problem in verify(str(tmp_path / "a"))}
 
@@ -443,7 +443,7 @@ def test_masked_classes_are_refused_where_they_can_not_be_held(tmp_path: Path) -
     cache = writer(tmp_path / "a", encoding=logitcache.LowRank(rank=6), calibration=calibration())
     logits = some_logits()[0]
     logits[40, 3] = -torch.inf
-    with pytest.raises(InvalidLogits, match=r"row 40: .*(?s:.*)lowrank can't hold masked classes: use Dense"):
+    with pytest.raises(InvalidLogits, match=r"row 40: .*(?s:.*)lowrank can't store masked classes: use Dense"):
         cache.write(view=0, start=0, logits=logits)
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 import logitcache
 from logitcache.arrays import ArraySpec
 from logitcache.cache import creation
-from logitcache.cache.digests import content_digest, pin_of
-from logitcache.cache.layout import FIXED, Block
+from logitcache.cache.layout import PER_CACHE, Block
 from logitcache.cache.manifest import Identity, Layout, Manifest, Receipt, StoredObject, dump_manifest
+from logitcache.cache.records import Records
 from logitcache.digest import array_digest, canonical_json, sha256_hex
 from logitcache.errors import CorruptCache, IdentityMismatch, LogitCacheError
 from logitcache.extras.merge import merge
@@ -103,7 +103,7 @@ def name_another_teacher(path: Path, manifest: dict[str, Any], receipts: dict[st
 
 def leave_out_a_sample(path: Path, manifest: dict[str, Any], receipts: dict[str, Any]) -> None:
     manifest["layout"]["num_samples"] -= 1
-    receipts[FIXED]["rows"] -= 1
+    receipts[PER_CACHE]["rows"] -= 1
     for view in range(VIEWS):
         receipts[f"v{view:05d}/b00002"]["rows"] -= 1
 
@@ -127,7 +127,7 @@ def test_a_pin_refuses_whatever_was_moved_or_renamed_under_it(
             logitcache.open(path)
         resealed = Manifest.model_validate(json.loads((path / "manifest.json").read_text()) | {"checksum": None})
         by_name = {name: Receipt.model_validate(receipt) for name, receipt in receipts.items()}
-        manifest["digest"] = content_digest(resealed, by_name)
+        manifest["digest"] = Records(resealed, by_name).content_digest()
         reseal(path, manifest, receipts)  # with the digest that fits, as somebody would who knows the format
     for expected in (pin, pin[:12]):
         with pytest.raises(LogitCacheError, match="expected"):
@@ -165,7 +165,7 @@ def test_a_digest_is_made_of_lines_that_anybody_can_write(cache: logitcache.Logi
     """As the specification says; here in terms of nothing but the records."""
     lines = ["logitcache content 2", f"id {cache.id}", f"num_samples {SAMPLES}", "rows_per_block 16"]
     receipts = cache.receipts
-    lines += [f"fixed {name} {stored.values_sha256}" for name, stored in sorted(receipts[FIXED].objects.items())]
+    lines += [f"fixed {name} {stored.values_sha256}" for name, stored in sorted(receipts[PER_CACHE].objects.items())]
     for view in range(VIEWS):
         blocks = [
             f"{block} {name} {stored.values_sha256}\n"
@@ -196,14 +196,14 @@ def test_the_test_vector_of_the_specification() -> None:
         for view in (0, 1)
         for block in (0, 1)
     }
-    receipts = {FIXED: Receipt(rows=3, objects={}, kl_mean=None, kl_max=None, inputs={})}
+    receipts = {PER_CACHE: Receipt(rows=3, objects={}, kl_mean=None, kl_max=None, inputs={})}
     for (view, block), rows in values.items():
         stored = StoredObject(bytes=1, sha256="0" * 64, values_sha256=array_digest(rows))
         receipt = Receipt(rows=len(rows), objects={"logits": stored}, kl_mean=None, kl_max=None, inputs={})
         receipts[Block(view, block).name] = receipt
     specified = (Path(__file__).parents[2] / "docs/format.md").read_text()
 
-    assert 1 == specified.count(content_digest(manifest, receipts))
+    assert 1 == specified.count(Records(manifest, receipts).content_digest())
     assert manifest.id in specified
     assert 1 == specified.count(receipts["v00001/b00001"].objects["logits"].values_sha256)
 
@@ -214,7 +214,7 @@ def test_the_digest_of_a_cache_in_format_1_is_what_it_was(tmp_path: Path) -> Non
 
     assert sha256_hex("\n".join(hashes).encode()) == golden.digest
     assert "0b341abd1ddded030fa4e221eeb0d8662f9441bd4feafeeda62c9f605743b3f9" == golden.digest
-    assert golden.digest != golden.pin == pin_of(golden.manifest, golden.receipts)
+    assert golden.digest != golden.pin == golden.records.pin()
 
 
 def test_new_caches_have_format_2_and_their_digest_is_their_pin(tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
-"""One contract for every encoding: subclass, name a configuration, and the suite says whether it is right."""
+"""The contract suite over every built-in encoding, and what is particular to each."""
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,117 +15,7 @@ from logitcache.encodings.basis import principal_components
 from logitcache.encodings.packing import LARGEST, MixedRadix
 from logitcache.errors import UsageError
 from logitcache.losses import kl_divergence
-
-
-def teacher_like(rows: int, classes: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, classes, generator=generator) * 2 + 4 * F.one_hot(torch.arange(rows) % classes, classes)
-
-
-class EncodingContract:
-    """What every encoding owes."""
-
-    encoding: ClassVar[Encoding]
-    largest_kl: ClassVar[float]
-    """Mean KL(teacher ‖ decoded) at T = 1 that this configuration may lose on `teacher_like` rows of 100 classes."""
-    keeps_every_class: ClassVar[bool] = True
-    """Whether a class that the teacher gives any probability has some when decoded."""
-    top1_agreement: ClassVar[float] = 1.0
-    odd_rows_atol: ClassVar[float] = 2e-3
-    class_counts: ClassVar[tuple[int, ...]] = (22, 300, 70_000)
-
-    def fitted(self, classes: int) -> Encoding:
-        """As it is used for so many classes: fitted to other rows of the same kind."""
-        if not self.encoding.fitted_arrays:
-            return self.encoding
-        return self.encoding.fit(teacher_like(max(400, 2 * classes), classes, seed=1))
-
-    def roundtrip(self, logits: Tensor) -> Tensor:
-        encoding = self.fitted(logits.shape[1])
-        return encoding.decode(encoding.encode(logits), logits.shape[1])
-
-    def test_arrays_have_the_declared_dtype_and_shape(self) -> None:
-        encoding = self.fitted(100)
-        specs = encoding.arrays(100)
-        encoded = encoding.encode(teacher_like(7, 100))
-
-        assert specs.keys() == encoded.keys()
-        for name, spec in specs.items():
-            assert getattr(torch, spec.dtype) == encoded[name].dtype
-            assert (7, *spec.row_shape) == tuple(encoded[name].shape)
-
-    def test_decoding_gives_float32_logits_close_to_the_teacher(self) -> None:
-        logits = teacher_like(64, 100)
-        decoded = self.roundtrip(logits)
-
-        assert (torch.float32, (64, 100)) == (decoded.dtype, tuple(decoded.shape))
-        if self.keeps_every_class:
-            assert fidelity_kl(decoded, logits).mean() <= self.largest_kl
-
-    def test_the_most_probable_class_survives(self) -> None:
-        logits = teacher_like(64, 100)
-        agreeing = logits.argmax(dim=1) == self.roundtrip(logits).argmax(dim=1)
-
-        assert agreeing.float().mean() >= self.top1_agreement
-
-    def test_a_row_does_not_depend_on_its_batch(self) -> None:
-        logits = teacher_like(9, 100)
-        encoding = self.fitted(100)
-        whole = encoding.encode(logits)
-        alone = encoding.encode(logits[4:5], start=4)
-
-        assert all(torch.equal(whole[name][4:5], alone[name]) for name in whole)
-
-    def test_encoding_twice_gives_the_same(self) -> None:
-        logits = teacher_like(9, 100)
-        first, second = (self.fitted(100).encode(logits, view=3, start=5) for _ in range(2))
-
-        assert all(torch.equal(first[name], second[name]) for name in first)
-
-    def test_a_constant_per_row_changes_nothing_but_rounding(self) -> None:
-        logits = teacher_like(16, 100)
-
-        torch.testing.assert_close(
-            self.roundtrip(logits + 300.0).softmax(dim=1), self.roundtrip(logits).softmax(dim=1), atol=0.02, rtol=0.02
-        )
-
-    def test_any_number_of_classes(self) -> None:
-        for classes in self.class_counts:
-            logits = teacher_like(3, classes)
-
-            assert torch.equal(logits.argmax(dim=1), self.roundtrip(logits).argmax(dim=1)), classes
-
-    @pytest.mark.parametrize(
-        "row",
-        [
-            pytest.param([0.0] * 50, id="constant"),
-            pytest.param([1e4] + [0.0] * 49, id="one huge logit"),
-            pytest.param([3.0, 2.0] + [-math.inf] * 48, id="masked classes"),
-            pytest.param([-200.0] * 49 + [-199.0], id="far below zero"),
-        ],
-    )
-    def test_odd_rows_keep_their_distribution(self, row: list[float]) -> None:
-        logits = torch.tensor([row])
-        if -math.inf in row and not self.encoding.holds_masks:
-            return  # the writer refuses such a row
-        decoded = self.roundtrip(logits).softmax(dim=1)
-
-        torch.testing.assert_close(decoded, logits.softmax(dim=1), atol=self.odd_rows_atol, rtol=2e-2)
-
-    def test_its_configuration_survives_json(self) -> None:
-        config: dict[str, Any] = self.encoding.config()
-
-        assert self.encoding == encoding_from_config(config) == encoding_from_config(repr(self.encoding))
-
-    def test_what_was_fitted_survives_its_arrays(self) -> None:
-        fitted = self.fitted(100)
-        again = self.encoding.with_fitted(fitted.fitted_values())
-        logits = teacher_like(8, 100)
-
-        assert {name: values.ndim for name, values in fitted.fitted_values().items()} == dict(fitted.fitted_arrays)
-        assert again.arrays(100) == fitted.arrays(100)
-        first, second = fitted.encode(logits), again.encode(logits)
-        assert all(torch.equal(first[name], second[name]) for name in first)
+from logitcache.testing import EncodingContract, teacher_like
 
 
 class TestDenseFloat32(EncodingContract):

@@ -50,8 +50,8 @@ def test_lowrank_packs_its_coefficients_as_specified() -> None:
     limits, first, first_bytes, second, second_bytes = (
         json.loads(text)
         for text in re.search(
-            f"With limits `{numbers}`, `q = {numbers}` is stored in the bytes `{numbers}`, and\\s`{numbers}` in `{numbers}`",
-            SPECIFICATION,
+            f"With limits `{numbers}`, `q = {numbers}` is stored in the bytes `{numbers}`, and `{numbers}` in `{numbers}`",
+            " ".join(SPECIFICATION.split()),
         ).groups()
     )
     packed = MixedRadix(limits).pack(torch.tensor([first, second], dtype=torch.float32))

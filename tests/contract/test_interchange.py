@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import logitcache
-from logitcache.cache.committed import read_fixed
-from logitcache.cache.layout import FIXED, blocks_per_view
+from logitcache.cache.layout import blocks_per_view
+from logitcache.cache.per_cache import read_per_cache_array
 from logitcache.data.samples import SampleTable
 
 VIEWS, SAMPLES, CLASSES = 2, 70, 20
@@ -68,7 +68,7 @@ def test_a_stranger_reads_every_array_and_every_logit(tmp_path: Path, encoding: 
             np.testing.assert_array_equal(ours, found[f"array_{name}"][view])
             assert ours.dtype == found[f"array_{name}"].dtype
     for name in cache.layout.fixed:
-        ours = read_fixed(cache.storage, cache.layout, cache.receipts[FIXED], name)
+        ours = read_per_cache_array(cache.records, name, cache._objects)
         np.testing.assert_array_equal(ours, found[f"array_{name}"])
     assert keys == found["array_sample_keys"].tobytes().decode().split("\n")
     assert cache.digest == str(found["digest"])

@@ -24,8 +24,8 @@ from torch import Tensor
 import logitcache
 from logitcache.cache import creation
 from logitcache.cache.card import render_card
-from logitcache.cache.digests import content_digest
 from logitcache.cache.manifest import MAX_MANIFEST_BYTES, SEALING_BYTES, read_manifest, read_receipts
+from logitcache.cache.records import Records
 from logitcache.cache.summary import Summary, Unreadable, find_caches, summarise
 from logitcache.cli.application import main
 from logitcache.cli.printing import cache_summary, print_caches, print_mapping
@@ -73,7 +73,7 @@ def forge_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> No
         manifest = read_manifest((path / "manifest.json").read_bytes(), url="")
         receipts = read_receipts((path / "receipts.json").read_bytes(), url="")
         if manifest.digest is not None:
-            rewrite_manifest(path, lambda raw: raw.update(digest=content_digest(manifest, receipts)))
+            rewrite_manifest(path, lambda raw: raw.update(digest=Records(manifest, receipts).content_digest()))
 
 
 # Sample tables
@@ -135,16 +135,16 @@ def test_a_sample_table_that_makes_no_sense_is_refused_when_it_is_read(
     """As somebody else's program may have written it, with receipts that fit; `verify --deep` names it."""
     with monkeypatch.context() as patched:
         patched.setattr(SampleTable, "__post_init__", lambda self: None)
-        patched.setattr("logitcache.cache.writer.write_card", lambda cache: None)
+        patched.setattr("logitcache.cache.creation.write_missing_card", lambda cache: None)
         path = build(tmp_path / "a", samples=table(**changes))
     assert_table_is_refused(path)
 
 
 def assert_table_is_refused(path: Path) -> None:
     cache = logitcache.open(path)
-    with pytest.raises(CorruptCache, match="its sample table makes no sense"):
+    with pytest.raises(CorruptCache, match="its sample table is invalid"):
         _ = cache.samples
-    with pytest.raises(CorruptCache, match="its sample table makes no sense"):
+    with pytest.raises(CorruptCache, match="its sample table is invalid"):
         cache.rows(["3.png"])
     assert [("fixed", "damaged")] == [(problem.block, problem.kind) for problem in verify(str(path), deep=True)]
 
@@ -168,7 +168,7 @@ def test_parts_of_a_sample_table_are_refused(
     stored = creation._sample_arrays
     with monkeypatch.context() as patched:
         patched.setattr(creation, "_sample_arrays", changed)
-        patched.setattr("logitcache.cache.writer.write_card", lambda cache: None)
+        patched.setattr("logitcache.cache.creation.write_missing_card", lambda cache: None)
         path = build(tmp_path / "a", samples=table())
     assert_table_is_refused(path)
 
@@ -239,7 +239,7 @@ def test_a_manifest_that_nobody_could_read_is_never_begun(tmp_path: Path, change
         raise AssertionError("computed before it was refused")
 
     settings = {"encoding": "auto", "calibration": calibrate} if "card" not in changes else {}
-    with pytest.raises(UsageError, match=r"manifest\.json would take [\d,]+ bytes; at most 16,711,680 can be read"):
+    with pytest.raises(UsageError, match=r"manifest\.json would have [\d,]+ bytes; the limit is 16,711,680"):
         build(tmp_path / "a", **settings, **changes)
 
     assert not (tmp_path / "a").exists()
@@ -255,7 +255,7 @@ def test_a_manifest_of_any_length_that_is_begun_can_be_read_when_it_is_sealed(tm
 
 def test_a_card_that_would_make_the_manifest_too_long_leaves_the_cache_as_it_is(tmp_path: Path) -> None:
     build(tmp_path / "a")
-    with pytest.raises(UsageError, match=r"manifest\.json would take"):
+    with pytest.raises(UsageError, match=r"manifest\.json would have"):
         build(tmp_path / "a", card={"description": "x" * 2**24})
 
     assert [] == verify(str(tmp_path / "a"), deep=True)
@@ -432,7 +432,7 @@ def test_fitted_arrays_that_make_no_sense_are_refused(
     with monkeypatch.context() as patched:
         patched.setattr(LowRank, "fitted_values", changed)
         path = build(tmp_path / "a", encoding=LowRank(rank=3), calibration=labels())
-    with pytest.raises(CorruptCache, match="what lowrank was fitted to makes no sense"):
+    with pytest.raises(CorruptCache, match="the fitted arrays of lowrank are invalid"):
         logitcache.open(path).view(0)
 
     assert [("fixed", "damaged")] == [(problem.block, problem.kind) for problem in verify(str(path), deep=True)]

@@ -209,8 +209,8 @@ SIGNED = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
     ("status", "code", "more", "settings", "remedy"),
     [
         (403, "AccessDenied", "", {}, "no credentials are set: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PR"),
-        (403, "AccessDenied", "", SIGNED, r"these credentials \(AWS_ACCESS_KEY_ID or AWS_PROFILE\) lack the right"),
-        (403, "InvalidAccessKeyId", "", SIGNED, r"access key is unknown at http://127.* check AWS_ACCESS_KEY_ID"),
+        (403, "AccessDenied", "", SIGNED, r"these credentials \(AWS_ACCESS_KEY_ID or AWS_PROFILE\) lack permission"),
+        (403, "InvalidAccessKeyId", "", SIGNED, r"unknown access key at http://127.* check AWS_ACCESS_KEY_ID"),
         (403, "SignatureDoesNotMatch", "", SIGNED, "the secret key is wrong; check AWS_SECRET_ACCESS_KEY"),
         (400, "AuthorizationHeaderMalformed", "<Region>eu-west-1</Region>", SIGNED, r"set AWS_REGION to eu-west-1 \(now not set"),
         (301, "PermanentRedirect", "", SIGNED | {"AWS_REGION": "us-west-2"}, r"bucket's region \(now us-west-2\)"),
@@ -234,7 +234,7 @@ def test_s3_without_an_answer_says_which_endpoint_was_asked(
     s3(200, "", **SIGNED)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
 
-    with pytest.raises(StorageError, match="no answer from http://127.0.0.1:9: check AWS_ENDPOINT_URL"):
+    with pytest.raises(StorageError, match="no response from http://127.0.0.1:9: check AWS_ENDPOINT_URL"):
         open_storage("s3://team/a.cache").get("manifest.json")
 
 

@@ -150,7 +150,7 @@ def test_overwriting_takes_a_damaged_cache_and_refuses_what_is_none(tmp_path: Pa
 @pytest.mark.parametrize(
     ("logits", "message"),
     [
-        pytest.param(some_logits().softmax(dim=1), "these rows are probabilities: none is negative", id="softmax"),
+        pytest.param(some_logits().softmax(dim=1), "these rows are probabilities: no value is negative", id="softmax"),
         pytest.param(torch.eye(CLASSES)[:20], "these rows are probabilities", id="one-hot"),
         pytest.param(
             torch.zeros(20, CLASSES, dtype=torch.int64), "logits are torch.int64; expected floats", id="integers"

@@ -104,7 +104,7 @@ def test_a_pipe_in_the_place_of_the_count_blocks_nobody(tmp_path: Path) -> None:
     (tmp_path / "nearby/bytes").unlink()
     occupy(tmp_path / "nearby/bytes", "pipe")
 
-    with pytest.raises(StorageError, match="can't keep blocks"):
+    with pytest.raises(StorageError, match="can't store blocks"):
         directory.put("b" * 64, b"two")
     assert b"one" == directory.get("a" * 64)
 
@@ -137,7 +137,7 @@ def test_a_directory_that_can_only_be_read_is_read(monkeypatch: pytest.MonkeyPat
         expected = logitcache.open(f"{server.url}/a.cache").view(0, ahead=False).logits(range(SAMPLES))
         with nobody(folder / "nearby"):
             cache = logitcache.open(f"{server.url}/a.cache")
-            with pytest.warns(RuntimeWarning, match="can't keep blocks"):
+            with pytest.warns(RuntimeWarning, match="can't store blocks"):
                 cache.view(1, ahead=False)
             before = sum(server.counts.values())
             found = cache.view(0, ahead=False).logits(range(SAMPLES))

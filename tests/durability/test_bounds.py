@@ -16,24 +16,22 @@ import torch
 
 import logitcache
 from logitcache.arrays import ArraySpec
-from logitcache.cache import committed, summary
-from logitcache.cache.digests import content_digest
-from logitcache.cache.layout import FIXED, all_blocks, block_rows, decode_fixed, decode_rows
+from logitcache.cache import records, summary
+from logitcache.cache.layout import PER_CACHE, all_blocks, block_rows, decode_object, decode_rows
 from logitcache.cache.manifest import (
     MANIFEST,
     RECEIPTS,
-    FixedSpec,
     Layout,
     Manifest,
+    PerCacheSpec,
     Receipt,
     StoredObject,
-    contents,
     dump_manifest,
     read_manifest,
     receipts_limit,
 )
+from logitcache.cache.records import Records, dump_receipts
 from logitcache.cache.summary import find_caches
-from logitcache.digest import canonical_json, sha256_hex
 from logitcache.errors import CorruptCache, IncompleteCache, NotACache, StorageError
 from logitcache.storage import Storage, open_storage, remote
 from logitcache.verify import audit
@@ -70,19 +68,16 @@ def claim(path: Path, *, state: str = "sealed", **shape: int) -> Manifest:
 
 def seal(path: Path, receipts: dict[str, Receipt]) -> None:
     """Receipts as somebody who knows the format would put them there."""
-    gathered = canonical_json({name: receipt.model_dump() for name, receipt in receipts.items()})
+    sealed, gathered = Records(manifest_of(path), receipts).sealed()
     (path / RECEIPTS).write_bytes(gathered)
-    digest = content_digest(manifest_of(path), receipts)
-    total = contents(receipts, fixed=FIXED)
-    changes = {"state": "sealed", "digest": digest, "receipts": sha256_hex(gathered), "contents": total}
-    (path / MANIFEST).write_bytes(dump_manifest(manifest_of(path).model_copy(update=changes)))
+    (path / MANIFEST).write_bytes(dump_manifest(sealed.manifest))
 
 
 def simulated(path: Path, **shape: int) -> None:
     """Receipts of every block that a layout has, with hashes of nothing."""
     claimed = claim(path, **shape).layout
     stored = StoredObject(bytes=20, sha256="0" * 64, values_sha256="1" * 64)
-    receipts = {FIXED: Receipt(rows=claimed.num_samples, objects={}, kl_mean=None, kl_max=None, inputs={})}
+    receipts = {PER_CACHE: Receipt(rows=claimed.num_samples, objects={}, kl_mean=None, kl_max=None, inputs={})}
     for block in all_blocks(claimed):
         rows, objects = len(block_rows(claimed, block)), dict.fromkeys(claimed.arrays, stored)
         receipts[block.name] = Receipt(rows=rows, objects=objects, kl_mean=0.01, kl_max=0.123, inputs={})
@@ -159,16 +154,14 @@ def test_the_longest_receipts_that_are_written_may_be_read() -> None:
     one = Receipt(rows=2**31, objects=objects, kl_mean=1.2345678901234567e-100, kl_max=1 / 3, inputs=inputs)
     receipts = {block.name: one for block in all_blocks(claimed)}
 
-    assert len(canonical_json({name: receipt.model_dump() for name, receipt in receipts.items()})) < receipts_limit(
-        claimed
-    )
+    assert len(dump_receipts(receipts)) < receipts_limit(claimed)
 
 
 @pytest.mark.parametrize("name", ["ids", "fixed"])
 def test_a_receipt_that_states_more_bytes_than_a_chunk_can_have_is_refused(whole: Path, name: str) -> None:
     """An endless object would be read on and on."""
     receipts = dict(logitcache.open(whole).receipts)
-    block = FIXED if name == "fixed" else "v00001/b00002"
+    block = PER_CACHE if name == "fixed" else "v00001/b00002"
     if name == "fixed":
         (whole / MANIFEST).write_bytes(
             dump_manifest(manifest_of(whole).model_copy(update={"layout": with_fixed(manifest_of(whole).layout)}))
@@ -178,25 +171,29 @@ def test_a_receipt_that_states_more_bytes_than_a_chunk_can_have_is_refused(whole
     receipts[block] = receipts[block].model_copy(update={"objects": receipts[block].objects | {array: huge}})
     seal(whole, receipts)
 
-    with pytest.raises(CorruptCache, match=f"states {2**50} bytes for {array} of {block}; a chunk of it takes"):
+    with pytest.raises(CorruptCache, match=f"states {2**50} bytes for {array} of {block}; a chunk of it takes at most"):
         logitcache.open(whole)
 
 
 def with_fixed(claimed: Layout) -> Layout:
-    return claimed.model_copy(update={"fixed": {"basis": FixedSpec(dtype="float32", shape=[4, 2])}})
+    return claimed.model_copy(update={"fixed": {"basis": PerCacheSpec(dtype="float32", shape=[4, 2])}})
 
 
 def test_a_chunk_of_another_size_is_refused_before_memory_is_asked_for() -> None:
+    large = Layout(num_samples=1, num_views=1, num_classes=2, rows_per_block=1, arrays={}, fixed={})
+    large = large.model_copy(
+        update={"fixed": {"basis": PerCacheSpec.model_construct(dtype="float32", shape=[2**40, 2**10])}}
+    )
     with pytest.raises(ValueError, match="a chunk of None bytes; expected"):
         decode_rows(ArraySpec(dtype="float32", row_shape=(2**20,)), [b"short"], num_rows=2**40, rows_per_block=2**10)
     with pytest.raises(ValueError, match="a chunk of None bytes; expected"):
-        decode_fixed(FixedSpec(dtype="float32", shape=[2**40, 2**10]), b"short")
+        decode_object(large, PER_CACHE, "basis", b"short")
 
 
 @pytest.mark.parametrize("key", [MANIFEST, RECEIPTS])
 def test_an_endless_record_is_cut_at_what_it_may_be(whole: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of receipts for 24 000 blocks, 3 GB were read."""
-    monkeypatch.setattr(committed, "ATTEMPTS", 1)
+    monkeypatch.setattr(records, "ATTEMPTS", 1)
     limit = receipts_limit(claim(whole, num_views=300, num_samples=640).layout) if key == RECEIPTS else 2**24
     with servers.misbehaving(whole.parent) as server:
         server.fault = lambda path, count: "endless" if path.endswith(f"/{key}") else None
@@ -212,7 +209,7 @@ def test_a_record_that_trickles_is_given_up(whole: Path, key: str, monkeypatch: 
     monkeypatch.setattr(remote, "RECORD_SECONDS", 0.3)
     with servers.misbehaving(whole.parent) as server:
         server.fault = lambda path, count: "trickle" if path.endswith(f"/{key}") else None
-        with pytest.raises(StorageError, match=rf"{key}: .* bytes came in .* s; the server is too slow"):
+        with pytest.raises(StorageError, match=rf"{key}: .* bytes arrived in .* s; the server is too slow"):
             logitcache.open(f"{server.url}/whole.cache")
         assert ["trickle"] == server.faults
 
@@ -237,7 +234,7 @@ def test_an_index_page_that_trickles_is_given_up(
     with servers.misbehaving(whole.parent) as server:
         (whole.parent / "index").write_bytes(b"<a href='x/'>" * 1000)
         server.fault = lambda path, count: fault
-        with pytest.raises(StorageError, match=r"can't list .*index/: its page is not whole after"):
+        with pytest.raises(StorageError, match=r"can't list .*index/: its page is incomplete after"):
             open_storage(f"{server.url}/index").folders()
 
 

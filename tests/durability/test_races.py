@@ -302,5 +302,5 @@ def test_a_builder_whose_labels_differ_from_those_that_another_sealed_says_so(tm
     late = logitcache.create(path, num_views=1, **shape, teacher="net", dataset="pictures")
     build(path, 1)
     labels = torch.randn(SAMPLES, CLASSES, generator=torch.Generator().manual_seed(1))
-    with pytest.raises(IdentityMismatch, match="differ from this one's in v00000/b0000"), late:
+    with pytest.raises(IdentityMismatch, match="labels in v00000/b0000. differ from this one's"), late:
         late.write(view=0, start=0, logits=labels)

@@ -128,7 +128,7 @@ def test_a_pipe_in_the_place_of_a_checkpoint_is_refused(tiny: Make, stop: Callab
     path.unlink()
     os.mkfifo(path)
 
-    refused(pipeline, path, "is no regular file", "delete it")
+    refused(pipeline, path, "is not a regular file", "delete it")
 
 
 def test_a_checkpoint_of_another_run_of_the_same_net_is_refused(tiny: Make, stop: Callable[..., Path]) -> None:

@@ -23,8 +23,8 @@ from numcodecs.zstd import Zstd
 from torch import Tensor
 
 import logitcache
-from logitcache.cache.committed import check_encoding
 from logitcache.cache.manifest import Identity, Manifest, read_manifest, read_receipts
+from logitcache.cache.records import check_encoding
 from logitcache.config.schema import load_pipeline
 from logitcache.digest import canonical_json, json_digest, sha256_hex
 from logitcache.errors import CorruptCache, CorruptRun, LogitCacheError, NotACache, StorageError, UsageError
@@ -347,11 +347,11 @@ def test_links_and_pipes_are_not_followed(tmp_path: Path) -> None:
         original = victim.read_bytes()
         victim.unlink()
         victim.symlink_to(secret)
-        with pytest.raises(CorruptCache, match="link that leads out of the cache"):
+        with pytest.raises(CorruptCache, match="link to outside the cache"):
             read_all(tmp_path / "a")
         victim.unlink()
         os.mkfifo(victim)
-        with pytest.raises(CorruptCache, match="no regular file"):
+        with pytest.raises(CorruptCache, match="not a regular file"):
             read_all(tmp_path / "a")
         victim.unlink()
         victim.write_bytes(original)

@@ -151,7 +151,9 @@ def test_the_accuracy_looks_at_a_bounded_number_of_rows(tmp_path: Path, monkeypa
     read: list[int] = []
     whole = type(cache).read_blocks
     monkeypatch.setattr(
-        type(cache), "read_blocks", lambda self, view, numbers: read.extend(numbers) or whole(self, view, numbers)
+        type(cache),
+        "read_blocks",
+        lambda self, view, numbers, output: read.extend(numbers) or whole(self, view, numbers, output),
     )
 
     assert (20, 20, 20) == first_class_accuracy(cache)
@@ -239,6 +241,24 @@ def test_an_edited_card_is_left_alone_until_the_cache_grows(tmp_path: Path) -> N
 
     build(path, num_views=2)
     assert "mit" == front_matter(card(path))["license"]
+    assert "| views of each | 2 |" in card(path)
+
+
+def test_a_writer_that_was_killed_between_records_and_card_leaves_no_outdated_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build(tmp_path / "a")
+
+    def killed(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("logitcache.cache.creation.write_missing_card", killed)
+        build(path, num_views=2)
+    assert logitcache.open(path).sealed
+    assert not (path / "README.md").exists()
+
+    build(path, num_views=2)
     assert "| views of each | 2 |" in card(path)
 
 

@@ -100,8 +100,8 @@ def test_verify_says_what_it_could_not_compare_and_which_views_are_missing(folde
 def test_places_that_are_not_there_or_not_on_this_machine_are_misuse(folder: Path, tmp_path: Path) -> None:
     cache = folder / "tiny.cache"
     refused(logitcache("ls", tmp_path / "nothing"), 2, "no such folder")
-    refused(logitcache("export", cache, "--to", "parquet", "-o", "s3://team/labels"), 2, "no path on this machine")
-    refused(logitcache("report", cache, "-o", "s3://team/report.html"), 2, "no path on this machine")
+    refused(logitcache("export", cache, "--to", "parquet", "-o", "s3://team/labels"), 2, "not a path on this machine")
+    refused(logitcache("report", cache, "-o", "s3://team/report.html"), 2, "not a path on this machine")
 
     assert not Path("s3:").exists()
 

@@ -229,11 +229,11 @@ def test_the_shared_place_may_be_a_store(two: Make) -> None:
 
 OTHERS = {
     "another public set": ("public.data.part.seed=1", "dataset: "),
-    "fewer samples": ("public.data.part.public=0.4", "num_samples is [0-9]+ in it, [0-9]+ in "),
+    "fewer samples": ("public.data.part.public=0.4", "num_samples is [0-9]+ there and [0-9]+ in "),
     "other views": ("public.views.transform=clean", "transform"),
     "the views of another round": ("public.views.seed=1", "view_seed: 1 in .*, 2 in "),
-    "fewer views": ("public.views.count=1", r"views is range\(0, 1\) in it"),
-    "other blocks": ("published.rows_per_block=16", "rows_per_block is 16 in it, 32 in "),
+    "fewer views": ("public.views.count=1", r"views is range\(0, 1\) there"),
+    "other blocks": ("published.rows_per_block=16", "rows_per_block is 16 there and 32 in "),
 }
 
 

@@ -126,7 +126,7 @@ def test_a_part_of_the_samples_trains_under_mixing_with_the_whole_at_hand(tiny: 
 
 def test_more_views_than_there_are_says_to_add_them(tiny: Make) -> None:
     cache_teacher(tiny(*PICTURES))
-    with pytest.raises(IncompleteCache, match="asks for 5 views; .* holds 2"):
+    with pytest.raises(IncompleteCache, match="needs 5 views; .* has 2"):
         train_students(tiny(*PICTURES, "views.count=5"), ["small"])
 
 

@@ -226,9 +226,9 @@ def test_no_more_than_two_blocks_of_a_source_are_in_memory(
     reads: list[tuple[str, int, int]] = []
     whole = logitcache.LogitCache.read_blocks
 
-    def recorded(self: logitcache.LogitCache, view: int, numbers: Any) -> Any:
+    def recorded(self: logitcache.LogitCache, view: int, numbers: Any, output: str) -> Any:
         reads.append((self.storage.url, view, *numbers))
-        return whole(self, view, numbers)
+        return whole(self, view, numbers, output)
 
     monkeypatch.setattr(logitcache.LogitCache, "read_blocks", recorded)
     merge(three[:2], tmp_path / "m.cache")
@@ -291,7 +291,7 @@ REQUESTS: dict[str, tuple[Callable[[list[str], Path], object], type[Exception], 
     ),
     "drawn classes": (
         lambda three, out: merge([three[0], built(out.parent / "s.cache", 5, encoding="sampled")], out),
-        UsageError, "take the mean of probabilities",
+        UsageError, "use the mean of probabilities",
     ),
 }  # fmt: skip
 
@@ -354,7 +354,7 @@ def test_other_pixels_are_refused(tmp_path: Path) -> None:
     paths = [str(tmp_path / "0.cache"), built(tmp_path / "1.cache", 1, inputs=others)]
 
     with pytest.raises(
-        IdentityMismatch, match=r"other pixels in view [01], row \d+ .*: the digest is \w{32} in the one"
+        IdentityMismatch, match=r"different inputs in view [01], row \d+ .*: the digest is \w{32} in the one"
     ):
         merge(paths, tmp_path / "m.cache")
     assert not (tmp_path / "m.cache").exists()
@@ -406,7 +406,7 @@ def test_a_pipeline_of_another_teacher_or_other_views_is_refused(
     monkeypatch.setattr("logitcache.train.loop.Run.take", never)
     common = [*PICTURES, "views.mixup=0.3", "views.mix_probability=0.5", f"cache.path={merged}"]
 
-    with pytest.raises(IdentityMismatch, match=r"it is the mean of mlp@\w+, mlp@\w+: `teacher` must be one of these"):
+    with pytest.raises(IdentityMismatch, match=r"the cache is the mean of mlp@\w+, mlp@\w+, none of which is "):
         train_students(tiny(*common, "teacher.args={hidden: [17]}"), ["small"])
     with pytest.raises(IdentityMismatch, match=r"precision: float32 in the cache, bfloat16 here"):
         train_students(tiny(*common, "teacher.precision=bfloat16"), ["small"])
@@ -430,14 +430,14 @@ def test_teachers_may_take_the_views_in_sizes_of_their_own(tiny: Make, tmp_path:
 def test_no_one_teacher_is_asked_about_a_mean(tiny: Make, tmp_path: Path) -> None:
     one, _, merged = two_teachers(tiny, tmp_path)
     pipeline = at(one, merged, tmp_path)
-    with pytest.raises(UsageError, match="no one teacher can be asked again"):
+    with pytest.raises(UsageError, match="no single teacher can be run again"):
         spot_check(pipeline, 3)
     digest = logitcache.open(merged).digest
     shutil.copytree(merged, tmp_path / "copy.cache")
     victim = next(path for path in Path(merged, "labels.zarr/logits/c").rglob("*") if path.is_file())
     victim.write_bytes(victim.read_bytes()[:-1])
-    with pytest.raises(UsageError, match="no one teacher can make it again; give a copy"):
-        repair(merged, pipeline=pipeline)
+    with pytest.raises(UsageError, match="no single teacher can recompute; give a copy"):
+        repair(merged, recompute=lambda: cache_teacher(pipeline).manifest.digest)
 
     assert logitcache.open(merged).sealed
     assert (digest, []) == ((result := repair(merged, source=str(tmp_path / "copy.cache"))).digest, result.remaining)
@@ -453,7 +453,7 @@ def test_a_provenance_that_names_other_parts_is_refused(tiny: Make, tmp_path: Pa
     raw["checksum"] = json_digest(raw)
     manifest.write_text(json.dumps(raw) + "\n")
 
-    with pytest.raises(CorruptCache, match="not the ones that its teacher's name was made from"):
+    with pytest.raises(CorruptCache, match="don't match the hash in its teacher's name"):
         train_students(at(one, merged, tmp_path), ["small"])
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import logitcache
-from logitcache.cache import opinions as opinions_module
+from logitcache.cache import mean_probabilities as mean_probabilities_module
 from logitcache.cache.ground_truth import MixingOfCache
-from logitcache.cache.opinions import OpinionsOfCache
+from logitcache.cache.mean_probabilities import MeanProbabilities
 from logitcache.catalog.datasets import load_data
 from logitcache.cli import main
 from logitcache.data.samples import SampleTable, sample_table
@@ -62,7 +62,7 @@ SIX_LABELS = [0, 0, 0, 0, 1, 1]
 def test_thresholds_and_joint_are_those_worked_out_by_hand(tmp_path: Path) -> None:
     """t_0 = (0.9 + 0.8 + 0.7 + 0.05) / 4 = 0.6125 and t_1 = (0.8 + 0.4) / 2 = 0.6, so the sixth counts nowhere."""
     cache = logitcache.open(cached(tmp_path / "six.cache", SIX, SIX_LABELS))
-    opinions, labels = OpinionsOfCache(cache), np.array(SIX_LABELS)
+    opinions, labels = MeanProbabilities(cache), np.array(SIX_LABELS)
     thresholds, counts = confident_thresholds(opinions, labels, 2)
     joint = confident_joint(opinions, labels, thresholds)
 
@@ -87,7 +87,7 @@ def test_views_are_averaged_without_those_in_which_a_sample_is_mixed(tmp_path: P
     labels = random.integers(0, 3, 50)
     location = cached(tmp_path / "mixed.cache", probabilities, labels, plan=plan, rows_per_block=7)
     mixed_VN = np.array([[plan.mixture(view, row, 50) is not None for row in range(50)] for view in range(4)])
-    pieces = list(OpinionsOfCache(logitcache.open(location)))
+    pieces = list(MeanProbabilities(logitcache.open(location)))
     counts = np.concatenate([piece.num_views for piece in pieces])
     means = np.concatenate([piece.probabilities for piece in pieces])
     weights = (~mixed_VN)[:, :, None]
@@ -123,9 +123,9 @@ def test_small_pieces_and_several_passes_find_the_same(tmp_path: Path, monkeypat
     probabilities, labels = noisy(500, 5)
     location = cached(tmp_path / "noisy.cache", probabilities[None], labels)
     whole = find_suspects(location)
-    monkeypatch.setattr(opinions_module, "PIECE_PROBABILITIES", 45)
-    monkeypatch.setattr(opinions_module, "BATCH_LOGITS", 20)
-    monkeypatch.setattr(opinions_module, "KEPT_PROBABILITIES", 0)
+    monkeypatch.setattr(mean_probabilities_module, "PIECE_PROBABILITIES", 45)
+    monkeypatch.setattr(mean_probabilities_module, "BATCH_LOGITS", 20)
+    monkeypatch.setattr(mean_probabilities_module, "KEPT_PROBABILITIES", 0)
 
     assert whole.suspects == find_suspects(location).suspects
     assert len(whole.suspects) > 20

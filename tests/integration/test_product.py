@@ -343,7 +343,7 @@ def test_best_weights_go_to_a_folder_of_their_own(run: Path, tmp_path: Path) -> 
     expected, found = load_file(run / "best.safetensors"), load_file(out / "model.safetensors")
 
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert "which is therefore a little too high" in (out / "README.md").read_text()
+    assert "that accuracy is therefore optimistic" in (out / "README.md").read_text()
 
 
 def test_what_killed_exports_left_is_removed_and_what_live_ones_have_stays(run: Path) -> None:

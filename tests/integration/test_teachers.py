@@ -104,7 +104,7 @@ def test_teachers_of_other_views_are_refused_before_the_first_step(
         train_students(student_of(tiny, [teachers[0], str(tmp_path / "other.cache")], "logits"), ["small"])
     with pytest.raises(IdentityMismatch, match="view_seed"):
         train_students(student_of(tiny, [str(tmp_path / "other.cache"), teachers[0]], "logits"), ["small"])
-    with pytest.raises(IncompleteCache, match=r"asks for 3 views.*holds 2"):
+    with pytest.raises(IncompleteCache, match=r"needs 3 views.*has 2"):
         train_students(student_of(tiny, teachers, "logits", "views.count=3"), ["small"])
     assert not (tmp_path / "runs").exists()
 

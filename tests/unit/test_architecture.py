@@ -15,7 +15,7 @@ FLOOR = {
     "arrays": 0, "checksums": 0, "registry": 0, "deprecation": 0,
     "losses": 1, "encodings": 1, "data": 1, "storage": 1,
     "cache": 2,
-    "share": 3, "catalog": 3,
+    "share": 3, "catalog": 3, "testing": 3,
     "config": 4, "train": 4,
     "stages": 5, "verify": 5,
     "extras": 6,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.filesize import decimal as size
 
-from logitcache.cache.layout import FIXED, Block
+from logitcache.cache.layout import PER_CACHE, Block
 from logitcache.cache.reader import LogitCache
 from logitcache.extras.report import charts, measures
 from logitcache.extras.report.figures import Figure, Section, Table, histogram_figure
@@ -34,7 +34,7 @@ MAX_POINTS = 60
 
 def bytes_per_row(cache: LogitCache) -> float:
     """Stored bytes per row of the blocks that are present."""
-    rows = sum(receipt.rows for name, receipt in cache.receipts.items() if name != FIXED)
+    rows = sum(receipt.rows for name, receipt in cache.receipts.items() if name != PER_CACHE)
     return cache.target_bytes / max(rows, 1)
 
 
@@ -275,7 +275,7 @@ def fidelity_section(cache: LogitCache) -> Section:
 def _divergence_figure(cache: LogitCache) -> Figure | None:
     by_view: dict[int, list[Any]] = {}
     for name, receipt in cache.receipts.items():
-        if name != FIXED and receipt.kl_mean is not None and receipt.rows:
+        if name != PER_CACHE and receipt.kl_mean is not None and receipt.rows:
             by_view.setdefault(Block.from_name(name).view, []).append(receipt)
     if not by_view or cache.kl_mean is None:
         return None

@@ -1,4 +1,4 @@
-"""Whether a cache may lie somewhere: asked before it is begun there, and before any long work."""
+"""Whether a cache can be written to a location; checked before any long work."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from logitcache.errors import LogitCacheError, UsageError
 from logitcache.storage import LocalStorage, Storage
 
 
-def check_place(storage: Storage) -> None:
-    """Refuse a place that no cache can be written to.
+def check_destination(storage: Storage) -> None:
+    """Refuse a location that no cache can be written to.
 
     Raises:
-        UsageError: a web server, a file, a folder below a file, or one inside of another cache.
+        UsageError: a web server, a file, a folder below a file, or a folder inside another cache.
     """
     if not storage.can_write:
         raise UsageError(
-            f"{storage.url} can only be read, as every web server; choose a directory, or s3://, gs:// or az://"
+            f"{storage.url} is a web server, which is read-only; choose a directory, s3://, gs:// or az://"
         )
     if not isinstance(storage, LocalStorage):
         return
     for folder in (storage.root, *storage.root.parents):
         if folder.exists() and not folder.is_dir():
-            raise UsageError(f"{folder} is a file, and a cache is a folder; choose another place")
+            raise UsageError(f"{folder} is a file, but a cache is a directory; choose another path")
     for folder in storage.root.parents:
         if _holds_cache(folder):
             raise UsageError(
-                f"{storage.url} lies inside of another cache, {folder}, which would be damaged; choose another place"
+                f"{storage.url} is inside another cache, {folder}, which would be damaged; choose another path"
             )
 
 

@@ -1,4 +1,4 @@
-"""What the teacher thinks of each sample: probabilities averaged over the sample's unmixed views, block by block."""
+"""The teacher's probabilities of each sample, averaged over the views in which it is not mixed, block by block."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from logitcache.progress import track
 # B batch, C classes, N samples
 
 PIECE_PROBABILITIES = 2**25
-"""Averages held at once (128 MiB); blocks of more are read in parts."""
+"""Averages in memory at once (128 MiB); larger blocks are read in parts."""
 BATCH_LOGITS = 2**22
 """Logits decoded at once."""
 KEPT_PROBABILITIES = 2**26
-"""Averages of a whole cache that are kept for the next pass (256 MiB); of larger ones each pass decodes anew."""
+"""Averages that are kept for the next pass (256 MiB); larger caches are decoded in every pass."""
 
 
 @dataclass(frozen=True)
-class Opinions:
+class SampleProbabilities:
     """The teacher's probabilities of consecutive samples."""
 
     rows: range
     probabilities: np.ndarray
-    """float32 (B, C), at T = 1: the mean over the views in which the sample is not mixed; 0 where there is none."""
+    """float32 (B, C) at T = 1, the mean over the views in which the sample is not mixed; 0 without such a view."""
     num_views: np.ndarray
-    """int64 (B,): how many views these are."""
+    """int64 (B,): the number of these views."""
 
 
-class OpinionsOfCache:
-    """The opinions of all samples, in order of rows; may be gone through several times.
+class MeanProbabilities:
+    """The mean probabilities of all samples, in the order of rows. May be iterated several times.
 
     Args:
-        cache: a sealed cache, or one whose views named here are all there.
-        views: which views to average over; all that the cache holds by default.
+        cache: a cache in which these views are complete.
+        views: to average over; by default all views of the cache.
 
     Raises:
-        UsageError: every sample is mixed with another in every view, so that no logit speaks of one sample alone.
+        UsageError: every sample is mixed with another one in every view.
     """
 
     def __init__(self, cache: LogitCache, views: Sequence[int] | None = None) -> None:
@@ -51,29 +51,29 @@ class OpinionsOfCache:
         self._mixing = MixingOfCache(cache)
         if self._mixing.always:
             raise UsageError(
-                f"{cache.storage.url}: mixup or CutMix mixed every sample in every view, so the cache does not say "
-                "what the teacher thinks of one sample alone; build one with views.mix_probability below 1"
+                f"{cache.storage.url}: mixup or CutMix mixed every sample in every view, so the cache has no "
+                "prediction for a single sample; build a cache with views.mix_probability below 1"
             )
         self._keep = cache.num_samples * cache.num_classes <= KEPT_PROBABILITIES
-        self._kept: list[Opinions] | None = None
+        self._kept: list[SampleProbabilities] | None = None
 
-    def __iter__(self) -> Iterator[Opinions]:
+    def __iter__(self) -> Iterator[SampleProbabilities]:
         if self._kept is not None:
             yield from self._kept
             return
         kept = []
         with track("reading the labels", len(self.views) * self.cache.num_samples, unit="rows") as meter:
             for rows in self._pieces():
-                opinions = self._read(rows)
+                piece = self._read(rows)
                 meter.advance(len(rows) * len(self.views))
                 if self._keep:
-                    kept.append(opinions)
-                yield opinions
+                    kept.append(piece)
+                yield piece
         if self._keep:
             self._kept = kept
 
     def _pieces(self) -> Iterator[range]:
-        """The rows of the cache, block by block, large blocks in parts."""
+        """The rows of the cache, block by block; large blocks in parts."""
         layout = self.cache.layout
         size = max(1, PIECE_PROBABILITIES // layout.num_classes)
         for number in range(blocks_per_view(layout)):
@@ -81,7 +81,7 @@ class OpinionsOfCache:
             for start in range(rows.start, rows.stop, size):
                 yield range(start, min(start + size, rows.stop))
 
-    def _read(self, rows: range) -> Opinions:
+    def _read(self, rows: range) -> SampleProbabilities:
         num_classes = self.cache.num_classes
         sums_BC = np.zeros((len(rows), num_classes), dtype=np.float32)
         counts_B = np.zeros(len(rows), dtype=np.int64)
@@ -89,8 +89,8 @@ class OpinionsOfCache:
         for view in self.views:
             unmixed = np.flatnonzero(~self._mixing.mixed(view, rows))
             counts_B[unmixed] += 1
-            labels = self.cache.view(view, memory_budget=1, ahead=False)  # a block or two in memory, not the view
+            labels = self.cache.view(view, memory_budget=1, ahead=False)  # at most two blocks in memory
             for start in range(0, len(unmixed), size):
                 places = unmixed[start : start + size]
                 sums_BC[places] += labels.logits(rows.start + places).softmax(dim=1).numpy()
-        return Opinions(rows, sums_BC / np.maximum(counts_B, 1, dtype=np.float32)[:, None], counts_B)
+        return SampleProbabilities(rows, sums_BC / np.maximum(counts_B, 1, dtype=np.float32)[:, None], counts_B)

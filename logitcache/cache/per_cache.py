@@ -1,0 +1,90 @@
+"""The per-cache arrays: the sample table, and the arrays that the encoding was fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from logitcache.cache.layout import GROUP, PER_CACHE, SAMPLE_ARRAYS
+from logitcache.cache.manifest import LOGITS, Manifest
+from logitcache.cache.objects import ObjectReader
+from logitcache.cache.outputs import output_layouts
+from logitcache.cache.records import Records, description
+from logitcache.data.samples import SampleTable
+from logitcache.encodings import Encoding, encoding_from_config
+from logitcache.errors import REBUILD, CorruptCache, IncompleteCache, LogitCacheError, UsageError
+
+
+def read_per_cache_array(records: Records, array: str, objects: ObjectReader) -> np.ndarray:
+    """A per-cache array, checked against its receipt.
+
+    Raises:
+        IncompleteCache: the per-cache arrays are missing.
+        CorruptCache: the array differs from its receipt.
+    """
+    url = objects.storage.url
+    if PER_CACHE not in records.receipts:
+        raise IncompleteCache(f"{url}: the per-cache arrays are missing; {REBUILD}")
+    [found] = [each for each in records.objects([PER_CACHE]) if each.array == array]
+    [data] = objects.read({found.key: found.stored}, why=description(PER_CACHE))
+    try:
+        return found.values(records.layout, data)
+    except ValueError:
+        raise CorruptCache(f"{url}: {GROUP}/{array} differs from its receipt; run `logitcache verify --deep`") from None
+
+
+def stored_encoding(records: Records, objects: ObjectReader) -> Encoding:
+    """The encoding of a cache's logits, fitted.
+
+    Raises:
+        IncompleteCache, CorruptCache: as `read_per_cache_array`.
+    """
+    encoding = encoding_from_config(records.manifest.identity.encoding)
+    arrays = {name: read_per_cache_array(records, name, objects) for name in encoding.fitted_arrays}
+    return fitted_encoding(records.manifest, arrays, url=objects.storage.url)
+
+
+def fitted_encoding(manifest: Manifest, arrays: Mapping[str, np.ndarray], *, url: str) -> Encoding:
+    """The encoding of a cache's logits, with the arrays that it was fitted to.
+
+    Raises:
+        CorruptCache: the arrays are invalid.
+    """
+    encoding = encoding_from_config(manifest.identity.encoding)
+    try:
+        fitted = encoding.with_fitted(arrays)
+        logits = output_layouts(fitted, manifest.layout.num_classes)[LOGITS]
+        if logits.specs() != logits.stored(manifest.layout.arrays):
+            raise ValueError("the rows of layout.arrays are of another length")
+        return fitted
+    except (ValueError, TypeError, LogitCacheError) as error:
+        raise CorruptCache(f"{url}: the fitted arrays of {encoding.name} are invalid: {error}") from None
+
+
+def stored_samples(records: Records, objects: ObjectReader) -> SampleTable | None:
+    """The sample table; None where the cache has none.
+
+    Raises:
+        IncompleteCache, CorruptCache: as `read_per_cache_array`.
+    """
+    names = [name for name in SAMPLE_ARRAYS if name in records.layout.fixed]
+    if PER_CACHE not in records.receipts or not names:
+        return None
+    arrays = {name: read_per_cache_array(records, name, objects) for name in names}
+    return samples_from_arrays(records.manifest, arrays, url=objects.storage.url)
+
+
+def samples_from_arrays(manifest: Manifest, arrays: Mapping[str, np.ndarray], *, url: str) -> SampleTable:
+    """The sample table from its per-cache arrays.
+
+    Raises:
+        CorruptCache: the arrays are no table of as many samples.
+    """
+    try:
+        keys = arrays["sample_keys"].tobytes().decode().split("\n") if "sample_keys" in arrays else None
+        contents = arrays["sample_contents"]
+        return SampleTable(manifest.layout.num_samples, keys, arrays["sample_targets"], contents)
+    except (KeyError, UnicodeDecodeError, UsageError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise CorruptCache(f"{url}: its sample table is invalid: {reason}; get the cache again") from None

@@ -1,0 +1,186 @@
+"""The records of a copy: what the target holds, what it will hold, and how that is published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from logitcache.cache.ensemble import MERGED
+from logitcache.cache.layout import PER_CACHE, Block
+from logitcache.cache.manifest import MANIFEST, RECEIPTS, Manifest, Receipt, Sha256, dump_manifest
+from logitcache.cache.packages import ENCODING_PACKAGES
+from logitcache.cache.records import (
+    Records,
+    matching_receipts,
+    pinned_receipts_key,
+    read_records,
+    replace_records,
+    stored_manifest,
+    write_group_metadata,
+)
+from logitcache.errors import REBUILD, CorruptCache, IdentityMismatch, NotACache, UsageError
+from logitcache.storage import Storage
+
+PUBLIC_PROVENANCE = ("created", "python", "versions", "encoding", ENCODING_PACKAGES, "card", MERGED)
+"""Keys of the provenance that an anonymous push keeps."""
+
+
+@dataclass(frozen=True)
+class PlannedRecords:
+    """The records that the target will hold."""
+
+    records: Records
+    gathered: bytes
+    """`receipts.json`."""
+    there: Records | None
+    """The records that it holds now."""
+
+    @property
+    def digest(self) -> Sha256 | None:
+        """Content digest of the copy."""
+        return self.records.manifest.digest
+
+
+def anonymised(manifest: Manifest) -> Manifest:
+    """The manifest with the public part of its provenance; an allow-list, so that new keys stay private."""
+    kept = {name: manifest.provenance[name] for name in PUBLIC_PROVENANCE if name in manifest.provenance}
+    if isinstance(kept.get(MERGED), dict):
+        parts = [{**part, "location": ""} for part in kept[MERGED].get("parts", [])]
+        kept[MERGED] = {**kept[MERGED], "parts": parts}
+    return manifest.model_copy(update={"provenance": kept})
+
+
+def check_expected(url: str, records: Records, pin: str, expect: str | None) -> str | None:
+    """Compare the source with the expected hash; which of its hashes matched: "pin", "digest" or None.
+
+    Raises:
+        IdentityMismatch: neither matches, or the source's digest doesn't match its receipts.
+        UsageError: `expect` is not a hash.
+    """
+    digest = records.manifest.digest
+    if records.content_digest() != digest:
+        raise IdentityMismatch(f"{url}: the receipts don't match the manifest's digest; run `logitcache verify` on it")
+    if expect is None:
+        return None
+    if len(expect) < 12 or set(expect.lower()) - set("0123456789abcdef"):
+        raise UsageError(
+            f"--expect is {expect!r}; expected a content digest, or at least its first 12 hexadecimal digits"
+        )
+    if pin.startswith(expect.lower()):
+        return "pin"
+    if str(digest).startswith(expect.lower()):
+        return "digest"
+    raise IdentityMismatch(
+        f"{url} has content digest {digest}{'' if pin == digest else f' and pin {pin}'}; expected {expect.lower()}. "
+        "Nothing was copied. Get the right digest from the cache's owner, or leave out --expect"
+    )
+
+
+def target_records(target: Storage, source: Records) -> Records | None:
+    """The records of this cache that the target holds already; None where there are none.
+
+    Raises:
+        NotACache, CorruptCache: something else is there, or damaged records that the source's can't replace.
+        IdentityMismatch, UsageError: another cache is there, other labels, or an open cache.
+    """
+    manifest, receipts = source.manifest, source.receipts
+    try:
+        found = read_records(target)
+    except NotACache:
+        if target.size(MANIFEST) is not None:
+            raise
+        return None
+    except CorruptCache:
+        # Two processes that published at the same time may have left one's manifest and the other's receipts.
+        there = stored_manifest(target)
+        known = matching_receipts(there, receipts) if (there.id, there.state) == (manifest.id, "sealed") else None
+        if known is None:
+            raise
+        found = Records(there, known)
+    there = found.manifest
+    if there.id != manifest.id:
+        raise IdentityMismatch(
+            f"{target.url} holds another cache ({there.id[:12]}…, not {manifest.id[:12]}…); nothing was changed. "
+            "Choose another destination, or delete that cache"
+        )
+    if there.state != "sealed":
+        raise UsageError(
+            f"{target.url} holds this cache, incomplete; nothing was changed. To complete it, {REBUILD}. "
+            "To replace it by a copy, delete it first"
+        )
+    for name in found.receipts.keys() & receipts.keys():
+        if _values(found.receipts[name]) != _values(receipts[name]):
+            raise IdentityMismatch(
+                f"{target.url} holds a cache of the same identity with other labels: {name} differs (digest "
+                f"{str(there.digest)[:12]}…, not {str(manifest.digest)[:12]}…); nothing was changed.\n"
+                "The teacher ran twice, with different rounding. Choose another destination, or delete that cache"
+            )
+    return found
+
+
+def _values(receipt: Receipt) -> dict[str, str]:
+    return {name: stored.values_sha256 for name, stored in receipt.objects.items()}
+
+
+def plan_records(url: str, source: Records, copied: range, target_url: str, there: Records | None) -> PlannedRecords:
+    """The records of the target once views are copied; those of the source where all its views are there.
+
+    Args:
+        url: of the source.
+        source: its records.
+        copied: the views that are copied.
+        target_url: of the target.
+        there: the records that the target holds.
+
+    Raises:
+        UsageError: a gap between the views would be left.
+    """
+    manifest = source.manifest
+    views = copied if there is None else _joined(copied, there.layout.views, target_url)
+    available = {**source.receipts, **({} if there is None else there.receipts)}
+    kept = {
+        name: available[name] for name in sorted(available) if name == PER_CACHE or Block.from_name(name).view in views
+    }
+    provenance = manifest.provenance
+    if views != manifest.layout.views:
+        provenance = provenance | {"copied_from": {"url": url, "digest": manifest.digest}}
+    layout = manifest.layout.model_copy(update={"first_view": views.start, "num_views": views.stop})
+    records, gathered = Records(manifest, kept).sealed(layout=layout, provenance=provenance)
+    return PlannedRecords(records, gathered, there)
+
+
+def _joined(copied: range, held: range, url: str) -> range:
+    """The views of the target, with those that are copied."""
+    if copied.start > held.stop or held.start > copied.stop:
+        gap = range(min(copied.stop, held.stop), max(copied.start, held.start))
+        raise UsageError(
+            f"{url} holds views {held.start}:{held.stop}; {copied.start}:{copied.stop} would leave a gap. Pull "
+            f"{gap.start}:{gap.stop} first, or into another directory"
+        )
+    return range(min(copied.start, held.start), max(copied.stop, held.stop))
+
+
+def publish(target: Storage, planned: PlannedRecords, *, anonymous: bool) -> bool:
+    """Write the records under the target's lock; a concurrent reader finds a complete cache at every moment.
+
+    Returns:
+        False where another process published first, in a store without a lock: read what it holds again.
+    """
+    manifest, gathered = planned.records.manifest, planned.gathered
+    write_group_metadata(target, manifest.layout)
+    if planned.there is None:
+        pinned = pinned_receipts_key(str(manifest.receipts))
+        # In an object store, `receipts.json` may belong to another process already.
+        target.put(pinned if target.is_remote else RECEIPTS, gathered)
+        if not target.create(MANIFEST, dump_manifest(manifest)):
+            if stored_manifest(target).receipts != manifest.receipts:
+                target.delete(pinned)
+            return False
+        if target.is_remote:
+            target.put(RECEIPTS, gathered)
+            target.delete(pinned)
+    else:
+        replaced = planned.there.manifest
+        replace_records(target, manifest, gathered, replaces=replaced)
+        if anonymous and replaced.provenance != manifest.provenance:
+            target.put(MANIFEST, dump_manifest(manifest))  # an earlier push was not anonymous
+    return not target.is_remote or stored_manifest(target).receipts == manifest.receipts
