@@ -263,6 +263,8 @@ def test_a_loaded_student_takes_an_image(made: Path) -> None:
     assert torch.equal(inputs[3], student.preprocess(dataset[3][0]))
     assert torch.equal(conv(made / "runs/conv/seed-0/last.safetensors")(inputs), student.model(inputs))
     assert [str(number) for number in range(10)] == student.class_names
+    with pytest.warns(DeprecationWarning, match=r"LoadedStudent\.product is deprecated; use metadata"):
+        assert student.metadata == student.product
 
 
 def test_the_code_of_the_card_runs(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

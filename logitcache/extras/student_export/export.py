@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -81,6 +82,12 @@ class Exported:
     metadata: StudentMetadata
     written: bool
     """False where the folder was already complete."""
+
+    @property
+    def product(self) -> StudentMetadata:
+        """Deprecated name of `metadata`."""
+        warnings.warn("Exported.product is deprecated; use metadata", DeprecationWarning, stacklevel=2)
+        return self.metadata
 
 
 def export_run(
