@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from logitcache.cache.names import names_of
 from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.config.schema import Pipeline
 from logitcache.errors import UsageError
@@ -115,7 +116,7 @@ def _page(
         sections += [] if trees is None else [trees]
         sections.append(decision_section(found, chosen, matched))
     page = render(
-        title=f"Cache {cache.id[:12]} of {plain_text(cache.manifest.identity.teacher.partition('@')[0])}",
+        title=plain_text(names_of(cache.manifest).title, 200),
         sections=sections,
         tiles=_tiles(cache, numbers, found),
         class_names=names,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from logitcache.cache.ground_truth import NO_TARGET, MixingOfCache, targets_of
 from logitcache.cache.reader import LogitCache
 from logitcache.config.build import RANDOM, input_part, resolve_teacher, teacher_weights
-from logitcache.config.schema import ModelConfig, Pipeline
+from logitcache.config.schema import ModelConfig
 from logitcache.data.transforms import adapt_transform
 from logitcache.errors import LogitCacheError, UsageError
 from logitcache.extras.report.attribution import Attribution, attributions
@@ -229,18 +229,17 @@ def _load_teacher(matched: MatchedData) -> nn.Module:
     Raises:
         UsageError: its weights are not available locally, or the cache has several teachers.
     """
-    pipeline = matched.pipeline
-    if not _is_local(pipeline):
+    if not _is_local(matched):
         raise UsageError("the weights are not available locally")
-    teacher, fingerprint = resolve_teacher(pipeline, matched.data, matched.plan, trust=matched.trust)
+    teacher, fingerprint = resolve_teacher(matched.pipeline, matched.data, matched.plan, trust=matched.trust)
     if fingerprint != matched.cache.manifest.identity.teacher:
         raise UsageError("the cache was not made by the pipeline's teacher alone")
     return teacher
 
 
-def _is_local(pipeline: Pipeline) -> bool:
+def _is_local(matched: MatchedData) -> bool:
     """Whether the teacher's weights are on this machine: a report downloads nothing."""
-    weights = teacher_weights(pipeline)
+    weights = teacher_weights(matched.pipeline)
     if weights in (None, RANDOM):
         return True
     if str(weights).endswith(".safetensors"):
@@ -248,7 +247,7 @@ def _is_local(pipeline: Pipeline) -> bool:
     import torchvision
 
     try:
-        named = torchvision.models.get_model_weights(pipeline.teacher.model)[str(weights)]
+        named = torchvision.models.get_model_weights(matched.pipeline.teacher.model)[str(weights)]
     except (ValueError, KeyError):
         return False
     return (Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(named.url).path).name).is_file()

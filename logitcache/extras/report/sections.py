@@ -9,6 +9,7 @@ import numpy as np
 from rich.filesize import decimal as size
 
 from logitcache.cache.layout import PER_CACHE, Block
+from logitcache.cache.names import names_of
 from logitcache.cache.reader import LogitCache
 from logitcache.extras.report import charts, measures
 from logitcache.extras.report.figures import Figure, Section, Table, histogram_figure
@@ -41,6 +42,7 @@ def bytes_per_row(cache: LogitCache) -> float:
 def cache_section(cache: LogitCache) -> Section:
     """The cache's metadata."""
     identity, provenance = cache.manifest.identity, cache.manifest.provenance
+    names = names_of(cache.manifest)
     metadata = [
         ("id", cache.id),
         ("digest", cache.digest or "none yet: not sealed"),
@@ -49,9 +51,11 @@ def cache_section(cache: LogitCache) -> Section:
         ("classes", count(cache.num_classes)),
         ("encoding", plain_text(repr(cache.encoding), 200)),
         ("size", f"{size(cache.stored_bytes)}; {decimal(bytes_per_row(cache))} bytes per row"),
-        ("teacher", plain_text(identity.teacher, 160)),
+        ("teacher", plain_text(names.teacher)),
+        ("teacher fingerprint", plain_text(identity.teacher, 160)),
         ("precision", plain_text(identity.precision)),
-        ("dataset", plain_text(identity.dataset, 160)),
+        ("dataset", plain_text(names.dataset)),
+        ("dataset fingerprint", plain_text(identity.dataset, 160)),
         *transform_lines(identity.transform),
         ("view seed", str(identity.view_seed)),
         ("created", plain_text(provenance.get("created", "not stated"))),

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from logitcache.cache.summary import summarise
+from logitcache.config.build import recorded_pipeline
 from logitcache.config.schema import DataConfig, Pipeline, StudentConfig
 from logitcache.errors import IdentityMismatch, LogitCacheError, UsageError
 from logitcache.extras.student_export.metadata import (
@@ -24,7 +25,7 @@ from logitcache.extras.student_export.metadata import (
     read_metadata,
     record_file,
 )
-from logitcache.train.finished import Run, read_run, run_pipeline
+from logitcache.train.finished import Run, read_run
 from logitcache.train.runs import CONFIG, RESULT
 
 Weights = Literal["best", "last"]
@@ -53,7 +54,7 @@ class Source:
         Raises:
             IdentityMismatch: it names other data; lists the keys that differ.
         """
-        pipeline = run_pipeline(self.run) if self.given is None else self.given
+        pipeline = recorded_pipeline(self.run.folder) if self.given is None else self.given
         there = _data_identity(self.run.config.get("data"))
         here = _data_identity(pipeline.data.model_dump())
         different = [f"data.{key}: {here[key]!r} here, {there[key]!r} there" for key in here if here[key] != there[key]]
