@@ -337,6 +337,16 @@ class Pipeline(Section):
         """The cache's encoding, or the rule that chooses one."""
         return encoding_or_auto(self.cache.encoding)
 
+    @property
+    def teacher_name(self) -> str:
+        """A readable name of the teacher, such as "resnet50"."""
+        return self.teacher.model.rpartition(":")[2]
+
+    @property
+    def dataset_name(self) -> str:
+        """A readable name of the dataset, such as "mnist"; the folder's name if it is a folder of images."""
+        return Path(self.data.root).name if self.data.name == "image_folder" else self.data.name.rpartition(":")[2]
+
     def student(self, name: str) -> StudentConfig:
         """A student by name.
 

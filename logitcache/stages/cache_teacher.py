@@ -74,6 +74,8 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
                 count=pipeline.cache.calibration,
             ),
             teacher=fingerprint,
+            teacher_name=pipeline.teacher_name,
+            dataset_name=pipeline.dataset_name,
             samples=samples,
             view_plan=plan,
             precision=pipeline.teacher.precision,

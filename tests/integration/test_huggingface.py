@@ -264,7 +264,9 @@ def test_a_collate_function_that_fails_is_named() -> None:
 
 
 def test_an_unknown_collate_names_what_there_is(tiny: Make) -> None:
-    with pytest.raises(UsageError, match=r"data.collate: expected package.module:function or one of: stack, pad"):
+    with pytest.raises(
+        UsageError, match=r"data.collate: unknown collate function 'padd'; did you mean 'pad'.*one of: stack, pad"
+    ):
         tiny("data.collate=padd")
 
 

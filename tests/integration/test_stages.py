@@ -387,7 +387,7 @@ def test_training_on_an_open_cache_says_to_finish_it(tiny: Make) -> None:
     with pytest.raises(ZeroDivisionError):
         raise_while_building(pipeline)
 
-    with pytest.raises(IncompleteCache, match="is not sealed yet; run again what builds it"):
+    with pytest.raises(IncompleteCache, match="is not sealed yet; re-run the build"):
         train_students(pipeline, ["small"])
 
 

