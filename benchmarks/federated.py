@@ -27,7 +27,7 @@ from logitcache.config.schema import Pipeline
 from logitcache.extras.federation.configuration import Federation, PartyConfig, load_federation
 from logitcache.extras.federation.rounds import Turn, federate
 from logitcache.progress import silence
-from logitcache.stages.train_student import train_teacher
+from logitcache.stages.train_teacher import train_teacher
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 FILE = PIPELINES / "federated_mnist.yaml"

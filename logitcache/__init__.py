@@ -1,6 +1,6 @@
-"""Offline knowledge distillation: run the teacher once, keep its logits, train any number of students.
+"""Offline knowledge distillation: run the teacher once, store its logits, train any number of students.
 
-Names come in when they are first asked for: a command that needs no torch, such as `logitcache info`, loads none.
+Names are imported on first use, so that commands such as `logitcache info` start without torch.
 """
 
 import importlib
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from logitcache.cache.reader import open_cache as open
     from logitcache.cache.writer import CacheWriter as CacheWriter
     from logitcache.data.index import split_index as split_index
+    from logitcache.data.sampler import ViewSampler as ViewSampler
     from logitcache.data.samples import sample_table as sample_table
     from logitcache.data.views import Mixing as Mixing
     from logitcache.data.views import ViewDataset as ViewDataset
@@ -44,6 +45,7 @@ __all__ = [
     "Values",
     "ViewDataset",
     "ViewPlan",
+    "ViewSampler",
     "create",
     "losses",
     "open",
@@ -67,6 +69,7 @@ _HOMES = {
     "Values": "encodings:Values",
     "ViewDataset": "data.views:ViewDataset",
     "ViewPlan": "data.views:ViewPlan",
+    "ViewSampler": "data.sampler:ViewSampler",
     "create": "cache.creation:create",
     "losses": "losses",
     "open": "cache.reader:open_cache",

@@ -1,7 +1,7 @@
-"""A cache's card: the `README.md` that says to a reader on a data hub what lies here and how to load it.
+"""The card of a cache: a `README.md` that tells a visitor of a data hub what the cache is and how to load it.
 
-The front matter is what data cards have (license, tags, task, size). Every text that somebody could have chosen
-(names, keys of classes, transforms) stands in a code span or is escaped, so that it can be neither HTML nor a link.
+The front matter has the fields of data cards (license, tags, task, size). Untrusted text (names, class names,
+transforms) is escaped or put into code spans, so that it is neither HTML nor a link.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from logitcache.cache.ensemble import Part, merged_parts
 from logitcache.cache.layout import PER_CACHE, SAMPLE_ARRAYS
 from logitcache.cache.manifest import CARD
+from logitcache.cache.names import names_of, recorded_names
 from logitcache.cache.reader import LogitCache
 from logitcache.data.views import Mixing, ViewPlan
 from logitcache.errors import CorruptCache, UsageError
@@ -24,33 +25,33 @@ from logitcache.markdown import LONGEST_NAME, code, escaped, fenced, one_line, t
 
 ACCURACY_ROWS = 65_536
 ACCURACY_LOGITS = 2**26
-"""Rows of view 0, and logits of them, that the accuracy is taken over: sealing stays cheap."""
+"""Limits on the rows, and the logits of these rows, that the accuracy is measured on, to keep sealing cheap."""
 ROWS_AT_ONCE = 1024
 SHOWN_CLASSES = 20
 LONGEST_TEXT, LONGEST_TRANSFORM = 10_000, 4_000
-"""Characters of the description and of the transform that a card shows."""
+"""Maximum characters of the description and of the transform on a card."""
 
 
 class Card(BaseModel):
-    """What only its maker can say of a cache. Recorded in the manifest's provenance, and no part of its identity."""
+    """What the author states about a cache. Recorded in the manifest's provenance; not part of the identity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     license: str | None = None
-    """A hub's identifier, such as "cc-by-4.0"."""
+    """License identifier as hubs use it, such as "cc-by-4.0"."""
     title: str | None = None
     description: str | None = None
-    """Plain text; an empty line starts a paragraph."""
+    """Plain text; an empty line starts a new paragraph."""
     dataset: str | None = None
-    """What people call the dataset, such as "imagenet-1k"."""
+    """Readable name of the dataset, such as "imagenet-1k"; takes precedence over the recorded name."""
     teacher: str | None = None
-    """What people call the teacher."""
+    """Readable name of the teacher; takes precedence over the recorded name."""
     url: str | None = Field(default=None, pattern=r"^https?://[\w.~:/?#@!$&*+,;=%-]+$", max_length=2000)
-    """Where to read more."""
+    """A page with more information."""
     tags: list[str] = []
 
     def stated(self) -> dict[str, Any]:
-        """The fields that say something, as JSON."""
+        """The fields that are set, as JSON."""
         return self.model_dump(exclude_defaults=True)
 
 
@@ -58,7 +59,7 @@ def card_from(value: Card | Mapping[str, Any]) -> Card:
     """A card from a mapping.
 
     Raises:
-        UsageError: an unknown field, or a value of another kind; names it.
+        UsageError: an unknown field or an invalid value; names the field.
     """
     if isinstance(value, Card):
         return value
@@ -75,7 +76,7 @@ def write_card(cache: LogitCache) -> None:
     """Write the card of a sealed cache.
 
     Raises:
-        CorruptCache: the labels that the teacher's accuracy is taken over are damaged.
+        CorruptCache: the labels that the teacher's accuracy is measured on are damaged.
     """
     cache.storage.put(CARD, render_card(cache).encode())
 
@@ -88,10 +89,10 @@ def write_missing_card(cache: LogitCache) -> None:
 
 
 def render_card(cache: LogitCache) -> str:
-    """The card of a sealed cache, front matter and all."""
+    """The card of a sealed cache, with front matter."""
     try:
         stated = card_from(cache.manifest.provenance.get("card", {}))
-    except (UsageError, TypeError, ValueError):  # a stranger's manifest
+    except (UsageError, TypeError, ValueError):  # an untrusted manifest
         stated = Card()
     front = yaml.safe_dump(_front_matter(cache, stated), sort_keys=False, allow_unicode=True, width=10_000)
     parts = [f"---\n{front}---\n", *_sections(cache, stated)]
@@ -99,15 +100,15 @@ def render_card(cache: LogitCache) -> str:
 
 
 def _front_matter(cache: LogitCache, stated: Card) -> dict[str, Any]:
-    identity = cache.manifest.identity
+    identity, recorded = cache.manifest.identity, recorded_names(cache.manifest)
     named = [one_line(tag, LONGEST_NAME) for tag in stated.tags]
     front: dict[str, Any] = {
         "license": one_line(stated.license or "unknown", LONGEST_NAME),
         "pretty_name": _title(cache, stated),
         "tags": list(dict.fromkeys(["knowledge-distillation", "soft-labels", "logits", "logitcache", *named])),
         "size_categories": [_size_category(cache.num_samples)],
-        "dataset": one_line(stated.dataset or identity.dataset, LONGEST_NAME),
-        "teacher": one_line(stated.teacher or identity.teacher, LONGEST_NAME),
+        "dataset": recorded.get("dataset") or one_line(identity.dataset, LONGEST_NAME),
+        "teacher": recorded.get("teacher") or one_line(identity.teacher, LONGEST_NAME),
     }
     if identity.transform is not None:
         front["task_categories"] = ["image-classification"]
@@ -125,13 +126,13 @@ def _sections(cache: LogitCache, stated: Card) -> Iterator[str]:
     yield table(
         {
             "samples": f"{cache.num_samples:,}",
-            "views of each": _views(cache),
+            "views": _views(cache),
             "classes": f"{cache.num_classes:,}",
             "encoding": code(repr(cache.encoding)),
             "bytes": f"{cache.stored_bytes:,}",
-            "bytes a sample and view": f"{cache.target_bytes / rows:.1f}",
+            "bytes per sample and view": f"{cache.target_bytes / rows:.1f}",
             **{
-                f"output {name}": f"{code(str(output.shape))} a sample, {code(repr(output.encoding))}, "
+                f"output {name}": f"{code(str(output.shape))} per sample, {code(repr(output.encoding))}, "
                 f"{cache.contents.output_bytes[name] / rows:.1f} bytes"
                 for name, output in cache.extra_outputs.items()
             },
@@ -147,22 +148,23 @@ def _sections(cache: LogitCache, stated: Card) -> Iterator[str]:
 
 
 def _what_this_is(cache: LogitCache, stated: Card) -> Iterator[str]:
-    identity = cache.manifest.identity
+    identity, recorded = cache.manifest.identity, recorded_names(cache.manifest)
     if stated.description:
         paragraphs = re.split(r"\n\s*\n", stated.description[:LONGEST_TEXT])
         yield from (f"{escaped(one_line(text, LONGEST_TEXT))}\n" for text in paragraphs if text.strip())
     yield (
-        "The logits of a teacher over deterministic views of a dataset, for offline knowledge distillation: a student "
-        "trains from them without the teacher. The images are not here; a student renders the same views again.\n"
+        "The logits of a teacher on deterministic views of a dataset, for offline knowledge distillation: a student "
+        "trains from them without running the teacher. The images are not included; students render the same views "
+        "from their own copy of the dataset.\n"
     )
-    lines = [f"- Teacher: {_known_as(stated.teacher)}{code(identity.teacher)}"]
+    lines = [f"- Teacher: {_known_as(recorded.get('teacher'))}{code(identity.teacher)}"]
     lines += [f"  - {code(part.teacher)}, weight {part.weight:.4g}" for part in _parts(cache)]
-    lines.append(f"- Dataset: {_known_as(stated.dataset)}{code(identity.dataset)}")
+    lines.append(f"- Dataset: {_known_as(recorded.get('dataset'))}{code(identity.dataset)}")
     if identity.class_names:
         shown = ", ".join(code(name) for name in identity.class_names[:SHOWN_CLASSES])
         more = cache.num_classes - SHOWN_CLASSES
         lines.append(f"- Classes: {shown}{f' and {more:,} more' if more > 0 else ''}")
-    licensed = code(stated.license) if stated.license else "unknown: its maker did not say"
+    licensed = code(stated.license) if stated.license else "unknown: not stated"
     lines.append(f"- License: {licensed}")
     if stated.url:
         lines.append(f"- More: <{stated.url}>")
@@ -170,14 +172,14 @@ def _what_this_is(cache: LogitCache, stated: Card) -> Iterator[str]:
 
 
 def _known_as(name: str | None) -> str:
-    return f"{escaped(one_line(name, LONGEST_NAME))}, " if name else ""
+    return f"{escaped(name)}, " if name else ""
 
 
 def _parts(cache: LogitCache) -> list[Part]:
-    """What a merged cache is the mean of."""
+    """The caches that a merged cache is the mean of."""
     try:
         return merged_parts(cache.manifest)
-    except CorruptCache:  # a stranger's manifest
+    except CorruptCache:  # an untrusted manifest
         return []
 
 
@@ -186,10 +188,10 @@ def _how_to_load_it(cache: LogitCache) -> Iterator[str]:
     yield "## Load it\n"
     yield (
         "```python\nimport logitcache\n\n"
-        'cache = logitcache.open(".")  # this folder, or wherever it lies\n'
+        'cache = logitcache.open(".")  # this folder; also takes other paths and URLs\n'
         f'assert cache.digest == "{cache.digest}"\n'
         f"print(cache.view({cache.views.start}).logits([0]))  # float32 (1, {cache.num_classes}), "
-        "right up to a constant per row\n"
+        "up to a constant per row\n"
         + "".join(
             f'print(cache.view({cache.views.start}).output("{name}", [0]))  # float32 {(1, *output.shape)}\n'
             for name, output in cache.extra_outputs.items()
@@ -198,22 +200,22 @@ def _how_to_load_it(cache: LogitCache) -> Iterator[str]:
     )
     if cache.manifest.identity.transform is not None:
         yield (
-            "`logitcache.ViewDataset(dataset, cache.view_plan)` renders the views that the teacher saw, and "
-            "`cache.verify_inputs` and `cache.check_batch` prove it. The same from the command line, with the pipeline "
-            "that names the data:\n"
+            "`logitcache.ViewDataset(dataset, cache.view_plan)` renders the views that the teacher saw; "
+            "`cache.verify_inputs` and `cache.check_batch` check that. On the command line, with a pipeline for your "
+            "copy of the data:\n"
         )
     yield (
         f"```\nlogitcache pull URL mine.cache --expect {cache.pin}\n"
         "logitcache verify mine.cache --deep\n"
         "logitcache train-student PIPELINE cache.path=mine.cache\n```\n"
     )
-    yield "Any Zarr v3 reader opens the encoded labels, in any language:\n"
+    yield "Any Zarr v3 reader, in any language, opens the encoded labels:\n"
     yield f'```python\nimport zarr\n\nprint(zarr.open_group("labels.zarr", mode="r")["{array}"].shape)\n```\n'
 
 
 def _views(cache: LogitCache) -> str:
     part = cache.manifest.provenance.get("copied_from") is not None
-    numbers = f", {cache.views.start} to {cache.views.stop - 1}: a part of the cache" if part else ""
+    numbers = f" (numbers {cache.views.start} to {cache.views.stop - 1}; a partial copy)" if part else ""
     return f"{len(cache.views):,}{numbers}"
 
 
@@ -223,15 +225,15 @@ def _fidelity(cache: LogitCache) -> str:
     lines = []
     if measured and cache.kl_mean is not None:
         lines.append(
-            f"KL(teacher ‖ cache) of the logits at T = 1, over every row when it was written: mean {cache.kl_mean:.2g} "
+            f"KL(teacher ‖ cache) of the logits at T = 1, measured on every row at writing: mean {cache.kl_mean:.2g} "
             f"nats, largest {max(measured):.2g} nats."
         )
         if _parts(cache):
-            lines.append("The teacher, there, is the mean of what the caches hold that this one was merged from.")
+            lines.append("Here the teacher is the mean of the labels in the merged caches.")
     if len(measured) < len(blocks):
         lines.append(
-            f"In {len(blocks) - len(measured):,} of {len(blocks):,} blocks it is infinite: the encoding leaves out "
-            "classes that the teacher thinks possible."
+            f"In {len(blocks) - len(measured):,} of {len(blocks):,} blocks it is infinite: the encoding gives zero "
+            "probability to classes that have some."
         )
     return " ".join(lines) + "\n"
 
@@ -242,21 +244,21 @@ def _accuracy(cache: LogitCache) -> str | None:
         return None
     right, rows, looked_at = counted
     looked = f"the first {looked_at:,} rows of view {cache.views.start}"
-    where = looked if rows == looked_at else f"the {rows:,} unmixed ones among {looked}"
+    where = looked if rows == looked_at else f"the {rows:,} unmixed rows among {looked}"
     return (
-        f"The first class of the cached labels is the sample's own in **{right / rows:.2%}** of {where}. These are the "
-        "samples that students train on, and the teacher may have been trained on them too: it is no test accuracy.\n"
+        f"Teacher top-1 accuracy: **{right / rows:.2%}**, on {where}. These are training samples, and the teacher may "
+        "have been trained on them, so this is not a test accuracy.\n"
     )
 
 
 def first_class_accuracy(cache: LogitCache) -> tuple[int, int, int] | None:
-    """How often the likeliest cached class is the sample's target: (right, unmixed rows, rows looked at).
+    """Top-1 accuracy of the cached labels: (correct rows, unmixed rows, rows considered).
 
-    At most the first 65 536 rows of the first view are looked at, fewer where classes are very many. None without
-    targets, and where mixup or CutMix left no row as it was.
+    Considers the first 65 536 rows of the first view, fewer with very many classes. None without targets, and if mixup
+    or CutMix changed every row.
 
     Raises:
-        CorruptCache: labels or sample table are damaged.
+        CorruptCache: the labels or the sample table are damaged.
     """
     if not set(SAMPLE_ARRAYS[1:]) <= cache.layout.fixed.keys() or cache.samples is None:
         return None
@@ -264,9 +266,8 @@ def first_class_accuracy(cache: LogitCache) -> tuple[int, int, int] | None:
     rows = _unmixed_rows(cache, looked_at)
     if not rows:
         return None
-    view = cache.view(
-        cache.views.start, memory_budget=1, ahead=False
-    )  # a block or two in memory, however long the view is
+    # Streamed: keeps a block or two in memory.
+    view = cache.view(cache.views.start, memory_budget=1, ahead=False)
     targets = cache.samples.targets
     right = 0
     for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -279,46 +280,42 @@ def _unmixed_rows(cache: LogitCache, count: int) -> list[int]:
     identity = cache.manifest.identity
     try:
         mixing = Mixing(**((identity.transform or {}).get("mixing") or {}))
-    except (AttributeError, TypeError, ValueError):  # not as `ViewPlan.describe` writes it
+    except (AttributeError, TypeError, ValueError):  # not the format of `ViewPlan.describe`
         return []
     plan = ViewPlan(seed=identity.view_seed, mixing=mixing)
     return [row for row in range(count) if plan.mixture(cache.views.start, row, cache.num_samples) is None]
 
 
 def _how_it_was_made(cache: LogitCache) -> Iterator[str]:
-    """Versions and views; neither the machine's name nor the command, since a card is public."""
+    """Versions and views, without host name and command, because a card is public."""
     manifest = cache.manifest
     versions = manifest.provenance.get("versions")
     yield "## How it was made\n"
     lines = [
-        f"- Id (what it is): {code(cache.id)}",
-        f"- Digest (what it says): {code(cache.digest or '')}; hold a copy to it with `--expect`",
-        f"- Teacher's arithmetic: {code(manifest.identity.precision)}",
+        f"- Id (hash of the identity): {code(cache.id)}",
+        f"- Digest (hash of the content): {code(cache.digest or '')}; check copies with `--expect`",
+        f"- Precision of the teacher: {code(manifest.identity.precision)}",
         f"- View seed: {manifest.identity.view_seed}",
     ]
     created = manifest.provenance.get("created")
     if isinstance(created, str):
-        lines.append(f"- Begun: {code(created)}")
+        lines.append(f"- Created: {code(created)}")
     if isinstance(versions, dict) and versions:
         named = ", ".join(code(f"{name} {version}") for name, version in sorted(versions.items())[:SHOWN_CLASSES])
-        lines.append(f"- With: {named}")
+        lines.append(f"- Versions: {named}")
     yield "\n".join(lines) + "\n"
     if manifest.identity.transform is not None:
         described = json.dumps(manifest.identity.transform, ensure_ascii=True, indent=1, sort_keys=True)
         cut = described[:LONGEST_TRANSFORM] + ("\n…" if len(described) > LONGEST_TRANSFORM else "")
-        yield f"Its views, each a pure function of sample, transform, seed and view:\n\n{fenced(cut, 'json')}"
+        yield f"Views, each a pure function of sample, transform, seed and view number:\n\n{fenced(cut, 'json')}"
 
 
 def _title(cache: LogitCache, stated: Card) -> str:
-    merged = f"the mean of {len(_parts(cache))} teachers" if _parts(cache) else None
-    teacher = stated.teacher or merged or cache.manifest.identity.teacher.partition("@")[0]
-    dataset = stated.dataset or cache.manifest.identity.dataset
-    dataset = f"{dataset[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", dataset) else dataset
-    return one_line(stated.title or f"Logits of {teacher} on {dataset}", LONGEST_NAME)
+    return one_line(stated.title or names_of(cache.manifest).title, LONGEST_NAME)
 
 
 def _size_category(num_samples: int) -> str:
-    """The hub's name of an order of magnitude."""
+    """The size category of data cards, such as "10K<n<100K"."""
     names = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
     for power, name in enumerate(names):
         if num_samples < 1000 * 10**power:

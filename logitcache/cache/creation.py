@@ -1,4 +1,4 @@
-"""A cache's beginning: what it is, and the manifest that says so before any logit is written."""
+"""Create a cache: its identity, its encoding and its manifest, before any logit is written."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from pydantic import ValidationError
@@ -39,6 +39,7 @@ from logitcache.cache.manifest import (
     read_receipts,
     receipts_limit,
 )
+from logitcache.cache.names import NAMES, stated_names
 from logitcache.cache.objects import ObjectReader
 from logitcache.cache.outputs import Output, checked_outputs, output_layouts, row_arrays
 from logitcache.cache.packages import ENCODING_PACKAGES
@@ -56,6 +57,11 @@ from logitcache.storage import Storage, open_storage
 
 DEFAULT_ROWS_PER_BLOCK = 16_384
 
+Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
+"""A value that can be written as JSON."""
+Logits: TypeAlias = Tensor | np.ndarray | Sequence[Sequence[float]]
+"""Logits (M, C): a tensor, an array or lists."""
+
 
 def create(
     path: str | os.PathLike[str],
@@ -63,47 +69,53 @@ def create(
     num_samples: int,
     num_classes: int,
     num_views: int = 1,
-    encoding: Encoding | Auto | str | Mapping[str, Any] = "dense",
-    outputs: Mapping[str, Output | Mapping[str, Any]] | None = None,
-    logits_source: Any = None,
-    calibration: Any = None,
+    encoding: Encoding | Auto | str | Mapping[str, Json] = "dense",
+    outputs: Mapping[str, Output | Mapping[str, object]] | None = None,
+    logits_source: Json = None,
+    calibration: Calibration | Logits | Callable[[], Calibration | Logits] | None = None,
     teacher: str,
     dataset: str | None = None,
+    teacher_name: str | None = None,
+    dataset_name: str | None = None,
     samples: SampleTable | None = None,
     view_plan: ViewPlan | None = None,
     precision: str = "float32",
     class_names: Sequence[str] | None = None,
     rows_per_block: int | None = None,
-    card: Card | Mapping[str, Any] | None = None,
+    card: Card | Mapping[str, Json] | None = None,
     overwrite: bool = False,
 ) -> CacheWriter:
-    """Open a cache for writing: a new one, or one of the same identity that was left unfinished or grows by views.
+    """Open a cache for writing: a new one, or an existing one of the same identity, to complete it or to add views.
 
     Args:
-        path: the cache's directory.
-        num_samples, num_classes, num_views: its shape; `num_views` may exceed an existing cache's.
-        encoding: such as `TopK(k=20)`; "auto" or `Auto(max_kl=...)` for the cheapest that is faithful enough.
-        outputs: what else of the teacher is held, by name, such as {"features": Output(shape=(64, 7, 7))}.
-        logits_source: where in the teacher the logits come from, as JSON, where that is not what its forward gives.
-        calibration: logits (M, C), a `Calibration`, or a callable that gives one; for `LowRank`, which is fitted, and
-            for "auto". It is asked for only when a cache is new.
-        teacher, dataset: what the logits come from, where no fingerprints say it.
-        samples: keys, targets and content digests; the dataset's identity then is their fingerprint.
-        view_plan: how the views were made; without one the cache can't hand out a `view_plan`.
-        precision: the teacher's arithmetic.
-        rows_per_block: rows of one commit, 16 384 by default; fixed once the cache exists.
-        card: what its README.md says beside what it knows itself, such as {"license": "cc-by-4.0"}; it may be changed
-            later, and None leaves what was said before.
-        overwrite: delete the cache that is at the path first, if there is one; never anything else.
+        path: a directory or URL.
+        num_samples, num_classes, num_views: the shape; `num_views` may exceed an existing cache's.
+        encoding: such as `TopK(k=20)`; "auto" or `Auto(max_kl=...)` for the smallest that is accurate enough.
+        outputs: further outputs of the teacher to store, by name, such as {"features": Output(shape=(64, 7, 7))}.
+        logits_source: where in the teacher the logits come from, if not from its forward pass; part of the identity.
+        calibration: logits (M, C), a `Calibration`, or a function that returns one; required by `LowRank` and "auto".
+            Used only if the cache is new.
+        teacher: identity of the teacher: a name, best with a version or hash, such as "convnext_large@3f9c".
+        dataset: identity of the dataset: a name. Pass either `dataset` or `samples`.
+        teacher_name, dataset_name: readable names, for listings, cards and reports; not part of the identity, so they
+            can be changed later. By default `teacher` up to its "@", and `dataset`.
+        samples: keys, targets and content digests; their fingerprint is the identity of the dataset.
+        view_plan: how the views are made; without one the cache has no `view_plan`.
+        precision: arithmetic of the teacher, such as "bfloat16".
+        class_names: one for each class.
+        rows_per_block: rows of one commit, default 16 384; fixed once the cache exists.
+        card: fields of the cache's README.md, such as {"license": "cc-by-4.0"}. Can be changed later; None keeps those
+            of an existing cache.
+        overwrite: first delete the cache at the path, if there is one. Never deletes anything else.
 
     Raises:
-        UsageError: a shape, an encoding or an output that can't be, or no calibration for one that needs it.
-        NotACache: a folder that holds something else.
-        IdentityMismatch: the path holds a cache of another identity; names the fields.
+        UsageError: an impossible shape, encoding or output, or a missing calibration.
+        NotACache: the path holds something else.
+        IdentityMismatch: the path holds a cache of another identity; names the fields that differ.
     """
     if (dataset is None) == (samples is None):
         raise UsageError(
-            "create needs the dataset's identity: `dataset` (a name) or `samples` (a table), one of the two"
+            "create needs the identity of the dataset: pass either `dataset` (a name) or `samples` (a table)"
         )
     if samples is not None and samples.num_samples != num_samples:
         raise UsageError(f"num_samples is {num_samples}, but the sample table has {samples.num_samples}")
@@ -128,19 +140,20 @@ def create(
         samples=samples,
         rows_per_block=rows_per_block,
         card=card,
+        names={"teacher": teacher_name, "dataset": dataset_name},
         overwrite=overwrite,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What logits come from: a cache's identity, but for the logits' shape and encoding."""
+    """Where logits come from: the identity of a cache without the shape and encoding of its outputs."""
 
     dataset: str
     teacher: str
     precision: str
     transform: Any
-    """`ViewPlan.describe()`, or None where nobody said how the views were made."""
+    """`ViewPlan.describe()`; None without a view plan."""
     view_seed: int
     class_names: Sequence[str] | None
 
@@ -152,17 +165,18 @@ def open_writer(
     num_samples: int,
     num_classes: int,
     num_views: int,
-    encoding: Encoding | Auto | str | Mapping[str, Any],
-    outputs: Mapping[str, Output | Mapping[str, Any]] | None = None,
-    logits_source: Any = None,
-    calibration: Any = None,
+    encoding: Encoding | Auto | str | Mapping[str, Json],
+    outputs: Mapping[str, Output | Mapping[str, object]] | None = None,
+    logits_source: Json = None,
+    calibration: Calibration | Logits | Callable[[], Calibration | Logits] | None = None,
     samples: SampleTable | None = None,
     rows_per_block: int | None = None,
-    card: Card | Mapping[str, Any] | None = None,
+    card: Card | Mapping[str, Json] | None = None,
+    names: Mapping[str, str | None] | None = None,
     notes: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> CacheWriter:
-    """The same as `create`, for logits whose origin is known by its parts; `notes` join a new cache's provenance.
+    """Like `create`, with the origin as one object; `notes` are added to the provenance of a new cache.
 
     Raises:
         UsageError, NotACache, IdentityMismatch: as `create` does.
@@ -175,14 +189,16 @@ def open_writer(
     if rows_per_block < 1:
         raise UsageError(f"rows_per_block is at least 1, not {rows_per_block}")
     _check_class_names(origin.class_names, num_classes)
-    stated = None if card is None else card_from(card).stated()
+    changeable = {} if card is None else {"card": card_from(card).stated()}
+    if names is not None and any(names.values()):
+        changeable[NAMES] = {kind: name for kind, name in names.items() if name}
     others = checked_outputs(outputs or {})
     requested = encoding_or_auto(encoding)
-    # Refuse what can't be a cache before anything is computed.
+    # Reject impossible caches before any computation.
     if isinstance(requested, Encoding):
         requested.arrays(num_classes)
     preliminary = requested if isinstance(requested, Encoding) else Dense()
-    notes = dict(notes or {}) | ({} if stated is None else {"card": stated})
+    notes = dict(notes or {}) | changeable
     lines = dump(make_identity(origin, preliminary, num_classes, others, logits_source)).splitlines()
     # In the manifest each line is indented by one more space.
     check_length(sum(map(len, lines)) + 2 * len(lines) + len(json.dumps(notes)), sealed=False)
@@ -198,7 +214,7 @@ def open_writer(
     table = _sample_arrays(samples)
 
     def shape(stored: Records | None, settled: Encoding) -> tuple[Layout, dict[str, np.ndarray]]:
-        # Unfitted still where the cache that is there has another encoding: about to be refused for that.
+        # Still unfitted if the existing cache has another encoding; `_open_manifest` then raises.
         fixed = (settled.fitted_values() if settled.is_fitted else {}) | table
         try:
             return Layout(
@@ -225,23 +241,25 @@ def open_writer(
             storage.delete(key)
         if stored is None:
             stored = _stored(storage)
-            if stored is not None:  # another builder began it meanwhile, and fitted its encoding
+            if stored is not None:  # another builder has begun the cache meanwhile and fitted its encoding
                 settled = _encoding_of(storage, stored, requested)
                 layout, fixed = shape(stored, settled)
         identity = make_identity(origin, settled, num_classes, others, logits_source)
         manifest = _open_manifest(storage, identity, layout, fixed_stored=stored is not None, notes=notes)
-        if stated is not None and manifest.provenance.get("card") != stated:
-            manifest = _change_card(storage, manifest, stated)
+        if NAMES in changeable:
+            changeable[NAMES] = stated_names(manifest.provenance.get(NAMES)) | changeable[NAMES]
+        if any(manifest.provenance.get(key) != value for key, value in changeable.items()):
+            manifest = _change_provenance(storage, manifest, changeable)
         return CacheWriter(storage, manifest, settled, per_cache=fixed, after_sealing=write_missing_card)
 
 
 def _keys_to_replace(storage: Storage) -> list[str]:
-    """The objects of the cache that is there, whole or damaged; none where there is no cache.
+    """The keys of all objects of an existing cache, complete or damaged; empty if there is none.
 
-    The manifest comes last, so that a deletion that was interrupted is one of a cache still, and can be done again.
+    The manifest comes last, so that after an interrupted deletion the rest is still known as a cache's.
 
     Raises:
-        NotACache: something else is there, or lies beside it.
+        NotACache: the location holds something else as well.
     """
     data = storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES)
     if data is None:
@@ -255,10 +273,10 @@ def _keys_to_replace(storage: Storage) -> list[str]:
     return [*keys, MANIFEST]
 
 
-def _change_card(storage: Storage, manifest: Manifest, stated: dict[str, Any]) -> Manifest:
-    """Say something else of a cache that is there; its card is gone until the writer seals, or finds it sealed."""
+def _change_provenance(storage: Storage, manifest: Manifest, changes: dict[str, Any]) -> Manifest:
+    """Change the names or card fields of an existing cache. Its README.md is deleted, and written again by `seal`."""
     storage.delete(CARD)
-    manifest = manifest.model_copy(update={"provenance": manifest.provenance | {"card": stated}})
+    manifest = manifest.model_copy(update={"provenance": manifest.provenance | changes})
     storage.put(MANIFEST, dump_manifest(manifest))
     return manifest
 
@@ -289,27 +307,31 @@ def _stored(storage: Storage) -> Records | None:
 
 
 def _encoding_of(storage: Storage, stored: Records, requested: Encoding | Auto) -> Encoding:
-    """The encoding to go on with: the cache's, where it is the one that is asked for; else that one, to be refused."""
+    """The cache's fitted encoding if it is the requested one; else the requested one, which is rejected later."""
     choice = stored.manifest.provenance.get("encoding")
     chosen_by = choice.get("chosen_by") if isinstance(choice, dict) else None
     if isinstance(requested, Auto) and chosen_by is not None and chosen_by != requested.config():
         raise IdentityMismatch(
             f"{storage.url} has an encoding that was chosen by {chosen_by}, not by {requested.config()}.\n"
-            "Ask for the same, name the encoding itself, or choose another `cache.path`; nothing was changed."
+            "Request the same, name the encoding itself, or choose another `cache.path`; nothing was changed."
         )
     if isinstance(requested, Auto) or requested.config() == stored.manifest.identity.encoding:
         return stored_encoding(stored, ObjectReader(storage))
     return requested
 
 
-def _settle(requested: Encoding | Auto, calibration: Any, num_classes: int) -> tuple[Encoding, dict[str, Any]]:
-    """The encoding of a new cache, chosen and fitted, and what provenance says of it."""
+def _settle(
+    requested: Encoding | Auto,
+    calibration: Calibration | Logits | Callable[[], Calibration | Logits] | None,
+    num_classes: int,
+) -> tuple[Encoding, dict[str, Any]]:
+    """The encoding of a new cache, chosen and fitted, and a record of the choice for the provenance."""
     if isinstance(requested, Encoding) and requested.is_fitted:
         return requested, {}
     if calibration is None:
         raise UsageError(
-            f"encoding {requested.name!r} needs a sample of the teacher's logits; "
-            "pass calibration=logits, (M, C), at best some ten thousand rows of different samples"
+            f"encoding {requested.name!r} needs a sample of the teacher's logits: "
+            "pass calibration=logits (M, C), ideally ten thousand rows of different samples"
         )
     sample = calibration() if callable(calibration) else calibration
     if not isinstance(sample, Calibration):
@@ -317,7 +339,7 @@ def _settle(requested: Encoding | Auto, calibration: Any, num_classes: int) -> t
     if sample.logits.ndim != 2 or sample.logits.shape[1] != num_classes:
         raise UsageError(f"calibration logits are {tuple(sample.logits.shape)}; expected (M, {num_classes})")
     if not np.isfinite(np.asarray(sample.logits).max(axis=1)).all():
-        raise InvalidLogits("the calibration logits hold NaN or +inf, or a row of nothing but -inf")
+        raise InvalidLogits("the calibration logits contain NaN, +inf, or a row of -inf only")
     notes: dict[str, Any] = {"calibration_rows": len(sample.logits)}
     if isinstance(requested, Encoding):
         return requested.fit(sample.logits), notes
@@ -359,9 +381,9 @@ def make_identity(
     encoding: Encoding,
     num_classes: int,
     outputs: Mapping[str, Output],
-    logits_source: Any,
+    logits_source: Json,
 ) -> Identity:
-    """An identity in the form that JSON gives back, so that two of them compare field by field."""
+    """An identity with its values as JSON returns them, so that two identities compare field by field."""
     sources = {LOGITS: logits_source} | {name: output.source for name, output in outputs.items()}
     fields = {
         "format_version": FORMAT_VERSION,
@@ -382,11 +404,11 @@ def make_identity(
         first = error.errors()[0]
         raise UsageError(f"{'.'.join(map(str, first['loc']))} can't be part of a cache: {first['msg']}") from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"what the cache is can't be written as JSON: {error}") from None
+        raise UsageError(f"the identity of the cache can't be written as JSON: {error}") from None
 
 
 def _check_class_names(class_names: Sequence[str] | None, num_classes: int) -> None:
-    """Two classes may have one name, as in ImageNet."""
+    """Check the number and type of class names. They may repeat, as in ImageNet."""
     if class_names is None:
         return
     if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
@@ -398,7 +420,7 @@ def _check_class_names(class_names: Sequence[str] | None, num_classes: int) -> N
 def _open_manifest(
     storage: Storage, identity: Identity, layout: Layout, *, fixed_stored: bool, notes: dict[str, Any]
 ) -> Manifest:
-    """The manifest of the cache at hand, written anew where there is none or where views are added."""
+    """The manifest of the cache: the stored one, or a new one if there is none or if views are added."""
     existing = storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES)
     new = Manifest(
         id=identity.cache_id,
@@ -411,14 +433,14 @@ def _open_manifest(
     if existing is None:
         if storage.create(MANIFEST, dump_manifest(new)):
             return new
-        # Somebody else began at the same moment.
+        # Another builder created it at the same moment.
         existing = storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES)
     manifest = read_manifest(existing, url=storage.url)
-    # A cache stays in the format that it was begun in.
+    # An existing cache keeps its format.
     identity = identity.model_copy(update={"format_version": manifest.identity.format_version})
     new = new.model_copy(update={"id": identity.cache_id, "identity": identity})
     if not fixed_stored and not manifest.identity.differences(identity):
-        # Cut off before anything was stored but this: begun again.
+        # An earlier builder was killed before it stored anything else.
         storage.put(MANIFEST, dump_manifest(new))
         return new
     differences = manifest.identity.differences(identity)
@@ -429,7 +451,7 @@ def _open_manifest(
         raise IdentityMismatch(
             f"{storage.url} holds another cache ({manifest.id[:12]}…); it differs in\n  "
             + "\n  ".join(differences)
-            + "\nChoose another place, or restore what differs; nothing was changed."
+            + "\nChoose another path, or restore what differs; nothing was changed."
         )
     if manifest.state == "open" and layout.num_views < manifest.layout.num_views:
         manifest = _forget_views(storage, manifest, layout)
@@ -440,7 +462,7 @@ def _open_manifest(
 
 
 def _forget_views(storage: Storage, manifest: Manifest, layout: Layout) -> Manifest:
-    """Take back views that were asked for and never finished; those that were sealed before stay."""
+    """Remove views that were requested and never finished; views that were sealed before stay."""
     gathered = storage.get(RECEIPTS, limit=receipts_limit(manifest.layout))
     names = read_receipts(gathered, url=storage.url).keys() - {PER_CACHE} if gathered is not None else set()
     num_views = max([layout.num_views, *(Block.from_name(name).view + 1 for name in names)])
@@ -455,7 +477,7 @@ def _forget_views(storage: Storage, manifest: Manifest, layout: Layout) -> Manif
 
 
 def provenance() -> dict[str, Any]:
-    """How this came to be: recorded, never hashed."""
+    """Time, host, versions and command, for the record; not part of any hash."""
     versions = {}
     for package in (
         "logitcache",

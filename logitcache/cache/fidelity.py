@@ -1,9 +1,9 @@
-"""What an encoding costs and what it loses, measured on real logits; and the choice that follows."""
+"""Measure size and accuracy of encodings on real logits, and choose one."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,21 +21,21 @@ from logitcache.losses import kl_divergence
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 HELD_OUT = 0.2
-"""Share of the calibration groups that encodings are measured on, and not fitted to."""
+"""Share of the calibration groups that encodings are measured on instead of fitted to."""
 ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A sample of a teacher's logits, to fit encodings to and to measure them on."""
+    """A sample of a teacher's logits, to fit and to measure encodings."""
 
     logits: Any
-    """(M, C) floats that can be sliced by rows: a tensor, an array or a memory map."""
+    """Floats (M, C): a tensor, an array or a memory map."""
     groups: np.ndarray | None = None
-    """int64 (M,): rows of one group, such as the views of one photo, are never on both sides of the split."""
+    """Group of each row, int64 (M,). Rows of one group, such as views of one photo, stay on one side of the split."""
 
     def split(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Rows to fit to and rows to measure on, sorted; a fifth of the groups is held out.
+        """Row numbers to fit to and to measure on, sorted; a fifth of the groups is held out.
 
         Raises:
             UsageError: fewer than two groups.
@@ -44,7 +44,7 @@ class Calibration:
         names = np.unique(groups)
         if len(names) < 2:
             raise UsageError(
-                f"{len(self.logits)} calibration rows in {len(names)} group make no split; expected at least two "
+                f"{len(self.logits)} calibration rows in {len(names)} group can't be split; expected at least two "
                 "groups, one to fit to and one to measure on"
             )
         held_out = np.random.default_rng(seed).permutation(names)[: max(1, round(HELD_OUT * len(names)))]
@@ -54,30 +54,30 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One encoding on logits that it was not fitted to."""
+    """Size and accuracy of one encoding, measured on logits that it was not fitted to."""
 
     encoding: Encoding
     bytes_per_sample: float
-    """Compressed, as one block of these rows on disk."""
+    """Compressed bytes per row, as one block on disk."""
     fixed_bytes: int
-    """Stored once in a cache, however many rows it has."""
+    """Bytes that are stored once per cache."""
     kl: dict[float, float]
-    """Mean KL(teacher ‖ decoded) by temperature, in nats, without the factor T²; infinite if classes are left out."""
+    """Mean KL(teacher ‖ decoded) by temperature, in nats, without the factor T²; infinite if classes are dropped."""
     kl_max: float
-    """The largest of any row at T = 1."""
+    """Largest KL of a row at T = 1."""
     top1_agreement: float
-    """Share of rows whose most probable class survives."""
+    """Share of rows whose most probable class is unchanged."""
     encode_rows_per_second: float
     decode_rows_per_second: float
 
 
 def measure(encoding: Encoding, logits: Any, *, temperatures: Sequence[float] = TEMPERATURES) -> Fidelity:
-    """Encode logits, store them as a block would be, decode them, and compare.
+    """Encode logits, compress them like a block, decode them, and compare.
 
     Args:
-        encoding: fitted, where it needs that.
-        logits: (B, C) floats.
-        temperatures: at which the divergence is taken.
+        encoding: fitted, if it needs fitting.
+        logits: floats (B, C).
+        temperatures: to measure the KL divergence at.
     """
     logits_BC = float_tensor(logits)
     start = time.perf_counter()
@@ -111,16 +111,16 @@ def measure(encoding: Encoding, logits: Any, *, temperatures: Sequence[float] = 
 
 
 def encode_all(encoding: Encoding, logits_BC: Tensor) -> dict[str, Tensor]:
-    """Encode rows of view 0, some at a time."""
+    """Encode rows as view 0, in batches."""
     starts = range(0, len(logits_BC), ROWS_AT_ONCE)
     parts = [encoding.encode(logits_BC[start : start + ROWS_AT_ONCE], view=0, start=start) for start in starts]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def fidelity_kl(decoded_BC: Tensor, teacher_BC: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher ‖ decoded) at a temperature, in nats, float32 (B,); without the factor T² of the loss.
+    """KL(teacher ‖ decoded) at a temperature, in nats, float32 (B,), without the factor T² of the loss.
 
-    A class that has no probability on either side counts for nothing, and what rounding makes of zero is zero.
+    Classes with probability 0 on both sides contribute 0, and negative rounding errors count as 0.
     """
     impossible_BC = (decoded_BC == -torch.inf) & ((teacher_BC / temperature).softmax(dim=1) == 0)
     decoded_BC = decoded_BC.masked_fill(impossible_BC, MASKED)
@@ -128,11 +128,11 @@ def fidelity_kl(decoded_BC: Tensor, teacher_BC: Tensor, temperature: float = 1.0
 
 
 MASKED = -1e30
-"""Of a masked class on both sides: -inf would make its share of the divergence 0 * -inf."""
+"""Logit of a class that is masked on both sides; -inf would give 0 * -inf = NaN in the divergence."""
 
 
 def candidates(num_classes: int, num_rows: int) -> list[Encoding]:
-    """Encodings worth trying for so many classes, and so many rows to fit them to."""
+    """Encodings worth trying for a number of classes and of rows to fit to."""
     most = min(int(0.55 * num_classes), num_rows // 4)
     lowranks = [
         LowRank(rank=min(rank, most), step=step, bit_price=bit_price)
@@ -145,7 +145,7 @@ def candidates(num_classes: int, num_rows: int) -> list[Encoding]:
 
 
 FEWEST_COMPONENTS = 16
-"""With fewer classes or rows than allow so many, a dense encoding is small enough."""
+"""Smallest rank worth trying; with fewer classes or rows a dense encoding is small enough."""
 LOWRANKS = [
     (32, 0.1, 2e-4),
     (96, 0.1, 2e-4),
@@ -155,19 +155,21 @@ LOWRANKS = [
     (384, 0.05, 3e-5),
     (512, 0.03, 1e-5),
 ]
-"""Rank, step and bit price, from few bytes to many."""
+"""Rank, step and bit price, by size."""
 
 
-def compare(calibration: Calibration, encodings: Sequence[Encoding], *, advance: Any = None) -> list[Fidelity]:
-    """Fit encodings to four fifths of a calibration sample, and measure them on the rest; cheapest first.
+def compare(
+    calibration: Calibration, encodings: Sequence[Encoding], *, advance: Callable[[], object] | None = None
+) -> list[Fidelity]:
+    """Fit encodings to four fifths of a calibration sample and measure them on the rest; smallest first.
 
     Args:
-        calibration: the sample.
-        encodings: what to compare.
+        calibration: the sample of logits.
+        encodings: the encodings to compare.
         advance: called after each encoding.
 
     Raises:
-        UsageError: a sample that can't be split, or is too small for an encoding.
+        UsageError: the sample can't be split, or is too small for an encoding.
     """
     fitted_rows, measured_rows = calibration.split()
     to_fit, to_measure = calibration.logits[fitted_rows], calibration.logits[measured_rows]
@@ -180,10 +182,10 @@ def compare(calibration: Calibration, encodings: Sequence[Encoding], *, advance:
 
 
 def choose(results: Sequence[Fidelity], *, max_kl: float | None = None, max_bytes: float | None = None) -> Fidelity:
-    """The cheapest encoding within `max_kl` nats at T = 1, or the most faithful within `max_bytes` a sample.
+    """The smallest encoding within `max_kl` nats at T = 1, or the most accurate within `max_bytes` per sample.
 
     Raises:
-        UsageError: none is; says what comes nearest.
+        UsageError: there is none; names the closest.
     """
     if max_bytes is not None:
         within = [
@@ -194,7 +196,7 @@ def choose(results: Sequence[Fidelity], *, max_kl: float | None = None, max_byte
         if not within:
             smallest = min(results, key=lambda each: each.bytes_per_sample)
             raise UsageError(
-                f"no encoding stays within {max_bytes:g} bytes a sample"
+                f"no encoding stays within {max_bytes:g} bytes per sample"
                 f"{'' if max_kl is None else f' and {max_kl:g} nats'}; the smallest, {smallest.encoding!r}, takes "
                 f"{smallest.bytes_per_sample:.1f} bytes and loses {smallest.kl[1.0]:.4f} nats at T = 1"
             )
@@ -204,7 +206,7 @@ def choose(results: Sequence[Fidelity], *, max_kl: float | None = None, max_byte
     if not within:
         best = min(results, key=lambda each: each.kl[1.0])
         raise UsageError(
-            f"no encoding stays within {limit:g} nats at T = 1; the most faithful, {best.encoding!r}, loses "
+            f"no encoding stays within {limit:g} nats at T = 1; the most accurate, {best.encoding!r}, loses "
             f"{best.kl[1.0]:.2g}: raise max_kl"
         )
     return min(within, key=lambda each: each.bytes_per_sample)

@@ -1,4 +1,4 @@
-"""One view's labels in memory, whole or a few blocks at a time: row numbers in, logits out, or other outputs."""
+"""The labels of one view in memory, whole or a few blocks at a time."""
 
 from __future__ import annotations
 
@@ -20,42 +20,43 @@ from logitcache.errors import UsageError
 
 
 class View(ABC):
-    """One view's labels: `logits(index)` gives float32 (B, C) for row numbers (B,), `output` whatever else is held."""
+    """The labels of one view: `logits(index)` returns float32 (B, C), `output` returns other outputs."""
 
     number: int
+    """The view number in the cache."""
     num_classes: int
     num_rows: int
 
     def logits(self, index: Any) -> Tensor:
         """The teacher's logits of the given rows, float32 (B, C), on the view's device.
 
-        Logits are stored up to a constant per row: softmax, losses and arg max are the teacher's, raw values may differ
-        by one number in all classes of a row.
+        Logits are stored up to a constant per row: softmax, losses and argmax are the teacher's; raw values may differ
+        by one number that is the same for all classes of a row.
 
         Args:
-            index: integers (B,), a tensor, array or list: row numbers, or the indices that `ViewDataset` gives for
-                this view. Keep a tensor on the CPU; elsewhere the check waits for the device.
+            index: int (B,): row numbers, or indices from `ViewDataset` of this view. Keep tensors on the CPU; on
+                another device the check waits for that device.
 
         Raises:
-            UsageError: an index of another view, booleans or floats.
-            IndexError: a row beyond the cache.
+            UsageError: indices of another view, booleans or floats.
+            IndexError: a row number beyond the cache.
         """
         return self._decoded(rows_of_view(index, self.number, self.num_rows))
 
     @abstractmethod
     def _decoded(self, rows_B: Tensor) -> Tensor:
-        """Logits of rows that were checked, float32 (B, C)."""
+        """Logits of rows, float32 (B, C); the row numbers are checked already."""
 
     def output(self, name: str, index: Any) -> Tensor:
         """One of the teacher's outputs for the given rows, float32 (B, *shape), on the view's device.
 
         Args:
-            name: "logits", or one of `cache.outputs`.
-            index: as `logits` takes it.
+            name: "logits", or another name in `cache.outputs`.
+            index: as for `logits`.
 
         Raises:
-            UsageError: no such output; an index of another view, booleans or floats.
-            IndexError: a row beyond the cache.
+            UsageError: no such output; indices of another view, booleans or floats.
+            IndexError: a row number beyond the cache.
         """
         if name != LOGITS:
             raise no_output(name, [LOGITS])
@@ -63,18 +64,18 @@ class View(ABC):
 
 
 def no_output(name: str, known: Iterable[str]) -> UsageError:
-    """The error of an output that a cache does not hold."""
+    """The error for an output that the cache does not have."""
     return UsageError(f"the cache has no output {name!r}; it has: {', '.join(known)}")
 
 
 class ViewOfOutputs(View):
-    """A view of several outputs, each read when it is first asked for, or beforehand.
+    """A view with several outputs, each read on first use or by `read`.
 
     Args:
-        number: of the view.
-        num_rows: of the view.
-        shapes: of one sample, by output.
-        read: gives the rows of an output, by its name, as they lie in memory: as `logits` (B, values of a sample).
+        number: the view number.
+        num_rows: rows of the view.
+        shapes: shape of one sample, by output.
+        read: reads an output by name, as a view whose `logits` are its flattened values (B, values of a sample).
     """
 
     def __init__(
@@ -88,10 +89,10 @@ class ViewOfOutputs(View):
         self._parts: dict[str, View] = {}
 
     def read(self, names: Iterable[str]) -> None:
-        """Read outputs that are about to be asked for.
+        """Read some outputs now.
 
         Raises:
-            UsageError: one that is not held.
+            UsageError: the cache has no such output.
         """
         for name in names:
             if name not in self._shapes:
@@ -109,7 +110,7 @@ class ViewOfOutputs(View):
 
 
 class ResidentView(View):
-    """A whole view in memory, encoded; gathers and decodes on its device."""
+    """A whole view in memory, encoded. Gathers and decodes rows on its device."""
 
     def __init__(self, number: int, encoding: Encoding, arrays: Mapping[str, Tensor], num_classes: int) -> None:
         self.number = number
@@ -126,10 +127,10 @@ class ResidentView(View):
 
 
 class StreamedView(View):
-    """A view of which only some blocks are in memory, the most recently used ones.
+    """A view with only its most recently used blocks in memory.
 
-    Fast when consecutive batches stay within `max_blocks` blocks, as `data.order.epoch_order` makes them; right in any
-    order.
+    Works in any order of rows; fast if consecutive batches stay within `max_blocks` blocks, as in the windowed order
+    of `data.order.epoch_order`.
     """
 
     def __init__(
@@ -146,8 +147,7 @@ class StreamedView(View):
         self.number = number
         self.num_classes = layout.num_classes if num_values is None else num_values
         self.num_rows = layout.num_samples
-        self.max_blocks = max_blocks
-        self.blocks_read = 0
+        self._max_blocks = max_blocks
         self._encoding = encoding
         self._read_blocks = read_blocks
         self._layout = layout
@@ -173,9 +173,8 @@ class StreamedView(View):
         if block is None:
             arrays = self._read_blocks([number])
             block = {name: torch.from_numpy(values).to(self._device) for name, values in arrays.items()}
-            self.blocks_read += 1
             self._blocks[number] = block
-            while len(self._blocks) > self.max_blocks:
+            while len(self._blocks) > self._max_blocks:
                 self._blocks.popitem(last=False)
         self._blocks.move_to_end(number)
         return block
@@ -185,7 +184,7 @@ _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32}
 
 
 def _rows(values: Tensor, index: Tensor) -> Tensor:
-    """Some rows of an array; torch gathers its wider unsigned integers only on some devices, so they pass as signed."""
+    """Some rows of an array. Wider unsigned integers are viewed as signed: torch gathers them only on some devices."""
     signed = _SIGNED.get(values.dtype)
     if signed is None:
         return values.index_select(0, index)

@@ -1,4 +1,4 @@
-"""How a cache's views are rendered again, and whether that gives the pixels that the teacher was given."""
+"""Render the views of a cache again, and check that the result is what the teacher saw."""
 
 from __future__ import annotations
 
@@ -17,32 +17,31 @@ from logitcache.errors import IdentityMismatch, UntrustedCode, UsageError
 
 
 def recorded_plan(manifest: Manifest, samples: SampleTable | None, *, url: str, trust: bool) -> ViewPlan:
-    """The plan of a cache's views, which holds samples to their content digests.
+    """The plan of a cache's views; it checks samples against their content digests.
 
     Raises:
-        UsageError: the cache does not say how its views were made, or in a way that can't be built here.
-        UntrustedCode: a transform that is somebody's code, wherever it lies, and `trust` is False.
+        UsageError: the cache has no description of its views, or the transform can't be built from it.
+        UntrustedCode: the transform is third-party code, and `trust` is False.
     """
     transform = manifest.identity.transform
     if transform is None:
         raise UsageError(
-            f"{url} does not say how its views were made: it was created without `view_plan`; render the views as its "
-            "maker did"
+            f"{url} was created without `view_plan`, so its views can't be rendered from it; make the same ViewPlan "
+            "yourself"
         )
     specs = {part: transform[part] for part in ("shared", "teacher_input")}
     for part, spec in specs.items():
         if spec is not None and not isinstance(spec, list):
             raise UsageError(
                 f"{url} was made with a transform given as a Python object ({part}): make the same ViewPlan again, and "
-                "hold it to the cache with `cache.check_plan(plan)`"
+                "check it with `cache.check_plan(plan)`"
             )
     named = list(dict.fromkeys(name for spec in specs.values() for name in entry_points_of(spec or [])))
     if named and not trust:
         raise UntrustedCode(
-            f"the views of {url} are made by code that the cache names: {', '.join(named)}.\nA cache never vouches for "
-            "code, even in the working folder. Look at it, then open the cache with logitcache.open(..., trust=True), "
-            "or --trust on the command line; or make the same ViewPlan yourself, and compare it with "
-            "`cache.check_plan(plan)`"
+            f"the views of {url} are made by code that the cache names: {', '.join(named)}.\nReview this code, even if "
+            "it is in the working folder. Then open the cache with logitcache.open(..., trust=True), or use --trust on "
+            "the command line; or make the same ViewPlan yourself, and check it with `cache.check_plan(plan)`"
         )
     parts = [None if spec is None else build_transform(spec, trust=trust) for spec in specs.values()]
     return ViewPlan(
@@ -58,7 +57,7 @@ def recorded_plan(manifest: Manifest, samples: SampleTable | None, *, url: str, 
 
 
 def recorded_digests(manifest: Manifest, receipts: Mapping[str, Receipt], view: int) -> dict[int, str]:
-    """The digest of what the teacher was given, by row, for the proof rows of a view that are known."""
+    """The stored digests of the teacher's inputs for a few rows of a view, by row."""
     layout = manifest.layout
     digests: dict[int, str] = {}
     for row in proof_rows(manifest.identity.view_seed, view, layout.num_samples):
@@ -71,12 +70,12 @@ def recorded_digests(manifest: Manifest, receipts: Mapping[str, Receipt], view: 
 def check_rendered(
     views: ViewDataset, view: int, recorded: Mapping[int, str], manifest: Manifest, samples: SampleTable | None
 ) -> int:
-    """Render rows of a view and hold their pixels to recorded digests; returns how many were compared.
+    """Render rows of a view and compare them with recorded digests; returns the number of rows compared.
 
     Raises:
-        IdentityMismatch: names the sample, and the library versions that may be the cause.
+        IdentityMismatch: a row differs; names the sample and the library versions that may be the cause.
     """
-    views = ViewDataset(views.dataset, views.plan, rows=views.rows)  # the teacher's own part, whatever the model's
+    views = ViewDataset(views.dataset, views.plan, rows=views.rows)  # with the teacher's preprocessing
     index_of_row = None if views.rows is None else {int(row): index for index, row in enumerate(views.rows)}
     compared = 0
     for row, expected in recorded.items():
@@ -89,7 +88,7 @@ def check_rendered(
             raise IdentityMismatch(
                 f"view {view} of sample {row} ({key}) is not what the teacher saw: rendered here its digest is "
                 f"{found}, in the cache {expected}.\n"
-                "Data, transform and seed agree, so the transform's code renders otherwise here: the cache was built "
+                "Data, transform and seed agree, so the libraries render differently: the cache was built "
                 f"with {_versions(manifest) or 'unknown library versions'} on "
                 f"{manifest.provenance.get('platform', 'unknown')}.\n"
                 "Use those versions, or build the cache again."
@@ -101,19 +100,19 @@ def check_rendered(
 def check_arrived(
     datasets: Iterable[ViewDataset], index: Any, inputs: Any, manifest: Manifest, samples: SampleTable | None
 ) -> int:
-    """Render the first and the last sample of a batch again and compare them with what arrived.
+    """Render the first and the last sample of a batch again and compare them with the batch.
 
     Args:
         datasets: the views that the batch may come from; one that renders the same inputs is enough.
-        index: of the batch, int (B,), as a `ViewDataset` gave it.
-        inputs: of the batch, as the loader gave them.
+        index: the batch's index from a `ViewDataset`, int (B,).
+        inputs: the batch's inputs from the loader.
 
     Returns:
-        How many samples were compared.
+        The number of samples compared.
 
     Raises:
-        UsageError: no dataset at hand holds the batch's samples, or plain row numbers.
-        IdentityMismatch: what arrived is not the view that the index names.
+        UsageError: plain row numbers, or none of the datasets has the samples.
+        IdentityMismatch: a sample differs from the view that its index names.
     """
     views_B, rows_B = (part.tolist() for part in split_index(index))
     places = sorted({0, len(rows_B) - 1}) if rows_B else []
@@ -133,25 +132,24 @@ def check_arrived(
                 reasons.append(_difference(batch_item(inputs, place), rendered))
         if not reasons:
             raise UsageError(
-                f"no dataset at hand has sample {row} of this batch; create `ViewDataset(dataset, cache.view_plan)` "
-                "first, or pass it as `views=`"
+                f"no ViewDataset of this cache has sample {row} of this batch; create `ViewDataset(dataset, "
+                "cache.view_plan)` first, or pass it as `views=`"
             )
         if None not in reasons:
             key = samples.key(row) if samples is not None else str(row)
             raise IdentityMismatch(
                 f"sample {row} ({key}) of this batch is not view {view} as it is rendered here: {reasons[0]}.\n"
                 "Something between the dataset and this call changes the inputs (a loader that casts or normalises, a "
-                "transform on the device), or pairs them with other indices. Check the batch as the dataset gives it, "
-                "and pass a model's own steps as `preprocess=`"
+                "transform on the device) or pairs them with other indices. Check the batch as it comes from the "
+                "dataset, and pass a model's own steps as `preprocess=`"
             )
     return len(places)
 
 
 def _difference(arrived: Any, rendered: Any) -> str | None:
-    """In what an input that arrived differs from the one that was rendered; None where it is the same.
+    """How an input of a batch differs from the rendered one; None if it doesn't.
 
-    A float input may have arrived in another float type, a sequence may have been padded on either side, and a collate
-    function may have added entries.
+    Ignores another float type, padding of a sequence on either side, and entries that a collate function added.
     """
     if isinstance(rendered, Mapping) and isinstance(arrived, Mapping):
         if not arrived.keys() >= rendered.keys():

@@ -1,4 +1,4 @@
-"""What a cache is, and what caches lie somewhere, from the smallest reads: no torch, no receipts, no labels."""
+"""Summaries and listings of caches, from small reads: without torch, receipts or labels."""
 
 from __future__ import annotations
 
@@ -9,35 +9,41 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from logitcache.cache.manifest import MANIFEST, MAX_MANIFEST_BYTES, Contents, Manifest, read_manifest
+from logitcache.cache.names import CacheNames, names_of
 from logitcache.cache.packages import missing_packages, recorded_packages
 from logitcache.errors import CorruptCache, NotACache, StorageError, UnsupportedFormat, UsageError
 from logitcache.registry import offered
 from logitcache.storage import LocalStorage, Storage, open_storage
 
 MAX_DEPTH = 5
-"""Folders between a location and the caches that `find_caches` finds below it."""
+"""Depth to which `find_caches` looks below a location."""
 MAX_REMOTE_FOLDERS = 10_000
 MAX_REMOTE_SECONDS = 600.0
-"""Folders of a store that are looked into, and how long: a server may link to new ones for ever."""
+"""Limits of `find_caches` on a store: a hostile server may list new folders forever."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What `info` and `ls` say of a cache."""
+    """What `info` and `ls` show of a cache."""
 
     url: str
     manifest: Manifest
     contents: Contents | None
-    """None where it would take more than reading the manifest to know."""
+    """None if the manifest alone does not tell, as for an open cache in `ls`."""
+
+    @property
+    def names(self) -> CacheNames:
+        """Readable names of teacher and dataset."""
+        return names_of(self.manifest)
 
     @property
     def bytes_per_sample(self) -> float | None:
-        """Of the labels of one view."""
+        """Bytes of the labels of one sample in one view."""
         return self.contents.label_bytes / self.contents.rows if self.contents and self.contents.rows else None
 
     @property
     def encoding(self) -> str:
-        """As one would write it in Python."""
+        """The encoding as a Python expression, such as `TopK(k=20)`."""
         return _spelled(self.manifest.identity.encoding)
 
     @property
@@ -54,7 +60,7 @@ class Summary:
 
     @property
     def outputs(self) -> dict[str, dict[str, Any]]:
-        """Of each output beside the logits: shape of a sample, encoding, bytes of all rows."""
+        """Shape of a sample, encoding, and bytes of all rows, of each output other than the logits."""
         identity = self.manifest.identity
         sizes = {} if self.contents is None else self.contents.output_bytes
         return {
@@ -65,11 +71,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A cache that lies somewhere and can't be read."""
+    """A cache that was found and can't be read."""
 
     url: str
     kind: str
-    """The name of its error, such as "CorruptCache"."""
+    """Name of the error class, such as "CorruptCache"."""
     error: str
 
 
@@ -88,15 +94,15 @@ SPELLINGS = {
     "sampled": ("Sampled", ("draws",)),
     "values": ("Values", ("dtype",)),
 }
-"""Encodings as they are written in Python; a test holds this to the classes, which are not loaded here."""
+"""Class and parameter order of each encoding, to spell it without importing torch; a test compares with the classes."""
 
 
 def summarise(location: str) -> Summary:
-    """What a cache is: one small read where it is sealed, all receipts where it is still open.
+    """A summary of one cache: one small read if it is sealed, all receipts if it is open.
 
     Raises:
         NotACache, UnsupportedFormat, CorruptCache: as `manifest.read_manifest`.
-        StorageError: the store refuses, or can't be reached.
+        StorageError: the store refuses access or can't be reached.
     """
     storage = open_storage(location)
     manifest = _manifest(storage, "")
@@ -115,10 +121,10 @@ def missing_packages_of(location: str) -> str | None:
 
 
 def find_caches(location: str) -> list[Summary | Unreadable]:
-    """The caches at a location and in the folders below it, by URL; a read each, and what is no cache is passed over.
+    """The caches at a location and in the folders below it, sorted by URL; one read for each folder.
 
     Raises:
-        UsageError: a local folder that is not there.
+        UsageError: there is no such local folder.
         StorageError: the location can't be listed, or there are more folders below it than `MAX_REMOTE_FOLDERS`.
     """
     storage = open_storage(location)
@@ -129,7 +135,7 @@ def find_caches(location: str) -> list[Summary | Unreadable]:
 
     def look(folder: str) -> Manifest | CorruptCache | UnsupportedFormat | None:
         if storage.is_remote and time.monotonic() > until:
-            raise _too_much(location, f"after {MAX_REMOTE_SECONDS:.0f} s there is no end of its folders")
+            raise _too_much(location, f"it has more folders than can be listed in {MAX_REMOTE_SECONDS:.0f} s")
         return _manifest_if_any(storage, folder)
 
     with ThreadPoolExecutor(storage.concurrency) as threads:
@@ -137,7 +143,7 @@ def find_caches(location: str) -> list[Summary | Unreadable]:
         for _ in range(MAX_DEPTH + 1):
             looked += len(level)
             if storage.is_remote and looked > MAX_REMOTE_FOLDERS:
-                raise _too_much(location, f"more than {MAX_REMOTE_FOLDERS} folders lie below it")
+                raise _too_much(location, f"it has more than {MAX_REMOTE_FOLDERS} folders")
             manifests = list(threads.map(look, level))
             for folder, manifest in zip(level, manifests, strict=True):
                 url = f"{storage.url}/{folder}".rstrip("/")
@@ -169,7 +175,7 @@ def _manifest(storage: Storage, folder: str) -> Manifest:
 
 
 def _manifest_if_any(storage: Storage, folder: str) -> Manifest | CorruptCache | UnsupportedFormat | None:
-    """A folder's manifest, or why it can't be read; None where there is none of a cache."""
+    """A folder's manifest, or the error if it can't be read; None if the folder is not a cache."""
     try:
         return _manifest(storage, folder)
     except (CorruptCache, UnsupportedFormat) as error:

@@ -140,7 +140,7 @@ class CacheWriter:
             view: 0 <= view < num_views.
             start: the first row.
             logits: (B, C) floats, a tensor on any device or an array; -inf masks a class. Not probabilities.
-            outputs: (B, *shape) of each additional output of the cache, by name.
+            outputs: (B, *shape) of each extra output of the cache, by name.
             inputs: the teacher's batched inputs for these rows. Digests of a few rows of each view are stored, against
                 which a student checks its own views. Don't pass a padded batch: the digests would include the padding.
             input_digests: these digests by row, for padded inputs or where the inputs are not available;
@@ -263,10 +263,10 @@ class CacheWriter:
         return self._stored_block[1]
 
     def _flattened(self, outputs: Mapping[str, Any], num_rows: int) -> dict[str, Tensor]:
-        """The additional outputs, with their shapes checked, as float32 rows (B, D)."""
+        """The extra outputs, with their shapes checked, as float32 rows (B, D)."""
         if outputs.keys() != self.outputs.keys():
             raise UsageError(
-                f"the additional outputs are {', '.join(sorted(outputs)) or 'none'}; expected those of this cache, by "
+                f"the extra outputs are {', '.join(sorted(outputs)) or 'none'}; expected those of this cache, by "
                 f"name: {', '.join(self.outputs) or 'none'}"
             )
         flat = {}

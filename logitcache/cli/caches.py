@@ -66,7 +66,7 @@ def info_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
 
     found = summarise(cache)
     summary = cache_summary(found)
-    show(summary, as_json, lambda: print_mapping(cache, summary))
+    show(summary, as_json, lambda: print_mapping(f"{found.names.title} ({cache})", summary))
     _note(found.missing_packages)
 
 

@@ -30,6 +30,8 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         "encoding": summary.encoding,
         "bytes": None if contents is None else contents.bytes,
         "bytes_per_sample": summary.bytes_per_sample,
+        "teacher_name": summary.names.teacher,
+        "dataset_name": summary.names.dataset,
         "teacher": manifest.identity.teacher,
         "dataset": manifest.identity.dataset,
         "views": f"{manifest.layout.first_view}:{manifest.layout.num_views}",
@@ -51,7 +53,7 @@ def print_caches(location: str, caches: list[dict[str, Any]], unreadable: list[d
     columns = (Column(name, overflow="fold") for name in ("cache", "id", "teacher", "dataset"))
     table = Table(*columns, "views", "samples", "size", "state")
     for cache in caches:
-        shown = [cache["url"], cache["id"][:12], _short(cache["teacher"]), _short(cache["dataset"]), cache["views"]]
+        shown = [cache["url"], cache["id"][:12], cache["teacher_name"], cache["dataset_name"], cache["views"]]
         size = "-" if cache["bytes"] is None else decimal(cache["bytes"])
         state = "sealed" if cache["sealed"] else "open"
         table.add_row(*map(_plain, [*shown, f"{cache['num_samples']:,}", size, state]))
@@ -73,12 +75,6 @@ def print_transfer(where: str, transfer: Any) -> None:
         highlight=False,
         markup=False,
     )
-
-
-def _short(fingerprint: str) -> str:
-    """A fingerprint with its hash shortened."""
-    name, at, digest = fingerprint.rpartition("@")
-    return f"{name}{at}{digest[:12]}" if len(digest) == 64 else fingerprint
 
 
 def _plain(text: Any) -> str:

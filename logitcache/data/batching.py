@@ -1,4 +1,4 @@
-"""From samples to a batch: stacked, padded, or put together by the user's own function."""
+"""Build batches from samples: stacked, padded, or by the user's own function."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from logitcache.registry import Registry
 # B batch
 
 Batch = tuple[Tensor, Any, Any]
-"""(indices int64 (B,) that carry view and row, inputs, targets)."""
+"""(indices int64 (B,) of view and row, inputs, targets)."""
 
 Collate = Callable[[list[Any]], Any]
-"""From the inputs of B samples to a batch of B rows, in their order."""
+"""Builds a batch of B rows from the inputs of B samples, in order."""
 
 
 class InputPerModel(tuple[Any, ...]):
-    """The inputs of several models, rendered from one view of a sample; each is batched on its own."""
+    """The inputs of several models, rendered from one view of a sample; each is batched separately."""
 
     __slots__ = ()
 
 
 def stack(inputs: Sequence[Any]) -> Any:
-    """Inputs of one shape as one batch: tensors, NumPy arrays, numbers and lists of numbers, or mappings of these."""
+    """Stack inputs of one shape: tensors, NumPy arrays, numbers and lists of numbers, or mappings of these."""
     if not isinstance(inputs[0], Tensor):
         inputs = [as_tensors(each) for each in inputs]
     return default_collate(list(inputs))
 
 
 def pad(inputs: Sequence[Any]) -> Any:
-    """Inputs of different lengths as one batch: the shorter ones are followed by zeros.
+    """Stack inputs of different lengths, padding the shorter ones with zeros at the end.
 
-    Each tensor of a mapping is padded on its own, so an `attention_mask` of ones marks what is no padding.
+    Tensors of a mapping are padded separately, so an `attention_mask` of ones becomes 0 at the padding.
     """
     return _padded([as_tensors(each) for each in inputs])
 
@@ -50,14 +50,14 @@ COLLATES: Registry[Collate] = Registry(
 
 
 def collate(samples: Sequence[tuple[int, Any, Any]], function: Collate | None = None) -> Batch:
-    """Samples of a `ViewDataset` as one batch.
+    """Build a batch from samples of a `ViewDataset`.
 
     Args:
         samples: (index, input, target) of each.
-        function: puts the inputs together; `stack` by default.
+        function: combines the inputs; default `stack`.
 
     Raises:
-        ShapeError: inputs of different sizes, or a function that gives another number of rows.
+        ShapeError: inputs of different sizes, or a function that returns another number of rows.
         UsageError: the function failed.
     """
     index, inputs, targets = zip(*samples, strict=True)
@@ -69,11 +69,11 @@ def collate(samples: Sequence[tuple[int, Any, Any]], function: Collate | None = 
 
 
 def as_tensors(value: Any) -> Any:
-    """NumPy arrays and lists of numbers as tensors, also within mappings, lists and tuples; the rest as it is."""
+    """Convert NumPy arrays and lists of numbers to tensors, also in mappings, lists and tuples; leave other values."""
     if isinstance(value, Tensor | str | bytes):
         return value
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        # torch shares memory with an array, which it warns about where the array can't be written to.
+        # torch warns about arrays that are not writable, because it would share their memory.
         return torch.from_numpy(np.ascontiguousarray(value) if value.flags.writeable else value.copy())
     if isinstance(value, Mapping):
         return {name: as_tensors(part) for name, part in value.items()}
@@ -88,7 +88,7 @@ def as_tensors(value: Any) -> Any:
 
 
 def num_bytes(value: Any) -> int | None:
-    """Bytes of an input once it is tensors; None where it holds anything else."""
+    """Bytes of an input as tensors; None if it contains other values."""
     if isinstance(value, int | float):
         return 8
     if isinstance(value, list):
@@ -108,12 +108,12 @@ def _batch(inputs: list[Any], function: Collate | None) -> Any:
         except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
             found = sorted({_shape(value) for value in inputs})
             raise ShapeError(
-                f"these samples make no batch; their inputs are {', '.join(found)}: end the model's `input` with a "
-                "resize or crop to a fixed size; or pad them, with data.collate=pad or a package.module:function "
+                f"these samples can't be stacked into a batch; their inputs are {', '.join(found)}: end the model's "
+                "`input` with a resize or crop to a fixed size, or pad them with data.collate=pad or your own function "
                 f"({_first_line(error)})"
             ) from error
     try:
-        batch = as_tensors(function(inputs))  # Hugging Face's collators give mappings that are no dict
+        batch = as_tensors(function(inputs))  # Hugging Face's collators return mappings that are not dicts
     except LogitCacheError:
         raise
     except Exception as error:

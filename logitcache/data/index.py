@@ -1,4 +1,4 @@
-"""Sample indices that carry their view: one int64 names (view, row), so labels can't meet another view's pixels."""
+"""Sample indices that contain their view: one int64 for (view, row), so labels always match the pixels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from logitcache.errors import ShapeError, UsageError
 # B batch
 
 ROW_BITS = 40
-"""A row number takes the low 40 bits; a cache has at most 2^40 rows."""
+"""The row number is in the low 40 bits; a cache has at most 2^40 rows."""
 ROW_MASK = 2**ROW_BITS - 1
 
 
@@ -23,25 +23,25 @@ def join_index(view: int, row: int) -> int:
 
 
 def split_index(index: Any) -> tuple[Tensor, Tensor]:
-    """Views and row numbers of indices, int64 (B,) each; the view of a plain row number is -1.
+    """View numbers and row numbers of indices, int64 (B,) each; the view of a plain row number is -1.
 
     Args:
-        index: integers (B,), as `ViewDataset` gives them: a tensor, array or list.
+        index: int (B,), from `ViewDataset`: a tensor, array or list.
 
     Raises:
         UsageError: booleans or floats.
-        ShapeError: more or fewer than one dimension.
+        ShapeError: not one-dimensional.
     """
     index_B = index_tensor(index)
     return (index_B >> ROW_BITS) - 1, index_B & ROW_MASK
 
 
 def index_tensor(index: Any) -> Tensor:
-    """Row numbers or indices as int64 (B,), on the device that they are on.
+    """Row numbers or indices as an int64 tensor (B,), on their device.
 
     Raises:
-        UsageError: booleans or floats: a mask, or numbers that lost their low bits.
-        ShapeError: more or fewer than one dimension.
+        UsageError: booleans (a mask) or floats (which lose the low bits).
+        ShapeError: not one-dimensional.
     """
     try:
         index_B = torch.as_tensor(np.asarray(index) if isinstance(index, range) else index)
@@ -61,13 +61,13 @@ def rows_of_view(index: Any, view: int, num_rows: int) -> Tensor:
     """Row numbers within one view, int64 (B,).
 
     Args:
-        index: plain row numbers, or indices of this view; not both in one batch.
-        view: the view.
+        index: plain row numbers, or indices of this view; not a mix of both.
+        view: the view number.
         num_rows: rows of the view.
 
     Raises:
-        UsageError: an index of another view, or no integers.
-        IndexError: a row beyond the view.
+        UsageError: an index of another view, or values that are not integers.
+        IndexError: a row number beyond the view.
     """
     index_B = index_tensor(index)
     if not index_B.numel():
@@ -80,9 +80,8 @@ def rows_of_view(index: Any, view: int, num_rows: int) -> Tensor:
         other = last if last != view else first
         found = "plain row numbers" if other == -1 else f"indices of view {other}"
         raise UsageError(
-            f"these labels are of view {view}, but the batch has {found}; take `cache.view({max(other, 0)})`, or "
-            "`cache.logits(index)` for batches of several views. If the batch was loaded ahead of `set_view`, choose "
-            "the view by the batch's index"
+            f"these labels are of view {view}, but the batch has {found}; use `cache.logits(index)`, which takes any "
+            f"views, or `cache.view({max(other, 0)})`. A batch that was loaded before `set_view` keeps its view"
         )
     if first != -1:
         index_B, lowest, highest = index_B & ROW_MASK, lowest & ROW_MASK, highest & ROW_MASK

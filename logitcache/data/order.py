@@ -1,4 +1,4 @@
-"""In which order an epoch visits its samples: a pure function of seed and epoch."""
+"""The order of the samples in an epoch: a pure function of seed and epoch."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def epoch_order(
     window_blocks: int | None = None,
     classes: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Positions 0..M-1 in the order that an epoch visits them, int64 (M,).
+    """Positions 0..M-1 in the order of an epoch, int64 (M,).
 
-    Without a window, a uniform shuffle. With one, the blocks that the rows lie in are shuffled, then rows within
-    each `window_blocks` consecutive blocks of that order: so that a streamed view needs few blocks at a time.
-    With `classes` some positions come several times and some not at all, so that each class comes equally often.
+    Without a window, a uniform shuffle. With a window, blocks are shuffled, then rows within each `window_blocks`
+    consecutive blocks of that order, so that a streamed view needs few blocks at a time. With `classes`, some positions
+    repeat and some are left out, so that all classes are equally frequent.
 
     Args:
-        rows: the cache's row number of each position, int64 (M,).
-        seed, epoch: what the order depends on.
+        rows: row number in the cache of each position, int64 (M,).
+        seed, epoch: determine the order.
         rows_per_block, window_blocks: for streamed views.
-        classes: the class of each position, int64 (M,), to be balanced; None takes every position once.
+        classes: class of each position, int64 (M,), to balance; None takes every position once.
     """
     shuffled = keyed_permutation(len(rows), "order", seed, epoch)
     if classes is not None:
@@ -44,10 +44,10 @@ def epoch_order(
 
 
 def balanced_choice(classes: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
-    """M of the positions 0..M-1, each class that occurs equally often (or once more), int64 (M,), class by class.
+    """M of the positions 0..M-1 with all classes equally frequent (up to 1), int64 (M,), sorted by class.
 
-    A class with more samples than its share gives as many of them, others in each epoch; one with fewer gives all of
-    them, again and again. A pure function of seed and epoch, so that it resumes, and is the same on every process.
+    Large classes are subsampled, differently in each epoch; small ones are repeated. A pure function of seed and
+    epoch, so that it is the same after a restart and on every process.
     """
     kinds = np.unique(classes)
     share, left_over = divmod(len(classes), len(kinds))
@@ -65,7 +65,7 @@ def balanced_choice(classes: np.ndarray, *, seed: int, epoch: int) -> np.ndarray
 
 
 def batches(order: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """An order cut into batches; a single sample left over joins the batch before it, for batch norm's sake."""
+    """An order split into batches. A last batch of one sample is merged into the previous one, for batch norm."""
     starts = list(range(0, len(order), batch_size))
     if not starts:
         return []
@@ -75,10 +75,10 @@ def batches(order: np.ndarray, batch_size: int) -> list[np.ndarray]:
 
 
 def run_seed(seed: int) -> int:
-    """The seed of a run's own generators (initial weights), a 63-bit number."""
+    """Seed of a run's initial weights, a 63-bit number."""
     return counter_seed("run", seed) >> 1
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of the net's own randomness (dropout) in one step and one process, a 63-bit number."""
+    """Seed of a model's randomness (dropout) in one step of one process, a 63-bit number."""
     return counter_seed("step", seed, step, rank) >> 1

@@ -1,8 +1,8 @@
-"""Who the samples of a dataset are: their keys, targets and contents.
+"""Identity of the samples of a dataset: keys, targets and content digests.
 
-A dataset is anything map-style whose `dataset[i]` gives (input, target). It may offer `keys` (one string a
-sample; else the key is the position), `targets` (else read sample by sample) and `content(i) -> bytes` (what a
-sample's digest is taken of; else the loaded input).
+A dataset is map-style: `dataset[i]` returns (input, target). Optional attributes are `keys` (one string per sample;
+default: the position), `targets` (default: read sample by sample) and `content(i) -> bytes` (the bytes that a sample's
+digest is computed from; default: the loaded input).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from logitcache.errors import IdentityMismatch, LogitCacheError, SampleMismatch,
 # N samples
 
 DIGEST_BYTES = 16
-"""Of SHA-256, kept for each sample: enough against accident, at 20 MB for ImageNet."""
+"""Bytes of SHA-256 stored per sample: enough to detect accidental changes; 20 MB for ImageNet."""
 
 
 class Dataset(Protocol):
@@ -35,7 +35,7 @@ class Dataset(Protocol):
 
 
 _TARGET_DTYPES = ("int64", "int8", "uint8", "uint16", "uint32")
-"""Tables that somebody made by hand have had the narrower ones."""
+"""Hand-made tables may have the narrower ones."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class SampleTable:
     """The samples of a dataset, in order.
 
     Raises:
-        UsageError: keys that repeat, that are not one string a sample, or that hold a line break; arrays of another
-            shape or dtype.
+        UsageError: keys that repeat, are not one string per sample, or contain a line break; arrays of another shape
+            or dtype.
     """
 
     num_samples: int
     keys: Sequence[str] | None
-    """One a sample, unique; None where the key is the position."""
+    """One unique key per sample; None if the key is the position."""
     targets: np.ndarray
     """int64 (N,)."""
     contents: np.ndarray | None
-    """uint8 (N, 16): the digest of each sample's content; None where it was not taken yet."""
+    """Digest of each sample's content, uint8 (N, 16); None if not computed yet."""
 
     def __post_init__(self) -> None:
         _check_array("targets", self.targets, (self.num_samples,), _TARGET_DTYPES)
@@ -63,28 +63,28 @@ class SampleTable:
             _check_keys(self.keys, self.num_samples)
 
     def fingerprint(self) -> str:
-        """SHA-256 over ordered keys, targets and contents: the identity of the data.
+        """SHA-256 of keys, targets and contents in order: the identity of the dataset.
 
         Raises:
-            UsageError: the contents were not taken.
+            UsageError: the content digests are not computed.
         """
         if self.contents is None:
             raise UsageError(
-                "the sample table has no content digests, which the dataset's identity needs; set "
+                "the sample table has no content digests, which the identity of the dataset needs; set "
                 "contents=content_table(dataset) of logitcache.data.samples"
             )
         keys = None if self.keys is None else hashlib.sha256("\n".join(self.keys).encode()).hexdigest()
         return json_digest([self.num_samples, keys, array_digest(self.targets), array_digest(self.contents)])
 
     def key(self, row: int) -> str:
-        """The key of one row."""
+        """The key of a row."""
         return str(row) if self.keys is None else self.keys[row]
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
         """Row numbers of the given keys, int64 (len(keys),).
 
         Raises:
-            SampleMismatch: a key that this table does not hold.
+            SampleMismatch: a key that is not in the table.
         """
         if self.keys is None:
             rows = np.array([int(key) if key.isdecimal() else -1 for key in keys], dtype=np.int64)
@@ -94,20 +94,20 @@ class SampleTable:
             rows = np.array([place.get(key, -1) for key in keys], dtype=np.int64)
             known = rows >= 0
         if not known.all():
-            strangers = np.flatnonzero(~known)
+            unknown = np.flatnonzero(~known)
             raise SampleMismatch(
-                f"sample {keys[strangers[0]]!r} is not in the cache, which holds {self.num_samples} samples "
-                f"({len(strangers)} of {len(keys)} samples here are unknown to it).\n"
-                "Build a cache over this dataset, or select the samples that the cache holds."
+                f"sample {keys[unknown[0]]!r} is not in the cache, which has {self.num_samples} samples "
+                f"({len(unknown)} of {len(keys)} samples here are missing in it).\n"
+                "Build a cache of this dataset, or select the samples that are in the cache."
             )
         return rows
 
 
 def sample_table(dataset: Dataset) -> SampleTable:
-    """Keys and targets of a dataset; reads samples only where it does not offer `targets`.
+    """Keys and targets of a dataset; reads samples only if the dataset has no `targets`.
 
     Raises:
-        UsageError: keys that no `SampleTable` takes; targets that are no classes.
+        UsageError: invalid keys, or targets that are not class numbers.
     """
     num_samples = len(dataset)
     if num_samples == 0:
@@ -126,7 +126,7 @@ def sample_table(dataset: Dataset) -> SampleTable:
 
 
 def _refuse_names(targets: Any) -> None:
-    """Class names in the place of class numbers."""
+    """Raise a helpful error if targets are class names instead of class numbers."""
     try:
         first = targets[0]
     except (TypeError, LookupError):
@@ -154,23 +154,23 @@ def _check_keys(keys: Sequence[str], num_samples: int) -> None:
     try:
         text = "\n".join(keys)
     except TypeError:
-        stranger = next(key for key in keys if not isinstance(key, str))
-        raise UsageError(f"a sample key is a string, not {stranger!r}") from None
+        invalid = next(key for key in keys if not isinstance(key, str))
+        raise UsageError(f"a sample key is a string, not {invalid!r}") from None
     if text.count("\n") != num_samples - 1:
-        stranger = next(key for key in keys if "\n" in key)
-        raise UsageError(f"the sample key {stranger!r} holds a line break; keys are single lines")
+        invalid = next(key for key in keys if "\n" in key)
+        raise UsageError(f"the sample key {invalid!r} contains a line break; keys are single lines")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        stranger = keys[text.count("\n", 0, error.start)]
+        invalid = keys[text.count("\n", 0, error.start)]
         raise UsageError(
-            f"the sample key {stranger!r} can't be written as UTF-8; rename the file, or give the dataset other `keys`"
+            f"the sample key {invalid!r} can't be written as UTF-8; rename the file, or give the dataset other `keys`"
         ) from None
     if len(set(keys)) != num_samples:
         seen: set[str] = set()
-        stranger = next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        invalid = next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise UsageError(
-            f"{num_samples - len(set(keys))} sample keys repeat, the first being {stranger!r}; each key must name one "
+            f"{num_samples - len(set(keys))} sample keys repeat, the first being {invalid!r}; each key must name one "
             "sample"
         )
 
@@ -185,7 +185,7 @@ def load_sample(dataset: Dataset, index: int) -> tuple[Any, Any]:
     """(input, target) of one sample.
 
     Raises:
-        UnreadableSample: the dataset could not load it; names the sample's key.
+        UnreadableSample: the dataset could not load the sample; names its key.
     """
     try:
         sample = dataset[index]
@@ -200,7 +200,7 @@ def load_sample(dataset: Dataset, index: int) -> tuple[Any, Any]:
             ) from error
         raise UnreadableSample(
             f"sample {sample_key(dataset, index)!r} (number {index}) can't be read: {type(error).__name__}: {error}\n"
-            "Mend or remove it; nothing was changed."
+            "Repair or remove it; nothing was changed."
         ) from error
     if not isinstance(sample, tuple | list) or len(sample) < 2:
         found = f"a mapping of {', '.join(map(repr, sample))}" if isinstance(sample, Mapping) else type(sample).__name__
@@ -212,10 +212,10 @@ def load_sample(dataset: Dataset, index: int) -> tuple[Any, Any]:
 
 
 def content_digest(dataset: Dataset, index: int, loaded: Any = None) -> bytes:
-    """The first 16 bytes of SHA-256 over a sample's content.
+    """The first 16 bytes of SHA-256 of a sample's content.
 
-    The content is `dataset.content(index)` where the dataset offers it (a file's bytes, say), else the input
-    itself as it was `loaded`.
+    The content is `dataset.content(index)` (such as the bytes of a file) if the dataset has this method, else the
+    loaded input.
     """
     content = getattr(dataset, "content", None)
     if content is not None:
@@ -231,9 +231,9 @@ def content_digest(dataset: Dataset, index: int, loaded: Any = None) -> bytes:
 
 
 def input_digest(value: Any) -> bytes:
-    """The first 16 bytes of SHA-256 over what an input says: kind, dtype, shape and values.
+    """The first 16 bytes of SHA-256 of an input's type, dtype, shape and values.
 
-    Inputs are tensors, arrays, PIL images, strings, bytes, numbers, and nests of these in mappings or sequences.
+    Inputs are tensors, arrays, PIL images, strings, bytes, numbers, and mappings and sequences of these.
     """
     digest = hashlib.sha256()
     _feed(digest.update, value)
@@ -267,21 +267,18 @@ def _feed(update: Callable[[bytes], object], value: Any) -> None:
 
 
 def batch_item(batch: Any, index: int) -> Any:
-    """One sample of a batch of tensors, or of a nest of them."""
+    """One sample of a batch of tensors, or of nested mappings and sequences of tensors."""
     if isinstance(batch, Mapping):
         return {name: batch_item(part, index) for name, part in batch.items()}
     if isinstance(batch, tuple | list) and batch and not isinstance(batch[0], str | bytes):
-        return [batch_item(part, index) for part in batch]  # what default_collate makes of samples that are tuples
+        return [batch_item(part, index) for part in batch]  # default_collate makes lists of tuples
     return batch[index]
 
 
 def content_table(
     dataset: Dataset, *, num_workers: int = 0, advance: Callable[[int], object] = lambda count: None
 ) -> np.ndarray:
-    """The content digest of every sample, uint8 (N, 16): one pass over the data.
-
-    Datasets that offer `content` are hashed here, others are loaded by DataLoader workers.
-    """
+    """The content digest of every sample, uint8 (N, 16), in one pass over the data by DataLoader workers."""
     contents = np.empty((len(dataset), DIGEST_BYTES), dtype=np.uint8)
     start = 0
     workers = 0 if getattr(dataset, "in_memory", False) else num_workers
@@ -303,7 +300,7 @@ def content_table(
 
 
 class _ContentDigests(torch.utils.data.Dataset[bytes]):
-    """Content digests by the batch; an error travels as a value, since DataLoader would rewrite its message."""
+    """Content digests by batch. Errors are returned as values, because DataLoader would rewrite their messages."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -323,10 +320,10 @@ def _as_is(batch: Any) -> Any:
 
 
 def compare_samples(cached: SampleTable, here: SampleTable) -> list[str]:
-    """Every difference between two sample tables, a line each; contents only where both have them."""
+    """All differences between two sample tables, one line each; contents only if both tables have them."""
     differences = []
     if (cached.keys is None) != (here.keys is None):
-        differences.append(f"the cache's samples are known by {_naming(cached)}, these by {_naming(here)}")
+        differences.append(f"the cache's samples are identified by {_naming(cached)}, these by {_naming(here)}")
     if cached.keys is not None and here.keys is not None and cached.keys != here.keys:
         place = {key: row for row, key in enumerate(cached.keys)}
         ours = set(here.keys)
@@ -345,22 +342,22 @@ def compare_samples(cached: SampleTable, here: SampleTable) -> list[str]:
     if cached.contents is not None and here.contents is not None:
         for number in np.flatnonzero((cached.contents[rows] != here.contents[indices]).any(axis=1)):
             row = int(rows[number])
-            differences.append(f"sample {row} ({cached.key(row)}) has another content here than in the cache")
+            differences.append(f"sample {row} ({cached.key(row)}) differs in content from the cache")
     return differences
 
 
 def match_rows(cached: SampleTable, here: SampleTable, *, cache_id: str, subset: bool = False) -> np.ndarray:
-    """The cache's row number of each sample of a dataset, int64 (len(dataset),), by key.
+    """The row in the cache of each sample of a dataset, int64 (len(dataset),), matched by key.
 
-    Another order of the cached samples is fine, and so is a part of them where `subset` says that it is meant.
+    The order may differ. With `subset`, samples may be missing from the dataset.
 
     Raises:
-        IdentityMismatch: names the first sample that is missing, unknown or relabelled.
+        IdentityMismatch: a sample is missing, unknown or relabelled; names the first one.
     """
     if cached.keys is None and here.num_samples != cached.num_samples:
         raise IdentityMismatch(
             f"cache {cache_id[:12]}… was built from {cached.num_samples} samples; this dataset has "
-            f"{here.num_samples}.\nThey have no keys to be matched by: use the same dataset, or give it `keys`."
+            f"{here.num_samples}.\nWithout keys they can't be matched: use the same dataset, or give it `keys`."
         )
     rows = cached.rows([here.key(index) for index in range(here.num_samples)])
     if not subset and here.num_samples < cached.num_samples:

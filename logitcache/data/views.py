@@ -1,8 +1,8 @@
-"""Views: one deterministic augmentation of a whole dataset, the same pixels for everyone who asks.
+"""Views: deterministic augmentations of a whole dataset.
 
-View v of row i is a pure function of (sample, transform, view seed, v, i). The shared random part runs first,
-then mixing with a keyed partner, then each model's own deterministic part, so that a teacher may see 384 px
-and its student 224 px of one crop.
+Row i of view v is a pure function of (sample, transform, view seed, v, i). The shared random transform runs first,
+then mixing with a partner, then the deterministic preprocessing of each model, so that a teacher can see 384 px and
+its student 224 px of the same crop.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from logitcache.randomness import counter_seed, keyed_permutation, preserved_gen
 # C classes, H height, W width
 
 PROOF_ROWS = 8
-"""Rows of each view whose input digest is kept."""
+"""Rows of each view whose input digests are stored, to verify views against."""
 MAX_ALPHA = 1e6
-"""Of mixup and CutMix: a draw from a Beta distribution of much more may never end."""
+"""Limit on α of mixup and CutMix: drawing from a Beta distribution with a much larger α may not terminate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mixing:
-    """Mixup and CutMix with a partner drawn from the whole dataset, not from the batch.
+    """Mixup and CutMix with a partner from the whole dataset, not from the batch.
 
-    Sources: Zhang et al. 2018 (arXiv:1710.09412), Yun et al. 2019 (arXiv:1905.04899). With both alphas positive
-    each sample takes one of the two with equal chance.
+    If both are on, each sample gets one of the two with equal probability. Sources: Zhang et al. 2018
+    (arXiv:1710.09412), Yun et al. 2019 (arXiv:1905.04899).
     """
 
     mixup: float = 0.0
-    """α of the Beta(α, α) that mixup's weight is drawn from; 0 is off."""
+    """α of mixup's Beta(α, α) distribution; 0 turns mixup off."""
     cutmix: float = 0.0
-    """α of CutMix, likewise."""
+    """α of CutMix's Beta(α, α) distribution; 0 turns CutMix off."""
     probability: float = 1.0
-    """Of mixing a sample at all."""
+    """Probability that a sample is mixed."""
 
     def __post_init__(self) -> None:
         in_range = 0 <= self.mixup <= MAX_ALPHA and 0 <= self.cutmix <= MAX_ALPHA and 0 <= self.probability <= 1
-        if not in_range:  # nor is NaN
+        if not in_range:  # also true for NaN
             raise UsageError(
                 f"mixup and cutmix lie in [0, {MAX_ALPHA:g}] and the probability in [0, 1]; found {self.config()}"
             )
@@ -65,18 +65,18 @@ class Mixing:
         return (self.mixup > 0 or self.cutmix > 0) and self.probability > 0
 
     def config(self) -> dict[str, float]:
-        """As JSON."""
+        """The settings as JSON."""
         return {"mixup": float(self.mixup), "cutmix": float(self.cutmix), "probability": float(self.probability)}
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """How one sample of one view is mixed: `weight` of the sample itself, the rest of its partner."""
+    """How one sample of one view is mixed: `weight` for the sample itself, the rest for its partner."""
 
     partner: int
     weight: float
     box: tuple[float, float] | None = None
-    """Centre (row, column) of CutMix's patch in [0, 1]; None for mixup."""
+    """Centre (row, column) of the CutMix patch, in [0, 1]; None for mixup."""
 
     def patch(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """(top, bottom), (left, right) of CutMix's patch in an image of this size, cut off where the image ends."""
@@ -94,30 +94,30 @@ class Mixture:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewPlan:
-    """How every view of a dataset is made; the whole of what teacher and student must share."""
+    """How the views of a dataset are made: everything that teacher and student must share."""
 
     transform: Callable[[Any], Any] | None = None
-    """The shared random part: torchvision v2, timm, albumentations or any callable; None leaves samples clean."""
+    """The random transform: torchvision v2, timm, albumentations or any callable; None leaves samples unchanged."""
     seed: int = 0
-    """Which views, out of all that this transform could give."""
+    """Seed of the views."""
     mixing: Mixing = field(default_factory=Mixing)
     preprocess: Callable[[Any], Any] | None = None
     """The teacher's deterministic preprocessing, such as size and normalisation; a student may have its own."""
     num_classes: int | None = None
-    """Needed with mixing, where targets become (C,) distributions."""
+    """Required with mixing, where targets become distributions (C,)."""
     num_samples: int | None = None
-    """Length of the dataset that rows count in; None takes the dataset at hand as the whole."""
+    """Length of the whole dataset, if views are made of a subset; None takes the length of the dataset."""
     contents: np.ndarray | None = None
-    """uint8 (N, 16) content digests that samples are held to when first loaded; None checks nothing."""
+    """Content digests, uint8 (N, 16), that samples are checked against when first loaded; None checks nothing."""
     collate: Collate | None = None
-    """Puts the inputs of a batch together, in their order: `data.batching.pad`, or your own; None stacks them. It is no
-    part of the views' identity: what a sample is must not depend on the batch that it is in."""
+    """Builds a batch from a list of inputs, in order: `data.batching.pad` or your own; None stacks them. It is not part
+    of the identity of the views, because a sample must not depend on its batch."""
     views: range | None = None
-    """Views that may be rendered, such as those that a cache has labels for; None is no limit."""
+    """View numbers that may be rendered, such as those that a cache has labels for; None is no limit."""
     datasets: weakref.WeakSet[ViewDataset] = field(
         default_factory=weakref.WeakSet, init=False, repr=False, compare=False
     )
-    """The `ViewDataset`s of this very plan, for `cache.check_batch`."""
+    """The live `ViewDataset`s of this plan object, for `cache.check_batch`."""
 
     model_input = RenamedAttribute("preprocess")
 
@@ -128,10 +128,10 @@ class ViewPlan:
         vars(self).update(state, datasets=weakref.WeakSet())
 
     def describe(self) -> dict[str, Any]:
-        """What the plan is, as JSON that two machines agree on; `seed` is kept apart in an identity.
+        """The plan without its seed as JSON that is the same on every machine, for the identity of a cache.
 
         Raises:
-            UsageError: a transform that can't be told from another one.
+            UsageError: a transform that can't be described unambiguously.
         """
         return {
             "shared": describe_transform(self.transform) or None,
@@ -140,13 +140,13 @@ class ViewPlan:
         }
 
     def mixes(self, view: int, row: int, num_samples: int) -> bool:
-        """Whether one sample is mixed in one view, as `mixture` has it, without looking for its partner."""
+        """Whether a sample of a view is mixed; faster than `mixture`, because it does not compute the partner."""
         if not self.mixing.active or num_samples < 2:
             return False
         return random.Random(counter_seed("mixing", self.seed, view, row)).random() < self.mixing.probability
 
     def mixture(self, view: int, row: int, num_samples: int) -> Mixture | None:
-        """Partner and weight of one sample in one view; None where it is not mixed."""
+        """Partner and weight of a sample of a view; None if it is not mixed."""
         if not self.mixing.active or num_samples < 2:
             return None
         draw = random.Random(counter_seed("mixing", self.seed, view, row))
@@ -164,7 +164,7 @@ ViewPlan.__init__ = renamed_keyword("model_input", "preprocess")(ViewPlan.__init
 
 @functools.lru_cache(maxsize=256)
 def proof_rows(seed: int, view: int, num_samples: int) -> tuple[int, ...]:
-    """The rows of a view whose input digest the cache keeps, sorted."""
+    """The rows of a view whose input digests the cache stores, sorted."""
     if num_samples <= PROOF_ROWS:
         return tuple(range(num_samples))
     draws = (counter_seed("proof", seed, view, number) % num_samples for number in itertools.count())
@@ -175,23 +175,25 @@ def proof_rows(seed: int, view: int, num_samples: int) -> tuple[int, ...]:
 
 
 class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
-    """A dataset as a teacher saw it: item i of the current view is (index, input, target).
+    """A dataset as the teacher saw it: item i of the current view is (index, input, target).
 
-    `index` is one integer that carries the view and the sample's row number in the cache, for `view.logits(index)` and
-    `cache.logits(index)`: a batch that a worker loaded before `set_view` was called can't meet the labels of the new
-    view. `logitcache.split_index` takes it apart. The target is the dataset's own, or a float32 (C,) distribution where
-    the plan mixes samples. Index with i, or with (view, i). DataLoader workers
-    that load from it end when the process that started them ends.
+    `index` is an integer that contains the view and the sample's row in the cache, for `cache.logits(index)` and
+    `view.logits(index)`. A batch that a worker loaded before `set_view` was called therefore never gets the labels of
+    the new view. `logitcache.split_index` returns the two numbers. The target is the dataset's, or a distribution,
+    float32 (C,), if the plan mixes samples.
+
+    Items are `views[i]`, of the view chosen by `set_view` (at first the first one), or `views[(view, i)]`, as
+    `ViewSampler` chooses them. DataLoader workers end when the process that started them ends.
 
     Args:
-        dataset: map-style, `dataset[i]` gives (input, target).
-        plan: such as `cache.view_plan`.
+        dataset: map-style; `dataset[i]` returns (input, target).
+        plan: how the views are made, such as `cache.view_plan`.
         preprocess: the model's deterministic preprocessing; by default the plan's, which is the teacher's.
-        rows: the cache's row of each sample, from `cache.rows(keys)`, for a subset or another order.
+        rows: the row in the cache of each sample, from `cache.rows(keys)`, for a subset or another order.
 
     Raises:
         UsageError: the dataset's length does not fit the plan, or a partner for mixing is not in the subset.
-        SampleMismatch: a sample's content is not what the teacher saw (when it is first loaded).
+        SampleMismatch: a sample's content differs from what the teacher saw; raised when it is first loaded.
     """
 
     model_input = RenamedAttribute("preprocess")
@@ -213,7 +215,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         if rows is None and len(dataset) != self.num_samples:
             raise UsageError(
                 f"the dataset has {len(dataset)} samples, the cache {self.num_samples}; "
-                "pass rows=cache.rows(keys) to say which these are"
+                "pass rows=cache.rows(keys) to select samples of the cache"
             )
         if rows is not None:
             if len(rows) != len(dataset):
@@ -231,11 +233,12 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         self._shared = adapt_transform(plan.transform)
         self.preprocess = plan.preprocess if preprocess is None else preprocess
         self._preprocess = adapt_transform(self.preprocess)
-        # In shared memory, so that DataLoader workers that persist see a new view, and each other's checks.
-        self._view: Tensor = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        # In shared memory, so that persistent DataLoader workers see a new view, and share which samples are checked.
+        first = torch.tensor([0 if plan.views is None else plan.views.start])
+        self._view: Tensor = first.share_memory_()  # type: ignore[no-untyped-call]
         checked = torch.zeros(len(dataset), dtype=torch.bool)
         self._shared_checked: Tensor = checked.share_memory_()  # type: ignore[no-untyped-call]
-        # Asked for every sample: NumPy answers thirty times as fast as torch.
+        # Read for every sample: NumPy is thirty times as fast as torch here.
         self._checked = self._shared_checked.numpy()
         plan.datasets.add(self)
 
@@ -244,49 +247,49 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._checked = self._shared_checked.numpy()  # shared still: pickling the array would have copied it
+        self._checked = self._shared_checked.numpy()  # still shared memory; a pickled array would be a copy
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def set_view(self, view: int) -> int:
-        """Choose the view that plain indices give, and return it.
+        """Choose the view of plain indices `views[i]`, and return its number.
 
-        Takes effect in running workers too, but not on batches that they have loaded already: these keep the index of
-        the view that they show.
+        Running workers follow too. Batches that they have loaded already keep the index of their view. Use
+        `ViewSampler` to choose views by epoch.
 
         Raises:
-            UsageError: a view that the plan does not have.
+            UsageError: the plan does not have this view.
         """
-        self._view[0] = self._checked_view(view)
+        self._view[0] = self.check_view(view)
         return view
 
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[int, Any, Any]:
         return self.__getitems__([item])[0]
 
     def __getitems__(self, items: Iterable[int | tuple[int, int]]) -> list[tuple[int, Any, Any]]:
-        end_with_parent()  # for loaders of the caller's own
+        end_with_parent()  # for loaders that the caller made
         current = int(self._view[0])
         with preserved_generators():
             return [self._render(*(item if isinstance(item, tuple) else (current, item))) for item in items]
 
     def collate(self, samples: Sequence[tuple[int, Any, Any]]) -> Batch:
-        """Samples as one batch, as the plan's `collate` puts inputs together; for `DataLoader(collate_fn=...)`.
+        """Build a batch from samples with the plan's `collate`, for `DataLoader(collate_fn=views.collate)`.
 
         Raises:
-            ShapeError: inputs of different sizes, or a collate function that gives another number of rows.
+            ShapeError: inputs of different sizes, or a collate function that returns another number of rows.
             UsageError: the collate function failed.
         """
         return collate(samples, self.plan.collate)
 
     def batch(self, items: Iterable[tuple[int, int]]) -> Any:
-        """The inputs of some (view, index) as a model takes them: rendered and batched as for training."""
+        """The batched inputs of some (view, i), rendered as for training."""
         return self.collate(self.__getitems__(items))[1]
 
     def input_digests(self, view: int) -> dict[int, str]:
-        """The digest of the input of each proof row of a view, by row, for `writer.write(input_digests=...)`.
+        """Digests of the inputs of a few rows of a view, by row, for `writer.write(input_digests=...)`.
 
-        Each is rendered alone: a batch may pad it, and then `writer.write(inputs=...)` can't tell what is padding.
+        Needed with padded batches, from which `writer.write(inputs=...)` can't tell a sample from its padding.
         """
         proven = proof_rows(self.plan.seed, view, self.num_samples)
         indices = proven if self.rows is None else np.flatnonzero(np.isin(self.rows, proven)).tolist()
@@ -294,7 +297,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         return self.proofs(items, self.__getitems__(items))
 
     def proofs(self, items: Iterable[tuple[int, int]], samples: Iterable[tuple[int, Any, Any]]) -> dict[int, str]:
-        """The digest of the input of each proof row among some (view, index) that were rendered, by row."""
+        """Input digests, by row, of those rendered (view, i) that the cache stores digests for."""
         return {
             row: input_digest(value).hex()
             for (view, index), (_, value, _) in zip(items, samples, strict=True)
@@ -302,17 +305,22 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         }
 
     def row(self, index: int) -> int:
-        """The cache's row number of a sample of this dataset."""
+        """The row in the cache of sample `index` of this dataset."""
         return index if self.rows is None else int(self.rows[index])
 
     def index_of(self, row: int) -> int | None:
-        """Where a row of the cache lies in this dataset; None where a subset does not have it."""
+        """The index in this dataset of a row of the cache; None if a subset does not contain it."""
         if self.rows is None:
             return row if 0 <= row < len(self) else None
         found = np.flatnonzero(np.asarray(self.rows) == row)
         return int(found[0]) if len(found) else None
 
-    def _checked_view(self, view: int) -> int:
+    def check_view(self, view: int) -> int:
+        """The view number, checked.
+
+        Raises:
+            UsageError: the plan does not have this view.
+        """
         if view < 0 or (self.plan.views is not None and view not in self.plan.views):
             known = self.plan.views
             expected = "at least 0" if known is None else f"{known.start} to {known.stop - 1}, those of the cache"
@@ -320,7 +328,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         return view
 
     def _render(self, view: int, index: int) -> tuple[int, Any, Any]:
-        self._checked_view(view)
+        self.check_view(view)
         index = operator.index(index)
         if not 0 <= index < len(self.dataset):
             raise IndexBeyondEnd(
@@ -384,7 +392,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
 
 @dataclass(frozen=True)
 class BothInputs:
-    """The deterministic parts of two models on one rendered view: (student's input, teacher's input)."""
+    """The preprocessing of student and teacher on one rendered view: (student's input, teacher's input)."""
 
     student: Callable[[Any], Any] | None
     teacher: Callable[[Any], Any] | None
@@ -401,13 +409,13 @@ class BothInputs:
 def to_float_image(value: Any) -> Any:
     """A PIL image or uint8 (H, W), (H, W, C) array or (C, H, W) tensor as float32 (C, H, W) in [0, 1].
 
-    Anything else (a float tensor, text) passes as it is. Arrays of shape (H, W, C) are images as OpenCV and
-    albumentations have them; tensors are torch's.
+    Other values (float tensors, text) are returned unchanged. Arrays are (H, W, C), as in OpenCV and albumentations;
+    tensors are (C, H, W), as in torch.
     """
     if hasattr(value, "mode") and hasattr(value, "tobytes"):
         value = np.asarray(value)
     if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3):
-        # One NumPy division: three torch calls on an image this small cost more than the rendering.
+        # One NumPy division: for a small image three torch calls would cost more than the rendering.
         scaled = np.divide(value, np.float32(255), dtype=np.float32)
         channels_last = scaled[:, :, None] if scaled.ndim == 2 else scaled
         return torch.from_numpy(np.ascontiguousarray(channels_last.transpose(2, 0, 1)))
@@ -417,7 +425,7 @@ def to_float_image(value: Any) -> Any:
 
 
 def _mixable(value: Any) -> Any:
-    """An input that mixup or CutMix can be applied to; an array as a tensor.
+    """A float tensor that mixup or CutMix can be applied to.
 
     Raises:
         UsageError: integers, such as token ids, or a mapping of inputs.
@@ -434,7 +442,7 @@ def _mixable(value: Any) -> Any:
 
 
 def _mix(pixels: Any, other: Any, mixture: Mixture) -> tuple[Tensor, float]:
-    """The mixed image, and the weight that the sample itself keeps in it."""
+    """The mixed image, and the weight of the sample itself in it."""
     if not isinstance(pixels, Tensor) or not isinstance(other, Tensor) or pixels.shape != other.shape:
         shapes = [tuple(getattr(value, "shape", ())) or type(value).__name__ for value in (pixels, other)]
         raise ShapeError(
@@ -457,7 +465,7 @@ def _span(centre: float, side: float, length: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=2)
 def _partners(num_samples: int, seed: int, view: int) -> np.ndarray:
-    """Partner of each row, int64 (N,): its successor on one keyed cycle through all rows, never itself."""
+    """Partner of each row, int64 (N,): its successor in a keyed cycle through all rows, never itself."""
     cycle = keyed_permutation(num_samples, "partner", seed, view)
     partners = np.empty_like(cycle)
     partners[cycle] = np.roll(cycle, -1)

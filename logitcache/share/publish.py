@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from logitcache.cache.ensemble import MERGED
 from logitcache.cache.layout import PER_CACHE, Block
 from logitcache.cache.manifest import MANIFEST, RECEIPTS, Manifest, Receipt, Sha256, dump_manifest
+from logitcache.cache.names import NAMES
 from logitcache.cache.packages import ENCODING_PACKAGES
 from logitcache.cache.records import (
     Records,
@@ -20,7 +21,7 @@ from logitcache.cache.records import (
 from logitcache.errors import REBUILD, CorruptCache, IdentityMismatch, NotACache, UsageError
 from logitcache.storage import Storage
 
-PUBLIC_PROVENANCE = ("created", "python", "versions", "encoding", ENCODING_PACKAGES, "card", MERGED)
+PUBLIC_PROVENANCE = ("created", "python", "versions", "encoding", ENCODING_PACKAGES, "card", NAMES, MERGED)
 """Keys of the provenance that an anonymous push keeps."""
 
 

@@ -199,7 +199,7 @@ def test_a_batch_of_a_subset_is_checked_by_its_rows(cache: logitcache.LogitCache
     index, inputs, _ = next(iter(DataLoader(views, batch_size=3)))
 
     assert 2 == cache.check_batch(index, inputs)
-    with pytest.raises(UsageError, match="no dataset at hand has sample 30 of this batch"):
+    with pytest.raises(UsageError, match="no ViewDataset of this cache has sample 30 of this batch"):
         cache.check_batch([join_index(0, 30)], inputs)
 
 

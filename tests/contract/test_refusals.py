@@ -79,7 +79,7 @@ def forge_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> No
 # Sample tables
 
 TABLES: dict[str, tuple[dict[str, Any], str]] = {
-    "a key with a line break": ({"keys": ["a\nb", *map(str, range(19))]}, "holds a line break"),
+    "a key with a line break": ({"keys": ["a\nb", *map(str, range(19))]}, "contains a line break"),
     "a key twice": ({"keys": ["a", "b", "a", *map(str, range(17))]}, "1 sample keys repeat, the first being 'a'"),
     "19 keys of 20": ({"keys": [str(row) for row in range(19)]}, "20 samples has as many keys; found 19"),
     "21 keys of 20": ({"keys": [str(row) for row in range(21)]}, "20 samples has as many keys; found 21"),

@@ -121,7 +121,7 @@ def test_the_accuracy_is_that_of_the_first_class_of_view_0(tmp_path: Path) -> No
     path = build(tmp_path / "a", dataset=None, samples=table(targets))
 
     assert (37, 50, 50) == first_class_accuracy(logitcache.open(path))
-    assert "in **74.00%** of the first 50 rows of view 0." in card(path)
+    assert "Teacher top-1 accuracy: **74.00%**, on the first 50 rows of view 0." in card(path)
 
 
 def test_mixed_rows_are_left_out_of_the_accuracy(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_mixed_rows_are_left_out_of_the_accuracy(tmp_path: Path) -> None:
 
     assert 10 < unmixed < 40
     assert (unmixed, unmixed, 50) == first_class_accuracy(logitcache.open(path))
-    assert f"in **100.00%** of the {unmixed} unmixed ones among the first 50 rows of view 0." in card(path)
+    assert f"**100.00%**, on the {unmixed} unmixed rows among the first 50 rows of view 0." in card(path)
 
 
 def test_where_every_row_is_mixed_no_accuracy_is_stated(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_an_edited_card_is_left_alone_until_the_cache_grows(tmp_path: Path) -> N
 
     build(path, num_views=2)
     assert "mit" == front_matter(card(path))["license"]
-    assert "| views of each | 2 |" in card(path)
+    assert "| views | 2 |" in card(path)
 
 
 def test_a_writer_that_was_killed_between_records_and_card_leaves_no_outdated_card(

@@ -321,7 +321,7 @@ def test_a_file_of_another_kind_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has students, so it is a pipeline's file: run `logitcache train-student`"):
         load_federation(Path(__file__).parents[2] / "pipelines/mnist5k.yaml")
     (tmp_path / "list.yaml").write_text("- a")
-    with pytest.raises(UsageError, match="holds list; expected a federation: a mapping with .*parties"):
+    with pytest.raises(UsageError, match="contains a list; expected a federation: a mapping with .*parties"):
         load_federation(tmp_path / "list.yaml")
 
 
@@ -341,7 +341,7 @@ def test_the_example_is_a_federation() -> None:
     federation = load_federation(file)
 
     assert federation == Federation.model_validate(yaml.safe_load(yaml.safe_dump(federation.model_dump())))
-    with pytest.raises(UsageError, match="is a federation's file: run `logitcache federate` on it"):
+    with pytest.raises(UsageError, match="describes a federation: run `logitcache federate"):
         load_pipeline(file)
     assert 3 <= len({party.net.model + str(party.net.args) for party in federation.parties if party.net})
 

@@ -18,7 +18,8 @@ from logitcache.config.schema import Pipeline
 from logitcache.errors import UsageError
 from logitcache.extras.initialisation import Init, init_from_config, initialise, taylor_importance
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Bench, train_students, train_teacher
+from logitcache.stages.train_student import Experiment, train_students
+from logitcache.stages.train_teacher import train_teacher
 from tests.integration.test_stages import log, run_for, same, weights
 
 Make = Callable[..., Pipeline]
@@ -385,7 +386,7 @@ def test_a_run_says_where_its_parameters_came_from_and_starts_there(tiny: Make, 
     pipeline = tiny(*TRAINED, f"students.small.init={{from: teacher, width: {width}, calibration: 100}}")
     train_teacher(pipeline)
     cache_teacher(pipeline)
-    job = Bench(pipeline).job(pipeline.student("small"), 0)
+    job = Experiment(pipeline).job(pipeline.student("small"), 0)
     started = {name: value.clone() for name, value in job.model.state_dict().items()}
     train_students(pipeline, ["small"])
     folder = tmp_path / "runs/small/seed-0"
@@ -396,10 +397,10 @@ def test_a_run_says_where_its_parameters_came_from_and_starts_there(tiny: Make, 
     assert "body.0.weight  8x64   body.0.weight  32x64  [body.0], all" in (folder / "init.txt").read_text()
     assert "started_from: mlp@" in (folder / "run.yaml").read_text()
     with pytest.raises(
-        UsageError, match=r"holds a run of another configuration \(differs in student.init, started_from\)"
+        UsageError, match=r"contains a run of another configuration \(differs in student.init, started_from\)"
     ):
         train_students(tiny(*TRAINED), ["small"])
-    with pytest.raises(UsageError, match=r"holds a run of another configuration \(differs in student.init.width\)"):
+    with pytest.raises(UsageError, match=r"contains a run of another configuration \(differs in student.init.width\)"):
         train_students(
             tiny(*TRAINED, "students.small.init={from: teacher, width: random, calibration: 100}"), ["small"]
         )
@@ -410,7 +411,7 @@ def test_a_head_start_shows(tiny: Make, tmp_path: Path) -> None:
     pipeline = tiny(*TRAINED, "students.small.args={hidden: [32]}", "students.small.init=teacher")
     result = train_teacher(pipeline)
     cache_teacher(pipeline)
-    job = Bench(pipeline).job(pipeline.student("small"), 0)
+    job = Experiment(pipeline).job(pipeline.student("small"), 0)
 
     assert job.test is not None
     assert result["accuracy"] == job.test.measure(job.model, job.device)["accuracy"] > 0.7

@@ -35,7 +35,8 @@ from logitcache.extras.student_export.cost import count_macs, median_seconds
 from logitcache.extras.student_export.onnx_model import OnnxModel, hold_to_torch, quantise
 from logitcache.randomness import keyed_permutation
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import train_students, train_teacher
+from logitcache.stages.train_student import train_students
+from logitcache.stages.train_teacher import train_teacher
 from tests.commands import logitcache as command
 from tests.commands import refused
 

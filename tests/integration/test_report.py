@@ -36,7 +36,8 @@ from logitcache.extras.report.trees import drawn_nodes, mean_use, paths
 from logitcache.extras.report.words import ClassNames, decimal, name_of, percent, size
 from logitcache.extras.soft_tree import SoftTree
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Row, train_students, train_teacher
+from logitcache.stages.train_student import Row, train_students
+from logitcache.stages.train_teacher import train_teacher
 from logitcache.train.loop import train
 from tests.commands import logitcache as command
 from tests.commands import refused
@@ -845,7 +846,7 @@ def test_what_can_not_be_measured_says_why(built: Any, tmp_path: Path) -> None:
     written = write_report(folder / "tiny.cache", tmp_path / "r.html", runs=tmp_path / "runs")
     page = written.path.read_text()
 
-    assert "are not measured: image_folder: there is no folder" in page
+    assert "are not measured: image_folder: the folder" in page
     assert "Not finished, and left out: small/seed-1." in page
     assert "Not readable, and left out: labels/seed-1." in page
     assert all(student["agreement_mean"] is None for student in written.headline["students"])
@@ -865,13 +866,13 @@ def test_labels_that_a_program_gave_are_not_called_the_caches(built: Any, tmp_pa
     """As the demo does for the student on labels of one clean view."""
     from logitcache.config.schema import load_pipeline
     from logitcache.extras.demo import CleanLabels
-    from logitcache.stages.train_student import Bench
+    from logitcache.stages.train_student import Experiment
 
     folder, _, _ = built
     cache = open_cache(folder / "tiny.cache")
-    bench = Bench(load_pipeline(folder / "tiny.yaml", [f"runs.path={tmp_path}"]))
-    views = logitcache.ViewDataset(bench.data.train, bench.plan)
-    train(bench.job(bench.pipeline.student("small"), 0, labels=CleanLabels(cache, views, bench.device)))
+    experiment = Experiment(load_pipeline(folder / "tiny.yaml", [f"runs.path={tmp_path}"]))
+    views = logitcache.ViewDataset(experiment.data.train, experiment.plan)
+    train(experiment.job(experiment.pipeline.student("small"), 0, labels=CleanLabels(cache, views, experiment.device)))
 
     assert ["given by the program"] == [student.labels for student in find_runs(tmp_path, cache).students]
 
@@ -908,7 +909,7 @@ def test_wrong_requests_are_refused_and_what_was_there_stays(built: Any, tmp_pat
     refused(command("report", cache, "-o", old, "--runs", tmp_path / "gone"), 2, "there is no such folder")
     (tmp_path / "empty").mkdir()
     refused(command("report", cache, "-o", old, "--runs", tmp_path / "empty"), 2, "holds no run")
-    refused(command("report", cache, "-o", old, "--data", tmp_path / "gone.yaml"), 2, "there is no pipeline file")
+    refused(command("report", cache, "-o", old, "--data", tmp_path / "gone.yaml"), 2, "gone.yaml does not exist")
     assert "before" == old.read_text()
 
 

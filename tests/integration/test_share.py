@@ -167,7 +167,7 @@ def test_some_views_are_a_cache_that_says_which_it_holds(store: str, on: Any, wh
     assert "2:4" == run_json("info", tmp_path / "later.cache")["views"]
     assert [] == verify(str(tmp_path / "later.cache"), deep=True)
     assert_reads(tmp_path / "later.cache", whole, range(2, 4))
-    with pytest.raises(UsageError, match="copy of views 2 to 3 only"):
+    with pytest.raises(UsageError, match="partial copy with views 2 to 3, without view 0"):
         later.view(0)
 
 

@@ -20,7 +20,8 @@ from logitcache.extras.soft_tree import SoftTree
 from logitcache.extras.student_export import export_run, load_student
 from logitcache.extras.student_export.onnx_model import OnnxModel, export_onnx, hold_to_torch
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import train_students, train_teacher
+from logitcache.stages.train_student import train_students
+from logitcache.stages.train_teacher import train_teacher
 from tests.durability.test_ranks import torchrun
 from tests.integration.test_stages import log, same, weights
 from tests.integration.test_train import EVERYTHING, train_until

@@ -68,7 +68,7 @@ def test_a_damaged_file_is_named(fashion: Path) -> None:
     file = fashion / "train-images-idx3-ubyte.gz"
     file.write_bytes(file.read_bytes()[:200])
 
-    with pytest.raises(DatasetUnavailable, match="train-images-idx3-ubyte.gz is no gzipped IDX file"):
+    with pytest.raises(DatasetUnavailable, match="train-images-idx3-ubyte.gz is not a gzipped IDX file"):
         load_data("fashion_mnist", root=fashion)
 
 
@@ -92,7 +92,7 @@ def test_an_image_folder_is_known_by_relative_paths(tmp_path: Path) -> None:
     assert (["cat", "dog"], 2) == (data.class_names, data.num_classes)
     assert ["cat/0.png", "cat/1.png", "cat/2.png", "dog/0.png", "dog/1.png", "dog/2.png"] == list(data.train.keys)  # type: ignore[attr-defined]
     assert (4, 2) == (len(data.validation), len(data.test))  # type: ignore[arg-type]
-    with pytest.raises(DatasetUnavailable, match="there is no folder"):
+    with pytest.raises(DatasetUnavailable, match="does not exist; set data.root"):
         load_data("image_folder", root=tmp_path / "gone")
 
 
@@ -113,7 +113,7 @@ def test_models_fit_the_data(name: str, args: dict[str, object], shape: Sequence
     model = build_model(name, num_classes=7, input_shape=shape, args=args)
 
     check_output(model, torch.zeros(1, *shape), 7, name=name)
-    with pytest.raises(ShapeError, match=r"gives \(1, 7\) for one sample; expected \(1, 8\)"):
+    with pytest.raises(ShapeError, match=r"returns \(1, 7\) for one sample; expected \(1, 8\)"):
         check_output(model, torch.zeros(1, *shape), 8, name=name)
 
 
@@ -142,7 +142,7 @@ def test_weights_come_back_as_they_were_and_others_are_refused(tmp_path: Path) -
             build_model("cnn", num_classes=9, input_shape=(1, 8, 8), args={"widths": [4]}), tmp_path / "w.safetensors"
         )
     (tmp_path / "no.safetensors").write_bytes(b"no weights")
-    with pytest.raises(UsageError, match="is no safetensors file"):
+    with pytest.raises(UsageError, match="is not a safetensors file"):
         load_weights(model, tmp_path / "no.safetensors")
 
 

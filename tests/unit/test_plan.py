@@ -92,7 +92,7 @@ def test_the_choice_keeps_its_limits(limits: dict[str, float], expected: float) 
     [
         pytest.param({"max_kl": 1e-9}, "no encoding stays within 1e-09 nats", id="nats"),
         pytest.param({"max_bytes": 5}, "the smallest, .* takes 10.0 bytes", id="bytes"),
-        pytest.param({"max_bytes": 35, "max_kl": 0.01}, "35 bytes a sample and 0.01 nats", id="both"),
+        pytest.param({"max_bytes": 35, "max_kl": 0.01}, "35 bytes per sample and 0.01 nats", id="both"),
     ],
 )
 def test_limits_that_nothing_keeps_are_told(limits: dict[str, float], message: str) -> None:

@@ -34,7 +34,8 @@ from logitcache.extras.federation.configuration import Federation, PartyConfig
 from logitcache.extras.federation.exchange import is_there, publish, published_at, receive, wait_for
 from logitcache.randomness import counter_seed
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import train_students, train_teacher
+from logitcache.stages.train_student import train_students
+from logitcache.stages.train_teacher import train_teacher
 from logitcache.train.ranks import launched
 from logitcache.train.runs import RESULT
 

@@ -33,6 +33,7 @@ from logitcache.cache.fidelity import Calibration
 from logitcache.cache.labelview import View
 from logitcache.cache.layout import Block, all_blocks, block_rows, blocks_per_view
 from logitcache.cache.manifest import Manifest
+from logitcache.cache.names import recorded_names
 from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.cache.writer import CacheWriter
 from logitcache.data.samples import SampleTable
@@ -139,6 +140,7 @@ def merge(
         calibration=lambda: calibration_sample(average, first, num_views),
         samples=samples,
         rows_per_block=first.layout.rows_per_block,
+        names={"dataset": recorded_names(first.manifest).get("dataset")},
         notes={MERGED: {"mean": mean, "parts": [part.model_dump() for part in parts]}},
     )
     with writer:

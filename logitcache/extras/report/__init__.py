@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from logitcache.cache.names import names_of
 from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.config.schema import Pipeline
 from logitcache.errors import UsageError
@@ -124,7 +125,7 @@ def _page(
         ]
     headline = {"kl_mean": cache.kl_mean, **numbers, "students": students}
     page = render(
-        title=f"Cache {cache.id[:12]} of {name_of(cache.manifest.identity.teacher.partition('@')[0])}",
+        title=name_of(names_of(cache.manifest).title, 200),
         sections=sections,
         tiles=_tiles(cache, numbers, found),
         class_names=ClassNames(cache.manifest.identity.class_names),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from logitcache.cache.layout import PER_CACHE, Block
+from logitcache.cache.names import names_of
 from logitcache.cache.reader import LogitCache
 from logitcache.extras.report import charts, measures
 from logitcache.extras.report.figures import Figure, Section, Table, histogram_figure
@@ -38,6 +39,7 @@ def cache_section(cache: LogitCache) -> Section:
     """What the cache is."""
     identity, provenance = cache.manifest.identity, cache.manifest.provenance
     rows = sum(receipt.rows for name, receipt in cache.receipts.items() if name != PER_CACHE)
+    names = names_of(cache.manifest)
     versions = provenance.get("versions")
     facts = [
         ("id", cache.id),
@@ -47,9 +49,11 @@ def cache_section(cache: LogitCache) -> Section:
         ("classes", count(cache.num_classes)),
         ("encoding", name_of(repr(cache.encoding), 200)),
         ("size", f"{size(cache.stored_bytes)}; {decimal(cache.target_bytes / max(rows, 1))} bytes a label"),
-        ("teacher", name_of(identity.teacher, 160)),
+        ("teacher", name_of(names.teacher)),
+        ("teacher's fingerprint", name_of(identity.teacher, 160)),
         ("precision", name_of(identity.precision)),
-        ("dataset", name_of(identity.dataset, 160)),
+        ("dataset", name_of(names.dataset)),
+        ("dataset's fingerprint", name_of(identity.dataset, 160)),
         *transform_lines(identity.transform),
         ("view seed", str(identity.view_seed)),
         ("created", name_of(provenance.get("created", "not stated"))),

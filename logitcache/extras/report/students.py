@@ -19,7 +19,7 @@ from torch import nn
 
 from logitcache.cache.reader import LogitCache
 from logitcache.catalog.calling import call_model, model_logits
-from logitcache.config.build import resolve_model
+from logitcache.config.build import recorded_pipeline, resolve_model
 from logitcache.config.schema import StudentConfig
 from logitcache.data.batching import num_bytes
 from logitcache.data.loading import part_of
@@ -35,7 +35,7 @@ from logitcache.extras.student_export.facts import Product
 from logitcache.extras.student_export.source import exported_product
 from logitcache.progress import track
 from logitcache.stages.train_student import Row, summarise
-from logitcache.train.finished import Run, read_run, run_pipeline
+from logitcache.train.finished import Run, read_run
 from logitcache.train.runs import CONFIG, RESULT
 
 # B batch, C classes, I inner nodes, L leaves, M rows, S seeds
@@ -251,7 +251,7 @@ class _Measuring:
     def _data_of(self, run: Run) -> FittedData:
         if self._given is not None:
             return self._given
-        pipeline = run_pipeline(run)
+        pipeline = recorded_pipeline(run.folder)
         key = json.dumps([pipeline.data.model_dump(), pipeline.views.model_dump(), pipeline.teacher.model_dump()])
         if key not in self._fitted:
             try:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
+from logitcache.config.build import recorded_pipeline
 from logitcache.config.schema import DataConfig, Pipeline, StudentConfig
 from logitcache.errors import IdentityMismatch, LogitCacheError, UsageError
 from logitcache.extras.student_export.facts import (
@@ -23,7 +24,7 @@ from logitcache.extras.student_export.facts import (
     file_facts,
     read_product,
 )
-from logitcache.train.finished import Run, read_run, run_pipeline
+from logitcache.train.finished import Run, read_run
 from logitcache.train.runs import CONFIG, RESULT
 
 Weights = Literal["best", "last"]
@@ -52,7 +53,7 @@ class Source:
         Raises:
             IdentityMismatch: it names other data; says in which keys.
         """
-        pipeline = run_pipeline(self.run) if self.given is None else self.given
+        pipeline = recorded_pipeline(self.run.folder) if self.given is None else self.given
         there = _data_identity(self.run.config.get("data"))
         here = _data_identity(pipeline.data.model_dump())
         different = [f"data.{key}: {here[key]!r} here, {there[key]!r} there" for key in here if here[key] != there[key]]
