@@ -96,8 +96,8 @@ def test_a_checkpoint_with_a_flipped_bit_is_refused(tiny: Make, stop: Callable[.
 @pytest.mark.parametrize(
     ("damage", "found"),
     [
-        (lambda data: data[:-1], "is damaged: its content has another SHA-256"),
-        (lambda data: data[: len(data) // 2], "is damaged: its content has another SHA-256"),
+        (lambda data: data[:-1], "is damaged: its content does not match the SHA-256"),
+        (lambda data: data[: len(data) // 2], "is damaged: its content does not match the SHA-256"),
         (lambda data: b"", "is damaged, or from a version of logitcache without SHA-256"),
         (lambda data: data[85:], "is damaged, or from a version of logitcache without SHA-256"),
     ],
@@ -314,7 +314,7 @@ def test_damaged_or_foreign_weights_of_a_finished_run_are_refused(tiny: Make) ->
             cache_teacher(pipeline)
     copied = path.with_name("copied.safetensors")
     copied.write_bytes(flipped)
-    with pytest.raises(CorruptRun, match=r"copied\.safetensors is damaged: its tensors have another SHA-256"):
+    with pytest.raises(CorruptRun, match=r"copied\.safetensors is damaged: its tensors don.t match the SHA-256"):
         load_weights(model, copied)
     copied.write_bytes(whole)
     load_weights(model, copied)

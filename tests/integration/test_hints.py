@@ -162,7 +162,7 @@ def test_relations_count_a_constant_per_row_that_logits_do_not() -> None:
     torch.testing.assert_close(rkd(rows, moved), torch.zeros(4, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", FEATURE_LOSSES)
+@pytest.mark.parametrize("name", list(FEATURE_LOSSES))
 def test_a_loss_of_features_is_0_where_they_agree_and_has_the_gradient_that_differences_show(name: str) -> None:
     loss = hint_loss_from_config(name)
     assert isinstance(loss, FeatureLoss)
@@ -175,7 +175,7 @@ def test_a_loss_of_features_is_0_where_they_agree_and_has_the_gradient_that_diff
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", FEATURE_LOSSES)
+@pytest.mark.parametrize("name", list(FEATURE_LOSSES))
 def test_halves_are_widened_first(name: str, half: torch.dtype) -> None:
     loss = hint_loss_from_config(name)
     assert isinstance(loss, FeatureLoss)
@@ -225,7 +225,7 @@ def test_a_hint_that_can_not_be_is_refused_with_the_pipeline(tiny: Make, hint: s
         ("{output: maps, module: head, loss: hint}", r"no regressor from \(10,\) to \(6, 4, 4\)"),
         ("{output: maps, module: body, loss: kl}", "'kl' compares logits, one for each class"),
         ("{output: head, module: body, loss: relational}", "'head' is encoded as logits, up to a constant"),
-        ("{output: logits, module: head, loss: hint}", "'logits' holds logits"),
+        ("{output: logits, module: head, loss: hint}", "'logits' is encoded as logits"),
     ],
 )
 def test_a_hint_that_does_not_fit_is_refused_before_any_step(

@@ -64,7 +64,7 @@ def test_what_nothing_is_known_of_weighs_one() -> None:
         ("balanced", "unknown sample_weights 'balanced'; expected one of: none, class_balanced"),
         ({"name": "class_balanced", "beta": 1.0}, r"beta of class_balanced must be in \[0, 1\), not 1\.0"),
         ({"name": "teacher_confidence", "beta": 0.5}, "beta is a parameter of class_balanced"),
-        ({"name": "none", "gamma": 2}, "or have name, beta; found"),
+        ({"name": "none", "gamma": 2}, "or a mapping of name, beta; found"),
     ],
 )
 def test_wrong_weights_say_what_is_expected(config: object, message: str) -> None:
