@@ -48,7 +48,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 docs: $(VENV)/installed  ## The documentation site, in build/site
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(VENV)/installed  ## Measure on this machine, into benchmarks/results/; trust.py needs a commit to compare with
 	$(BIN)/python benchmarks/stage1.py --write

@@ -54,7 +54,7 @@ from logitcache.data.loading import rendered_batches
 from logitcache.progress import silence, track
 from logitcache.share.transfer import pull, push
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Bench
+from logitcache.stages.train_student import Experiment
 from logitcache.storage.local import fsync_path
 from logitcache.storage.remote import CONCURRENCY
 from logitcache.train.loop import Run as TrainingRun
@@ -346,7 +346,7 @@ def warm_section(folder: Path, overrides: Sequence[str], epochs: int, num_sample
             cache.view(view)
         runs = []
         for pipeline in (local, remote):
-            bench = Bench(pipeline, trust=True)
+            bench = Experiment(pipeline, trust=True)
             bench.data = replace(bench.data, validation=None, test=None)
             job = bench.job(student, seed=0)
             run = TrainingRun(job, RunFolder(job.folder, job.identity))

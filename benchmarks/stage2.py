@@ -49,7 +49,7 @@ from logitcache.devices import autocast, pick_device, to_device
 from logitcache.losses import LOSSES, CrossEntropy, Loss, loss_from_config
 from logitcache.progress import silence, track
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Bench
+from logitcache.stages.train_student import Experiment
 from logitcache.train.job import Job
 from logitcache.train.labels import CachedLabels, LiveLabels
 from logitcache.train.loop import Run as TrainingRun
@@ -129,7 +129,7 @@ def main() -> None:
 def epochs_section(pipeline: Pipeline, student_name: str | None, repeats: int, epochs: int) -> str:
     """The three arms by turns, whoever goes first changing each time, so that a slow minute hits all of them."""
     cache_teacher(pipeline, trust=True)
-    bench = Bench(pipeline, trust=True)
+    bench = Experiment(pipeline, trust=True)
     # Evaluation is no part of an epoch's time, and would only let the workers run ahead.
     bench.data = replace(bench.data, validation=None, test=None)
     arms = three_ways(pipeline, student_name, epochs)
@@ -179,7 +179,7 @@ def epochs_section(pipeline: Pipeline, student_name: str | None, repeats: int, e
 def alternating_section(pipeline: Pipeline, student_name: str | None, epochs: int) -> str:
     """Two runs under way at once, an epoch of each by turns: neighbours share what else the machine does."""
     cache_teacher(pipeline, trust=True)
-    bench = Bench(pipeline, trust=True)
+    bench = Experiment(pipeline, trust=True)
     bench.data = replace(bench.data, validation=None, test=None)
     arms = three_ways(pipeline, student_name, epochs)
     runs = {}
@@ -209,7 +209,7 @@ def alternating_section(pipeline: Pipeline, student_name: str | None, epochs: in
 def added_section(pipeline: Pipeline, student_name: str | None, repeats: int) -> str:
     """What the cache adds to an epoch, part by part, each timed alone: little next to the noise of whole epochs."""
     cache_teacher(pipeline, trust=True)
-    bench = Bench(pipeline, trust=True)
+    bench = Experiment(pipeline, trust=True)
     bench.data = replace(bench.data, validation=None, test=None)
     arms = three_ways(pipeline, student_name, 1)
     job = bench.job(arms[CACHED], seed=0)
@@ -250,7 +250,7 @@ def added_section(pipeline: Pipeline, student_name: str | None, repeats: int) ->
 def losses_section(pipeline: Pipeline, student_name: str | None, device: torch.device, repeats: int) -> str:
     """A step with each loss from the cache, and each loss alone over many classes, against true labels."""
     cache_teacher(pipeline, trust=True)
-    bench = Bench(pipeline, trust=True)
+    bench = Experiment(pipeline, trust=True)
     bench.data = replace(bench.data, validation=None, test=None)
     cached = three_ways(pipeline, student_name, 1)[CACHED]
     job = bench.job(cached, seed=0)
@@ -308,7 +308,7 @@ def losses_section(pipeline: Pipeline, student_name: str | None, device: torch.d
 def hints_section(pipeline: Pipeline, device: torch.device, repeats: int, steps: int = 20) -> str:
     """A step of the training loop with hints, without, and on true labels."""
     cache_teacher(pipeline, trust=True)
-    bench = Bench(pipeline, trust=True)
+    bench = Experiment(pipeline, trust=True)
     bench.data = replace(bench.data, validation=None, test=None)
     reference = "true-labels"
     seconds: dict[str, list[float]] = {student.name: [] for student in pipeline.students}
@@ -321,15 +321,15 @@ def hints_section(pipeline: Pipeline, device: torch.device, repeats: int, steps:
             run = TrainingRun(job, RunFolder(job.folder, job.identity))
             rendered = list(itertools.islice(rendered_batches(job.views, run.places(), num_workers=0), steps + 3))
             run.begin_epoch()
-            run.take(*rendered[0])
+            run.train_step(*rendered[0])
             following = iter(rendered[1:])
             if repeat == 0:
                 peaks[student.name] = peak_bytes(
-                    lambda run=run, following=following: run.take(*next(following)), device
+                    lambda run=run, following=following: run.train_step(*next(following)), device
                 )
             start = now(device)
             for batch in rendered[3:]:
-                run.take(*batch)
+                run.train_step(*batch)
             seconds[student.name].append((now(device) - start) / steps)
     times = {name: compare(seconds[name], seconds[reference]) for name in sorted(seconds, key=lambda n: n != reference)}
     rows = [
@@ -416,7 +416,7 @@ class Cost:
     """Of all threads and of the workers, mean over the run with its start: hardly touched by what else goes on."""
 
 
-def train_once(bench: Bench, student: StudentConfig, repeat: int) -> Cost:
+def train_once(bench: Experiment, student: StudentConfig, repeat: int) -> Cost:
     """One run, into a folder of its own."""
     job = bench.job(student, seed=repeat)
     cpu_start = sum(os.times()[:4])
@@ -438,7 +438,7 @@ class Alone:
     student: float
 
 
-def measure_alone(pipeline: Pipeline, bench: Bench, arms: dict[str, StudentConfig], repeat: int) -> Alone:
+def measure_alone(pipeline: Pipeline, bench: Experiment, arms: dict[str, StudentConfig], repeat: int) -> Alone:
     """Rendering by the workers, then the teacher, then the student's steps, over one epoch's batches in memory."""
     rendered, job = bench.job(arms[LABELS_ONLY], seed=repeat), bench.job(arms[LIVE], seed=repeat)
     device = job.device

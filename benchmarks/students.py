@@ -21,7 +21,8 @@ from logitcache.devices import pick_device
 from logitcache.errors import DatasetUnavailable
 from logitcache.extras.demo import run_demo
 from logitcache.stages.run import run_pipeline
-from logitcache.stages.train_student import Row, train_teacher
+from logitcache.stages.train_student import Row
+from logitcache.stages.train_teacher import train_teacher
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ from measuring import TINY_MNIST5K, fresh_folder, options, parse, table
 from logitcache.config.schema import load_pipeline
 from logitcache.extras.demo import ALL, MATCHED, MISMATCHED, TENTH, clean_labels
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Bench, summarise, train_teacher
+from logitcache.stages.train_student import Experiment, summarise
+from logitcache.stages.train_teacher import train_teacher
 from logitcache.train.loop import train
 
 DEMO = Path(__file__).parent.parent / "pipelines" / "demo.yaml"
@@ -39,7 +40,7 @@ def main() -> None:
     pipeline = load_pipeline(arguments.pipeline, [*paths, *tiny, *arguments.overrides])
     train_teacher(pipeline)
     cache_teacher(pipeline)
-    bench = Bench(pipeline)
+    bench = Experiment(pipeline)
     bench.data = replace(bench.data, test=None)  # so that no run can report on it
     mismatched_labels = clean_labels(pipeline, bench, folder / "clean.cache")
     cases = [(name, rate, None) for name in (TENTH, ALL) for rate in arguments.rates]

@@ -16,7 +16,8 @@ from measuring import TINY, fresh_folder, options, parse, table
 
 from logitcache.config.schema import load_pipeline
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Bench, summarise, train_by_turns, train_teacher
+from logitcache.stages.train_student import Experiment, summarise, train_by_turns
+from logitcache.stages.train_teacher import train_teacher
 from logitcache.train.ranks import ALONE
 
 PIPELINE = Path(__file__).parent.parent / "pipelines" / "soft_tree_mnist.yaml"
@@ -50,7 +51,7 @@ def main() -> None:
             label += "" if temperature is None else f"-T{temperature}"
             changed = {"name": label, "args": args, "loss": loss, "train": {**student.train, "lr": rate}}
             tries.append(student.model_copy(update=changed))
-    bench = Bench(pipeline)
+    bench = Experiment(pipeline)
     # Without the test split no run can report on it.
     bench.data = type(bench.data)(**{**vars(bench.data), "test": None})
     print(table(["setting", "validation accuracy, %"], []))

@@ -1,26 +1,26 @@
-"""One tree of errors, grouped by what the caller does about them.
+"""All errors that logitcache raises on purpose, grouped by what the caller does about them.
 
-`exit_code` is what the command line returns: 2 when the request was wrong, 1 when it was right and something
-was found amiss. Every class keeps a built-in parent, so that `except ValueError` goes on working.
+`exit_code` is what the command line returns: 2 if the request was wrong, 1 if the request was right and a check failed.
+Every class also has a built-in parent, so `except ValueError` keeps working.
 """
 
 from __future__ import annotations
 
 
 class LogitCacheError(Exception):
-    """Anything that logitcache refuses or finds wrong."""
+    """Base class of all errors."""
 
     exit_code = 1
 
 
 class UsageError(LogitCacheError, ValueError):
-    """The request can't be carried out as written: mend the pipeline, the argument or the path."""
+    """The request is not possible as written: correct the pipeline, the argument or the path."""
 
     exit_code = 2
 
 
 class UntrustedCode(UsageError):
-    """A `package.module:function` from outside the working folder, without the user's consent."""
+    """A `package.module:function` from outside the working folder, without the user's permission."""
 
 
 class DatasetUnavailable(UsageError, LookupError):
@@ -40,28 +40,28 @@ class UnsupportedFormat(NotACache):
 
 
 class IdentityMismatch(LogitCacheError, ValueError):
-    """The cache belongs to other data, another teacher or other views than those at hand."""
+    """The cache belongs to other data, another teacher or other views."""
 
 
 class SampleMismatch(IdentityMismatch):
-    """One sample is not the one the teacher saw."""
+    """A sample is not the one that the teacher saw."""
 
 
 class IncompleteCache(LogitCacheError, RuntimeError):
-    """Blocks are missing; what builds the cache computes them when it is run again."""
+    """Blocks are missing; re-run the build to compute them."""
 
 
-REBUILD = "run again what builds it, which goes on: `logitcache cache-teacher`, `logitcache merge` or your own writer"
+REBUILD = "re-run the build to resume it: `logitcache cache-teacher`, `logitcache merge` or your own writer"
 """What to do about blocks that are missing."""
 
 
 def unsealed(location: str) -> IncompleteCache:
-    """The error of a cache that must be whole, and is not yet."""
+    """The error for a cache that is incomplete but must be sealed."""
     return IncompleteCache(f"{location} is not sealed yet; {REBUILD}")
 
 
 class PartyMissing(LogitCacheError, TimeoutError):
-    """Another party's cache is not there yet; the same command goes on when it is."""
+    """Another party's cache does not exist yet; re-run the command later to resume."""
 
 
 class CorruptCache(LogitCacheError, ValueError):
@@ -69,15 +69,15 @@ class CorruptCache(LogitCacheError, ValueError):
 
 
 class CorruptRun(LogitCacheError, ValueError):
-    """A file of a run's folder is damaged, or belongs to another run; the message names what to delete."""
+    """A file in a run's folder is damaged or belongs to another run; the message names what to delete."""
 
 
 class InvalidLogits(LogitCacheError, ValueError):
-    """Logits that no distribution can be made of: NaN, +inf, or a row of nothing but -inf."""
+    """Logits that define no distribution: NaN, +inf, or a row with only -inf."""
 
 
 class IndexBeyondEnd(UsageError, IndexError):
-    """A sample was asked for that the dataset does not have; it ends a `for` loop, as an IndexError does."""
+    """The dataset has no sample with this index; like IndexError, it ends a `for` loop."""
 
 
 class UnreadableSample(LogitCacheError, ValueError):
@@ -85,8 +85,8 @@ class UnreadableSample(LogitCacheError, ValueError):
 
 
 class ShapeError(LogitCacheError, ValueError):
-    """Arrays of the wrong shape."""
+    """An array has the wrong shape."""
 
 
 class StorageError(LogitCacheError, OSError):
-    """The store refused: no space, no permission, no such folder."""
+    """The store can't be read or written: no space, no permission, no such folder, no connection."""

@@ -8,7 +8,7 @@ import functools
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from logitcache.entry_points import is_entry_point, load_entry_point
 from logitcache.errors import LogitCacheError, UsageError
@@ -29,7 +29,7 @@ class Package:
         return f"{self.name} {self.version}"
 
 
-class Registry(Generic[T]):
+class Registry(Mapping[str, T]):
     """All objects of one kind that a pipeline, a cache or a URL can name.
 
     An installed package adds an object with an entry point in the group `logitcache.<kind>s`:
@@ -45,7 +45,7 @@ class Registry(Generic[T]):
         plural: the group's last part, if it is not the kind with an s.
         base: the class that every object must be a subclass of. Such a class has the attribute `name`, which must be
             its entry point's name.
-        allows_code: whether `resolve` also takes `package.module:object`.
+        allows_code: whether `resolve` also takes `package.module:function`.
     """
 
     def __init__(
@@ -68,6 +68,9 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys([*self._built_in, *sorted(offered(self.group))]))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
     def __getitem__(self, name: str) -> T:
         """The object of a name.
@@ -95,7 +98,7 @@ class Registry(Generic[T]):
         return cast("T", found)
 
     def resolve(self, name: str, *, trust: bool) -> T:
-        """The object of a name or of `package.module:object`, which is loaded as `load_entry_point` describes.
+        """The object of a name or of `package.module:function`, which is loaded as `load_entry_point` describes.
 
         Raises:
             UsageError: as `[name]` and `load_entry_point`.
@@ -137,8 +140,9 @@ class Registry(Generic[T]):
             also: names beside those of the registry.
         """
         known = [*self, *also]
-        listed = [f"one of: {', '.join(known)}"] if known else []
-        return unknown_name(self.kind, name, known, " or ".join(["package.module:object"] * self._allows_code + listed))
+        choices = ["package.module:function"] if self._allows_code else []
+        choices += [f"one of: {', '.join(known)}"] if known else []
+        return unknown_name(self.kind, name, known, " or ".join(choices))
 
 
 @functools.cache

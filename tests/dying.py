@@ -13,7 +13,7 @@ import signal
 import sys
 
 from logitcache.storage import LocalStorage
-from logitcache.train.optimizer import Updates
+from logitcache.train.optimizer import OptimizerStep
 
 
 def die() -> None:
@@ -22,14 +22,14 @@ def die() -> None:
 
 def die_in_step(kill_at: int) -> None:
     """Between the gradients of a step and what becomes of them."""
-    apply = Updates.apply
+    apply = OptimizerStep.apply
 
-    def dying(updates: Updates, step: int) -> None:
+    def dying(updates: OptimizerStep, step: int) -> None:
         if step == kill_at:
             die()
         apply(updates, step)
 
-    Updates.apply = dying  # type: ignore[method-assign]
+    OptimizerStep.apply = dying  # type: ignore[method-assign]
 
 
 def die_at_put(pattern: str) -> None:

@@ -13,7 +13,7 @@ from logitcache.encodings import Encoding, Sampled
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 5e-3}
 """Nats at T = 1 by which a teacher's distribution may differ between devices and batches, by its precision."""
 DISTANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
-"""The same for additional outputs: distance relative to the row's norm."""
+"""The same for extra outputs: distance relative to the row's norm."""
 SLACK = 1.5
 """Factor on the encoding's own loss, which rounding changes a little."""
 DIFFERENT_DRAWS = 0.05

@@ -80,7 +80,7 @@ class Identity(_Record):
     """Shape of each output for one sample: {"logits": [C], "features": [64, 7, 7]}."""
     class_names: list[str] | None
     output_encodings: dict[str, dict[str, Any]] = {}
-    """Encoding of each additional output, by name; `encoding` is that of the logits."""
+    """Encoding of each extra output, by name; `encoding` is that of the logits."""
     output_sources: dict[str, Any] = {}
     """Which module of the teacher an output comes from, where it is known."""
 

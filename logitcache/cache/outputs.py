@@ -1,4 +1,4 @@
-"""What a cache holds of a teacher beside its logits: named outputs of any shape, each with an encoding of its own."""
+"""The outputs of a teacher in a cache: its logits, and extra outputs of any shape with their own encodings."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from logitcache.errors import UsageError
 MAX_OUTPUTS = 32
 MAX_DIMENSIONS = 6
 MAX_VALUES = 2**28
-"""Numbers of one row of an output."""
+"""Values of one row of an output."""
 T = TypeVar("T")
 _NAME = re.compile(r"[a-z][a-z_]{0,19}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """An output of the teacher: its shape for one sample, how it is encoded, and what it is of the teacher.
+    """An extra output of the teacher: its shape for one sample, its encoding, and where in the teacher it comes from.
 
     Raises:
-        UsageError: a shape or an encoding that can't be.
+        UsageError: an unsupported shape or encoding.
     """
 
     shape: tuple[int, ...]
     encoding: Encoding = field(default_factory=Values)
-    """`Values` for features; for the logits of another head, any encoding that needs no fit."""
+    """`Values` for features; for the logits of another head, any encoding that needs no fitting."""
     source: Any = None
-    """Where in the teacher it comes from, as JSON: a part of the cache's identity, where it is known."""
+    """The module that it comes from, as JSON; part of the cache's identity where it is known."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
@@ -43,14 +43,14 @@ class Output:
         whole = all(isinstance(side, int) and 1 <= side <= MAX_VALUES for side in self.shape)
         if not whole or not 1 <= len(self.shape) <= MAX_DIMENSIONS or self.num_values > MAX_VALUES:
             raise UsageError(
-                f"an output has 1 to {MAX_DIMENSIONS} sides of at least 1 and at most {MAX_VALUES} values for a "
-                f"sample, not the shape {self.shape}"
+                f"the shape of an output must have 1 to {MAX_DIMENSIONS} positive dimensions and at most {MAX_VALUES} "
+                f"values, not {self.shape}"
             )
         refuse_fitted(self.encoding)
         if len(self.shape) > 1 and not self.encoding.keeps_constants:
             raise UsageError(
-                f"an output of shape {self.shape} is no row of logits, and {self.encoding!r} keeps a row only up to a "
-                "constant; use Values"
+                f"{self.encoding!r} stores a row of logits up to a constant; an output of shape {self.shape} needs the "
+                "encoding Values"
             )
         self.arrays()
 
@@ -65,10 +65,10 @@ class Output:
 
 
 def checked_outputs(outputs: Mapping[str, Output | Mapping[str, Any]]) -> dict[str, Output]:
-    """Outputs by name, from themselves or from mappings of their fields.
+    """Outputs by name, from `Output` objects or mappings of their fields.
 
     Raises:
-        UsageError: a name or an output that can't be; says which.
+        UsageError: an invalid name or output; names it.
     """
     check_output_names(outputs)
     checked = {}
@@ -81,46 +81,46 @@ def checked_outputs(outputs: Mapping[str, Output | Mapping[str, Any]]) -> dict[s
 
 
 def refuse_fitted(encoding: Encoding) -> None:
-    """Outputs have no calibration.
+    """Refuse encodings that need calibration, which extra outputs don't have.
 
     Raises:
-        UsageError: the encoding needs one.
+        UsageError: the encoding must be fitted.
     """
     if encoding.fitted_arrays:
         raise UsageError(
-            f"{encoding.name!r} is fitted, which only logits have a calibration for; outputs take Values, Dense, TopK "
-            "or Sampled"
+            f"{encoding.name!r} must be fitted, and only logits have a calibration; use Values, Dense, TopK or Sampled "
+            "for other outputs"
         )
 
 
 def check_output_names(names: Iterable[str]) -> None:
-    """Refuse names that no array could be called after.
+    """Refuse names that are no prefix for the names of arrays.
 
     Raises:
-        UsageError: names it.
+        UsageError: an invalid name, or too many of them.
     """
     names = list(names)
     if len(names) > MAX_OUTPUTS:
-        raise UsageError(f"{len(names)} outputs beside the logits; a cache holds at most {MAX_OUTPUTS}")
+        raise UsageError(f"{len(names)} extra outputs; a cache can store at most {MAX_OUTPUTS}")
     for name in names:
         if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith("_") or name == LOGITS:
             raise UsageError(
-                f"an output can't be called {name!r}; expected small letters with _ between them, at most 20, and not "
-                f"{LOGITS!r}, which every cache has"
+                f"invalid output name {name!r}; expected at most 20 lower-case letters with _ between them, other than "
+                f"{LOGITS!r}"
             )
 
 
 def outputs_of(identity: Identity) -> dict[str, Output]:
-    """The outputs of a cache beside its logits, in the order of their names.
+    """The extra outputs of a cache, in the order of their names.
 
     Raises:
-        UsageError: a stranger's, which can't be.
+        UsageError: they are invalid, in a damaged or hostile manifest.
     """
     shapes = {name: shape for name, shape in identity.outputs.items() if name != LOGITS}
     if shapes.keys() != identity.output_encodings.keys():
-        raise UsageError("identity.outputs and identity.output_encodings name other outputs")
+        raise UsageError("identity.outputs and identity.output_encodings have different names")
     if identity.output_sources.keys() - identity.outputs.keys():
-        raise UsageError("identity.output_sources names an output that is none")
+        raise UsageError("identity.output_sources has a name that identity.outputs lacks")
     return checked_outputs(
         {
             name: {
@@ -188,5 +188,5 @@ def output_layouts(
 
 
 def row_arrays(outputs: Mapping[str, OutputLayout]) -> dict[str, ArraySpec]:
-    """The arrays with an entry for every row: those of all outputs."""
+    """The arrays of all outputs, by their names in the cache."""
     return {name: spec for output in outputs.values() for name, spec in output.specs().items()}

@@ -1,1 +1,1 @@
-"""Datasets, teachers and students by name."""
+"""Datasets and models by name."""

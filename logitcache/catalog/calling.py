@@ -1,4 +1,4 @@
-"""How a model is called and where its logits are: one rule for plain nets and for Hugging Face's."""
+"""Calls models and finds their logits, for plain PyTorch modules and Hugging Face models."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ LOGITS_ATTRIBUTE = "logits"
 def call_model(model: Any, inputs: Any, *, like: Any = None, **options: Any) -> Any:
     """The output of a model for a batch.
 
-    A mapping is passed as keyword arguments where `forward` accepts them, as Hugging Face models do. Any other batch,
-    and a mapping that `forward` has no parameters for, is the one positional argument.
+    A mapping is passed as keyword arguments where `forward` accepts them, as for Hugging Face models. Any other batch
+    is passed as one positional argument.
 
     Args:
-        model: a net, or any callable.
+        model: a module or any callable.
         inputs: the batch, on the model's device.
-        like: the model whose `forward` decides, where `model` wraps it (compiled, in parallel, with hooks).
+        like: the model whose `forward` is inspected, where `model` wraps it (compiled, in parallel, with hooks).
         options: further keyword arguments.
     """
     if isinstance(inputs, Mapping) and _accepts(model if like is None else like, inputs):
@@ -33,10 +33,10 @@ def call_model(model: Any, inputs: Any, *, like: Any = None, **options: Any) -> 
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of a model's output: the tensor itself, or `output.logits`, or `output["logits"]`.
+    """The logits in a model's output: the tensor itself, `output.logits`, or `output["logits"]`.
 
     Raises:
-        ShapeError: no logits; says what was found, and how to name them.
+        ShapeError: no logits are found; describes the output, and how to name the logits.
     """
     found = output
     if isinstance(output, Mapping):
@@ -53,12 +53,12 @@ def logits_of(output: Any) -> Tensor:
 
 
 def model_logits(model: Any, inputs: Any, *, like: Any = None) -> Tensor:
-    """The logits of a model for a batch, by `call_model` and `logits_of`."""
+    """The logits of a model for a batch, from `call_model` and `logits_of`."""
     return logits_of(call_model(model, inputs, like=like))
 
 
 def described(value: Any) -> str:
-    """What a model takes or returns, in a few words for a message."""
+    """A model's input or output in a few words, for messages."""
     if isinstance(value, Tensor):
         return f"a tensor of {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, Mapping):
@@ -69,14 +69,14 @@ def described(value: Any) -> str:
 
 
 def input_described(model: Any, inputs: Any) -> str:
-    """An input that a model failed on, for a message: its shapes, and names that `forward` does not know."""
+    """A model's input for messages: its shapes, and the names that `forward` has no parameter for."""
     if not isinstance(inputs, Mapping):
         return f"an input of shape {tuple(getattr(inputs, 'shape', ()))}"
     shapes = ", ".join(f"{name}: {tuple(getattr(value, 'shape', ()))}" for name, value in inputs.items())
     parameters = inspect.signature(getattr(model, "forward", model)).parameters
-    strangers = [str(name) for name in inputs if name not in parameters]
-    partly = 0 < len(strangers) < len(inputs)
-    hint = f", whose `forward` has no parameter {', '.join(strangers)}" if partly else ""
+    unknown = [str(name) for name in inputs if name not in parameters]
+    partly = 0 < len(unknown) < len(inputs)
+    hint = f", whose `forward` has no parameter {', '.join(unknown)}" if partly else ""
     return f"the inputs {{{shapes}}}{hint}"
 
 

@@ -1,4 +1,4 @@
-"""What the modules of a net give on the way to its logits: taken by forward hooks, module by module."""
+"""Captures outputs of a model's modules with forward hooks."""
 
 from __future__ import annotations
 
@@ -22,55 +22,53 @@ from logitcache.registry import unknown_name
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tap:
-    """A module of a net, and what is taken of its output."""
+    """A module, and the part of its output to capture."""
 
     module: str
-    """Its path, as `named_modules` has it: `layer3`, `body.4`, `blocks.11.attn`."""
+    """Its path, as in `named_modules`: `layer3`, `body.4`, `blocks.11.attn`."""
     key: str | int | None = None
-    """Which part, where the module gives a mapping, a list or a tuple."""
+    """Key or index, where the module returns a mapping, a list or a tuple."""
     pool: int | None = None
-    """Height and width that (B, C, H, W) is brought to, by adaptive average pooling; None leaves it as it is."""
+    """Height and width after adaptive average pooling of (B, C, H, W); None doesn't pool."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, str) or not self.module:
-            raise UsageError(f"`module` is the path of a module, such as layer3, not {self.module!r}")
+            raise UsageError(f"`module` must be the path of a module, such as layer3, not {self.module!r}")
         if isinstance(self.key, bool) or not isinstance(self.key, str | int | None):
-            raise UsageError(f"`key` of {self.module!r} is a name or a number, not {self.key!r}")
+            raise UsageError(f"`key` of {self.module!r} must be a string or an integer, not {self.key!r}")
         if self.pool is not None and (isinstance(self.pool, bool) or not isinstance(self.pool, int) or self.pool < 1):
-            raise UsageError(
-                f"`pool` of {self.module!r} is a number of rows and columns, at least 1, not {self.pool!r}"
-            )
+            raise UsageError(f"`pool` of {self.module!r} must be an integer of at least 1, not {self.pool!r}")
 
     def config(self) -> dict[str, Any]:
-        """Its fields that say something, as JSON."""
+        """Its fields that are set, as JSON."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
-    def take(self, given: Any) -> Tensor:
-        """What is taken of a module's output, a copy.
+    def take(self, output: Any) -> Tensor:
+        """A copy of the captured part of a module's output.
 
         Raises:
-            UsageError: no tensor of floats.
-            ShapeError: nothing that can be pooled.
+            UsageError: it is not a floating-point tensor.
+            ShapeError: its shape can't be pooled.
         """
-        taken = given
+        taken = output
         if self.key is not None:
             try:
-                taken = given[self.key]
+                taken = output[self.key]
             except (KeyError, IndexError, TypeError):
                 raise UsageError(
-                    f"module {self.module!r} gives {described(given)}, which has no {self.key!r}"
+                    f"module {self.module!r} returns {described(output)}, which has no {self.key!r}"
                 ) from None
         if not isinstance(taken, Tensor) or not taken.is_floating_point():
             raise UsageError(
-                f"module {self.module!r} gives {described(taken)}; expected a tensor of floats. Name a part of it by "
-                "`key`, or a module within it"
+                f"module {self.module!r} returns {described(taken)}; expected a floating-point tensor. Select a part "
+                "of it with `key`, or name a submodule"
             )
         if self.pool is None:
-            # A copy: the next module may change its input in place, as ReLU(inplace=True) does.
+            # A copy: the next module may modify its input in place, as ReLU(inplace=True) does.
             return taken.clone()
         if taken.ndim != 4:
             raise ShapeError(
-                f"module {self.module!r} gives {tuple(taken.shape)}; only (B, C, H, W) can be pooled: leave out `pool`"
+                f"module {self.module!r} returns {tuple(taken.shape)}; only (B, C, H, W) can be pooled: remove `pool`"
             )
         return F.adaptive_avg_pool2d(taken, self.pool)
 
@@ -79,7 +77,7 @@ def tap_from_config(config: str | Mapping[str, Any]) -> Tap:
     """A tap from a module's path, or from a mapping of its fields.
 
     Raises:
-        UsageError: an unknown field, or a value that can't be.
+        UsageError: unknown field or invalid value.
     """
     if isinstance(config, str):
         return Tap(module=config)
@@ -93,54 +91,54 @@ def tap_from_config(config: str | Mapping[str, Any]) -> Tap:
 
 
 class Capture(nn.Module):
-    """A net that gives its logits and, by name, what some of its modules gave: forward -> (logits, {name: tensor}).
+    """A model that also returns outputs of its modules: forward -> (logits, {name: tensor}).
 
     Args:
-        net: it is called as it is, and its state is its own; hooks take nothing when it is called by others.
-        taps: by name; that of the name `logits` takes the place of what the net gives.
+        net: the model; hooks capture nothing when it is called directly.
+        taps: by name; a tap named `logits` replaces the model's output.
 
     Raises:
-        UsageError: a module that the net does not have; names those nearest.
+        UsageError: the model has no such module; suggests the nearest ones.
     """
 
     def __init__(self, net: nn.Module, taps: Mapping[str, Tap]) -> None:
         super().__init__()
         self.net = net
         self.taps = dict(taps)
-        self._taken: dict[str, Tensor] | None = None
+        self._captured: dict[str, Tensor] | None = None
         for tap in self.taps.values():
             module_at(net, tap.module)
 
     def hook(self) -> list[RemovableHandle]:
-        """Begin to take, after whatever replaces modules; the handles end it."""
+        """Register the hooks, after any replacement of modules; returns handles that remove them."""
         return [
-            module_at(self.net, tap.module).register_forward_hook(self._taking(name, tap))
+            module_at(self.net, tap.module).register_forward_hook(self._hook(name, tap))
             for name, tap in self.taps.items()
         ]
 
     def forward(self, *inputs: Any, **options: Any) -> tuple[Any, dict[str, Tensor]]:
-        self._taken = {}
+        self._captured = {}
         try:
             logits = self.net(*inputs, **options)
-            taken = self._taken
+            taken = self._captured
         finally:
-            self._taken = None
+            self._captured = None
         for name, tap in self.taps.items():
             if name not in taken:
-                raise UsageError(f"module {tap.module!r} was not called on the way to the logits; name one that is")
+                raise UsageError(f"module {tap.module!r} was not called in the forward pass; name one that is")
         return taken.pop(LOGITS, logits), taken
 
-    def _taking(self, name: str, tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
-        # A function, which a deep copy of the net shares: the copy is never called while this one takes.
-        def take(module: nn.Module, inputs: Any, given: Any) -> None:
-            if self._taken is None:
+    def _hook(self, name: str, tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
+        # A function, which deep copies of the model share: a copy is never called while this one captures.
+        def take(module: nn.Module, inputs: Any, output: Any) -> None:
+            if self._captured is None:
                 return
-            if name in self._taken:
+            if name in self._captured:
                 raise UsageError(
-                    f"module {tap.module!r} is called more than once for one batch, so its output is not one thing; "
-                    "name a module that is called once"
+                    f"module {tap.module!r} is called more than once per batch, so its output is ambiguous; name a "
+                    "module that is called once"
                 )
-            self._taken[name] = tap.take(given)
+            self._captured[name] = tap.take(output)
 
         return take
 
@@ -149,7 +147,7 @@ def module_at(net: nn.Module, path: str) -> nn.Module:
     """A module by its path.
 
     Raises:
-        UsageError: no such module; names those nearest.
+        UsageError: the model has no such module; suggests the nearest ones.
     """
     known = [name for name, _ in net.named_modules() if name]
     if path in known:
@@ -157,7 +155,7 @@ def module_at(net: nn.Module, path: str) -> nn.Module:
     near = difflib.get_close_matches(path, known, n=3, cutoff=0.4) or known[:8]
     raise UsageError(
         f"{type(net).__name__} has no module {path!r}; "
-        + (f"near it are: {', '.join(near)}" if near else "it has no modules within")
+        + (f"nearest: {', '.join(near)}" if near else "it has no submodules")
     )
 
 
@@ -165,13 +163,13 @@ def captured_shapes(net: nn.Module, taps: Mapping[str, Tap], inputs: Any) -> dic
     """The shape of each tapped output for one sample, from a forward pass in evaluation mode.
 
     Args:
-        net: on the device of the inputs; it is left as it was.
+        net: on the device of the inputs; not changed.
         taps: by name.
-        inputs: a batch of two samples, so that rows can be told from values.
+        inputs: a batch of two samples, so that the batch dimension can be recognised.
 
     Raises:
-        UsageError: a module that is not there, not called, or gives no tensor.
-        ShapeError: an output whose first dimension is not the batch, or an input that the net can't take.
+        UsageError: a module does not exist, is not called, or returns no tensor.
+        ShapeError: the first dimension of an output is not the batch, or the model can't process the input.
     """
     capture = Capture(net, taps)
     was_training = net.training
@@ -184,7 +182,7 @@ def captured_shapes(net: nn.Module, taps: Mapping[str, Tap], inputs: Any) -> dic
         raise
     except Exception as error:
         raise ShapeError(
-            f"the net can't take {input_described(net, inputs)}: {error}; look at its `input` transforms and `args`"
+            f"the model can't process {input_described(net, inputs)}: {error}; check its `input` transforms and `args`"
         ) from error
     finally:
         net.train(was_training)
@@ -195,7 +193,7 @@ def captured_shapes(net: nn.Module, taps: Mapping[str, Tap], inputs: Any) -> dic
     for name, values in taken.items():
         if values.ndim < 2 or len(values) != 2:
             raise ShapeError(
-                f"module {taps[name].module!r} gives {tuple(values.shape)} for two samples; expected (2, ...), a row "
-                "for each sample"
+                f"module {taps[name].module!r} returns {tuple(values.shape)} for two samples; expected (2, ...), one "
+                "row per sample"
             )
     return {name: tuple(values.shape[1:]) for name, values in taken.items()}

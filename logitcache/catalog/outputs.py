@@ -1,8 +1,8 @@
-"""What a pipeline's cache is to hold of its teacher beside the logits: modules by name, and how they are encoded."""
+"""`cache.outputs` of a pipeline: which module outputs of the teacher a cache stores, and how they are encoded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from logitcache.cache.manifest import LOGITS
@@ -13,10 +13,10 @@ from logitcache.errors import UsageError
 
 
 def outputs_config(value: Any) -> dict[str, dict[str, Any]]:
-    """`cache.outputs` in its normal form: a mapping of a tap's fields, and an encoding, for each name.
+    """`cache.outputs` in its normal form: for each name a mapping of a tap's fields and an encoding.
 
     Raises:
-        UsageError: a name, a key or a value that can't be; says of which output.
+        UsageError: an invalid name, key or value; names the output.
     """
     if not isinstance(value, Mapping):
         raise UsageError(f"expected modules by name, such as {{features: layer3}}, not {value!r}")
@@ -28,7 +28,7 @@ def outputs_config(value: Any) -> dict[str, dict[str, Any]]:
             raise UsageError(f"{name}: expected a module's path or a mapping such as {{module: layer3}}, not {given!r}")
         tap_fields = {key: field for key, field in fields.items() if key != "encoding"}
         if name == LOGITS and tap_fields.keys() != fields.keys():
-            raise UsageError("logits: their encoding is `cache.encoding`")
+            raise UsageError("logits: set their encoding as `cache.encoding`")
         try:
             stated[name] = tap_from_config(tap_fields).config()
             if name != LOGITS:
@@ -40,26 +40,27 @@ def outputs_config(value: Any) -> dict[str, dict[str, Any]]:
     return stated
 
 
-def taps_of(outputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Tap]:
-    """What is taken of the teacher, by name, from the normal form."""
+def taps_of(outputs: Mapping[str, Mapping[str, Any]], names: Collection[str] | None = None) -> dict[str, Tap]:
+    """The tap of each output, or of each of `names` that is configured, from the normal form."""
     return {
         name: tap_from_config({key: value for key, value in fields.items() if key != "encoding"})
         for name, fields in outputs.items()
+        if names is None or name in names
     }
 
 
 def sources_of(outputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Where outputs come from, as a cache's identity has it."""
+    """The tap of each output, as a cache's identity records it."""
     return {name: tap.config() for name, tap in taps_of(outputs).items()}
 
 
 def declared_outputs(
     outputs: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Output]:
-    """The outputs of a cache to be made, from the normal form and the shapes that were found.
+    """The outputs of a new cache, from the normal form and their shapes.
 
     Raises:
-        UsageError: an encoding that can't hold such a shape; names the output.
+        UsageError: an encoding does not support the shape; names the output.
     """
     sources = sources_of(outputs)
     return checked_outputs(

@@ -178,7 +178,7 @@ def _rows_of(name: str, value: Any) -> list[tuple[str, Any]]:
 
 def print_rows(rows: list[Any]) -> None:
     """The table of students."""
-    table = Table("student", "parameters", "samples", "seeds", "test accuracy", "validation", "s/epoch")
+    table = Table("student", "parameters", "samples", "seeds", "test accuracy, %", "validation, %", "s/epoch")
     for row in rows:
         spread = "" if row.accuracy_sd is None else f" ± {100 * row.accuracy_sd:.2f}"
         table.add_row(
@@ -288,7 +288,7 @@ def print_export(out: str, kind: str, result: Any) -> None:
 
 def print_product(exported: Any) -> None:
     """An exported student: accuracy, size and latency of each form."""
-    product = exported.product
+    product = exported.metadata
     title = (
         f"{product.student}, seed {product.seed}: {product.parameters:,} parameters, {product.macs:,} MACs per sample"
     )

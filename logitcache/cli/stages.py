@@ -71,7 +71,7 @@ def train_teacher_command(
 ) -> None:
     """Train or fine-tune the teacher on true labels; for pipelines with teacher.weights=trained."""
     from logitcache.config.schema import load_pipeline
-    from logitcache.stages.train_student import train_teacher
+    from logitcache.stages.train_teacher import train_teacher
     from logitcache.train.ranks import is_first_process
 
     result = train_teacher(load_pipeline(pipeline, overrides or ()), trust=trust)

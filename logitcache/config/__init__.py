@@ -1,1 +1,1 @@
-"""A pipeline file in, built objects out."""
+"""Reads pipeline files, and builds what they describe."""

@@ -1,13 +1,16 @@
-"""From a pipeline to the things that it names: data, view plan, teacher, students."""
+"""Builds what a pipeline names: dataset, view plan, teacher, students, and the context that they run in.
+
+This is where configuration ends: functions outside `config/` and `stages/` take what is built here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
+import yaml
 from torch import nn
 
 from logitcache.cache.manifest import LOGITS
@@ -15,19 +18,37 @@ from logitcache.catalog.capture import Tap, captured_shapes
 from logitcache.catalog.datasets import Data, load_data
 from logitcache.catalog.models import build_model, check_output, model_fingerprint
 from logitcache.catalog.outputs import taps_of
-from logitcache.config.schema import ModelConfig, Pipeline, TeacherConfig
+from logitcache.config.schema import ModelConfig, Pipeline, parse_pipeline
+from logitcache.context import Context
 from logitcache.data.batching import COLLATES, Collate
 from logitcache.data.samples import Dataset
 from logitcache.data.transforms import build_transform
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
+from logitcache.devices import pick_device
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import ShapeError, UsageError
 from logitcache.randomness import preserved_generators, seed_generators
+from logitcache.train.evaluation import Evaluation
+from logitcache.train.finished import read_text
+from logitcache.train.inference import TeacherRunner
+from logitcache.train.runs import RESOLVED
+from logitcache.train.tracking import Tracker, load_tracker
 
 TRAINED = "trained"
-"""`teacher.weights` of a teacher that `train-teacher` makes."""
+"""`teacher.weights` of a teacher that `train-teacher` trains."""
 RANDOM = "random"
-"""`teacher.weights` of a teacher that is meant to know nothing."""
+"""`teacher.weights` of a teacher with random weights, on purpose."""
+EVALUATION_BATCH_SIZE = 256
+
+
+def build_context(pipeline: Pipeline, *, trust: bool) -> Context:
+    """The pipeline's device and workers; sets torch's CPU threads where the pipeline has `threads`.
+
+    Raises:
+        UsageError: the device is not available.
+    """
+    device = pick_device(pipeline.device, threads=pipeline.threads)
+    return Context(device=device, num_workers=pipeline.num_workers, trust=trust)
 
 
 def resolve_data(pipeline: Pipeline, *, trust: bool) -> Data:
@@ -59,10 +80,10 @@ def resolve_plan(pipeline: Pipeline, data: Data, *, trust: bool) -> ViewPlan:
 
 
 def resolve_collate(pipeline: Pipeline, *, trust: bool) -> Collate | None:
-    """What puts the inputs of a batch together, by `data.collate`; None stacks them.
+    """The function of `data.collate`, which makes a batch of inputs; None stacks them.
 
     Raises:
-        UsageError: an entry point that is no function.
+        UsageError: the entry point is not a function.
     """
     name = pipeline.data.collate
     if name is None:
@@ -74,7 +95,7 @@ def resolve_collate(pipeline: Pipeline, *, trust: bool) -> Collate | None:
 
 
 def input_part(config: ModelConfig, *, trust: bool) -> Callable[[Any], Any]:
-    """A model's own deterministic part; no steps at all where the pipeline names none."""
+    """A model's own deterministic transform, from `input`; the identity where `input` is empty."""
     return build_transform(config.input or [], trust=trust)
 
 
@@ -89,13 +110,20 @@ def resolve_model(
     new_head: bool = True,
     logits: Tap | None = None,
 ) -> nn.Module:
-    """A model sized for the data, its fresh weights drawn from a seed, and held to the data's classes.
+    """A model sized for the data, its random weights drawn from `seed`, its output shape checked.
 
-    Without `new_head` ready weights keep the head that they came with, or are refused. With `logits` a module's
-    output is held to the classes, rather than what the model gives.
+    Args:
+        config: names the model.
+        data, plan: give the input shape and the number of classes.
+        weights: a .safetensors file, a name of torchvision's, or None for random weights.
+        seed: of random weights.
+        trust: allow entry points outside the working folder.
+        new_head: replace the head of pretrained weights where its number of classes differs; else that is an error.
+        logits: the module whose output is checked, instead of the model's own output.
 
     Raises:
-        UsageError, ShapeError: a model that can't be built or does not fit the data.
+        UsageError: the model can't be built.
+        ShapeError: the output is not one logit per class.
     """
     views = ViewDataset(data.train, replace(plan, contents=None), preprocess=input_part(config, trust=trust))
     sample = views[(0, 0)][1]
@@ -116,45 +144,50 @@ def resolve_model(
         shape = captured_shapes(model, {LOGITS: logits}, views.batch([(0, 0)] * 2))[LOGITS]
         if shape != (data.num_classes,):
             raise ShapeError(
-                f"module {logits.module!r} of {config.model!r} gives {shape} for one sample; expected "
+                f"module {logits.module!r} of {config.model!r} returns {shape} for one sample; expected "
                 f"({data.num_classes},), one logit for each of the data's classes"
             )
     return model
 
 
 def teacher_weights(pipeline: Pipeline) -> str | None:
-    """The file or name of the teacher's weights; what `train-teacher` leaves, where the pipeline says "trained"."""
+    """The file or name of the teacher's weights; for "trained", the file that `train-teacher` writes."""
     if pipeline.teacher.weights == TRAINED:
         return str(teacher_folder(pipeline) / "last.safetensors")
     return pipeline.teacher.weights
 
 
 def teacher_name(pipeline: Pipeline) -> str:
-    """What a teacher is called in an identity: its model, and the name of its weights where they have one."""
+    """The teacher's name in an identity: its model, and the name of its weights where they have one."""
     weights = pipeline.teacher.weights
     named = weights is not None and weights not in (TRAINED, RANDOM) and not weights.endswith(".safetensors")
     return f"{pipeline.teacher.model}/{weights}" if named else pipeline.teacher.model
 
 
 def teacher_folder(pipeline: Pipeline) -> Path:
-    """Where `train-teacher` leaves its run."""
+    """The run folder of `train-teacher`."""
     return Path(pipeline.runs.path) / "teacher"
+
+
+def student_folder(pipeline: Pipeline, name: str, seed: int) -> Path:
+    """The run folder of one seed of a student."""
+    return Path(pipeline.runs.path) / name / f"seed-{seed}"
 
 
 def resolve_teacher(pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool) -> tuple[nn.Module, str]:
     """The teacher in evaluation mode on the CPU, and its fingerprint.
 
     Raises:
-        UsageError: no weights yet, or weights that don't fit.
+        UsageError: the weights are missing, or don't fit the model.
     """
     weights = teacher_weights(pipeline)
     if pipeline.teacher.weights is None and not is_entry_point(pipeline.teacher.model):
         raise UsageError(
             f"the teacher {pipeline.teacher.model!r} has no weights; set teacher.weights to {TRAINED!r} (and run "
-            f"`logitcache train-teacher`), to a .safetensors file, or to {RANDOM!r} if that is meant"
+            f"`logitcache train-teacher`), to a .safetensors file, or to {RANDOM!r} for random weights"
         )
     if pipeline.teacher.weights == TRAINED and not Path(str(weights)).is_file():
-        raise UsageError(f"the teacher is not trained yet: there is no {weights}; run `logitcache train-teacher` first")
+        raise UsageError(f"the teacher is not trained yet: {weights} is missing; run `logitcache train-teacher` first")
     model = resolve_model(
         pipeline.teacher,
         data,
@@ -169,15 +202,46 @@ def resolve_teacher(pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bo
     return model.eval().requires_grad_(False), fingerprint
 
 
-def place_teacher(teacher: nn.Module, device: torch.device, config: TeacherConfig) -> nn.Module:
-    """The teacher on its device, in the memory format and compiled as its configuration says."""
-    teacher = teacher.to(device)
-    if config.channels_last:
-        teacher = teacher.to(memory_format=torch.channels_last)
-    return cast("nn.Module", torch.compile(teacher)) if config.compile else teacher
+def build_runner(
+    pipeline: Pipeline, teacher: nn.Module, context: Context, outputs: Sequence[str] = ()
+) -> TeacherRunner:
+    """The teacher on its device, with hooks for the named outputs of `cache.outputs`; logits are always included."""
+    return TeacherRunner(teacher, pipeline.teacher, context, taps_of(pipeline.cache.outputs, [LOGITS, *outputs]))
 
 
 def clean_views(dataset: Dataset, config: ModelConfig, pipeline: Pipeline, *, trust: bool) -> ViewDataset:
-    """A dataset without augmentation, as one model of a pipeline takes it: for validation and test."""
+    """A dataset without augmentation, preprocessed for one model, for validation and test."""
     collate = resolve_collate(pipeline, trust=trust)
     return ViewDataset(dataset, ViewPlan(preprocess=input_part(config, trust=trust), collate=collate))
+
+
+def build_evaluation(
+    pipeline: Pipeline, dataset: Dataset | None, config: ModelConfig, context: Context
+) -> Evaluation | None:
+    """A split ready to measure one model on; None where the dataset lacks the split."""
+    if dataset is None:
+        return None
+    views = clean_views(dataset, config, pipeline, trust=context.trust)
+    return Evaluation(views, batch_size=EVALUATION_BATCH_SIZE, num_workers=context.num_workers)
+
+
+def build_tracker(pipeline: Pipeline, *, trust: bool) -> Callable[[], Tracker] | None:
+    """Starts the experiment tracker of a run, from `runs.tracker`; None where the pipeline names none."""
+    name = pipeline.runs.tracker
+    return None if name is None else load_tracker(name, trust=trust)
+
+
+def recorded_pipeline(run_folder: Path) -> Pipeline:
+    """The pipeline that a run recorded in its folder, with downloads switched off: the folder may be untrusted.
+
+    Raises:
+        UsageError: `pipeline.yaml` is missing or damaged.
+    """
+    try:
+        raw = yaml.safe_load(read_text(run_folder / RESOLVED))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{RESOLVED} of the run can't be read; name a pipeline with --data") from error
+    if not isinstance(raw, dict):
+        raise UsageError(f"{RESOLVED} of the run is not a mapping; name a pipeline with --data")
+    pipeline = parse_pipeline(raw, source=RESOLVED)
+    return pipeline.model_copy(update={"data": pipeline.data.model_copy(update={"download": False})})

@@ -1,4 +1,4 @@
-"""A file that people write: read, keys such as `cache.encoding.k=20` laid over it, and held to its schema."""
+"""Reads configuration files, applies overrides such as `cache.encoding.k=20`, and validates against a schema."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ from logitcache.registry import unknown_name
 
 
 def read_raw(path: str | Path, schema: type[BaseModel], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A file's mapping, named after the file where it has no name, with overrides on top.
+    """The mapping in a file, with overrides applied; `name` defaults to the file's name.
 
     Raises:
-        UsageError: no such file, no YAML, or an override that can't be laid over it.
+        UsageError: the file is missing or not YAML, or an override is invalid.
     """
     path, kind = Path(path), schema.__name__.lower()
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"there is no {kind} file {path}") from None
+        raise UsageError(f"{kind} file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"can't read the {kind} file {path}: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"{path} is no YAML: {error}") from error
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         needed = [name for name, field in schema.model_fields.items() if field.is_required()]
-        raise UsageError(f"{path} holds {type(raw).__name__}; expected a {kind}: a mapping with {', '.join(needed)}")
+        raise UsageError(
+            f"{path} contains a {type(raw).__name__}; expected a {kind}: a mapping with {', '.join(needed)}"
+        )
     raw.setdefault("name", path.stem)
     for text in overrides:
         override(raw, text)
@@ -39,15 +41,15 @@ def read_raw(path: str | Path, schema: type[BaseModel], overrides: Sequence[str]
 
 
 def override(raw: dict[str, Any], text: str) -> None:
-    """Lay `a.b.c=value` over nested mappings; list items go by number, or by their `name`."""
+    """Set `a.b.c=value` in nested mappings; list items are addressed by position or by `name`."""
     dotted, separator, value_text = text.partition("=")
     keys = dotted.split(".")
     if not separator or not all(keys):
-        raise UsageError(f"{text!r} is no override; expected for example cache.encoding.k=20")
+        raise UsageError(f"{text!r} is not a valid override (expected KEY=VALUE, such as cache.encoding.k=20)")
     try:
         value = yaml.safe_load(value_text)
     except yaml.YAMLError as error:
-        raise UsageError(f"the value of {text!r} is no YAML: {error}") from error
+        raise UsageError(f"the value of {text!r} is not valid YAML: {error}") from error
     node: Any = raw
     for depth, key in enumerate(keys[:-1]):
         node = _descend(node, key, ".".join(keys[: depth + 1]))
@@ -62,7 +64,7 @@ def _descend(node: Any, key: str, dotted: str) -> Any:
     if child is None:
         child = {}
     if not isinstance(child, dict | list):
-        raise UsageError(f"{dotted} is {child!r}, which has no keys below it to override")
+        raise UsageError(f"{dotted} is {child!r}, which has no keys to override")
     node[place] = child
     return child
 
@@ -77,24 +79,24 @@ def _position(items: list[Any], key: str, dotted: str) -> int:
 
 
 def refuse_namesakes(kind: str, names: Sequence[str]) -> None:
-    """Of several things of a kind, each has a name of its own.
+    """Check that names are unique.
 
     Raises:
-        ValueError: two are named alike.
+        ValueError: two are the same.
     """
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"two {kind} are named {name!r}; give each a name of its own")
+            raise ValueError(f"two {kind} are named {name!r}; give each a unique name")
 
 
 _S = TypeVar("_S", bound=BaseModel)
 
 
 def parse(schema: type[_S], raw: Mapping[str, Any], *, source: str) -> _S:
-    """Plain data held to a schema.
+    """Plain data validated against a schema.
 
     Raises:
-        UsageError: every problem found, one a line, each with its key.
+        UsageError: lists every problem on a line of its own, with its key.
     """
     try:
         return schema.model_validate(raw)
@@ -119,12 +121,12 @@ def _describe(problem: Any, schema: type[BaseModel]) -> str:
 
 
 def unknown_key(dotted: str, key: str, known: list[str]) -> str:
-    """The message for a key that a section does not have."""
+    """The message for an unknown key."""
     return unknown_name("key", key, known, at=dotted.removesuffix(key))
 
 
 def _known_keys(schema: type[BaseModel], location: list[str]) -> list[str]:
-    """The keys that the section at a location takes."""
+    """The keys of the section at a location."""
     for part in location:
         if not part.isdecimal():
             schema = _section_in(schema.model_fields[part].annotation) or schema
@@ -132,7 +134,7 @@ def _known_keys(schema: type[BaseModel], location: list[str]) -> list[str]:
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds: itself, one or none, or a list of them."""
+    """The section in a field's annotation, which may be optional or a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((section for section in map(_section_in, get_args(annotation)) if section is not None), None)

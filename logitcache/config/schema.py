@@ -1,4 +1,4 @@
-"""The pipeline file: data, views, teacher, cache and students, in YAML; every key is checked before any work."""
+"""The schema of a pipeline file: data, views, teacher, cache and students. Every key is validated on loading."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from logitcache.data.transforms import normalise_spec
 from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import UsageError
-from logitcache.losses import Loss, loss_from_config
+from logitcache.losses import Loss, loss_from_config, recorded_loss
 from logitcache.registry import nearest
 from logitcache.train.hint_config import hints_config
 from logitcache.train.tracking import TRACKERS
-from logitcache.train.weighting import weights_config, weights_from_config
+from logitcache.train.weighting import NONE, weights_config, weights_from_config
 
 
 class Section(BaseModel):
-    """A part of a file that people write: keys that it does not have are errors."""
+    """A section of a configuration file; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,35 +43,35 @@ def _known_loss(value: Any) -> Any:
 
 
 EncodingConfig = Annotated[dict[str, Any], BeforeValidator(_known_encoding)]
-"""An encoding as its name, as it is spelled in Python, or as a mapping with `name`."""
+"""An encoding: its name, its Python spelling such as `TopK(k=20)`, or a mapping with `name`."""
 
 LossConfig = Annotated[dict[str, Any], BeforeValidator(_known_loss)]
-"""A loss as its name, or as a mapping with `name`."""
+"""A loss: its name, or a mapping with `name`."""
 
 
 class DataConfig(Section):
-    """Where the samples come from."""
+    """The dataset."""
 
     name: str
-    """One of the catalog's datasets, or `package.module:function`."""
+    """A built-in dataset, or `package.module:function`."""
     root: str = "data"
     download: bool = False
     validation: float = Field(default=0.0, ge=0, lt=1)
-    """Fraction of the training split that is set apart, stratified; hyperparameters are chosen on it."""
+    """Fraction of the training split that becomes the validation split, stratified by class."""
     args: dict[str, Any] = {}
     subset: bool = False
-    """Train students on a part of the cached samples; otherwise a sample that is missing here is an error."""
+    """Allow the dataset to lack some of the cached samples; by default a missing sample is an error."""
     collate: str | None = None
-    """What makes a batch of samples: `pad`, or `package.module:function` of a list of inputs; none stacks them."""
+    """Makes a batch of inputs: `pad`, or `package.module:function` of a list of inputs; null stacks them."""
     part: PartConfig | None = None
-    """Take the place of one of several parties, whose parts of the training split have nothing in common."""
+    """Use one of several disjoint parts of the training split, as one party of a federation."""
 
     def source(self) -> tuple[Any, ...]:
-        """What its samples are taken from, whichever of them: keys of one source name the same samples."""
+        """Dataset, folder and arguments: equal where equal sample keys name the same samples."""
         return self.name, self.root, self.args
 
     def identity(self) -> dict[str, Any]:
-        """The data as part of what a run is: not where they lie, nor what was not asked for."""
+        """The data's part of a run's identity: without its location and unset options."""
         unasked = {name for name in ("part", "collate") if getattr(self, name) is None}
         return self.model_dump(exclude={"root", "download"} | unasked)
 
@@ -84,12 +84,12 @@ class DataConfig(Section):
 
 
 class ViewsConfig(Section):
-    """How the dataset is augmented, the same for teacher and students."""
+    """The augmentation that teacher and students share."""
 
     count: int = Field(default=1, ge=1)
     seed: int = 0
     transform: Any = None
-    """The shared random part: a list of transforms, or "clean" for none."""
+    """The random augmentation: a list of transforms, or "clean" for none."""
     mixup: float = Field(default=0.0, ge=0)
     cutmix: float = Field(default=0.0, ge=0)
     mix_probability: float = Field(default=1.0, ge=0, le=1)
@@ -99,9 +99,13 @@ class ViewsConfig(Section):
     def _normal_form(cls, value: Any) -> Any:
         return None if value in (None, "clean", []) else normalise_spec(value)
 
+    def identity(self) -> dict[str, Any]:
+        """The views' part of a run's identity."""
+        return self.model_dump(exclude={"count"})
+
 
 class TrainConfig(Section):
-    """How one net is trained."""
+    """How a model is trained."""
 
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=128, ge=1)
@@ -111,24 +115,24 @@ class TrainConfig(Section):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     schedule: Literal["constant", "cosine", "one_cycle"] = "cosine"
     warmup_epochs: float = Field(default=0.0, ge=0)
-    """Linear; of `one_cycle`, the epochs of its rise, by default 0.3 of all."""
+    """Epochs of linear warm-up; for `one_cycle`, epochs until the peak, by default 0.3 of all."""
     accumulate: int = Field(default=1, ge=1)
-    """Parts that a batch is computed in, one after another, where it is too large for the device."""
+    """Micro-batches per batch, whose gradients are accumulated to save memory."""
     clip_norm: float | None = Field(default=None, gt=0)
-    """Of all gradients together, at most."""
+    """Largest norm of all gradients together."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of the moving average of the weights, which then are the run's weights."""
+    """Decay of the exponential moving average of the weights; the run then evaluates and saves the average."""
     early_stopping: int | None = Field(default=None, ge=1)
-    """Epochs without a better validation accuracy after which training stops."""
+    """Stop after this many epochs without a better validation accuracy."""
     compile: bool = False
-    """Train through `torch.compile`."""
+    """Use `torch.compile`."""
     sync_batchnorm: bool = False
-    """Batch norm over the whole batch where `torchrun` shares it out to GPUs."""
+    """Synchronise batch norm over GPUs under `torchrun`."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of autocast; weights stay float32."""
+    """Precision of autocast; weights stay float32."""
     channels_last: bool = False
     seeds: list[int] = Field(default=[0], min_length=1)
-    """One run for each."""
+    """One run per seed."""
     checkpoint_steps: int = Field(default=0, ge=0)
     """Steps between resumable checkpoints; 0 saves at the end of each epoch."""
 
@@ -137,17 +141,21 @@ class TrainConfig(Section):
     def _one_seed(cls, value: Any) -> Any:
         return [value] if isinstance(value, int) else value
 
+    def identity(self, seed: int) -> dict[str, Any]:
+        """The training settings' part of a run's identity."""
+        return self.model_dump(exclude={"seeds"}) | {"seed": seed}
+
 
 class ModelConfig(Section):
-    """A net, by name."""
+    """A model, by name."""
 
     model: str
-    """One of the catalog's nets, a torchvision classifier, or `package.module:function`."""
+    """A built-in model, a torchvision classifier, or `package.module:function`."""
     args: dict[str, Any] = {}
     input: Any = None
-    """The model's own deterministic part (size, normalisation): a list of transforms."""
+    """The model's own deterministic preprocessing (size, normalisation): a list of transforms."""
     weights: str | None = None
-    """A .safetensors file, a name of torchvision's, or none."""
+    """A .safetensors file, the name of torchvision weights, or null for random weights."""
 
     @field_validator("input")
     @classmethod
@@ -156,34 +164,38 @@ class ModelConfig(Section):
 
 
 class TeacherConfig(ModelConfig):
-    """The teacher: run once, or trained first where `weights` is "trained"; "random" says that none is meant."""
+    """The teacher. `weights: trained` uses the result of `train-teacher`; `weights: random` allows random weights."""
 
     start_from: str | None = None
-    """Weights that `train-teacher` fine-tunes from: a .safetensors file, or a name of torchvision's."""
+    """Weights that `train-teacher` fine-tunes: a .safetensors file, or the name of torchvision weights."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     channels_last: bool = False
     compile: bool = False
     batch_size: int = Field(default=256, ge=1)
-    """Rows that the teacher sees at once in stage 1; batches never straddle blocks."""
+    """Rows per batch in stage 1; a batch never crosses a block boundary."""
     train: dict[str, Any] = {}
     """Overrides of the pipeline's `train` for `train-teacher`."""
 
+    def identity(self) -> dict[str, Any]:
+        """The teacher's part of the identity of its own training run: without settings of inference."""
+        return self.model_dump(exclude={"batch_size", "compile", "channels_last", "precision"})
+
 
 class CacheConfig(Section):
-    """Where and how the labels are kept."""
+    """Where and how teacher outputs are stored."""
 
     path: str
     encoding: EncodingConfig = {"name": "dense", "dtype": "float16"}
     calibration: int = Field(default=10_000, ge=2)
-    """Rows that the teacher is run on beforehand, for encodings that are fitted or chosen."""
+    """Rows that the teacher computes first, to fit or choose an encoding."""
     rows_per_block: int = Field(default=16_384, ge=1)
     outputs: dict[str, dict[str, Any]] = {}
-    """What else of the teacher is kept: modules by name, each with an encoding; `logits` names another module's."""
+    """Further outputs of the teacher: modules by name, each with an encoding; `logits` names the logits' module."""
     memory_budget_mb: float | None = Field(default=None, gt=0)
-    """A view larger than this streams block by block in stage 2; none keeps every view resident."""
+    """Views larger than this are streamed block by block in stage 2; null keeps each view in memory."""
     card: Card = Card()
-    """What the cache's README.md says of it beside what it knows itself."""
+    """Additional text of the cache's README.md, such as its license."""
 
     @field_validator("outputs", mode="before")
     @classmethod
@@ -192,41 +204,41 @@ class CacheConfig(Section):
 
 
 class TeachersConfig(Section):
-    """Several teachers at once: caches over the same views, whose labels are put together for each batch."""
+    """Labels of several teachers: caches of the same views, combined for each batch."""
 
     caches: list[str] = Field(min_length=2)
-    """Their paths or URLs; the first one's proofs are rendered."""
+    """Paths or URLs; inputs are verified against the first one."""
     combine: Literal["logits", "probabilities", "best"] = "logits"
-    """The mean of the logits or of the probabilities, or each sample's best teacher by its true label."""
+    """The mean of logits or probabilities, or for each sample the teacher with the lowest loss on its true label."""
     weights: list[float] | None = None
-    """How much each counts in a mean; all alike by default."""
+    """Weight of each cache in the mean; equal by default."""
 
     @model_validator(mode="after")
     def _weights_fit(self) -> TeachersConfig:
         if self.weights is not None and self.combine == "best":
-            raise ValueError("'best' takes one teacher for each sample, so it takes no weights")
+            raise ValueError("'best' selects one teacher for each sample and has no weights")
         if self.weights is not None and len(self.weights) != len(self.caches):
             raise ValueError(f"{len(self.weights)} weights for {len(self.caches)} caches; give one for each")
         return self
 
 
 class StudentConfig(ModelConfig):
-    """A student: its net, its loss, and what differs from the pipeline's `train`."""
+    """A student: its model, its labels, its loss and its overrides of `train`."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
     loss: LossConfig = {"name": "kl"}
     labels: Literal["cache", "live"] | TeachersConfig = "cache"
-    """Where the teacher's logits come from; "live" runs the teacher on every batch, to compare."""
+    """Where the teacher's logits come from; "live" runs the teacher on every batch."""
     samples: float = Field(default=1.0, gt=0, le=1)
-    """Fraction of the training samples, stratified by class, that this student sees."""
+    """Fraction of the training samples that this student is trained on, stratified by class."""
     sample_weights: dict[str, Any] = {"name": "none"}
-    """What each sample's loss is multiplied by: by class size, or by what the teacher thinks of the sample."""
+    """Weight of each sample's loss: by class size, teacher confidence or teacher agreement."""
     sampler: Literal["none", "class_balanced"] = "none"
-    """Which samples an epoch has: each once, or as many, every class equally often."""
+    """Each sample once per epoch, or every class equally often."""
     hints: list[dict[str, Any]] = []
-    """What the student's modules learn of the cache's other outputs, beside `loss`."""
+    """Losses between modules of the student and further outputs of the teacher, added to `loss`."""
     init: dict[str, Any] | None = None
-    """Which of the teacher's weights the student starts from."""
+    """Initialise the student from the teacher's weights."""
     train: dict[str, Any] = {}
     """Overrides of the pipeline's `train`."""
 
@@ -261,14 +273,21 @@ class StudentConfig(ModelConfig):
     @model_validator(mode="after")
     def _fits_together(self) -> StudentConfig:
         if self.init is not None and self.weights is not None:
-            raise ValueError("a student starts from `weights` or from its teacher (`init`); give one of the two")
+            raise ValueError("a student starts from `weights` or from its teacher (`init`); set only one of them")
         if self.hints and isinstance(self.labels, TeachersConfig):
-            raise ValueError("only logits of several teachers are put together; `hints` take the labels of one cache")
+            raise ValueError("`hints` need the labels of one cache; several teachers give combined logits only")
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """The student's part of its run's identity: without `train`, which has a part of its own, and unset options."""
+        unset: dict[str, Any] = {"init": None, "sample_weights": {"name": NONE}, "sampler": NONE, "hints": []}
+        stated = self.model_dump(exclude={"train"})
+        stated |= {"loss": recorded_loss(self.loss), "hints": recorded_loss(self.hints)}
+        return {key: value for key, value in stated.items() if key not in unset or value != unset[key]}
 
 
 class RunsConfig(Section):
-    """Where runs leave their folders."""
+    """Where runs are stored and logged."""
 
     path: str = "runs"
     tracker: str | None = None
@@ -283,7 +302,7 @@ class RunsConfig(Section):
 
 
 class Pipeline(Section):
-    """A whole pipeline, as it was resolved."""
+    """A whole pipeline, with every default filled in."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
     data: DataConfig
@@ -293,14 +312,14 @@ class Pipeline(Section):
     train: TrainConfig = TrainConfig()
     students: list[StudentConfig] = []
     together: bool = False
-    """Train all students on each rendered batch, where their batches are the same; each ends as it would alone."""
+    """Render each batch once for all students whose batches are the same; results don't change."""
     runs: RunsConfig = RunsConfig()
     device: str = "auto"
     """"auto", "cpu", "cuda", "cuda:1", "mps"."""
     num_workers: int = Field(default=2, ge=0)
-    """DataLoader workers; results don't depend on it."""
+    """DataLoader workers; results don't depend on them."""
     threads: int | None = Field(default=None, ge=1)
-    """Torch's CPU threads in the main process, all cores by default; rounding on the CPU depends on it."""
+    """Torch's CPU threads in the main process, all cores by default; rounding on the CPU depends on them."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Pipeline:
@@ -311,11 +330,11 @@ class Pipeline(Section):
         return self
 
     def train_config(self, owner: TeacherConfig | StudentConfig) -> TrainConfig:
-        """The training settings of one net: the pipeline's, with its own on top."""
+        """The training settings of the teacher or a student: the pipeline's `train` with its overrides."""
         return overridden(self.train, owner.train)
 
     def encoding(self) -> Encoding | Auto:
-        """The cache's encoding, or what it is to be chosen by."""
+        """The cache's encoding, or the rule that chooses one."""
         return encoding_or_auto(self.cache.encoding)
 
     @property
@@ -332,7 +351,7 @@ class Pipeline(Section):
         """A student by name.
 
         Raises:
-            UsageError: no such student.
+            UsageError: the pipeline has no such student.
         """
         for student in self.students:
             if student.name == name:
@@ -346,16 +365,25 @@ class Pipeline(Section):
         """A student's loss."""
         return loss_from_config(student.loss)
 
+    def run_identity(self, owner: TeacherConfig | StudentConfig, seed: int) -> dict[str, Any]:
+        """What one run of training computes, as `run.yaml` records it; a student's label source adds to it."""
+        return {
+            "teacher" if isinstance(owner, TeacherConfig) else "student": owner.identity(),
+            "train": self.train_config(owner).identity(seed),
+            "data": self.data.identity(),
+            "views": self.views.identity(),
+        }
+
     def as_yaml(self) -> str:
-        """The resolved pipeline, every default written out."""
+        """The resolved pipeline as YAML, with every default."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
 def overridden(settings: TrainConfig, overrides: Mapping[str, Any]) -> TrainConfig:
-    """Training settings with some of them changed.
+    """Training settings with overrides.
 
     Raises:
-        ValueError: an unknown key, or a bad value.
+        ValueError: unknown key or invalid value.
     """
     known = list(TrainConfig.model_fields)
     for key in overrides:
@@ -365,14 +393,15 @@ def overridden(settings: TrainConfig, overrides: Mapping[str, Any]) -> TrainConf
 
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
-    """Read a pipeline file and lay overrides such as `cache.encoding.k=20` on top.
+    """Read a pipeline file, and apply overrides such as `cache.encoding.k=20`.
 
     Raises:
-        UsageError: no such file, no YAML, an unknown key (the message names the nearest known one) or a bad value.
+        UsageError: the file is missing or not YAML, a key is unknown (the message suggests the nearest one), or a value
+            is invalid.
     """
     raw = read_raw(path, Pipeline, overrides)
     if "parties" in raw:
-        raise UsageError(f"{path} has parties, so it is a federation's file: run `logitcache federate` on it")
+        raise UsageError(f"{path} has `parties`, so it describes a federation: run `logitcache federate {path}`")
     return parse_pipeline(raw, source=str(path))
 
 
@@ -380,6 +409,6 @@ def parse_pipeline(raw: Mapping[str, Any], *, source: str) -> Pipeline:
     """A pipeline from plain data.
 
     Raises:
-        UsageError: every problem found, one a line, each with its key.
+        UsageError: lists every problem on a line of its own, with its key.
     """
     return parse(Pipeline, raw, source=source)

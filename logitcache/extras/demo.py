@@ -23,7 +23,8 @@ from logitcache.devices import pick_device
 from logitcache.errors import UsageError
 from logitcache.extras.student_export.cost import count_macs
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Bench, Row, summarise, train_teacher
+from logitcache.stages.train_student import Experiment, Row, summarise
+from logitcache.stages.train_teacher import train_teacher
 from logitcache.storage import LocalStorage
 from logitcache.train.loop import train
 
@@ -134,7 +135,7 @@ def run_demo(folder: Path, overrides: Sequence[str] = (), *, full: bool = False)
     pick_device(pipeline.device, threads=pipeline.threads)
     teacher = train_teacher(pipeline)
     stage1_seconds = _timed_stage1(pipeline, folder)
-    bench = Bench(pipeline)
+    bench = Experiment(pipeline)
     mismatched_labels = clean_labels(pipeline, bench, folder / "clean.cache")
     students = [
         pipeline.student(TENTH),
@@ -211,7 +212,7 @@ class CleanLabels:
         return (weights_B1 * own_BC + (1 - weights_B1) * other_BC).log()
 
 
-def clean_labels(pipeline: Pipeline, bench: Bench, path: Path) -> CleanLabels:
+def clean_labels(pipeline: Pipeline, bench: Experiment, path: Path) -> CleanLabels:
     """Labels of one clean view for a pipeline's augmented images, from a cache at `path` that is built where needed."""
     unmixed = {"transform": None, "mixup": 0.0, "cutmix": 0.0, "count": 1}
     cache_teacher(

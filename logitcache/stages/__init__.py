@@ -1,1 +1,1 @@
-"""The jobs of the command line, one module each: train a teacher, cache it, train students."""
+"""The stages of a pipeline: train the teacher, build the cache, train students, or all of them."""

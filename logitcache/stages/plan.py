@@ -1,57 +1,55 @@
-"""Before the run: what each encoding would cost and lose, and how long the teacher would take."""
+"""Estimates before a run: size and fidelity of each encoding, and the time that the teacher takes."""
 
 from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
 
 from logitcache.cache.fidelity import Calibration, Fidelity, candidates, choose, compare
 from logitcache.cache.layout import encode_block
-from logitcache.catalog.outputs import declared_outputs
-from logitcache.config.build import resolve_data, resolve_plan, resolve_teacher
+from logitcache.cache.outputs import Output
+from logitcache.catalog.outputs import declared_outputs, taps_of
+from logitcache.config.build import build_context, build_runner, resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline
 from logitcache.data.views import ViewDataset
-from logitcache.devices import pick_device
 from logitcache.encodings import Auto
 from logitcache.errors import InvalidLogits, UsageError
 from logitcache.progress import track
 from logitcache.randomness import keyed_permutation
-from logitcache.train.inference import calibrate, output_shapes, teacher_outputs
+from logitcache.train.inference import TeacherRunner, calibrate, output_shapes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A table of encodings, cheapest first, and the one to take."""
+    """A table of encodings, smallest first, and the recommended one."""
 
     num_rows: int
-    """Calibration rows that it rests on."""
+    """Calibration rows that the table is measured on."""
     num_classes: int
     fidelities: list[Fidelity]
     recommended: Fidelity
     num_samples: int | None = None
-    """Of the whole cache, in each view; None where only logits were given."""
+    """Samples per view of the whole cache; None where only logits were given."""
     num_views: int | None = None
     samples_per_second: float | None = None
-    """Of the teacher, views rendered; measured on the calibration rows."""
+    """Speed of rendering and teacher together, measured on the calibration rows."""
     output_bytes: dict[str, float] = field(default_factory=dict)
-    """Of a sample and view, of each output beside the logits, as the pipeline encodes it; measured on some rows."""
+    """Bytes per sample and view of each output beside the logits, as encoded by the pipeline."""
 
     @property
     def hours(self) -> float | None:
-        """Of `cache-teacher` at that rate."""
+        """Estimated duration of `cache-teacher`."""
         if self.samples_per_second is None or self.num_samples is None or self.num_views is None:
             return None
         return self.num_samples * self.num_views / self.samples_per_second / 3600
 
     def total_bytes(self, fidelity: Fidelity) -> float | None:
-        """Of the whole cache in one of the encodings, other outputs and all."""
+        """Size of the whole cache in one of the encodings, with all other outputs."""
         if self.num_samples is None or self.num_views is None:
             return None
         row = fidelity.bytes_per_sample + sum(self.output_bytes.values())
@@ -61,19 +59,24 @@ class Plan:
 def plan_pipeline(
     pipeline: Pipeline, *, max_kl: float | None = None, max_bytes: float | None = None, trust: bool = False
 ) -> Plan:
-    """Run the pipeline's teacher on its calibration sample, and try the encodings on what it says.
+    """Run the pipeline's teacher on its calibration samples, and compare encodings of its logits.
 
     Raises:
-        LogitCacheError: data or teacher that can't be had, or no encoding within the limits.
+        LogitCacheError: data or teacher are not available, or no encoding is within the limits.
     """
     data = resolve_data(pipeline, trust=trust)
     views = ViewDataset(data.train, resolve_plan(pipeline, data, trust=trust))
-    device = pick_device(pipeline.device, threads=pipeline.threads)
+    context = build_context(pipeline, trust=trust)
     teacher, _ = resolve_teacher(pipeline, data, views.plan, trust=trust)
+    runner = build_runner(pipeline, teacher, context)
     start = time.perf_counter()
-    calibration = calibrate(pipeline, teacher, views, device)
+    calibration = calibrate(runner, views, num_views=pipeline.views.count, count=pipeline.cache.calibration)
     rate = len(calibration.logits) / (time.perf_counter() - start)
-    output_bytes = measure_outputs(pipeline, teacher, views, device)
+    configs = pipeline.cache.outputs
+    outputs = declared_outputs(configs, output_shapes(teacher, views, taps_of(configs)))
+    output_bytes = {}
+    if outputs:
+        output_bytes = measure_outputs(build_runner(pipeline, teacher, context, list(outputs)), views, outputs)
     requested = pipeline.encoding()
     if max_kl is None and max_bytes is None and isinstance(requested, Auto):
         max_kl = requested.max_kl
@@ -87,46 +90,45 @@ def plan_pipeline(
     )
 
 
-def measure_outputs(
-    pipeline: Pipeline, teacher: nn.Module, views: ViewDataset, device: torch.device
-) -> dict[str, float]:
-    """Bytes of a sample, compressed as a block would be, of each output beside the logits; from one batch's rows."""
-    outputs = declared_outputs(pipeline.cache.outputs, output_shapes(pipeline, teacher, views))
-    if not outputs:
-        return {}
-    chosen = keyed_permutation(len(views), "outputs", pipeline.views.seed)[: pipeline.teacher.batch_size]
+def measure_outputs(runner: TeacherRunner, views: ViewDataset, outputs: Mapping[str, Output]) -> dict[str, float]:
+    """Compressed bytes per sample of each output beside the logits, measured on one batch."""
+    chosen = keyed_permutation(len(views), "outputs", views.plan.seed)[: runner.config.batch_size]
     batch = [(0, int(index)) for index in chosen]
-    [said] = teacher_outputs(pipeline, teacher, views, [batch], device, list(outputs))
+    [computed] = runner.run(views, [batch])
     measured = {}
     for name, output in outputs.items():
         specs = output.arrays()
-        encoded = output.encoding.encode(said.outputs[name].float().cpu().flatten(1))
+        encoded = output.encoding.encode(computed.outputs[name].float().cpu().flatten(1))
         stored = sum(len(encode_block(specs[array], rows.numpy(), len(batch))) for array, rows in encoded.items())
         measured[name] = stored / len(batch)
     return measured
 
 
 def plan_logits(calibration: Calibration, *, max_kl: float | None = None, max_bytes: float | None = None) -> Plan:
-    """Try the encodings on logits at hand.
+    """Compare encodings of the given logits.
 
     Raises:
-        UsageError: no encoding within the limits, or too few rows.
+        UsageError: no encoding is within the limits, or there are too few rows.
     """
     num_rows, num_classes = calibration.logits.shape
     tried = candidates(num_classes, len(calibration.split()[0]))
     if bool(np.isneginf(np.asarray(calibration.logits)).any()):
         tried = [encoding for encoding in tried if encoding.holds_masks]
-    with track("trying encodings", len(tried), unit="encodings") as meter:
+    with track("comparing encodings", len(tried), unit="encodings") as meter:
         fidelities = compare(calibration, tried, advance=meter.advance)
     return Plan(num_rows, num_classes, fidelities, choose(fidelities, max_kl=max_kl, max_bytes=max_bytes))
 
 
 def read_logits(path: Path, group: str | None = None) -> Calibration:
-    """Logits from a `.npy` file, or from a `.npz` file's `logits` with, if it is named, a column of groups.
+    """Logits from a `.npy` file, or from the array `logits` of a `.npz` file.
+
+    Args:
+        path: the file.
+        group: name of an array of group numbers in the `.npz` file; rows of one group are never split.
 
     Raises:
-        UsageError: no such file, array or shape.
-        InvalidLogits: NaN, +inf or a row of nothing but -inf.
+        UsageError: the file or an array is missing, or has the wrong shape.
+        InvalidLogits: NaN, +inf, or a row of only -inf.
     """
     if path.suffix not in (".npy", ".npz") or not path.is_file():
         raise UsageError(f"{path}: expected a .npy file, or a .npz file that holds `logits`")
@@ -135,11 +137,11 @@ def read_logits(path: Path, group: str | None = None) -> Calibration:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         names = ["logits"] if isinstance(loaded, np.ndarray) else list(loaded)
         found = [loaded] if isinstance(loaded, np.ndarray) else [loaded[name] for name in wanted if name in names]
-    except Exception as error:  # whatever NumPy raises for bytes that are no arrays
+    except Exception as error:  # NumPy raises many types for invalid files
         raise UsageError(f"{path} can't be read: {error}") from error
     for name in wanted:
         if name not in names:
-            raise UsageError(f"{path} holds no array {name!r}; it has: {', '.join(names)}")
+            raise UsageError(f"{path} has no array {name!r}; it has: {', '.join(names)}")
     logits, groups = found[0], None if group is None else found[1]
     if logits.ndim != 2 or logits.shape[1] < 2 or logits.dtype.kind != "f":
         raise UsageError(
@@ -148,12 +150,12 @@ def read_logits(path: Path, group: str | None = None) -> Calibration:
     if groups is not None and groups.shape != (len(logits),):
         raise UsageError(f"{path}: {group} is {groups.shape}; expected one for each of the {len(logits)} rows")
     if not np.isfinite(np.max(logits, axis=1)).all():
-        raise InvalidLogits(f"{path}: logits hold NaN or +inf, or a row of nothing but -inf")
+        raise InvalidLogits(f"{path}: logits contain NaN or +inf, or a row of only -inf")
     return Calibration(logits, groups)
 
 
 def pareto_front(fidelities: Sequence[Fidelity]) -> list[Fidelity]:
-    """Those that no other one beats in bytes and KL at T = 1 both, cheapest first."""
+    """The encodings that no other one beats in both bytes and KL at T = 1, smallest first."""
     front: list[Fidelity] = []
     for each in sorted(fidelities, key=lambda each: (each.bytes_per_sample, each.kl[1.0])):
         if np.isfinite(each.kl[1.0]) and (not front or each.kl[1.0] < front[-1].kl[1.0]):
@@ -162,19 +164,19 @@ def pareto_front(fidelities: Sequence[Fidelity]) -> list[Fidelity]:
 
 
 def check_plot(path: Path) -> None:
-    """Refuse a plot that can't be made, before anything is computed for it.
+    """Check that a plot can be written, before anything is computed for it.
 
     Raises:
-        UsageError: another suffix than .png, no such folder, or matplotlib is not installed.
+        UsageError: the suffix is not .png, the folder is missing, or matplotlib is not installed.
     """
     if path.suffix != ".png" or not path.absolute().parent.is_dir():
-        raise UsageError(f"--plot writes a .png file into a folder that is there, not {path}")
+        raise UsageError(f"--plot expects a .png file in an existing folder, not {path}")
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("a plot needs matplotlib: pip install 'logitcache[plot]'")
 
 
 def plot(plan: Plan, path: Path) -> None:
-    """KL against bytes, a point for each encoding, and the Pareto front.
+    """Plot KL against bytes, one point per encoding, with the Pareto front.
 
     Raises:
         UsageError: see `check_plot`.
@@ -195,7 +197,7 @@ def plot(plan: Plan, path: Path) -> None:
         place = (plan.recommended.bytes_per_sample, plan.recommended.kl[1.0])
         axes.annotate("recommended", place, xytext=(8, 8), textcoords="offset points")
     axes.set(
-        xscale="log", yscale="log", xlabel="bytes a sample, compressed", ylabel="KL(teacher ‖ decoded) at T = 1, nats"
+        xscale="log", yscale="log", xlabel="bytes per sample, compressed", ylabel="KL(teacher ‖ decoded) at T = 1, nats"
     )
     axes.grid(which="both", alpha=0.2)
     axes.legend()

@@ -10,13 +10,14 @@ from pathlib import Path
 from logitcache.cache.reader import open_cache
 from logitcache.catalog.datasets import Data, load_data
 from logitcache.catalog.models import check_model_name
-from logitcache.config.build import TRAINED, resolve_collate, teacher_folder
+from logitcache.config.build import TRAINED, resolve_collate, student_folder, teacher_folder
 from logitcache.config.schema import DataConfig, ModelConfig, Pipeline, ViewsConfig
 from logitcache.data.transforms import build_transform
 from logitcache.entry_points import is_entry_point, load_entry_point
 from logitcache.errors import DatasetUnavailable, NotACache, UntrustedCode, UsageError
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Row, train_students, train_teacher
+from logitcache.stages.train_student import Row, train_students
+from logitcache.stages.train_teacher import train_teacher
 from logitcache.train.ranks import launched
 from logitcache.train.runs import RESULT
 
@@ -91,7 +92,7 @@ class Inspection:
     def weights(self, name: str) -> None:
         """Check that a weights file exists; weights that torchvision downloads are not checked."""
         if name.endswith(".safetensors") and not Path(name).is_file():
-            self.missing.append(f"there is no weights file {name}")
+            self.missing.append(f"weights file {name} does not exist")
 
     def plan(self, steps: list[Step]) -> RunPlan:
         """The steps with everything that was found."""
@@ -146,8 +147,7 @@ def _steps(pipeline: Pipeline, data: Data | None, *, cached: bool) -> list[Step]
     steps.append(Step("cache-teacher", f"{what} -> {pipeline.cache.path}", cached))
     for student in pipeline.students:
         seeds = pipeline.train_config(student).seeds
-        folders = [Path(pipeline.runs.path) / student.name / f"seed-{seed}" for seed in seeds]
-        done = all((folder / RESULT).is_file() for folder in folders)
+        done = all((student_folder(pipeline, student.name, seed) / RESULT).is_file() for seed in seeds)
         steps.append(Step("train-student", f"{student.name} ({student.model}), {_counted(len(seeds), 'seed')}", done))
     return steps
 

@@ -1,1 +1,1 @@
-"""Training one net, or several together, exactly resumable; and what a run leaves behind."""
+"""Trains one model, or several together; runs are exactly resumable."""

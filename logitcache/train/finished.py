@@ -1,4 +1,4 @@
-"""Finished runs, read back from their folders, which may come from a stranger."""
+"""Reads finished runs from their folders. Folders may be untrusted: every file is bounded in size and validated."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from logitcache.checksums import check_file
-from logitcache.config.schema import Pipeline, parse_pipeline
-from logitcache.errors import UsageError
-from logitcache.train.runs import CONFIG, MAX_FILE_BYTES, METRICS, RESOLVED, RESULT
+from logitcache.train.runs import CONFIG, MAX_FILE_BYTES, METRICS, RESULT
 from logitcache.train.runs import Positive as Positive
 from logitcache.train.runs import RunResult as RunResult
 from logitcache.train.runs import Share as Share
@@ -35,7 +33,7 @@ class Run:
 
     folder: Path
     config: dict[str, Any]
-    """What the run is: its `run.yaml`."""
+    """The run's identity, from `run.yaml`."""
     result: RunResult
     curve: list[CurvePoint]
 
@@ -44,39 +42,23 @@ def read_run(folder: Path) -> Run:
     """A finished run.
 
     Raises:
-        OSError, ValueError, yaml.YAMLError: a file that is missing, too long, or not what it should be; CorruptRun,
-            which is a ValueError, where it is not the one that the run left.
+        OSError, ValueError, yaml.YAMLError: a file is missing, too long or invalid; `CorruptRun`, which is a
+            ValueError, where it differs from its checksum.
     """
     for name in (CONFIG, RESULT, METRICS):
         check_file(folder / name)
     config = yaml.safe_load(read_text(folder / CONFIG))
     if not isinstance(config, dict):
-        raise ValueError(f"{CONFIG} is no mapping")
+        raise ValueError(f"{CONFIG} is not a mapping")
     result = RunResult.model_validate_json(read_text(folder / RESULT))
     return Run(folder, config, result, _curve(folder))
 
 
-def run_pipeline(run: Run) -> Pipeline:
-    """The pipeline that a run was a part of; found in a folder of runs, it must not fetch anything.
-
-    Raises:
-        UsageError: `pipeline.yaml` is missing or damaged; says that one can be named.
-    """
-    try:
-        raw = yaml.safe_load(read_text(run.folder / RESOLVED))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"{RESOLVED} of the run can't be read; name a pipeline with --data") from error
-    if not isinstance(raw, dict):
-        raise UsageError(f"{RESOLVED} of the run is no mapping; name a pipeline with --data")
-    pipeline = parse_pipeline(raw, source=RESOLVED)
-    return pipeline.model_copy(update={"data": pipeline.data.model_copy(update={"download": False})})
-
-
 def read_text(path: Path) -> str:
-    """A text file of bounded length.
+    """A text file of at most `MAX_FILE_BYTES`.
 
     Raises:
-        OSError, ValueError: no such file, one that is too long, or no UTF-8.
+        OSError, ValueError: the file is missing, too long, or not UTF-8.
     """
     with path.open("rb") as file:
         data = file.read(MAX_FILE_BYTES + 1)
@@ -86,7 +68,7 @@ def read_text(path: Path) -> str:
 
 
 def _curve(folder: Path) -> list[CurvePoint]:
-    """The epochs of a run's log; the lines between them hold other values."""
+    """The epochs of a run's log; the lines between them log training losses."""
     points = []
     for line in read_text(folder / METRICS).splitlines():
         try:

@@ -1,4 +1,4 @@
-"""What a student learns beside the logits: which output of the teacher, by which of its own modules, by which loss."""
+"""Configuration of hints: losses between modules of the student and further outputs of the teacher."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from logitcache.registry import check_keys
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hint:
-    """One output of the teacher that one module of the student learns from."""
+    """A loss between one module of the student and one output of the teacher."""
 
     output: str
-    """By its name in the cache."""
+    """The teacher's output, by its name in the cache."""
     module: str
-    """The student's, by its path."""
+    """The student's module, by its path."""
     loss: FeatureLoss | Loss
-    """Between features; or one of logits, where the output is another head's."""
+    """A loss of features, or of logits where the output is that of another head."""
     weight: Scheduled = 1.0
     key: str | int | None = None
-    """Which part, where the student's module gives a mapping, a list or a tuple."""
+    """Key or index of the output, where the student's module returns a mapping, a list or a tuple."""
 
     def __post_init__(self) -> None:
-        Tap(module=self.module, key=self.key)  # refuses what is neither a path nor a key
+        Tap(module=self.module, key=self.key)  # validates both
 
     @property
     def tap(self) -> Tap:
-        """What is taken of the student."""
+        """Where the student's features are taken."""
         return Tap(module=self.module, key=self.key)
 
     def weight_at(self, progress: float) -> float:
-        """The weight when so much of training is done, 0 to 1."""
+        """The weight at a fraction of training, 0 to 1."""
         return value_at(self.weight, progress)
 
     def is_needed_during(self, start: float, end: float) -> bool:
-        """Whether it takes the teacher's output anywhere between two shares of training."""
+        """Whether the teacher's output is used anywhere between two fractions of training."""
         return not is_zero_during(self.weight, start, end)
 
 
@@ -49,20 +49,18 @@ def hint_from_config(config: Any) -> Hint:
     """A hint from a mapping such as `{output: features, module: layer2, loss: attention, weight: 100}`.
 
     Raises:
-        UsageError: an unknown key, loss or parameter, or one that is missing.
+        UsageError: a key, loss or parameter is unknown or missing.
     """
     if not isinstance(config, Mapping):
-        raise UsageError(
-            f"a hint is a mapping such as {{output: features, module: layer2, loss: hint}}, not {config!r}"
-        )
+        raise UsageError(f"expected a mapping such as {{output: features, module: layer2, loss: hint}}, not {config!r}")
     check_keys("a hint has no key", config, [field.name for field in dataclasses.fields(Hint)])
     for name in ("output", "module", "loss"):
         if name not in config:
             raise UsageError(
-                f"a hint lacks {name!r}; expected for example {{output: features, module: layer2, loss: hint}}"
+                f"{name!r} is missing; expected for example {{output: features, module: layer2, loss: hint}}"
             )
     if not isinstance(config["output"], str):
-        raise UsageError(f"`output` of a hint is the name of one of the cache's outputs, not {config['output']!r}")
+        raise UsageError(f"`output` must be the name of one of the cache's outputs, not {config['output']!r}")
     return Hint(
         output=config["output"],
         module=config["module"],
@@ -73,10 +71,10 @@ def hint_from_config(config: Any) -> Hint:
 
 
 def hints_config(value: Any) -> list[dict[str, Any]]:
-    """`students[].hints` in its normal form, each hint checked.
+    """`students[].hints` in its normal form, validated.
 
     Raises:
-        UsageError: as `hint_from_config`; says which hint.
+        UsageError: as `hint_from_config`, with the number of the hint.
     """
     if not isinstance(value, list | tuple):
         raise UsageError(

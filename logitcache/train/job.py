@@ -1,4 +1,4 @@
-"""One net to train: everything that a run of the training loop is given."""
+"""A training job: all inputs of one run of the training loop."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from logitcache.train.tracking import Tracker
 
 @dataclass(kw_only=True)
 class Job:
-    """One net to train."""
+    """A model to train, with its data, labels, loss and settings."""
 
     name: str
     model: nn.Module
     views: ViewDataset
-    """Gives (index, input, target), or ((student's input, teacher's input)) where the labels need both."""
+    """Yields (index, input, target); input is (student's, teacher's) where the labels need both."""
     indices: np.ndarray
-    """Which samples of `views` to train on, int64 (M,)."""
+    """Samples of `views` to train on, int64 (M,)."""
     num_views: int | None
-    """Epoch e uses view e mod this; None gives every epoch a view of its own."""
+    """Epoch e uses view e mod this; None gives each epoch a new view."""
     labels: Labels | None
     loss: Loss
     config: TrainConfig
@@ -45,38 +45,39 @@ class Job:
     num_workers: int
     folder: Path
     identity: dict[str, Any]
-    """What the run is, for its folder."""
+    """What the run computes; a run folder of another identity is refused."""
     resolved: str
-    """The whole pipeline as it was resolved, in YAML, to be left there."""
+    """The resolved pipeline in YAML, written to the run folder."""
     views_key: str = ""
-    """What `views` renders, but for the model's own part; the same text for the same pixels."""
+    """Equal for two jobs whose views are the same before the model's own preprocessing."""
     input_key: str = ""
-    """The model's own part, likewise."""
+    """Equal for two jobs with the same preprocessing."""
     rows_per_block: int | None = None
     window_blocks: int | None = None
-    """Set where views are streamed: batches then stay within so many blocks."""
+    """Set where views are streamed: each batch then stays within this many blocks."""
     sample_weights: Tensor | None = None
-    """What each sample's loss is multiplied by, float32 (N,) by row number, of mean 1 over `indices`; None for 1."""
+    """Factor of each sample's loss, float32 (N,) by row number, with mean 1 over `indices`; None for 1."""
     classes: np.ndarray | None = None
-    """The class of each of `indices`, int64 (M,), where every epoch is to have all classes equally often."""
+    """The class of each of `indices`, int64 (M,); each epoch then samples all classes equally often."""
     documents: dict[str, str] = field(default_factory=dict)
-    """Further files to leave in the folder: text by name."""
+    """Further files of the run folder: text by name."""
     first_view: int = 0
-    """More than 0 where the cache is a copy of later views only."""
+    """View of epoch 0; not 0 where the cache is a partial copy without the first views."""
     tracker: Callable[[], Tracker] | None = None
-    """Makes what else the metrics go to."""
+    """Starts an experiment tracker, which also gets the metrics."""
     hints: Hints | None = None
-    """What the student learns beside the logits."""
+    """Losses of other teacher outputs than the logits."""
 
     def __post_init__(self) -> None:
         if self.config.early_stopping is not None and self.validation is None:
             raise UsageError(
-                f"train.early_stopping of {self.name} needs a validation split, and there is none; set data.validation "
-                "to a fraction such as 0.1"
+                f"train.early_stopping of {self.name} needs a validation split; set data.validation to a fraction such "
+                "as 0.1"
             )
         if self.hints is not None and not isinstance(self.labels, OutputLabels):
             raise UsageError(
-                f"the hints of {self.name} ask for more than logits, and its labels have no more; name one cache"
+                f"the hints of {self.name} need teacher outputs, and its labels provide logits only; use the labels of "
+                "one cache"
             )
 
     def view_of(self, epoch: int) -> int:
@@ -84,7 +85,7 @@ class Job:
         return epoch if self.num_views is None else self.first_view + epoch % self.num_views
 
     def description(self) -> dict[str, Any]:
-        """What a tracker is told of the run: what its folder says it is, and an `id` that outlasts interruptions."""
+        """The run's description for a tracker: its identity, and an `id` that is the same after an interruption."""
         config: dict[str, Any] = json.loads(json.dumps(self.identity))
         about = {"id": json_digest(config)[:16], "name": self.name, "seed": self.seed, "folder": str(self.folder)}
         return about | config

@@ -1,4 +1,4 @@
-"""Where a student's labels come from, logits and whatever else: the cache, or the teacher itself."""
+"""Teacher labels for the batches of a run, from a cache, several caches, or the live teacher."""
 
 from __future__ import annotations
 
@@ -12,53 +12,58 @@ from logitcache.cache.labelview import View
 from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache
 from logitcache.data.views import ViewDataset
-from logitcache.train.inference import AskedTeacher
+from logitcache.train.inference import TeacherRunner
 
 # B batch, C classes
 
 
 class Labels(Protocol):
-    """Teacher logits for the batches of a run, joined in the main process."""
+    """Teacher logits for the batches of a run, looked up in the main process."""
 
     needs_teacher_inputs: bool
-    """Whether batches must carry the teacher's own rendering beside the student's; else it sees the student's."""
+    """Whether batches carry the teacher's input beside the student's; otherwise both are the same."""
 
     def start_view(self, view: int, following: int | None) -> None:
-        """Get ready for a view, and begin to get ready for the one that follows."""
+        """Load a view, and start to load the next one."""
 
     def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:
-        """Compare a batch that arrived with `views` rendered again.
+        """Compare a batch with the same samples, rendered again from `views`.
 
         Raises:
-            IdentityMismatch: it is not the view that its index names.
+            IdentityMismatch: the batch does not show the view that its index names.
         """
 
     def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
         """Float32 (B, C) for samples of the current view.
 
         Args:
-            index: int (B,), as `ViewDataset` gives it.
-            teacher_inputs: what the teacher would see, where `needs_teacher_inputs`.
+            index: int (B,), from `ViewDataset`.
+            teacher_inputs: the teacher's input, where `needs_teacher_inputs`.
             targets: the true labels, int (B,), or float (B, C) where samples were mixed; on any device.
         """
 
 
 @runtime_checkable
 class OutputLabels(Labels, Protocol):
-    """Labels that have more of the teacher than its logits."""
+    """Labels that also provide other outputs of the teacher."""
 
     def expect(self, outputs: Sequence[str], following: Sequence[str]) -> None:
-        """Which outputs the view that is started next is asked for, and the one that follows it."""
+        """Declare the outputs that are used in the view that starts next, and in the one after it."""
 
     def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
-        """Some of the teacher's outputs by name, `logits` among them if asked for, float32 (B, *shape); as `logits`."""
+        """The named outputs of the teacher, `logits` included, float32 (B, *shape); arguments as in `logits`."""
 
 
 class CachedLabels:
-    """Labels from a cache: each view is checked, resident while it is trained on, and the next one loads behind it.
+    """Labels from a cache. The current view is kept in memory while the next one loads in the background.
 
-    Before a view's first step its proof rows are rendered as the teacher's input and held to the cache's digests,
-    unless another cache of the same views does that.
+    Args:
+        cache: sealed.
+        views: of the training split, with rows of the cache.
+        device: where labels are decoded.
+        memory_budget: bytes; larger views are streamed.
+        prove: before the first step of each view, render its proof rows and compare them with the cache's digests.
+        outputs: all outputs that the run uses.
     """
 
     needs_teacher_inputs = False
@@ -86,7 +91,7 @@ class CachedLabels:
 
     @property
     def window_blocks(self) -> int | None:
-        """Blocks that batches should stay within, where views are streamed."""
+        """Blocks that each batch stays within, where views are streamed."""
         return self._cache.window_blocks(self._memory_budget, self._all_outputs)
 
     def expect(self, outputs: Sequence[str], following: Sequence[str]) -> None:
@@ -118,10 +123,10 @@ class CachedLabels:
 
 
 class EnsembleLabels:
-    """Logits of several teachers, from caches over the same views, put together for each batch.
+    """Combined logits of several teachers, from caches of the same views.
 
     Args:
-        members: one for each teacher; the first one proves the pixels, which are the others' too.
+        members: one per teacher; inputs are verified against the first one.
         combine: (logits (B, C) of each, true labels) -> (B, C).
     """
 
@@ -133,7 +138,7 @@ class EnsembleLabels:
 
     @property
     def window_blocks(self) -> int | None:
-        """Blocks that batches should stay within, where views are streamed: as many as all members have room for."""
+        """Blocks that each batch stays within, where views are streamed: the smallest number of all members."""
         windows = [member.window_blocks for member in self._members]
         return min((window for window in windows if window is not None), default=None)
 
@@ -142,33 +147,33 @@ class EnsembleLabels:
             member.start_view(view, following)
 
     def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:
-        self._members[0].check_batch(index, inputs, views)  # the others are of the same views
+        self._members[0].check_batch(index, inputs, views)  # all members have the same views
 
     def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
         return self._combine([member.logits(index, None, targets) for member in self._members], targets)
 
 
 class LiveLabels:
-    """Labels from the teacher, run on every batch: what a cache saves."""
+    """Labels from the teacher, run on every batch."""
 
-    def __init__(self, teacher: AskedTeacher, *, needs_teacher_inputs: bool) -> None:
+    def __init__(self, teacher: TeacherRunner, *, needs_teacher_inputs: bool) -> None:
         self.needs_teacher_inputs = needs_teacher_inputs
         self._teacher = teacher
 
     def expect(self, outputs: Sequence[str], following: Sequence[str]) -> None:
-        """Nothing to get ready."""
+        """Nothing to load."""
 
     def start_view(self, view: int, following: int | None) -> None:
-        """Nothing to get ready."""
+        """Nothing to load."""
 
     def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:
-        """Nothing to compare: the teacher is given these very inputs."""
+        """Nothing to compare: the teacher gets the same inputs."""
 
     def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
         return self.outputs([LOGITS], index, teacher_inputs, targets)[LOGITS]
 
     def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
-            logits_BC, others = self._teacher(teacher_inputs)
-        said = {LOGITS: logits_BC, **others}
-        return {name: said[name].float() for name in names}
+            logits_BC, extra_outputs = self._teacher(teacher_inputs)
+        outputs = {LOGITS: logits_BC, **extra_outputs}
+        return {name: outputs[name].float() for name in names}

@@ -1,8 +1,8 @@
-"""Training one net, exactly resumable: the loop that `train-teacher` and `train-student` share.
+"""The training loop of `train-teacher` and `train-student`. Runs resume exactly.
 
-The order of samples, the views and the net's own randomness are pure functions of seed, epoch and step, so a run
-that was killed goes on to the weights that it would have had, on any number of DataLoader workers; and several runs
-may take turns in one process.
+The order of samples, the views and the model's randomness are pure functions of seed, epoch and step. A run that is
+killed and resumed therefore ends with the same weights, with any number of DataLoader workers, and several runs may
+alternate in one process.
 """
 
 from __future__ import annotations
@@ -32,38 +32,39 @@ from logitcache.randomness import preserved_generators, seed_generators
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.job import Job
 from logitcache.train.labels import OutputLabels
-from logitcache.train.optimizer import Updates, WeightAverage
+from logitcache.train.optimizer import OptimizerStep, WeightAverage
 from logitcache.train.ranks import ALONE, Ranks
-from logitcache.train.runs import CHECKPOINT, FROM_START, RESOLVED, Onlooker, RunFolder
+from logitcache.train.runs import CHECKPOINT, FROM_START, RESOLVED, NullRunFolder, RunFolder
 from logitcache.train.step import losses
 
 # B batch, C classes
 
 LOG_STEPS = 20
-"""Steps whose losses make one line of the log."""
+"""Steps per line of the log."""
 
 
 @dataclass
 class _State:
-    """What a run carries from step to step besides weights and optimizer."""
+    """The state of a run besides weights and optimizer."""
 
     step: int = 0
     epoch_losses: list[float] = field(default_factory=list)
-    """Mean losses of the log lines of the epoch under way, and their lengths beside them."""
+    """Mean loss of each log line of the current epoch."""
     epoch_counts: list[int] = field(default_factory=list)
+    """Steps of each log line."""
     epoch_seconds: list[float] = field(default_factory=list)
-    """Of the epochs that ran without interruption."""
+    """Duration of each epoch that ran without interruption."""
     best: float = -1.0
     """Validation accuracy of the best epoch so far."""
     stale_epochs: int = 0
-    """Epochs since then."""
+    """Epochs since the best one."""
 
 
 def train(job: Job, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """Train a net to the end, from wherever its folder says; returns the run's result.
+    """Train a model, resuming from its run folder; returns the run's result.
 
     Raises:
-        UsageError: the folder holds a run of another configuration.
+        UsageError: the folder contains a run of another configuration.
         InvalidLogits: the loss became NaN or infinite.
     """
     with preserved_generators():
@@ -81,12 +82,12 @@ def train(job: Job, ranks: Ranks = ALONE) -> dict[str, Any]:
 
 
 def begin(job: Job, ranks: Ranks = ALONE) -> Run | dict[str, Any]:
-    """A run, where its folder says that it was left, or its result where it is finished.
+    """The run, resumed from its folder; or its result if it is finished.
 
     Raises:
-        UsageError: the folder holds a run of another configuration.
+        UsageError: the folder contains a run of another configuration.
     """
-    folder = Onlooker() if ranks.rank else RunFolder(job.folder, job.identity)
+    folder = NullRunFolder() if ranks.rank else RunFolder(job.folder, job.identity)
     finished = ranks.from_first(lambda: folder.result(job.name, job.seed))
     if finished is not None:
         return finished
@@ -96,28 +97,29 @@ def begin(job: Job, ranks: Ranks = ALONE) -> Run | dict[str, Any]:
 
 
 def train_epoch(run: Run, loader: Iterator[Batch], meter: Meter) -> None:
-    """Take one run through its next epoch, or through the rest of one that was interrupted."""
+    """Train for one epoch, or for the rest of an interrupted one."""
     run.begin_epoch()
     while run.in_epoch:
-        run.take(*next(loader))
+        run.train_step(*next(loader))
         meter.advance()
     meter.advance(0, note=run.end_epoch())
 
 
 class Run:
-    """A job under way: `begin_epoch`, `take` each rendered batch of it, `end_epoch`, until `done`; then `finish`.
+    """A job in progress.
 
-    All that it needs between two batches is its own, so several runs may take turns in one process, batch by batch,
-    each with the bits that it would have alone. Batches come in the order of `places`. It goes on from the folder's
-    checkpoint, and leaves one there at the end of each epoch and every `checkpoint_steps`.
+    Until `done`, call `begin_epoch`, then `train_step` on each rendered batch of the epoch in the order of `places`,
+    then `end_epoch`; after that, `finish`. A run owns all state between two batches, so several runs may alternate in
+    one process, batch by batch, with the same bits as alone. It resumes from the folder's checkpoint, and writes one at
+    the end of each epoch and every `checkpoint_steps`.
 
     Args:
         job: what to train.
-        folder: where it goes on from, and what it leaves its results in.
+        folder: of checkpoints and results.
         ranks: the processes that train together; each calls the same methods, with its share of every batch.
     """
 
-    def __init__(self, job: Job, folder: RunFolder | Onlooker, ranks: Ranks = ALONE) -> None:
+    def __init__(self, job: Job, folder: RunFolder | NullRunFolder, ranks: Ranks = ALONE) -> None:
         self.job = job
         self.folder = folder
         self.ranks = ranks
@@ -128,24 +130,24 @@ class Run:
         self._batch_sizes = [len(batch) for batch in batches(np.arange(len(job.indices)), config.batch_size)]
         self.steps_per_epoch = len(self._batch_sizes)
         self.total_steps = self.steps_per_epoch * config.epochs
-        self._hinted = None if job.hints is None else job.hints.around(self.model).to(job.device)
+        self._hinted = None if job.hints is None else job.hints.attach(self.model).to(job.device)
         whole = self._hinted or self.model
-        # Before anything else holds its parameters, and before any hook: synchronised batch norm replaces modules.
+        # Before the optimizer and the hooks: synchronised batch norm replaces modules.
         self._parallel = ranks.wrap(whole, job.device, sync_batchnorm=config.sync_batchnorm)
         if self._hinted is not None:
             self._hinted.capture.hook()
-        # One kernel for each shape: with dynamic shapes the kernel would depend on the shapes that came before, so
-        # that a resumed run might round differently.
+        # dynamic=False: with dynamic shapes the kernel depends on earlier shapes, so a resumed run might round
+        # differently.
         self._net = cast(
             "nn.Module", torch.compile(self._parallel, dynamic=False) if config.compile else self._parallel
         )
-        self._updates = Updates(whole, config, job.device, self.steps_per_epoch)
+        self._optimizer_step = OptimizerStep(whole, config, job.device, self.steps_per_epoch)
         self._average = None if config.ema is None else WeightAverage(self.model, config.ema)
         self.state = _State()
         self.done = False
         self._stop_at = 0
         self._epoch = self._skipped = 0
-        self._start = self._aside = 0.0
+        self._start = self._saving_seconds = 0.0
         self._pending: list[Tensor] = []
         self._checked_views: set[int] = set()
         saved = ranks.from_first(folder.checkpoint)
@@ -155,21 +157,21 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Steps that were taken."""
+        """Steps that are done."""
         return self.state.step
 
     @property
     def in_epoch(self) -> bool:
-        """Whether the epoch that was begun still has batches."""
+        """Whether the current epoch has batches left."""
         return self.state.step < self._stop_at
 
     @property
     def trained(self) -> nn.Module:
-        """The model whose weights are the run's: the averaged one, where weights are averaged."""
+        """The model that is evaluated and saved: the average, where weights are averaged."""
         return self.model if self._average is None else self._average.model
 
     def places(self) -> Iterator[list[tuple[int, int]]]:
-        """(view, index) of this process's share of each batch to come, across the ends of epochs, for workers."""
+        """(view, index) of this process's share of each remaining batch of all epochs."""
         job = self.job
         rows = job.indices if job.views.rows is None else job.views.rows[job.indices]
         first_epoch, skipped = divmod(self.state.step, self.steps_per_epoch)
@@ -185,19 +187,19 @@ class Run:
             view = job.view_of(epoch)
             for batch in batches(order, job.config.batch_size)[skipped:]:
                 share = self.ranks.share(batch)
-                # Every process takes part in every exchange of gradients, and batch norm needs two samples: a smaller
-                # share is filled up with samples of others, which then weigh nothing.
+                # Every process takes part in every gradient exchange, and batch norm needs two samples: smaller shares
+                # are padded with samples of other processes, which get weight 0.
                 filled = np.concatenate([share, np.setdiff1d(batch, share)[: max(2 - len(share), 0)]])
                 yield [(view, int(index)) for index in job.indices[filled]]
             skipped = 0
 
     def begin_epoch(self) -> None:
-        """Get ready for the batches of the next epoch, or of the rest of one that was interrupted."""
+        """Prepare the next epoch, or the rest of an interrupted one."""
         job = self.job
         self._epoch, self._skipped = divmod(self.state.step, self.steps_per_epoch)
         self._stop_at = (self._epoch + 1) * self.steps_per_epoch
         self._start = time.perf_counter()
-        self._aside = 0.0
+        self._saving_seconds = 0.0
         needed, next_needed = self._needed(self._epoch), self._needed(self._epoch + 1)
         if job.labels is not None and needed:
             if isinstance(job.labels, OutputLabels):
@@ -205,16 +207,16 @@ class Run:
             following = job.view_of(self._epoch + 1) if next_needed else None
             job.labels.start_view(job.view_of(self._epoch), following)
 
-    def take(self, index: Tensor, inputs: Any, targets: Any) -> None:
-        """Train on one rendered batch, or on this process's share of it.
+    def train_step(self, index: Tensor, inputs: Any, targets: Any) -> None:
+        """Train on one rendered batch, or this process's share of it.
 
         Args:
-            index: view and row of each sample, int64 (B,), as `views` gave it.
-            inputs: as `views` gave them.
+            index: view and row of each sample, int64 (B,), from `views`.
+            inputs: from `views`.
             targets: true labels, int (B,) or float (B, C).
 
         Raises:
-            IdentityMismatch: a view's first batch is not what `views` renders.
+            IdentityMismatch: the first batch of a view differs from what `views` renders.
             InvalidLogits: the loss became NaN or infinite.
         """
         job, state = self.job, self.state
@@ -240,10 +242,10 @@ class Run:
                 part_loss = loss_B[:counted].sum() / batch_size
             last = number + 1 == len(parts)
             with nullcontext() if last else self._without_exchange():
-                # The exchange averages over processes; each has its part of the whole batch's mean.
-                self._updates.backward(part_loss * self.ranks.size)
+                # The exchange averages over processes, but each one's loss is its part of the mean of the whole batch.
+                self._optimizer_step.backward(part_loss * self.ranks.size)
             loss += part_loss.detach()
-        self._updates.apply(state.step)
+        self._optimizer_step.apply(state.step)
         if self._average is not None:
             self._average.update(self.model)
         self._pending.append(loss)
@@ -251,24 +253,24 @@ class Run:
         if len(self._pending) == LOG_STEPS:
             self._log_losses()
         steps = job.config.checkpoint_steps
-        if steps and state.step % steps == 0 and self.in_epoch:  # the end of an epoch saves anyway
+        if steps and state.step % steps == 0 and self.in_epoch:  # `end_epoch` saves its own checkpoint
             saving = time.perf_counter()
             self._log_losses()
             self._checkpoint()
-            self._aside += time.perf_counter() - saving
+            self._saving_seconds += time.perf_counter() - saving
 
     def end_epoch(self) -> str:
-        """Evaluate, log, keep what is best and what resumes; returns the epoch in a few words."""
+        """Evaluate, log, and save the best weights and a checkpoint; returns a summary for the progress bar."""
         job, state = self.job, self.state
         if job.device.type == "cuda":
             torch.cuda.synchronize(job.device)
-        seconds = time.perf_counter() - self._start - self._aside
+        seconds = time.perf_counter() - self._start - self._saving_seconds
         if not self._skipped:
             state.epoch_seconds.append(seconds)
         self._log_losses()
         metrics = {"epoch": self._epoch + 1, "loss": float(np.average(state.epoch_losses, weights=state.epoch_counts))}
         state.epoch_losses, state.epoch_counts = [], []
-        metrics |= {"lr": self._updates.learning_rate(state.step - 1), "epoch_seconds": seconds}
+        metrics |= {"lr": self._optimizer_step.learning_rate(state.step - 1), "epoch_seconds": seconds}
         metrics |= self._measured(job.validation, "validation_")
         accuracy = metrics.get("validation_accuracy")
         if accuracy is None or accuracy > state.best:
@@ -285,7 +287,7 @@ class Run:
         return f"loss {metrics['loss']:.3f}" + ("" if accuracy is None else f", validation {accuracy:.1%}")
 
     def finish(self) -> dict[str, Any]:
-        """Leave the last weights and the result: of the best epoch's weights where training stops early."""
+        """Save the last weights, and measure the result: on the best weights where early stopping is on."""
         job, state = self.job, self.state
         self.folder.save_weights(self.trained, "last", state.step)
         if job.config.early_stopping is not None:
@@ -312,7 +314,7 @@ class Run:
         return result
 
     def _micro_batches(self, size: int) -> list[tuple[int, int]]:
-        """(start, stop) of the parts of a batch that are computed one after another: alike in size, for batch norm."""
+        """(start, stop) of each micro-batch, of nearly equal sizes for batch norm."""
         config = self.job.config
         if config.accumulate == 1:
             return [(0, size)]
@@ -321,20 +323,20 @@ class Run:
         return list(itertools.pairwise(bounds))
 
     def _without_exchange(self) -> AbstractContextManager[Any]:
-        """Gradients stay in this process until the last part of a batch has been added to them."""
+        """Skip the gradient exchange until the last micro-batch of a batch."""
         if isinstance(self._parallel, nn.parallel.DistributedDataParallel):
             return self._parallel.no_sync()
         return nullcontext()
 
     def _measured(self, evaluation: Evaluation | None, prefix: str) -> dict[str, float]:
-        """What the first process measures."""
+        """Metrics, measured by the first process."""
         if evaluation is None:
             return {}
         measured = self.ranks.from_first(lambda: evaluation.measure(self.trained, self.job.device))
         return {f"{prefix}{name}": value for name, value in measured.items()}
 
     def _needed(self, epoch: int) -> list[str]:
-        """The teacher's outputs that any step of an epoch that is to come takes, by name."""
+        """Names of the teacher's outputs that any step of an epoch uses."""
         if epoch >= self.job.config.epochs:
             return []
         first_step = epoch * self.steps_per_epoch
@@ -363,7 +365,7 @@ class Run:
             {
                 "model": self.model.state_dict(),
                 "regressors": None if self._hinted is None else self._hinted.regressors.state_dict(),
-                "updates": self._updates.state_dict(),
+                "updates": self._optimizer_step.state_dict(),
                 "average": None if self._average is None else self._average.state_dict(),
                 "state": vars(self.state),
                 "steps": [self.steps_per_epoch, self.total_steps],
@@ -374,11 +376,11 @@ class Run:
         try:
             expected = [self.steps_per_epoch, self.total_steps]
             if saved["steps"] != expected:
-                raise ValueError(f"expected {expected} steps an epoch and in all, found {saved['steps']}")
+                raise ValueError(f"expected {expected} steps per epoch and in total, found {saved['steps']}")
             self.model.load_state_dict(saved["model"])
             if self._hinted is not None:
                 self._hinted.regressors.load_state_dict(saved["regressors"])
-            self._updates.load_state_dict(saved["updates"])
+            self._optimizer_step.load_state_dict(saved["updates"])
             if self._average is not None:
                 self._average.load_state_dict(saved["average"])
             self.state = _State(**saved["state"])
@@ -387,10 +389,10 @@ class Run:
                 f"{self.job.folder / CHECKPOINT} does not fit this run: {' '.join(str(error).split())}; {FROM_START}"
             ) from error
         if self._best_step():
-            self.ranks.from_first(lambda: bool(self._best_weights()))  # now, rather than after the whole training
+            self.ranks.from_first(lambda: bool(self._best_weights()))  # fail now rather than after training
 
     def _best_step(self) -> int:
-        """The step at the end of the best epoch so far, or 0."""
+        """The last step of the best epoch so far, or 0."""
         epochs = self.state.step // self.steps_per_epoch
         return (epochs - self.state.stale_epochs) * self.steps_per_epoch
 

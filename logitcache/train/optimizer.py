@@ -1,4 +1,4 @@
-"""How weights change: optimizer, learning rates, clipping, the loss scale of float16, and averaged weights."""
+"""Updates weights: optimizer, learning-rate schedule, gradient clipping, loss scaling for float16, and averaging."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from logitcache.config.schema import TrainConfig
 
 ONE_CYCLE_RISE = 0.3
-"""Fraction of all steps in which one-cycle rises, where `warmup_epochs` does not say."""
+"""Fraction of all steps until the peak of one-cycle, where `warmup_epochs` is 0."""
 ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1 / 25 / 1e4
-"""Of the largest rate; these three are torch's own (`OneCycleLR`)."""
+"""Fractions of the largest rate; these three are the defaults of torch's `OneCycleLR`."""
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of a step, counted from 0: a pure function, so there is nothing to resume.
+    """The learning rate of a step, counted from 0; a pure function, without state to resume.
 
-    `constant` and `cosine` (down to zero at the end) follow a linear warm-up; `one_cycle` rises from 1/25 of `lr`
-    along a cosine, and falls along another to a 250 000th of it (Smith and Topin 2017, arXiv:1708.07120, in the form
-    of torch's `OneCycleLR`; the momentum stays as it is).
+    `constant` and `cosine` (which ends at zero) follow a linear warm-up. `one_cycle` rises along a cosine from 1/25 of
+    `lr`, and falls along another one to 1/250 000 of it (Smith and Topin 2017, arXiv:1708.07120, as in torch's
+    `OneCycleLR`, but with constant momentum).
     """
     total = config.epochs * steps_per_epoch
     warmup = round(config.warmup_epochs * steps_per_epoch)
@@ -38,13 +38,13 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     return config.lr * _half_cosine(1.0, 0.0, min((step - warmup) / max(total - warmup, 1), 1.0))
 
 
-class Updates:
-    """Turns losses into changes of a model's weights.
+class OptimizerStep:
+    """Backward pass and optimizer step of a model.
 
     Args:
         model: on its device.
-        config: what the changes follow.
-        device: where the model is.
+        config: optimizer, schedule, clipping and precision.
+        device: of the model.
         steps_per_epoch: of the schedule.
     """
 
@@ -60,11 +60,11 @@ class Updates:
         return learning_rate(self._config, step, self._steps_per_epoch)
 
     def backward(self, loss: Tensor) -> None:
-        """Add a loss's gradients to those that are there."""
+        """Add a loss's gradients to the present ones."""
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def apply(self, step: int) -> None:
-        """Change the weights by the gradients of a step, and drop these."""
+        """Update the weights from the gradients, and clear the gradients."""
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         if self._config.clip_norm is not None:
@@ -75,11 +75,11 @@ class Updates:
         self._optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
+        """Load the state from a checkpoint.
 
         Raises:
             AttributeError, KeyError, RuntimeError, TypeError, ValueError: the state of another optimizer or model.
@@ -90,7 +90,7 @@ class Updates:
             raise ValueError("the optimizer has other settings")
         for parameter, moments in self._optimizer.state.items():
             for name, value in moments.items():
-                # torch compares the number of parameters only.
+                # torch checks the number of parameters, but not their shapes.
                 if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
                     shapes = f"{tuple(value.shape)}, its parameter {tuple(parameter.shape)}"
                     raise ValueError(f"{name} of the optimizer has shape {shapes}")
@@ -98,12 +98,12 @@ class Updates:
 
 
 class WeightAverage:
-    """An exponential moving average of a model's weights, and of its batch-norm statistics with them.
+    """An exponential moving average of a model's weights and batch-norm statistics.
 
-    After n updates the decay is the smaller of `decay` and (1 + n) / (10 + n), so that a short run's average is not
-    its first steps (as in TensorFlow's `ExponentialMovingAverage`). Statistics are averaged as weights are (as
-    torchvision and timm do): those of the last step would belong to other weights. Integers, such as batch norm's
-    counter, are the model's own.
+    After n updates the decay is the smaller of `decay` and (1 + n) / (10 + n), so that the first steps don't dominate
+    the average of a short run (as in TensorFlow's `ExponentialMovingAverage`). Statistics are averaged like weights (as
+    in torchvision and timm), since those of the last step would belong to other weights. Integers, such as batch norm's
+    counter, are copied.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -116,15 +116,15 @@ class WeightAverage:
         return self._average.module
 
     def update(self, model: nn.Module) -> None:
-        """Take a model's weights of now into the average."""
+        """Add a model's current weights to the average."""
         self._average.update_parameters(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         return self._average.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Load the state from a checkpoint."""
         self._average.load_state_dict(state)
 
     def _mix(self, averaged: Any, current: Any, _: Any) -> None:
@@ -132,13 +132,13 @@ class WeightAverage:
             for mean, value in zip(averaged, current, strict=True):
                 mean.copy_(value)
             return
-        updates = int(self._average.n_averaged)  # in main memory: no waiting for the device
+        updates = int(self._average.n_averaged)  # on the CPU: no device synchronisation
         decay = min(self._decay, (1 + updates) / (10 + updates))
         get_ema_multi_avg_fn(decay)(averaged, current, None)  # type: ignore[no-untyped-call]
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """Of a parameter group: all but the parameters, and the rate that each step sets."""
+    """Settings of a parameter group, without the learning rate, which each step sets."""
     return {name: value for name, value in group.items() if name not in ("params", "lr")}
 
 

@@ -1,7 +1,7 @@
-"""The processes that work together as `torchrun` starts them: who they are, and what they tell each other.
+"""The processes that `torchrun` starts, and their communication.
 
-Of a net, each renders and computes its share of every batch, and gradients are averaged between them by torch's
-`DistributedDataParallel`; the first one alone writes files and evaluates. Of a cache, each has its share of the blocks.
+In training, each process renders and computes its share of every batch, torch's `DistributedDataParallel` averages the
+gradients, and only the first process writes files and evaluates. In stage 1, each process computes its share of blocks.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from logitcache.progress import silence
 T = TypeVar("T")
 
 PATIENCE = datetime.timedelta(hours=6)
-"""How long the others wait for the first one's evaluation before they take it for dead."""
+"""How long other processes wait for the first one's evaluation before they fail."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process among those that `torchrun` started; alone by default."""
+    """This process among those that `torchrun` started; a single one by default."""
 
     rank: int = 0
     size: int = 1
 
     def share(self, batch: np.ndarray) -> np.ndarray:
-        """This process's part of a batch (B,): equal parts but for one sample, none where there are fewer samples."""
+        """This process's part of a batch (B,). Sizes differ by at most one sample, and may be 0."""
         return np.array_split(batch, self.size)[self.rank]
 
     def largest_share(self, batch_size: int) -> int:
-        """Samples that a process has of a full batch, at most."""
+        """The largest number of samples that one process gets of a full batch."""
         return math.ceil(batch_size / self.size)
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What the first process makes, in every process; the others wait."""
+        """Call `make` in the first process, and return its result in all processes."""
         if self.size == 1:
             return make()
         box = [make() if self.rank == 0 else None]
@@ -52,28 +52,28 @@ class Ranks:
         return box[0]  # type: ignore[return-value]
 
     def wait(self) -> None:
-        """Until every process has come here."""
+        """Block until every process has called this."""
         self.sum(torch.zeros(1))
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes of each value, in every process."""
+        """The elementwise sum over all processes, in every process."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
     def wrap(self, model: nn.Module, device: torch.device, *, sync_batchnorm: bool) -> nn.Module:
-        """A model whose gradients are averaged over all processes, from the first one's weights and buffers.
+        """A model whose gradients are averaged over all processes; starts from the first one's weights and buffers.
 
         Raises:
-            UsageError: synchronised batch norm anywhere but on CUDA, where alone torch has it.
+            UsageError: synchronised batch norm on another device than CUDA, which torch does not support.
         """
         if self.size == 1:
             return model
         if sync_batchnorm:
             if device.type != "cuda":
                 raise UsageError(
-                    f"train.sync_batchnorm needs CUDA, and this run is on {device.type}; leave it out, or choose a net "
+                    f"train.sync_batchnorm needs CUDA, and this run is on {device.type}; remove it, or choose a model "
                     "without batch norm"
                 )
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
@@ -92,13 +92,13 @@ def launched() -> bool:
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for all that `torchrun` started."""
+    """Whether this process is the first, or the only one; only this one prints."""
     return not launched() or os.environ["RANK"] == "0"
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """The processes that `torchrun` started, ready to talk: gloo on the CPU, NCCL between GPUs; else this one alone."""
+    """Connect the processes that `torchrun` started, with gloo on the CPU and NCCL on GPUs."""
     if dist.is_available() and dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size())
         return
@@ -107,7 +107,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         return
     options: dict[str, Any] = {"backend": "gloo"}
     if device.type == "cuda":
-        # Results and checkpoints travel as objects in main memory, whatever carries the gradients.
+        # gloo as well: results and checkpoints are broadcast as objects on the CPU.
         options = {"backend": "cpu:gloo,cuda:nccl"}
         torch.cuda.set_device(device)
     dist.init_process_group(**options, timeout=PATIENCE)
@@ -115,5 +115,5 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     if ranks.rank:
         silence()
     yield ranks
-    # Not after an error: the others may wait in the middle of an exchange, and torchrun ends them.
+    # Not after an error: other processes may wait in an exchange; torchrun stops them.
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the resolved YAML, its logs, weights, and where to resume."""
+"""Run folders: the resolved pipeline, logs, weights, the result, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from logitcache.storage.local import fsync_path
 from logitcache.train.tracking import Tracker
 
 CONFIG, RESOLVED = "run.yaml", "pipeline.yaml"
-"""What this run is, and the whole pipeline that it is a part of."""
+"""The run's identity, and the resolved pipeline that it belongs to."""
 METRICS, RESULT, CHECKPOINT = "metrics.jsonl", "result.json", "resume.pt"
 EPOCHS = "metrics.csv"
-"""A line for each epoch."""
+"""One line per epoch."""
 
 MAX_FILE_BYTES = 2**26
-"""Of a text file that is read."""
+"""Largest text file that is read."""
 RESUME_HEADER = b"logitcache resume 1\n"
-"""Then the SHA-256 of what follows, in hexadecimal digits and a newline, and what `torch.save` wrote."""
+"""Followed by the SHA-256 of the payload in hexadecimal digits, a newline, and the payload of `torch.save`."""
 RESUME_HEADER_BYTES = len(RESUME_HEADER) + 65
 FROM_START = "delete it to train from the start"
 
@@ -55,14 +55,14 @@ class RunResult(BaseModel):
 
 
 class RunFolder:
-    """One run's folder.
+    """The folder of one run.
 
     Args:
-        path: where it lies; created where it is not there.
-        config: what the run is, as plain data; a folder of another run is refused.
+        path: created where it is missing.
+        config: the run's identity, as plain data.
 
     Raises:
-        UsageError: the folder holds a run of another configuration; names the keys that differ.
+        UsageError: the folder contains a run of another configuration; names the keys that differ.
         CorruptRun: the folder's `run.yaml` is damaged.
     """
 
@@ -72,7 +72,7 @@ class RunFolder:
         config = json.loads(json.dumps(config))
         self._run = json_digest(config)
         self._logged = 0
-        """Bytes of the log."""
+        """Size of the log in bytes."""
         self._log_hash = hashlib.sha256()
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -89,23 +89,23 @@ class RunFolder:
                     raise ValueError("expected a mapping")
             except (yaml.YAMLError, ValueError, RecursionError) as error:
                 raise CorruptRun(
-                    f"{path / CONFIG} is damaged: {_first_line(error)}; delete {path} to start afresh"
+                    f"{path / CONFIG} is damaged: {_first_line(error)}; delete {path} to start again"
                 ) from error
             if before != config:
                 keys = ", ".join(_different_keys(before, config))
                 raise UsageError(
-                    f"{path} holds a run of another configuration (differs in {keys}).\n"
-                    "Choose another `runs.path`, or delete that folder to start afresh."
+                    f"{path} contains a run of another configuration (differs in {keys}).\n"
+                    "Choose another `runs.path`, or delete that folder to start again."
                 )
         self._events: Any = None
         self._tracker: Tracker | None = None
         self._epochs: list[dict[str, float]] = []
 
     def result(self, name: str, seed: int) -> dict[str, Any] | None:
-        """The result of a finished run of this name and seed.
+        """The result, if the run is finished.
 
         Raises:
-            CorruptRun: it is damaged, or not the one that the run left.
+            CorruptRun: it is damaged, or of another name or seed.
         """
         path = self.path / RESULT
         text = self._read(RESULT)
@@ -119,16 +119,17 @@ class RunFolder:
                 raise ValueError(f"expected the result of {name}, seed {seed}; found {found.name}, seed {found.seed}")
         except (ValueError, RecursionError) as error:
             raise CorruptRun(
-                f"{path} is not what this run left: {_first_line(error)}; delete {self.path} to train from the start"
+                f"{path} is not the result of this run: {_first_line(error)}; delete {self.path} to train from the "
+                "start"
             ) from error
         return result
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Record the result and the checksums of what the run left, and drop what was kept to resume."""
+        """Write the result and the checksums, and delete the checkpoint."""
         text = json.dumps(result, indent=1) + "\n"
         names = [CONFIG, METRICS, "best.safetensors", "last.safetensors"]
         checksums = {name: file_sha256(self.path / name) for name in names if (self.path / name).is_file()}
-        # The result last: a run without one is not finished, and its checksums are written again.
+        # Result last: a run without it is not finished, and writes its checksums again.
         self.write(CHECKSUMS, checksums_text({**checksums, RESULT: sha256_hex(text.encode())}))
         self.write(RESULT, text)
         (self.path / CHECKPOINT).unlink(missing_ok=True)
@@ -141,8 +142,7 @@ class RunFolder:
         """The state to resume from, if any.
 
         Raises:
-            CorruptRun: it is damaged, of another run or of an earlier version, or the log is not the one that it
-                goes on with.
+            CorruptRun: it is damaged, of another run or of an earlier version, or does not match the log.
         """
         path = self.path / CHECKPOINT
         data = self._get(CHECKPOINT)
@@ -150,13 +150,13 @@ class RunFolder:
             return None
         if not data.startswith(RESUME_HEADER):
             raise CorruptRun(
-                f"{path} is damaged, or of a version of logitcache that wrote no SHA-256 into it: expected it to begin "
-                f"with {RESUME_HEADER!r}, found {data[: len(RESUME_HEADER)]!r}; {FROM_START}"
+                f"{path} is damaged, or from a version of logitcache without SHA-256 in checkpoints: expected it to "
+                f"begin with {RESUME_HEADER!r}, found {data[: len(RESUME_HEADER)]!r}; {FROM_START}"
             )
         header, payload = data[:RESUME_HEADER_BYTES], data[RESUME_HEADER_BYTES:]
         del data  # a checkpoint may be large
         if header != _resume_header(payload):
-            raise CorruptRun(f"{path} is damaged: its content has another SHA-256 than its header; {FROM_START}")
+            raise CorruptRun(f"{path} is damaged: its content does not match the SHA-256 in its header; {FROM_START}")
         try:
             saved: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
             run, logged, log_sha256 = saved.pop("run"), saved.pop("logged"), saved.pop("log_sha256")
@@ -167,7 +167,7 @@ class RunFolder:
         log = (self._get(METRICS) or b"")[:logged]
         if sha256_hex(log) != log_sha256:
             raise CorruptRun(
-                f"{self.path / METRICS} is not the log that {path} goes on with: expected {logged} bytes of SHA-256 "
+                f"{self.path / METRICS} does not match the checkpoint {path}: expected {logged} bytes of SHA-256 "
                 f"{log_sha256}, found {len(log)} of {sha256_hex(log)}.\nRestore the log, or delete {path} to train "
                 "from the start"
             )
@@ -175,7 +175,7 @@ class RunFolder:
         return saved
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replace the state to resume from, whole or not at all."""
+        """Replace the checkpoint atomically."""
         fsync_path(self.path / METRICS)
         log = {"logged": self._logged, "log_sha256": self._log_hash.hexdigest()}
         buffer = io.BytesIO()
@@ -186,17 +186,17 @@ class RunFolder:
         self._storage.put(CHECKPOINT, data)
 
     def save_weights(self, model: nn.Module, name: str, step: int) -> None:
-        """Write a model's weights after a step as `NAME.safetensors`."""
+        """Write a model's weights as `NAME.safetensors`, with the step."""
         save_weights(model, self.path / f"{name}.safetensors", {"run": self._run, "step": step})
 
     def best_weights(self, step: int) -> dict[str, Tensor]:
-        """The weights that this run wrote as `best.safetensors` after a step.
+        """The weights in `best.safetensors`, of a step or later.
 
-        Those of a later step are taken too: a run that was interrupted right after it wrote them may take the steps
-        to them again, and where rounding differs, end elsewhere.
+        Later ones are accepted: a run that was interrupted right after it wrote them repeats the steps before them, and
+        where rounding differs, may not write them again.
 
         Raises:
-            CorruptRun: there are none, or they are damaged, of another run, or of an earlier step.
+            CorruptRun: they are missing, damaged, of another run, or of an earlier step.
         """
         path = self.path / "best.safetensors"
         try:
@@ -208,18 +208,18 @@ class RunFolder:
                 )
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptRun(
-                f"{path} is not what this run wrote: {_first_line(error)}.\nRestore it, or delete {self.path} to train "
-                "from the start"
+                f"{path} was not written by this run: {_first_line(error)}.\nRestore it, or delete {self.path} to "
+                "train from the start"
             ) from error
         return state
 
     def start_log(self, step: int, tracker: Tracker | None = None, description: dict[str, Any] | None = None) -> None:
-        """Open the logs at a step, that of the checkpoint where one was read; what came later is forgotten.
+        """Open the logs, and drop what was logged after the checkpoint.
 
         Args:
-            step: where the run goes on.
+            step: where the run starts or resumes.
             tracker: gets the same metrics.
-            description: what the tracker is told of the run.
+            description: of the run, for the tracker.
         """
         self._tracker = tracker
         if tracker is not None:
@@ -228,11 +228,11 @@ class RunFolder:
         self._log_hash = hashlib.sha256(kept)
         self._storage.put(METRICS, kept)
         self._epochs = [values for line in kept.splitlines() if "epoch" in (values := json.loads(line))]
-        # Of a run that was finished, until its result was deleted.
+        # Left over from a finished run whose result was deleted.
         (self.path / CHECKSUMS).unlink(missing_ok=True)
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:  # the extra `train` is not installed: the JSONL log has it all
+        except ImportError:  # extra `train` is not installed; metrics.jsonl has everything
             return
         self._events = SummaryWriter(str(self.path), purge_step=step + 1)
 
@@ -250,18 +250,18 @@ class RunFolder:
             self._tracker.log(values, step)
 
     def log_epoch(self, step: int, values: dict[str, float]) -> None:
-        """Append a line of metrics, which ends an epoch, and bring the table of epochs up to date."""
+        """Append the metrics of an epoch, and update the table of epochs."""
         self.log(step, values)
         self._epochs.append({"step": step, **values})
         table = io.StringIO()
-        # Whole each time: a line for each epoch is little, and a file that was cut short needs no mending.
+        # Rewritten as a whole each time: it is small, and never incomplete.
         writer = csv.DictWriter(table, list(dict.fromkeys(name for line in self._epochs for name in line)))
         writer.writeheader()
         writer.writerows(self._epochs)
         self.write(EPOCHS, table.getvalue())
 
     def write(self, name: str, text: str) -> None:
-        """Write a file, whole or not at all."""
+        """Write a file atomically."""
         self._storage.put(name, text.encode())
 
     def _read(self, name: str) -> str | None:
@@ -282,11 +282,8 @@ class RunFolder:
             raise CorruptRun(f"{error}; delete it to train from the start") from error
 
 
-class Onlooker:
-    """A run's folder as every process but the first has it, where several train one net: nothing is written.
-
-    What is in it comes from the first process.
-    """
+class NullRunFolder:
+    """Stands for the run folder in every process but the first: writes nothing and finds nothing."""
 
     def result(self, name: str, seed: int) -> None: ...
 
@@ -299,7 +296,7 @@ class Onlooker:
     def save_weights(self, model: nn.Module, name: str, step: int) -> None: ...
 
     def best_weights(self, step: int) -> dict[str, Tensor]:
-        """Never called: the first process reads them."""
+        """Only the first process reads weights."""
         raise NotImplementedError
 
     def start_log(
@@ -326,7 +323,7 @@ def _first_line(error: BaseException) -> str:
 
 def _different_keys(before: Any, now: Any, prefix: str = "") -> list[str]:
     if not isinstance(before, dict) or not isinstance(now, dict):
-        return [prefix or "the whole"]
+        return [prefix or "everything"]
     keys = []
     for key in dict.fromkeys([*before, *now]):
         if before.get(key) != now.get(key):

@@ -1,4 +1,4 @@
-"""What one batch costs: the student's loss for each of its samples, by whatever it learns from."""
+"""The loss of one batch: the student's loss on labels, its hint losses, sample weights and penalties."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from logitcache.train.labels import OutputLabels
 
 
 def losses(job: Job, net: nn.Module, progress: float, index: Tensor, inputs: Any, targets: Any) -> Tensor:
-    """The loss of each sample of a batch, (B,), with the penalty that the net itself adds, if it does.
+    """The loss of each sample of a batch, (B,), including the model's own penalty, if it adds one.
 
     Args:
-        job: whose.
-        net: its model as it is trained: compiled, in parallel, with what its hints take beside the logits.
-        progress: the share of training that is done, 0 to 1, which schedules go by.
-        index: of each sample, int (B,): its view and its row in the cache, as `ViewDataset` gives it.
-        inputs: as the labels need them: the student's, or (the student's, the teacher's).
+        job: the run's settings, labels and loss.
+        net: the job's model as it is trained: compiled, in parallel, with hooks for hints.
+        progress: the fraction of training that is done, 0 to 1, for schedules.
+        index: view and row of each sample, int (B,), from `ViewDataset`.
+        inputs: the student's, or (the student's, the teacher's) where the labels need both.
         targets: the true labels, int (B,), or float (B, C) where samples were mixed.
     """
     teacher_inputs = inputs
@@ -46,7 +46,7 @@ def losses(job: Job, net: nn.Module, progress: float, index: Tensor, inputs: Any
 def _from_teacher(
     job: Job, progress: float, index: Tensor, teacher_inputs: Any, targets: Tensor, *, logits: bool
 ) -> dict[str, Tensor]:
-    """What the teacher said of the batch that is needed now, by the name of the output."""
+    """The teacher's outputs for the batch that are used now, by name."""
     needed = {LOGITS} if logits else set()
     if job.hints is not None:
         assert isinstance(job.labels, OutputLabels)
@@ -58,13 +58,13 @@ def _from_teacher(
 
 
 def _forward(job: Job, net: nn.Module, inputs: Any) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-    """The student's logits (B, C), what its hints take by the hint's number, and the penalty that it adds, if any."""
+    """The student's logits (B, C), its features by hint number, and its penalty, if any."""
     adds_penalty = getattr(job.model, "adds_penalty", False)
     with autocast(job.device, job.config.precision):
         options = {"with_penalty": True} if adds_penalty else {}
-        given = call_model(net, inputs, like=job.model, **options)
+        output = call_model(net, inputs, like=job.model, **options)
     features: dict[str, Tensor] = {}
     if job.hints is not None:
-        given, features = given
-    output, penalty = given if adds_penalty else (given, None)
+        output, features = output
+    output, penalty = output if adds_penalty else (output, None)
     return logits_of(output), features, penalty

@@ -1,4 +1,4 @@
-"""What a student of a pipeline starts from, and how its samples are weighed and drawn."""
+"""Sets up a student's run: its initial weights, its sample weights, and its balanced classes."""
 
 from __future__ import annotations
 
@@ -10,76 +10,59 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.cache.reader import LogitCache
-from logitcache.catalog.datasets import Data
 from logitcache.catalog.initialisations import Report, initialisation_of
-from logitcache.config.build import clean_views
-from logitcache.config.schema import Pipeline, StudentConfig
 from logitcache.data.order import batches, run_seed
-from logitcache.data.samples import sample_table
 from logitcache.data.views import ViewDataset
 from logitcache.devices import to_device
-from logitcache.losses import recorded_loss
 from logitcache.randomness import keyed_permutation
 from logitcache.train.weighting import (
     CLASS_BALANCED,
-    NONE,
+    SampleWeights,
     class_balanced_weights,
     of_mean_one,
     teacher_weights,
-    weights_from_config,
 )
 
 # M samples of a run, N samples of a dataset
 
 PROOF_SAMPLES = 4
-"""Samples that a choice of channels is proven on."""
+"""Samples on which a choice of channels is checked."""
 CALIBRATION_BATCH = 64
 INIT_JSON, INIT_TABLE = "init.json", "init.txt"
-"""Where a run says which of its parameters came from where."""
-
-
-def student_identity(student: StudentConfig) -> dict[str, Any]:
-    """A student as part of what its run is, without what differs between runs of its own or was not asked for."""
-    unasked: dict[str, Any] = {"init": None, "sample_weights": {"name": NONE}, "sampler": NONE, "hints": []}
-    stated = student.model_dump(exclude={"train"})
-    stated |= {"loss": recorded_loss(student.loss), "hints": recorded_loss(student.hints)}
-    return {key: value for key, value in stated.items() if key not in unasked or value != unasked[key]}
+"""Files of a run folder that list where each initial parameter comes from."""
 
 
 def start_from_teacher(
     model: nn.Module,
     teacher: nn.Module,
-    student: StudentConfig,
-    pipeline: Pipeline,
-    data: Data,
+    init: Any,
+    student_views: ViewDataset,
+    teacher_views: ViewDataset,
     indices: np.ndarray,
     *,
     seed: int,
-    trust: bool,
 ) -> Report:
-    """Put the teacher's weights into a fresh student as `students[].init` says.
+    """Copy the teacher's weights into a fresh student.
 
     Args:
-        model: the student, in place.
+        model: the student, changed in place.
         teacher: with its weights.
-        student, pipeline, data: what these are of.
-        indices: the samples that the student may see, int64 (M,); importance is measured on some of them.
+        init: `students[].init` of a pipeline.
+        student_views, teacher_views: the training split without augmentation, preprocessed for each model.
+        indices: samples that the student may see, int64 (M,); channel importance is measured on some of them.
         seed: of the run.
-        trust: run entry points from outside the working folder.
 
     Raises:
-        UsageError: what can't fit; names the parameter and both shapes.
+        UsageError: the weights don't fit; names the parameter and both shapes.
     """
-    seen = clean_views(data.train, student, pipeline, trust=trust)
-    inputs = seen.batch([(0, int(index)) for index in indices[:PROOF_SAMPLES]])
+    inputs = student_views.batch([(0, int(index)) for index in indices[:PROOF_SAMPLES]])
 
-    def of_teacher(count: int) -> Iterator[tuple[Any, Tensor]]:
-        views = clean_views(data.train, pipeline.teacher, pipeline, trust=trust)
+    def teacher_batches(count: int) -> Iterator[tuple[Any, Tensor]]:
         drawn = indices[keyed_permutation(len(indices), "calibration", seed)[:count]]
-        return _batches(views, drawn, next(teacher.parameters()).device)
+        return _batches(teacher_views, drawn, next(teacher.parameters()).device)
 
-    return initialisation_of(student.init).start(
-        model, teacher, student.init, seed=run_seed(seed), inputs=inputs, batches=of_teacher
+    return initialisation_of(init).start(
+        model, teacher, init, seed=run_seed(seed), inputs=inputs, batches=teacher_batches
     )
 
 
@@ -89,32 +72,25 @@ def _batches(views: ViewDataset, chosen: np.ndarray, device: torch.device) -> It
         yield to_device(inputs, device), to_device(targets, device)
 
 
-def classes_to_balance(student: StudentConfig, data: Data, indices: np.ndarray) -> np.ndarray | None:
-    """The class of each sample of a run whose epochs are to be balanced, int64 (M,); None where they are not."""
-    return sample_table(data.train).targets[indices] if student.sampler == CLASS_BALANCED else None
-
-
 def weights_of_samples(
-    student: StudentConfig,
-    data: Data,
+    weights: SampleWeights,
+    targets: np.ndarray,
     indices: np.ndarray,
     cached: tuple[LogitCache, np.ndarray | None] | None,
     *,
     num_views: int,
-) -> np.ndarray | None:
-    """What the loss of each sample of a run is multiplied by, float64 (M,), of mean 1; None where all weigh alike.
+) -> np.ndarray:
+    """The factor of each sample's loss, float64 (M,), with mean 1.
 
     Args:
-        student, data: of the run.
-        indices: its samples, int64 (M,).
-        cached: the cache and the row of each of the data's samples, where the weights are the teacher's.
-        num_views: how many of the cache's views the pipeline has; weights are taken over these.
+        weights: how samples are weighted; not "none".
+        targets: true labels of the dataset, int64 (N,).
+        indices: the run's samples, int64 (M,).
+        cached: the cache, and the row of each sample of the dataset; needed where `weights.needs_teacher`.
+        num_views: views of the cache that teacher weights are averaged over.
     """
-    weights = weights_from_config(student.sample_weights)
-    if weights.name == NONE:
-        return None
     if weights.name == CLASS_BALANCED:
-        return class_balanced_weights(sample_table(data.train).targets[indices], beta=weights.beta)
+        return class_balanced_weights(targets[indices], beta=weights.beta)
     assert cached is not None
     cache, rows = cached
     weights_N = teacher_weights(cache, weights.name, cache.views[:num_views])
@@ -122,7 +98,7 @@ def weights_of_samples(
 
 
 def by_row(weights: np.ndarray | None, rows: np.ndarray) -> Tensor | None:
-    """Weights (M,) as a table that row numbers look up, float32; rows of no sample of the run weigh 1."""
+    """Weights (M,) as a float32 table indexed by row number; rows outside the run weigh 1."""
     if weights is None:
         return None
     table = torch.ones(int(rows.max()) + 1)

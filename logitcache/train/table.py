@@ -1,4 +1,4 @@
-"""A student's results over its seeds, as a row of a table."""
+"""A student's results over its seeds, as a row of the results table."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One student's results over its seeds: a row of the table."""
+    """A student's results over its seeds."""
 
     name: str
     accuracy_mean: float | None
-    """On the test split; None where there is none."""
+    """On the test split; None without one."""
     accuracy_sd: float | None
-    """Between seeds; None for a single one."""
+    """Standard deviation between seeds; None for a single seed."""
     epoch_seconds: float | None
     """Median over epochs and seeds, without evaluation."""
     validation_accuracy_mean: float | None
@@ -26,7 +26,7 @@ class Row:
 
 
 def summarise(name: str, results: Sequence[dict[str, Any]]) -> Row:
-    """A row of the table, from the results of a student's seeds."""
+    """A row of the table, from the result of each seed."""
     accuracies = [result["accuracy"] for result in results if result["accuracy"] is not None]
     validation = [result["validation_accuracy"] for result in results if result["validation_accuracy"] is not None]
     seconds = [result["epoch_seconds"] for result in results if result["epoch_seconds"] is not None]

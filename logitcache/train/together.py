@@ -1,7 +1,7 @@
-"""Several students on each rendered batch: decoding and augmentation are paid once, and each ends as it would alone.
+"""Trains several students on each rendered batch, with the same results as alone; images are rendered only once.
 
-What makes that so: a run's batches are a pure function of its settings, each step has randomness of its own, and the
-runs share nothing but the pixels, of which each gets a copy.
+This works because a run's batches are a pure function of its settings, each step seeds its own randomness, and runs
+share only the inputs, of which each gets a copy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from logitcache.train.ranks import ALONE, Ranks
 
 @dataclass(frozen=True)
 class EachInput:
-    """The deterministic parts of several models on one rendered view, in their order."""
+    """The preprocessing of several models, applied to one rendered view."""
 
     parts: tuple[Callable[[Any], Any] | None, ...]
 
@@ -36,7 +36,7 @@ class EachInput:
 
 
 def groups(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs whose batches are of the same samples in the same views, at every step; in the order of their first."""
+    """Jobs grouped such that all jobs of a group have the same samples and views in every batch."""
     found: dict[str, list[Job]] = {}
     for job in jobs:
         found.setdefault(_batches_of(job), []).append(job)
@@ -44,12 +44,12 @@ def groups(jobs: Sequence[Job]) -> list[list[Job]]:
 
 
 def train_together(jobs: Sequence[Job], ranks: Ranks = ALONE) -> list[dict[str, Any]]:
-    """Train jobs of one group to the end, batch by batch; returns the result of each.
+    """Train the jobs of one group, batch by batch; returns the result of each.
 
-    Interrupted, each goes on from its own checkpoint: those that had come further wait for the others.
+    After an interruption each job resumes from its own checkpoint, and the ones ahead wait for the others.
 
     Raises:
-        UsageError: a folder holds a run of another configuration.
+        UsageError: a folder contains a run of another configuration.
         InvalidLogits: a loss became NaN or infinite.
     """
     results: dict[str, dict[str, Any]] = {}
@@ -61,10 +61,10 @@ def train_together(jobs: Sequence[Job], ranks: Ranks = ALONE) -> list[dict[str, 
                 runs.append(begun)
             else:
                 results[str(job.folder)] = begun
-        what = f"training {len(runs)} students, seed {jobs[0].seed}"
+        title = f"training {len(runs)} students, seed {jobs[0].seed}"
         total = sum(run.total_steps for run in runs)
         with ExitStack() as stack:
-            meter = stack.enter_context(track(what, total, unit="steps")) if runs else Meter()
+            meter = stack.enter_context(track(title, total, unit="steps")) if runs else Meter()
             meter.advance(sum(run.step for run in runs))
             while runs:
                 _until_one_is_done(runs, meter)
@@ -75,7 +75,7 @@ def train_together(jobs: Sequence[Job], ranks: Ranks = ALONE) -> list[dict[str, 
 
 
 def _until_one_is_done(runs: Sequence[Run], meter: Meter) -> None:
-    """From the step of the one that is furthest behind."""
+    """Train until one run is done, starting at the step of the run that is furthest behind."""
     first = min(runs, key=lambda run: run.step)
     inputs = {run.job.input_key: run.job.views for run in runs}
     keys = list(inputs)
@@ -90,8 +90,8 @@ def _until_one_is_done(runs: Sequence[Run], meter: Meter) -> None:
             mine = rendered if len(keys) == 1 else rendered[keys.index(run.job.input_key)]
             if not run.in_epoch:
                 run.begin_epoch()
-            # A net may change its input in place; the last one may do so with the original.
-            run.take(index, mine if position + 1 == len(at_step) else _copied(mine), targets)
+            # A model may change its input in place, so all but the last one get a copy.
+            run.train_step(index, mine if position + 1 == len(at_step) else _copied(mine), targets)
             meter.advance()
             if not run.in_epoch:
                 meter.advance(0, note=f"{run.job.name}: {run.end_epoch()}")
@@ -117,7 +117,7 @@ def _copied(value: Any) -> Any:
 
 
 def _batches_of(job: Job) -> str:
-    """What decides which samples are in which batch, and in which view."""
+    """A digest of everything that determines the samples and views of each batch."""
     return json_digest(
         {
             "views": job.views_key,

@@ -41,14 +41,14 @@ class Tracker:
         self._name = name
         self._start = start
         self._handle: Handle | None = None
-        self._complained = False
+        self._failed = False
 
     def start(self, config: dict[str, Any]) -> None:
         """Begin a run, or resume it."""
-        self._guarded("at its start", lambda: setattr(self, "_handle", self._start(config)))
+        self._guarded("when the run started", lambda: setattr(self, "_handle", self._start(config)))
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Pass on the metrics of a step."""
+        """Log the metrics of a step."""
         handle = self._handle
         if handle is not None:
             self._guarded(f"at step {step}", lambda: handle.log(values, step=step))
@@ -57,19 +57,19 @@ class Tracker:
         """End the run."""
         handle = self._handle
         if handle is not None:
-            self._guarded("at its end", handle.finish)
+            self._guarded("when the run finished", handle.finish)
 
     def _guarded(self, when: str, call: Callable[[], Any]) -> None:
         try:
             call()
         except Exception as error:
-            if not self._complained:
+            if not self._failed:
                 print(
-                    f"runs.tracker {self._name} failed {when} ({type(error).__name__}: {error}); the run goes on, and "
-                    "metrics.jsonl holds what it logs",
+                    f"runs.tracker {self._name} failed {when} ({type(error).__name__}: {error}); training continues, "
+                    "and metrics.jsonl has all metrics",
                     file=sys.stderr,
                 )
-            self._complained = True
+            self._failed = True
 
 
 def load_tracker(name: str, *, trust: bool) -> Callable[[], Tracker]:

@@ -1,4 +1,4 @@
-"""How much each sample counts: by its class's size, by the teacher's confidence, or by its agreement with the label."""
+"""Sample weights: by class size, by teacher confidence, or by the teacher's agreement with the true label."""
 
 from __future__ import annotations
 
@@ -21,50 +21,52 @@ KINDS = (NONE, CLASS_BALANCED, CONFIDENCE, AGREEMENT)
 
 @dataclass(frozen=True, kw_only=True)
 class SampleWeights:
-    """What a student's samples are weighed by; the weights of a run have the mean 1."""
+    """How a student's samples are weighted; the weights of a run have mean 1."""
 
     name: str = NONE
     """One of `KINDS`."""
     beta: float = 0.999
-    """Of `class_balanced`: 0 weighs all alike, near 1 a class has weight in inverse proportion to its size."""
+    """For `class_balanced`: 0 gives equal weights; near 1, weights are inversely proportional to class size."""
 
     def __post_init__(self) -> None:
         if self.name not in KINDS:
             raise UsageError(f"unknown sample_weights {self.name!r}; expected one of: {', '.join(KINDS)}")
         if not isinstance(self.beta, int | float) or isinstance(self.beta, bool) or not 0 <= self.beta < 1:
-            raise UsageError(f"beta of class_balanced lies in [0, 1), not {self.beta!r}")
+            raise UsageError(f"beta of class_balanced must be in [0, 1), not {self.beta!r}")
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether they are taken from a cache."""
+        """Whether the weights depend on the labels of a cache."""
         return self.name in (CONFIDENCE, AGREEMENT)
 
 
 def weights_from_config(value: Any) -> SampleWeights:
-    """Sample weights from their name, or from a mapping with `name` and perhaps `beta`.
+    """Sample weights from a name, or from a mapping with `name` and optionally `beta`.
 
     Raises:
-        UsageError: an unknown name or parameter.
+        UsageError: unknown name or parameter.
     """
     given = {"name": value} if isinstance(value, str) else value
     known = [field.name for field in fields(SampleWeights)]
     if not isinstance(given, Mapping) or set(given) - set(known):
-        raise UsageError(f"sample_weights are one of {', '.join(KINDS)}, or have {', '.join(known)}; found {value!r}")
+        raise UsageError(
+            f"sample_weights must be one of {', '.join(KINDS)}, or a mapping of {', '.join(known)}; found {value!r}"
+        )
     weights = SampleWeights(**given)
     if "beta" in given and weights.name != CLASS_BALANCED:
-        raise UsageError(f"beta is a parameter of class_balanced; {weights.name} has none")
+        raise UsageError(f"beta is a parameter of class_balanced only, not of {weights.name}")
     return weights
 
 
 def weights_config(weights: SampleWeights) -> dict[str, Any]:
-    """As plain data, which `weights_from_config` reads again."""
+    """As plain data, for `weights_from_config`."""
     return asdict(weights) if weights.name == CLASS_BALANCED else {"name": weights.name}
 
 
 def class_balanced_weights(targets: np.ndarray, *, beta: float) -> np.ndarray:
-    """A weight for each sample by the effective number of its class, float64 (M,), of mean 1.
+    """A weight for each sample by the effective number of samples of its class, float64 (M,), with mean 1.
 
-    A class of n samples has the weight (1 - β) / (1 - βⁿ).
+    A class of n samples has weight (1 - β) / (1 - βⁿ).
 
     Source: Cui et al. 2019, "Class-Balanced Loss Based on Effective Number of Samples" (arXiv:1901.05555).
     """
@@ -75,18 +77,20 @@ def class_balanced_weights(targets: np.ndarray, *, beta: float) -> np.ndarray:
 
 
 def teacher_weights(cache: LogitCache, name: str, views: range) -> np.ndarray:
-    """What the teacher thinks of each sample, float64 (N,), before any normalisation; NaN where no view is unmixed.
+    """The teacher's confidence or agreement for each sample, float64 (N,); NaN where every view of it is mixed.
 
-    The teacher's probabilities at T = 1 are averaged over those of the views in which the sample is not mixed;
-    `teacher_confidence` is the largest of them, `teacher_agreement` that of the sample's own label.
+    The teacher's probabilities at T = 1 are averaged over the views in which the sample is not mixed.
+    `teacher_confidence` is the largest mean probability, `teacher_agreement` that of the sample's true label.
 
     Raises:
-        UsageError: every sample is mixed in every view, or labels are asked about that the cache does not hold.
+        UsageError: every sample is mixed in every view, or the cache lacks true labels that are needed.
         CorruptCache: labels or sample table are damaged.
     """
     targets_N = targets_of(cache) if name == AGREEMENT else None
     if name == AGREEMENT and (targets_N is None or (targets_N == NO_TARGET).any()):
-        raise UsageError(f"{cache.storage.url} holds no target for some samples; {AGREEMENT} needs one for each")
+        raise UsageError(
+            f"{cache.storage.url} has no target for some samples; {AGREEMENT} needs a target for every sample"
+        )
     weights_N = np.full(cache.num_samples, np.nan)
     for piece in MeanProbabilities(cache, views):
         rows = np.arange(piece.rows.start, piece.rows.stop)
@@ -100,13 +104,13 @@ def teacher_weights(cache: LogitCache, name: str, views: range) -> np.ndarray:
 
 
 def of_mean_one(weights: np.ndarray) -> np.ndarray:
-    """Weights scaled to the mean 1, float64 (M,); where one is NaN, nothing is known of the sample, and it gets 1.
+    """Weights scaled to mean 1, float64 (M,); NaN (unknown) becomes 1.
 
     Raises:
-        UsageError: all are 0.
+        UsageError: all weights are 0 or unknown.
     """
     known = ~np.isnan(weights)
     mean = float(weights[known].mean()) if known.any() else 0.0
     if mean <= 0:
-        raise UsageError("all sample weights are 0 or unknown, so nothing could be learned; choose others")
+        raise UsageError("all sample weights are 0 or unknown; choose other `sample_weights`")
     return np.where(known, weights / mean, 1.0)

@@ -11,14 +11,12 @@ from logitcache.cache.ensemble import merged_parts
 from logitcache.cache.layout import Block
 from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache
-from logitcache.config.build import resolve_data, resolve_plan, resolve_teacher
+from logitcache.config.build import build_context, build_runner, resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline
 from logitcache.data.views import ViewDataset
-from logitcache.devices import pick_device
 from logitcache.errors import UsageError
 from logitcache.progress import track
 from logitcache.randomness import counter_seed
-from logitcache.train.inference import teacher_outputs
 from logitcache.verify.audit import Problem
 from logitcache.verify.fit import open_fitting_cache
 
@@ -48,7 +46,7 @@ def spot_check(pipeline: Pipeline, count: int, *, seed: int = 0, trust: bool = F
             f"{pipeline.cache.path} is the mean of several caches, for which no single teacher can be run again; check "
             "the caches that it was merged from"
         )
-    device = pick_device(pipeline.device, threads=pipeline.threads)
+    context = build_context(pipeline, trust=trust)
     teacher, _ = resolve_teacher(pipeline, data, plan, trust=trust)
     samples = cache.samples
     plan = replace(plan, num_samples=cache.num_samples, contents=None if samples is None else samples.contents)
@@ -61,7 +59,7 @@ def spot_check(pipeline: Pipeline, count: int, *, seed: int = 0, trust: bool = F
     asked = [name for name in cache.extra_outputs if name in pipeline.cache.outputs]
     problems = []
     with track("running the teacher again", len(places), unit="samples") as meter:
-        answers = teacher_outputs(pipeline, teacher, views, batches, device, asked)
+        answers = build_runner(pipeline, teacher, context, asked).run(views, batches)
         for batch, said in zip(batches, answers, strict=True):
             for view in sorted({view for view, _ in batch}):
                 within = [number for number, place in enumerate(batch) if place[0] == view]

@@ -16,6 +16,7 @@ import logitcache
 from logitcache.cache.layout import blocks_per_view
 from logitcache.cache.per_cache import read_per_cache_array
 from logitcache.data.samples import SampleTable
+from tests.needs import need_package
 
 VIEWS, SAMPLES, CLASSES = 2, 70, 20
 ENCODINGS = [
@@ -49,6 +50,7 @@ def read(path: Path, reader: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("reader", ["zarr", "tensorstore"])
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=repr)
 def test_a_stranger_reads_every_array_and_every_logit(tmp_path: Path, encoding: Any, reader: str) -> None:
+    need_package(reader, "test")
     logits = some_logits(masked=encoding.holds_masks)
     keys = [f"bild/ä-{number}.png" for number in range(SAMPLES)]
     contents = np.random.default_rng(0).integers(0, 256, (SAMPLES, 16), dtype=np.uint8)

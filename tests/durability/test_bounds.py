@@ -140,7 +140,7 @@ def test_of_blocks_that_are_missing_verify_names_the_first(whole: Path, monkeypa
 def test_the_blocks_that_a_view_lacks_are_counted(whole: Path) -> None:
     claim(whole, state="open", num_samples=48)
 
-    with pytest.raises(IncompleteCache, match="1 blocks of view 1 are missing, the first being v00001/b00005"):
+    with pytest.raises(IncompleteCache, match="1 blocks of view 1 are missing, v00001/b00005 first"):
         logitcache.open(whole).view(1)
 
 
@@ -304,7 +304,9 @@ def endless_listing(monkeypatch: pytest.MonkeyPatch, *, objects_per_page: int, r
     with answering(answer) as (url, asked):
         for name, value in (servers.KEYS | {"AWS_ENDPOINT_URL": url}).items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(StorageError, match=r"can't list s3://team/a\.cache/receipts: .*no end"):
+        with pytest.raises(
+            StorageError, match=r"can't list s3://team/a\.cache/receipts: (more than 5000 objects|it doesn't end)"
+        ):
             read(open_storage("s3://team/a.cache"))
         assert asked
 

@@ -29,7 +29,8 @@ from logitcache import progress
 from logitcache.config.overrides import override
 from logitcache.config.schema import Pipeline, parse_pipeline
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import train_students, train_teacher
+from logitcache.stages.train_student import train_students
+from logitcache.stages.train_teacher import train_teacher
 from logitcache.verify.audit import verify
 from tests.conftest import TINY
 from tests.dying import die_at_put, die_in_step

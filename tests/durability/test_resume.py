@@ -20,9 +20,10 @@ from logitcache.checksums import CHECKSUMS
 from logitcache.config.schema import Pipeline
 from logitcache.errors import CorruptRun, UsageError
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Bench, train_students, train_teacher
+from logitcache.stages.train_student import Experiment, train_students
+from logitcache.stages.train_teacher import train_teacher
 from logitcache.train.finished import read_run
-from logitcache.train.optimizer import Updates
+from logitcache.train.optimizer import OptimizerStep
 from logitcache.train.runs import CHECKPOINT, CONFIG, METRICS, RESULT, RunFolder
 from tests.integration.test_stages import log, same, weights
 
@@ -47,16 +48,16 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Trains seed 0 (and seed 1 before it, where asked) of `small`, and stops in a step; its folder."""
 
     def interrupt(pipeline: Pipeline, step: int, seed: int = 0) -> Path:
-        apply = Updates.apply
+        apply = OptimizerStep.apply
 
-        def stopping(updates: Updates, at: int) -> None:
+        def stopping(updates: OptimizerStep, at: int) -> None:
             if at == step:
                 raise Interrupted
             apply(updates, at)
 
         only = pipeline.model_copy(update={"train": pipeline.train.model_copy(update={"seeds": [seed]})})
         with monkeypatch.context() as patched, pytest.raises(Interrupted):
-            patched.setattr(Updates, "apply", stopping)
+            patched.setattr(OptimizerStep, "apply", stopping)
             train_students(only, ["small"])
         return Path(pipeline.runs.path) / "small" / f"seed-{seed}"
 
@@ -64,7 +65,7 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
 
 
 def folder_of(pipeline: Pipeline, seed: int = 0) -> RunFolder:
-    job = Bench(pipeline).job(pipeline.student("small"), seed)
+    job = Experiment(pipeline).job(pipeline.student("small"), seed)
     return RunFolder(job.folder, job.identity)
 
 
@@ -95,10 +96,10 @@ def test_a_checkpoint_with_a_flipped_bit_is_refused(tiny: Make, stop: Callable[.
 @pytest.mark.parametrize(
     ("damage", "found"),
     [
-        (lambda data: data[:-1], "is damaged: its content has another SHA-256"),
-        (lambda data: data[: len(data) // 2], "is damaged: its content has another SHA-256"),
-        (lambda data: b"", "is damaged, or of a version of logitcache that wrote no SHA-256"),
-        (lambda data: data[85:], "is damaged, or of a version of logitcache that wrote no SHA-256"),
+        (lambda data: data[:-1], "is damaged: its content does not match the SHA-256"),
+        (lambda data: data[: len(data) // 2], "is damaged: its content does not match the SHA-256"),
+        (lambda data: b"", "is damaged, or from a version of logitcache without SHA-256"),
+        (lambda data: data[85:], "is damaged, or from a version of logitcache without SHA-256"),
     ],
     ids=["a byte short", "half", "empty", "as earlier versions wrote it"],
 )
@@ -179,7 +180,7 @@ def no_model(saved: dict[str, Any]) -> None:
         (other_moments, "of the optimizer has shape"),
         (other_settings, "the optimizer has other settings"),
         (other_number_of_parameters, "doesn't match the size"),
-        (other_steps, "expected [5, 15] steps an epoch and in all, found [4, 12]"),
+        (other_steps, "expected [5, 15] steps per epoch and in total, found [4, 12]"),
         (other_state, "epochs_since"),
         (no_model, "'model'"),
     ],
@@ -231,7 +232,7 @@ def test_a_log_that_is_not_the_checkpoints_is_refused(
     path = stop(pipeline, 7) / METRICS
     path.write_bytes(damage(path.read_bytes()))
 
-    refused(pipeline, path, f"is not the log that {path.parent / CHECKPOINT} goes on with: expected ", ", found ")
+    refused(pipeline, path, f"does not match the checkpoint {path.parent / CHECKPOINT}: expected ", ", found ")
 
 
 @pytest.mark.parametrize(
@@ -283,9 +284,9 @@ def test_a_damaged_or_foreign_result_is_refused(tiny: Make) -> None:
     (folders[0] / CHECKSUMS).unlink()
     for text, found in (
         ((folders[1] / RESULT).read_text(), "expected the result of small, seed 0; found small, seed 1"),
-        (whole[:50], "is not what this run left"),
-        ("", "is not what this run left"),
-        ("[]", "is not what this run left"),
+        (whole[:50], "is not the result of this run"),
+        ("", "is not the result of this run"),
+        ("[]", "is not the result of this run"),
         (json.dumps(json.loads(whole) | {"accuracy": 7}), "accuracy: "),
     ):
         path.write_text(text)
@@ -313,7 +314,7 @@ def test_damaged_or_foreign_weights_of_a_finished_run_are_refused(tiny: Make) ->
             cache_teacher(pipeline)
     copied = path.with_name("copied.safetensors")
     copied.write_bytes(flipped)
-    with pytest.raises(CorruptRun, match=r"copied\.safetensors is damaged: its tensors have another SHA-256"):
+    with pytest.raises(CorruptRun, match=r"copied\.safetensors is damaged: its tensors don.t match the SHA-256"):
         load_weights(model, copied)
     copied.write_bytes(whole)
     load_weights(model, copied)
@@ -346,9 +347,9 @@ def test_best_weights_that_an_interrupted_run_did_not_write_are_refused_before_i
     plain = safetensors.torch.save(model.state_dict())
     for data in (foreign, earlier, bytes(damaged), plain, whole[:100]):
         path.write_bytes(data)
-        refused(pipeline, path, "is not what this run wrote", f"delete {folder}")
+        refused(pipeline, path, "was not written by this run", f"delete {folder}")
     path.unlink()
-    refused(pipeline, path, "is not what this run wrote", f"delete {folder}")
+    refused(pipeline, path, "was not written by this run", f"delete {folder}")
     path.write_bytes(whole)
     train_students(pipeline, ["small"])
 

@@ -394,7 +394,7 @@ def test_a_checkpoint_with_a_payload_is_refused(tmp_path: Path) -> None:
     content = io.BytesIO()
     torch.save({"state": Payload(tmp_path / "executed")}, content)
     signed = RESUME_HEADER + f"{sha256_hex(content.getvalue())}\n".encode()
-    for header, message in ((b"", "wrote no SHA-256 into it"), (signed, "can't be read")):
+    for header, message in ((b"", "without SHA-256 in checkpoints"), (signed, "can't be read")):
         (tmp_path / "run" / CHECKPOINT).write_bytes(header + content.getvalue())
         with pytest.raises(CorruptRun, match=rf"{message}.*delete it to train from the start"):
             folder.checkpoint()

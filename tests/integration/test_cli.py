@@ -196,7 +196,7 @@ def test_the_installed_command_runs_in_a_process_of_its_own(folder: Path) -> Non
         pytest.param("cache-teacher", "students.small.train.lrr=1", 2, "did you mean 'lr'?", id="key of a student"),
         pytest.param("cache-teacher", "views.count=none", 2, "views.count: Input should be a valid integer", id="type"),
         pytest.param("cache-teacher", "views.count=0", 2, "views.count: Input should be greater than", id="range"),
-        pytest.param("cache-teacher", "no override", 2, "is no override; expected for example", id="no override"),
+        pytest.param("cache-teacher", "no override", 2, "is not a valid override", id="no override"),
         pytest.param("cache-teacher", "cache.encoding.k=3", 2, "encoding 'dense' has no parameter 'k'", id="encoding"),
         pytest.param("cache-teacher", "cache.encoding=TopK(k=10)", 2, "keeps every one of 10 classes", id="k is C"),
         pytest.param("cache-teacher", "cache.encoding=TopK(k=3)", 1, "holds another cache", id="another cache"),
@@ -213,18 +213,24 @@ def test_the_installed_command_runs_in_a_process_of_its_own(folder: Path) -> Non
             "cache-teacher", "teacher.weights=null", 2, "'mlp' has no weights; set teacher.weights", id="none"
         ),
         pytest.param(
-            "cache-teacher", "data.validation=0.0001", 2, "takes none of any class; ask for more", id="nothing"
+            "cache-teacher", "data.validation=0.0001", 2, "selects no sample of any class; increase it", id="nothing"
         ),
         pytest.param("train-teacher", "runs.path=/tmp/none", 2, "set teacher.weights=trained", id="ready teacher"),
-        pytest.param("train-student", "students.small.samples=0.0001", 2, "takes none of any class", id="no samples"),
+        pytest.param(
+            "train-student", "students.small.samples=0.0001", 2, "selects no sample of any class", id="no samples"
+        ),
         pytest.param("train-student", "students.small.name=..", 2, "should match pattern", id="name"),
         pytest.param("train-student", "students.small.loss=3", 2, "a loss is a name or a mapping", id="no loss"),
         pytest.param("train-student", "students.small.loss.temperature=hot", 2, "a temperature is a number", id="word"),
         pytest.param(
-            "cache-teacher", "teacher.weights=gone.safetensors", 2, "no weights file gone.safetensors", id="file"
+            "cache-teacher",
+            "teacher.weights=gone.safetensors",
+            2,
+            "weights file gone.safetensors does not exist",
+            id="file",
         ),
         pytest.param(
-            "cache-teacher", "teacher.weights=README.safetensors", 2, "there is no weights file", id="weights"
+            "cache-teacher", "teacher.weights=README.safetensors", 2, "README.safetensors does not exist", id="weights"
         ),
         pytest.param("cache-teacher", "device=cuda:7", 2, "device 'cuda:7' is not to be had here", id="device"),
         pytest.param("cache-teacher", "cache.path=ftp://team/x.cache", 2, "s3://", id="scheme"),
@@ -253,8 +259,8 @@ def test_a_missing_pipeline_and_one_that_is_no_yaml(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("data: [")
     (tmp_path / "list.yaml").write_text("- data")
 
-    refused(logitcache("cache-teacher", tmp_path / "gone.yaml"), 2, "there is no pipeline file")
-    refused(logitcache("cache-teacher", tmp_path / "bad.yaml"), 2, "bad.yaml is no YAML")
+    refused(logitcache("cache-teacher", tmp_path / "gone.yaml"), 2, "gone.yaml does not exist")
+    refused(logitcache("cache-teacher", tmp_path / "bad.yaml"), 2, "bad.yaml is not valid YAML")
     refused(logitcache("cache-teacher", tmp_path / "list.yaml"), 2, "expected a pipeline: a mapping with")
 
 
@@ -285,7 +291,7 @@ def test_a_teacher_of_other_classes_is_refused_before_any_work(folder: Path, tmp
     refused(
         logitcache("cache-teacher", folder / "tiny.yaml", *overrides),
         1,
-        "gives (1, 7) for one sample; expected (1, 10)",
+        "returns (1, 7) for one sample; expected (1, 10)",
     )
     assert not (tmp_path / "x").exists()
 

@@ -14,7 +14,7 @@ from logitcache.cache.labelview import ResidentView
 from logitcache.config.schema import Pipeline
 from logitcache.errors import IdentityMismatch, IncompleteCache, UsageError
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Bench, train_students
+from logitcache.stages.train_student import Experiment, train_students
 from logitcache.verify.fit import all_differences
 from tests.conftest import PICTURES
 
@@ -90,7 +90,7 @@ def test_another_library_that_renders_otherwise_is_noticed_by_its_pixels(
 def test_another_order_is_mapped_by_key_and_trains(tiny: Make) -> None:
     cache_teacher(tiny(*PICTURES))
     backwards = tiny(*PICTURES, f"data.args={{order: {list(range(39, -1, -1))}}}")
-    cache, rows = Bench(backwards).cache()
+    cache, rows = Experiment(backwards).cache()
     (row,) = train_students(backwards, ["small"])
 
     assert list(range(39, -1, -1)) == rows.tolist()  # type: ignore[union-attr]
@@ -149,7 +149,7 @@ def test_all_differences_are_listed(tiny: Make) -> None:
 
 def test_a_team_without_the_teachers_weights_trains_on_its_cache(tiny: Make, tmp_path: Path) -> None:
     trained = ["teacher.weights=trained", "teacher.train={epochs: 1}"]
-    from logitcache.stages.train_student import train_teacher
+    from logitcache.stages.train_teacher import train_teacher
 
     train_teacher(tiny(*trained))
     cache_teacher(tiny(*trained))
@@ -160,22 +160,22 @@ def test_a_team_without_the_teachers_weights_trains_on_its_cache(tiny: Make, tmp
 
 def test_the_plan_of_a_cache_is_the_plan_that_it_was_built_with(tiny: Make) -> None:
     cache_teacher(tiny(*PICTURES, "views.mixup=0.2"))
-    bench = Bench(tiny(*PICTURES, "views.mixup=0.2"))
-    cache, _ = bench.cache()
-    views = logitcache.ViewDataset(bench.data.train, cache.view_plan)
+    experiment = Experiment(tiny(*PICTURES, "views.mixup=0.2"))
+    cache, _ = experiment.cache()
+    views = logitcache.ViewDataset(experiment.data.train, cache.view_plan)
 
     assert [cache.verify_inputs(views, view) for view in range(2)] == [8, 8]
-    cache.check_plan(bench.plan)
+    cache.check_plan(experiment.plan)
     with pytest.raises(IdentityMismatch, match=r"transform.mixing"):
-        cache.check_plan(Bench(tiny(*PICTURES)).plan)
+        cache.check_plan(Experiment(tiny(*PICTURES)).plan)
 
 
 def test_inputs_are_checked_as_the_teacher_had_them_whatever_the_student_takes(tiny: Make) -> None:
     normalised = "teacher.input=[{Normalize: {mean: [0.5], std: [0.5]}}]"
     cache_teacher(tiny(*PICTURES, normalised))
-    bench = Bench(tiny(*PICTURES, normalised))
-    cache, _ = bench.cache()
-    views = logitcache.ViewDataset(bench.data.train, cache.view_plan, preprocess=lambda pixels: pixels[..., :4])
+    experiment = Experiment(tiny(*PICTURES, normalised))
+    cache, _ = experiment.cache()
+    views = logitcache.ViewDataset(experiment.data.train, cache.view_plan, preprocess=lambda pixels: pixels[..., :4])
 
     assert 8 == cache.verify_inputs(views, 1)
 

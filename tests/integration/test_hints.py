@@ -19,7 +19,7 @@ from torch import Tensor
 
 import logitcache
 from logitcache.cache.layout import all_blocks
-from logitcache.config.build import resolve_data, resolve_plan, resolve_teacher
+from logitcache.config.build import build_context, build_runner, resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.overrides import override
 from logitcache.config.schema import Pipeline, parse_pipeline
 from logitcache.data.batching import collate
@@ -40,10 +40,9 @@ from logitcache.losses import (
 from logitcache.losses.schedules import is_zero_during
 from logitcache.progress import silence
 from logitcache.stages.cache_teacher import cache_teacher, teacher_batches
-from logitcache.stages.train_student import Bench, train_students
+from logitcache.stages.train_student import Experiment, train_students
 from logitcache.train.hint_config import hint_from_config
 from logitcache.train.hints import Regressor
-from logitcache.train.inference import AskedTeacher
 from logitcache.train.labels import CachedLabels
 from logitcache.train.loop import Run, train
 from logitcache.train.runs import RunFolder
@@ -163,7 +162,7 @@ def test_relations_count_a_constant_per_row_that_logits_do_not() -> None:
     torch.testing.assert_close(rkd(rows, moved), torch.zeros(4, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", FEATURE_LOSSES)
+@pytest.mark.parametrize("name", list(FEATURE_LOSSES))
 def test_a_loss_of_features_is_0_where_they_agree_and_has_the_gradient_that_differences_show(name: str) -> None:
     loss = hint_loss_from_config(name)
     assert isinstance(loss, FeatureLoss)
@@ -176,7 +175,7 @@ def test_a_loss_of_features_is_0_where_they_agree_and_has_the_gradient_that_diff
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", FEATURE_LOSSES)
+@pytest.mark.parametrize("name", list(FEATURE_LOSSES))
 def test_halves_are_widened_first(name: str, half: torch.dtype) -> None:
     loss = hint_loss_from_config(name)
     assert isinstance(loss, FeatureLoss)
@@ -197,19 +196,19 @@ def test_a_step_changes_at_once_and_says_where_it_is_zero() -> None:
 @pytest.mark.parametrize(
     ("hint", "message"),
     [
-        ("{module: body, loss: hint}", "hint 1: a hint lacks 'output'"),
+        ("{module: body, loss: hint}", "hint 1: 'output' is missing"),
         ("{output: maps, modul: body, loss: hint}", "a hint has no key 'modul'; did you mean 'module'"),
         ("{output: maps, module: body, loss: hints}", "unknown loss 'hints'; did you mean 'hint'"),
         ("{output: maps, module: body, loss: {name: hint, scale: 2}}", "loss 'hint' has no parameter 'scale'"),
         ("{output: maps, module: body, loss: hint, weight: -1}", "weight is at least 0"),
         ("{output: maps, module: body, loss: hint, weight: {from: 1}}", "lacks 'to'"),
-        ("{output: maps, module: 3, loss: hint}", "`module` is the path of a module"),
+        ("{output: maps, module: 3, loss: hint}", "`module` must be the path of a module"),
         ("{output: [maps], module: body, loss: hint}", "the name of one of the cache's outputs"),
         ("{output: head, module: head, loss: cross_entropy}", "takes the true labels"),
         ("{output: head, module: head, loss: dkd}", "takes the true labels"),
         ("{output: head, module: head, loss: {stages: [{until: 0.5, loss: kl}, {loss: blend}]}}", "takes the true"),
         ("{output: head, module: head, loss: {name: relational, angle_weight: x}}", "angle_weight is a number"),
-        ("maps", "a hint is a mapping"),
+        ("maps", "expected a mapping such as"),
     ],
 )
 def test_a_hint_that_can_not_be_is_refused_with_the_pipeline(tiny: Make, hint: str, message: str) -> None:
@@ -220,13 +219,13 @@ def test_a_hint_that_can_not_be_is_refused_with_the_pipeline(tiny: Make, hint: s
 @pytest.mark.parametrize(
     ("hint", "message"),
     [
-        ("{output: map, module: body, loss: hint}", "the output 'map'; there are: logits, head, maps, pooled"),
-        ("{output: maps, module: bodi, loss: hint}", "CNN has no module 'bodi'; near it are: body"),
-        ("{output: maps, module: head, loss: attention}", r"gives \(10,\), the teacher's output is \(6, 4, 4\)"),
-        ("{output: maps, module: head, loss: hint}", r"no regressor leads from \(10,\) to \(6, 4, 4\)"),
+        ("{output: map, module: body, loss: hint}", "the output 'map'; available: logits, head, maps, pooled"),
+        ("{output: maps, module: bodi, loss: hint}", "CNN has no module 'bodi'; nearest: body"),
+        ("{output: maps, module: head, loss: attention}", r"returns \(10,\), the teacher's output is \(6, 4, 4\)"),
+        ("{output: maps, module: head, loss: hint}", r"no regressor from \(10,\) to \(6, 4, 4\)"),
         ("{output: maps, module: body, loss: kl}", "'kl' compares logits, one for each class"),
-        ("{output: head, module: body, loss: relational}", "'head' holds logits, right up to a constant"),
-        ("{output: logits, module: head, loss: hint}", "'logits' holds logits"),
+        ("{output: head, module: body, loss: relational}", "'head' is encoded as logits, up to a constant"),
+        ("{output: logits, module: head, loss: hint}", "'logits' is encoded as logits"),
     ],
 )
 def test_a_hint_that_does_not_fit_is_refused_before_any_step(
@@ -240,7 +239,7 @@ def test_a_hint_that_does_not_fit_is_refused_before_any_step(
 
 
 def test_hints_of_several_teachers_are_refused(tiny: Make) -> None:
-    with pytest.raises(UsageError, match="only logits of several teachers are put together"):
+    with pytest.raises(UsageError, match="`hints` need the labels of one cache"):
         small(tiny, ALL, "students.small.labels={caches: [a.cache, b.cache]}")
 
 
@@ -256,13 +255,13 @@ def test_a_regressor_leads_to_the_teachers_channels(student: tuple[int, ...], te
 
 def gap(pipeline: Pipeline, *, trained: Path | None) -> float:
     """The student's loss on its hint alone, over some samples of view 0, without the regressor's own training."""
-    bench = Bench(pipeline)
-    job = bench.job(pipeline.student("small"), 0)
+    experiment = Experiment(pipeline)
+    job = experiment.job(pipeline.student("small"), 0)
     assert job.hints is not None
     assert isinstance(job.labels, CachedLabels)
     if trained is not None:
         job.model.load_state_dict(weights(trained))
-    hinted = job.hints.around(job.model.eval())
+    hinted = job.hints.attach(job.model.eval())
     hinted.capture.hook()
     rows = torch.arange(200)
     job.labels.start_view(0, None)
@@ -285,14 +284,14 @@ def test_a_student_comes_closer_to_what_it_is_hinted_at(tiny: Make, tmp_path: Pa
 
 def test_regressors_are_trained_with_the_student_and_no_part_of_it(tiny: Make, tmp_path: Path) -> None:
     pipeline = small(tiny, ALL, "train.ema=0.9")
-    job = Bench(pipeline).job(pipeline.student("small"), 0)
+    job = Experiment(pipeline).job(pipeline.student("small"), 0)
     run = Run(job, RunFolder(job.folder, job.identity))
     assert run._hinted is not None
     before = {name: value.clone() for name, value in run._hinted.regressors.state_dict().items()}
     loader = iter([job.views.__getitems__(places) for places in run.places()])
     run.begin_epoch()
     for _ in range(3):
-        run.take(*collate(next(loader)))
+        run.train_step(*collate(next(loader)))
     after = run._hinted.regressors.state_dict()
 
     assert ["0.linear.weight", "0.linear.bias"] == list(before), "of the hint alone"
@@ -308,7 +307,7 @@ def test_hints_leave_the_students_own_start_alone(tiny: Make) -> None:
     states = []
     for overrides in ([], [ALL]):
         pipeline = small(tiny, *overrides)
-        states.append(Bench(pipeline).job(pipeline.student("small"), 0).model.state_dict())
+        states.append(Experiment(pipeline).job(pipeline.student("small"), 0).model.state_dict())
 
     assert same(*states)
 
@@ -347,7 +346,7 @@ class LiveOnTheCachesBatches:
         data = resolve_data(pipeline, trust=False)
         plan = resolve_plan(pipeline, data, trust=False)
         teacher, _ = resolve_teacher(pipeline, data, plan, trust=False)
-        self.teacher = AskedTeacher(pipeline, teacher, torch.device("cpu"), ["maps", "pooled", "head"])
+        self.teacher = build_runner(pipeline, teacher, build_context(pipeline, trust=False), ["maps", "pooled", "head"])
         self.views = ViewDataset(data.train, plan)
         self.layout = logitcache.open(pipeline.cache.path).layout
         self.batch_size = pipeline.teacher.batch_size
@@ -378,8 +377,8 @@ def test_hints_of_the_cache_are_bit_for_bit_those_of_the_live_teacher(tiny: Make
     pipeline = small(tiny, *settings)
     cache_teacher(pipeline)
     train_students(pipeline, ["small"])
-    bench = Bench(small(tiny, *settings, f"runs.path={tmp_path}/live"))
-    train(bench.job(bench.pipeline.student("small"), 0, labels=LiveOnTheCachesBatches(pipeline)))
+    experiment = Experiment(small(tiny, *settings, f"runs.path={tmp_path}/live"))
+    train(experiment.job(experiment.pipeline.student("small"), 0, labels=LiveOnTheCachesBatches(pipeline)))
 
     cached, live = tmp_path / "runs/small/seed-0", tmp_path / "live/small/seed-0"
     assert log(cached) == log(live)
@@ -400,16 +399,16 @@ def test_the_live_teacher_gives_hints_without_a_cache(tiny: Make, tmp_path: Path
 
 def train_until(pipeline: Pipeline, kill_at: int) -> None:
     silence()
-    really_take, taken = Run.take, 0
+    train_step, taken = Run.train_step, 0
 
-    def take(self: Run, *batch: Any) -> None:
+    def dying_step(self: Run, *batch: Any) -> None:
         nonlocal taken
-        really_take(self, *batch)
+        train_step(self, *batch)
         taken += 1
         if taken == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Run.take = take  # type: ignore[method-assign]
+    Run.train_step = dying_step  # type: ignore[method-assign]
     train_students(pipeline, ["small"])
 
 
@@ -482,7 +481,7 @@ def test_features_larger_than_memory_are_streamed(tiny: Make, tmp_path: Path) ->
     budget = "cache.memory_budget_mb=0.1"
     train_students(small(tiny, ALL, budget), ["small"])
     pipeline = small(tiny, ALL, budget, f"runs.path={tmp_path}/again")
-    job = Bench(pipeline).job(pipeline.student("small"), 0)
+    job = Experiment(pipeline).job(pipeline.student("small"), 0)
     assert job.window_blocks is not None
     train_students(pipeline, ["small"])
 

@@ -26,7 +26,8 @@ from logitcache.extras.report.students import find_runs, measure_students
 from logitcache.extras.student_export import export_run
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.plan import plan_pipeline
-from logitcache.stages.train_student import train_students, train_teacher
+from logitcache.stages.train_student import train_students
+from logitcache.stages.train_teacher import train_teacher
 from logitcache.verify.audit import verify
 from logitcache.verify.fit import all_differences
 from logitcache.verify.spot_check import spot_check
@@ -263,7 +264,9 @@ def test_a_collate_function_that_fails_is_named() -> None:
 
 
 def test_an_unknown_collate_names_what_there_is(tiny: Make) -> None:
-    with pytest.raises(UsageError, match=r"data.collate: expected package.module:function or one of: stack, pad"):
+    with pytest.raises(
+        UsageError, match=r"data.collate: unknown collate function 'padd'; did you mean 'pad'.*one of: stack, pad"
+    ):
         tiny("data.collate=padd")
 
 

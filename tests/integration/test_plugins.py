@@ -242,6 +242,15 @@ def test_open_names_the_missing_package(cache: Path) -> None:
         logitcache.open(cache)
 
 
+def test_a_version_without_the_encoding_is_named(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "grid_codec-0.2.0.dist-info").mkdir()
+    (tmp_path / "grid_codec-0.2.0.dist-info" / "METADATA").write_text("Name: grid-codec\nVersion: 0.2.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    with pytest.raises(MissingPackage, match=r"is not installed \(version 0\.2\.0 is, which lacks this encoding\)"):
+        logitcache.open(cache)
+
+
 def test_bytes_are_verified_without_the_package_and_values_are_not(cache: Path, tmp_path: Path) -> None:
     shutil.copytree(cache, tmp_path / "a.cache")
     assert [] == verify(str(tmp_path / "a.cache"))
@@ -292,7 +301,9 @@ def test_info_needs_neither_torch_nor_the_package(built: Path, cache: Path) -> N
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        pytest.param("data", "unknown dataset 'stripes'; expected package.module:object or one of: mnist5k", id="data"),
+        pytest.param(
+            "data", "unknown dataset 'stripes'; expected package.module:function or one of: mnist5k", id="data"
+        ),
         pytest.param("cache", "unknown encoding 'grid'; expected one of: dense", id="encoding"),
         pytest.param("students", "unknown loss 'focal_kl'; expected one of: kl", id="loss"),
     ],

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from torch import Tensor
 
 import logitcache
+import logitcache.config.build
 from logitcache.cache.layout import all_blocks
 from logitcache.config.build import resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline
@@ -26,7 +28,8 @@ from logitcache.data.views import ViewDataset
 from logitcache.errors import IncompleteCache, UsageError
 from logitcache.stages.cache_teacher import cache_teacher, teacher_batches
 from logitcache.stages.run import plan_run, run_pipeline
-from logitcache.stages.train_student import Bench, train_students, train_teacher
+from logitcache.stages.train_student import Experiment, train_students
+from logitcache.stages.train_teacher import train_teacher
 from logitcache.train.loop import train
 from logitcache.verify.audit import verify
 
@@ -76,6 +79,127 @@ class LiveOnTheCachesBatches:
         return self.current[split_index(index)[1]]
 
 
+SETTINGS = {
+    "epochs": 2,
+    "batch_size": 64,
+    "optimizer": "adamw",
+    "lr": 0.01,
+    "weight_decay": 0.0,
+    "momentum": 0.9,
+    "schedule": "cosine",
+    "warmup_epochs": 0.0,
+    "accumulate": 1,
+    "clip_norm": None,
+    "ema": None,
+    "early_stopping": None,
+    "compile": False,
+    "sync_batchnorm": False,
+    "precision": "float32",
+    "channels_last": False,
+    "checkpoint_steps": 0,
+    "seed": 0,
+}
+COMMON = {
+    "train": SETTINGS,
+    "data": {"name": "digits", "validation": 0.1, "args": {}, "subset": False},
+    "views": {
+        "seed": 3,
+        "transform": [{"RandomAffine": {"degrees": 10, "translate": [0.1, 0.1]}}],
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "mix_probability": 1.0,
+    },
+}
+MLP = {"model": "mlp", "args": {"hidden": [8]}, "input": None, "weights": None, "samples": 1.0}
+KL = {"name": "kl", "temperature": 2.0}
+HINT = {"output": "features", "module": "body.1", "loss": {"name": "hint"}, "weight": 1.0}
+VALUES = {"module": "body.1", "encoding": {"name": "values", "dtype": "float16"}}
+CACHED = {**MLP, "name": "small", "loss": KL, "labels": "cache"}
+FEATURES = "cache.outputs={features: body.1}"
+IDENTITIES: dict[str, tuple[list[str], str, dict[str, Any]]] = {
+    "cached": (
+        [],
+        "small",
+        {"student": CACHED, **COMMON, "labels": {"cache": "CACHE", "window_blocks": None}, "num_views": 2},
+    ),
+    "fresh": (
+        [],
+        "labels",
+        {
+            "student": {**MLP, "name": "labels", "loss": {"name": "true_label"}, "labels": "cache"},
+            **COMMON,
+            "num_views": None,
+        },
+    ),
+    "live": (
+        [
+            FEATURES,
+            "students.small.labels=live",
+            "students.small.hints=[{output: features, module: body.1, loss: hint}]",
+        ],
+        "small",
+        {
+            "student": {**CACHED, "labels": "live", "hints": [HINT]},
+            **COMMON,
+            "labels": {"teacher": "TEACHER", "outputs": {"features": VALUES}},
+            "num_views": 2,
+        },
+    ),
+    "streamed": (
+        ["cache.memory_budget_mb=0.02", "students.small.sample_weights=teacher_confidence"],
+        "small",
+        {
+            "student": {**CACHED, "sample_weights": {"name": "teacher_confidence"}},
+            **COMMON,
+            "weighed_by": {"cache": "CACHE"},
+            "labels": {"cache": "CACHE", "window_blocks": 1},
+            "num_views": 2,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_the_identity_of_a_run_does_not_change(tiny: Make, name: str) -> None:
+    """Else finished runs of earlier versions would be refused."""
+    overrides, student, expected = IDENTITIES[name]
+    pipeline = tiny(*overrides)
+    manifest = cache_teacher(pipeline).manifest
+    identity = Experiment(pipeline).job(pipeline.student(student), 0).identity
+
+    stated = json.dumps(identity).replace(manifest.id, "CACHE").replace(manifest.identity.teacher, "TEACHER")
+    assert json.loads(stated) == expected
+
+
+def test_the_identity_of_a_trained_teacher_does_not_change(tiny: Make, tmp_path: Path) -> None:
+    train_teacher(tiny("teacher.weights=trained"))
+    teacher = {
+        "model": "mlp",
+        "args": {"hidden": [16]},
+        "input": None,
+        "weights": "trained",
+        "start_from": None,
+        "train": {},
+    }
+
+    assert yaml.safe_load((tmp_path / "runs/teacher/run.yaml").read_text()) == {"teacher": teacher, **COMMON}
+
+
+def test_the_check_before_training_builds_no_model_twice(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = tiny("train.seeds=[0,1]")
+    cache_teacher(pipeline)
+    built: list[Any] = []
+    build = logitcache.config.build.build_model
+    monkeypatch.setattr(
+        logitcache.config.build,
+        "build_model",
+        lambda name, **options: built.append(options["args"]["hidden"]) or build(name, **options),
+    )
+    train_students(pipeline)
+
+    assert [[8]] * 4 == [hidden for hidden in built if hidden != [16]]
+
+
 @pytest.mark.parametrize("net", ["mlp", "cnn"])
 def test_a_student_of_the_cache_is_bit_for_bit_the_student_of_the_live_teacher(
     tiny: Make, tmp_path: Path, net: str
@@ -86,9 +210,9 @@ def test_a_student_of_the_cache_is_bit_for_bit_the_student_of_the_live_teacher(
     pipeline = tiny(*overrides)
     cache_teacher(pipeline)
     train_students(pipeline, ["small"])
-    bench = Bench(tiny(*overrides, f"runs.path={tmp_path}/live"))
-    student = bench.pipeline.student("small")
-    train(bench.job(student, 0, labels=LiveOnTheCachesBatches(pipeline)))
+    experiment = Experiment(tiny(*overrides, f"runs.path={tmp_path}/live"))
+    student = experiment.pipeline.student("small")
+    train(experiment.job(student, 0, labels=LiveOnTheCachesBatches(pipeline)))
 
     cached, live = tmp_path / "runs/small/seed-0", tmp_path / "live/small/seed-0"
     assert log(cached) == log(live)
@@ -100,9 +224,9 @@ def test_cached_and_live_logits_differ_by_rounding_only(tiny: Make, net: str) ->
     """The student's batches are not the teacher's, so the last bits of a product may differ; `pytest -s` shows them."""
     pipeline = tiny("views.mixup=0.4", f"teacher.model={net}", "teacher.args={}")
     cache_teacher(pipeline)
-    bench = Bench(pipeline)
-    teacher, _ = resolve_teacher(pipeline, bench.data, bench.plan, trust=False)
-    views = ViewDataset(bench.data.train, bench.plan)
+    experiment = Experiment(pipeline)
+    teacher, _ = resolve_teacher(pipeline, experiment.data, experiment.plan, trust=False)
+    views = ViewDataset(experiment.data.train, experiment.plan)
     cached = logitcache.open(pipeline.cache.path).view(1)
     largest, largest_logit = 0.0, float(cached.logits(range(len(views))).abs().max())
     for batch in np.array_split(np.random.default_rng(0).permutation(len(views)), 23):
@@ -234,7 +358,7 @@ def test_a_finished_run_is_not_repeated_and_another_configuration_is_refused(tin
     first = train_students(tiny(), ["small"])
 
     assert first == train_students(tiny(), ["small"])
-    with pytest.raises(UsageError, match=r"holds a run of another configuration \(differs in train.lr\)"):
+    with pytest.raises(UsageError, match=r"contains a run of another configuration \(differs in train.lr\)"):
         train_students(tiny("train.lr=0.5"), ["small"])
 
 
@@ -249,7 +373,7 @@ def test_a_view_larger_than_the_memory_budget_streams_in_training(tiny: Make, tm
     cache_teacher(tiny(*learned))
     (whole,) = train_students(tiny(*learned), ["small"])
     streaming = tiny(*learned, "cache.memory_budget_mb=0.02", f"runs.path={tmp_path}/streamed")
-    job = Bench(streaming).job(streaming.student("small"), 0)
+    job = Experiment(streaming).job(streaming.student("small"), 0)
     (streamed,) = train_students(streaming, ["small"])
 
     assert 2 == job.window_blocks
@@ -263,7 +387,7 @@ def test_training_on_an_open_cache_says_to_finish_it(tiny: Make) -> None:
     with pytest.raises(ZeroDivisionError):
         raise_while_building(pipeline)
 
-    with pytest.raises(IncompleteCache, match="is not sealed yet; run again what builds it"):
+    with pytest.raises(IncompleteCache, match="is not sealed yet; re-run the build"):
         train_students(pipeline, ["small"])
 
 

@@ -14,9 +14,9 @@ import logitcache
 from logitcache.cache.averaging import best_by_label, combination
 from logitcache.config.schema import Pipeline
 from logitcache.errors import IdentityMismatch, IncompleteCache, LogitCacheError, UsageError
-from logitcache.extras.merging.merge import merge
+from logitcache.extras.merge import merge
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Bench, train_students
+from logitcache.stages.train_student import Experiment, train_students
 from logitcache.train.labels import EnsembleLabels
 
 Tiny = Callable[..., Pipeline]
@@ -43,7 +43,7 @@ def test_a_mean_made_for_each_batch_is_that_of_the_merged_cache(
 ) -> None:
     merge(teachers, tmp_path / "merged.cache", mean=combine, weights=[1, 3])
     pipeline = student_of(tiny, teachers, combine, "students.small.labels.weights=[1, 3]")
-    job = Bench(pipeline).job(pipeline.student("small"), seed=0)
+    job = Experiment(pipeline).job(pipeline.student("small"), seed=0)
     assert isinstance(job.labels, EnsembleLabels)
     rows = torch.arange(100)
     for view in range(2):

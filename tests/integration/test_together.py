@@ -18,7 +18,7 @@ from logitcache.config.schema import Pipeline
 from logitcache.data.views import ViewDataset
 from logitcache.progress import silence
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Bench, train_students
+from logitcache.stages.train_student import Experiment, train_students
 from logitcache.train.loop import Run
 from logitcache.train.together import groups
 
@@ -76,7 +76,7 @@ def test_batches_are_rendered_once_for_all_that_share_them(five: Make, monkeypat
 
     monkeypatch.setattr(ViewDataset, "_render", render)
     pipeline = five("together", "together=true", "train.seeds=[0]")
-    samples = len(Bench(pipeline).data.train)
+    samples = len(Experiment(pipeline).data.train)
     rendered.clear()
     train_students(pipeline, FROM_CACHE)
     # Two epochs for all three, and a third of the one that trains longer; alone they render seven. The rest is proofs
@@ -86,8 +86,8 @@ def test_batches_are_rendered_once_for_all_that_share_them(five: Make, monkeypat
 
 def test_those_whose_batches_differ_are_not_together(five: Make) -> None:
     pipeline = five("any", "students.longer.train={batch_size: 32}", "students.more-labels.samples=0.5")
-    bench = Bench(pipeline)
-    jobs = [bench.job(student, seed=0) for student in pipeline.students]
+    experiment = Experiment(pipeline)
+    jobs = [experiment.job(student, seed=0) for student in pipeline.students]
 
     assert [["soft", "resized"], ["longer"], ["labels"], ["more-labels"]] == [
         [job.name for job in group] for group in groups(jobs)
@@ -99,16 +99,16 @@ def die_after(steps: int, pipeline: Pipeline) -> None:
     torch.set_num_threads(1)
     silence()
     taken = 0
-    really_take = Run.take
+    train_step = Run.train_step
 
-    def take(run: Run, *batch: Any) -> None:
+    def dying_step(run: Run, *batch: Any) -> None:
         nonlocal taken
-        really_take(run, *batch)
+        train_step(run, *batch)
         taken += 1
         if taken == steps:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Run.take = take  # type: ignore[method-assign]
+    Run.train_step = dying_step  # type: ignore[method-assign]
     train_students(pipeline, FROM_CACHE)
 
 

@@ -21,10 +21,10 @@ from logitcache.data.loading import rendered_batches
 from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.errors import UntrustedCode, UsageError
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Bench, train_students
+from logitcache.stages.train_student import Experiment, train_students
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.loop import Run
-from logitcache.train.optimizer import Updates, WeightAverage, learning_rate
+from logitcache.train.optimizer import OptimizerStep, WeightAverage, learning_rate
 from logitcache.train.ranks import Ranks
 from logitcache.train.runs import RunFolder
 from tests.integration.test_stages import log, same, weights
@@ -103,7 +103,7 @@ def test_parts_of_a_batch_are_alike_in_size(tiny: Make) -> None:
     """So that batch norm meets no part of one sample, even where one sample joined the last batch."""
     cache_teacher(tiny())
     pipeline = tiny("train.accumulate=4")
-    job = Bench(pipeline).job(pipeline.student("small"), 0)
+    job = Experiment(pipeline).job(pipeline.student("small"), 0)
     run = Run(job, RunFolder(job.folder, job.identity))
     sizes = {size: [stop - start for start, stop in run._micro_batches(size)] for size in (64, 65, 18, 16, 1)}
 
@@ -114,7 +114,7 @@ def test_clipped_gradients_have_the_norm_asked_for() -> None:
     model = nn.Linear(5, 3)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     config = TrainConfig(optimizer="sgd", momentum=0.0, lr=1.0, schedule="constant", clip_norm=0.25)
-    updates = Updates(model, config, torch.device("cpu"), steps_per_epoch=10)
+    updates = OptimizerStep(model, config, torch.device("cpu"), steps_per_epoch=10)
     updates.backward((100 * model(torch.ones(4, 5))).square().mean())
     updates.apply(0)
     change = torch.cat([(now.detach() - then).flatten() for now, then in zip(model.parameters(), before, strict=True)])
@@ -182,7 +182,7 @@ def test_keys_out_of_range_are_refused(tiny: Make) -> None:
         ("train.clip_norm=0", "train.clip_norm: .*greater than 0"),
         ("train.early_stopping=0", "train.early_stopping: .*greater than or equal to 1"),
         ("train.schedule=linear", "train.schedule: .*'constant', 'cosine' or 'one_cycle'"),
-        ("runs.tracker=wandb", "runs.tracker: expected package.module:function"),
+        ("runs.tracker=wandb", "runs.tracker: unknown tracker 'wandb'; expected package.module:function"),
     ):
         with pytest.raises(UsageError, match=message):
             tiny(override)
@@ -190,14 +190,14 @@ def test_keys_out_of_range_are_refused(tiny: Make) -> None:
 
 def train_until(pipeline: Pipeline, kill_at: int) -> None:
     """Train, and send SIGKILL to this very process in the middle of a step."""
-    backward = Updates.apply
+    backward = OptimizerStep.apply
 
-    def dying(updates: Updates, step: int) -> None:
+    def dying(updates: OptimizerStep, step: int) -> None:
         if step == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         backward(updates, step)
 
-    Updates.apply = dying  # type: ignore[method-assign]
+    OptimizerStep.apply = dying  # type: ignore[method-assign]
     train_students(pipeline, ["small"])
 
 
@@ -230,10 +230,10 @@ def test_runs_that_take_turns_are_the_runs_alone(tiny: Make, tmp_path: Path) -> 
     cache_teacher(tiny())
     train_students(tiny(*EVERYTHING, "train.seeds=[0, 1, 2]"), ["small"])
     pipeline = tiny(*EVERYTHING, f"runs.path={tmp_path}/turns")
-    bench = Bench(pipeline)
+    experiment = Experiment(pipeline)
     runs = []
     for seed in (0, 1, 2):
-        job = bench.job(pipeline.student("small"), seed)
+        job = experiment.job(pipeline.student("small"), seed)
         run = Run(job, RunFolder(job.folder, job.identity))
         runs.append((run, rendered_batches(job.views, run.places(), num_workers=0)))
     while not all(run.done for run, _ in runs):
@@ -242,7 +242,7 @@ def test_runs_that_take_turns_are_the_runs_alone(tiny: Make, tmp_path: Path) -> 
             run.begin_epoch()
         while any(run.in_epoch for run, _ in under_way):
             for run, loader in under_way:
-                run.take(*next(loader))
+                run.train_step(*next(loader))
                 torch.rand(3)
         for run, _ in under_way:
             run.end_epoch()
@@ -329,7 +329,7 @@ def test_a_tracker_is_told_the_configuration_and_every_metric(tiny: Make, tmp_pa
     assert {"finished": True} == last
 
 
-@pytest.mark.parametrize(("tracker", "when"), [("failing", "at step"), ("refusing", "at its start")])
+@pytest.mark.parametrize(("tracker", "when"), [("failing", "at step"), ("refusing", "when the run started")])
 def test_a_tracker_that_fails_is_said_once_and_loses_nothing(
     tiny: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str], tracker: str, when: str
 ) -> None:

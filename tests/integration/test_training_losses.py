@@ -21,7 +21,7 @@ from logitcache.data.views import ViewDataset
 from logitcache.errors import UsageError
 from logitcache.losses import Loss
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Bench, train_students
+from logitcache.stages.train_student import Experiment, train_students
 from logitcache.train.labels import Labels
 from logitcache.train.loop import train
 
@@ -61,16 +61,16 @@ def test_each_loss_falls_in_training_on_mixed_images(tiny: Make, tmp_path: Path,
     """A schedule changes what is measured, so the student's distance to the teacher is the judge where there is one."""
     pipeline = tiny("views.mixup=0.4", "train.epochs=4", with_loss(loss))
     cache_teacher(pipeline)
-    bench = Bench(pipeline)
-    before = distance_to_teacher(bench, trained=False)
+    experiment = Experiment(pipeline)
+    before = distance_to_teacher(experiment, trained=False)
     train_students(pipeline, ["small"])
 
-    assert distance_to_teacher(bench, trained=True, folder=tmp_path / "runs/small/seed-0") < before
+    assert distance_to_teacher(experiment, trained=True, folder=tmp_path / "runs/small/seed-0") < before
 
 
-def distance_to_teacher(bench: Bench, *, trained: bool, folder: Path | None = None) -> float:
+def distance_to_teacher(experiment: Experiment, *, trained: bool, folder: Path | None = None) -> float:
     """Share of the first view's samples on which the student's first class is not the teacher's."""
-    job = bench.job(bench.pipeline.student("small"), 0)
+    job = experiment.job(experiment.pipeline.student("small"), 0)
     if trained:
         assert folder is not None
         job.model.load_state_dict(safetensors.torch.load_file(folder / "last.safetensors"))
@@ -138,7 +138,7 @@ def test_a_stage_without_a_teacher_reads_none_of_its_labels(
 ) -> None:
     pipeline = tiny("train.epochs=4", with_loss(loss), f"students.small.labels={labels}")
     cache_teacher(pipeline)
-    job = Bench(pipeline).job(pipeline.student("small"), 0)
+    job = Experiment(pipeline).job(pipeline.student("small"), 0)
     assert job.labels is not None
     counted = job.labels = Counted(job.labels)
     train(job)
@@ -175,7 +175,7 @@ class Deadly(Loss):
 
 
 def train_and_die(pipeline: Pipeline, ends: float) -> None:
-    job = Bench(pipeline).job(pipeline.student("small"), 0)
+    job = Experiment(pipeline).job(pipeline.student("small"), 0)
     job.loss = Deadly(loss=job.loss, ends=ends)
     train(job)
 

@@ -15,7 +15,7 @@ from logitcache.data.order import balanced_choice, epoch_order
 from logitcache.errors import UsageError
 from logitcache.losses import kl_divergence
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import Bench, train_students
+from logitcache.stages.train_student import Experiment, train_students
 from logitcache.train.loop import train
 from logitcache.train.weighting import class_balanced_weights, of_mean_one, teacher_weights, weights_from_config
 from tests.integration.test_noise import cached
@@ -62,9 +62,9 @@ def test_what_nothing_is_known_of_weighs_one() -> None:
     ("config", "message"),
     [
         ("balanced", "unknown sample_weights 'balanced'; expected one of: none, class_balanced"),
-        ({"name": "class_balanced", "beta": 1.0}, r"beta of class_balanced lies in \[0, 1\), not 1\.0"),
+        ({"name": "class_balanced", "beta": 1.0}, r"beta of class_balanced must be in \[0, 1\), not 1\.0"),
         ({"name": "teacher_confidence", "beta": 0.5}, "beta is a parameter of class_balanced"),
-        ({"name": "none", "gamma": 2}, "or have name, beta; found"),
+        ({"name": "none", "gamma": 2}, "or a mapping of name, beta; found"),
     ],
 )
 def test_wrong_weights_say_what_is_expected(config: object, message: str) -> None:
@@ -137,7 +137,7 @@ def test_a_step_is_the_weighted_mean_of_its_losses(tiny: Make, name: str, studen
     overrides = [f"students.{student}.sample_weights={name}", "students.labels.samples=0.5"]
     cache_teacher(tiny("views.count=3"))  # of which the pipeline has two
     pipeline = tiny(*overrides)
-    job = Bench(pipeline).job(pipeline.student(student), 0)
+    job = Experiment(pipeline).job(pipeline.student(student), 0)
     assert job.sample_weights is not None
     rows = torch.tensor([job.views.row(int(index)) for index in job.indices])
     cache = logitcache.open(pipeline.cache.path)
@@ -158,7 +158,7 @@ def test_weights_reach_the_loss_of_training(tiny: Make, tmp_path: Path) -> None:
     """The first logged loss of one full batch is the weighted mean, worked out here."""
     pipeline = tiny("students.small.sample_weights=teacher_confidence", "train.epochs=1", "train.batch_size=5000")
     cache_teacher(pipeline)
-    job = Bench(pipeline).job(pipeline.student("small"), 0)
+    job = Experiment(pipeline).job(pipeline.student("small"), 0)
     rows = range(len(job.views))
     inputs = torch.stack([job.views[(0, row)][1] for row in rows])
     with torch.no_grad():
@@ -174,8 +174,8 @@ def test_weights_reach_the_loss_of_training(tiny: Make, tmp_path: Path) -> None:
 
 def test_a_balanced_epoch_is_trained_on(tiny: Make, tmp_path: Path) -> None:
     pipeline = tiny("students.labels.sampler=class_balanced", "students.labels.samples=0.3")
-    bench = Bench(pipeline)
-    job = bench.job(pipeline.student("labels"), 0)
+    experiment = Experiment(pipeline)
+    job = experiment.job(pipeline.student("labels"), 0)
     (row,) = train_students(pipeline, ["labels"])
 
     assert job.classes is not None

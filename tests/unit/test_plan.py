@@ -19,6 +19,7 @@ from logitcache.encodings import Dense, LowRank, Sampled, TopK
 from logitcache.errors import InvalidLogits, LogitCacheError, UsageError
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.plan import pareto_front, plan_logits, plan_pipeline, plot, read_logits
+from tests.needs import need_package
 
 
 def logits(rows: int = 400, classes: int = 60) -> np.ndarray:
@@ -111,6 +112,7 @@ def test_few_classes_get_dense_candidates_and_many_get_all_kinds() -> None:
 
 
 def test_a_plan_of_logits_recommends_and_plots(tmp_path: Path) -> None:
+    need_package("matplotlib", "plot")
     plan = plan_logits(Calibration(logits(1000)))
     plot(plan, tmp_path / "plan.png")
 

@@ -26,7 +26,8 @@ from logitcache.data.transforms import TRANSFORMS
 from logitcache.encodings import ENCODINGS
 from logitcache.losses import FEATURE_LOSSES, LOSSES, loss_from_config
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import train_students, train_teacher
+from logitcache.stages.train_student import train_students
+from logitcache.stages.train_teacher import train_teacher
 from logitcache.storage import STORES
 from logitcache.train.tracking import TRACKERS
 
@@ -205,6 +206,32 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, (
                 target
             )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(CHECKOUT).as_posix())
+def test_every_test_and_script_that_a_page_names_exists(page: Path) -> None:
+    text = page.read_text()
+    named = re.findall(r"`(?:python )?((?:tests|benchmarks|logitcache|pipelines)/[\w/]+\.\w+)", text)
+    named += [module.replace(".", "/") + ".py" for module in re.findall(r"`python -m (tests[.\w]+)", text)]
+
+    assert [] == [file for file in named if not (CHECKOUT / file).is_file()]
+
+
+SITE, REPOSITORY = "https://logitcache.readthedocs.io/en/latest/", "https://github.com/logitcache/logitcache/blob/main/"
+
+
+def test_links_of_the_readme_are_absolute_and_lead_to_files_of_the_repository() -> None:
+    """The README is also shown by package indices, where relative links break."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", README)
+    files = [
+        re.sub(r"(?:\.html|/)$", ".md", target.replace(SITE, "docs/")).replace("docs.md", "docs/index.md")
+        if target.startswith(SITE)
+        else target.removeprefix(REPOSITORY)
+        for target in targets
+    ]
+
+    assert len(files) > 8
+    assert [] == [file for file in files if not (CHECKOUT / file).is_file()]
 
 
 def _sections() -> dict[str, Any]:

@@ -119,7 +119,7 @@ def test_a_wrong_entry_point_names_its_package(site: Path, name: str, value: str
         pytest.param({}, "knot", "unknown shape 'knot'; expected one of: circle", id="far"),
         pytest.param({}, "a.b:c", "unknown shape 'a.b:c'; expected one of: circle", id="code, not allowed"),
         pytest.param(
-            {"allows_code": True}, "knot", "unknown shape 'knot'; expected package.module:object or one of", id="code"
+            {"allows_code": True}, "knot", "unknown shape 'knot'; expected package.module:function or one of", id="code"
         ),
     ],
 )
