@@ -349,7 +349,7 @@ def test_samples_are_found_by_key(tmp_path: Path) -> None:
     [
         pytest.param({"num_classes": 1}, "at least 1 sample, 1 view and 2 classes", id="one class"),
         pytest.param({"encoding": "TopK(k=30)"}, "keeps every one of 30 classes", id="k is C"),
-        pytest.param({"dataset": None}, "create needs the dataset's identity", id="no dataset"),
+        pytest.param({"dataset": None}, "create needs the identity of the dataset", id="no dataset"),
         pytest.param({"rows_per_block": 0}, "rows_per_block is at least 1", id="no rows"),
     ],
 )
@@ -426,7 +426,7 @@ def test_a_damaged_basis_is_noticed(tmp_path: Path) -> None:
         pytest.param({}, UsageError, "needs a sample of the teacher's logits", id="none"),
         pytest.param({"calibration": np.zeros((300, 7))}, UsageError, r"\(300, 7\); expected \(M, 30\)", id="classes"),
         pytest.param(
-            {"calibration": np.full((300, 30), np.nan)}, InvalidLogits, "calibration logits hold NaN", id="NaN"
+            {"calibration": np.full((300, 30), np.nan)}, InvalidLogits, "calibration logits contain NaN", id="NaN"
         ),
         pytest.param({"calibration": np.zeros((4, 30))}, UsageError, "more rows than the rank", id="few rows"),
     ],
