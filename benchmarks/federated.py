@@ -25,7 +25,7 @@ from logitcache.catalog.parts import PartConfig
 from logitcache.config.build import resolve_data
 from logitcache.config.schema import Pipeline
 from logitcache.extras.federation.configuration import Federation, PartyConfig, load_federation
-from logitcache.extras.federation.rounds import Turn, federate
+from logitcache.extras.federation.rounds import PartyRound, federate
 from logitcache.progress import silence
 from logitcache.stages.train_teacher import train_teacher
 
@@ -104,7 +104,7 @@ def section(folder: Path, seeds: Sequence[int], overrides: Sequence[str]) -> str
 
 def alone(federation: Federation, party: PartyConfig, folder: Path, *, pooled: bool = False) -> float | None:
     """The party's net after as many steps, on its own samples only, or on those of all parties."""
-    pipeline = Turn(federation, party, 1).learning
+    pipeline = PartyRound(federation, party, 1).private_pipeline
     data = pipeline.data
     assert data.part is not None
     if pooled:
@@ -113,7 +113,8 @@ def alone(federation: Federation, party: PartyConfig, folder: Path, *, pooled: b
         update={"data": data, "runs": pipeline.runs.model_copy(update={"path": str(folder)})}
     )
     steps = federation.rounds * (
-        steps_of(Turn(federation, party, 1).learning) + steps_of(Turn(federation, party, 1).sharing)
+        steps_of(PartyRound(federation, party, 1).private_pipeline)
+        + steps_of(PartyRound(federation, party, 1).public_pipeline)
     )
     epochs = round(steps / steps_of(pipeline, epochs=1))
     pipeline = pipeline.model_copy(update={"train": pipeline.train.model_copy(update={"epochs": epochs})})

@@ -81,13 +81,6 @@ def write_card(cache: LogitCache) -> None:
     cache.storage.put(CARD, render_card(cache).encode())
 
 
-def write_missing_card(cache: LogitCache) -> None:
-    """Write the card of a cache that was just sealed, or whose writer was killed before it wrote the card."""
-    if cache.storage.size(CARD) is None:
-        cache.storage.remove_leftovers()
-        write_card(cache)
-
-
 def render_card(cache: LogitCache) -> str:
     """The card of a sealed cache, with front matter."""
     try:

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import ValidationError
 from torch import Tensor
 
-from logitcache.cache.card import Card, card_from, write_missing_card
+from logitcache.cache.card import Card, card_from, write_card
 from logitcache.cache.destination import check_destination
 from logitcache.cache.fidelity import Calibration, candidates, choose, compare
 from logitcache.cache.layout import GROUP, PER_CACHE, Block
@@ -250,7 +250,7 @@ def open_writer(
             changeable[NAMES] = stated_names(manifest.provenance.get(NAMES)) | changeable[NAMES]
         if any(manifest.provenance.get(key) != value for key, value in changeable.items()):
             manifest = _change_provenance(storage, manifest, changeable)
-        return CacheWriter(storage, manifest, settled, per_cache=fixed, after_sealing=write_missing_card)
+        return CacheWriter(storage, manifest, settled, per_cache=fixed, write_card=write_card)
 
 
 def _keys_to_replace(storage: Storage) -> list[str]:

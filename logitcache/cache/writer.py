@@ -70,7 +70,7 @@ class CacheWriter:
         manifest: as it is stored.
         encoding: of the logits, fitted.
         per_cache: the per-cache arrays, by name; written unless they are stored already.
-        after_sealing: called with the sealed cache under the storage's lock, such as to write its card.
+        write_card: writes the card of a sealed cache that has none; called under the storage's lock.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class CacheWriter:
         encoding: Encoding,
         *,
         per_cache: Mapping[str, np.ndarray],
-        after_sealing: Callable[[LogitCache], None],
+        write_card: Callable[[LogitCache], None],
     ) -> None:
         self.storage = storage
         self.manifest = manifest
@@ -91,7 +91,7 @@ class CacheWriter:
         """The outputs that are written in addition to the logits, by name."""
         self.committed_blocks: list[Block] = []
         """Blocks committed by this writer, in the order of their receipts."""
-        self._after_sealing = after_sealing
+        self._write_card = write_card
         self._output_layouts = output_layouts(encoding, self.layout.num_classes, self.outputs)
         self._receipts = collect_receipts(storage, manifest)
         self._open_blocks: dict[Block, OpenBlock] = {}
@@ -290,10 +290,13 @@ class CacheWriter:
             IdentityMismatch: the path holds another cache by now, or another writer sealed other labels.
         """
         self.flush()
-        with self.storage.lock():
-            if self.manifest.state == "open":
-                self._seal_records()
-            self._after_sealing(self._cache())
+        if self.manifest.state == "open" or self.storage.size(CARD) is None:
+            with self.storage.lock():
+                if self.manifest.state == "open":
+                    self._seal_records()
+                if self.storage.size(CARD) is None:
+                    self.storage.remove_leftovers()  # of a writer that was killed while it wrote the card
+                    self._write_card(self._cache())
         return self.manifest
 
     def _seal_records(self) -> None:

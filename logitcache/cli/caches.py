@@ -230,7 +230,7 @@ def merge_command(
 ) -> None:
     """Average the caches of several teachers over the same views. Safe to interrupt: re-run to resume."""
     from logitcache.cache.summary import summarise
-    from logitcache.extras.merging.merge import merge
+    from logitcache.extras.merge import merge
 
     result = merge(caches, out, mean=mean.value, weights=weight or None, encoding=encoding)
     summary = cache_summary(summarise(out)) | {
@@ -298,7 +298,7 @@ def export_command(
         data=None if data is None else load_pipeline(data, overrides or ()),
         trust=trust,
     )
-    summary = {"folder": str(exported.folder), "written": exported.written, **exported.product.model_dump()}
+    summary = {"folder": str(exported.folder), "written": exported.written, **exported.metadata.model_dump()}
     show(summary, as_json, lambda: print_product(exported))
 
 

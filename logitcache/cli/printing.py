@@ -288,7 +288,7 @@ def print_export(out: str, kind: str, result: Any) -> None:
 
 def print_product(exported: Any) -> None:
     """An exported student: accuracy, size and latency of each form."""
-    product = exported.product
+    product = exported.metadata
     title = (
         f"{product.student}, seed {product.seed}: {product.parameters:,} parameters, {product.macs:,} MACs per sample"
     )

@@ -1,9 +1,9 @@
-"""Which channels of a wide net make a narrow one: along which dimensions of which tensors the same choice must hold.
+"""Selecting channels of a wide network for a narrow one: which dimensions of which tensors share a selection.
 
-A choice of output channels of one layer is a choice of input channels of the layers that read them. Two readings of a
-net are tried: as a chain, where each layer feeds the next, and by width, where all dimensions of one width share one
-choice, as the stream of a residual net needs it. Neither is believed: the student, with fresh random weights, has its
-channels permuted as the reading says, and a reading under which its logits change is dropped.
+Selecting output channels of one layer selects input channels of the layers that read them. Two structures are tried: a
+chain, where each layer feeds the next, and by width, where all dimensions of one width share a selection, as residual
+networks need. Each is verified: the channels of the student, with random weights, are permuted according to the
+structure, and if its logits change, the structure is rejected.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from logitcache.randomness import keyed_permutation
 # D channels
 
 Shape = tuple[int, ...]
-PROVEN_WITHIN = 1e-3
-"""Of the spread of the logits: what rounding may change in a float32 net whose channels were permuted."""
-SHOWN_FROM = 0.05
-"""Of the same: what a permutation that is wrong on purpose must change."""
+ROUNDING = 1e-3
+"""Largest change of logits by rounding in a float32 network with permuted channels, relative to their spread."""
+EFFECT = 0.05
+"""Smallest change by a deliberately wrong permutation, relative to the same."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What is chosen along one dimension of a tensor."""
+    """The selection along one dimension of a tensor."""
 
     group: str | None
-    """The group whose choice holds here; None takes everything."""
+    """The group whose selection applies; None for all entries."""
     repeat: int = 1
-    """Consecutive entries for each channel, where a layer reads a flattened feature map."""
+    """Consecutive entries per channel, where a layer reads a flattened feature map."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Dimensions that share one choice."""
+    """Dimensions that share a selection."""
 
     name: str
     teacher_width: int
@@ -53,8 +53,8 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A whole net's dimensions, each with its group."""
+class Structure:
+    """All dimensions of a network with their groups."""
 
     kind: str
     """"chain" or "width"."""
@@ -63,12 +63,12 @@ class Reading:
     """By the name of the student's tensor."""
 
 
-def read_as_chain(student: nn.Module, shapes: Mapping[str, tuple[Shape, Shape]]) -> Reading | None:
-    """Each layer's outputs are a group that the next layer reads, in the order of registration; None if that can't be.
+def chain_structure(student: nn.Module, shapes: Mapping[str, tuple[Shape, Shape]]) -> Structure | None:
+    """Each layer's outputs are a group that the next layer reads, in the order of registration; None if impossible.
 
     Args:
-        student: linear layers, convolutions and norms, in whatever modules.
-        shapes: (teacher's, student's) of each of the student's tensors that a teacher's tensor was found for.
+        student: linear layers, convolutions and norms, in any modules.
+        shapes: (teacher's, student's) of each student tensor that has a teacher tensor.
     """
     groups: dict[str, Group] = {}
     axes: dict[str, tuple[Axis, ...]] = {}
@@ -77,7 +77,7 @@ def read_as_chain(student: nn.Module, shapes: Mapping[str, tuple[Shape, Shape]])
         for path, module in student.named_modules():
             entries = [name for name in _own_entries(path, module) if name in shapes]
             if not entries:
-                # A layer of no teacher's: what comes after it reads channels that nothing was chosen for.
+                # A layer without teacher weights: the next layer reads channels without a selection.
                 stream = None if _own_entries(path, module) else stream
             elif isinstance(module, nn.Linear | _ConvNd) and not isinstance(module, _ConvTransposeNd):
                 teacher, here = shapes[f"{path}.weight" if path else "weight"]
@@ -104,11 +104,11 @@ def read_as_chain(student: nn.Module, shapes: Mapping[str, tuple[Shape, Shape]])
                 return None
     except (_NoChain, KeyError):
         return None
-    return Reading("chain", groups, axes) if axes.keys() == shapes.keys() else None
+    return Structure("chain", groups, axes) if axes.keys() == shapes.keys() else None
 
 
 class _NoChain(Exception):
-    """A layer does not read what the layer before it gives."""
+    """A layer does not read the output of the previous layer."""
 
 
 def _axis(stream: Group | None, teacher: int, here: int) -> Axis:
@@ -128,8 +128,8 @@ def _own_entries(path: str, module: nn.Module) -> list[str]:
     return [f"{path}.{name}" if path else name for name in own]
 
 
-def read_by_width(shapes: Mapping[str, tuple[Shape, Shape]]) -> Reading:
-    """All dimensions that go from one width to one other share one choice; equal widths are taken whole."""
+def width_structure(shapes: Mapping[str, tuple[Shape, Shape]]) -> Structure:
+    """All dimensions with the same pair of widths share a selection; equal widths are copied entirely."""
     groups: dict[str, Group] = {}
     axes = {}
     for name, (teacher, here) in shapes.items():
@@ -140,41 +140,41 @@ def read_by_width(shapes: Mapping[str, tuple[Shape, Shape]]) -> Reading:
                 groups[group.name] = group
             of_tensor.append(Axis(group.name if widths[0] != widths[1] else None))
         axes[name] = tuple(of_tensor)
-    return Reading("width", groups, axes)
+    return Structure("width", groups, axes)
 
 
-def is_proven(student: nn.Module, reading: Reading, inputs: Any, *, seed: int) -> bool:
-    """Whether permuting each group's channels leaves the logits of a net of random weights as they were.
+def is_valid(student: nn.Module, structure: Structure, inputs: Any, *, seed: int) -> bool:
+    """Whether permuting the channels of each group preserves the logits of the student with random weights.
 
     Args:
-        student: its weights don't matter; it stays as it is.
-        reading: of the student.
-        inputs: a batch as the student takes it.
+        student: not modified; its weights don't matter.
+        structure: of the student.
+        inputs: a batch of student inputs.
         seed: of the weights and permutations.
     """
     device = next(student.parameters()).device
     inputs = to_device(inputs, device)
-    net = copy.deepcopy(student).eval()
-    _randomise(net, seed)
+    model = copy.deepcopy(student).eval()
+    _randomise(model, seed)
     orders = {
-        name: _no_identity(keyed_permutation(group.student_width, "channels", seed, number))
-        for number, (name, group) in enumerate(reading.groups.items())
+        name: _not_identity(keyed_permutation(group.student_width, "channels", seed, number))
+        for number, (name, group) in enumerate(structure.groups.items())
     }
-    before = _logits(net, inputs)
-    # Of what tells the samples and classes apart: beside a large common part a wrong reading would look like rounding.
+    before = _logits(model, inputs)
+    # Without the mean: relative to a large common offset, the effect of a wrong structure would look like rounding.
     scale = float((before - before.mean()).std())
-    permuted = _logits(_permuted(net, reading, orders, outputs_only=False), inputs)
-    broken = _logits(_permuted(net, reading, orders, outputs_only=True), inputs)
-    # Weights of which nothing reaches the logits would prove any reading; so a wrong one must show.
-    shows = float((broken - before).abs().max()) > SHOWN_FROM * scale
-    return shows and float((permuted - before).abs().max()) <= PROVEN_WITHIN * scale
+    permuted = _logits(_permuted(model, structure, orders, outputs_only=False), inputs)
+    broken = _logits(_permuted(model, structure, orders, outputs_only=True), inputs)
+    # If permuted weights did not affect the logits, any structure would pass; so a wrong permutation must change them.
+    has_effect = float((broken - before).abs().max()) > EFFECT * scale
+    return has_effect and float((permuted - before).abs().max()) <= ROUNDING * scale
 
 
-def _randomise(net: nn.Module, seed: int) -> None:
-    """Random weights that keep the size of activations, and norms away from 1 and 0, which would hide a wrong order."""
+def _randomise(model: nn.Module, seed: int) -> None:
+    """Random weights that preserve the scale of activations; norms of 1 and 0 would hide a wrong permutation."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, value in net.state_dict().items():
+        for name, value in model.state_dict().items():
             if not value.is_floating_point() or not value.ndim:
                 continue
             noise = torch.randn(value.shape, generator=generator).to(value)
@@ -186,27 +186,29 @@ def _randomise(net: nn.Module, seed: int) -> None:
                 value.add_(0.3 * noise)
 
 
-def _no_identity(order: np.ndarray) -> np.ndarray:
+def _not_identity(order: np.ndarray) -> np.ndarray:
     return np.roll(order, 1) if (order == np.arange(len(order))).all() else order
 
 
-def _permuted(net: nn.Module, reading: Reading, orders: Mapping[str, np.ndarray], *, outputs_only: bool) -> nn.Module:
-    net = copy.deepcopy(net)
-    state = net.state_dict()
-    for name, axes in reading.axes.items():
+def _permuted(
+    model: nn.Module, structure: Structure, orders: Mapping[str, np.ndarray], *, outputs_only: bool
+) -> nn.Module:
+    model = copy.deepcopy(model)
+    state = model.state_dict()
+    for name, axes in structure.axes.items():
         kept = axes[:1] if outputs_only and len(axes) > 1 else () if outputs_only else axes
         state[name] = take(state[name], kept, orders)
-    net.load_state_dict(state)
-    return net
+    model.load_state_dict(state)
+    return model
 
 
-def _logits(net: nn.Module, inputs: Any) -> Tensor:
+def _logits(model: nn.Module, inputs: Any) -> Tensor:
     with torch.inference_mode():
-        return model_logits(net, inputs).float()
+        return model_logits(model, inputs).float()
 
 
 def take(value: Tensor, axes: tuple[Axis, ...], chosen: Mapping[str, np.ndarray]) -> Tensor:
-    """A tensor's entries at the channels that were chosen along its first dimensions."""
+    """A tensor's entries at the selected channels of its first dimensions."""
     for dimension, axis in enumerate(axes):
         if axis.group is not None:
             index = entries(chosen[axis.group], axis.repeat)
@@ -215,7 +217,7 @@ def take(value: Tensor, axes: tuple[Axis, ...], chosen: Mapping[str, np.ndarray]
 
 
 def entries(channels: np.ndarray, repeat: int) -> np.ndarray:
-    """The entries that channels take, `repeat` consecutive ones each, int64."""
+    """The indices of the entries of some channels, `repeat` consecutive ones per channel, int64."""
     return (channels[:, None] * repeat + np.arange(repeat)).reshape(-1)
 
 
@@ -227,41 +229,39 @@ def evenly_spaced(group: Group) -> np.ndarray:
     return np.arange(group.student_width) * group.teacher_width // group.student_width
 
 
-def drawn(group: Group, number: int, *, seed: int) -> np.ndarray:
-    """Channels drawn at random, in ascending order, int64 (D_student,)."""
+def random_channels(group: Group, number: int, *, seed: int) -> np.ndarray:
+    """Random channels, in ascending order, int64 (D_student,)."""
     return np.sort(keyed_permutation(group.teacher_width, "initial channels", seed, number)[: group.student_width])
 
 
-def highest(group: Group, scores: np.ndarray) -> np.ndarray:
-    """The channels of the highest scores, in ascending order; of equal ones the first, int64 (D_student,)."""
+def highest_scores(group: Group, scores: np.ndarray) -> np.ndarray:
+    """The channels with the highest scores, in ascending order, the first of equal ones, int64 (D_student,)."""
     return np.sort(np.argsort(-scores, kind="stable")[: group.student_width])
 
 
-def channel_scores(reading: Reading, group: Group, values: Mapping[str, Tensor], *, weights_only: bool) -> np.ndarray:
-    """The sum of |values| over all that gives each of the teacher's channels, float64 (D_teacher,).
+def channel_scores(
+    structure: Structure, group: Group, values: Mapping[str, Tensor], *, weights_only: bool
+) -> np.ndarray:
+    """The sum of |values| of all parameters that produce each teacher channel, float64 (D_teacher,).
 
     Args:
-        reading: of the student.
-        group: whose channels are scored.
-        values: the teacher's parameters, or what each is worth, by the student's name.
-        weights_only: leave biases and norms out, as pruning by magnitude does.
+        structure: of the student.
+        group: the channels to score.
+        values: the teacher's parameters or their importance, by the student's name.
+        weights_only: leave out biases and norms, as pruning by magnitude does.
 
     Raises:
-        UsageError: nothing gives these channels, so there is nothing to score them by.
+        UsageError: no parameter produces these channels.
     """
     scores_D = np.zeros(group.teacher_width)
     scored = False
     for name, value in values.items():
-        axes = reading.axes[name]
+        axes = structure.axes[name]
         if axes and axes[0].group == group.name and axes[0].repeat == 1 and (value.ndim > 1 or not weights_only):
-            scores_D += (
-                value.detach().abs().double().cpu().flatten(1).sum(dim=1).numpy()
-                if value.ndim > 1
-                else (value.detach().abs().double().cpu().numpy())
-            )
+            scores_D += value.detach().abs().double().cpu().reshape(len(value), -1).sum(dim=1).numpy()
             scored = True
     if not scored:
         raise UsageError(
-            f"no weight gives the channels {group.name!r}, so they can't be scored; use init.width: uniform or random"
+            f"no weight produces the channels {group.name!r} to score them by; use init.width: uniform or random"
         )
     return scores_D

@@ -1,6 +1,6 @@
-"""A cache's labels as Parquet files, for those who want a table: pandas, polars, Hugging Face datasets, any SQL engine.
+"""A cache's logits as Parquet files, for pandas, polars, Hugging Face datasets and SQL engines.
 
-One file for each view; rows are decoded and written some at a time. A file appears under its name when it is whole.
+One file per view. Rows are decoded and written in groups, and files appear atomically.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from logitcache.storage.local import is_alive
 # B batch, C classes, K kept classes
 
 METADATA = "logitcache"
-"""Key of a file's metadata: a JSON object that says which cache, view and columns it holds."""
+"""Key of the file metadata: a JSON object with the identity of cache, view and columns."""
 PIECE_LOGITS = 2**22
-"""Logits of one row group (16 MB), unless a block has fewer."""
-_VIEW_FILE = re.compile(r"view-\d{5}\.parquet")
+"""Logits of one row group (16 MB), unless a block is smaller."""
+_VIEW_FILE = re.compile(r"view-(?P<view>\d{5})\.parquet")
 _PARTIAL = re.compile(r"\.view-\d{5}\.parquet\.(?P<pid>\d+)\.partial")
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export did."""
+    """The result of an export."""
 
     files: list[str]
-    """Of the views that were asked for, in their order."""
+    """Of the requested views, in their order."""
     written: list[str]
-    """Those of them that were not there yet."""
+    """The files that did not exist before."""
     rows: int
-    """In all these files together."""
+    """In all files together."""
     bytes: int
 
 
@@ -54,19 +54,18 @@ def export_parquet(
 ) -> ExportResult:
     """Write a sealed cache's decoded logits to `OUT/view-00000.parquet` and so on.
 
-    Columns: view (int32), row (int64), key (string) and target (int64) where the cache has them, and logits
-    (list of C float32); with `top`, the k largest instead: classes (list of int32) and logits (list of float32),
-    largest first, and tail (float32), the log-sum-exp of the others. Idempotent: a file that is there is not written
-    again.
+    Columns: view (int32), row (int64), key (string) and target (int64) if the cache has them, and logits (list of C
+    float32). With `top`, the k largest logits instead: classes (list of int32) and logits (list of float32), largest
+    first, and tail (float32), the log-sum-exp of the other logits. Idempotent: existing files are not written again.
 
     Args:
         location: the cache.
-        out: a folder that holds nothing else; created where it is not there.
+        out: a folder without other files; created if it is missing.
         views: such as "0:2" or "3"; all by default.
         top: classes kept of each row, 1 <= top < C.
 
     Raises:
-        UsageError: pyarrow is missing, no such view, or the folder holds something else; before anything is written.
+        UsageError: pyarrow is missing, a view does not exist, or the folder has other files. Nothing is written.
         IncompleteCache: the cache is not sealed.
         CorruptCache: labels are damaged.
     """
@@ -77,57 +76,52 @@ def export_parquet(
         raise unsealed(location)
     if top is not None and not 1 <= top < cache.num_classes:
         raise UsageError(f"--top keeps 1 to {cache.num_classes - 1} of {cache.num_classes} classes, not {top}")
-    numbers = parse_views(views, cache.views)
     folder = local_path(out)
+    files = {number: folder / f"view-{number:05d}.parquet" for number in parse_views(views, cache.views)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        there = _files_there(folder, cache, top)
-        missing = [number for number in numbers if number not in there]
+        existing = _existing_views(folder, cache, top)
+        missing = {number: path for number, path in files.items() if number not in existing}
         with track("exporting", len(missing) * cache.num_samples, unit="rows") as meter:
-            for number in missing:
-                for count in _write_view(cache, number, folder / _name(number), top):
-                    meter.advance(count, note=f"view {number}")
-        files = [folder / _name(number) for number in numbers]
+            for number, path in missing.items():
+                for num_rows in _write_view(cache, number, path, top):
+                    meter.advance(num_rows, note=f"view {number}")
         return ExportResult(
-            files=[str(file) for file in files],
-            written=[str(folder / _name(number)) for number in missing],
-            rows=len(numbers) * cache.num_samples,
-            bytes=sum(file.stat().st_size for file in files),
+            files=[str(path) for path in files.values()],
+            written=[str(path) for path in missing.values()],
+            rows=len(files) * cache.num_samples,
+            bytes=sum(path.stat().st_size for path in files.values()),
         )
     except StorageError:
         raise
     except OSError as error:
         raise StorageError(
-            f"can't write to {folder}: {error.strerror or error}; run it again, whole files stay"
+            f"can't write to {folder}: {error.strerror or error}; run the command again to resume, complete files stay"
         ) from error
 
 
-def _name(view: int) -> str:
-    return f"view-{view:05d}.parquet"
-
-
-def _files_there(folder: Path, cache: LogitCache, top: int | None) -> set[int]:
-    """The views whose files are there; those that a killed export left half written are removed.
+def _existing_views(folder: Path, cache: LogitCache, top: int | None) -> set[int]:
+    """The views that were exported before. Partial files of killed exports are removed.
 
     Raises:
-        UsageError: something else lies there, or an export of another cache or with other columns.
+        UsageError: the folder has other files, or an export of another cache or with other columns.
     """
-    there = set()
+    existing = set()
     for path in sorted(folder.iterdir()):
-        partial = _PARTIAL.fullmatch(path.name)
+        partial, complete = _PARTIAL.fullmatch(path.name), _VIEW_FILE.fullmatch(path.name)
         if partial:
             if not is_alive(int(partial["pid"])):
                 path.unlink(missing_ok=True)
-        elif not _VIEW_FILE.fullmatch(path.name) or not path.is_file():
-            raise UsageError(
-                f"{folder} holds something else ({path.name!r}); an export needs a folder of its own, so that "
-                "`*.parquet` is this cache's views and nothing more"
-            )
+        elif complete and path.is_file():
+            view = int(complete["view"])
+            _check_file(path, _metadata(cache, view, top), cache.num_samples)
+            existing.add(view)
         else:
-            view = int(path.name[5:10])
-            _check_file(path, _about(cache, view, top), cache.num_samples)
-            there.add(view)
-    return there
+            raise UsageError(
+                f"{folder} contains other files ({path.name!r}); an export needs a folder of its own, so that "
+                "`*.parquet` matches only this cache's views"
+            )
+    return existing
 
 
 def _check_file(path: Path, expected: dict[str, Any], num_rows: int) -> None:
@@ -138,18 +132,18 @@ def _check_file(path: Path, expected: dict[str, Any], num_rows: int) -> None:
         found = json.loads((footer.metadata or {})[METADATA.encode()])
         found = found if isinstance(found, dict) else {}
     except (ArrowException, OSError, KeyError, ValueError):
-        raise UsageError(f"{path} is no export of a cache; choose another folder, or move that file away") from None
+        raise UsageError(f"{path} is not an export of a cache; choose another folder, or move that file away") from None
     for name, value in expected.items():
         if found.get(name) != value:
             raise UsageError(
-                f"{path} is another export: its {name} is {found.get(name)!r}, here {value!r}; choose another folder"
+                f"{path} is another export: its {name} is {found.get(name)!r}, expected {value!r}; choose another "
+                "folder"
             )
     if footer.num_rows != num_rows:
-        raise UsageError(f"{path} has {footer.num_rows} rows, not {num_rows}; delete it and export again")
+        raise UsageError(f"{path} has {footer.num_rows} rows, expected {num_rows}; delete it and export again")
 
 
-def _about(cache: LogitCache, view: int, top: int | None) -> dict[str, Any]:
-    """What a file says of itself."""
+def _metadata(cache: LogitCache, view: int, top: int | None) -> dict[str, Any]:
     identity = cache.manifest.identity
     return {
         "id": cache.id,
@@ -165,16 +159,16 @@ def _about(cache: LogitCache, view: int, top: int | None) -> dict[str, Any]:
 
 
 def _write_view(cache: LogitCache, view: int, path: Path, top: int | None) -> Iterator[int]:
-    """Write one file, and say of each row group how many rows it has; nothing is left under its name but all of it."""
+    """Write one file atomically; yields the number of rows of each row group."""
     from pyarrow import parquet
 
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     schema = _schema(cache, view, top)
-    labels = cache.view(view, memory_budget=1)  # a block or two in memory, however long the view is
+    labels = cache.view(view, memory_budget=1)  # one or two blocks in memory, not the view
     try:
         with partial.open("wb") as file:
             with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
-                for rows in _pieces(cache):
+                for rows in _row_groups(cache):
                     table = _table(cache, schema, labels, rows, top)
                     writer.write_table(table, row_group_size=len(rows))
                     yield len(rows)
@@ -185,64 +179,52 @@ def _write_view(cache: LogitCache, view: int, path: Path, top: int | None) -> It
         partial.unlink(missing_ok=True)
 
 
-def _pieces(cache: LogitCache) -> Iterator[range]:
-    """The rows of a view, block by block, large blocks in parts."""
+def _row_groups(cache: LogitCache) -> Iterator[range]:
+    """The rows of a view, block by block; large blocks are split."""
     size = max(1, PIECE_LOGITS // cache.num_classes)
     for number in range(blocks_per_view(cache.layout)):
         rows = block_rows(cache.layout, Block(0, number))
-        for start in range(rows.start, rows.stop, size):
-            yield range(start, min(start + size, rows.stop))
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def _schema(cache: LogitCache, view: int, top: int | None) -> Any:
     import pyarrow as pa
 
-    samples = cache.samples
     columns = [("view", pa.int32()), ("row", pa.int64())]
-    if samples is not None and samples.keys is not None:
+    if cache.samples is not None and cache.samples.keys is not None:
         columns.append(("key", pa.string()))
-    if samples is not None:
+    if cache.samples is not None:
         columns.append(("target", pa.int64()))
-    # Plain lists, though each is C long: pandas, polars and datasets all read them, and not all do fixed-size ones.
+    # Variable-size lists: pandas, polars and datasets all read them, but not all read fixed-size lists.
     if top is None:
         columns.append(("logits", pa.list_(pa.float32())))
     else:
         columns += [("classes", pa.list_(pa.int32())), ("logits", pa.list_(pa.float32())), ("tail", pa.float32())]
-    about = json.dumps(_about(cache, view, top), ensure_ascii=False)
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns], metadata={METADATA: about})
+    metadata = {METADATA: json.dumps(_metadata(cache, view, top), ensure_ascii=False)}
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns], metadata=metadata)
 
 
 def _table(cache: LogitCache, schema: Any, labels: View, rows: range, top: int | None) -> Any:
     import pyarrow as pa
 
+    def lists(values_BK: Tensor) -> Any:
+        flat = pa.array(values_BK.contiguous().numpy().reshape(-1))
+        offsets = np.arange(0, values_BK.numel() + 1, values_BK.shape[1], dtype=np.int32)
+        return pa.ListArray.from_arrays(pa.array(offsets), flat)
+
     logits_BC = labels.logits(rows)
-    samples = cache.samples
     within = slice(rows.start, rows.stop)
-    columns: dict[str, Any] = {
-        "view": np.full(len(rows), labels.number, dtype=np.int32),
-        "row": np.arange(rows.start, rows.stop, dtype=np.int64),
-    }
-    if samples is not None:
-        columns["target"] = samples.targets[within]
-        if samples.keys is not None:
-            columns["key"] = list(samples.keys[within])
+    columns: dict[str, Any] = {"view": np.full(len(rows), labels.number), "row": np.arange(rows.start, rows.stop)}
+    if cache.samples is not None:
+        columns["target"] = cache.samples.targets[within]
+        if cache.samples.keys is not None:
+            columns["key"] = list(cache.samples.keys[within])
     if top is None:
-        columns["logits"] = _lists(logits_BC, pa.float32())
+        columns["logits"] = lists(logits_BC)
     else:
         kept_BK, ids_BK = logits_BC.topk(top, dim=1)
-        rest_BC = logits_BC.scatter(1, ids_BK, -torch.inf)
-        columns["classes"] = _lists(ids_BK.to(torch.int32), pa.int32())
-        columns["logits"] = _lists(kept_BK, pa.float32())
-        columns["tail"] = torch.logsumexp(rest_BC, dim=1).numpy()
+        columns["classes"] = lists(ids_BK.to(torch.int32))
+        columns["logits"] = lists(kept_BK)
+        columns["tail"] = torch.logsumexp(logits_BC.scatter(1, ids_BK, -torch.inf), dim=1).numpy()
     arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
     return pa.Table.from_arrays(arrays, schema=schema)
-
-
-def _lists(values_BK: Tensor, kind: Any) -> Any:
-    """Rows as lists of one length."""
-    import pyarrow as pa
-
-    num_rows, length = values_BK.shape
-    offsets = np.arange(0, num_rows * length + 1, length, dtype=np.int32)
-    flat = pa.array(values_BK.contiguous().numpy().reshape(-1), type=kind)
-    return pa.ListArray.from_arrays(pa.array(offsets), flat)

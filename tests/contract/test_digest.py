@@ -21,7 +21,7 @@ from logitcache.cache.manifest import Identity, Layout, Manifest, Receipt, Store
 from logitcache.cache.records import Records
 from logitcache.digest import array_digest, canonical_json, sha256_hex
 from logitcache.errors import CorruptCache, IdentityMismatch, LogitCacheError
-from logitcache.extras.merging.merge import merge
+from logitcache.extras.merge import merge
 from logitcache.share.transfer import pull, push
 from logitcache.verify.audit import verify
 from logitcache.verify.repair import repair

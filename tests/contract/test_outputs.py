@@ -26,7 +26,7 @@ from logitcache.config.build import resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline
 from logitcache.encodings import ENCODINGS, Dense, LowRank, Sampled, TopK, Values
 from logitcache.errors import CorruptCache, IdentityMismatch, InvalidLogits, LogitCacheError, ShapeError, UsageError
-from logitcache.extras.merging.merge import merge
+from logitcache.extras.merge import merge
 from logitcache.share.transfer import pull, push
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.plan import plan_pipeline

@@ -135,7 +135,7 @@ def test_a_sample_table_that_makes_no_sense_is_refused_when_it_is_read(
     """As somebody else's program may have written it, with receipts that fit; `verify --deep` names it."""
     with monkeypatch.context() as patched:
         patched.setattr(SampleTable, "__post_init__", lambda self: None)
-        patched.setattr("logitcache.cache.creation.write_missing_card", lambda cache: None)
+        patched.setattr("logitcache.cache.creation.write_card", lambda cache: None)
         path = build(tmp_path / "a", samples=table(**changes))
     assert_table_is_refused(path)
 
@@ -168,7 +168,7 @@ def test_parts_of_a_sample_table_are_refused(
     stored = creation._sample_arrays
     with monkeypatch.context() as patched:
         patched.setattr(creation, "_sample_arrays", changed)
-        patched.setattr("logitcache.cache.creation.write_missing_card", lambda cache: None)
+        patched.setattr("logitcache.cache.creation.write_card", lambda cache: None)
         path = build(tmp_path / "a", samples=table())
     assert_table_is_refused(path)
 

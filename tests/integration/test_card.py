@@ -253,13 +253,13 @@ def test_a_writer_that_was_killed_between_records_and_card_leaves_no_outdated_ca
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("logitcache.cache.creation.write_missing_card", killed)
+        patched.setattr("logitcache.cache.creation.write_card", killed)
         build(path, num_views=2)
     assert logitcache.open(path).sealed
     assert not (path / "README.md").exists()
 
     build(path, num_views=2)
-    assert "| views of each | 2 |" in card(path)
+    assert "| views | 2 |" in card(path)
 
 
 def test_what_a_sealed_cache_says_of_itself_can_be_changed(tmp_path: Path) -> None:

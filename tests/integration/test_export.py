@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("logitcache.extras.parquet.os.fsync", full)
-    with pytest.raises(StorageError, match="No space left on device; run it again"):
+    with pytest.raises(StorageError, match="No space left on device; run the command again"):
         export_parquet(str(tmp_path / "a.cache"), tmp_path / "out")
 
     assert [] == list((tmp_path / "out").iterdir())
@@ -199,12 +199,12 @@ def foreign_table(tmp_path: Path) -> None:
 
 
 OCCUPIED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a thesis": (lambda path: (path / "out/thesis.tex").write_text("x"), "holds something else .'thesis.tex'."),
-    "a table of somebody's": (foreign_table, "view-00000.parquet is no export of a cache"),
-    "no table": (lambda path: (path / "out/view-00000.parquet").write_text("x"), "is no export of a cache"),
-    "a folder": (lambda path: (path / "out/view-00000.parquet").mkdir(), "holds something else"),
+    "a thesis": (lambda path: (path / "out/thesis.tex").write_text("x"), "contains other files .'thesis.tex'."),
+    "a table of somebody's": (foreign_table, "view-00000.parquet is not an export of a cache"),
+    "no table": (lambda path: (path / "out/view-00000.parquet").write_text("x"), "is not an export of a cache"),
+    "a folder": (lambda path: (path / "out/view-00000.parquet").mkdir(), "contains other files"),
     "another cache": (other_cache, "is another export: its id is"),
-    "other columns": (other_columns, "is another export: its top is 2, here None"),
+    "other columns": (other_columns, "is another export: its top is 2, expected None"),
 }
 
 

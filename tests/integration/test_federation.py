@@ -29,8 +29,8 @@ from logitcache.config.schema import DataConfig, Pipeline, load_pipeline
 from logitcache.data.samples import sample_table
 from logitcache.errors import IdentityMismatch, InvalidLogits, PartyMissing, UsageError
 from logitcache.extras.federation.configuration import Federation, load_federation
-from logitcache.extras.federation.rounds import Turn, federate
-from logitcache.extras.merging.merge import merge
+from logitcache.extras.federation.rounds import PartyRound, federate
+from logitcache.extras.merge import merge
 from logitcache.share.transfer import push
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.verify.audit import verify
@@ -86,7 +86,7 @@ def two(tmp_path: Path) -> Make:
 
 def ends(federation: Federation) -> list[dict[str, torch.Tensor]]:
     """The weights of each party after the last round."""
-    return [weights(Turn(federation, party, federation.rounds).weights.parent) for party in federation.parties]
+    return [weights(PartyRound(federation, party, federation.rounds).weights.parent) for party in federation.parties]
 
 
 def test_parties_that_take_turns_end_as_parties_on_their_own_do_and_nobody_repeats_what_is_done(two: Make) -> None:
@@ -94,7 +94,7 @@ def test_parties_that_take_turns_end_as_parties_on_their_own_do_and_nobody_repea
     together, apart = two(), two(folder="apart")
     turns = federate(together)
     with pytest.raises(
-        PartyMissing, match=r"round 1 waits for b: after 0 s there is no whole cache at .*round-001/b.cache"
+        PartyMissing, match=r"round 1 waits for b: after 0 s there is no complete cache at .*round-001/b.cache"
     ):
         federate(apart, party="a", wait=0)
     with pytest.raises(PartyMissing, match="round 2 waits for a"):
@@ -114,12 +114,12 @@ def test_parties_that_take_turns_end_as_parties_on_their_own_do_and_nobody_repea
 def test_a_party_waits_for_the_others(two: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the other one is done by the time that it looks again."""
     federation = two("rounds=1")
-    other = Turn(federation, federation.party("b"), 1)
+    other = PartyRound(federation, federation.party("b"), 1)
     waited = []
 
     def meanwhile(seconds: float) -> None:
         waited.append(seconds)
-        other.speak(trust=False)
+        other.train_and_publish(trust=False)
 
     monkeypatch.setattr("logitcache.extras.federation.exchange.time.sleep", meanwhile)
 
@@ -137,7 +137,7 @@ def test_a_round_teaches_a_party_what_it_has_no_sample_of(two: Make) -> None:
         f"parties.a.data={digits | {'part': {'public': 0.5, 'classes': [0, 1, 2, 3, 4]}}}",
         f"parties.b.data={digits | {'part': {'public': 0.5, 'classes': [5, 6, 7, 8, 9]}}}",
     )  # fmt: skip
-    data = resolve_data(Turn(federation, federation.parties[0], 1).sharing, trust=False)
+    data = resolve_data(PartyRound(federation, federation.parties[0], 1).public_pipeline, trust=False)
     assert data.validation is not None
     rates = [turn.validation_accuracy for turn in federate(federation) if turn.party == "a"]
 
@@ -149,7 +149,7 @@ def test_nothing_but_logits_of_the_public_set_leaves(two: Make) -> None:
     federation = two("parties.a.net.weights=null")
     federate(federation)
     shared = Path(federation.shared)
-    public = resolve_data(Turn(federation, federation.parties[0], 1).sharing, trust=False).train
+    public = resolve_data(PartyRound(federation, federation.parties[0], 1).public_pipeline, trust=False).train
     caches = sorted(path.relative_to(shared).as_posix() for path in shared.glob("*/*"))
     assert ["round-001/a.cache", "round-001/b.cache", "round-002/a.cache", "round-002/b.cache"] == caches
     private_words = (str(shared.parent), platform.node(), Path(sys.argv[0]).name, "safetensors")
@@ -229,20 +229,20 @@ def test_the_shared_place_may_be_a_store(two: Make) -> None:
 
 OTHERS = {
     "another public set": ("public.data.part.seed=1", "dataset: "),
-    "fewer samples": ("public.data.part.public=0.4", "num_samples is [0-9]+ in it, [0-9]+ in "),
+    "fewer samples": ("public.data.part.public=0.4", "num_samples is [0-9]+ there and [0-9]+ in "),
     "other views": ("public.views.transform=clean", "transform"),
     "the views of another round": ("public.views.seed=1", "view_seed: 1 in .*, 2 in "),
-    "fewer views": ("public.views.count=1", r"views is range\(0, 1\) in it"),
-    "other blocks": ("published.rows_per_block=16", "rows_per_block is 16 in it, 32 in "),
+    "fewer views": ("public.views.count=1", r"views is range\(0, 1\) there"),
+    "other blocks": ("published.rows_per_block=16", "rows_per_block is 16 there and 32 in "),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), OTHERS.values(), ids=OTHERS)
 def test_the_cache_of_a_mistaken_party_is_refused_by_name(two: Make, change: str, message: str) -> None:
     mistaken = two("rounds=1", change)
-    Turn(mistaken, mistaken.party("b"), 1).speak(trust=False)
+    PartyRound(mistaken, mistaken.party("b"), 1).train_and_publish(trust=False)
 
-    with pytest.raises(IdentityMismatch, match=f"(?s)the cache of party 'b' at .*b.cache is refused: .*{message}"):
+    with pytest.raises(IdentityMismatch, match=f"(?s)the cache of party 'b' at .*b.cache is rejected: .*{message}"):
         federate(two("rounds=1"), party="a", wait=0)
 
 
@@ -266,11 +266,11 @@ def test_logits_that_no_honest_writer_stores_are_refused_and_not_kept(
         patched.setattr(CacheWriter, "write", lying)
         patched.setattr("logitcache.cache.openblock._OpenRows.check", lambda self: None)
         patched.setattr("logitcache.cache.openblock.fidelity_kl", lambda decoded, exact: torch.zeros(len(decoded)))
-        Turn(federation, federation.party("b"), 1).speak(trust=False)
+        PartyRound(federation, federation.party("b"), 1).train_and_publish(trust=False)
     if not refused:
         assert 1 == len(federate(federation, party="a", wait=0))
         return
-    with pytest.raises(InvalidLogits, match="the cache of party 'b' at .* is refused: view 0, row 3 holds NaN"):
+    with pytest.raises(InvalidLogits, match="the cache of party 'b' at .* is rejected: view 0, row 3 contains NaN"):
         federate(federation, party="a", wait=0)
     assert not Path(federation.path, "a/round-001/b.cache").exists()
 
@@ -318,7 +318,7 @@ def test_what_is_wrong_with_a_file_is_said(two: Make, change: str, message: str)
 
 
 def test_a_file_of_another_kind_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"has students, so it is a pipeline's file: run `logitcache train-student`"):
+    with pytest.raises(UsageError, match=r"has students, so it is a pipeline file: run `logitcache train-student`"):
         load_federation(Path(__file__).parents[2] / "pipelines/mnist5k.yaml")
     (tmp_path / "list.yaml").write_text("- a")
     with pytest.raises(UsageError, match="contains a list; expected a federation: a mapping with .*parties"):

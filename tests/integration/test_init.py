@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from logitcache.cli.init import DataKind
+from tests.commands import logitcache as run
+from tests.commands import refused, run_json
 
 CHECKOUT = Path(__file__).parents[2]
 TINY = ["views.count=1", "train.epochs=1", "cache.encoding=dense", "num_workers=0", "threads=1"]
@@ -47,10 +49,12 @@ def write_arrays(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", DataKind)
-def test_a_starter_is_valid_without_its_data(kind: DataKind, tmp_path: Path) -> None:
-    written = logitcache(tmp_path, "init", "here", "--data", kind.value)["files"]
+def test_a_starter_is_valid_without_its_data(kind: DataKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any folder; its code is imported only from its own."""
+    monkeypatch.chdir(tmp_path)
+    written = run_json("init", "here", "--data", kind.value)["files"]
 
-    [found] = logitcache(tmp_path, "run", "--dry-run", "here/pipeline.yaml")["pipelines"]
+    [found] = run_json("run", "--dry-run", "here/pipeline.yaml")["pipelines"]
     assert written[0] == "here/pipeline.yaml"
     assert found["error"] is None
     assert [step["done"] for step in found["steps"]] == [False] * len(found["steps"])
@@ -59,15 +63,8 @@ def test_a_starter_is_valid_without_its_data(kind: DataKind, tmp_path: Path) -> 
 
 def test_existing_files_are_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "my_data.py").write_text("mine")
-    ended = subprocess.run(
-        [sys.executable, "-m", "logitcache.cli", "init", str(tmp_path), "--data", "arrays"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
-    assert ended.returncode == 2
-    assert f"{tmp_path}/my_data.py exists already" in ended.stderr
+    refused(run("init", tmp_path, "--data", "arrays"), 2, f"{tmp_path}/my_data.py exists already")
     assert [path.name for path in tmp_path.iterdir()] == ["my_data.py"]
 
 
@@ -144,12 +141,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return installed
 
 
-@pytest.mark.parametrize("kind", DataKind)
-def test_the_wheel_alone_writes_and_checks_each_starter(kind: DataKind, wheel: Path, tmp_path: Path) -> None:
-    logitcache(tmp_path, "init", "--data", kind.value, package=wheel)
+def test_the_wheel_alone_writes_and_checks_each_starter(wheel: Path, tmp_path: Path) -> None:
+    for kind in DataKind:
+        logitcache(tmp_path, "init", kind.value, "--data", kind.value, package=wheel)
+    files = [f"{kind.value}/pipeline.yaml" for kind in DataKind]
 
-    [found] = logitcache(tmp_path, "run", "--dry-run", "pipeline.yaml", package=wheel)["pipelines"]
-    assert found["error"] is None
+    found = logitcache(tmp_path, "run", "--dry-run", *files, package=wheel)["pipelines"]
+    assert [(each["file"], each["error"]) for each in found] == [(file, None) for file in files]
 
 
 def test_the_wheel_holds_the_pipeline_of_the_demo(wheel: Path) -> None:

@@ -125,7 +125,7 @@ def test_blocks_of_a_resnet_by_number(layers: dict[str, Any], blocks: list[int] 
     if blocks is None:
         with pytest.raises(
             UsageError,
-            match=r"the student's body\.2\.conv1\.weight is \(8, 4, 3, 3\), the teacher's body\.2\.conv1\.weight is \(4, 4, 3, 3\); say how",
+            match=r"the student's body\.2\.conv1\.weight is \(8, 4, 3, 3\), the teacher's body\.2\.conv1\.weight is \(4, 4, 3, 3\); select channels",
         ):
             initialise(student, teacher, Init(layers=layers), seed=0)
         return
@@ -162,7 +162,7 @@ def test_evenly_spaced_channels_by_hand() -> None:
     assert torch.equal(theirs["body.0.bias"][kept], mine["body.0.bias"])
     assert torch.equal(theirs["head.weight"][:, kept], mine["head.weight"])
     assert torch.equal(theirs["head.bias"], mine["head.bias"])
-    assert ({"body.0": kept}, "chain") == (report.channels, report.reading)
+    assert ({"body.0": kept}, "chain") == (report.channels, report.structure)
     assert "[body.0] = 0, 1, 3, 4" in report.as_table()
     assert ["body.0", None] == json.loads(report.as_json())["parameters"][0]["channels"]
 
@@ -231,7 +231,7 @@ def test_the_stream_of_a_residual_net_is_sliced_as_one() -> None:
     report = initialise(student, teacher, Init(width="random"), seed=0, inputs=IMAGES)
     stream, inner = report.channels["16 -> 8"], report.channels["12 -> 6"]
 
-    assert "width" == report.reading
+    assert "width" == report.structure
     assert torch.equal(teacher.stem.weight[stream], student.stem.weight)  # type: ignore[index]
     for mine, theirs in zip(student.blocks, teacher.blocks, strict=True):  # type: ignore[arg-type]
         assert torch.equal(theirs[1].weight[inner][:, stream], mine[1].weight)
@@ -244,7 +244,7 @@ def test_padded_shortcuts_are_refused_but_for_even_spacing() -> None:
     teacher, student = resnet(14, 8), resnet(14, 4, seed=1)
     with pytest.raises(
         UsageError,
-        match=r"(?s)can't choose channels of this net, from stem\.weight, \(8, 1, 3, 3\) in the teacher and \(4, 1, 3, 3\) in the student.*Use init\.width: uniform",
+        match=r"(?s)can't select channels of this network, starting at stem\.weight, \(8, 1, 3, 3\) in the teacher and \(4, 1, 3, 3\) in the student.*Use init\.width: uniform",
     ):
         initialise(student, teacher, Init(width="magnitude"), seed=0, inputs=IMAGES)
     report = initialise(student, teacher, Init(width="uniform"), seed=0, inputs=IMAGES)
@@ -276,11 +276,11 @@ def test_nets_of_torchvision(teacher: Callable[[], nn.Module], student: Callable
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     for width in ("uniform", "magnitude"):
         if width == "magnitude" and not proven:
-            with pytest.raises(UsageError, match="can't choose channels of this net"):
+            with pytest.raises(UsageError, match="can't select channels of this network"):
                 initialise(student(), teacher(), Init(width=width), seed=0, inputs=images)
         else:
             report = initialise(student(), teacher(), Init(width=width), seed=0, inputs=images)
-            assert "width" == report.reading
+            assert "width" == report.structure
             assert all(each.source for each in report.origins)
 
 
@@ -333,14 +333,14 @@ def test_the_most_important_channels_are_those_of_a_brute_force_sum() -> None:
 @pytest.mark.parametrize(
     ("student", "teacher", "init", "message"),
     [
-        (lambda: mlp(4), lambda: mlp(6), Init(), r"the student's body\.0\.weight is \(4, 64\), the teacher's body\.0\.weight is \(6, 64\); say how to choose channels with init\.width"),
+        (lambda: mlp(4), lambda: mlp(6), Init(), r"the student's body\.0\.weight is \(4, 64\), the teacher's body\.0\.weight is \(6, 64\); select channels with init\.width"),
         (lambda: mlp(8), lambda: mlp(6), Init(width="uniform"), r"body\.0\.weight is \(8, 64\).* is \(6, 64\): a student can be narrower than its teacher, not wider"),
-        (lambda: mlp(4), lambda: mlp(6), Init(width="importance"), "importance is measured on data, and none was given"),
-        (lambda: mlp(4), lambda: cnn(4), Init(width="uniform"), r"the student's body\.0\.weight is \(4, 64\).*\(4, 1, 3, 3\): they are of different kinds"),
-        (lambda: Stream(8, 4, 2), lambda: Stream(8, 4, 5), Init(layers="every_other"), r"takes 3 of the teacher's 5 at blocks \(\[0, 2, 4\]\), but the student has 2 there"),
+        (lambda: mlp(4), lambda: mlp(6), Init(width="importance"), "importance needs data, and none was given"),
+        (lambda: mlp(4), lambda: cnn(4), Init(width="uniform"), r"the student's body\.0\.weight is \(4, 64\).*\(4, 1, 3, 3\): the numbers of dimensions differ"),
+        (lambda: Stream(8, 4, 2), lambda: Stream(8, 4, 5), Init(layers="every_other"), r"selects 3 of the teacher's 5 blocks at blocks \(\[0, 2, 4\]\), but the student has 2 there"),
         (lambda: Stream(8, 4, 2), lambda: Stream(8, 4, 5), Init(layers={"blocks": [0, 7]}), r"the teacher has no blocks\.7; its numbers there are \[0, 1, 2, 3, 4\]"),
         (lambda: mlp(4), lambda: mlp(4), Init(submodel="stages.1"), r"no parameters below init\.submodel 'stages\.1'"),
-        (lambda: nn.Linear(64, 10), lambda: mlp(4), Init(), r"no parameter of the student has a namesake in the teacher: the student has weight, bias"),
+        (lambda: nn.Linear(64, 10), lambda: mlp(4), Init(), r"no parameter of the student has the same name as one of the teacher: the student has weight, bias"),
     ],
     ids=["narrower", "wider", "importance", "kinds", "every other", "block", "submodel", "names"],
 )  # fmt: skip
@@ -358,12 +358,15 @@ def test_what_can_not_fit_is_refused_by_name_and_shape(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("imagenet", "init is `teacher`, or has `from: teacher`"),
+        ("imagenet", "init must be `teacher`, or have `from: teacher`"),
         ({"from": "teacher", "layer": "first"}, "any of layers, width, submodel, calibration"),
-        ({"from": "teacher", "width": "best"}, "unknown init.width 'best'; expected one of: none, uniform"),
-        ({"from": "teacher", "layers": {"first": 0}}, "init.layers is"),
-        ({"from": "teacher", "layers": {"blocks": []}}, "init.layers is"),
-        ({"from": "teacher", "calibration": 0}, "init.calibration is a number of samples"),
+        (
+            {"from": "teacher", "width": "best"},
+            "init.width must be one of none, uniform, random, magnitude, importance, not 'best'",
+        ),
+        ({"from": "teacher", "layers": {"first": 0}}, "init.layers must be all, every_other"),
+        ({"from": "teacher", "layers": {"blocks": []}}, "init.layers must be all, every_other"),
+        ({"from": "teacher", "calibration": 0}, "init.calibration must be a number of samples"),
     ],
 )
 def test_a_wrong_init_says_what_is_expected(config: Any, message: str) -> None:

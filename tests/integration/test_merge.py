@@ -24,7 +24,7 @@ from logitcache.config.schema import Pipeline
 from logitcache.data.views import ViewDataset
 from logitcache.digest import json_digest
 from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, InvalidLogits, UsageError
-from logitcache.extras.merging.merge import calibration_sample, mean_of_logits, mean_of_probabilities, merge
+from logitcache.extras.merge import calibration_sample, mean_of_logits, mean_of_probabilities, merge
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
 from logitcache.verify.audit import verify
@@ -202,8 +202,8 @@ def test_the_default_encoding_is_the_first_ones_fitted_again(tmp_path: Path) -> 
 
 
 def test_calibration_reads_a_bounded_number_of_blocks(three: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logitcache.extras.merging.merge.CALIBRATION_ROWS", 30)
-    monkeypatch.setattr("logitcache.extras.merging.merge.CALIBRATION_BLOCKS", 5)
+    monkeypatch.setattr("logitcache.extras.merge.CALIBRATION_ROWS", 30)
+    monkeypatch.setattr("logitcache.extras.merge.CALIBRATION_BLOCKS", 5)
     asked: list[tuple[int, np.ndarray]] = []
 
     class Recorded:
@@ -276,7 +276,7 @@ def test_other_views_are_refused_before_anything_is_written(tmp_path: Path, case
 
 
 REQUESTS: dict[str, tuple[Callable[[list[str], Path], object], type[Exception], str]] = {
-    "one cache": (lambda three, out: merge(three[:1], out), UsageError, "merge takes two caches or more, not 1"),
+    "one cache": (lambda three, out: merge(three[:1], out), UsageError, "merge needs two or more caches, not 1"),
     "the same twice": (
         lambda three, out: merge([three[0], three[1], f"file://{three[0]}"], out), UsageError, "are the same cache",
     ),
@@ -335,7 +335,7 @@ def test_rows_without_a_common_class_are_named(tmp_path: Path) -> None:
     masked[1][1, 40, 6:] = -torch.inf
     paths = [built(tmp_path / f"{seed}.cache", seed, logits=logits) for seed, logits in enumerate(masked)]
 
-    with pytest.raises(InvalidLogits, match="view 1, row 40: every class is masked in one of the caches"):
+    with pytest.raises(InvalidLogits, match="view 1, row 40: every class is masked in at least one of the caches"):
         merge(paths, tmp_path / "m.cache")
     assert torch.isfinite(read_all(merged_probabilities(paths, tmp_path))).all()
 
@@ -354,7 +354,7 @@ def test_other_pixels_are_refused(tmp_path: Path) -> None:
     paths = [str(tmp_path / "0.cache"), built(tmp_path / "1.cache", 1, inputs=others)]
 
     with pytest.raises(
-        IdentityMismatch, match=r"different inputs in view [01], row \d+ .*: the digest is \w{32} in the one"
+        IdentityMismatch, match=r"different inputs in view [01], row \d+ .*: the digests are \w{32} and \w{32}"
     ):
         merge(paths, tmp_path / "m.cache")
     assert not (tmp_path / "m.cache").exists()

@@ -243,7 +243,7 @@ def test_the_command_prints_json_and_writes_csv_that_runs_nothing(
     assert "[red]cat" in out
     assert "\x1b[2J" not in out
     assert "1 of 6 labels are probably wrong" in out
-    assert "has learned some of their mistakes" in out
+    assert "has learned some of the wrong labels" in out
 
 
 def test_what_can_not_be_judged_is_refused(tmp_path: Path) -> None:
@@ -252,5 +252,5 @@ def test_what_can_not_be_judged_is_refused(tmp_path: Path) -> None:
         find_suspects(cached(tmp_path / "always.cache", SIX, SIX_LABELS, plan=always))
     with logitcache.create(tmp_path / "bare.cache", num_samples=2, num_classes=2, teacher="t", dataset="d") as writer:
         writer.write(view=0, start=0, logits=np.zeros((2, 2)))
-    with pytest.raises(UsageError, match="holds no targets"):
+    with pytest.raises(UsageError, match="has no targets"):
         find_suspects(str(tmp_path / "bare.cache"))

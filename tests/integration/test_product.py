@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import rich.filesize
 import torch
 import yaml
 from huggingface_hub import ModelCard
@@ -32,7 +33,7 @@ from logitcache.config.schema import Pipeline, load_pipeline
 from logitcache.errors import CorruptCache, IdentityMismatch, InvalidLogits, StorageError, UsageError
 from logitcache.extras.student_export import export_run, load_student
 from logitcache.extras.student_export.cost import count_macs, median_seconds
-from logitcache.extras.student_export.onnx_model import OnnxModel, hold_to_torch, quantise
+from logitcache.extras.student_export.onnx_model import OnnxModel, compare_with_torch, quantise
 from logitcache.randomness import keyed_permutation
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
@@ -263,6 +264,8 @@ def test_a_loaded_student_takes_an_image(made: Path) -> None:
     assert torch.equal(inputs[3], student.preprocess(dataset[3][0]))
     assert torch.equal(conv(made / "runs/conv/seed-0/last.safetensors")(inputs), student.model(inputs))
     assert [str(number) for number in range(10)] == student.class_names
+    with pytest.warns(DeprecationWarning, match=r"LoadedStudent\.product is deprecated; use metadata"):
+        assert student.metadata == student.product
 
 
 def test_the_code_of_the_card_runs(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +346,7 @@ def test_best_weights_go_to_a_folder_of_their_own(run: Path, tmp_path: Path) -> 
     expected, found = load_file(run / "best.safetensors"), load_file(out / "model.safetensors")
 
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert "which is therefore a little too high" in (out / "README.md").read_text()
+    assert "that accuracy is therefore optimistic" in (out / "README.md").read_text()
 
 
 def test_what_killed_exports_left_is_removed_and_what_live_ones_have_stays(run: Path) -> None:
@@ -393,10 +396,10 @@ def test_a_folder_with_something_else_is_left_as_it_is(run: Path, tmp_path: Path
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("mine")
-    with pytest.raises(UsageError, match="holds something else"):
+    with pytest.raises(UsageError, match="contains other files"):
         export_run(run, other, to="safetensors")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UsageError, match="is no folder"):
+    with pytest.raises(UsageError, match="is not a folder"):
         export_run(run, tmp_path / "file", to="safetensors")
     with pytest.raises(StorageError, match="can't write"):
         export_run(run, tmp_path / "file/below", to="safetensors")
@@ -407,10 +410,10 @@ def test_a_folder_with_something_else_is_left_as_it_is(run: Path, tmp_path: Path
 def test_an_edited_card_is_not_written_over(run: Path) -> None:
     folder = export_run(run, to="safetensors").folder
     (folder / "README.md").write_text("my own words")
-    with pytest.raises(UsageError, match=r"README\.md is not as it was exported; move that folder away"):
+    with pytest.raises(UsageError, match=r"README\.md was modified after the export; move that folder away"):
         export_run(run, to="onnx")
     (folder / "notes.txt").write_text("")
-    with pytest.raises(UsageError, match=r"something else beside the export \('notes\.txt'\)"):
+    with pytest.raises(UsageError, match=r"files that are not part of the export \('notes\.txt'\)"):
         export_run(run, to="onnx")
 
     assert "my own words" == (folder / "README.md").read_text()
@@ -430,18 +433,18 @@ def test_weights_that_do_not_reach_the_runs_accuracy_are_refused(run: Path) -> N
     result = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps(result | {"accuracy": result["accuracy"] - 0.1}))
     (run / "SHA256SUMS").unlink()
-    with pytest.raises(IdentityMismatch, match=r"of the test split at hand; its result\.json says"):
+    with pytest.raises(IdentityMismatch, match=r"on the test split: .*; its result\.json has"):
         export_run(run, to="safetensors")
     assert left_alone(run)
 
 
 def test_what_is_no_finished_run_of_a_student_is_refused(run: Path, made: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no run; expected a folder such as"):
+    with pytest.raises(UsageError, match="contains no run; expected a folder such as"):
         export_run(run.parent, to="onnx")
     with pytest.raises(UsageError, match="is a teacher's run"):
         export_run(made / "runs/teacher", to="onnx")
     (run / "result.json").rename(tmp_path / "result.json")
-    with pytest.raises(UsageError, match="is not finished; `logitcache train-student` goes on with it"):
+    with pytest.raises(UsageError, match="is not finished; `logitcache train-student` resumes it"):
         export_run(run, to="onnx")
     (run / "result.json").write_text("{")
     with pytest.raises(UsageError, match="can't be read"):
@@ -471,7 +474,7 @@ def odd(tiny: Make) -> Callable[[str], Path]:
 
 def test_a_graph_with_nothing_to_quantise_is_refused(odd: Callable[[str], Path]) -> None:
     run = odd("Distances")
-    with pytest.raises(UsageError, match=r"no weights that can be kept in int8.*export it without --int8"):
+    with pytest.raises(UsageError, match=r"no weights that can be quantised to int8.*export without --int8"):
         export_run(run, to="onnx", int8=True)
     assert left_alone(run)
     assert export_run(run, to="onnx").written
@@ -479,7 +482,7 @@ def test_a_graph_with_nothing_to_quantise_is_refused(odd: Callable[[str], Path])
 
 def test_a_net_that_onnx_can_not_say_is_refused(odd: Callable[[str], Path]) -> None:
     run = odd("Branching")
-    with pytest.raises(UsageError, match=r"can't be exported to ONNX with a free batch: .*--to safetensors"):
+    with pytest.raises(UsageError, match=r"can't be exported to ONNX with a dynamic batch size: .*--to safetensors"):
         export_run(run, to="onnx")
     assert left_alone(run)
     assert export_run(run, to="safetensors").written
@@ -487,7 +490,7 @@ def test_a_net_that_onnx_can_not_say_is_refused(odd: Callable[[str], Path]) -> N
 
 def test_a_net_that_says_something_else_in_onnx_is_refused(odd: Callable[[str], Path]) -> None:
     run = odd("Noisy")
-    with pytest.raises(InvalidLogits, match=r"differ from torch's by .* on a batch of 1; at most .* is tolerated"):
+    with pytest.raises(InvalidLogits, match=r"differ from torch's by .* on a batch of 1; the tolerance is"):
         export_run(run, to="onnx")
     assert left_alone(run)
 
@@ -495,9 +498,9 @@ def test_a_net_that_says_something_else_in_onnx_is_refused(odd: Callable[[str], 
 def test_an_onnx_model_of_other_weights_is_noticed(made: Path) -> None:
     path = made / "runs/conv/seed-0/product/model.onnx"
     inputs, _ = rendered(made, "test")
-    hold_to_torch(conv(made / "runs/conv/seed-0/last.safetensors"), OnnxModel(path, threads=1), inputs)
-    with pytest.raises(InvalidLogits, match="is tolerated"):
-        hold_to_torch(conv(made / "runs/conv/seed-1/last.safetensors"), OnnxModel(path, threads=1), inputs)
+    compare_with_torch(conv(made / "runs/conv/seed-0/last.safetensors"), OnnxModel(path, threads=1), inputs)
+    with pytest.raises(InvalidLogits, match="the tolerance is"):
+        compare_with_torch(conv(made / "runs/conv/seed-1/last.safetensors"), OnnxModel(path, threads=1), inputs)
 
 
 def test_a_damaged_export_is_not_loaded(made: Path, tmp_path: Path) -> None:
@@ -514,10 +517,10 @@ def test_a_damaged_export_is_not_loaded(made: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"does not fit the model that product\.json describes: 5,2\d\d values, not"):
         load_student(tmp_path / "p")
     (tmp_path / "p/model.safetensors").unlink()
-    with pytest.raises(UsageError, match=r"holds no model\.safetensors; export the run with --to safetensors"):
+    with pytest.raises(UsageError, match=r"contains no model\.safetensors; export the run with --to safetensors"):
         load_student(tmp_path / "p")
     (tmp_path / "p/product.json").write_text('{"format": 2}')
-    with pytest.raises(UsageError, match="is no description of an exported student"):
+    with pytest.raises(UsageError, match="is not the metadata of an exported student"):
         load_student(tmp_path / "p")
 
 
@@ -548,13 +551,17 @@ def test_wrong_pairs_are_refused(made: Path, tmp_path: Path) -> None:
 
 def test_the_report_shows_what_was_exported(made: Path, tmp_path: Path) -> None:
     from logitcache.extras.report import write_report
-    from logitcache.extras.report.words import percent, size
+    from logitcache.extras.report.formatting import percent
 
     folder = made / "runs/conv/seed-0/product"
     page = write_report(made / "tiny.cache", tmp_path / "r.html", runs=made / "runs").path.read_text()
     int8 = form(folder, "onnx int8")
 
-    for expected in (percent(int8["test_accuracy"]), size(int8["bytes"]), "83\N{NARROW NO-BREAK SPACE}264"):
+    for expected in (
+        percent(int8["test_accuracy"]),
+        rich.filesize.decimal(int8["bytes"]),
+        "83\N{NARROW NO-BREAK SPACE}264",
+    ):
         assert expected in page
     shutil.copytree(made / "runs", tmp_path / "runs")
     shutil.copy(made / "runs/conv/seed-1/last.safetensors", tmp_path / "runs/conv/seed-0/last.safetensors")
@@ -562,5 +569,5 @@ def test_the_report_shows_what_was_exported(made: Path, tmp_path: Path) -> None:
     (tmp_path / "runs/conv/seed-0/product/product.json").write_text(json.dumps(facts(folder) | {"macs": -(10**400)}))
     write_report(made / "tiny.cache", tmp_path / "r2.html", runs=tmp_path / "runs")
 
-    assert "What was exported of conv is left out" in page
+    assert "The export of conv is left out" in page
     assert "int8 accuracy" not in page

@@ -26,14 +26,15 @@ from logitcache.data.samples import SampleTable
 from logitcache.data.views import Mixing, ViewPlan
 from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, InvalidLogits, UsageError
 from logitcache.extras.report import measures, teacher, write_report
-from logitcache.extras.report.attribution import attributions, signed_picture, strongest
-from logitcache.extras.report.decisions import choose_samples
-from logitcache.extras.report.explained import agreement_figure
+from logitcache.extras.report.attribution import attributions
+from logitcache.extras.report.decision_views import choose_samples
+from logitcache.extras.report.formatting import ClassNames, decimal, percent, plain_text
 from logitcache.extras.report.page import json_for_script
-from logitcache.extras.report.samples import data_uri, disagreement
-from logitcache.extras.report.students import Compared, RunsFound, Student, find_runs
-from logitcache.extras.report.trees import drawn_nodes, mean_use, paths
-from logitcache.extras.report.words import ClassNames, decimal, name_of, percent, size
+from logitcache.extras.report.pictures import image_uri, signed_map_uri, strongest_region
+from logitcache.extras.report.samples import disagreement
+from logitcache.extras.report.student_section import agreement_figure
+from logitcache.extras.report.students import ComparedStudent, RunsFound, Student, find_runs
+from logitcache.extras.report.trees import drawn_nodes, most_probable_paths, node_use
 from logitcache.extras.soft_tree import SoftTree
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import Row, train_students
@@ -72,26 +73,26 @@ def logits() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def answers(logits: tuple[np.ndarray, np.ndarray]) -> measures.Answers:
-    return measures.answers_of(*logits, np.zeros(500, dtype=np.bool_))
+def answers(logits: tuple[np.ndarray, np.ndarray]) -> measures.Predictions:
+    return measures.predictions_of(torch.from_numpy(logits[0]), logits[1], np.zeros(500, dtype=np.bool_))
 
 
-def test_entropy_is_that_of_scipy(logits: Any, answers: measures.Answers) -> None:
+def test_entropy_is_that_of_scipy(logits: Any, answers: measures.Predictions) -> None:
     expected = scipy.stats.entropy(scipy.special.softmax(logits[0], axis=1), axis=1)
 
     np.testing.assert_allclose(answers.entropy, expected, rtol=1e-5)
 
 
-def test_accuracy_top_5_and_nll_are_those_of_sklearn(logits: Any, answers: measures.Answers) -> None:
+def test_accuracy_top_5_and_nll_are_those_of_sklearn(logits: Any, answers: measures.Predictions) -> None:
     values, targets = logits
     probabilities = scipy.special.softmax(values.astype(np.float64), axis=1)
 
-    assert top_k_accuracy_score(targets, values, k=1) == answers.right.mean()
+    assert top_k_accuracy_score(targets, values, k=1) == answers.correct.mean()
     assert top_k_accuracy_score(targets, values, k=5) == answers.in_top5.mean()
     assert log_loss(targets, probabilities) == pytest.approx(answers.nll.mean(), rel=1e-5)
 
 
-def test_confusion_is_that_of_sklearn(logits: Any, answers: measures.Answers) -> None:
+def test_confusion_is_that_of_sklearn(logits: Any, answers: measures.Predictions) -> None:
     expected = confusion_matrix(logits[1], answers.predicted)
     a, b, number = measures.confused_pairs(answers.targets, answers.predicted, 1)[0]
 
@@ -100,12 +101,22 @@ def test_confusion_is_that_of_sklearn(logits: Any, answers: measures.Answers) ->
     assert (expected.max(), expected.max()) == (number, expected[a, b])
 
 
-def test_accuracy_by_class_is_the_diagonal_over_the_rows(answers: measures.Answers) -> None:
+def test_accuracy_by_class_is_the_diagonal_over_the_rows(answers: measures.Predictions) -> None:
     matrix = confusion_matrix(answers.targets, answers.predicted)
-    accuracy, counts = measures.class_accuracy(answers.targets, answers.right, 12)
+    accuracy, counts = measures.class_accuracy(answers.targets, answers.correct, 12)
 
     np.testing.assert_allclose(matrix.diagonal() / matrix.sum(axis=1), accuracy)
     np.testing.assert_array_equal(matrix.sum(axis=1), counts)
+
+
+def test_calibration_error_is_that_of_torchmetrics(logits: Any, answers: measures.Predictions) -> None:
+    """No confidence of these is on the edge of a bin, where Guo et al. and torchmetrics differ."""
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    probabilities = torch.from_numpy(logits[0]).softmax(dim=1)
+    expected = multiclass_calibration_error(probabilities, torch.from_numpy(logits[1]), num_classes=12, n_bins=15)
+
+    assert float(expected) == pytest.approx(measures.reliability(answers.confidence, answers.correct).ece, abs=1e-6)
 
 
 def test_calibration_error_of_a_case_by_hand() -> None:
@@ -136,12 +147,14 @@ def test_jensen_shannon_is_that_of_scipy() -> None:
     entropy = (scipy.stats.entropy(p, axis=1) + scipy.stats.entropy(q, axis=1)) / 2
     expected = scipy.spatial.distance.jensenshannon(p, q, axis=1) ** 2
 
-    np.testing.assert_allclose(expected, measures.jensen_shannon((p + q) / 2, entropy), atol=1e-12)
+    np.testing.assert_allclose(
+        expected, measures.jensen_shannon(torch.from_numpy((p + q) / 2), torch.from_numpy(entropy)), atol=1e-12
+    )
 
 
 def test_classes_of_no_probability_add_nothing() -> None:
     row = np.array([[0.0, 0.0, -np.inf]], dtype=np.float32)
-    answer = measures.answers_of(row, np.array([2]), np.array([False]))
+    answer = measures.predictions_of(torch.from_numpy(row), np.array([2]), np.array([False]))
 
     assert (math.log(2), math.inf) == (pytest.approx(answer.entropy[0]), answer.nll[0])
 
@@ -149,7 +162,7 @@ def test_classes_of_no_probability_add_nothing() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_row_of_no_distribution_is_refused(bad: float) -> None:
     with pytest.raises(InvalidLogits, match="verify --deep"):
-        measures.log_softmax(np.full((1, 3), bad, dtype=np.float32))
+        measures.log_softmax(torch.full((1, 3), bad))
 
 
 # What is read
@@ -176,17 +189,17 @@ def small_cache(path: Path, *, names: list[str] | None = None, key: str = "k", *
 
 def test_every_row_of_a_small_cache_is_read(tmp_path: Path) -> None:
     values, targets = small_cache(tmp_path / "x.cache")
-    heard = teacher.listen(open_cache(tmp_path / "x.cache"))
+    stats = teacher.measure_teacher(open_cache(tmp_path / "x.cache"))
 
-    assert (270, 270, "targets") == (len(heard.answers), heard.num_rows, heard.judged_by)
-    np.testing.assert_array_equal(values.reshape(270, 4).argmax(axis=1), heard.answers.predicted)
-    np.testing.assert_array_equal(np.tile(targets, 3), heard.answers.targets)
+    assert (270, 270, "targets") == (len(stats.predictions), stats.num_rows, stats.scored_by)
+    np.testing.assert_array_equal(values.reshape(270, 4).argmax(axis=1), stats.predictions.predicted)
+    np.testing.assert_array_equal(np.tile(targets, 3), stats.predictions.targets)
 
 
 @pytest.mark.parametrize("max_rows", [5, 40, 100, 269])
 def test_rows_of_a_large_cache_are_spread_over_samples_and_views(tmp_path: Path, max_rows: int) -> None:
     small_cache(tmp_path / "x.cache")
-    chosen = teacher.chosen_rows(open_cache(tmp_path / "x.cache"), [0, 1, 2], max_rows=max_rows)
+    chosen = teacher.select_rows(open_cache(tmp_path / "x.cache"), [0, 1, 2], max_rows=max_rows)
     rows = np.concatenate(list(chosen.values()))
 
     assert max_rows / 2 < len(rows) <= max_rows
@@ -203,21 +216,21 @@ def test_unmixed_rows_are_judged_where_there_are_enough(tmp_path: Path, monkeypa
     cache = open_cache(tmp_path / "x.cache")
     expected = np.array([plan.mixture(view, row, 90) is not None for view in range(3) for row in range(90)])
 
-    heard = teacher.listen(cache)
-    np.testing.assert_array_equal(expected, heard.answers.mixed)
-    np.testing.assert_array_equal(~expected, heard.answers.judged)
-    assert "unmixed rows" == heard.judged_by
+    stats = teacher.measure_teacher(cache)
+    np.testing.assert_array_equal(expected, stats.predictions.mixed)
+    np.testing.assert_array_equal(~expected, stats.predictions.scored)
+    assert "unmixed rows" == stats.scored_by
 
     monkeypatch.setattr(teacher, "MIN_UNMIXED", 10_000)
-    heard = teacher.listen(cache)
-    assert ("dominant sample", True) == (heard.judged_by, heard.answers.judged.all())
+    stats = teacher.measure_teacher(cache)
+    assert ("dominant sample", True) == (stats.scored_by, stats.predictions.scored.all())
     for place in np.flatnonzero(expected):
         mixture = plan.mixture(place // 90, place % 90, 90)
         assert mixture is not None
         if mixture.box is None:
             row = place % 90 if mixture.weight >= 0.5 else mixture.partner
             assert cache.samples is not None
-            assert cache.samples.targets[row] == heard.answers.targets[place]
+            assert cache.samples.targets[row] == stats.predictions.targets[place]
 
 
 def test_disagreement_is_the_divergence_between_the_views(tmp_path: Path) -> None:
@@ -284,7 +297,7 @@ def test_a_linear_nets_map_is_weight_times_difference_from_black() -> None:
 
 
 def test_a_net_without_gradients_has_no_map() -> None:
-    with pytest.raises(UsageError, match="no gradient by its input"):
+    with pytest.raises(UsageError, match="no gradient with respect to its input"):
         attributions(NoGradient(), torch.rand(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), torch.tensor([0]))
 
 
@@ -301,7 +314,7 @@ def test_a_map_shows_signs_and_says_where_they_are() -> None:
 
     values = np.zeros((90, 60), dtype=np.float32)
     values[:30, 40:], values[60:, :20] = 2.0, -1.0
-    picture = Image.open(io.BytesIO(base64.b64decode(signed_picture(values).partition(",")[2]))).convert("RGBA")
+    picture = Image.open(io.BytesIO(base64.b64decode(signed_map_uri(values).partition(",")[2]))).convert("RGBA")
     pixels = np.asarray(picture)
 
     assert (56, 37) == pixels.shape[:2]
@@ -309,9 +322,9 @@ def test_a_map_shows_signs_and_says_where_they_are() -> None:
     assert [31, 111, 180] == pixels[-2, 2, :3].tolist()
     assert 0.4 < pixels[-2, 2, 3] / 255 < 0.6
     assert 0 == pixels[28, 18, 3]
-    found = strongest(values, sign=1), strongest(values, sign=-1)
-    assert [("the upper right", 1.0), ("the lower left", 1.0)] == [(each.place, each.share) for each in found if each]
-    assert strongest(values.clip(0), sign=-1) is None
+    found = strongest_region(values, sign=1), strongest_region(values, sign=-1)
+    assert [("the upper right", 1.0), ("the lower left", 1.0)] == [(each.name, each.share) for each in found if each]
+    assert strongest_region(values.clip(0), sign=-1) is None
 
 
 def grown_tree(depth: int) -> tuple[SoftTree, torch.Tensor]:
@@ -323,12 +336,12 @@ def grown_tree(depth: int) -> tuple[SoftTree, torch.Tensor]:
 
 def test_use_of_a_tree_adds_up_and_paths_lead_to_the_likeliest_leaf() -> None:
     tree, inputs = grown_tree(3)
-    use = mean_use(tree, inputs)
+    use = node_use(tree, inputs)
     leaves = tree.log_path_probabilities(tree.decisions(inputs))[-1].exp().detach().numpy()
 
     assert [1.0] * 4 == pytest.approx([use[0], use[1:3].sum(), use[3:7].sum(), use[7:].sum()])
     np.testing.assert_allclose(leaves.mean(axis=0), use[7:], rtol=1e-5)
-    for path, leaves_L in zip(paths(tree, inputs), leaves, strict=True):
+    for path, leaves_L in zip(most_probable_paths(tree, inputs), leaves, strict=True):
         assert leaves_L.argmax() + 7 == path.leaf
         assert leaves_L.max() == pytest.approx(path.probability, rel=1e-5)
         assert path.probability == pytest.approx(math.prod(step.probability for step in path.steps), rel=1e-4)
@@ -342,7 +355,7 @@ def test_use_of_a_tree_adds_up_and_paths_lead_to_the_likeliest_leaf() -> None:
 @pytest.mark.parametrize(("depth", "inner", "rests"), [(1, 1, 0), (4, 15, 0), (7, 15, 16)])
 def test_of_a_large_tree_the_most_used_part_is_drawn(depth: int, inner: int, rests: int) -> None:
     tree, inputs = grown_tree(depth)
-    use = mean_use(tree, inputs)
+    use = node_use(tree, inputs)
     nodes = drawn_nodes(tree, use)
     kinds = [node.kind for node in nodes]
     shown = {node.number for node in nodes if node.kind == "inner"}
@@ -359,7 +372,7 @@ def test_of_a_large_tree_the_most_used_part_is_drawn(depth: int, inner: int, res
 
 def compared_student(name: str, rows: np.ndarray, predicted: np.ndarray) -> Student:
     row = Row(name, None, None, None, None, 1, 1, [0])
-    compared: Any = Compared(None, None, "", rows, predicted, np.ones(len(rows)), None)  # type: ignore[arg-type]
+    compared: Any = ComparedStudent(None, None, "", rows, predicted, np.ones(len(rows)), None)  # type: ignore[arg-type]
     return Student(name, [], row, "this cache", compared=compared)
 
 
@@ -374,7 +387,7 @@ def test_agreement_by_class_shows_the_lowest_of_many() -> None:
         compared_student("right", np.append(rows, 9999), np.append(label, 0)[None]),
     ]
     answers = {row: (int(each), 1.0) for row, each in enumerate(label)}
-    found = RunsFound(students, [], [], [], teacher_answers=answers)
+    found = RunsFound(students, [], [], [], teacher_predictions=answers)
     figure = agreement_figure(found, ["half", "right", "not measured"], ClassNames(None), 40)
 
     assert figure is not None
@@ -398,11 +411,11 @@ def test_samples_that_are_shown_are_the_most_disputed_and_some_on_which_all_agre
         students.append(compared_student(str(number), kept, predicted[kept][None]))
     sure = {row: 0.9 if row == 30 else 0.5 for row in rows.tolist()}
     answers = {row: (int(label[row]), sure[row]) for row in rows.tolist()}
-    found = RunsFound(students, [], [], [], teacher_answers=answers)
+    found = RunsFound(students, [], [], [], teacher_predictions=answers)
     chosen = choose_samples(found, open_cache(tmp_path / "x.cache"), None)
 
-    assert [(7, 3), (30, 1), (20, 1)] == [(sample.row, sample.dissenters) for sample in chosen[:3]]
-    assert [0, 0, 0] == [sample.dissenters for sample in chosen[3:]]
+    assert [(7, 3), (30, 1), (20, 1)] == [(sample.row, sample.num_disagreeing) for sample in chosen[:3]]
+    assert [0, 0, 0] == [sample.num_disagreeing for sample in chosen[3:]]
     assert not {sample.row for sample in chosen[3:]} & {7, 20, 30, 40}
     assert all(sample.row < 80 and sample.target == targets[sample.row] for sample in chosen)
     assert chosen[0].key == "k7"
@@ -421,9 +434,9 @@ def test_json_inside_a_script_ends_no_script_and_stays_the_same() -> None:
 
 
 def test_a_strangers_names_are_one_line_without_control_characters() -> None:
-    assert "a\ufffdb\ufffdc\ufffdd" == name_of("a\nb\u202ec\u2028d")
-    assert 80 >= len(name_of("x" * 10_000))
-    assert '{"a": 1}' == name_of({"a": 1})
+    assert "a b c d" == plain_text("a\nb\u202ec\u2028d")
+    assert 80 >= len(plain_text("x" * 10_000))
+    assert '{"a": 1}' == plain_text({"a": 1})
 
 
 def test_class_names_stay_apart() -> None:
@@ -436,9 +449,6 @@ def test_numbers_read_well() -> None:
     assert ["0.0123", "12", "∞", "–", "5.33\u202f×\u202f10⁻⁸", "0"] == [
         decimal(value) for value in (0.0123, 12.0, math.inf, math.nan, 5.33e-8, 0.0)
     ]
-    assert ["0\u00a0B", "999\u00a0B", "1\u00a0kB", "1.234\u00a0MB"] == [
-        size(value) for value in (0, 999, 1000, 1_234_000)
-    ]
 
 
 def test_pictures_are_small_and_lie_in_range() -> None:
@@ -447,12 +457,12 @@ def test_pictures_are_small_and_lie_in_range() -> None:
 
     from PIL import Image
 
-    uri = data_uri(torch.linspace(-3, 5, 3 * 300 * 200).reshape(3, 300, 200))
+    uri = image_uri(torch.linspace(-3, 5, 3 * 300 * 200).reshape(3, 300, 200))
     assert uri is not None
     picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
     assert (112, "RGB") == (max(picture.size), picture.mode)
-    assert all(data_uri(other) is None for other in (torch.zeros(5), torch.full((1, 2, 2), math.nan), "text"))
+    assert all(image_uri(other) is None for other in (torch.zeros(5), torch.full((1, 2, 2), math.nan), "text"))
 
 
 # The page, in a browser
@@ -702,16 +712,16 @@ def test_every_decision_is_in_words_beside_its_map(built: Any, visit: Any) -> No
     page = visit(built[1]).page
     titles = page.locator("#decisions > h3").all_inner_texts()
     alts = page.locator("#decisions .nets img").evaluate_all("all => all.map(each => each.alt)")
-    maps = [text for text in alts if text.startswith("Reasons of ")]
+    maps = [text for text in alts if text.startswith("Attribution map of ")]
     words = page.locator("#trees .paths li ol li:last-child").all_inner_texts()
 
-    assert ["Where students and teacher disagree", "Where all agree"] == titles
+    assert ["Students and teacher disagree", "All agree"] == titles
     assert 6 == len(alts) - len(maps)
     assert 6 * 3 == len(maps)
-    assert {"teacher", "small", "labels"} == {text.split(":")[0].removeprefix("Reasons of ") for text in maps}
-    assert all("for it: most in the " in text and "against it: " in text for text in maps)
+    assert {"teacher", "small", "labels"} == {text.split(":")[0].removeprefix("Attribution map of ") for text in maps}
+    assert all("evidence for: mostly the " in text and "evidence against: " in text for text in maps)
     assert 6 == len(words)
-    assert all("reached with" in text and " says " in text for text in words)
+    assert all("reached with" in text and " predicts " in text for text in words)
     assert "8 leaves; all are drawn" in page.locator("#tree-0-caption").inner_text()
 
 
@@ -765,9 +775,9 @@ def test_without_the_teachers_weights_students_have_maps_alone(built: Any, tmp_p
     gone = load_pipeline(folder / "tiny.yaml", [f"runs.path={tmp_path}/gone"])
     page = write_report(folder / "tiny.cache", tmp_path / "r.html", runs=folder / "runs", data=gone).path.read_text()
 
-    assert "Without maps: teacher: its weights are not at hand." in page
-    assert "Reasons of teacher" not in page
-    assert 6 * 2 == page.count('alt="Reasons of ')
+    assert "Without maps: teacher: the weights are not available locally." in page
+    assert "Attribution map of teacher" not in page
+    assert 6 * 2 == page.count('alt="Attribution map of ')
 
 
 def test_the_same_samples_are_chosen_each_time(built: Any, tmp_path: Path) -> None:
@@ -804,14 +814,14 @@ def test_agreement_is_that_of_the_weights(built: Any) -> None:
     from logitcache.catalog.nets import MLP
     from logitcache.config.build import resolve_data
     from logitcache.config.schema import load_pipeline
-    from logitcache.extras.report.teacher import chosen_rows
+    from logitcache.extras.report.teacher import select_rows
 
     folder, _, headline = built
     cache = open_cache(folder / "tiny.cache")
     views = logitcache.ViewDataset(
         resolve_data(load_pipeline(folder / "tiny.yaml"), trust=False).train, cache.view_plan
     )
-    (rows,) = chosen_rows(cache, [0], max_rows=2000, max_blocks=8).values()
+    (rows,) = select_rows(cache, [0], max_rows=2000, max_blocks=8).values()
     inputs = torch.stack([views[(0, int(row))][1] for row in rows])
     expected = cache.view(0).logits(rows).argmax(dim=1)
     shares = []
@@ -908,7 +918,7 @@ def test_wrong_requests_are_refused_and_what_was_there_stays(built: Any, tmp_pat
     refused(command("report", tmp_path, "-o", old), 2, "is no logit cache")
     refused(command("report", cache, "-o", old, "--runs", tmp_path / "gone"), 2, "there is no such folder")
     (tmp_path / "empty").mkdir()
-    refused(command("report", cache, "-o", old, "--runs", tmp_path / "empty"), 2, "holds no run")
+    refused(command("report", cache, "-o", old, "--runs", tmp_path / "empty"), 2, "contains no run")
     refused(command("report", cache, "-o", old, "--data", tmp_path / "gone.yaml"), 2, "gone.yaml does not exist")
     assert "before" == old.read_text()
 

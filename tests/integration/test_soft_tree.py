@@ -18,7 +18,7 @@ from logitcache.config.schema import Pipeline
 from logitcache.errors import UsageError
 from logitcache.extras.soft_tree import SoftTree
 from logitcache.extras.student_export import export_run, load_student
-from logitcache.extras.student_export.onnx_model import OnnxModel, export_onnx, hold_to_torch
+from logitcache.extras.student_export.onnx_model import OnnxModel, compare_with_torch, export_onnx
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
 from logitcache.stages.train_teacher import train_teacher
@@ -137,7 +137,7 @@ def test_gradients_of_log_probabilities_and_penalty_are_those_of_differences() -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"depth": 0}, "depth of a soft tree is a whole number from 1 to 10, not 0"),
+        ({"depth": 0}, "depth of a soft tree must be an integer from 1 to 10, not 0"),
         ({"depth": 40}, "from 1 to 10, not 40"),
         ({"beta": 0.0}, "beta > 0 and balance >= 0"),
         ({"balance": math.nan}, "beta > 0 and balance >= 0"),
@@ -241,6 +241,6 @@ def test_an_exported_tree_says_what_it_says_in_torch(tiny: Make, tmp_path: Path)
 def test_a_tree_that_answers_by_its_greatest_path_is_the_same_in_onnx(tmp_path: Path) -> None:
     model = tree(predict="greatest_path").float().eval()
     export_onnx(model, images().float(), tmp_path / "model.onnx")
-    differences = hold_to_torch(model, OnnxModel(tmp_path / "model.onnx", threads=1), images().float())
+    differences = compare_with_torch(model, OnnxModel(tmp_path / "model.onnx", threads=1), images().float())
 
     assert all(difference < 1e-4 for difference in differences.values())

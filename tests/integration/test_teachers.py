@@ -14,7 +14,7 @@ import logitcache
 from logitcache.cache.averaging import best_by_label, combination
 from logitcache.config.schema import Pipeline
 from logitcache.errors import IdentityMismatch, IncompleteCache, LogitCacheError, UsageError
-from logitcache.extras.merging.merge import merge
+from logitcache.extras.merge import merge
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import Experiment, train_students
 from logitcache.train.labels import EnsembleLabels

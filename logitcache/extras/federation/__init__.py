@@ -1,1 +1,1 @@
-"""Parties that share neither data nor weights learn from each other's logits on a public set, in rounds."""
+"""Federated distillation: parties exchange logits on a public dataset, never data or weights."""

@@ -1,4 +1,4 @@
-"""The federation file: a public set, parties with data of their own, and how often they exchange what they know."""
+"""The federation file: a public dataset, parties with private data, and the number of rounds."""
 
 from __future__ import annotations
 
@@ -23,63 +23,63 @@ from logitcache.errors import UsageError
 
 
 class PublicConfig(Section):
-    """The samples that all parties have, and the views of them that logits are exchanged on."""
+    """The samples that all parties have, and the views that logits are exchanged on."""
 
     data: DataConfig
     views: ViewsConfig = ViewsConfig()
-    """Each round has views of its own: the round's number is added to their seed."""
+    """Each round uses other views: the round's number is added to their seed."""
 
 
 class PublishedConfig(Section):
-    """How the logits that a party publishes are kept."""
+    """How published logits are stored."""
 
     encoding: EncodingConfig = Field(default={"name": "dense", "dtype": "float16"})
     rows_per_block: int = Field(default=16_384, ge=1)
 
 
 class ConsensusConfig(Section):
-    """What parties make of each other's logits."""
+    """How parties combine the logits of all parties."""
 
     combine: Literal["logits", "probabilities"] = "probabilities"
-    """The mean of the logits (FedMD) or of the probabilities, which no single party can push without bound."""
+    """The mean of logits (FedMD) or of probabilities, where the influence of a single party is bounded."""
     loss: LossConfig = Field(default={"name": "kl"})
     train: dict[str, Any] = Field(default_factory=dict)
-    """Overrides of the federation's `train` for this part of a round."""
+    """Overrides of the federation's `train` for the training on the public set."""
 
 
 class PartyConfig(Section):
-    """One party; where it is somewhere else, its name is enough."""
+    """One party. For a party that runs elsewhere, the name is enough."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
     net: ModelConfig | None = None
-    """Any architecture; `weights` are those that it begins with."""
+    """Any architecture; `weights` are the initial weights."""
     data: DataConfig | None = None
-    """What it has for itself."""
+    """Its private data."""
     views: ViewsConfig | None = None
-    """How its own data are augmented, a fresh view each epoch; as the public set is, by default."""
+    """Augmentation of its private data, a new view each epoch; that of the public set by default."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """How much its logits count in the consensus."""
+    """Weight of its logits in the consensus."""
     train: dict[str, Any] = Field(default_factory=dict)
-    """Overrides of the federation's `train` for its own data."""
+    """Overrides of the federation's `train` for the training on its private data."""
 
 
 class Federation(Section):
-    """A whole federation, as it was resolved."""
+    """A federation file with all defaults."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
     shared: str
-    """A directory or URL, where parties find each other's caches: `SHARED/round-001/PARTY.cache`."""
+    """A directory or URL for published caches: `SHARED/round-001/PARTY.cache`."""
     path: str
-    """Where each party keeps what is its own: `PATH/PARTY/round-001/`."""
+    """A directory for each party's own files: `PATH/PARTY/round-001/`."""
     rounds: int = Field(ge=1, le=999)
     public: PublicConfig
     parties: list[PartyConfig] = Field(min_length=2)
     published: PublishedConfig = PublishedConfig()
     consensus: ConsensusConfig = ConsensusConfig()
     train: TrainConfig = TrainConfig()
-    """Of each round, on a party's own data."""
+    """Training on private data, in each round."""
     seed: int = 0
-    """Of initial weights and of the order of samples, other ones for each party and round."""
+    """Of initial weights and of the order of samples; they differ between parties and rounds."""
     device: str = "auto"
     num_workers: int = Field(default=2, ge=0)
     threads: int | None = Field(default=None, ge=1)
@@ -90,7 +90,7 @@ class Federation(Section):
         overrides = (self.consensus.train, *(each.train for each in self.parties))
         if self.train.seeds != TrainConfig().seeds or any("seeds" in each for each in overrides):
             raise ValueError(
-                "a federation has one `seed`; for several, run it with other values of seed, shared and path"
+                "a federation has one `seed`; for more seeds, run it again with other values of seed, shared and path"
             )
         for each in overrides:
             overridden(self.train, each)
@@ -111,12 +111,12 @@ class Federation(Section):
 
 
 def load_federation(path: str | Path, overrides: Sequence[str] = ()) -> Federation:
-    """Read a federation file and lay overrides such as `rounds=5` on top.
+    """Read a federation file and apply overrides such as `rounds=5`.
 
     Raises:
-        UsageError: no such file, no YAML, an unknown key (the message names the nearest known one) or a bad value.
+        UsageError: the file is missing or not YAML, a key is unknown (names the nearest known one), or a value is bad.
     """
     raw = read_raw(path, Federation, overrides)
     if "students" in raw and "parties" not in raw:
-        raise UsageError(f"{path} has students, so it is a pipeline's file: run `logitcache train-student` on it")
+        raise UsageError(f"{path} has students, so it is a pipeline file: run `logitcache train-student` on it")
     return parse(Federation, raw, source=str(path))

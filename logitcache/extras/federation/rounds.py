@@ -1,10 +1,9 @@
-"""The rounds of a federation: a party learns from its own data, says what it thinks of the public set, and listens.
+"""The rounds of a federation, for one party or for all parties in turn.
 
-Federated distillation as in FedMD (Li & Wang 2019, arXiv:1910.03581): no data and no weights leave a party, so that
-each may have a net of its own. Each part of a round is a stage that exists without it: `train-teacher` on the party's
-data, `cache-teacher` over the public views, `push`, and `train-student` on what all parties' caches say together.
-Stages that are done are not repeated and those that were cut off go on, so a federation ends in the same weights
-however often it was interrupted.
+Federated distillation as in FedMD (Li & Wang 2019, arXiv:1910.03581): neither data nor weights leave a party, so each
+may use its own architecture. Each part of a round is an existing stage: `train-teacher` on the private data,
+`cache-teacher` over the public views, `push`, and `train-student` on the consensus of all caches. Completed stages are
+not repeated and interrupted ones resume, so the final weights do not depend on interruptions.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from logitcache.config.schema import (
 from logitcache.data.samples import Dataset, input_digest, load_sample, sample_key
 from logitcache.errors import UsageError
 from logitcache.extras.federation.configuration import Federation, PartyConfig
-from logitcache.extras.federation.exchange import is_there, publish, published_at, receive, wait_for
+from logitcache.extras.federation.exchange import is_published, publish, published_at, receive, wait_for
 from logitcache.randomness import counter_seed
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
@@ -41,15 +40,15 @@ from logitcache.train.runs import RESULT
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a round was to one party: accuracies on test and validation split, None where there is none."""
+class RoundResult:
+    """The result of a round for one party: accuracies on the test and validation split, None without a split."""
 
     party: str
     round: int
     private_accuracy: float | None
-    """After learning from its own data."""
+    """After training on its private data."""
     accuracy: float | None
-    """After listening to the others."""
+    """After training on the consensus."""
     private_validation_accuracy: float | None
     validation_accuracy: float | None
     private_samples: int
@@ -60,74 +59,77 @@ class Outcome:
 
 def federate(
     federation: Federation, *, party: str | None = None, wait: float = 0.0, trust: bool = False
-) -> list[Outcome]:
-    """Play a federation to its end, from wherever it was left.
+) -> list[RoundResult]:
+    """Run all rounds of a federation. Safe to interrupt: completed stages are not repeated.
 
     Args:
-        federation: its public set, its parties and its rounds.
-        party: whose work to do; that of all parties in turn if None.
-        wait: seconds to wait for the others' caches in each round, where one party's work is done; 0 looks once.
+        federation: its public set, parties and rounds.
+        party: run the stages of this party only; of all parties in turn if None.
+        wait: seconds to wait for the other parties' caches in each round, if `party` is given; 0 checks once.
         trust: run entry points from outside the working folder.
 
     Raises:
-        UsageError: no such party, one whose data and net are somewhere else, or private samples in the public set.
-        PartyMissing: names the parties whose caches of a round are not there.
-        LogitCacheError: a cache of another party that is not to be trusted; names it.
+        UsageError: an unknown party, a party without data or net in the file, or private samples in the public set.
+        PartyMissing: names the parties whose caches of a round are missing.
+        LogitCacheError: a cache of another party is rejected; names the party.
     """
     if launched():
-        raise UsageError("`federate` takes turns in one process; start it without torchrun")
-    players = federation.parties if party is None else [federation.party(party)]
-    for player in players:
-        check_party(federation, player, trust=trust)
-    outcomes = []
+        raise UsageError("`federate` runs in one process; start it without torchrun")
+    parties = federation.parties if party is None else [federation.party(party)]
+    for each in parties:
+        check_party(federation, each, trust=trust)
+    results = []
     for number in range(1, federation.rounds + 1):
-        turns = [Turn(federation, player, number) for player in players]
-        learned = [turn.speak(trust=trust) for turn in turns]
+        rounds = [PartyRound(federation, each, number) for each in parties]
+        private = [each.train_and_publish(trust=trust) for each in rounds]
         seconds = 0.0 if party is None else wait
-        outcomes += [turn.listen(each, wait=seconds, trust=trust) for turn, each in zip(turns, learned, strict=True)]
-    return outcomes
+        results += [
+            each.train_on_consensus(result, wait=seconds, trust=trust)
+            for each, result in zip(rounds, private, strict=True)
+        ]
+    return results
 
 
 def check_party(federation: Federation, party: PartyConfig, *, trust: bool) -> None:
-    """Refuse a party whose work can't be done here, or whose own samples others would see.
+    """Refuse a party that can't run here, or whose private samples are in the public set.
 
     Raises:
-        UsageError: says what is missing, or names the first of its samples that is in the public set.
+        UsageError: names what is missing, or the first shared sample.
     """
     if party.net is None or party.data is None:
         raise UsageError(
-            f"party {party.name!r} has no {'net' if party.net is None else 'data'} in this file, so its work is done "
-            "somewhere else; name the party that is here with --party"
+            f"party {party.name!r} has no {'net' if party.net is None else 'data'} in this file, so it runs elsewhere; "
+            "name the party to run here with --party"
         )
-    turn = Turn(federation, party, 1)
-    public, private = (resolve_data(pipeline, trust=trust) for pipeline in (turn.sharing, turn.learning))
+    first = PartyRound(federation, party, 1)
+    public = resolve_data(first.public_pipeline, trust=trust)
+    private = resolve_data(first.private_pipeline, trust=trust)
     if (public.num_classes, public.class_names) != (private.num_classes, private.class_names):
         raise UsageError(
             f"party {party.name!r} has {private.num_classes} classes ({private.class_names}), the public set has "
-            f"{public.num_classes} ({public.class_names}); give both the same, in the same order"
+            f"{public.num_classes} ({public.class_names}); both need the same classes in the same order"
         )
     same_source = party.data.source() == federation.public.data.source()
-    identities = [_identities(split, by_key=same_source) for split in (public.train, private.train)]
-    in_public = set(identities[0])
-    both = [index for index, identity in enumerate(identities[1]) if identity in in_public]
+    known = set(_identities(public.train, by_key=same_source))
+    both = [index for index, each in enumerate(_identities(private.train, by_key=same_source)) if each in known]
     if both:
         raise UsageError(
             f"{len(both)} of the {len(private.train)} samples of party {party.name!r} are in the public set, the first "
-            f"is {sample_key(private.train, both[0])!r}; public and private data must have no sample in common"
+            f"is {sample_key(private.train, both[0])!r}; public and private data must not share samples"
         )
 
 
 def _identities(dataset: Dataset, *, by_key: bool) -> list[str | bytes]:
-    """What tells the samples of a dataset from each other: their keys, or what they hold."""
+    """The identity of each sample: its key, or a digest of its input."""
     if by_key:
         return [sample_key(dataset, index) for index in range(len(dataset))]
-    # Not by `content`: a file's bytes and the same picture in an array would be two samples.
+    # Not `content`: the bytes of a file and the same picture in an array would be two samples.
     return [input_digest(load_sample(dataset, index)[0]) for index in range(len(dataset))]
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One party's part of one round."""
+class PartyRound:
+    """One round of one party."""
 
     federation: Federation
     party: PartyConfig
@@ -136,29 +138,29 @@ class Turn:
 
     @property
     def folder(self) -> Path:
-        """What the party keeps of the round for itself."""
+        """The party's own files of the round."""
         return Path(self.federation.path) / self.party.name / f"round-{self.number:03d}"
 
     @property
     def seed(self) -> int:
-        """Of everything random in this turn but the public views."""
+        """Of everything random in this round except the public views."""
         return counter_seed(f"federation: {self.party.name}", self.federation.seed, self.number) & 0x7FFFFFFF
 
     @property
     def weights(self) -> Path:
         """The party's weights at the end of the round."""
-        return self._digestion / "last.safetensors"
+        return self._consensus_run / "last.safetensors"
 
     @property
-    def _digestion(self) -> Path:
+    def _consensus_run(self) -> Path:
         return self.folder / "digested" / self.party.name / f"seed-{self.seed}"
 
     def cache(self, party: str) -> str:
-        """Where this party keeps the cache of a party: its own, or its copy of another's."""
+        """This party's copy of a party's cache."""
         return str(self.folder / f"{party}.cache")
 
     def url(self, party: str) -> str:
-        """Where a party's cache of this round is shared."""
+        """The published cache of a party in this round."""
         return published_at(self.federation.shared, self.number, party)
 
     @property
@@ -166,108 +168,113 @@ class Turn:
         assert self.party.net is not None
         return self.party.net
 
-    def _teacher(self, *, weights: str, start_from: str | None = None) -> TeacherConfig:
-        net = self._net
-        return TeacherConfig(model=net.model, args=net.args, input=net.input, weights=weights, start_from=start_from)
-
-    def _settings(self, overrides: Mapping[str, Any]) -> TrainConfig:
-        return overridden(self.federation.train, {**overrides, "seeds": [self.seed]})
-
-    @cached_property
-    def learning(self) -> Pipeline:
-        """The pipeline whose teacher is the party, on its own data, going on from its last weights."""
-        federation, party, net = self.federation, self.party, self._net
-        before = net.weights if self.number == 1 else str(Turn(federation, party, self.number - 1).weights)
-        assert party.data is not None
-        views = federation.public.views if party.views is None else party.views
+    def _pipeline(self, *, weights: str, start_from: str | None, runs: str, **parts: Any) -> Pipeline:
+        """A pipeline whose teacher is the party's net."""
+        federation, net = self.federation, self._net
         return Pipeline(
             name=federation.name,
-            data=party.data,
-            views=views.model_copy(update={"seed": self.seed}),
-            teacher=self._teacher(weights=TRAINED, start_from=before),
-            cache=CacheConfig(path=self.cache(party.name)),
-            train=self._settings(party.train),
-            runs=RunsConfig(path=str(self.folder / "private")),
+            teacher=TeacherConfig(
+                model=net.model, args=net.args, input=net.input, weights=weights, start_from=start_from
+            ),
+            runs=RunsConfig(path=str(self.folder / runs)),
             device=federation.device,
             num_workers=federation.num_workers,
             threads=federation.threads,
+            **parts,
+        )
+
+    def _train(self, overrides: Mapping[str, Any]) -> TrainConfig:
+        return overridden(self.federation.train, {**overrides, "seeds": [self.seed]})
+
+    @cached_property
+    def private_pipeline(self) -> Pipeline:
+        """Trains the party's net on its private data, starting from the weights of the previous round."""
+        federation, party = self.federation, self.party
+        assert party.data is not None
+        previous = str(PartyRound(federation, party, self.number - 1).weights) if self.number > 1 else self._net.weights
+        views = federation.public.views if party.views is None else party.views
+        return self._pipeline(
+            weights=TRAINED,
+            start_from=previous,
+            runs="private",
+            data=party.data,
+            views=views.model_copy(update={"seed": self.seed}),
+            cache=CacheConfig(path=self.cache(party.name)),
+            train=self._train(party.train),
         )
 
     @cached_property
-    def sharing(self) -> Pipeline:
-        """The pipeline over the public set: the party is its teacher, and the student of all parties together."""
-        federation, party, net = self.federation, self.party, self._net
-        public = federation.public
-        others = [each for each in federation.parties if each is not party]
-        learned = str(teacher_folder(self.learning) / "last.safetensors")
+    def public_pipeline(self) -> Pipeline:
+        """Caches the party's logits over the public set, and trains its net as a student of all parties."""
+        federation, party, net, public = self.federation, self.party, self._net, self.federation.public
+        parties = [party, *(each for each in federation.parties if each is not party)]
+        trained = str(teacher_folder(self.private_pipeline) / "last.safetensors")
+        labels = TeachersConfig(
+            caches=[self.cache(each.name) for each in parties],
+            combine=federation.consensus.combine,
+            weights=[each.weight for each in parties],
+        )
         student = StudentConfig(
             name=party.name,
             model=net.model,
             args=net.args,
             input=net.input,
-            weights=learned,
+            weights=trained,
             loss=federation.consensus.loss,
-            labels=TeachersConfig(
-                caches=[self.cache(each.name) for each in (party, *others)],
-                combine=federation.consensus.combine,
-                weights=[each.weight for each in (party, *others)],
-            ),
+            labels=labels,
         )
-        return Pipeline(
-            name=federation.name,
+        return self._pipeline(
+            weights=trained,
+            start_from=None,
+            runs="digested",
             data=public.data,
             views=public.views.model_copy(update={"seed": public.views.seed + self.number}),
-            teacher=self._teacher(weights=learned),
             cache=CacheConfig(path=self.cache(party.name), **federation.published.model_dump()),
-            train=self._settings(federation.consensus.train),
+            train=self._train(federation.consensus.train),
             students=[student],
-            runs=RunsConfig(path=str(self.folder / "digested")),
-            device=federation.device,
-            num_workers=federation.num_workers,
-            threads=federation.threads,
         )
 
-    def speak(self, *, trust: bool) -> dict[str, Any]:
-        """Learn from the party's own data, and publish what it then thinks of the public views.
+    def train_and_publish(self, *, trust: bool) -> dict[str, Any]:
+        """Train on the private data, and publish a cache of logits over the public views.
 
         Returns:
-            The result of the run on its own data.
+            The result of the private run.
         """
-        learned = train_teacher(self.learning, trust=trust)
-        cache_teacher(self.sharing, trust=trust)
+        result = train_teacher(self.private_pipeline, trust=trust)
+        cache_teacher(self.public_pipeline, trust=trust)
         publish(self.cache(self.party.name), self.url(self.party.name))
-        return learned
+        return result
 
-    def listen(self, learned: Mapping[str, Any], *, wait: float, trust: bool) -> Outcome:
-        """Take the other parties' caches of this round, and learn from what all of them say together.
+    def train_on_consensus(self, private: Mapping[str, Any], *, wait: float, trust: bool) -> RoundResult:
+        """Copy the other parties' caches of this round, and train on the combined labels of all parties.
 
         Args:
-            learned: what `speak` returned.
+            private: the result of `train_and_publish`.
             wait: seconds, at most.
             trust: run entry points from outside the working folder.
 
         Raises:
-            PartyMissing: some are not there after `wait` seconds.
-            LogitCacheError: one that is refused; names its party.
+            PartyMissing: caches are missing after `wait` seconds.
+            LogitCacheError: a cache is rejected; names its party.
         """
         own_path = self.cache(self.party.name)
-        if not (self._digestion / RESULT).is_file():
+        if not (self._consensus_run / RESULT).is_file():
             urls = {each.name: self.url(each.name) for each in self.federation.parties if each is not self.party}
-            # Those that were brought before may be gone from the shared place.
-            lacking = {name: url for name, url in urls.items() if not is_there(self.cache(name))}
-            wait_for(lacking, self.number, seconds=wait)
+            # A cache that was copied before may no longer be published.
+            missing = {name: url for name, url in urls.items() if not is_published(self.cache(name))}
+            wait_for(missing, self.number, seconds=wait)
             own = open_cache(own_path, trust=trust)
             for name, url in urls.items():
                 receive(name, url, self.cache(name), own, own_path=own_path, combine=self.federation.consensus.combine)
-        [row] = train_students(self.sharing, trust=trust)
-        return Outcome(
+        [row] = train_students(self.public_pipeline, trust=trust)
+        return RoundResult(
             party=self.party.name,
             round=self.number,
-            private_accuracy=learned["accuracy"],
+            private_accuracy=private["accuracy"],
             accuracy=row.accuracy_mean,
-            private_validation_accuracy=learned["validation_accuracy"],
+            private_validation_accuracy=private["validation_accuracy"],
             validation_accuracy=row.validation_accuracy_mean,
-            private_samples=learned["samples"],
+            private_samples=private["samples"],
             parameters=row.parameters,
             weights=str(self.weights),
         )

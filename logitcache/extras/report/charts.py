@@ -1,7 +1,7 @@
-"""Charts as Vega-Lite specifications, made by Altair; colours and fonts come from the page, which knows the theme.
+"""Charts as Vega-Lite specifications, built with Altair. The page sets colours and fonts for its theme.
 
-Vega-Lite draws SVG whose marks and axes carry ARIA roles, and is a fifth of Plotly's size inline. Each chart takes rows
-of plain data and gives a JSON object. A mark's `style` names an entry of the page's configuration.
+Vega-Lite renders SVG with ARIA roles and is a fifth of Plotly's size inline. Each function takes rows of plain data and
+returns a JSON object. A mark's `style` names an entry of the page's configuration.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Spec = dict[str, Any]
 
 HEIGHT = 260
 ROW_HEIGHT = 22
-"""Of one bar or cell where names stand on the vertical axis."""
+"""Of one bar or cell where the vertical axis has names."""
 HIGHLIGHT = "student"
-"""The signal by which the page says which student is looked at; empty for all."""
+"""The signal that contains the highlighted student; empty for all."""
 
 
 def reliability_chart(rows: Rows) -> Spec:
@@ -49,7 +49,7 @@ def reliability_chart(rows: Rows) -> Spec:
 
 
 def histogram(rows: Rows, *, title: str, axis_format: str, domain: Sequence[float], groups: Sequence[str] = ()) -> Spec:
-    """Shares of rows by some quantity: rows of lower, upper, share, and group where there is more than one."""
+    """Shares by some quantity: rows of lower, upper, from, to, share and group."""
     chart = alt.Chart(_data(rows)).mark_bar(style="quantity")
     tips = [
         alt.Tooltip("from:Q", format=axis_format),
@@ -77,11 +77,11 @@ def histogram(rows: Rows, *, title: str, axis_format: str, domain: Sequence[floa
 
 
 def confusion_chart(rows: Rows, names: Sequence[str]) -> Spec:
-    """Which class was taken for which: rows of true, predicted, count, share; the right ones are not coloured."""
+    """Confusion matrix: rows of true, predicted, their numbers, count and share; the diagonal is not coloured."""
     base = alt.Chart(_data(rows)).encode(
         alt.X(
             "predicted:N",
-            title="teacher's class",
+            title="predicted class",
             sort=list(names),
             axis=alt.Axis(labelAngle=0 if max(map(len, names)) <= 3 else -40, labelLimit=90),
         ),
@@ -99,9 +99,7 @@ def confusion_chart(rows: Rows, names: Sequence[str]) -> Spec:
     if len(names) <= 12:
         shown = base.transform_filter("datum.true_number == datum.predicted_number")
         layers.append(shown.mark_text(style="inside").encode(text=alt.Text("share:Q", format=".0%")))
-    return _finish(
-        alt.layer(*layers), "Heat map of true classes against the teacher's", height=max(len(names), 3) * ROW_HEIGHT
-    )
+    return _finish(alt.layer(*layers), "Heat map of true and predicted classes", height=max(len(names), 3) * ROW_HEIGHT)
 
 
 def bars(rows: Rows, *, title: str, axis_format: str, domain: Sequence[float] | None = None) -> Spec:
@@ -131,20 +129,19 @@ def divergence_by_view(rows: Rows, *, logarithmic: bool) -> Spec:
             base.mark_point(style="mean").encode(alt.Y("mean:Q", **value)),
             base.mark_point(style="extreme").encode(alt.Y("largest:Q", **value)),
         ),
-        "KL between teacher and decoded labels, by view: the mean of the rows, and the largest",
+        "KL divergence of decoded from original logits by view: mean and maximum over rows",
     )
 
 
 def accuracy_against(
     rows: Rows, *, students: Sequence[str], title: str, axis_format: str, logarithmic: bool, teacher: float | None
 ) -> Spec:
-    """Test accuracy against some cost: rows of student, value, accuracy, low, high."""
-    names = list(students)
+    """Test accuracy against a cost: rows of student, value, accuracy, low, high."""
     scale = alt.Scale(type="log", padding=24) if logarithmic else alt.Scale(zero=True, padding=24)
     base = alt.Chart(_data(rows)).encode(
         alt.X("value:Q", title=title, scale=scale, axis=alt.Axis(format=axis_format, tickCount=4)),
         opacity=_highlighted(),
-        color=alt.Color("student:N", sort=names, scale=alt.Scale(domain=names), legend=None),
+        color=_by_student(alt.Color, students),
         tooltip=_tips(student=None, value=axis_format, accuracy=".2%", low=".2%", high=".2%"),
     )
     accuracy: Any = {
@@ -152,7 +149,7 @@ def accuracy_against(
         "scale": alt.Scale(zero=False),
         "axis": alt.Axis(format="~%", tickCount=5),
     }
-    shape = alt.Shape("student:N", sort=names, scale=alt.Scale(domain=names), legend=None)
+    shape = _by_student(alt.Shape, students)
     layers = [
         base.mark_rule(style="spread").encode(alt.Y("low:Q", **accuracy), alt.Y2("high:Q")),
         base.mark_point(style="student").encode(alt.Y("accuracy:Q", **accuracy), shape=shape),
@@ -167,10 +164,10 @@ def accuracy_against(
 
 
 def learning_curves(rows: Rows, *, students: Sequence[str], title: str, axis_format: str) -> Spec:
-    """A quantity along training: rows of student, step, mean, low, high."""
+    """A quantity during training: rows of student, step, mean, low, high."""
     base = alt.Chart(_data(rows)).encode(
         alt.X("step:Q", title="optimizer steps", axis=alt.Axis(format=",d", tickCount=6)),
-        color=alt.Color("student:N", scale=alt.Scale(domain=list(students)), legend=None),
+        color=_by_student(alt.Color, students),
         tooltip=_tips(student=None, step=",", mean=axis_format, low=axis_format, high=axis_format),
     )
     value: Any = {"title": title, "scale": alt.Scale(zero=False), "axis": alt.Axis(format=axis_format, tickCount=5)}
@@ -182,25 +179,29 @@ def learning_curves(rows: Rows, *, students: Sequence[str], title: str, axis_for
             base.mark_line(style="curve").encode(alt.Y("mean:Q", **value), opacity=_highlighted()),
             base.mark_point(style="curve-point").encode(alt.Y("mean:Q", **value), opacity=_highlighted()),
         ),
-        f"{title} along training, a line for each student",
+        f"{title} during training, a line for each student",
         highlight=True,
     )
 
 
 def shares_by_class(rows: Rows, *, students: Sequence[str], title: str) -> Spec:
     """A share for each class and student: rows of name, student, value, rows; classes in the order given."""
-    names, classes = list(students), list(dict.fromkeys(row["name"] for row in rows))
+    classes = list(dict.fromkeys(row["name"] for row in rows))
     base = alt.Chart(_data(rows)).encode(
         alt.Y("name:N", title=None, sort=classes, axis=alt.Axis(labelLimit=130, grid=True)),
         alt.X("value:Q", title=title, scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="~%", tickCount=5)),
-        color=alt.Color("student:N", sort=names, scale=alt.Scale(domain=names), legend=None),
-        shape=alt.Shape("student:N", sort=names, scale=alt.Scale(domain=names), legend=None),
+        color=_by_student(alt.Color, students),
+        shape=_by_student(alt.Shape, students),
         opacity=_highlighted(),
         tooltip=_tips(name=None, student=None, value=".1%", rows=","),
     )
     height = max(len(classes), 3) * ROW_HEIGHT
     chart = base.mark_point(style="student")
     return _finish(chart, f"{title} by class, a point for each student", height=height, highlight=True)
+
+
+def _by_student(channel: Any, names: Sequence[str]) -> Any:
+    return channel("student:N", sort=list(names), scale=alt.Scale(domain=list(names)), legend=None)
 
 
 def _highlighted(on: float = 1.0, off: float = 0.12) -> Any:
@@ -219,7 +220,7 @@ def _tips(**formats: str | None) -> list[alt.Tooltip]:
 
 
 def _finish(chart: Any, description: str, *, height: Any = HEIGHT, highlight: bool = False) -> Spec:
-    """Sized by its container, described for those who don't see it."""
+    """The specification, sized by its container and with a description for screen readers."""
     sized = chart.properties(width="container", height=height, description=description)
     if highlight:
         sized = sized.add_params(alt.param(name=HIGHLIGHT, value=""))

@@ -1,7 +1,8 @@
-"""What a page is made of: sections of facts, figures and tables."""
+"""What a page consists of: sections with text, metadata, figures and tables."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -9,10 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from logitcache.extras.report import charts
-from logitcache.extras.report.decisions import ChosenSample, Decision
-from logitcache.extras.report.samples import ShownSample
-from logitcache.extras.report.trees import Node
-from logitcache.extras.report.words import decimal, percent
+from logitcache.extras.report.formatting import decimal, percent
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart, what it shows in a sentence, and its numbers."""
+    """A chart with a caption and a table of its numbers."""
 
     id: str
     title: str
@@ -33,84 +31,27 @@ class Figure:
     spec: dict[str, Any]
     table: Table
     width: Literal["third", "half", "two-thirds", "full"] = "third"
-    """Of the page, where that is wide."""
-
-
-@dataclass(frozen=True)
-class TreeDrawing:
-    """A soft tree, drawn, with the paths of some samples."""
-
-    id: str
-    title: str
-    caption: str
-    width: float
-    height: float
-    """Of the drawing, in pixels."""
-    nodes: list[DrawnNode]
-    edges: list[tuple[float, float, float, float, int]]
-    """(x, y, x, y, the child's number) of the lines from parents to children."""
-    paths: list[DrawnPath]
-    table: Table
-
-
-@dataclass(frozen=True)
-class DrawnNode:
-    """A node with what stands in it."""
-
-    node: Node
-    filter: str | None
-    """Its weights as a picture, a data URI."""
-    signs: list[tuple[float, float, str]]
-    """(x, y, sign) in pixels: where the weights of each sign are strongest."""
-    lines: list[str]
-    """What a leaf says."""
-
-
-@dataclass(frozen=True)
-class DrawnPath:
-    """The path of a sample, in words and as the numbers of its nodes."""
-
-    sample: ChosenSample
-    nodes: list[int]
-    words: list[str]
+    """Share of a wide page."""
 
 
 @dataclass
 class Section:
-    """A part of the page."""
+    """A part of the page; the template renders the filled fields in this order."""
 
     id: str
     title: str
     lead: list[str] = field(default_factory=list)
-    facts: list[tuple[str, str]] = field(default_factory=list)
-    figures: list[Figure] = field(default_factory=list)
+    metadata: list[tuple[str, str]] = field(default_factory=list)
     tables: list[tuple[str, Table]] = field(default_factory=list)
-    gallery: list[tuple[str, list[ShownSample]]] = field(default_factory=list)
-    trees: list[TreeDrawing] = field(default_factory=list)
-    decisions: list[tuple[str, list[tuple[ChosenSample, list[Decision]]]]] = field(default_factory=list)
-    """(title, samples with what each net says of them)."""
     series: list[str] = field(default_factory=list)
     """Names of the students, in the order of their colours."""
-
-
-def _histogram(
-    values: np.ndarray, edges: np.ndarray, group: str | None, place: tuple[float, float]
-) -> list[dict[str, Any]]:
-    """Shares of values between edges; a group's bars take a part of each bin's width."""
-    shares = np.histogram(values, edges)[0] / max(len(values), 1)
-    width = edges[1] - edges[0]
-    return [
-        {
-            "lower": float(low + place[0] * width),
-            "upper": float(low + place[1] * width),
-            "from": float(low),
-            "to": float(low + width),
-            "share": float(share),
-        }
-        | ({} if group is None else {"group": group})
-        for low, share in zip(edges[:-1], shares, strict=True)
-        if share
-    ]
+    figures: list[Figure] = field(default_factory=list)
+    trees: Sequence[Any] = ()
+    """`TreeDrawing`s."""
+    decisions: Sequence[tuple[str, Sequence[Any]]] = ()
+    """(title, `ShownDecisions`)."""
+    gallery: Sequence[tuple[str, Sequence[Any]]] = ()
+    """(title, `ShownSample`s)."""
 
 
 def histogram_figure(
@@ -124,28 +65,38 @@ def histogram_figure(
     axis_format: str,
     width: Literal["third", "full"] = "third",
 ) -> Figure:
-    """A histogram of one quantity, the groups side by side, each as shares of its own."""
+    """A histogram of one quantity; the bars of several groups are side by side, each a share of its own group."""
     groups = {name: values for name, values in groups.items() if len(values)}
-    several = len(groups) > 1
-    rows: list[dict[str, Any]] = []
-    for number, (name, values) in enumerate(groups.items()):
-        place = (number / len(groups), (number + 1) / len(groups))
-        rows += _histogram(values, edges, name if several else None, place)
-    shares = [np.histogram(values, edges)[0] / len(values) for values in groups.values()]
+    shares = {name: np.histogram(values, edges)[0] / len(values) for name, values in groups.items()}
+    bar_width = (edges[1] - edges[0]) / max(len(groups), 1)
+    bars: list[dict[str, Any]] = [
+        {
+            "lower": float(low + number * bar_width),
+            "upper": float(low + (number + 1) * bar_width),
+            "from": float(low),
+            "to": float(high),
+            "share": float(share),
+            "group": name,
+        }
+        for number, (name, shares_of_group) in enumerate(shares.items())
+        for (low, high), share in zip(pairwise(edges), shares_of_group, strict=True)
+        if share
+    ]
 
     def shown(value: float) -> str:
         return percent(value, 1) if axis_format.endswith("%") else decimal(value)
 
-    cells = [
-        [f"{shown(low)} to {shown(high)}", *(percent(share[number]) for share in shares)]
-        for number, (low, high) in enumerate(pairwise(edges))
-        if any(share[number] for share in shares)
+    rows = [
+        [f"{shown(low)} to {shown(high)}", *map(percent, of_bin)]
+        for (low, high), *of_bin in zip(pairwise(edges), *shares.values(), strict=True)
+        if any(of_bin)
     ]
+    table = Table([quantity, *(f"share of {name}" for name in groups)], rows)
     spec = charts.histogram(
-        rows,
+        bars,
         title=quantity,
         axis_format=axis_format,
-        groups=list(groups) if several else (),
+        groups=list(groups) if len(groups) > 1 else (),
         domain=(float(edges[0]), float(edges[-1])),
     )
-    return Figure(id, title, caption, spec, Table([quantity, *(f"share of {name}" for name in groups)], cells), width)
+    return Figure(id, title, caption, spec, table, width)

@@ -1,7 +1,4 @@
-"""What is measured on a teacher's logits: accuracy, calibration, entropy, confusion, disagreement between views.
-
-Arrays in, numbers out; nothing here knows of caches.
-"""
+"""Metrics of a teacher's logits: accuracy, calibration, entropy, confusion, and divergence between views."""
 
 from __future__ import annotations
 
@@ -9,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from logitcache.cache.ground_truth import NO_TARGET
 from logitcache.errors import InvalidLogits
@@ -20,11 +19,11 @@ NUM_BINS = 15
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a teacher says of M rows, reduced to a few numbers for each."""
+class Predictions:
+    """A few numbers for each of M rows of teacher logits."""
 
     targets: np.ndarray
-    """int64 (M,); `NO_TARGET` where the row is not judged."""
+    """int64 (M,); `NO_TARGET` where the row is not scored."""
     predicted: np.ndarray
     """int64 (M,): the most probable class."""
     confidence: np.ndarray
@@ -32,56 +31,62 @@ class Answers:
     entropy: np.ndarray
     """float32 (M,), in nats."""
     nll: np.ndarray
-    """float32 (M,): -log of the true class's probability, in nats; NaN where the row is not judged."""
+    """float32 (M,): negative log-likelihood of the true class, in nats; NaN where the row is not scored."""
     in_top5: np.ndarray
     """bool (M,): at most four classes are more probable than the true one."""
     mixed: np.ndarray
-    """bool (M,): two samples were mixed in this row."""
+    """bool (M,): the row mixes two samples."""
 
     def __len__(self) -> int:
         return len(self.targets)
 
     @property
-    def judged(self) -> np.ndarray:
+    def scored(self) -> np.ndarray:
         """bool (M,): the rows with a true class."""
         return np.asarray(self.targets != NO_TARGET)
 
     @property
-    def right(self) -> np.ndarray:
+    def correct(self) -> np.ndarray:
         """bool (M,): the most probable class is the true one."""
         return np.asarray(self.targets == self.predicted)
 
-    def where(self, chosen: np.ndarray) -> Answers:
+    def where(self, chosen: np.ndarray) -> Predictions:
         """Some of the rows."""
-        return Answers(*(getattr(self, field.name)[chosen] for field in fields(self)))
+        return Predictions(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
-def log_softmax(logits_BC: np.ndarray) -> np.ndarray:
+def log_softmax(logits_BC: Tensor) -> Tensor:
     """Log-probabilities, float32 (B, C).
 
     Raises:
-        InvalidLogits: a row of which no distribution can be made.
+        InvalidLogits: a row does not define a distribution.
     """
-    largest_B1 = logits_BC.max(axis=1, keepdims=True)
-    if not np.isfinite(largest_B1).all():
+    log_p_BC = torch.log_softmax(logits_BC.float(), dim=1)
+    if log_p_BC.isnan().any():
         raise InvalidLogits(
-            "the cache holds NaN, +inf or a row of nothing but -inf, of which no distribution can be made; "
+            "the cache contains NaN, +inf or a row of -inf only, which is not a distribution; "
             "run `logitcache verify --deep` on it"
         )
-    shifted_BC = logits_BC - largest_B1
-    sums_B1 = np.exp(shifted_BC).sum(axis=1, keepdims=True, dtype=np.float64)
-    log_p_BC: np.ndarray = (shifted_BC - np.log(sums_B1)).astype(np.float32)
     return log_p_BC
 
 
-def entropies(log_p_BC: np.ndarray) -> np.ndarray:
-    """Shannon entropy of each row, float32 (B,), in nats; a class of no probability adds nothing."""
-    finite_BC = np.where(np.isneginf(log_p_BC), np.float32(0), log_p_BC)
-    return np.asarray(-np.einsum("bc,bc->b", np.exp(log_p_BC), finite_BC))
+def entropies(p_BC: Tensor) -> Tensor:
+    """Shannon entropy of each distribution, (B,), in nats."""
+    entropies_B: Tensor = torch.special.entr(p_BC).sum(dim=1)
+    return entropies_B
 
 
-def answers_of(logits_BC: np.ndarray, targets_B: np.ndarray, mixed_B: np.ndarray) -> Answers:
-    """What logits say about their rows.
+def jensen_shannon(mean_p_SC: Tensor, mean_entropy_S: Tensor) -> np.ndarray:
+    """Generalised Jensen-Shannon divergence of each sample's views, (S,), in nats.
+
+    The entropy of the mean distribution minus the mean entropy, all views weighted equally (Lin 1991, section IV):
+    0 where all views agree, at most the log of their number.
+    """
+    return (entropies(mean_p_SC) - mean_entropy_S).clamp(min=0).numpy()
+
+
+def predictions_of(logits_BC: Tensor, targets_B: np.ndarray, mixed_B: np.ndarray) -> Predictions:
+    """The statistics of some rows.
 
     Args:
         logits_BC: float32 (B, C).
@@ -89,32 +94,32 @@ def answers_of(logits_BC: np.ndarray, targets_B: np.ndarray, mixed_B: np.ndarray
         mixed_B: bool (B,).
 
     Raises:
-        InvalidLogits: a row of which no distribution can be made.
+        InvalidLogits: a row does not define a distribution.
     """
     log_p_BC = log_softmax(logits_BC)
-    rows_B = np.arange(len(log_p_BC))
-    predicted_B = log_p_BC.argmax(axis=1)
-    judged_B = targets_B != NO_TARGET
-    true_B = log_p_BC[rows_B, np.where(judged_B, targets_B, 0)]
-    return Answers(
+    top_B, predicted_B = log_p_BC.max(dim=1)
+    scored_B = targets_B != NO_TARGET
+    true_B = log_p_BC.gather(1, torch.from_numpy(np.where(scored_B, targets_B, 0))[:, None])
+    return Predictions(
         targets=targets_B,
-        predicted=predicted_B,
-        confidence=np.exp(log_p_BC[rows_B, predicted_B]),
-        entropy=entropies(log_p_BC),
-        nll=np.where(judged_B, -true_B, np.float32(np.nan)),
-        in_top5=judged_B & ((log_p_BC > true_B[:, None]).sum(axis=1) < 5),
+        predicted=predicted_B.numpy(),
+        confidence=top_B.exp().numpy(),
+        entropy=entropies(log_p_BC.exp()).numpy(),
+        nll=np.where(scored_B, -true_B[:, 0].numpy(), np.float32(np.nan)),
+        in_top5=scored_B & ((log_p_BC > true_B).sum(dim=1) < 5).numpy(),
         mixed=mixed_B,
     )
 
 
-def concatenate(parts: Sequence[Answers]) -> Answers:
+def concatenate(parts: Sequence[Predictions]) -> Predictions:
     """The rows of all parts."""
-    return Answers(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Answers)))
+    names = [field.name for field in fields(Predictions)]
+    return Predictions(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Confidence against accuracy in K bins of equal width; a bin of no rows holds NaN."""
+    """Confidence and accuracy in K bins of equal width; NaN in an empty bin."""
 
     counts: np.ndarray
     confidence: np.ndarray
@@ -123,50 +128,39 @@ class Reliability:
     """Expected calibration error: the mean of |accuracy - confidence|, weighted by rows."""
 
 
-def reliability(confidence_M: np.ndarray, right_M: np.ndarray, *, num_bins: int = NUM_BINS) -> Reliability:
+def reliability(confidence_M: np.ndarray, correct_M: np.ndarray, *, num_bins: int = NUM_BINS) -> Reliability:
     """The reliability diagram and its expected calibration error (Guo et al. 2017, section 2; arXiv:1706.04599).
 
-    Bins are (lower, upper], so a confidence of 1 lies in the last one.
+    Bins are (lower, upper], so a confidence of 1 is in the last bin.
     """
     bins_M = np.clip(np.ceil(confidence_M * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
-    counts_K = np.bincount(bins_M, minlength=num_bins)
+    confidence_K, counts_K = _means_by(bins_M, confidence_M, num_bins)
+    accuracy_K, _ = _means_by(bins_M, correct_M, num_bins)
+    ece = float(np.nansum(np.abs(accuracy_K - confidence_K) * counts_K) / max(counts_K.sum(), 1))
+    return Reliability(counts_K, confidence_K, accuracy_K, ece)
+
+
+def class_accuracy(targets_M: np.ndarray, correct_M: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """(accuracy float64 (C,), rows int64 (C,)) of each true class; NaN for a class without rows."""
+    return _means_by(targets_M, correct_M, num_classes)
+
+
+def _means_by(groups_M: np.ndarray, values_M: np.ndarray, num_groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """(mean float64, rows int64) of each group; NaN for a group without rows."""
+    counts = np.bincount(groups_M, minlength=num_groups)
     with np.errstate(invalid="ignore"):
-        mean_confidence_K = np.bincount(bins_M, weights=confidence_M, minlength=num_bins) / counts_K
-        accuracy_K = np.bincount(bins_M, weights=right_M, minlength=num_bins) / counts_K
-    filled = counts_K > 0
-    gaps = np.abs(accuracy_K - mean_confidence_K)[filled]
-    ece = float((gaps * counts_K[filled]).sum() / max(counts_K.sum(), 1))
-    return Reliability(counts_K, mean_confidence_K, accuracy_K, ece)
+        return np.bincount(groups_M, weights=values_M, minlength=num_groups) / counts, counts
 
 
 def confusion(targets_M: np.ndarray, predicted_M: np.ndarray, num_classes: int) -> np.ndarray:
-    """How often each true class (first axis) was taken for each class, int64 (C, C)."""
+    """How often each true class (first axis) was predicted as each class, int64 (C, C)."""
     pairs = np.bincount(targets_M * num_classes + predicted_M, minlength=num_classes**2)
     return pairs.reshape(num_classes, num_classes)
 
 
 def confused_pairs(targets_M: np.ndarray, predicted_M: np.ndarray, limit: int) -> list[tuple[int, int, int]]:
-    """(true class, class it was taken for, how often) of the wrong rows, most often first."""
+    """(true class, predicted class, rows) of the wrong rows, most frequent first."""
     wrong = targets_M != predicted_M
     pairs, counts = np.unique(np.stack([targets_M[wrong], predicted_M[wrong]]), axis=1, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:limit]
     return [(int(pairs[0, place]), int(pairs[1, place]), int(counts[place])) for place in order]
-
-
-def class_accuracy(targets_M: np.ndarray, right_M: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(accuracy float64 (C,), rows int64 (C,)) of each true class; NaN for a class without rows."""
-    counts_C = np.bincount(targets_M, minlength=num_classes)
-    with np.errstate(invalid="ignore"):
-        return np.bincount(targets_M, weights=right_M, minlength=num_classes) / counts_C, counts_C
-
-
-def jensen_shannon(mean_p_SC: np.ndarray, mean_entropy_S: np.ndarray) -> np.ndarray:
-    """Generalised Jensen-Shannon divergence of each sample's views, float64 (S,), in nats.
-
-    The entropy of the mean distribution less the mean of the entropies, all views weighing the same (Lin 1991,
-    section IV): 0 where all views say the same, at most the log of their number.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        terms_SC = np.where(mean_p_SC > 0, mean_p_SC * np.log(mean_p_SC), 0.0)
-    divergence_S: np.ndarray = np.maximum(-terms_SC.sum(axis=1) - mean_entropy_S, 0.0)
-    return divergence_S

@@ -1,4 +1,4 @@
-// Draws the charts in the page's own colours, again when the theme or the room changes, and highlights one student, or one path in a tree.
+// Draws the charts in the page's colours and redraws them when the theme changes; highlights one student, or one path in a tree.
 (() => {
   "use strict";
   const specs = JSON.parse(document.getElementById("specs").textContent);
@@ -50,7 +50,7 @@
     const place = document.getElementById(id);
     const options = {
       mode: "vega-lite", renderer: "svg", actions: false, config: theme(),
-      ast: true, // expressions are interpreted, so that the page needs no 'unsafe-eval'
+      ast: true, // interpret expressions: the page does not allow 'unsafe-eval'
       tooltip: { theme: dark.matches ? "dark" : "light" },
     };
     views.get(id)?.finalize();
@@ -68,8 +68,8 @@
     for (const id of Object.keys(specs)) {
       try {
         await draw(id);
-      } catch (error) { // the others are drawn all the same
-        document.getElementById(id).textContent = "This chart could not be drawn; its numbers are below.";
+      } catch (error) { // draw the others
+        document.getElementById(id).textContent = "This chart could not be drawn. Its numbers are in the table below.";
         console.error(error);
       }
     }
@@ -86,7 +86,7 @@
     });
   }
 
-  for (const place of document.querySelectorAll(".drawing")) { // the root, where the tree is wider than the page
+  for (const place of document.querySelectorAll(".drawing")) { // show the root where the tree is wider than the page
     place.scrollLeft = (place.scrollWidth - place.clientWidth) / 2;
   }
 

@@ -1,4 +1,4 @@
-"""The page: one file that opens without a network, and may not ask for one."""
+"""The page: one HTML file that works offline and makes no network request."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Any
 
 from logitcache.errors import UsageError
 from logitcache.extras.report.figures import Section
-from logitcache.extras.report.words import ClassNames, decimal, name_of, percent
+from logitcache.extras.report.formatting import ClassNames, decimal, percent, plain_text
 
 _HERE = Path(__file__).parent
 _SNIPPET = "window.vegaEmbed = vegaEmbed;"
 
 
 def check_installed() -> None:
-    """Refuse a page that can't be made.
+    """Check that the packages of the extra `report` are installed.
 
     Raises:
-        UsageError: a package of the extra `report` is not installed.
+        UsageError: names the missing ones.
     """
     missing = [name for name in ("altair", "vl_convert", "jinja2", "captum") if importlib.util.find_spec(name) is None]
     if missing:
@@ -37,45 +37,41 @@ def render(
     """The whole page as HTML.
 
     Args:
-        title: of the page, plain text; as all else, it is escaped.
-        sections: in their order.
-        tiles: (what, value, remark) of the numbers at the top.
-        class_names: for the pictures.
+        title: of the page, plain text; the template escapes it like everything else.
+        sections: in order.
+        tiles: (name, value, remark) of the numbers at the top.
+        class_names: for samples and trees.
     """
     import jinja2
+    from markupsafe import Markup
 
     specs = {figure.id: figure.spec for section in sections for figure in section.figures}
-    scripts = [_embeddable(_plot_library()), _embeddable((_HERE / "page.js").read_text(encoding="utf-8"))]
+    style, page, script = ((_HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "html", "js"))
+    scripts = [_embeddable(_plot_library()), _embeddable(script)]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "decimal": decimal, "name_of": name_of}
-    template = environment.from_string((_HERE / "page.html").read_text(encoding="utf-8"))
-    # Markup: these are our own files and JSON in which no character can end the script element.
+    environment.filters |= {"percent": percent, "decimal": decimal, "plain_text": plain_text}
+    template = environment.from_string(page)
+    # Safe as markup: files of this package, and JSON in which no character can end the script element.
     return template.render(
         title=title,
         sections=sections,
         tiles=tiles,
         class_names=class_names,
-        style=_markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        specs=_markup(json_for_script(specs)),
-        scripts=[_markup(script) for script in scripts],
+        style=Markup(style),
+        specs=Markup(json_for_script(specs)),
+        scripts=[Markup(script) for script in scripts],
         script_hashes=[_csp_hash(script) for script in scripts],
         version=version("logitcache"),
     )
 
 
-def _markup(text: str) -> Any:
-    from markupsafe import Markup
-
-    return Markup(text)
-
-
 def json_for_script(value: Any) -> str:
-    """JSON that stays JSON inside a <script>: no character of it can begin or end markup or a line.
+    """JSON for a <script> element: it contains no character that starts or ends markup or a line.
 
     Raises:
-        ValueError: NaN or infinity, which JSON does not have.
+        ValueError: NaN or infinity, which JSON does not support.
     """
     text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
@@ -85,7 +81,7 @@ def json_for_script(value: Any) -> str:
 
 @functools.cache
 def _plot_library() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script that needs nothing else."""
+    """Vega, Vega-Lite and Vega-Embed as one self-contained script."""
     import altair
     import vl_convert
 
@@ -94,7 +90,7 @@ def _plot_library() -> str:
 
 
 def _embeddable(script: str) -> str:
-    """A script that does not end its own element; both changes stand within strings and change no value."""
+    """A script without the sequences that end its element. They occur in strings only; escaping keeps the values."""
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--").replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -1,83 +1,92 @@
-"""Students side by side: the table, accuracy against what it costs, and learning curves."""
+"""The page's sections on students: results, accuracy against cost, learning curves, agreement by class, soft trees."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
-from logitcache.extras.report import charts
-from logitcache.extras.report.explained import agreement_figure
+import numpy as np
+from rich.filesize import decimal as size
+
+from logitcache.extras.report import charts, measures
+from logitcache.extras.report.decision_views import ChosenSample, inputs_of
 from logitcache.extras.report.figures import Figure, Section, Table
-from logitcache.extras.report.students import RunsFound, Student, spread
-from logitcache.extras.report.words import ClassNames, count, counted, decimal, name_of, percent, size, with_spread
-from logitcache.train.finished import CurvePoint, Run
+from logitcache.extras.report.formatting import (
+    MISSING,
+    ClassNames,
+    count,
+    counted,
+    decimal,
+    percent,
+    plain_text,
+    with_spread,
+)
+from logitcache.extras.report.students import ComparedStudent, RunsFound, Student, spread
+from logitcache.extras.report.trees import draw_tree, most_probable_paths
+from logitcache.extras.soft_tree import SoftTree
+from logitcache.train.finished import Run
+
+# C classes, M rows, S seeds
 
 MAX_SERIES = 12
 """Students that are drawn; all are in the table."""
 MAX_POINTS = 40
-"""Of one learning curve; of a longer one every so manyth epoch is drawn."""
+"""Of one learning curve; longer curves are thinned evenly."""
+LOWEST = 20
+"""Classes shown, those with the lowest agreement."""
+MAX_TREES = 4
 
 
 def student_section(found: RunsFound, class_names: ClassNames, num_classes: int) -> Section:
-    """What a folder of runs holds."""
-    section = Section("students", "Students")
-    students = sorted(found.students, key=lambda student: -(student.row.accuracy_mean or 0.0))
-    drawn = students[:MAX_SERIES]
-    section.lead += _lead(found, students)
-    if students or found.teachers:
-        section.tables.append(("Students, best first, and their teacher", _table(students, found.teachers)))
-    names = [student.name for student in drawn]
-    section.series = names
+    """The students of a folder of runs."""
+    section = Section("students", "Students", _lead(found))
+    drawn = found.students[:MAX_SERIES]
+    if found.students or found.teachers:
+        section.tables.append(("Students, best first, and their teacher", _table(found.students, found.teachers)))
+    section.series = [student.name for student in drawn]
     teacher = found.teachers[0].result.accuracy if len(found.teachers) == 1 else None
-    section.figures += [
-        figure
-        for figure in (
-            _cost_figure(drawn, "parameters", "Accuracy against size", "parameters", "~s", teacher),
-            _cost_figure(drawn, "latency", "Accuracy against latency", "latency, ms", "~g", teacher),
-            _cost_figure(drawn, "epoch", "Accuracy against training time", "seconds an epoch", "~g", teacher),
-            _curve_figure(
-                drawn, "validation_accuracy", "Validation accuracy along training", "validation accuracy", "~%"
-            ),
-            _curve_figure(drawn, "loss", "Training loss", "loss", "~g"),
-            agreement_figure(found, names, class_names, num_classes),
-        )
-        if figure is not None
-    ]
+    figures = (
+        _cost_figure(drawn, "parameters", "Accuracy against size", "parameters", "~s", teacher),
+        _cost_figure(drawn, "latency", "Accuracy against latency", "latency, ms", "~g", teacher),
+        _cost_figure(drawn, "epoch", "Accuracy against training time", "seconds per epoch", "~g", teacher),
+        _curve_figure(drawn, "validation_accuracy", "Validation accuracy during training", "validation accuracy", "~%"),
+        _curve_figure(drawn, "loss", "Training loss", "loss", "~g"),
+        agreement_figure(found, section.series, class_names, num_classes),
+    )
+    section.figures += [figure for figure in figures if figure is not None]
     return section
 
 
-def _lead(found: RunsFound, students: list[Student]) -> list[str]:
-    lead = []
+def _lead(found: RunsFound) -> list[str]:
+    students = found.students
+    lead = ["No student run is finished."]
     if students:
         runs = sum(len(student.runs) for student in students)
-        lead.append(
-            f"{counted(len(students), 'student', 'students')} in {counted(runs, 'finished run', 'finished runs')}; "
-            "accuracy on the test split, mean ± standard deviation between seeds."
-        )
-    else:
-        lead.append("No run of a student is finished yet.")
+        lead = [
+            f"{counted(len(students), 'student')} in {counted(runs, 'finished run')}; accuracy on the test split, mean "
+            "± standard deviation over seeds."
+        ]
     if found.agreement_rows:
         lead.append(
-            f"Agreement: how often a student's first class is the teacher's, on {count(found.agreement_rows)} rows of "
-            "one cached view of the training samples. Latency: median of forward passes of one sample on one CPU "
-            "thread of the machine that wrote this page."
+            "Agreement: share of rows on which student and teacher have the same most probable class, on "
+            f"{count(found.agreement_rows)} rows of one cached view of the training samples. Latency: median of "
+            "forward passes of one sample on one CPU thread of the machine that wrote this page."
         )
-    reasons = dict.fromkeys(student.not_measured for student in students if student.not_measured)
-    for reason in reasons:
-        named = ", ".join(student.name for student in students if student.not_measured == reason)
-        lead.append(f"Latency and agreement of {name_of(named, 200)} are not measured: {name_of(reason, 300)}")
-    if any(student.product for student in students):
+    for reason in dict.fromkeys(student.not_measured for student in students if student.not_measured):
+        names = ", ".join(student.name for student in students if student.not_measured == reason)
+        lead.append(f"Latency and agreement of {plain_text(names, 200)} are not measured: {plain_text(reason, 300)}")
+    if any(student.exported for student in students):
         lead.append(
-            "Of exported students: multiply-accumulates (MACs) of matrix products and convolutions a sample, sizes of "
-            "the files, and test accuracy in int8 beside the float one of the same seed."
+            "For exported students: multiply-accumulates (MACs) of matrix products and convolutions per sample, file "
+            "sizes, and test accuracy in int8 with the float32 accuracy of the same seed."
         )
     for student in students:
         if student.not_exported:
-            lead.append(f"What was exported of {student.name} is left out: {name_of(student.not_exported, 300)}")
-    if found.unfinished:
-        lead.append(f"Not finished, and left out: {name_of(', '.join(found.unfinished), 300)}.")
-    if found.unreadable:
-        lead.append(f"Not readable, and left out: {name_of(', '.join(found.unreadable), 300)}.")
+            lead.append(f"The export of {student.name} is left out: {plain_text(student.not_exported, 300)}")
+    for what, left_out in (("Not finished", found.unfinished), ("Not readable", found.unreadable)):
+        if left_out:
+            lead.append(f"{what}, and left out: {plain_text(', '.join(left_out), 300)}.")
     if len(students) > MAX_SERIES:
         lead.append(f"The {MAX_SERIES} best are drawn; all are in the table.")
     return lead
@@ -85,49 +94,46 @@ def _lead(found: RunsFound, students: list[Student]) -> list[str]:
 
 def _table(students: list[Student], teachers: list[Run]) -> Table:
     columns = [
-        "student", "test accuracy", "agreement with the teacher", "parameters", "latency, ms", "seconds an epoch",
+        "student", "test accuracy", "agreement with the teacher", "parameters", "latency, ms", "seconds per epoch",
         "samples", "seeds", "labels from",
     ]  # fmt: skip
-    exported = any(student.product for student in students)
-    if exported:
+    with_exports = any(student.exported for student in students)
+    if with_exports:
         columns += ["MACs", "file size", "int8 accuracy"]
-    rows = []
-    for student in students:
-        row = student.row
-        agreement = "–" if student.agreement is None else with_spread(*spread(student.agreement))
-        rows.append(
-            [
-                student.name,
-                with_spread(row.accuracy_mean, row.accuracy_sd),
-                agreement,
-                count(row.parameters),
-                decimal(student.latency_ms),
-                decimal(row.epoch_seconds),
-                count(row.samples),
-                str(len(row.seeds)),
-                student.labels,
-                *(_exported(student) if exported else []),
-            ]
-        )
-    for run in teachers:
-        result = run.result
-        rows.append(
-            ["teacher", percent(result.accuracy), "–", count(result.parameters), "–", decimal(result.epoch_seconds),
-             count(result.samples), "1", "true labels", *(["–"] * 3 if exported else [])]
-        )  # fmt: skip
-    return Table(columns, rows)
+    rows = [
+        [
+            student.name,
+            with_spread(student.row.accuracy_mean, student.row.accuracy_sd),
+            MISSING if student.agreement is None else with_spread(*spread(student.agreement)),
+            count(student.row.parameters),
+            decimal(student.latency_ms),
+            decimal(student.row.epoch_seconds),
+            count(student.row.samples),
+            str(len(student.row.seeds)),
+            student.labels,
+            *_exported(student),
+        ]
+        for student in students
+    ]
+    rows += [
+        ["teacher", percent(run.result.accuracy), MISSING, count(run.result.parameters), MISSING,
+         decimal(run.result.epoch_seconds), count(run.result.samples), "1", "true labels", *[MISSING] * 3]
+        for run in teachers
+    ]  # fmt: skip
+    return Table(columns, [row[: len(columns)] for row in rows])
 
 
 def _exported(student: Student) -> list[str]:
-    """MACs, file sizes and int8 accuracy of what was exported."""
-    product = student.product
-    if product is None:
-        return ["–"] * 3
-    sizes = [f"{form.name} {size(form.bytes)}" for form in product.variants if form.bytes is not None]
-    int8, float32 = product.variant("onnx int8"), product.variant("torch")
-    beside = "" if float32 is None else f" (float {percent(float32.test_accuracy)})"
-    accuracy = "–" if int8 is None else f"{percent(int8.test_accuracy)}{beside}"
-    return [count(product.macs), ", ".join(sizes) or "–", accuracy]
+    """MACs, file sizes and int8 accuracy of the export."""
+    exported = student.exported
+    if exported is None:
+        return [MISSING] * 3
+    sizes = [f"{form.name} {size(form.bytes)}" for form in exported.variants if form.bytes is not None]
+    int8, float32 = exported.variant("onnx int8"), exported.variant("torch")
+    accuracy = MISSING if int8 is None else percent(int8.test_accuracy)
+    if int8 is not None and float32 is not None:
+        accuracy += f" (float32 {percent(float32.test_accuracy)})"
+    return [count(exported.macs), ", ".join(sizes) or MISSING, accuracy]
 
 
 def _cost(student: Student, kind: str) -> float | None:
@@ -152,19 +158,16 @@ def _cost_figure(
         rows.append({"student": student.name, "value": cost, "accuracy": accuracy, "low": low, "high": high})
     if not rows:
         return None
+    unit = {"parameters": "parameters", "latency": "ms per sample", "epoch": "seconds per epoch"}[kind]
+    extremes = {"Best": rows[0], "Cheapest": min(rows, key=lambda row: float(row["value"]))}
+    caption = " ".join(
+        f"{what}: {row['student']}, {percent(row['accuracy'])} at {_shown(row['value'])} {unit}."
+        for what, row in extremes.items()
+    )
     costs = [row["value"] for row in rows]
-    best, cheapest = rows[0], min(rows, key=lambda row: row["value"])
-    unit = {"parameters": "parameters", "latency": "ms a sample", "epoch": "seconds an epoch"}[kind]
-    said = f"The best, {best['student']}, is right on {percent(best['accuracy'])}"
-    said += f" at {_shown(best['value'])} {unit}"
-    if cheapest["value"] == best["value"]:
-        caption = f"{said}; none has less."
-    else:
-        cheap = f"{cheapest['student']}, on {percent(cheapest['accuracy'])} at {_shown(cheapest['value'])}"
-        caption = f"{said}; the cheapest, {cheap}."
-    logarithmic = min(costs) > 0 and max(costs) > 10 * min(costs)
     spec = charts.accuracy_against(
-        rows, title=quantity, axis_format=axis_format, logarithmic=logarithmic, teacher=teacher,
+        rows, title=quantity, axis_format=axis_format, teacher=teacher,
+        logarithmic=min(costs) > 0 and max(costs) > 10 * min(costs),
         students=[student.name for student in students],
     )  # fmt: skip
     table = Table(
@@ -175,55 +178,131 @@ def _cost_figure(
 
 
 def _curve_figure(students: list[Student], quantity: str, title: str, axis: str, axis_format: str) -> Figure | None:
-    rows: list[dict[str, Any]] = []
-    ends: list[tuple[str, float]] = []
-    for student in students:
-        points = _mean_curve(student, quantity)
-        if points:
-            ends.append((student.name, points[-1]["mean"]))
-            step = -(-len(points) // MAX_POINTS)
-            rows += points[::-1][::step][::-1]  # the last epoch stays
-    if not rows:
+    curves = [curve for student in students if (curve := _mean_curve(student, quantity))]
+    if not curves:
         return None
-
-    def shown(value: float) -> str:
-        return percent(value) if quantity != "loss" else decimal(value)
-
-    least, greatest = min(ends, key=lambda end: end[1]), max(ends, key=lambda end: end[1])
-    if quantity == "loss":
-        caption = "Mean loss of each epoch. Students with different losses can't be compared by its height."
-    else:
+    rows = [point for curve in curves for point in _thinned(curve)]
+    shown = decimal if quantity == "loss" else percent
+    caption = "Mean loss of each epoch. Values of students with different losses are not comparable."
+    if quantity != "loss":
+        ends = [curve[-1] for curve in curves]
+        highest, lowest = max(ends, key=lambda end: float(end["mean"])), min(ends, key=lambda end: float(end["mean"]))
         caption = (
-            f"At the end {greatest[0]} is highest with {shown(greatest[1])}, {least[0]} lowest with "
-            f"{shown(least[1])}; bands reach from the least to the greatest of the seeds."
+            f"Final value, highest: {highest['student']}, {shown(highest['mean'])}; lowest: {lowest['student']}, "
+            f"{shown(lowest['mean'])}. Bands span the minimum and maximum over seeds."
         )
     spec = charts.learning_curves(
         rows, students=[student.name for student in students], title=axis, axis_format=axis_format
     )
     table = Table(
-        ["student", "steps", f"mean {axis}", "least seed", "greatest seed"],
+        ["student", "steps", f"mean {axis}", "lowest seed", "highest seed"],
         [[row["student"], count(row["step"]), *(shown(row[key]) for key in ("mean", "low", "high"))] for row in rows],
     )
-    return Figure(f"curve-{quantity.replace('_', '-')}", title, caption, spec, table, width="half")
+    return Figure(f"curve-{quantity.replace('_', '-')}", title, caption, spec, table, "half")
+
+
+def _thinned(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most `MAX_POINTS` points, the last one included."""
+    return points[::-1][:: -(-len(points) // MAX_POINTS)][::-1]
 
 
 def _mean_curve(student: Student, quantity: str) -> list[dict[str, Any]]:
-    """Mean, least and greatest over the seeds of each epoch that all of them have."""
+    """Mean, minimum and maximum over seeds, of each epoch that all runs have."""
     curves = [{point.epoch: point for point in run.curve} for run in student.runs]
-    epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
     points = []
-    for epoch in epochs:
-        here: list[CurvePoint] = [curve[epoch] for curve in curves]
-        values = [getattr(point, quantity) for point in here]
-        if any(value is None for value in values):
-            continue
-        points.append(
-            {
-                "student": student.name,
-                "step": here[0].step,
-                "mean": statistics.fmean(values),
-                "low": min(values),
-                "high": max(values),
-            }
-        )
+    for epoch in sorted(set.intersection(*(set(curve) for curve in curves))):
+        values = [getattr(curve[epoch], quantity) for curve in curves]
+        if None not in values:
+            points.append(
+                {
+                    "student": student.name,
+                    "step": curves[0][epoch].step,
+                    "mean": statistics.fmean(values),
+                    "low": min(values),
+                    "high": max(values),
+                }
+            )
     return points
+
+
+def agreement_figure(found: RunsFound, drawn: Sequence[str], names: ClassNames, num_classes: int) -> Figure | None:
+    """The share of rows on which a student predicts the teacher's class, by the teacher's class.
+
+    Args:
+        found: after the measurements.
+        drawn: names of the students that are drawn, in the order of their colours.
+        names: of the classes.
+        num_classes: C.
+    """
+    students = [(student, compared) for student, compared in found.compared() if student.name in drawn]
+    rows = found.common_rows()
+    if not students or not len(rows):
+        return None
+    label_M = np.array([found.teacher_predictions[row][0] for row in rows.tolist()])
+    counts_C = np.bincount(label_M, minlength=num_classes)
+    seen = np.flatnonzero(counts_C)
+    by_student = np.stack([_by_class(compared, rows, label_M, num_classes) for _, compared in students])
+    mean_C = by_student.mean(axis=0)
+    lowest = seen[np.argsort(mean_C[seen], kind="stable")][:LOWEST].tolist()
+    points = [
+        {"name": names[number], "student": student.name, "value": float(by_student[place, number]),
+         "rows": int(counts_C[number])}
+        for number in lowest
+        for place, (student, _) in enumerate(students)
+    ]  # fmt: skip
+    cells = [
+        [names[number], count(int(counts_C[number])), *(percent(float(share)) for share in by_student[:, number])]
+        for number in lowest
+    ]
+    extremes = {"Lowest": lowest[0], "highest": int(seen[np.argmax(mean_C[seen])])}
+    means = "; ".join(
+        f"{what}: {names[number]}, {percent(float(mean_C[number]))} of {counted(int(counts_C[number]), 'row')}"
+        for what, number in extremes.items()
+    )
+    caption = (
+        f"On {count(len(rows))} rows of one cached view, mean over seeds. Classes are the teacher's predictions, "
+        f"lowest agreement first. {means} (mean over students)."
+    )
+    title = "Agreement with the teacher by class"
+    if len(lowest) < len(seen):
+        title = f"Agreement by class: the lowest {len(lowest)} of {count(len(seen))}"
+    spec = charts.shares_by_class(points, students=drawn, title="agreement with the teacher")
+    table = Table(["class", "rows", *(student.name for student, _ in students)], cells)
+    return Figure("agreement-classes", title, caption, spec, table, "half")
+
+
+def _by_class(compared: ComparedStudent, rows: np.ndarray, label_M: np.ndarray, num_classes: int) -> np.ndarray:
+    """Agreement by the teacher's class, float64 (C,), mean over seeds; NaN for a class without rows."""
+    predicted_SM = compared.predicted[:, np.searchsorted(compared.rows, rows)]
+    shares = [measures.class_accuracy(label_M, predicted_M == label_M, num_classes)[0] for predicted_M in predicted_SM]
+    return np.asarray(np.mean(shares, axis=0))
+
+
+def tree_section(found: RunsFound, chosen: list[ChosenSample], names: ClassNames) -> Section | None:
+    """The students that are soft trees, drawn; None where there are none."""
+    trees = [
+        (student, compared, compared.node_use)
+        for student, compared in found.compared()
+        if compared.node_use is not None
+    ]
+    if not trees:
+        return None
+    section = Section("trees", "Soft decision trees")
+    section.lead.append(
+        "Students that are soft decision trees (Frosst and Hinton 2017), first seed. Each inner node shows its filter: "
+        "a brighter pixel sends a sample to the right where the filter is orange (strongest at +), to the left where "
+        "it is blue (strongest at −). Each leaf shows its distribution over classes. Percentages are of the "
+        f"{count(found.agreement_rows)} rows of one cached view that students were compared on."
+    )
+    if len(trees) > MAX_TREES:
+        section.lead.append(f"The {MAX_TREES} best of {count(len(trees))} trees are drawn.")
+    drawings = []
+    for number, (student, compared, use) in enumerate(trees[:MAX_TREES]):
+        tree = compared.load()
+        assert isinstance(tree, SoftTree)
+        rows = [sample.row for sample in chosen]
+        found_paths = most_probable_paths(tree, inputs_of(compared.matched, compared.config, found.view, rows))
+        paths = list(zip(chosen, found_paths, strict=True))
+        drawings.append(draw_tree(f"tree-{number}", student.name, tree, use, paths, names))
+    section.trees = drawings
+    return section

@@ -24,115 +24,114 @@ from logitcache.config.schema import StudentConfig
 from logitcache.data.batching import num_bytes
 from logitcache.data.loading import part_of
 from logitcache.errors import InvalidLogits, LogitCacheError, UsageError
-from logitcache.extras.report.fitted import FittedData, fit_data
+from logitcache.extras.report.formatting import plain_text
+from logitcache.extras.report.matched_data import MatchedData, match_data
 from logitcache.extras.report.measures import log_softmax
-from logitcache.extras.report.teacher import chosen_rows, decoded_batches
-from logitcache.extras.report.trees import mean_use
-from logitcache.extras.report.words import name_of
+from logitcache.extras.report.teacher import decoded_batches, select_rows
+from logitcache.extras.report.trees import node_use
 from logitcache.extras.soft_tree import SoftTree
 from logitcache.extras.student_export.cost import median_seconds
-from logitcache.extras.student_export.facts import Product
-from logitcache.extras.student_export.source import exported_product
+from logitcache.extras.student_export.metadata import StudentMetadata
+from logitcache.extras.student_export.source import exported_metadata, label_source
 from logitcache.progress import track
 from logitcache.stages.train_student import Row, summarise
 from logitcache.train.finished import Run, read_run
 from logitcache.train.runs import CONFIG, RESULT
 
-# B batch, C classes, I inner nodes, L leaves, M rows, S seeds
+# B batch, I inner nodes, L leaves, M rows, S seeds
 
 AGREEMENT_ROWS = 2_000
 """Rows of one view on which students and teacher are compared, at most."""
 AGREEMENT_BLOCKS = 8
 RENDERED_BYTES = 2**28
-"""Of rendered inputs that are held for it."""
+"""Of rendered inputs held for the comparison."""
 
-TeacherAnswers = dict[int, tuple[int, float]]
-"""(the teacher's first class, its probability) by row."""
+TeacherPredictions = dict[int, tuple[int, float]]
+"""(the teacher's most probable class, its probability) by row."""
 
 
 @dataclass(frozen=True)
-class Compared:
-    """What a student says of some rows of one view of the cache."""
+class ComparedStudent:
+    """A student's predictions on some rows of one view of the cache."""
 
-    fitted: FittedData
+    matched: MatchedData
     config: StudentConfig
     weights: str
-    """The file of the first seed's."""
+    """The weights file of the first seed."""
     rows: np.ndarray
     """int64 (M,)."""
     predicted: np.ndarray
     """int64 (S, M): the most probable class, by seed."""
     confidence: np.ndarray
     """float32 (M,): its probability, by the first seed."""
-    reached: np.ndarray | None
-    """Of a soft tree, the mean probability of reaching each node over these rows, float64 (I + L,), likewise."""
+    node_use: np.ndarray | None
+    """Of a soft tree: the mean probability of reaching each node, float64 (I + L,), by the first seed."""
 
     def load(self) -> nn.Module:
-        """The first seed's net, on the CPU, in evaluation mode."""
-        fitted = self.fitted
-        return resolve_model(
-            self.config, fitted.data, fitted.plan, weights=self.weights, seed=0, trust=fitted.trust
-        ).eval()
+        """The model of the first seed, on the CPU, in evaluation mode."""
+        return _load(self.matched, self.config, self.weights)
+
+
+def _load(matched: MatchedData, config: StudentConfig, weights: str) -> nn.Module:
+    return resolve_model(config, matched.data, matched.plan, weights=weights, seed=0, trust=matched.trust).eval()
 
 
 @dataclass
 class Student:
-    """One student's runs, a seed each."""
+    """The runs of one student, one per seed."""
 
     name: str
     runs: list[Run]
     row: Row
     labels: str
-    """Where its labels came from, in words."""
+    """The source of its labels."""
     latency_ms: float | None = None
-    """Median of forward passes of one sample on one thread of the CPU."""
+    """Median of forward passes of one sample on one CPU thread."""
     agreement: list[float] | None = None
-    """With the teacher's first class, for each seed."""
-    compared: Compared | None = None
+    """Share of rows with the teacher's most probable class, for each seed."""
+    compared: ComparedStudent | None = None
     not_measured: str | None = None
     """Why latency and agreement are missing."""
-    product: Product | None = None
-    """What was exported of the first run that was."""
+    exported: StudentMetadata | None = None
+    """Of the first run that was exported."""
     not_exported: str | None = None
-    """Why what was exported is not shown."""
+    """Why the export is not shown."""
 
 
 @dataclass(frozen=True)
 class RunsFound:
-    """What lies in a folder of runs."""
+    """The contents of a folder of runs."""
 
     students: list[Student]
+    """Best first."""
     teachers: list[Run]
     unfinished: list[str]
     unreadable: list[str]
     agreement_rows: int = 0
-    """On which agreement was measured."""
-    teacher_answers: TeacherAnswers = field(default_factory=dict)
-    """What the teacher says of these."""
+    """Rows that agreement was measured on."""
+    teacher_predictions: TeacherPredictions = field(default_factory=dict)
+    """On these rows."""
     view: int = 0
-    """Which view they are of."""
+    """The view that these rows are from."""
 
-    def compared(self) -> list[tuple[Student, Compared]]:
+    def compared(self) -> list[tuple[Student, ComparedStudent]]:
         """The students that were compared with the teacher, best first."""
-        best_first = sorted(self.students, key=lambda student: -(student.row.accuracy_mean or 0.0))
-        return [(student, student.compared) for student in best_first if student.compared is not None]
+        return [(student, student.compared) for student in self.students if student.compared is not None]
 
     def common_rows(self) -> np.ndarray:
-        """The rows on which all of them were, int64 (M,), sorted."""
+        """The rows that all of them were compared on, int64 (M,), sorted."""
         rows = [compared.rows for _, compared in self.compared()]
         return functools.reduce(np.intersect1d, rows) if rows else np.empty(0, dtype=np.int64)
 
 
 def find_runs(folder: Path, cache: LogitCache) -> RunsFound:
-    """Every run under a folder; nothing is measured yet.
+    """Every run below a folder, not yet measured.
 
     Raises:
-        UsageError: no such folder, or no run in it.
+        UsageError: the folder is missing or contains no run.
     """
     if not folder.is_dir():
-        raise UsageError(
-            f"--runs {folder}: there is no such folder; expected one that `train-student` left its runs in"
-        )
+        raise UsageError(f"--runs {folder}: there is no such folder; expected one that `train-student` wrote runs to")
     finished: dict[Path, list[Run]] = {}
     teachers, unfinished, unreadable = [], [], []
     for path in _run_folders(folder):
@@ -150,23 +149,21 @@ def find_runs(folder: Path, cache: LogitCache) -> RunsFound:
         else:
             finished.setdefault(path.parent, []).append(run)
     if not (finished or teachers or unfinished or unreadable):
-        raise UsageError(
-            f"--runs {folder} holds no run; expected folders with {CONFIG} and {RESULT} somewhere below it"
-        )
-    names = [name_of(runs[0].result.name) for runs in finished.values()]
+        raise UsageError(f"--runs {folder} contains no run; expected folders with {CONFIG} and {RESULT} below it")
+    names = [plain_text(runs[0].result.name) for runs in finished.values()]
     students: list[Student] = []
-    for parent, runs in finished.items():
-        name = name_of(runs[0].result.name)
+    for (parent, runs), name in zip(finished.items(), names, strict=True):
         if names.count(name) > 1:
-            name = f"{name} ({name_of(parent.relative_to(folder).as_posix())})"
+            name = f"{name} ({plain_text(parent.relative_to(folder).as_posix())})"
         runs.sort(key=lambda run: run.result.seed)
         row = summarise(name, [run.result.model_dump() for run in runs])
-        student = Student(name, runs, row, _labels(runs[0].config, cache))
+        student = Student(name, runs, row, _labels(runs[0], cache))
         try:
-            student.product = next(filter(None, map(exported_product, runs)), None)
+            student.exported = next(filter(None, map(exported_metadata, runs)), None)
         except UsageError as error:
             student.not_exported = str(error).splitlines()[0]
         students.append(student)
+    students.sort(key=lambda student: -(student.row.accuracy_mean or 0.0))
     return RunsFound(students, teachers, unfinished, unreadable)
 
 
@@ -177,140 +174,137 @@ def _run_folders(folder: Path) -> Iterator[Path]:
             yield Path(path)
 
 
-def _labels(config: dict[str, Any], cache: LogitCache) -> str:
-    """Where a student's labels came from."""
-    source = config.get("labels")
-    source = source if isinstance(source, dict) else {}
-    if "given" in source:
-        return "given by the program"
-    if source.get("cache") == cache.id:
-        return "this cache"
-    if "cache" in source:
-        return f"another cache ({name_of(source['cache'])[:12]}…)"
-    if "teacher" in source:
-        return "the live teacher"
-    student = config.get("student")
-    loss = student.get("loss") if isinstance(student, dict) else None
-    truth_only = isinstance(loss, dict) and loss.get("name") == "true_label"
-    return "true labels" if truth_only else "not stated"
+def _labels(run: Run, cache: LogitCache) -> str:
+    kind, identity = label_source(run)
+    if kind == "cache":
+        return "this cache" if identity == cache.id else f"another cache ({plain_text(identity)[:12]}…)"
+    if kind == "true labels":
+        student = run.config.get("student")
+        loss = student.get("loss") if isinstance(student, dict) else None
+        if not isinstance(loss, dict) or loss.get("name") not in ("true_label", "cross_entropy"):
+            return "not stated"
+    return kind
 
 
 def measure_students(
-    found: RunsFound, cache: LogitCache, location: str, fitted: FittedData | None, view: int, *, trust: bool
+    found: RunsFound, cache: LogitCache, location: str, matched: MatchedData | None, view: int, *, trust: bool
 ) -> RunsFound:
     """Load each student's weights and measure its latency and its agreement with the teacher.
 
     Args:
-        fitted: the data to measure on; without it each run's own pipeline is asked for its data.
-        view: which one the agreement is measured on.
+        matched: the data to measure on; by default the data of each run's own pipeline.
+        view: to measure the agreement on.
     """
-    bench = _Measuring(cache, location, fitted, view, trust=trust)
+    comparison = _Comparison(cache, location, matched, view, trust=trust)
     with track("measuring students", sum(len(student.runs) for student in found.students), unit="runs") as meter:
         for student in found.students:
             try:
-                bench.measure(student)
+                comparison.measure(student)
             except (LogitCacheError, ValidationError) as error:
                 student.not_measured = str(error).splitlines()[0]
                 student.latency_ms = student.agreement = student.compared = None
             meter.advance(len(student.runs))
-    return replace(found, agreement_rows=bench.num_rows, teacher_answers=bench.teacher_answers, view=view)
+    return replace(
+        found,
+        agreement_rows=comparison.num_rows,
+        teacher_predictions=comparison.teacher_predictions,
+        view=view,
+    )
 
 
-class _Measuring:
-    """What students share while they are measured: data that fits, rendered inputs, the teacher's classes."""
+class _Comparison:
+    """What the measurements of all students share: matched data, rendered inputs and the teacher's predictions."""
 
-    def __init__(self, cache: LogitCache, location: str, fitted: FittedData | None, view: int, *, trust: bool) -> None:
+    def __init__(
+        self, cache: LogitCache, location: str, matched: MatchedData | None, view: int, *, trust: bool
+    ) -> None:
         self._cache, self._location, self._view, self._trust = cache, location, view, trust
-        self._given = fitted
-        self._fitted: dict[str, FittedData | LogitCacheError] = {}
+        self._given = matched
+        self._matched: dict[str, MatchedData | LogitCacheError] = {}
         self._rendered: dict[str, tuple[np.ndarray, Any]] = {}
-        self.teacher_answers: TeacherAnswers = {}
+        self.teacher_predictions: TeacherPredictions = {}
         self.num_rows = 0
 
     def measure(self, student: Student) -> None:
-        fitted = self._data_of(student.runs[0])
-        config = StudentConfig.model_validate(student.runs[0].config.get("student"))
-        rows, inputs = self._inputs(fitted, config)
-        classes = np.array([self.teacher_answers[row][0] for row in rows.tolist()])
-        predicted, confidence, reached = [], np.empty(0, dtype=np.float32), None
-        for run in student.runs:
-            weights = str(run.folder / "last.safetensors")
-            model = resolve_model(config, fitted.data, fitted.plan, weights=weights, seed=0, trust=self._trust).eval()
-            labels, sureness = _asked(model, inputs, len(rows))
-            predicted.append(labels)
-            if run is student.runs[0]:
-                forward = functools.partial(call_model, model, part_of(inputs, 0, 1))
-                student.latency_ms = 1000 * median_seconds({"torch": forward})["torch"]
-                confidence = sureness
-                reached = mean_use(model, inputs) if isinstance(model, SoftTree) else None
-        student.agreement = [float((classes_of_seed == classes).mean()) for classes_of_seed in predicted]
-        first = str(student.runs[0].folder / "last.safetensors")
-        student.compared = Compared(fitted, config, first, rows, np.stack(predicted), confidence, reached)
+        first = student.runs[0]
+        matched = self._given or self._data_of(first)
+        config = StudentConfig.model_validate(first.config.get("student"))
+        rows, inputs = self._inputs(matched, config)
+        teacher = np.array([self.teacher_predictions[row][0] for row in rows.tolist()])
+        models = [_load(matched, config, _weights(run)) for run in student.runs]
+        outputs = [_predictions(model, inputs, len(rows)) for model in models]
+        forward = functools.partial(call_model, models[0], part_of(inputs, 0, 1))
+        student.latency_ms = 1000 * median_seconds({"torch": forward})["torch"]
+        student.agreement = [float((predicted == teacher).mean()) for predicted, _ in outputs]
+        student.compared = ComparedStudent(
+            matched,
+            config,
+            _weights(first),
+            rows,
+            np.stack([predicted for predicted, _ in outputs]),
+            outputs[0][1],
+            node_use(models[0], inputs) if isinstance(models[0], SoftTree) else None,
+        )
         self.num_rows = max(self.num_rows, len(rows))
 
-    def _data_of(self, run: Run) -> FittedData:
-        if self._given is not None:
-            return self._given
+    def _data_of(self, run: Run) -> MatchedData:
         pipeline = recorded_pipeline(run.folder)
         key = json.dumps([pipeline.data.model_dump(), pipeline.views.model_dump(), pipeline.teacher.model_dump()])
-        if key not in self._fitted:
+        if key not in self._matched:
             try:
-                self._fitted[key] = fit_data(self._cache, self._location, pipeline, trust=self._trust)
+                self._matched[key] = match_data(self._cache, self._location, pipeline, trust=self._trust)
             except LogitCacheError as error:
-                self._fitted[key] = error
-        fitted = self._fitted[key]
-        if isinstance(fitted, LogitCacheError):
-            raise fitted
-        return fitted
+                self._matched[key] = error
+        matched = self._matched[key]
+        if isinstance(matched, LogitCacheError):
+            raise matched
+        return matched
 
-    def _inputs(self, fitted: FittedData, config: StudentConfig) -> tuple[np.ndarray, Any]:
-        """(rows, rendered inputs) as a student takes them; students with the same input share them."""
-        key = json.dumps([id(fitted), config.input])
+    def _inputs(self, matched: MatchedData, config: StudentConfig) -> tuple[np.ndarray, Any]:
+        """(rows, rendered inputs) of a student; shared by students with the same input transform."""
+        key = json.dumps([id(matched), config.input])
         if key not in self._rendered:
-            index_of_row = fitted.index_of_row()
-            views = fitted.views(config)
-            (rows,) = chosen_rows(
+            index_of_row, views = matched.index_of_row, matched.views(config)
+            (rows,) = select_rows(
                 self._cache, [self._view], max_rows=AGREEMENT_ROWS, max_blocks=AGREEMENT_BLOCKS
             ).values()
             rows = np.array([row for row in rows.tolist() if row in index_of_row], dtype=np.int64)
             if not len(rows):
-                raise UsageError("none of the rows that agreement is measured on is among the data at hand")
+                raise UsageError("the local data contains none of the rows that agreement is measured on")
             sample = views[(self._view, index_of_row[int(rows[0])])][1]
             sample_bytes = num_bytes(sample)
             if sample_bytes is None:
                 raise UsageError(f"the student's inputs are {type(sample).__name__}s, not tensors")
-            step = -(-len(rows) * sample_bytes // RENDERED_BYTES)
-            rows = rows[::step]
-            items = [(self._view, index_of_row[row]) for row in rows.tolist()]
-            inputs = views.batch(items)
-            self._learn_answers(rows)
+            rows = rows[:: -(-len(rows) * sample_bytes // RENDERED_BYTES)]
+            inputs = views.batch([(self._view, index_of_row[row]) for row in rows.tolist()])
+            for batch, logits_BC in decoded_batches(self._cache, self._view, rows):
+                p_B, predicted_B = log_softmax(logits_BC).exp().max(dim=1)
+                predictions = zip(predicted_B.tolist(), p_B.tolist(), strict=True)
+                self.teacher_predictions.update(zip(batch.tolist(), predictions, strict=True))
             self._rendered[key] = rows, inputs
         return self._rendered[key]
 
-    def _learn_answers(self, rows: np.ndarray) -> None:
-        for batch, logits_BC in decoded_batches(self._cache, self._view, rows):
-            log_p_BC = log_softmax(logits_BC)
-            said = zip(log_p_BC.argmax(axis=1).tolist(), np.exp(log_p_BC.max(axis=1)).tolist(), strict=True)
-            self.teacher_answers.update(zip(batch.tolist(), said, strict=True))
+
+def _weights(run: Run) -> str:
+    return str(run.folder / "last.safetensors")
 
 
-def _asked(model: nn.Module, inputs: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _predictions(model: nn.Module, inputs: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(the most probable class, int64 (M,); its probability, float32 (M,)) of rendered inputs.
 
     Raises:
         InvalidLogits: NaN.
     """
-    labels, sureness = [], []
+    predicted, confidence = [], []
     with torch.inference_mode():
         for start in range(0, count, 64):
             logits_BC = model_logits(model, part_of(inputs, start, start + 64))
-            probability_B, label_B = logits_BC.float().softmax(dim=1).max(dim=1)
-            labels.append(label_B)
-            sureness.append(probability_B)
-    confidence = torch.cat(sureness)
-    if confidence.isnan().any():
-        raise InvalidLogits("the student says NaN")
-    return torch.cat(labels).numpy(), confidence.numpy()
+            p_B, predicted_B = logits_BC.float().softmax(dim=1).max(dim=1)
+            predicted.append(predicted_B)
+            confidence.append(p_B)
+    if torch.cat(confidence).isnan().any():
+        raise InvalidLogits("the student returns NaN")
+    return torch.cat(predicted).numpy(), torch.cat(confidence).numpy()
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:

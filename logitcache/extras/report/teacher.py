@@ -1,4 +1,4 @@
-"""What a cache's teacher says: some rows of every kind, read from the cache, one view in memory at a time."""
+"""Statistics of a cache's teacher, from a bounded number of rows; one view in memory at a time."""
 
 from __future__ import annotations
 
@@ -6,65 +6,64 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from logitcache.cache.ground_truth import NO_TARGET, MixingOfCache, targets_of
 from logitcache.cache.layout import Block, block_rows, blocks_per_view
 from logitcache.cache.reader import LogitCache
 from logitcache.errors import REBUILD, IncompleteCache
-from logitcache.extras.report.measures import Answers, answers_of, concatenate
+from logitcache.extras.report.measures import Predictions, concatenate, predictions_of
 from logitcache.progress import track
 
 # B batch, C classes, N samples
 
 MAX_ROWS = 200_000
-"""Rows that the teacher is judged on, at most: their number bounds memory and time on a cache of any size."""
+"""Rows measured, at most. This bounds memory and time on a cache of any size."""
 MAX_LOGITS = 2**29
-"""Logits that are decoded for it, at most; it lowers `MAX_ROWS` beyond some 2 700 classes."""
+"""Logits decoded in total, at most; lowers `MAX_ROWS` beyond about 2 700 classes."""
 BATCH_LOGITS = 2**22
 """Logits decoded at once."""
 MAX_PARTS = 64
-"""Blocks that are read for a part of their rows, where not all rows are: datasets are often sorted by class."""
+"""Blocks that are read partly, where not all rows are read: datasets are often sorted by class."""
 STREAMED = 1
-"""A memory budget in bytes that no view fits into, so that it is read block by block."""
+"""A memory budget in bytes that is smaller than any view, so that views are read block by block."""
 MIN_UNMIXED = 100
-"""Rows without mixing that are enough to judge a teacher by; with fewer, mixed rows are judged too."""
+"""Unmixed rows that are enough to score the teacher on; with fewer, mixed rows are scored too."""
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What the teacher said, and of which rows."""
+class TeacherStats:
+    """What was measured of the teacher, and on which rows."""
 
-    answers: Answers
+    predictions: Predictions
     num_rows: int
-    """Rows of the views that are there; `answers` are some or all of them."""
+    """Rows of the complete views; `predictions` covers all or some of them."""
     views: list[int]
-    """The views whose blocks are all there."""
-    judged_by: str
+    """The complete views."""
+    scored_by: str
     """"targets", "unmixed rows", "dominant sample", or "nothing" where the cache has no targets."""
 
 
 def complete_views(cache: LogitCache) -> list[int]:
-    """The views whose blocks are all there.
+    """The views whose blocks are all present.
 
     Raises:
-        IncompleteCache: there is none.
+        IncompleteCache: no view is complete.
     """
     numbers = range(blocks_per_view(cache.layout))
     views = [view for view in cache.views if all(Block(view, number).name in cache.receipts for number in numbers)]
     if not views:
-        raise IncompleteCache(
-            f"{cache.storage.url} holds no whole view yet, so there is nothing to report on; {REBUILD}"
-        )
+        raise IncompleteCache(f"{cache.storage.url} has no complete view yet, so there is nothing to report; {REBUILD}")
     return views
 
 
-def chosen_rows(
+def select_rows(
     cache: LogitCache, views: list[int], *, max_rows: int, max_blocks: int = MAX_PARTS
 ) -> dict[int, np.ndarray]:
-    """Which rows to read of which views, int64, sorted: all of them, or `max_rows` spread over blocks and views.
+    """The rows to read of each view, int64, sorted: all of them, or `max_rows` spread over blocks and views.
 
-    Datasets are often sorted by class, so blocks are taken from the whole length of the dataset, each from the next
-    view in turn, and in each block rows from one end to the other.
+    Datasets are often sorted by class, so blocks are evenly spaced over the dataset, views alternate, and the rows of
+    a block are evenly spaced too.
     """
     layout, per_view = cache.layout, blocks_per_view(cache.layout)
     everything = len(views) * cache.num_samples <= max_rows
@@ -80,24 +79,24 @@ def chosen_rows(
     return {view: np.concatenate(chosen[view]) for view in sorted(chosen)}
 
 
-def decoded_batches(cache: LogitCache, view: int, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows (B,), logits float32 (B, C)) of sorted rows of one view, a bounded batch at a time."""
+def decoded_batches(cache: LogitCache, view: int, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """(rows (B,), logits float32 (B, C)) of sorted rows of one view, in batches of bounded size."""
     labels = cache.view(view, memory_budget=STREAMED)
     size = max(1, BATCH_LOGITS // cache.num_classes)
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]
-        yield batch, labels.logits(batch).numpy()
+        yield batch, labels.logits(batch)
 
 
-def listen(cache: LogitCache) -> Heard:
-    """Read what the teacher said of at most `MAX_ROWS` rows.
+def measure_teacher(cache: LogitCache) -> TeacherStats:
+    """Measure the teacher on at most `MAX_ROWS` rows.
 
     Raises:
-        IncompleteCache: no view is whole.
-        CorruptCache: stored bytes are not those that were written, or say nothing that makes sense.
+        IncompleteCache: no view is complete.
+        CorruptCache: stored bytes differ from those that were written, or are not valid.
     """
     views = complete_views(cache)
-    rows_of_view = chosen_rows(cache, views, max_rows=min(MAX_ROWS, max(1, MAX_LOGITS // cache.num_classes)))
+    rows_of_view = select_rows(cache, views, max_rows=min(MAX_ROWS, max(1, MAX_LOGITS // cache.num_classes)))
     targets_N = targets_of(cache)
     mixing = MixingOfCache(cache)
     parts = []
@@ -106,16 +105,15 @@ def listen(cache: LogitCache) -> Heard:
             for rows, logits_BC in decoded_batches(cache, view, chosen):
                 mixed_B, dominant_B = mixing.of_rows(view, rows)
                 targets_B = np.full(len(rows), NO_TARGET) if targets_N is None else targets_N[dominant_B]
-                parts.append(answers_of(logits_BC, targets_B, mixed_B))
+                parts.append(predictions_of(logits_BC, targets_B, mixed_B))
                 meter.advance(len(rows))
-    answers = concatenate(parts)
-    judged_by = "nothing" if targets_N is None else "targets"
-    if targets_N is not None and answers.mixed.any():
-        judged_by = "dominant sample"
-        if int((~answers.mixed).sum()) >= MIN_UNMIXED:
-            judged_by = "unmixed rows"
-            unjudged = answers.mixed
-            answers.targets[unjudged] = NO_TARGET
-            answers.nll[unjudged] = np.nan
-            answers.in_top5[unjudged] = False
-    return Heard(answers, len(views) * cache.num_samples, views, judged_by)
+    found = concatenate(parts)
+    scored_by = "nothing" if targets_N is None else "targets"
+    if targets_N is not None and found.mixed.any():
+        scored_by = "dominant sample"
+        if int((~found.mixed).sum()) >= MIN_UNMIXED:
+            scored_by = "unmixed rows"
+            found.targets[found.mixed] = NO_TARGET
+            found.nll[found.mixed] = np.nan
+            found.in_top5[found.mixed] = False
+    return TeacherStats(found, len(views) * cache.num_samples, views, scored_by)

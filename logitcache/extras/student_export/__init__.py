@@ -1,4 +1,4 @@
-"""A student as a product: its weights or ONNX model in a folder with a card and all its numbers."""
+"""Export of a trained student: weights or an ONNX model in a folder with a model card and measured numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a net costs: multiply-accumulates, and seconds of a forward pass."""
+"""The cost of a model: multiply-accumulates, and the time of a forward pass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,29 @@ from torch import Tensor, nn
 
 LATENCY_PASSES = 200
 LATENCY_SECONDS = 2.0
-"""Of each engine, after which no further pass is made, if there were five."""
+"""Per engine. After this time no further pass starts, if there were at least five."""
 WARM_UP = 5
 
 
 def count_macs(model: nn.Module, input_1: Tensor) -> int:
-    """Multiply-accumulates of one sample: half the operations that torch's `FlopCounterMode` counts.
+    """Multiply-accumulates of one sample: half of what torch's `FlopCounterMode` counts.
 
-    Matrix products, convolutions and attention; neither biases, norms, activations, pooling nor other elementwise
-    work.
+    Includes matrix products, convolutions and attention; excludes biases, norms, activations, pooling and other
+    elementwise operations.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    # With gradients, since without them torch may fuse a whole transformer block into one operator, which has no count.
+    # With gradients: without them torch may fuse a transformer block into one operator that the counter doesn't know.
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         model(input_1)
     return int(counter.get_total_flops()) // 2
 
 
 def median_seconds(passes: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Seconds of each of some forward passes on one CPU thread: medians, after some to warm up.
+    """Median seconds of each forward pass on one CPU thread, after a warm-up.
 
-    They are run by turns, so that whatever else this machine does meanwhile meets all of them alike. Torch is held to
-    one thread here; another engine must have been told so.
+    The passes alternate, so that other load on the machine affects all of them equally. This limits torch to one
+    thread; other engines must be configured by the caller.
     """
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     limit = LATENCY_SECONDS * len(passes)
@@ -60,13 +60,11 @@ def median_seconds(passes: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def processor() -> str:
-    """What the CPU calls itself; not the machine's name."""
-    try:
+    """The model name of the CPU; not the name of the machine."""
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 

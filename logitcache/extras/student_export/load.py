@@ -1,10 +1,11 @@
-"""An exported student, in memory again."""
+"""Loading an exported student."""
 
 from __future__ import annotations
 
 import functools
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +20,31 @@ from logitcache.data.transforms import build_transform
 from logitcache.data.views import to_float_image
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import CorruptCache, UsageError
-from logitcache.extras.student_export.facts import FACTS, SAFETENSORS, Product, file_facts, read_product
+from logitcache.extras.student_export.metadata import (
+    METADATA,
+    SAFETENSORS,
+    StudentMetadata,
+    read_metadata,
+    record_file,
+)
 
 
 @dataclass(frozen=True)
 class LoadedStudent:
-    """A student that is ready to be asked."""
+    """A student that is ready for inference."""
 
     model: nn.Module
     """In evaluation mode, on the CPU: float32 (B, *input shape) -> logits (B, C)."""
     preprocess: Callable[[Any], Tensor]
     """A PIL image or uint8 (H, W, C) array -> float32 input, (C, H, W)."""
     class_names: list[str] | None
-    product: Product
+    metadata: StudentMetadata
+
+    @property
+    def product(self) -> StudentMetadata:
+        """Deprecated name of `metadata`."""
+        warnings.warn("LoadedStudent.product is deprecated; use metadata", DeprecationWarning, stacklevel=2)
+        return self.metadata
 
 
 def load_student(folder: str | os.PathLike[str], *, trust: bool = False) -> LoadedStudent:
@@ -41,47 +54,48 @@ def load_student(folder: str | os.PathLike[str], *, trust: bool = False) -> Load
         trust: run `package.module:function` code from outside the working folder.
 
     Raises:
-        UsageError: no exported student, none with safetensors, or one that this version can't build.
-        CorruptCache: the weights are not those that were exported.
-        UntrustedCode: its net or its preprocessing is somebody's function.
+        UsageError: the folder has no exported student or no safetensors, or this version can't build the model.
+        CorruptCache: the weights differ from those that were exported.
+        UntrustedCode: the model or its preprocessing needs code that is not trusted.
     """
     path = Path(folder)
-    product = read_product(path)
-    if SAFETENSORS not in product.files or not (path / SAFETENSORS).is_file():
-        raise UsageError(f"{path} holds no {SAFETENSORS}; export the run with --to safetensors")
-    if file_facts(path / SAFETENSORS) != product.files[SAFETENSORS]:
-        raise CorruptCache(f"{path / SAFETENSORS} is not the file that was exported; get it again")
+    metadata = read_metadata(path)
+    weights = path / SAFETENSORS
+    if SAFETENSORS not in metadata.files or not weights.is_file():
+        raise UsageError(f"{path} contains no {SAFETENSORS}; export the run with --to safetensors")
+    if record_file(weights) != metadata.files[SAFETENSORS]:
+        raise CorruptCache(f"{weights} is not the file that was exported; download or copy it again")
     build = functools.partial(
         build_model,
-        product.model.name,
-        num_classes=product.model.num_classes,
-        input_shape=product.preprocessing.shape,
-        args=product.model.args,
+        metadata.model.name,
+        num_classes=metadata.model.num_classes,
+        input_shape=metadata.preprocessing.shape,
+        args=metadata.model.args,
         trust=trust,
     )
-    if not is_entry_point(product.model.name):
+    if not is_entry_point(metadata.model.name):
         with torch.device("meta"):
-            _hold_to_file(build(), path / SAFETENSORS)
-    model = build(weights=str(path / SAFETENSORS))
-    own_part = build_transform(product.preprocessing.steps, trust=trust)
+            _check_size(build(), weights)
+    model = build(weights=str(weights))
+    model_input = build_transform(metadata.preprocessing.steps, trust=trust)
 
     def preprocess(image: Any) -> Tensor:
-        return torch.as_tensor(own_part(to_float_image(image)))
+        return torch.as_tensor(model_input(to_float_image(image)))
 
-    return LoadedStudent(model.eval(), preprocess, product.model.class_names, product)
+    return LoadedStudent(model.eval(), preprocess, metadata.model.class_names, metadata)
 
 
-def _hold_to_file(skeleton: nn.Module, path: Path) -> None:
-    """Refuse a description that asks for more memory than the weights take, before any is allocated.
+def _check_size(skeleton: nn.Module, path: Path) -> None:
+    """Refuse metadata that describes a larger model than the weights, before its memory is allocated.
 
     Raises:
-        UsageError: they differ in how many values they hold.
+        UsageError: the numbers of values differ.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
             there = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise UsageError(f"{path} is no safetensors file: {error}") from error
+        raise UsageError(f"{path} is not a safetensors file: {error}") from error
     here = sum(value.numel() for value in skeleton.state_dict().values())
     if here != there:
-        raise UsageError(f"{path} does not fit the model that {FACTS} describes: {there:,} values, not {here:,}")
+        raise UsageError(f"{path} does not fit the model that {METADATA} describes: {there:,} values, not {here:,}")

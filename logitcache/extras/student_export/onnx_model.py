@@ -1,4 +1,4 @@
-"""A net as ONNX: exported with a free batch, held to torch on real inputs, and quantised to int8."""
+"""ONNX export with a dynamic batch size, comparison with torch on real inputs, and int8 quantisation."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from logitcache.errors import InvalidLogits, UsageError
 
 INPUT, OUTPUT = "input", "logits"
 TOLERANCE = 1e-4
-"""How far ONNX Runtime's logits may lie from torch's, as a part of the largest logit's size, at least 1."""
+"""Largest difference between logits of ONNX Runtime and torch, relative to the largest logit or 1."""
 CHECKED_BATCHES = (1, 7)
 CALIBRATION_BATCH = 32
 
 
 def check_onnx_installed() -> None:
-    """Refuse where the extra is missing.
+    """Check that the packages of the extra `onnx` are installed.
 
     Raises:
-        UsageError: names what to install.
+        UsageError: names the missing ones.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
@@ -36,29 +36,29 @@ def check_onnx_installed() -> None:
 
 
 def export_onnx(model: nn.Module, inputs: Tensor, path: Path) -> int:
-    """Write a model in evaluation mode as ONNX with a free batch; returns the opset's version.
+    """Write a model in evaluation mode as ONNX with a dynamic batch size; returns the opset version.
 
     Args:
         inputs: two samples or more.
 
     Raises:
-        UsageError: torch can't export this model; says what it says.
+        UsageError: torch can't export this model; gives the reason.
     """
     import onnx
 
-    free_batch = ({0: torch.export.Dim("batch")},)
+    dynamic_batch = ({0: torch.export.Dim("batch")},)
     try:
         with _quiet():
             program = torch.onnx.export(
-                model, (inputs[:2],), dynamo=True, dynamic_shapes=free_batch, input_names=[INPUT],
+                model, (inputs[:2],), dynamo=True, dynamic_shapes=dynamic_batch, input_names=[INPUT],
                 output_names=[OUTPUT], verbose=False,
             )  # fmt: skip
         assert program is not None
         exported = program.model_proto
     except Exception as error:
         raise UsageError(
-            f"this student can't be exported to ONNX with a free batch: {type(error).__name__}: "
-            f"{_first_line(error)}; export it --to safetensors"
+            f"this student can't be exported to ONNX with a dynamic batch size: {type(error).__name__}: "
+            f"{_first_line(error)}; use --to safetensors"
         ) from error
     _anonymise(exported)
     onnx.checker.check_model(exported)
@@ -67,7 +67,7 @@ def export_onnx(model: nn.Module, inputs: Tensor, path: Path) -> int:
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file as a net, run by ONNX Runtime on the CPU."""
+    """An ONNX file as a module, run by ONNX Runtime on the CPU."""
 
     def __init__(self, path: Path, *, threads: int) -> None:
         import onnxruntime
@@ -84,11 +84,11 @@ class OnnxModel(nn.Module):
         return torch.from_numpy(logits_BC)
 
 
-def hold_to_torch(model: nn.Module, onnx_model: nn.Module, inputs: Tensor) -> dict[str, float]:
-    """The largest difference between the logits of the two, for batches of 1 and 7.
+def compare_with_torch(model: nn.Module, onnx_model: nn.Module, inputs: Tensor) -> dict[str, float]:
+    """The largest difference between the logits of both models, for batches of 1 and 7.
 
     Raises:
-        InvalidLogits: it is larger than the tolerance, or the batch is not free.
+        InvalidLogits: it exceeds the tolerance, or the batch size is not dynamic.
     """
     differences = {}
     for size in CHECKED_BATCHES:
@@ -99,31 +99,31 @@ def hold_to_torch(model: nn.Module, onnx_model: nn.Module, inputs: Tensor) -> di
                 found_BC = onnx_model(batch)
             except Exception as error:
                 raise InvalidLogits(
-                    f"the exported ONNX model fails on a batch of {size}: {_first_line(error)}; export it "
-                    "--to safetensors"
+                    f"the exported ONNX model fails on a batch of {size}: {_first_line(error)}; use --to safetensors"
                 ) from error
         shapes = tuple(found_BC.shape), tuple(expected_BC.shape)
         if shapes[0] != shapes[1]:
-            raise InvalidLogits(f"the exported ONNX model gives {shapes[0]} for a batch of {size}, torch {shapes[1]}")
+            raise InvalidLogits(
+                f"the exported ONNX model returns {shapes[0]} for a batch of {size}; torch returns {shapes[1]}"
+            )
         difference = float((found_BC - expected_BC).abs().max())
         limit = TOLERANCE * max(1.0, float(expected_BC.abs().max()))
         if not difference <= limit:
             raise InvalidLogits(
-                f"ONNX Runtime's logits differ from torch's by {difference:.3g} on a batch of {size}; at most "
-                f"{limit:.3g} is tolerated. The student may draw random numbers, or its export is wrong: export it "
-                "--to safetensors"
+                f"ONNX Runtime's logits differ from torch's by {difference:.3g} on a batch of {size}; the tolerance is "
+                f"{limit:.3g}. The student may draw random numbers, or the export is wrong: use --to safetensors"
             )
         differences[str(size)] = difference
     return differences
 
 
 def quantise(source: Path, target: Path, inputs: Tensor) -> int:
-    """Write an ONNX model with int8 weights (a scale for each channel) and activations; returns how many weights.
+    """Write an ONNX model with int8 weights (one scale per channel) and activations; returns the number of weights.
 
-    Static, in the QDQ form; the ranges of activations are the least and greatest values on the inputs.
+    Static quantisation in QDQ form; the ranges of activations are their minimum and maximum on the inputs.
 
     Raises:
-        UsageError: the graph can't be quantised, or has nothing to quantise.
+        UsageError: the graph can't be quantised, or has no weights to quantise.
     """
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
@@ -142,7 +142,7 @@ def quantise(source: Path, target: Path, inputs: Tensor) -> int:
     except Exception as error:
         raise UsageError(
             f"this student's graph can't be quantised to int8: {type(error).__name__}: {_first_line(error)}; "
-            "export it without --int8"
+            "export without --int8"
         ) from error
     finally:
         prepared.unlink(missing_ok=True)
@@ -153,8 +153,8 @@ def quantise(source: Path, target: Path, inputs: Tensor) -> int:
     ]
     if not int8_weights:
         raise UsageError(
-            "this student's graph holds no weights that can be kept in int8 (those of convolutions and matrix "
-            "products can); export it without --int8"
+            "this student's graph has no weights that can be quantised to int8 (weights of convolutions and matrix "
+            "products can); export without --int8"
         )
     _anonymise(quantised)
     target.write_bytes(quantised.SerializeToString())
@@ -162,7 +162,7 @@ def quantise(source: Path, target: Path, inputs: Tensor) -> int:
 
 
 class _Reader:
-    """Calibration inputs, as ONNX Runtime asks for them."""
+    """Calibration inputs in ONNX Runtime's interface."""
 
     def __init__(self, inputs: Tensor) -> None:
         self._batches: Iterator[Tensor] = iter(torch.split(inputs, CALIBRATION_BATCH))
@@ -173,35 +173,31 @@ class _Reader:
 
 
 def _anonymise(model: Any) -> None:
-    """Drop what torch leaves for debugging: stack traces, and with them the paths of this machine."""
+    """Remove torch's debugging information: stack traces contain paths of this machine."""
 
-    def clean(graph: Any) -> None:
-        for entry in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+    def clear(*entries: Any) -> None:
+        for entry in entries:
             del entry.metadata_props[:]
             entry.doc_string = ""
-        del graph.metadata_props[:]
-        graph.doc_string = ""
+
+    def clean(graph: Any) -> None:
+        clear(graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer)
         for node in graph.node:
             for attribute in node.attribute:
-                # Not plainly `attribute.g`: to touch a field that is not there would make it be there.
+                # Only where it is set: reading an unset field creates it.
                 inner = [attribute.g] if attribute.HasField("g") else []
                 for each in (*inner, *attribute.graphs):
                     clean(each)
 
     clean(model.graph)
     for function in model.functions:
-        del function.metadata_props[:]
-        function.doc_string = ""
-        for node in function.node:
-            del node.metadata_props[:]
-            node.doc_string = ""
-    del model.metadata_props[:]
-    model.doc_string = ""
+        clear(function, *function.node)
+    clear(model)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the remarks that exporters make on their way; errors are raised all the same."""
+    """Without log messages of the exporters; errors are still raised."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""A finished run as what is to be exported: its net, its data, its sibling seeds, and the cache that it came from."""
+"""The source of an export: a finished run with its model, its data, its other seeds, and its cache."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
+from logitcache.cache.summary import summarise
 from logitcache.config.build import recorded_pipeline
 from logitcache.config.schema import DataConfig, Pipeline, StudentConfig
 from logitcache.errors import IdentityMismatch, LogitCacheError, UsageError
-from logitcache.extras.student_export.facts import (
-    FACTS,
-    CacheFacts,
-    Product,
+from logitcache.extras.student_export.metadata import (
+    METADATA,
     Seeds,
-    SourceFacts,
-    file_facts,
-    read_product,
+    SourceCache,
+    SourceRun,
+    StudentMetadata,
+    read_metadata,
+    record_file,
 )
 from logitcache.train.finished import Run, read_run
 from logitcache.train.runs import CONFIG, RESULT
 
 Weights = Literal["best", "last"]
 DEFAULT_FOLDER = "product"
-"""Inside the run, where the report looks for what was exported."""
+"""Inside the run; the report looks for exports there."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Source:
     student: StudentConfig
     weights: Weights
     given: Pipeline | None
-    """The pipeline that has the data, where the run's own is not to be asked."""
+    """The pipeline that names the data; None for the run's own."""
 
     @property
     def weights_file(self) -> Path:
@@ -48,10 +49,10 @@ class Source:
         return self.run.folder / f"{self.weights}.safetensors"
 
     def pipeline(self) -> Pipeline:
-        """The pipeline that has the data, held to what the run says of them.
+        """The pipeline that names the data, checked against the run.
 
         Raises:
-            IdentityMismatch: it names other data; says in which keys.
+            IdentityMismatch: it names other data; lists the keys that differ.
         """
         pipeline = recorded_pipeline(self.run.folder) if self.given is None else self.given
         there = _data_identity(self.run.config.get("data"))
@@ -61,63 +62,63 @@ class Source:
             raise IdentityMismatch(
                 f"the run in {self.run.folder} was not trained on the data of this pipeline:\n  "
                 + "\n  ".join(different)
-                + "\nName the pipeline that it was trained with, with --data."
+                + "\nPass the pipeline that it was trained with as --data."
             )
         return pipeline
 
-    def facts(self) -> SourceFacts:
-        """What tells this source from any other."""
-        return _source_facts(self.run.folder, self.weights)
+    def record(self) -> SourceRun:
+        """The identity of the source."""
+        return _record_source(self.run.folder, self.weights)
 
 
 def open_source(folder: Path, *, weights: Weights, given: Pipeline | None) -> Source:
     """A student's finished run.
 
     Raises:
-        UsageError: no run, one that is not finished, a teacher's, or one without these weights.
+        UsageError: the folder is not a run, the run is not finished or not a student's, or the weights are missing.
     """
     if not (folder / CONFIG).is_file():
-        raise UsageError(f"{folder} holds no run; expected a folder such as runs/STUDENT/seed-0, with a {CONFIG} in it")
+        raise UsageError(f"{folder} contains no run; expected a folder such as runs/STUDENT/seed-0 with a {CONFIG}")
     if not (folder / RESULT).is_file():
-        raise UsageError(f"the run in {folder} is not finished; `logitcache train-student` goes on with it")
+        raise UsageError(f"the run in {folder} is not finished; `logitcache train-student` resumes it")
     try:
         run = read_run(folder)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"the run in {folder} can't be read: {str(error).splitlines()[0]}") from error
     if "teacher" in run.config:
-        raise UsageError(f"{folder} is a teacher's run; what is exported is a student's, such as runs/STUDENT/seed-0")
+        raise UsageError(f"{folder} is a teacher's run; only students can be exported, such as runs/STUDENT/seed-0")
     try:
         student = StudentConfig.model_validate(run.config.get("student"))
     except (ValidationError, LogitCacheError) as error:
-        raise UsageError(f"{folder / CONFIG} describes no student: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{folder / CONFIG} describes no valid student: {str(error).splitlines()[0]}") from error
     source = Source(run, student, weights, given)
     if not source.weights_file.is_file():
         raise UsageError(f"there is no {source.weights_file}; a finished run has best and last weights")
     return source
 
 
-def exported_product(run: Run) -> Product | None:
-    """What was exported of a run into its default folder, if anything.
+def exported_metadata(run: Run) -> StudentMetadata | None:
+    """The metadata of a run's export in its default folder, if there is one.
 
     Raises:
-        UsageError: it can't be read, or it is of other weights than the run has.
+        UsageError: it can't be read, or belongs to other weights than the run's.
     """
     folder = run.folder / DEFAULT_FOLDER
-    if not (folder / FACTS).is_file():
+    if not (folder / METADATA).is_file():
         return None
-    product = read_product(folder)
+    metadata = read_metadata(folder)
     try:
-        current = _source_facts(run.folder, product.source.weights)
+        current = _record_source(run.folder, metadata.source.weights)
     except OSError as error:
-        raise UsageError(f"the weights that {folder} was made of can't be read: {error.strerror}") from error
-    if product.source != current:
-        raise UsageError(f"{folder} was made of other weights than the run's; export it again")
-    return product
+        raise UsageError(f"the weights that {folder} was exported from can't be read: {error.strerror}") from error
+    if metadata.source != current:
+        raise UsageError(f"{folder} was exported from other weights than the run's; export it again")
+    return metadata
 
 
 def seeds_of(run: Run) -> Seeds:
-    """Accuracies of this run and of those beside it that differ in nothing but the seed."""
-    runs = []
+    """Accuracies of this run and of the runs beside it that differ only in the seed."""
+    results = []
     for folder in sorted(run.folder.resolve().parent.iterdir()):
         if not ((folder / CONFIG).is_file() and (folder / RESULT).is_file()):
             continue
@@ -126,67 +127,68 @@ def seeds_of(run: Run) -> Seeds:
         except (OSError, ValueError, yaml.YAMLError):
             continue
         if _without_seed(sibling.config) == _without_seed(run.config):
-            runs.append(sibling.result)
-    runs.sort(key=lambda result: result.seed)
-    test = [result.accuracy for result in runs if result.accuracy is not None]
-    validation = [result.validation_accuracy for result in runs if result.validation_accuracy is not None]
+            results.append(sibling.result)
+    results.sort(key=lambda result: result.seed)
+    test_mean, test_sd = _spread([result.accuracy for result in results])
+    validation_mean, validation_sd = _spread([result.validation_accuracy for result in results])
     return Seeds(
-        seeds=[result.seed for result in runs],
-        test_mean=_mean(test),
-        test_sd=_deviation(test),
-        validation_mean=_mean(validation),
-        validation_sd=_deviation(validation),
+        seeds=[result.seed for result in results],
+        test_mean=test_mean,
+        test_sd=test_sd,
+        validation_mean=validation_mean,
+        validation_sd=validation_sd,
     )
 
 
-def labels_of(run: Run) -> str:
-    """Where a run's labels came from, in words."""
+def _spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """(mean, standard deviation) of the known values; None where there are too few."""
+    known = [value for value in values if value is not None]
+    return (statistics.fmean(known) if known else None), (statistics.stdev(known) if len(known) > 1 else None)
+
+
+def label_source(run: Run) -> tuple[str, str]:
+    """(kind of a run's labels, id of the cache if the kind is "cache", else "")."""
     labels = run.config.get("labels")
     labels = labels if isinstance(labels, dict) else {}
     if "given" in labels:
-        return "given by the program"
+        return "given by the program", ""
     if "cache" in labels:
-        return "a cache of teacher's logits"
-    return "the live teacher" if "teacher" in labels else "true labels"
+        return "cache", str(labels["cache"])
+    return ("the live teacher" if "teacher" in labels else "true labels"), ""
 
 
-def cache_of(run: Run, pipeline: Pipeline, *, given: bool) -> CacheFacts | None:
-    """The cache that a run was trained from, with its digest where it is at hand.
+def source_cache(run: Run, pipeline: Pipeline, *, given: bool) -> SourceCache | None:
+    """The cache that a run was trained from, with its digest if the cache is available.
 
-    A pipeline found in a folder of runs must not fetch anything, so its URLs are not asked; a given one's are.
+    URLs are used only from a pipeline that was passed explicitly: one found in a run's folder must not cause requests.
     """
-    labels = run.config.get("labels")
-    identity = labels.get("cache") if isinstance(labels, dict) else None
-    if not isinstance(identity, str):
+    kind, identity = label_source(run)
+    if kind != "cache":
         return None
     digest = None
     if given or "://" not in pipeline.cache.path:
-        from logitcache.cache.summary import summarise
-
         try:
             manifest = summarise(pipeline.cache.path).manifest
             digest = manifest.digest if manifest.id == identity else None
         except (LogitCacheError, OSError):
             pass
-    return CacheFacts(id=identity, digest=digest)
+    return SourceCache(id=identity, digest=digest)
 
 
-def _source_facts(folder: Path, weights: Weights) -> SourceFacts:
-    return SourceFacts(
+def _record_source(folder: Path, weights: Weights) -> SourceRun:
+    return SourceRun(
         weights=weights,
-        weights_sha256=file_facts(folder / f"{weights}.safetensors").sha256,
-        run_sha256=file_facts(folder / CONFIG).sha256,
+        weights_sha256=record_file(folder / f"{weights}.safetensors").sha256,
+        run_sha256=record_file(folder / CONFIG).sha256,
     )
 
 
 def _data_identity(data: Any) -> dict[str, Any]:
-    """What data are, wherever they lie."""
+    """The data configuration without the keys that only say where the data is."""
     try:
         return DataConfig.model_validate(data).model_dump(exclude={"root", "download"})
     except ValidationError as error:
-        raise UsageError(
-            f"{CONFIG} does not say what data the run was trained on: {error.errors()[0]['msg']}"
-        ) from None
+        raise UsageError(f"{CONFIG} does not describe the run's data: {error.errors()[0]['msg']}") from None
 
 
 def _without_seed(config: dict[str, Any]) -> dict[str, Any]:
@@ -194,11 +196,3 @@ def _without_seed(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(config.get("train"), dict):
         config["train"].pop("seed", None)
     return config
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None

@@ -1,14 +1,14 @@
-"""Several teachers over the same views, averaged into one cache: an ensemble at the price of one teacher's labels.
+"""The mean of several caches over the same views as one cache: an ensemble at the cost of one teacher's labels.
 
-Sources are read a block at a time and the mean goes through the same writer as any teacher's logits, so that a merge
-that was interrupted goes on where it stopped, and ends in the same digest.
+Sources are read block by block, and the mean is written like any teacher's logits. An interrupted merge resumes at the
+first missing block and has the same digest.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
@@ -53,25 +53,25 @@ from logitcache.randomness import keyed_permutation
 
 MEANS = ("logits", "probabilities")
 PIECE_LOGITS = 2**20
-"""Logits of each source that are averaged at once (4 MB)."""
+"""Logits of each source averaged at once (4 MB)."""
 CALIBRATION_ROWS = 10_000
 CALIBRATION_BLOCKS = 64
-"""Blocks that the calibration rows are drawn from, where there are so many: each must be read and decoded."""
+"""Blocks that the calibration rows are drawn from, at most: each must be read and decoded."""
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge did."""
+    """The result of a merge."""
 
     manifest: Manifest
     parts: list[Part]
-    """The sources, in the order that they were given."""
+    """The sources, in the given order."""
     computed_blocks: list[Block]
     total_blocks: int
     left_out: dict[str, int]
-    """Views that a source has beyond those that all have, by location; none where all have equally many."""
+    """Number of views that a source has beyond those that all have, by location."""
     left_out_outputs: dict[str, list[str]]
-    """What a source has beside its logits, by location: only logits have a mean."""
+    """Outputs of a source other than logits, by location: only logits are averaged."""
 
 
 def merge(
@@ -82,33 +82,32 @@ def merge(
     weights: Sequence[float] | None = None,
     encoding: Encoding | Auto | str | Mapping[str, Any] | None = None,
 ) -> MergeResult:
-    """Average the logits of sealed caches over the same views into a cache of its own, and seal it.
+    """Average the logits of sealed caches over the same views into a new cache, and seal it.
 
-    Idempotent: interrupted, it is run again and goes on at the first missing block. The result holds the views that
-    all sources have. Its transform, proof digests, rows per block and default encoding are those of the first
-    source; all else depends on the sources and not on their order.
+    Idempotent; safe to interrupt. The result has the views that all sources have. Its transform, proof digests, rows
+    per block and default encoding come from the first source; all else is independent of the order of sources.
 
     Args:
         locations: two or more caches.
         out: the merged cache.
-        mean: "logits", the geometric mean of the distributions, whatever the temperature; or "probabilities", the
-            arithmetic mean at T = 1.
-        weights: a positive one for each cache; all alike by default.
-        encoding: as in `create`; fitted to the merged logits where it needs that.
+        mean: "logits", the geometric mean of the distributions at any temperature; or "probabilities", the arithmetic
+            mean at T = 1.
+        weights: a positive number for each cache; equal by default.
+        encoding: as in `create`; fitted to the merged logits if it needs calibration.
 
     Raises:
-        UsageError: fewer than two caches, the same one twice, `out` among them, or weights that are none.
+        UsageError: fewer than two caches, the same one twice, `out` among them, or invalid weights.
         IncompleteCache: a source is not sealed.
-        IdentityMismatch: the sources are not of the same views, or `out` is another cache; names the field.
+        IdentityMismatch: the sources have different views, or `out` is another cache; names the field.
         CorruptCache: a source is damaged.
     """
     if mean not in MEANS:
-        raise UsageError(f"the mean is one of {', '.join(MEANS)}, not {mean!r}")
+        raise UsageError(f"mean must be one of {', '.join(MEANS)}, not {mean!r}")
     if len(locations) < 2:
-        raise UsageError(f"merge takes two caches or more, not {len(locations)}")
+        raise UsageError(f"merge needs two or more caches, not {len(locations)}")
     shares = normalised_weights(weights, len(locations))
     sources = [_open_sealed(location) for location in locations]
-    _refuse_the_same(locations, sources, out)
+    _check_distinct(locations, sources, out)
     for location, source in zip(locations[1:], sources[1:], strict=True):
         check_same_views(locations[0], sources[0], location, source)
     num_views = min(source.num_views for source in sources)
@@ -117,26 +116,38 @@ def merge(
         refuse_sampled(locations, sources)
     samples = _common_samples(locations, sources)
 
-    parts = [_part(location, source, share) for location, source, share in zip(locations, sources, shares, strict=True)]
-    # In an order of their own, so that rounding does not depend on the order that they were given in.
+    parts = [
+        Part(
+            id=source.id,
+            digest=str(source.digest),
+            teacher=source.manifest.identity.teacher,
+            precision=source.manifest.identity.precision,
+            teacher_input=teacher_input(source),
+            weight=share,
+            location=location,
+        )
+        for location, source, share in zip(locations, sources, shares, strict=True)
+    ]
+    # Sorted by id, so that rounding does not depend on the given order.
     order = sorted(range(len(parts)), key=lambda number: parts[number].id)
     average = _Average([sources[number] for number in order], [shares[number] for number in order], mean)
     first = sources[0]
+    identity = first.manifest.identity
     precisions = {part.precision for part in parts}
     writer = open_writer(
         out,
         Origin(
-            dataset=first.manifest.identity.dataset,
+            dataset=identity.dataset,
             teacher=merged_name(parts, mean),
             precision=precisions.pop() if len(precisions) == 1 else "mixed",
-            transform=first.manifest.identity.transform,
-            view_seed=first.manifest.identity.view_seed,
-            class_names=first.manifest.identity.class_names,
+            transform=identity.transform,
+            view_seed=identity.view_seed,
+            class_names=identity.class_names,
         ),
         num_samples=first.num_samples,
         num_classes=first.num_classes,
         num_views=num_views,
-        encoding=encoding_from_config(first.manifest.identity.encoding) if encoding is None else encoding,
+        encoding=encoding_from_config(identity.encoding) if encoding is None else encoding,
         calibration=lambda: calibration_sample(average, first, num_views),
         samples=samples,
         rows_per_block=first.layout.rows_per_block,
@@ -167,7 +178,7 @@ def merge(
 
 
 class _Average:
-    """The mean of several caches' labels, row by row, with a block or two of each in memory."""
+    """The mean of several caches' logits, with one or two blocks of each in memory."""
 
     def __init__(self, caches: Sequence[LogitCache], weights: Sequence[float], mean: str) -> None:
         self._caches = caches
@@ -177,10 +188,10 @@ class _Average:
         self._number = -1
 
     def logits(self, view: int, rows: Any) -> Tensor:
-        """Float32 (B, C) of some rows of a view; fast where they lie close together.
+        """float32 (B, C) of some rows of a view; fast if the rows are close to each other.
 
         Raises:
-            InvalidLogits: a row in which the sources have no class in common.
+            InvalidLogits: a row in which no class is finite in all sources.
         """
         if view != self._number:
             self._views = [cache.view(view, memory_budget=1) for cache in self._caches]
@@ -189,14 +200,14 @@ class _Average:
         empty = torch.nonzero(mean_BC.amax(dim=1) == -torch.inf).flatten()
         if len(empty):
             raise InvalidLogits(
-                f"view {view}, row {rows[int(empty[0])]}: every class is masked in one of the caches or another, so "
-                "the mean of their logits leaves none; --mean probabilities keeps what any of them thinks possible"
+                f"view {view}, row {rows[int(empty[0])]}: every class is masked in at least one of the caches, so the "
+                "mean of logits masks all classes; use --mean probabilities"
             )
         return mean_BC
 
 
 def calibration_sample(average: _Average, first: LogitCache, num_views: int) -> Calibration:
-    """Up to 10 000 rows of merged logits, drawn from at most 64 blocks spread over all views, grouped by sample."""
+    """Up to 10 000 rows of merged logits from at most 64 blocks over all views, grouped by sample."""
     per_view = blocks_per_view(first.layout)
     total = num_views * per_view
     rows_at_most = min(CALIBRATION_ROWS, first.num_samples * num_views)
@@ -218,43 +229,27 @@ def calibration_sample(average: _Average, first: LogitCache, num_views: int) -> 
 
 def _merge_blocks(writer: CacheWriter, blocks: list[Block], average: _Average, sources: Sequence[LogitCache]) -> None:
     layout = writer.layout
+    rows_at_once = max(1, PIECE_LOGITS // layout.num_classes)
     with track("merging", sum(len(block_rows(layout, block)) for block in blocks), unit="rows") as meter:
         for block in blocks:
             digests = _proof_digests(sources, block.view)
-            for rows in _pieces(block_rows(layout, block), layout.num_classes):
+            rows_of_block = block_rows(layout, block)
+            # A block is always split in the same way, so that computing it again gives the same bytes.
+            for start in range(0, len(rows_of_block), rows_at_once):
+                rows = rows_of_block[start : start + rows_at_once]
                 writer.write(
                     view=block.view, start=rows.start, logits=average.logits(block.view, rows), input_digests=digests
                 )
                 meter.advance(len(rows), note=f"view {block.view + 1}/{layout.num_views}")
 
 
-def _pieces(rows: range, num_classes: int) -> Iterator[range]:
-    """A block is always cut alike, so that a block that is computed again is the same block."""
-    size = max(1, PIECE_LOGITS // num_classes)
-    for start in range(rows.start, rows.stop, size):
-        yield range(start, min(start + size, rows.stop))
-
-
 def _proof_digests(sources: Sequence[LogitCache], view: int) -> dict[int, str]:
-    """What the first source's teacher was given, as far as it, or one with the same input, knows."""
+    """Digests of the inputs of the first source's teacher, from it and from sources with the same input."""
     digests: dict[int, str] = {}
     for source in sources:
         if teacher_input(source) == teacher_input(sources[0]):
             digests = source.input_digests(view) | digests
     return digests
-
-
-def _part(location: str, source: LogitCache, share: float) -> Part:
-    identity = source.manifest.identity
-    return Part(
-        id=source.id,
-        digest=str(source.digest),
-        teacher=identity.teacher,
-        precision=identity.precision,
-        teacher_input=teacher_input(source),
-        weight=share,
-        location=location,
-    )
 
 
 def _open_sealed(location: str) -> LogitCache:
@@ -263,18 +258,18 @@ def _open_sealed(location: str) -> LogitCache:
         raise unsealed(location)
     if cache.views.start > 0:
         raise IncompleteCache(
-            f"{location} is a copy of views {cache.views.start}:{cache.views.stop} only; `logitcache pull` those "
-            "before them as well"
+            f"{location} is a copy of views {cache.views.start}:{cache.views.stop} only; `logitcache pull` the views "
+            "before them too"
         )
     return cache
 
 
-def _refuse_the_same(locations: Sequence[str], sources: Sequence[LogitCache], out: str | os.PathLike[str]) -> None:
+def _check_distinct(locations: Sequence[str], sources: Sequence[LogitCache], out: str | os.PathLike[str]) -> None:
     for (location, source), (other_location, other) in combinations(zip(locations, sources, strict=True), 2):
         if source.id == other.id:
             raise UsageError(
-                f"{location} and {other_location} are the same cache ({source.id[:12]}…); name each once, and say "
-                "with --weight how much it counts"
+                f"{location} and {other_location} are the same cache ({source.id[:12]}…); name each cache once and set "
+                "its --weight"
             )
     with suppress(NotACache):
         there = open_cache(out).id
@@ -288,6 +283,6 @@ def _common_samples(locations: Sequence[str], sources: Sequence[LogitCache]) -> 
     for location, source in zip(locations, sources, strict=True):
         if source.samples is not None:
             if source.samples.fingerprint() != source.manifest.identity.dataset:
-                raise CorruptCache(f"{location}: its sample table is not of the dataset that its identity names")
+                raise CorruptCache(f"{location}: the sample table does not belong to the dataset in its identity")
             return source.samples
     return None

@@ -1,8 +1,9 @@
-"""Data at hand that was held to a cache: what pictures and students need."""
+"""Local data that was checked against a cache; the report renders pictures and measures students with it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,41 +17,42 @@ from logitcache.verify.fit import open_fitting_cache
 
 
 @dataclass(frozen=True)
-class FittedData:
-    """A pipeline's data and views, after they were found to be those of a cache."""
+class MatchedData:
+    """A pipeline's data and views, which are those of a cache."""
 
     cache: LogitCache
     pipeline: Pipeline
     data: Data
     plan: ViewPlan
     rows: np.ndarray | None
-    """The cache's row of each sample, int64 (M,); None where they are the cache's own in its order."""
+    """The cache row of each local sample, int64 (M,); None where both have the same samples in the same order."""
     trust: bool
 
+    @cached_property
     def index_of_row(self) -> dict[int, int]:
-        """Where a row of the cache lies in the data at hand."""
+        """The local index of each cache row."""
         rows = range(self.cache.num_samples) if self.rows is None else self.rows.tolist()
         return {row: index for index, row in enumerate(rows)}
 
     def views(self, model: ModelConfig | None = None) -> ViewDataset:
-        """The views as a model takes them, the teacher by default."""
+        """The views as the input of a model, by default of the teacher."""
         preprocess = None if model is None else input_part(model, trust=self.trust)
         return ViewDataset(self.data.train, self.plan, preprocess=preprocess, rows=self.rows)
 
     def shared_views(self) -> ViewDataset:
-        """The views before any model's own part."""
+        """The views before the input transform of any model."""
         return ViewDataset(self.data.train, replace(self.plan, preprocess=None), rows=self.rows)
 
 
-def fit_data(cache: LogitCache, location: str, pipeline: Pipeline, *, trust: bool) -> FittedData:
-    """Load a pipeline's data and hold it to a cache: samples, views, teacher, and some rendered pixels.
+def match_data(cache: LogitCache, location: str, pipeline: Pipeline, *, trust: bool) -> MatchedData:
+    """Load a pipeline's data and check samples, views, teacher and some rendered pixels against a cache.
 
     Args:
-        location: where the cache lies, whatever place the pipeline names.
+        location: of the cache; it replaces the one in the pipeline.
 
     Raises:
         IdentityMismatch: names what differs.
-        LogitCacheError: data that is not to be had, or code that is not trusted.
+        LogitCacheError: the data is missing, or needs code that is not trusted.
     """
     here: dict[str, Any] = {
         "cache": pipeline.cache.model_copy(update={"path": location}),
@@ -60,8 +62,8 @@ def fit_data(cache: LogitCache, location: str, pipeline: Pipeline, *, trust: boo
     data = resolve_data(pipeline, trust=trust)
     plan = resolve_plan(pipeline, data, trust=trust)
     _, rows = open_fitting_cache(pipeline, data, plan, trust=trust)
-    samples = cache.samples
-    plan = replace(plan, num_samples=cache.num_samples, contents=None if samples is None else samples.contents)
-    fitted = FittedData(cache, pipeline, data, plan, rows, trust)
-    cache.verify_inputs(fitted.views(), 0)
-    return fitted
+    contents = None if cache.samples is None else cache.samples.contents
+    plan = replace(plan, num_samples=cache.num_samples, contents=contents)
+    matched = MatchedData(cache, pipeline, data, plan, rows, trust)
+    cache.verify_inputs(matched.views(), 0)
+    return matched

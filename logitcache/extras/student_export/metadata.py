@@ -1,4 +1,4 @@
-"""`product.json`: everything that is known of an exported student, in the form that its card and the report read."""
+"""`product.json`: the metadata and measured numbers of an exported student, which its card and the report show."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from logitcache.errors import UsageError
 from logitcache.train.finished import Positive, Share, read_text
 
-FACTS, CARD = "product.json", "README.md"
+METADATA, CARD = "product.json", "README.md"
 SAFETENSORS, ONNX, INT8 = "model.safetensors", "model.onnx", "model-int8.onnx"
 MODEL_FILES = (SAFETENSORS, ONNX, INT8)
 FORMAT: Literal[1] = 1
-
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -24,8 +23,8 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class ModelFacts(_Part):
-    """How to build the net again."""
+class Model(_Part):
+    """How to build the model again."""
 
     name: str
     args: dict[str, Any]
@@ -34,37 +33,37 @@ class ModelFacts(_Part):
 
 
 class Preprocessing(_Part):
-    """What an input is."""
+    """The input of the model."""
 
     shape: list[Count]
-    """Of one sample: (channels, height, width) of images."""
+    """Of one sample: (channels, height, width) for images."""
     dtype: str
     steps: list[dict[str, Any]]
-    """The student's own `input` transforms, in their order, after an image became float32 (C, H, W) in [0, 1]."""
+    """The student's `input` transforms, in order, applied to an image as float32 (C, H, W) in [0, 1]."""
 
 
-class CacheFacts(_Part):
+class SourceCache(_Part):
     """The cache that the student was trained from."""
 
     id: str
     digest: str | None
-    """None where the cache was not at hand."""
+    """None where the cache was not available."""
 
 
 class Training(_Part):
-    """How the weights came about."""
+    """How the student was trained."""
 
     dataset: str
     loss: dict[str, Any]
     labels: str
-    """Where they came from, in words."""
-    cache: CacheFacts | None
+    """The source of the labels."""
+    cache: SourceCache | None
     samples: Count
     epochs: Count
 
 
 class Seeds(_Part):
-    """The finished runs that differ in the seed only, by their last weights."""
+    """Accuracies of the finished runs that differ only in the seed, with their last weights."""
 
     seeds: list[int]
     test_mean: Share | None
@@ -74,11 +73,11 @@ class Seeds(_Part):
 
 
 class Variant(_Part):
-    """One form of the student, measured."""
+    """One exported form of the student, measured."""
 
     name: Literal["torch", "onnx", "onnx int8"]
     file: str | None
-    """None of torch where its weights were not exported."""
+    """None for torch where its weights were not exported."""
     bytes: Count | None
     test_accuracy: Share | None
     validation_accuracy: Share | None
@@ -86,39 +85,39 @@ class Variant(_Part):
     """Of a forward pass, by batch size."""
 
 
-class LatencyFacts(_Part):
-    """On what latency was measured."""
+class LatencySetup(_Part):
+    """The hardware that latency was measured on."""
 
     processor: str
     threads: Count
 
 
-class OnnxFacts(_Part):
-    """How the ONNX model was held to torch."""
+class OnnxCheck(_Part):
+    """The comparison of the ONNX model with torch."""
 
     opset: Count
     max_abs_difference: dict[str, Positive]
-    """Between logits, by batch size."""
+    """Of logits, by batch size."""
 
 
-class Int8Facts(_Part):
+class Quantisation(_Part):
     """How the int8 model was made."""
 
     calibration_samples: Count
-    """Of the training split."""
+    """From the training split."""
     weights: Count
-    """How many arrays are kept in int8."""
+    """Number of int8 arrays."""
 
 
-class FileFacts(_Part):
-    """A file as it was written."""
+class FileRecord(_Part):
+    """A file at export."""
 
     bytes: Count
     sha256: str
 
 
-class SourceFacts(_Part):
-    """What was exported: an export of anything else does not fit in the same folder."""
+class SourceRun(_Part):
+    """What was exported. All exports in one folder have the same source."""
 
     weights: Literal["best", "last"]
     weights_sha256: str
@@ -126,14 +125,14 @@ class SourceFacts(_Part):
     """Of `run.yaml`."""
 
 
-class Product(_Part):
+class StudentMetadata(_Part):
     """`product.json`."""
 
     format: Literal[1]
     student: str
     seed: int
-    source: SourceFacts
-    model: ModelFacts
+    source: SourceRun
+    model: Model
     preprocessing: Preprocessing
     training: Training
     parameters: Count
@@ -142,11 +141,11 @@ class Product(_Part):
     validation_samples: Count | None
     variants: list[Variant]
     seeds: Seeds
-    latency: LatencyFacts
-    onnx: OnnxFacts | None
-    int8: Int8Facts | None
-    files: dict[str, FileFacts]
-    """All but `product.json` itself."""
+    latency: LatencySetup
+    onnx: OnnxCheck | None
+    int8: Quantisation | None
+    files: dict[str, FileRecord]
+    """All except `product.json` itself."""
     versions: dict[str, str]
 
     def variant(self, name: str) -> Variant | None:
@@ -154,26 +153,26 @@ class Product(_Part):
         return next((variant for variant in self.variants if variant.name == name), None)
 
 
-def read_product(folder: Path) -> Product:
-    """The facts of an exported student; whatever their source, they are held to this form.
+def read_metadata(folder: Path) -> StudentMetadata:
+    """The validated metadata of an exported student.
 
     Raises:
-        UsageError: no export, or a damaged one.
+        UsageError: the folder is not an export, or is damaged.
     """
     try:
-        return Product.model_validate_json(read_text(folder / FACTS))
+        return StudentMetadata.model_validate_json(read_text(folder / METADATA))
     except FileNotFoundError:
         raise UsageError(
-            f"{folder} holds no exported student: there is no {FACTS}; make one with "
+            f"{folder} contains no exported student: there is no {METADATA}; create one with "
             "`logitcache export RUN --to safetensors`"
         ) from None
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{folder / FACTS} is no description of an exported student ({str(error).splitlines()[0]})"
+            f"{folder / METADATA} is not the metadata of an exported student ({str(error).splitlines()[0]})"
         ) from None
 
 
-def file_facts(path: Path) -> FileFacts:
+def record_file(path: Path) -> FileRecord:
     """Size and SHA-256 of a file."""
     with path.open("rb") as file:
-        return FileFacts(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+        return FileRecord(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
