@@ -44,7 +44,6 @@ TO_CONVERT = {
     "extras/student_export/export.py",
     "extras/student_export/source.py",
     "verify/fit.py",
-    "verify/repair.py",
     "verify/spot_check.py",
 }
 """Modules that still take one; entries are only ever removed."""
