@@ -25,7 +25,7 @@ from logitcache.errors import CorruptCache, NotACache, UnsupportedFormat, UsageE
 from logitcache.strict_json import parse_json
 
 FORMAT_VERSION = 2
-"""Of new caches. Caches of format 1 keep it; docs/design/0001-format.md lists the differences."""
+"""Of new caches. Caches of format 1 keep it; docs/format.md lists the differences."""
 MANIFEST = "manifest.json"
 RECEIPTS = "receipts.json"
 """All receipts in one file, written at sealing."""

@@ -115,7 +115,7 @@ class Records:
         return sha256_hex("\n".join(hashes).encode())
 
     def pin(self) -> Sha256:
-        """SHA-256 over the id and the values of each array in each block (docs/design/0001-format.md)."""
+        """SHA-256 over the id and the values of each array in each block (docs/format.md)."""
         by_view: dict[int, list[tuple[int, Receipt]]] = {}
         for name, receipt in self.receipts.items():
             if name != PER_CACHE:

@@ -103,8 +103,13 @@ class SampleTable:
         return rows
 
 
-def sample_table(dataset: Dataset) -> SampleTable:
+def sample_table(dataset: Dataset, *, contents: bool = False, num_workers: int = 0) -> SampleTable:
     """Keys and targets of a dataset; reads samples only if the dataset has no `targets`.
+
+    Args:
+        dataset: map-style.
+        contents: also take the digest of each sample's content, in one pass over the data; `create(samples=)` needs it.
+        num_workers: DataLoader workers of that pass.
 
     Raises:
         UsageError: invalid keys, or targets that are not class numbers.
@@ -122,7 +127,8 @@ def sample_table(dataset: Dataset) -> SampleTable:
     except (TypeError, ValueError) as error:
         _refuse_names(targets)
         raise UsageError(f"targets must be {num_samples} integer class numbers: {error}") from error
-    return SampleTable(num_samples=num_samples, keys=keys, targets=targets, contents=None)
+    digests = content_table(dataset, num_workers=num_workers) if contents else None
+    return SampleTable(num_samples=num_samples, keys=keys, targets=targets, contents=digests)
 
 
 def _refuse_names(targets: Any) -> None:

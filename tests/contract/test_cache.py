@@ -506,3 +506,13 @@ def test_an_encoding_that_is_fitted_already_needs_no_calibration(tmp_path: Path)
 def test_a_shape_that_can_not_be_stored_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="can't have this shape.*rows_per_block"):
         writer(tmp_path / "a", num_samples=2**20, num_classes=2_000_000, rows_per_block=2**20)
+
+
+def test_a_sample_table_with_contents_makes_a_cache_that_knows_its_samples(tmp_path: Path) -> None:
+    table = sample_table(Pictures(), contents=True)
+    with writer(tmp_path / "a", num_samples=40, num_views=1, dataset=None, samples=table) as cache:
+        cache.write(view=0, start=0, logits=some_logits()[0, :40])
+
+    stored = logitcache.open(tmp_path / "a").samples
+    assert stored is not None
+    assert table.fingerprint() == stored.fingerprint()
