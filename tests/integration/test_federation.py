@@ -309,7 +309,7 @@ def test_a_party_that_is_somewhere_else_is_only_a_name_here(two: Make) -> None:
         pytest.param("parties.a.name='../b'", "parties.0.name", id="path"),
         pytest.param("consensus.combine=best", "consensus.combine", id="combine"),
         pytest.param("public.data.part={of: 2, index: 2}", "index is 2, of 2 parts; expected 0 to 1", id="index"),
-        pytest.param("public.data.part={of: 2}", r"or the public one \(`public`, a fraction\)", id="nothing"),
+        pytest.param("public.data.part={of: 2}", r"or `public` \(a fraction\) for the public part", id="nothing"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(two: Make, change: str, message: str) -> None:
