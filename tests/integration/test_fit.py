@@ -64,7 +64,7 @@ def test_what_differs_is_named_before_the_first_step(
     cache_teacher(tiny(*PICTURES))
     other = tiny(*PICTURES, *change)
     if "repaint" not in change[0]:  # a changed content is noticed when that image is first loaded
-        monkeypatch.setattr("logitcache.train.loop.Run.take", never)
+        monkeypatch.setattr("logitcache.train.loop.Run.train_step", never)
 
     with pytest.raises(IdentityMismatch, match=message):
         train_students(other, ["small"])
@@ -75,7 +75,7 @@ def test_another_library_that_renders_otherwise_is_noticed_by_its_pixels(
 ) -> None:
     """Data, transform and seed agree; only the proof digests can tell."""
     cache_teacher(tiny(*PICTURES))
-    monkeypatch.setattr("logitcache.train.loop.Run.take", never)
+    monkeypatch.setattr("logitcache.train.loop.Run.train_step", never)
     monkeypatch.setattr(
         "logitcache.data.views.to_float_image",
         lambda image: torch.from_numpy(np.asarray(image)[None] / np.float32(256)),

@@ -403,7 +403,7 @@ def test_a_pipeline_of_another_teacher_or_other_views_is_refused(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merged = two_teachers(tiny, tmp_path)[2]
-    monkeypatch.setattr("logitcache.train.loop.Run.take", never)
+    monkeypatch.setattr("logitcache.train.loop.Run.train_step", never)
     common = [*PICTURES, "views.mixup=0.3", "views.mix_probability=0.5", f"cache.path={merged}"]
 
     with pytest.raises(IdentityMismatch, match=r"the cache is the mean of mlp@\w+, mlp@\w+, none of which is "):
