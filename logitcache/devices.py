@@ -33,7 +33,7 @@ def pick_device(name: str, *, threads: int | None = None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            f"device {name!r} is not to be had here ({str(error).splitlines()[0]}); try device=auto"
+            f"device {name!r} is not available ({str(error).splitlines()[0]}); try device=auto"
         ) from None
     return device
 

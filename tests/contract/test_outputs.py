@@ -296,7 +296,7 @@ def test_info_says_what_is_held(tmp_path: Path) -> None:
     assert "outputs: features" in table
     card = (tmp_path / "a" / "README.md").read_text()
     assert '.output("features", [0]))  # float32 (1, 6, 3, 3)' in card
-    assert "| output parity | `(4,)` a sample, `Dense(dtype='float32')`" in card
+    assert "| output parity | `(4,)` per sample, `Dense(dtype='float32')`" in card
 
 
 @pytest.mark.parametrize("array", ["features_values", "parity_logits", "logits"])

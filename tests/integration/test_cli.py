@@ -232,7 +232,7 @@ def test_the_installed_command_runs_in_a_process_of_its_own(folder: Path) -> Non
         pytest.param(
             "cache-teacher", "teacher.weights=README.safetensors", 2, "README.safetensors does not exist", id="weights"
         ),
-        pytest.param("cache-teacher", "device=cuda:7", 2, "device 'cuda:7' is not to be had here", id="device"),
+        pytest.param("cache-teacher", "device=cuda:7", 2, "device 'cuda:7' is not available", id="device"),
         pytest.param("cache-teacher", "cache.path=ftp://team/x.cache", 2, "s3://", id="scheme"),
         pytest.param("train-student", "cache.path=gone.cache", 2, "is no logit cache", id="no cache"),
         pytest.param("train-student", "views.seed=8", 1, "view_seed: 3 in the cache, 8 here", id="other views"),
