@@ -271,8 +271,8 @@ def answering(answer: Callable[[str], tuple[int, bytes]]) -> Iterator[tuple[str,
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("MAX_REMOTE_FOLDERS", 200, "more than 200 folders lie below it"),
-        ("MAX_REMOTE_SECONDS", 0.0, "after 0 s there is no end of its folders"),
+        ("MAX_REMOTE_FOLDERS", 200, "it has more than 200 folders"),
+        ("MAX_REMOTE_SECONDS", 0.0, "it has more folders than can be listed in 0 s"),
     ],
 )
 def test_a_server_whose_folders_never_end_is_given_up(

@@ -167,7 +167,7 @@ def test_nothing_but_logits_of_the_public_set_leaves(two: Make) -> None:
         assert [] == verify(str(path), deep=True)
         assert cache.samples is not None
         assert list(public.keys) == list(cache.samples.keys or [])  # type: ignore[attr-defined]
-        assert {"created", "python", "versions"} == set(cache.manifest.provenance)
+        assert {"created", "python", "versions", "names"} == set(cache.manifest.provenance)
         for name in files:
             text = (path / name).read_bytes()
             assert [] == [word for word in private_words if word.encode() in text], name
@@ -184,7 +184,7 @@ def test_an_anonymous_push_takes_back_what_an_earlier_one_said(tiny: Callable[..
     first, second = push(f"{tmp_path}/mean.cache", there, anonymous=True), open_cache(there)
 
     assert str(tmp_path) not in (tmp_path / "there.cache/manifest.json").read_text()
-    assert {"created", "python", "versions", "merged"} == set(second.manifest.provenance)
+    assert {"created", "python", "versions", "merged", "names"} == set(second.manifest.provenance)
     assert ["", ""] == [part.location for part in merged_parts(second.manifest)]
     assert (first.digest, []) == (second.digest, verify(there, deep=True))
     assert "host" in open_cache(f"{tmp_path}/mean.cache").manifest.provenance
