@@ -32,9 +32,7 @@ def pick_device(name: str, *, threads: int | None = None) -> torch.device:
         device = torch.device("cuda", _local_rank()) if name == "cuda" else torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"device {name!r} is not available ({str(error).splitlines()[0]}); try device=auto"
-        ) from None
+        raise UsageError(f"device {name!r} is not available ({str(error).splitlines()[0]}); try device=auto") from None
     return device
 
 

@@ -11,6 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -31,9 +32,19 @@ from logitcache.cache.layout import (
     receipt_names,
     receipt_rows,
 )
-from logitcache.cache.manifest import CARD, LOGITS, RECEIPTS, Manifest, Receipt, StoredObject, dump
+from logitcache.cache.manifest import (
+    CARD,
+    LOGITS,
+    MAX_RECEIPT_BYTES,
+    RECEIPTS,
+    Manifest,
+    Receipt,
+    StoredObject,
+    dump,
+    read_receipt,
+)
 from logitcache.cache.openblock import OpenBlock
-from logitcache.cache.outputs import output_layouts, outputs_of
+from logitcache.cache.outputs import OutputLayout, output_layouts, outputs_of
 from logitcache.cache.reader import LogitCache
 from logitcache.cache.records import (
     Records,
@@ -47,7 +58,7 @@ from logitcache.data.samples import batch_item, input_digest
 from logitcache.data.views import proof_rows
 from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import Encoding
-from logitcache.errors import IdentityMismatch, IncompleteCache, InvalidLogits, ShapeError, UsageError
+from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, InvalidLogits, ShapeError, UsageError
 from logitcache.storage import Storage
 
 # B batch, C classes, N samples
@@ -55,6 +66,8 @@ from logitcache.storage import Storage
 WRITER_THREADS = 2
 BLOCKS_IN_FLIGHT = 4
 """Blocks that wait for a writer thread or are being written: bounds the memory."""
+COMPARED_ROWS = 1024
+"""Rows that are decoded at once for a comparison."""
 SHOWN_MISSING = 5
 """Missing blocks that an error message lists."""
 
@@ -109,7 +122,7 @@ class CacheWriter:
             if PER_CACHE not in self._receipts:
                 if encoding.fitted_arrays and self._receipts:  # only what was seen under the lock
                     self._discard_blocks()
-                self._receipts[PER_CACHE] = self._store(PER_CACHE, per_cache)
+                self._receipts[PER_CACHE] = self._store(PER_CACHE, self._encoded(PER_CACHE, per_cache))
 
     def _discard_blocks(self) -> None:
         """Blocks are useless without the arrays that the encoding was fitted to: they are computed again."""
@@ -185,6 +198,7 @@ class CacheWriter:
                 f"{self.layout.num_views} views"
             )
         parts = {LOGITS: logits_BC.detach().float(), **self._flattened(outputs, len(logits_BC))}
+        _check_number_of_inputs(inputs, len(logits_BC))
         digests = dict(input_digests) | {
             row: input_digest(batch_item(inputs, row - start)).hex()
             for row in (() if inputs is None else proof_rows(self.manifest.identity.view_seed, view, num_samples))
@@ -201,7 +215,7 @@ class CacheWriter:
                 self._compare(block, row, piece, inside)
             else:
                 if block not in self._open_blocks:
-                    _refuse_probabilities(piece[LOGITS])
+                    _refuse_probabilities(piece[LOGITS], SUM_TOLERANCE.get(logits_BC.dtype, 1e-3))
                     self._open_blocks[block] = OpenBlock(
                         block,
                         rows,
@@ -244,12 +258,7 @@ class CacheWriter:
                 )
             )
         if differing:
-            raise IdentityMismatch(
-                f"block {block.name} of {self.storage.url} was written {what}: row {min(differing)} of view "
-                f"{block.view} differs from what is written now ({len(differing)} of {len(parts[LOGITS])} rows).\n"
-                "Nothing was changed. Choose another path, give this teacher another name, or replace the cache with "
-                "`create(..., overwrite=True)`."
-            )
+            raise self._written_before(block, min(differing), what)
 
     def _stored(self, block: Block) -> dict[str, dict[str, Tensor]]:
         """The encoded rows of a committed block, by output and array."""
@@ -385,40 +394,121 @@ class CacheWriter:
         self._commits.append(self._threads.submit(self._commit, opened))
 
     def _commit(self, opened: OpenBlock) -> None:
-        """Write a block; runs in a writer thread."""
+        """Write a block, unless another writer has committed it; runs in a writer thread.
+
+        Raises:
+            IdentityMismatch: another writer has committed the block with other values; they stay.
+        """
+        block = opened.block
         try:
             kl = opened.kl.double()
-            receipt = self._store(
-                opened.block.name,
-                {name: buffer.numpy() for name, buffer in opened.buffers().items()},
-                kl_mean=_finite(float(kl.mean())),
-                kl_max=_finite(float(kl.max())),
-                inputs=opened.inputs,
-            )
+            arrays = {name: buffer.numpy() for name, buffer in opened.buffers().items()}
+            objects = self._encoded(block.name, arrays)
+            # Compared and written under one lock: objects of two teachers must not end up under one receipt.
+            with self.storage.lock():
+                receipt = self._receipt_of_another(block)
+                if receipt is None:
+                    receipt = self._store(
+                        block.name,
+                        objects,
+                        kl_mean=_finite(float(kl.mean())),
+                        kl_max=_finite(float(kl.max())),
+                        inputs=opened.inputs,
+                    )
+                    self.committed_blocks.append(block)
+            if receipt.objects.keys() != objects.keys() or any(
+                receipt.objects[name].values_sha256 != stored.values_sha256 for name, (_, stored) in objects.items()
+            ):
+                self._compare_with_another(block, receipt, arrays)
             with self._lock:
-                self._receipts[opened.block.name] = receipt
-                self.committed_blocks.append(opened.block)
+                self._receipts[block.name] = receipt
         finally:
             self._slots.release()
+
+    def _receipt_of_another(self, block: Block) -> Receipt | None:
+        """The receipt of a block that another writer has committed since this one began; call it under the lock.
+
+        Raises:
+            IdentityMismatch: another cache is there by now.
+        """
+        there = stored_manifest(self.storage)
+        if there.id != self.manifest.id:
+            raise IdentityMismatch(
+                f"{self.storage.url} holds another cache by now ({there.id[:12]}…, not {self.manifest.id[:12]}…); "
+                "nothing of it was changed. Choose another path, and build again"
+            )
+        if (there.state, there.layout) != (self.manifest.state, self.manifest.layout):  # sealed or grown meanwhile
+            return collect_receipts(self.storage, there).get(block.name)
+        data = self.storage.get(receipt_key(block.name), limit=MAX_RECEIPT_BYTES)
+        if data is None:
+            return None
+        with suppress(CorruptCache):
+            receipt = read_receipt(data, key=receipt_key(block.name))
+            sizes = {name: self.storage.size(object_key(self.layout, block.name, name)) for name in receipt.objects}
+            if sizes == {name: stored.bytes for name, stored in receipt.objects.items()}:
+                return receipt
+        return None  # damaged, or without its objects: written again
+
+    def _compare_with_another(self, block: Block, receipt: Receipt, arrays: Mapping[str, np.ndarray]) -> None:
+        """Compare the values of a block with those that another writer has committed: other roundings are the same.
+
+        Raises:
+            IdentityMismatch: they differ.
+        """
+        cache = LogitCache(self.storage, records=Records(self.manifest, {**self._receipts, block.name: receipt}))
+        rows = block_rows(self.layout, block)
+        for name, layout in self._output_layouts.items():
+            stored = cache.read_encoded(block.view, [block.number], output=name)
+            ours = layout.encoded(arrays)
+
+            def decoded(encoded: Mapping[str, np.ndarray], part: slice, layout: OutputLayout = layout) -> Tensor:
+                tensors = {array: torch.from_numpy(values[part]) for array, values in encoded.items()}
+                return layout.encoding.decode(tensors, layout.num_values)
+
+            for first in range(0, len(rows), COMPARED_ROWS):
+                part = slice(first, first + COMPARED_ROWS)
+                differing = differing_rows(
+                    decoded(stored, part),
+                    decoded(ours, part),
+                    layout.encoding,
+                    self.manifest.identity.precision,
+                    view=block.view,
+                    rows_B=list(rows[part]),
+                )
+                if differing:
+                    raise self._written_before(block, differing[0], "with other logits by another writer")
+
+    def _written_before(self, block: Block, row: int, what: str) -> IdentityMismatch:
+        return IdentityMismatch(
+            f"block {block.name} of {self.storage.url} was written {what}: row {row} of view {block.view} differs from "
+            "what is written now.\nNothing was changed. Choose another path, give this teacher another name, or "
+            "replace the cache with `create(..., overwrite=True)`."
+        )
+
+    def _encoded(self, name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[bytes, StoredObject]]:
+        """The objects of a receipt, by array."""
+        objects = {}
+        for array, values in arrays.items():
+            data = encode_object(self.layout, name, array, values)
+            stored = StoredObject(bytes=len(data), sha256=sha256_hex(data), values_sha256=array_digest(values))
+            objects[array] = data, stored
+        return objects
 
     def _store(
         self,
         name: str,
-        arrays: Mapping[str, np.ndarray],
+        objects: Mapping[str, tuple[bytes, StoredObject]],
         *,
         kl_mean: float | None = None,
         kl_max: float | None = None,
         inputs: Mapping[str, str] | None = None,
     ) -> Receipt:
         """Write the objects of a receipt, and the receipt last: a block without a receipt does not count."""
-        objects = {}
-        for array, values in arrays.items():
-            data = encode_object(self.layout, name, array, values)
+        for array, (data, _) in objects.items():
             self.storage.put(object_key(self.layout, name, array), data)
-            objects[array] = StoredObject(bytes=len(data), sha256=sha256_hex(data), values_sha256=array_digest(values))
         receipt = Receipt(
             rows=receipt_rows(self.layout, name),
-            objects=objects,
+            objects={array: stored for array, (_, stored) in objects.items()},
             kl_mean=kl_mean,
             kl_max=kl_max,
             inputs=dict(inputs or {}),
@@ -454,17 +544,26 @@ class CacheWriter:
         )
 
 
-def _refuse_probabilities(logits_BC: Tensor) -> None:
+SUM_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
+"""By which a row of probabilities may miss a sum of 1; 1e-3 in other types."""
+
+
+def _refuse_probabilities(logits_BC: Tensor, tolerance: float) -> None:
     """Refuse softmax outputs, to which a loss would apply softmax again.
 
     Raises:
         InvalidLogits: every row is a distribution.
     """
-    if len(logits_BC) and bool(((logits_BC.sum(dim=1) - 1).abs() < 1e-3).all()) and bool((logits_BC >= 0).all()):
+    if len(logits_BC) and bool(((logits_BC.sum(dim=1) - 1).abs() < tolerance).all()) and bool((logits_BC >= 0).all()):
         raise InvalidLogits(
             "these rows are probabilities: no value is negative, and each row sums to 1. Pass the logits before "
             "softmax, or `probabilities.log()`. If they are logits, add any constant: softmax ignores it"
         )
+
+
+def _check_number_of_inputs(inputs: Any, num_rows: int) -> None:
+    if isinstance(inputs, Tensor | np.ndarray) and len(inputs) != num_rows:
+        raise ShapeError(f"{len(inputs)} inputs for {num_rows} rows of logits; expected one input for each row")
 
 
 def _as_tensor(logits: Any) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import logitcache
 from logitcache.encodings import Encoding
-from logitcache.errors import IdentityMismatch, IncompleteCache, InvalidLogits, NotACache
+from logitcache.errors import IdentityMismatch, IncompleteCache, InvalidLogits, NotACache, ShapeError
 from logitcache.verify.audit import verify
 
 SAMPLES, CLASSES, BLOCK = 100, 30, 32
@@ -213,3 +213,59 @@ def test_a_refused_batch_leaves_the_cache_open(tmp_path: Path) -> None:
             cache.write(view=0, start=0, logits=some_logits().softmax(dim=1))
 
     assert not logitcache.open(tmp_path / "a").sealed
+
+
+def test_a_writer_that_was_opened_earlier_leaves_a_sealed_cache_as_it_is(tmp_path: Path) -> None:
+    early = writer(tmp_path / "a")
+    build(tmp_path / "a")
+    digest = logitcache.open(tmp_path / "a").digest
+
+    with pytest.raises(IdentityMismatch, match="was written with other logits by another writer: row 0 of view 0"):
+        with early:
+            early.write(view=0, start=0, logits=some_logits(seed=1))
+    assert digest == logitcache.open(tmp_path / "a").digest
+    assert [] == verify(str(tmp_path / "a"), deep=True)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=repr)
+def test_two_writers_of_other_logits_never_mix(tmp_path: Path, encoding: Encoding) -> None:
+    """Block by block, in turns: each block has one writer's rows, and neither seals both."""
+    first, second = writer(tmp_path / "a", encoding), writer(tmp_path / "a", encoding)
+    first.write(view=0, start=0, logits=some_logits()[:BLOCK])
+    second.write(view=0, start=BLOCK, logits=some_logits(seed=1)[BLOCK : 2 * BLOCK])
+    first.flush()
+    second.flush()
+    for each, seed in ((first, 0), (second, 1)):
+        with pytest.raises(IdentityMismatch, match="was written with other logits"):
+            each.write(view=0, start=0, logits=some_logits(seed=seed))
+            each.seal()
+        each.close()
+
+    assert not logitcache.open(tmp_path / "a").sealed
+
+
+def test_two_writers_of_the_same_logits_share_the_work(tmp_path: Path) -> None:
+    build(tmp_path / "one")
+    first, second = writer(tmp_path / "a"), writer(tmp_path / "a")
+    first.write(view=0, start=0, logits=some_logits()[:BLOCK])
+    first.flush()
+    second.write(view=0, start=0, logits=some_logits())
+    second.seal()
+    first.write(view=0, start=BLOCK, logits=some_logits()[BLOCK:])
+    first.seal()
+    first.close()
+    second.close()
+
+    assert logitcache.open(tmp_path / "one").digest == logitcache.open(tmp_path / "a").digest
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_probabilities_are_refused_in_any_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    probabilities = some_logits().to(dtype).softmax(dim=1)
+    with pytest.raises(InvalidLogits, match="these rows are probabilities"), writer(tmp_path / "a") as cache:
+        cache.write(view=0, start=0, logits=probabilities)
+
+
+def test_inputs_of_another_number_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ShapeError, match="99 inputs for 100 rows of logits"), writer(tmp_path / "a") as cache:
+        cache.write(view=0, start=0, logits=some_logits(), inputs=torch.zeros(99, 1, 4, 4))
