@@ -212,7 +212,7 @@ def test_run_takes_stages_in_one_process(tiny: Make, monkeypatch: pytest.MonkeyP
     from logitcache.stages.run import run_pipeline
 
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with pytest.raises(UsageError, match="with torchrun start the stages one by one"):
+    with pytest.raises(UsageError, match="with torchrun, start each stage on its own"):
         run_pipeline(tiny())
 
 

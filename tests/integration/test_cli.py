@@ -161,7 +161,7 @@ def test_a_dry_run_checks_any_number_of_files_without_their_data(tmp_path: Path)
 
     assert (result.returncode, len(found)) == (0, len(files))
     assert [name for name, each in found.items() if each["error"] or not each["steps"]] == []
-    assert "there is no folder imagenet" in found["s4_imagenet"]["missing"][0]
+    assert "the folder imagenet does not exist" in found["s4_imagenet"]["missing"][0]
     assert found["s1_features"]["unchecked"] == [
         "pipelines.s1_features:random_rows was not called; --require-data calls it"
     ]

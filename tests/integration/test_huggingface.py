@@ -247,7 +247,7 @@ def test_a_writer_takes_the_digests_of_inputs_that_were_padded(tmp_path: Path) -
 def test_different_lengths_without_padding_say_how_to_pad(tiny: Make) -> None:
     pipeline = bag(tiny, "data.collate=null")
 
-    with pytest.raises(ShapeError, match=r"input_ids: a list of \d+.*data.collate=pad or a package.module:function"):
+    with pytest.raises(ShapeError, match=r"input_ids: a list of \d+.*data.collate=pad or your own function"):
         cache_teacher(pipeline)
 
 
