@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -103,6 +104,8 @@ class LogitCache:
         self._loading: dict[tuple[int, str, str], Future[View]] = {}
         self._kept: OrderedDict[tuple[int, str, int], View] = OrderedDict()
         self._plans: list[ViewPlan] = []
+        self._verified: weakref.WeakKeyDictionary[ViewDataset, set[int]] = weakref.WeakKeyDictionary()
+        """The views of each dataset that `verify_inputs` has passed."""
         """Plans of this cache's views; `check_batch` renders from their datasets."""
         self._process = os.getpid()
         if self.sealed and self.records.content_digest() != self.manifest.digest:
@@ -222,6 +225,7 @@ class LogitCache:
             raise IdentityMismatch(
                 f"the view plan is not that of cache {self.id[:12]}…; it differs in\n  " + "\n  ".join(differences)
             )
+        plan.limit_views(self.views)
         self._plans.append(plan)
 
     def verify_inputs(self, views: ViewDataset, view: int) -> int:
@@ -239,13 +243,16 @@ class LogitCache:
             IdentityMismatch: a row differs; names the sample and the library versions that may be the cause.
         """
         self._check_view(view)
-        return check_rendered(views, view, self.input_digests(view), self.manifest, self.samples)
+        compared = check_rendered(views, view, self.input_digests(view), self.manifest, self.samples)
+        self._verified.setdefault(views, set()).add(view)
+        return compared
 
     def check_batch(self, index: Any, inputs: Any, *, views: ViewDataset | None = None) -> int:
-        """Render the first and the last sample of a batch again and compare them with the batch.
+        """Compare a batch with its dataset, and its dataset with the cache.
 
-        `verify_inputs` checks the dataset; this check finds what a loader changes afterwards (timm's casts floats to
-        uint8, for example). Call it on the first batch of each view.
+        The first and the last sample of the batch are rendered again: this finds what a loader changes on the way
+        (timm's casts floats to uint8, for example). At the first batch of a view, `verify_inputs` is called as well.
+        Call this on the first batch of each view.
 
         Args:
             index: the batch's index from `ViewDataset`, int (B,).
@@ -260,11 +267,16 @@ class LogitCache:
             UsageError: plain row numbers, or samples that none of the datasets has.
             IdentityMismatch: a sample differs; names it and the difference.
         """
-        if views is not None:
-            return check_arrived([views], index, inputs, self.manifest, self.samples)
-        plans = self._plans or [self.view_plan]
-        datasets = [each for plan in plans for each in plan.datasets]
-        return check_arrived(datasets, index, inputs, self.manifest, self.samples)
+        if views is None:
+            plans = self._plans or [self.view_plan]
+            datasets = [each for plan in plans for each in plan.datasets]
+        else:
+            datasets = [views]
+        compared = check_arrived(datasets, index, inputs, self.manifest, self.samples)
+        for view, dataset in compared:
+            if view not in self._verified.setdefault(dataset, set()):
+                self.verify_inputs(dataset, view)
+        return len(compared)
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
         """Row numbers of sample keys, int64 (len(keys),), for subsets and datasets in another order.

@@ -13,7 +13,7 @@ from logitcache.data.index import split_index
 from logitcache.data.samples import SampleTable, batch_item, input_digest
 from logitcache.data.transforms import build_transform, entry_points_of
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan, proof_rows
-from logitcache.errors import IdentityMismatch, UntrustedCode, UsageError
+from logitcache.errors import IdentityMismatch, ShapeError, UntrustedCode, UsageError
 
 
 def recorded_plan(manifest: Manifest, samples: SampleTable | None, *, url: str, trust: bool) -> ViewPlan:
@@ -88,18 +88,26 @@ def check_rendered(
             raise IdentityMismatch(
                 f"view {view} of sample {row} ({key}) is not what the teacher saw: rendered here its digest is "
                 f"{found}, in the cache {expected}.\n"
-                "Data, transform and seed agree, so the libraries render differently: the cache was built "
-                f"with {_versions(manifest) or 'unknown library versions'} on "
-                f"{manifest.provenance.get('platform', 'unknown')}.\n"
-                "Use those versions, or build the cache again."
+                f"{_possible_causes(samples is not None)} The cache was built with "
+                f"{_versions(manifest) or 'unknown library versions'} on "
+                f"{manifest.provenance.get('platform', 'unknown')}."
             )
         compared += 1
     return compared
 
 
+def _possible_causes(knows_samples: bool) -> str:
+    if knows_samples:
+        return "Data, transform and seed agree, so the libraries render differently: use the versions of the cache."
+    return (
+        "Possible causes: other data or another order than in stage 1; a cache that was written from shuffled inputs "
+        "or another view; other library versions."
+    )
+
+
 def check_arrived(
     datasets: Iterable[ViewDataset], index: Any, inputs: Any, manifest: Manifest, samples: SampleTable | None
-) -> int:
+) -> list[tuple[int, ViewDataset]]:
     """Render the first and the last sample of a batch again and compare them with the batch.
 
     Args:
@@ -108,10 +116,11 @@ def check_arrived(
         inputs: the batch's inputs from the loader.
 
     Returns:
-        The number of samples compared.
+        The view of each compared sample, and the dataset that rendered it alike.
 
     Raises:
         UsageError: plain row numbers, or none of the datasets has the samples.
+        ShapeError: fewer inputs than indices.
         IdentityMismatch: a sample differs from the view that its index names.
     """
     views_B, rows_B = (part.tolist() for part in split_index(index))
@@ -122,14 +131,23 @@ def check_arrived(
             "sample"
         )
     datasets = list(datasets)
+    alike = []
     for place in places:
         view, row = views_B[place], rows_B[place]
+        try:
+            arrived = batch_item(inputs, place)
+        except IndexError:
+            raise ShapeError(
+                f"the batch has {len(rows_B)} indices, but fewer inputs; expected one input each"
+            ) from None
         reasons = []
         for views in datasets:
             number = views.index_of(row)
             if number is not None:
-                rendered = batch_item(views.batch([(view, number)]), 0)
-                reasons.append(_difference(batch_item(inputs, place), rendered))
+                reasons.append(_difference(arrived, batch_item(views.batch([(view, number)]), 0)))
+                if reasons[-1] is None:
+                    alike.append((view, views))
+                    break
         if not reasons:
             raise UsageError(
                 f"no ViewDataset of this cache has sample {row} of this batch; create `ViewDataset(dataset, "
@@ -143,7 +161,7 @@ def check_arrived(
                 "transform on the device) or pairs them with other indices. Check the batch as it comes from the "
                 "dataset, and pass a model's own steps as `preprocess=`"
             )
-    return len(places)
+    return alike
 
 
 def _difference(arrived: Any, rendered: Any) -> str | None:

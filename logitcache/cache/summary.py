@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from logitcache.cache.manifest import MANIFEST, MAX_MANIFEST_BYTES, Contents, Manifest, read_manifest
+from logitcache.cache.manifest import MANIFEST, MAX_MANIFEST_BYTES, RECEIPTS, Contents, Manifest, read_manifest
 from logitcache.cache.names import CacheNames, names_of
 from logitcache.cache.packages import missing_packages, recorded_packages
 from logitcache.errors import CorruptCache, NotACache, StorageError, UnsupportedFormat, UsageError
@@ -176,9 +176,17 @@ def _manifest(storage: Storage, folder: str) -> Manifest:
 
 def _manifest_if_any(storage: Storage, folder: str) -> Manifest | CorruptCache | UnsupportedFormat | None:
     """A folder's manifest, or the error if it can't be read; None if the folder is not a cache."""
+    prefix = f"{folder}/" if folder else ""
+    url = f"{storage.url}/{folder}".rstrip("/")
+    data = storage.get(prefix + MANIFEST, limit=MAX_MANIFEST_BYTES)
+    if data is None:
+        return None
     try:
-        return _manifest(storage, folder)
+        return read_manifest(data, url=url)
     except (CorruptCache, UnsupportedFormat) as error:
         return error
     except NotACache:
-        return None
+        # Other programs have a manifest.json too; only a cache has receipts beside it.
+        if storage.size(prefix + RECEIPTS) is None:
+            return None
+        return CorruptCache(f"{url}: {MANIFEST} is damaged: it can't be read as JSON of a cache")

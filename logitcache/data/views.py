@@ -121,6 +121,11 @@ class ViewPlan:
 
     model_input = RenamedAttribute("preprocess")
 
+    def limit_views(self, views: range) -> None:
+        """Refuse other views from now on, unless a limit is set already; `cache.check_plan` calls it."""
+        if self.views is None:
+            object.__setattr__(self, "views", views)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "datasets"}
 

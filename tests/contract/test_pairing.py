@@ -267,3 +267,75 @@ def test_our_loop_stops_where_a_batch_is_not_what_was_rendered(tiny: Make, monke
     monkeypatch.setattr(loop, "rendered_batches", darker)
     with pytest.raises(IdentityMismatch, match="of this batch is not view 0 as it is rendered here"):
         train_students(tiny(), ["small"])
+
+
+def own_cache(
+    path: Path, plan: ViewPlan, dataset: Any, *, shuffled: bool = False, view: int = 0
+) -> logitcache.LogitCache:
+    """Two views by a loop of one's own, as in the README, with its mistakes."""
+    views = ViewDataset(dataset, plan)
+    settings: dict[str, Any] = {"teacher": "net", "dataset": "pictures", "view_plan": plan}
+    with logitcache.create(path, num_samples=40, num_classes=CLASSES, num_views=2, **settings) as writer:
+        for number in range(2):
+            views.set_view(number if view == 0 else 0)
+            order = torch.randperm(40, generator=torch.Generator().manual_seed(1)) if shuffled else torch.arange(40)
+            inputs = torch.stack([views[int(index)][1] for index in order])
+            writer.write(view=number, start=0, logits=inputs.flatten(1)[:, :CLASSES], inputs=inputs)
+    cache = logitcache.open(path)
+    cache.check_plan(plan)
+    return cache
+
+
+class Reversed:
+    """The same pictures from the last to the first, without keys."""
+
+    def __init__(self) -> None:
+        self.pictures = Pictures()
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> Any:
+        return self.pictures[39 - index]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "data"),
+    [({}, Reversed), ({"shuffled": True}, Pictures), ({"view": 1}, Pictures)],
+    ids=["another order", "stage 1 shuffled", "stage 1 without set_view"],
+)
+def test_checking_a_batch_compares_its_dataset_with_the_cache(tmp_path: Path, mistake: Any, data: Any) -> None:
+    """The batch is what the dataset renders; the dataset is not what the teacher saw."""
+    plan = ViewPlan(transform=v2.RandomAffine(degrees=20), seed=3)
+    cache = own_cache(tmp_path / "a", plan, Pictures(), **mistake)
+    views = ViewDataset(data(), plan)
+    views.set_view(1)
+    index, inputs, _ = next(iter(DataLoader(views, batch_size=8)))
+
+    with pytest.raises(IdentityMismatch, match=r"is not what the teacher saw(.|\n)*Possible causes: other data or"):
+        cache.check_batch(index, inputs)
+
+
+def test_a_batch_of_the_right_data_passes_in_a_loop_of_ones_own(tmp_path: Path) -> None:
+    plan = ViewPlan(transform=v2.RandomAffine(degrees=20), seed=3)
+    cache = own_cache(tmp_path / "a", plan, Pictures())
+    views = ViewDataset(Pictures(), plan)
+    for view in cache.views:
+        views.set_view(view)
+        index, inputs, _ = next(iter(DataLoader(views, batch_size=8)))
+        assert 2 == cache.check_batch(index, inputs)
+
+
+def test_a_plan_of_ones_own_knows_the_cache_s_views_once_it_was_checked(tmp_path: Path) -> None:
+    plan = ViewPlan(seed=3)
+    own_cache(tmp_path / "a", plan, Pictures())
+
+    with pytest.raises(UsageError, match="there is no view 2; expected 0 to 1, those of the cache"):
+        ViewDataset(Pictures(), plan).set_view(2)
+
+
+def test_fewer_inputs_than_indices_are_refused(cache: logitcache.LogitCache, views: ViewDataset) -> None:
+    index, inputs, _ = next(iter(DataLoader(views, batch_size=8)))
+
+    with pytest.raises(ShapeError, match="the batch has 8 indices, but fewer inputs"):
+        cache.check_batch(index, inputs[:5])

@@ -444,8 +444,11 @@ def test_fitted_arrays_that_make_no_sense_are_refused(
 def test_ls_lists_the_others_beside_a_damaged_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("a", "b", "c", "d"):
+    for name in ("a", "b", "c", "d", "e"):
         build(tmp_path / "caches" / name)
+    (tmp_path / "caches/e/manifest.json").write_text("{" * 700)
+    (tmp_path / "caches/web").mkdir()
+    (tmp_path / "caches/web/manifest.json").write_text("not ours")
     text = (tmp_path / "caches/b/manifest.json").read_text()
     (tmp_path / "caches/b/manifest.json").write_text(text.replace('"net@1"', '"net@2"'))
     (tmp_path / "caches/c/manifest.json").write_text(text.replace('"format_version": ', '"format_version": 9'))
@@ -459,14 +462,16 @@ def test_ls_lists_the_others_beside_a_damaged_cache(
         main()
     listed = json.loads(capsys.readouterr().out)
 
-    assert [Summary, Unreadable, Unreadable, Summary] == [type(each) for each in found]
-    assert ["CorruptCache", "UnsupportedFormat"] == [each.kind for each in found if isinstance(each, Unreadable)]
+    assert [Summary, Unreadable, Unreadable, Summary, Unreadable] == [type(each) for each in found]
+    assert ["CorruptCache", "UnsupportedFormat", "CorruptCache"] == [
+        each.kind for each in found if isinstance(each, Unreadable)
+    ]
     assert 1 == left.value.code
     assert "caches/a" in shown.out
     assert "caches/b: manifest.json is damaged" in shown.err
     assert "caches/c has format version" in shown.err
     assert ["a", "d"] == [Path(each["url"]).name for each in listed["caches"]]
-    assert ["b", "c"] == [Path(each["url"]).name for each in listed["unreadable"]]
+    assert ["b", "c", "e"] == [Path(each["url"]).name for each in listed["unreadable"]]
 
 
 READ_ONLY = """

@@ -544,7 +544,11 @@ def test_wrong_pairs_are_refused(made: Path, tmp_path: Path) -> None:
     refused(command("export", run, "--to", "parquet", "-o", tmp_path / "x"), 2, "is a run: use --to safetensors")
     refused(command("export", run, "--to", "safetensors", "--int8"), 2, "--int8 makes an ONNX model; add --to onnx")
     refused(command("export", run, "--to", "onnx", "--top", "3"), 2, "--views and --top apply to caches, not to runs")
-    refused(command("export", cache, "--to", "parquet", "-o", tmp_path / "x", "--int8"), 2, "--int8, --weights and --data apply to runs")
+    refused(
+        command("export", cache, "--to", "parquet", "-o", tmp_path / "x", "--int8"),
+        2,
+        "--int8, --weights and --data apply to runs",
+    )
     refused(command("export", cache, "--to", "parquet"), 2, "--to parquet needs an output folder: add -o FOLDER")
     assert not (tmp_path / "x").exists()
 

@@ -1,16 +1,13 @@
 """Write logits.npy into the cache of pipeline.yaml."""
 
-from dataclasses import replace
-
 import numpy as np
 from my_data import load
 
 import logitcache
-from logitcache.data.samples import content_table
 
 dataset = load("images.npz")["train"]
 logits = np.load("logits.npy")
-samples = replace(logitcache.sample_table(dataset), contents=content_table(dataset))
+samples = logitcache.sample_table(dataset, contents=True)
 
 with logitcache.create(
     "caches/starter.cache",
