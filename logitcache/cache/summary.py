@@ -105,7 +105,7 @@ def summarise(location: str) -> Summary:
         StorageError: the store refuses access or can't be reached.
     """
     storage = open_storage(location)
-    manifest = _manifest(storage, "")
+    manifest = _manifest(storage)
     if manifest.contents is not None:
         return Summary(storage.url, manifest, manifest.contents)
     from logitcache.cache.records import read_records
@@ -117,7 +117,7 @@ def summarise(location: str) -> Summary:
 def missing_packages_of(location: str) -> str | None:
     """Which package a cache's encodings need that is not installed, and how to install it; reads the manifest only."""
     storage = open_storage(location)
-    return Summary(storage.url, _manifest(storage, ""), None).missing_packages
+    return Summary(storage.url, _manifest(storage), None).missing_packages
 
 
 def find_caches(location: str) -> list[Summary | Unreadable]:
@@ -169,9 +169,8 @@ def _below(storage: Storage, folder: str) -> Iterator[str]:
             yield f"{folder}/{name}" if folder else name
 
 
-def _manifest(storage: Storage, folder: str) -> Manifest:
-    key = f"{folder}/{MANIFEST}" if folder else MANIFEST
-    return read_manifest(storage.get(key, limit=MAX_MANIFEST_BYTES), url=f"{storage.url}/{folder}".rstrip("/"))
+def _manifest(storage: Storage) -> Manifest:
+    return read_manifest(storage.get(MANIFEST, limit=MAX_MANIFEST_BYTES), url=storage.url)
 
 
 def _manifest_if_any(storage: Storage, folder: str) -> Manifest | CorruptCache | UnsupportedFormat | None:
