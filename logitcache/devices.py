@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,6 +13,9 @@ import torch
 from torch import Tensor
 
 from logitcache.errors import UsageError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
 
 
 def pick_device(name: str, *, threads: int | None = None) -> torch.device:
@@ -22,6 +28,7 @@ def pick_device(name: str, *, threads: int | None = None) -> torch.device:
     Raises:
         UsageError: a device that is not there.
     """
+    _keep_freed_buffers()
     if threads is not None:
         torch.set_num_threads(threads)
     if name == "auto":
@@ -34,6 +41,20 @@ def pick_device(name: str, *, threads: int | None = None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} is not available ({str(error).splitlines()[0]}); try device=auto") from None
     return device
+
+
+def _keep_freed_buffers() -> None:
+    """Let glibc keep buffers that torch frees on the CPU, instead of returning each of them to the kernel.
+
+    Every forward pass would otherwise map its activations anew, and the kernel would clear each page: a fifth of the
+    CPU time of stage 1 with a small teacher. Up to 128 MB of freed memory stay with the process.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that glibc takes
+        libc.mallopt(M_TRIM_THRESHOLD, 2**27)
 
 
 def seed_device(device: torch.device, seed: int) -> None:

@@ -24,7 +24,7 @@ PUBLIC = {
     "View": "logits num_classes num_rows number output",
     "ViewDataset": """batch check_view collate dataset index_of input_digests num_samples plan preprocess proofs row rows
         set_view""",
-    "ViewPlan": """collate contents datasets describe mixes mixing mixture num_classes num_samples preprocess seed
+    "ViewPlan": """collate contents datasets describe limit_views mixes mixing mixture num_classes num_samples preprocess seed
         transform views""",
     "ViewSampler": "load_state_dict set_epoch state_dict view",
     "CacheWriter": """close committed_blocks encoding flush layout manifest missing_blocks outputs seal storage write""",
