@@ -72,7 +72,7 @@ def rows_of_view(index: Any, view: int, num_rows: int) -> Tensor:
     index_B = index_tensor(index)
     if not index_B.numel():
         return index_B
-    lowest, highest = (int(end) for end in index_B.aminmax())
+    lowest, highest = (int(end.item()) for end in index_B.aminmax())
     first, last = (lowest >> ROW_BITS) - 1, (highest >> ROW_BITS) - 1
     if first != last or first not in (-1, view):
         if lowest < 0:
@@ -84,7 +84,8 @@ def rows_of_view(index: Any, view: int, num_rows: int) -> Tensor:
             f"views, or `cache.view({max(other, 0)})`. A batch that was loaded before `set_view` keeps its view"
         )
     if first != -1:
-        index_B, lowest, highest = index_B & ROW_MASK, lowest & ROW_MASK, highest & ROW_MASK
+        # Subtracted rather than masked: half the time of a small gather.
+        index_B, highest = index_B - ((view + 1) << ROW_BITS), highest & ROW_MASK
     if highest >= num_rows:
         raise IndexError(f"row {highest} is beyond the view, which has rows 0 to {num_rows - 1}")
     return index_B
