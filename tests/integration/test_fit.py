@@ -82,7 +82,7 @@ def test_another_library_that_renders_otherwise_is_noticed_by_its_pixels(
     )
 
     with pytest.raises(
-        IdentityMismatch, match=r"(?s)is not what the teacher saw.*the cache was built with torchvision"
+        IdentityMismatch, match=r"(?s)is not what the teacher saw.*The cache was built with torchvision"
     ):
         train_students(tiny(*PICTURES), ["small"])
 
