@@ -23,6 +23,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.needs import need_package
+
 AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 """The one that Azurite's documentation gives to everybody."""
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
@@ -152,6 +154,7 @@ def google(folder: Path) -> Iterator[dict[str, str]]:
 @contextmanager
 def azurite(folder: Path) -> Iterator[dict[str, str]]:
     """Azure's own emulator, with a container `team`; what is yielded belongs into the environment."""
+    need_package("azure", "test")
     program, port = need("azurite-blob", "npm install --global azurite"), free_port()
     command = [
         program, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--inMemoryPersistence", "--silent",
