@@ -250,7 +250,7 @@ def test_whoever_interrupts_a_pull_does_not_wait_for_a_slow_network(whole: Path,
         server.fault = lambda path, count: None
         assert 130 == process.returncode
         assert "interrupted" in json.loads(said)["error"]
-        assert "run the same command again" in complained
+        assert "re-run the same command to resume" in complained
         assert pull(f"{server.url}/whole.cache", str(tmp_path / "b.cache")).kept_objects > 0
 
 
