@@ -143,7 +143,7 @@ def _describe_object(value: Any) -> dict[str, Any]:
     except TypeError:
         raise UsageError(
             f"the transform holds a {kind.__qualname__}, which can't be told from another one; "
-            "give the transform an attribute `spec` with JSON that says what it does"
+            "give the transform an attribute `spec` with JSON that describes it"
         ) from None
     children = state.get("_modules") or {}
     described["parameters"] = {
