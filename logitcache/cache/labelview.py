@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcache.cache.manifest import LOGITS, Layout
+from logitcache.cache.manifest import LOGITS
 from logitcache.data.index import rows_of_view
+from logitcache.data.rows import RowMap
 from logitcache.encodings import Encoding
 from logitcache.errors import UsageError
 
@@ -138,30 +139,29 @@ class StreamedView(View):
         number: int,
         encoding: Encoding,
         read_blocks: Callable[[Sequence[int]], dict[str, np.ndarray]],
-        layout: Layout,
+        rows: RowMap,
         device: torch.device,
         *,
         max_blocks: int,
-        num_values: int | None = None,
+        num_values: int,
     ) -> None:
         self.number = number
-        self.num_classes = layout.num_classes if num_values is None else num_values
-        self.num_rows = layout.num_samples
+        self.num_classes = num_values
+        self.num_rows = rows.num_rows
         self._max_blocks = max_blocks
         self._encoding = encoding
         self._read_blocks = read_blocks
-        self._layout = layout
+        self._row_map = rows
         self._device = device
         self._blocks: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
     def _decoded(self, rows_B: Tensor) -> Tensor:
         numbered_B = rows_B.cpu().numpy()
         logits_BC = torch.empty((len(rows_B), self.num_classes), device=self._device)
-        rows_per_block = self._layout.rows_per_block
-        numbers_B = numbered_B // rows_per_block
+        numbers_B = self._row_map.blocks_of(numbered_B)
         for number in np.unique(numbers_B):
             places = np.flatnonzero(numbers_B == number)
-            within = torch.from_numpy(numbered_B[places] - number * rows_per_block).to(self._device)
+            within = torch.from_numpy(numbered_B[places] - self._row_map.block_rows(int(number)).start).to(self._device)
             block = self._block(int(number))
             gathered = {name: _rows(values, within) for name, values in block.items()}
             decoded = self._encoding.decode(gathered, self.num_classes)

@@ -262,7 +262,9 @@ def test_a_missing_pipeline_and_one_that_is_no_yaml(tmp_path: Path) -> None:
 
     refused(logitcache("cache-teacher", tmp_path / "gone.yaml"), 2, "gone.yaml does not exist")
     refused(logitcache("cache-teacher", tmp_path / "bad.yaml"), 2, "bad.yaml is not valid YAML")
-    refused(logitcache("cache-teacher", tmp_path / "digits.yaml"), 2, "digits.yaml is not valid YAML: Exceeds the limit")
+    refused(
+        logitcache("cache-teacher", tmp_path / "digits.yaml"), 2, "digits.yaml is not valid YAML: Exceeds the limit"
+    )
     refused(logitcache("cache-teacher", tmp_path / "list.yaml"), 2, "expected a pipeline: a mapping with")
 
 
