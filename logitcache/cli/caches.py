@@ -166,6 +166,17 @@ def repair_command(
         raise typer.Exit(1)
 
 
+@app.command("seal")
+def seal_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
+    """Seal a cache whose blocks are all written, such as one that several machines built a share of."""
+    from logitcache.cache.sealing import seal
+    from logitcache.cache.summary import summarise
+
+    seal(cache)
+    summary = cache_summary(summarise(cache))
+    show(summary, as_json, lambda: print_mapping(cache, summary))
+
+
 @app.command("push")
 def push_command(
     cache: CacheArgument,
