@@ -24,6 +24,7 @@ from logitcache.data.batching import COLLATES, Collate
 from logitcache.data.rows import rows_of_dataset
 from logitcache.data.samples import Dataset
 from logitcache.data.sequences import sequence_rows
+from logitcache.data.text_views import complete_spec
 from logitcache.data.transforms import build_transform
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.devices import pick_device
@@ -71,8 +72,9 @@ def resolve_data(pipeline: Pipeline, *, trust: bool) -> Data:
 def resolve_plan(pipeline: Pipeline, data: Data, *, trust: bool) -> ViewPlan:
     """The view plan that teacher and students share."""
     views = pipeline.views
+    spec = None if views.transform is None else complete_spec(views.transform, data.train)
     return ViewPlan(
-        transform=None if views.transform is None else build_transform(views.transform, trust=trust),
+        transform=None if spec is None else build_transform(spec, trust=trust),
         seed=views.seed,
         mixing=Mixing(mixup=views.mixup, cutmix=views.cutmix, probability=views.mix_probability),
         preprocess=input_part(pipeline.teacher, trust=trust),

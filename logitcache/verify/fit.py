@@ -158,12 +158,12 @@ def _sequence_differences(cache: LogitCache, dataset: Dataset, samples: np.ndarr
         differences.append(f"{_named(cache, samples[index])} has {counts[index]} rows, {own_counts[index]} here")
     if differences:
         return differences
-    for index, sample in (
-        enumerate(samples.tolist()) if theirs.positions is not None or ours.positions is not None else ()
-    ):
-        rows, own_rows = theirs.sample_rows(sample), ours.sample_rows(index)
-        if theirs.positions_of(list(rows)).tolist() != ours.positions_of(list(own_rows)).tolist():
-            differences.append(f"{_named(cache, sample)} has rows at other positions")
+    if theirs.positions is not None or ours.positions is not None:
+        shift = np.repeat(theirs.offsets[samples] - ours.offsets[:-1], own_counts)
+        rows = np.arange(ours.num_rows)
+        moved = theirs.positions_of(rows + shift) != ours.positions_of(rows)
+        others = np.unique(ours.samples_of(rows[moved]))
+        differences += [f"{_named(cache, samples[index])} has rows at other positions" for index in others]
     contents = None if cache.samples is None else cache.samples.contents
     if contents is not None and getattr(dataset, "in_memory", False):
         changed = (contents[samples] != content_table(dataset)).any(axis=1)
@@ -171,7 +171,7 @@ def _sequence_differences(cache: LogitCache, dataset: Dataset, samples: np.ndarr
     return differences
 
 
-def _named(cache: LogitCache, sample: int) -> str:
+def _named(cache: LogitCache, sample: Any) -> str:
     return f"sample {sample}" + ("" if cache.samples is None else f" ({cache.samples.key(int(sample))})")
 
 
