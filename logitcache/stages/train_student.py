@@ -23,6 +23,7 @@ from logitcache.config.build import (
     has_teacher,
     input_part,
     resolve_data,
+    resolve_loss,
     resolve_model,
     resolve_plan,
     resolve_teacher,
@@ -175,7 +176,7 @@ class Experiment:
             indices=source.indices,
             num_views=source.num_views,
             labels=source.labels,
-            loss=pipeline.loss(student),
+            loss=resolve_loss(student, trust=self.trust),
             config=pipeline.train_config(student),
             seed=seed,
             validation=self._evaluation("validation", student),
@@ -210,7 +211,7 @@ class Experiment:
     def _label_source(self, student: StudentConfig, data: TrainingSet, given: Labels | None) -> LabelSource:
         """The student's views and labels; cache and teacher are not loaded where neither loss nor hints use them."""
         outputs = {hint["output"] for hint in student.hints}
-        if self.pipeline.loss(student).needs_teacher:
+        if resolve_loss(student, trust=self.trust).needs_teacher:
             outputs.add(LOGITS)
         if given is None and not outputs:
             return TrueLabels(data)
