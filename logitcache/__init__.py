@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from logitcache.encodings import Sampled as Sampled
     from logitcache.encodings import TopK as TopK
     from logitcache.encodings import Values as Values
+    from logitcache.targets import DenseTargets as DenseTargets
+    from logitcache.targets import SparseTargets as SparseTargets
 
 __all__ = [
     "ArraySpec",
@@ -36,12 +38,14 @@ __all__ = [
     "CacheWriter",
     "Calibration",
     "Dense",
+    "DenseTargets",
     "Encoding",
     "LogitCache",
     "LowRank",
     "Mixing",
     "Output",
     "Sampled",
+    "SparseTargets",
     "TopK",
     "Values",
     "ViewDataset",
@@ -61,12 +65,14 @@ _HOMES = {
     "CacheWriter": "cache.writer:CacheWriter",
     "Calibration": "cache.fidelity:Calibration",
     "Dense": "encodings:Dense",
+    "DenseTargets": "targets:DenseTargets",
     "Encoding": "encodings:Encoding",
     "LogitCache": "cache.reader:LogitCache",
     "LowRank": "encodings:LowRank",
     "Mixing": "data.views:Mixing",
     "Output": "cache.outputs:Output",
     "Sampled": "encodings:Sampled",
+    "SparseTargets": "targets:SparseTargets",
     "TopK": "encodings:TopK",
     "Values": "encodings:Values",
     "ViewDataset": "data.views:ViewDataset",

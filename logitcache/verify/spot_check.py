@@ -81,4 +81,4 @@ def spot_check(
 
 
 def _block(cache: LogitCache, view: int, row: int) -> str:
-    return Block(view, row // cache.layout.rows_per_block).name
+    return Block(view, int(cache.row_map.blocks_of(row))).name

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "logitcache"
 
 FLOOR = {
     "errors": 0, "strict_json": 0, "digest": 0, "randomness": 0, "progress": 0, "devices": 0, "entry_points": 0, "markdown": 0,
-    "arrays": 0, "checksums": 0, "registry": 0, "context": 0, "deprecation": 0,
+    "arrays": 0, "checksums": 0, "registry": 0, "context": 0, "deprecation": 0, "targets": 0,
     "losses": 1, "encodings": 1, "data": 1, "storage": 1,
     "cache": 2,
     "share": 3, "catalog": 3, "testing": 3,
