@@ -51,6 +51,7 @@ from logitcache.cache.manifest import MANIFEST, RECEIPTS, Receipt, StoredObject,
 from logitcache.cache.records import Records
 from logitcache.config.schema import load_pipeline
 from logitcache.data.loading import rendered_batches
+from logitcache.data.rows import OneRowEach
 from logitcache.losses import loss_from_config
 from logitcache.progress import silence, track
 from logitcache.share.transfer import pull, push

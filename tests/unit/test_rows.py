@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,7 @@ def test_blocks_hold_whole_samples_as_many_as_fit(counts: list[int], rows_per_bl
     assert list(range(sum(counts))) == [row for block in blocks for row in block]
     assert all(0 < len(block) <= rows_per_block for block in blocks)
     assert all(block.start in rows.offsets for block in blocks)
-    for number, (block, following) in enumerate(zip(blocks, blocks[1:], strict=False)):
+    for number, (block, following) in enumerate(itertools.pairwise(blocks)):
         first_of_next = rows.block_samples(number + 1)[0]
         assert len(block) + counts[first_of_next] > rows_per_block
         assert following.start == rows.offsets[first_of_next]
