@@ -59,8 +59,6 @@ from logitcache.errors import CorruptCache, IdentityMismatch, InvalidLogits, Not
 from logitcache.progress import track
 from logitcache.storage import Storage, open_storage
 
-DEFAULT_ROWS_PER_BLOCK = 16_384
-
 Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
 """A value that can be written as JSON."""
 Logits: TypeAlias = Tensor | np.ndarray | Sequence[Sequence[float]]
@@ -150,13 +148,7 @@ def create(
     return open_writer(
         path,
         origin,
-        rows=make_row_map(
-            num_samples,
-            rows_per_sample,
-            row_positions,
-            rows_per_block=rows_per_block,
-            default=DEFAULT_ROWS_PER_BLOCK,
-        ),
+        rows=make_row_map(num_samples, rows_per_sample, row_positions, rows_per_block=rows_per_block),
         num_classes=num_classes,
         num_views=num_views,
         encoding=encoding,

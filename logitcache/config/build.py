@@ -21,7 +21,10 @@ from logitcache.catalog.outputs import sources_of, taps_of
 from logitcache.config.schema import ModelConfig, Pipeline, StudentConfig, parse_pipeline
 from logitcache.context import Context
 from logitcache.data.batching import COLLATES, Collate
+from logitcache.data.rows import rows_of_dataset
 from logitcache.data.samples import Dataset
+from logitcache.data.sequences import sequence_rows
+from logitcache.data.text_views import complete_spec
 from logitcache.data.transforms import build_transform
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.devices import pick_device
@@ -70,14 +73,16 @@ def resolve_data(pipeline: Pipeline, *, trust: bool) -> Data:
 def resolve_plan(pipeline: Pipeline, data: Data, *, trust: bool) -> ViewPlan:
     """The view plan that teacher and students share."""
     views = pipeline.views
+    spec = None if views.transform is None else complete_spec(views.transform, data.train)
     return ViewPlan(
-        transform=None if views.transform is None else build_transform(views.transform, trust=trust),
+        transform=None if spec is None else build_transform(spec, trust=trust),
         seed=views.seed,
         mixing=Mixing(mixup=views.mixup, cutmix=views.cutmix, probability=views.mix_probability),
         preprocess=input_part(pipeline.teacher, trust=trust),
         num_classes=data.num_classes,
         num_samples=len(data.train),
         collate=resolve_collate(pipeline, trust=trust),
+        rows=rows_of_dataset(data.train, pipeline.cache.rows_per_block),
     )
 
 
@@ -141,7 +146,8 @@ def resolve_model(
             new_head=new_head,
         )
     if logits is None:
-        check_output(model, views.batch([(0, 0)]), data.num_classes, name=config.model)
+        index, inputs, _ = views.collate(views.__getitems__([(0, 0)]))
+        check_output(model, inputs, data.num_classes, name=config.model, index=index, rows=sequence_rows(views))
     else:
         shape = captured_shapes(model, {LOGITS: logits}, views.batch([(0, 0)] * 2))[LOGITS]
         if shape != (data.num_classes,):
@@ -245,7 +251,8 @@ def build_runner(
 def clean_views(dataset: Dataset, config: ModelConfig, pipeline: Pipeline, *, trust: bool) -> ViewDataset:
     """A dataset without augmentation, preprocessed for one model, for validation and test."""
     collate = resolve_collate(pipeline, trust=trust)
-    return ViewDataset(dataset, ViewPlan(preprocess=input_part(config, trust=trust), collate=collate))
+    rows = rows_of_dataset(dataset)
+    return ViewDataset(dataset, ViewPlan(preprocess=input_part(config, trust=trust), collate=collate, rows=rows))
 
 
 def build_evaluation(

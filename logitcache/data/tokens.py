@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcache.data.index import ROW_MASK
+from logitcache.data.index import ROW_MASK, index_tensor
 from logitcache.errors import ShapeError, UsageError
 
 # N samples, T tokens of all samples, R rows, B sequences of a batch, P rows of a packed batch, L length
@@ -40,6 +40,8 @@ class RowPlaces(Protocol):
 
 class TokenDataset:
     """Sequences of token ids. Item i is ({"input_ids", "attention_mask"}, target), both tensors int64 (L,).
+
+    The target is the sample's class, or for language models the true token of each row, int64 (rows,).
 
     Args:
         sequences: the token ids of each sample.
@@ -111,9 +113,16 @@ class TokenDataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], int]:
+    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], int | Tensor]:
         ids = torch.from_numpy(self.ids(index).astype(np.int64))
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, int(self.targets[index])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, self._target(index)
+
+    def _target(self, index: int) -> int | Tensor:
+        """The class of a sample, or the true token of each of its rows."""
+        if self._row_tokens is None:
+            return int(self.targets[index])
+        first, stop = np.searchsorted(self._row_tokens, self._starts[index : index + 2])
+        return torch.from_numpy(self.row_targets(np.arange(first, stop)))
 
     def ids(self, index: int) -> np.ndarray:
         """The token ids of a sample, int32 (L,)."""
@@ -211,7 +220,7 @@ def length_batches(lengths: np.ndarray, batch_size: int, max_tokens: int | None 
     return batches
 
 
-def position_index(index: Tensor, rows: RowPlaces, length: int) -> Tensor:
+def position_index(index: Any, rows: RowPlaces, length: int) -> Tensor:
     """The index of each position of a padded batch, int64 (B, L); -1 where a position has no row.
 
     Args:
@@ -254,9 +263,11 @@ def packed_index(index: Tensor, rows: RowPlaces, position_ids: Tensor) -> Tensor
     return index_PL.reshape(position_ids.shape)
 
 
-def _row_places(index: Tensor, rows: RowPlaces) -> tuple[Tensor, Tensor, Tensor]:
+def _row_places(index: Any, rows: RowPlaces) -> tuple[Tensor, Tensor, Tensor]:
     """For each row of a batch: its sequence's number in the batch, its position there, and its index; int64 (R,)."""
-    index_B = index.detach().cpu().numpy()
+    index_B = index_tensor(index).cpu().numpy()
+    if bool(((index_B >= 0) & (index_B <= ROW_MASK)).any()):
+        raise UsageError("plain row numbers name no view; pass the index that `ViewDataset` gives with each sample")
     first_B = np.where(index_B < 0, 0, index_B & ROW_MASK)
     sample_B = np.searchsorted(rows.offsets, first_B, side="right") - 1
     is_first = rows.offsets[sample_B] == first_B

@@ -15,6 +15,7 @@ import numpy as np
 from logitcache.cache.outputs import Output
 from logitcache.cache.reader import LogitCache
 from logitcache.catalog.datasets import Selection
+from logitcache.data.rows import rows_of_dataset
 from logitcache.data.samples import Dataset
 from logitcache.data.views import BothInputs, ViewDataset, ViewPlan
 from logitcache.digest import array_digest, json_digest
@@ -42,7 +43,6 @@ class LabelSource:
     num_views: int | None = None
     """Views that epochs cycle through; None gives each epoch a new view."""
     first_view = 0
-    rows_per_block: int | None = None
     extra_outputs: Mapping[str, Output] = MappingProxyType({})
     """The teacher's outputs beside the logits, which hints may use."""
 
@@ -75,7 +75,7 @@ class TrueLabels(LabelSource):
     def __init__(self, data: TrainingSet) -> None:
         everything = len(data.indices) == len(data.dataset)
         dataset = data.dataset if everything else Selection(data.dataset, data.indices)
-        plan = replace(data.plan, num_samples=len(dataset))
+        plan = replace(data.plan, num_samples=len(dataset), rows=rows_of_dataset(dataset))
         super().__init__(ViewDataset(dataset, plan, preprocess=data.preprocess), np.arange(len(dataset)))
         self._samples = data.indices
 
@@ -148,14 +148,13 @@ class Cached(LabelSource):
     ) -> None:
         cache = caches[0]
         contents = None if cache.samples is None else cache.samples.contents
-        plan = replace(data.plan, num_samples=cache.num_samples, contents=contents)
+        plan = replace(data.plan, num_samples=cache.num_samples, contents=contents, rows=cache.row_map)
         super().__init__(ViewDataset(data.dataset, plan, preprocess=data.preprocess, rows=rows), data.indices)
         self._cached_labels = make_labels(self.views) if given is None else None
         self.labels = self._cached_labels or given
         self.num_views = num_views
         self.first_view = cache.views.start
         self.extra_outputs = cache.extra_outputs
-        self.rows_per_block = cache.layout.rows_per_block if given is None else None
         self._caches = caches
         self._ensemble = ensemble
 

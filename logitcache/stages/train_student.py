@@ -188,7 +188,6 @@ class Experiment:
             resolved=pipeline.as_yaml(),
             views_key=source.views_key,
             input_key=json_digest([student.input, isinstance(views.preprocess, BothInputs)]),
-            rows_per_block=source.rows_per_block,
             window_blocks=source.window_blocks,
             sample_weights=by_row(weights, source.indices if views.rows is None else views.rows[source.indices]),
             classes=self._targets()[indices] if student.sampler == CLASS_BALANCED else None,
