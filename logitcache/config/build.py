@@ -18,7 +18,7 @@ from logitcache.catalog.capture import Tap, captured_shapes
 from logitcache.catalog.datasets import Data, load_data
 from logitcache.catalog.models import build_model, check_output, model_fingerprint
 from logitcache.catalog.outputs import sources_of, taps_of
-from logitcache.config.schema import ModelConfig, Pipeline, parse_pipeline
+from logitcache.config.schema import ModelConfig, Pipeline, StudentConfig, parse_pipeline
 from logitcache.context import Context
 from logitcache.data.batching import COLLATES, Collate
 from logitcache.data.rows import rows_of_dataset
@@ -30,6 +30,7 @@ from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.devices import pick_device
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import ShapeError, UsageError
+from logitcache.losses import Loss, load_code, loss_from_config
 from logitcache.randomness import preserved_generators, seed_generators
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.finished import read_text
@@ -155,6 +156,16 @@ def resolve_model(
                 f"({data.num_classes},), one logit for each of the data's classes"
             )
     return model
+
+
+def resolve_loss(config: StudentConfig, *, trust: bool) -> Loss:
+    """A student's loss; imports the code that it names.
+
+    Raises:
+        UntrustedCode: the code is outside the working folder, and `trust` is False.
+        UsageError: there is no such code.
+    """
+    return load_code(loss_from_config(config.loss), trust=trust)
 
 
 def teacher_weights(pipeline: Pipeline) -> str | None:
