@@ -33,6 +33,7 @@ from logitcache.losses.hard import recorded_loss as recorded_loss
 from logitcache.losses.hard import teacher_argmax_cross_entropy as teacher_argmax_cross_entropy
 from logitcache.losses.protocol import Loss as Loss
 from logitcache.losses.protocol import Reduction as Reduction
+from logitcache.losses.protocol import teacher_for as teacher_for
 from logitcache.losses.regression import LogitMSE as LogitMSE
 from logitcache.losses.regression import logit_mse as logit_mse
 from logitcache.losses.relational import RKD as RKD
