@@ -46,11 +46,13 @@ from obstore.store import from_url
 
 import logitcache
 from logitcache.arrays import ArraySpec
-from logitcache.cache.layout import PER_CACHE, all_blocks, block_rows
+from logitcache.cache.layout import PER_CACHE, all_blocks
 from logitcache.cache.manifest import MANIFEST, RECEIPTS, Receipt, StoredObject, dump_manifest
 from logitcache.cache.records import Records
 from logitcache.config.schema import load_pipeline
 from logitcache.data.loading import rendered_batches
+from logitcache.data.rows import OneRowEach
+from logitcache.losses import loss_from_config
 from logitcache.progress import silence, track
 from logitcache.share.transfer import pull, push
 from logitcache.stages.cache_teacher import cache_teacher
@@ -323,8 +325,9 @@ def records_of_a_large_cache(path: Path, num_views: int, num_samples: int) -> No
         return StoredObject(bytes=size, sha256=secrets.token_hex(32), values_sha256=secrets.token_hex(32))
 
     receipts = {PER_CACHE: Receipt(rows=num_samples, objects={}, kl_mean=None, kl_max=None, inputs={})}
+    row_map = OneRowEach(num_samples, manifest.layout.rows_per_block)
     for block in all_blocks(manifest.layout):
-        rows = len(block_rows(manifest.layout, block))
+        rows = len(row_map.block_rows(block.number))
         objects = {name: stored(spec, rows) for name, spec in manifest.layout.arrays.items()}
         receipts[block.name] = Receipt(rows=rows, objects=objects, kl_mean=0.0123456789, kl_max=1.23456789, inputs={})
     sealed, gathered = Records(manifest, receipts).sealed()
@@ -338,7 +341,8 @@ def warm_section(folder: Path, overrides: Sequence[str], epochs: int, num_sample
     common = [*overrides, "teacher.weights=random", f"train.epochs={epochs}", "train.seeds=[0]"]
     local = load_pipeline(PIPELINE, [*common, f"cache.path={folder / 'www/a.cache'}", f"runs.path={folder / 'local'}"])
     cache_teacher(local, trust=True)
-    student = next(each for each in local.students if local.loss(each).needs_teacher and each.labels == "cache")
+    cached = [each for each in local.students if each.labels == "cache"]
+    student = next(each for each in cached if loss_from_config(each.loss).needs_teacher)
     with served(folder / "nginx", folder / "www", path="a.cache") as url:
         remote = load_pipeline(PIPELINE, [*common, f"cache.path={url}", f"runs.path={folder / 'remote'}"])
         cache = logitcache.open(remote.cache.path)

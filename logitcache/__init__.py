@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from logitcache.cache.outputs import Output as Output
     from logitcache.cache.reader import LogitCache as LogitCache
     from logitcache.cache.reader import open_cache as open
+    from logitcache.cache.sealing import seal as seal
     from logitcache.cache.writer import CacheWriter as CacheWriter
     from logitcache.data.index import split_index as split_index
     from logitcache.data.sampler import ViewSampler as ViewSampler
@@ -54,6 +55,7 @@ __all__ = [
     "losses",
     "open",
     "sample_table",
+    "seal",
     "split_index",
 ]
 
@@ -80,6 +82,7 @@ _HOMES = {
     "losses": "losses",
     "open": "cache.reader:open_cache",
     "sample_table": "data.samples:sample_table",
+    "seal": "cache.sealing:seal",
     "split_index": "data.index:split_index",
 }
 

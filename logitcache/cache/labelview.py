@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcache.cache.manifest import LOGITS, Layout
+from logitcache.cache.manifest import LOGITS
 from logitcache.data.index import rows_of_view
+from logitcache.data.rows import RowMap
 from logitcache.encodings import Encoding
 from logitcache.errors import UsageError
 from logitcache.targets import Targets
@@ -176,30 +177,30 @@ class StreamedView(EncodedView):
         number: int,
         encoding: Encoding,
         read_blocks: Callable[[Sequence[int]], dict[str, np.ndarray]],
-        layout: Layout,
+        rows: RowMap,
         device: torch.device,
         *,
         max_blocks: int,
-        num_values: int | None = None,
+        num_values: int,
     ) -> None:
         self.number = number
-        self.num_classes = layout.num_classes if num_values is None else num_values
-        self.num_rows = layout.num_samples
+        self.num_classes = num_values
+        self.num_rows = rows.num_rows
         self._max_blocks = max_blocks
         self._encoding = encoding
         self._read_blocks = read_blocks
-        self._layout = layout
+        self._row_map = rows
         self._device = device
         self._blocks: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
     def _gathered(self, rows_B: Tensor) -> dict[str, Tensor]:
         numbered_B = rows_B.cpu().numpy()
-        rows_per_block = self._layout.rows_per_block
-        numbers_B = numbered_B // rows_per_block
+        numbers_B = self._row_map.blocks_of(numbered_B)
         order = torch.from_numpy(np.argsort(numbers_B, kind="stable")).to(self._device)
         parts: dict[str, list[Tensor]] = {}
         for number in np.unique(numbers_B) if len(rows_B) else [0]:
-            within = torch.from_numpy(numbered_B[numbers_B == number] - number * rows_per_block).to(self._device)
+            first = self._row_map.block_rows(int(number)).start
+            within = torch.from_numpy(numbered_B[numbers_B == number] - first).to(self._device)
             for name, values in self._block(int(number)).items():
                 parts.setdefault(name, []).append(_rows(values, within))
         return {name: _rows(torch.cat(of_blocks), order.argsort()) for name, of_blocks in parts.items()}

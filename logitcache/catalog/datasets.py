@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 
 from logitcache.catalog.parts import PartConfig, samples_of_part
+from logitcache.catalog.text import text
 from logitcache.data.samples import Dataset, content_digest, load_sample, sample_key, sample_table
+from logitcache.data.tokens import CLASSIFICATION, TokenDataset
 from logitcache.entry_points import call_entry_point, is_entry_point
 from logitcache.errors import DatasetUnavailable, UsageError
 from logitcache.randomness import keyed_permutation
-from logitcache.registry import Registry
+from logitcache.registry import Registry, check_keys
 
 # N samples, H height, W width, C channels
 
@@ -147,20 +149,38 @@ def load_data(
     if not is_entry_point(name):
         taken = inspect.signature(factory).parameters
         common = {"root": Path(root), "download": download}
+        if DATASETS.package_of(name) is None:
+            _check_arguments(name, arguments, [key for key in taken if key not in common])
         arguments = {key: value for key, value in common.items() if key in taken} | arguments
-        if DATASETS.package_of(name) is None and args:
-            raise UsageError(f"data.args is for datasets of your own; {name} takes none")
     data = _checked(call_entry_point(factory, name, arguments), name)
     for split in (data.train, data.validation, data.test):
         if split is not None:
             _check_targets(split, data.num_classes)
     if validation and data.validation is None:
-        kept, set_apart = stratified_split(sample_table(data.train).targets, validation, "validation")
-        data = replace(data, train=Selection(data.train, kept), validation=Selection(data.train, set_apart))
+        kept, set_apart = _validation_split(data.train, validation)
+        data = replace(data, train=selected(data.train, kept), validation=selected(data.train, set_apart))
     if part is not None:
+        if not _has_classes(data.train):
+            raise UsageError("data.part divides the samples of each class, and texts without classes have none")
         kept = samples_of_part(sample_table(data.train).targets, part, data.num_classes)
-        data = replace(data, train=Selection(data.train, kept))
+        data = replace(data, train=selected(data.train, kept))
     return data
+
+
+def selected(dataset: Dataset, indices: np.ndarray) -> Dataset:
+    """Some samples of a dataset, in a given order, with their original keys and rows."""
+    return dataset.select(indices) if isinstance(dataset, TokenDataset) else Selection(dataset, indices)
+
+
+def _validation_split(dataset: Dataset, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the samples of (training, validation); the parts of one document stay together."""
+    targets = sample_table(dataset).targets
+    if not isinstance(dataset, TokenDataset):
+        return stratified_split(targets, fraction, "validation")
+    documents, first = np.unique(dataset.documents, return_index=True)
+    _, set_apart = stratified_split(targets[first], fraction, "validation")
+    apart = np.isin(dataset.documents, documents[set_apart])
+    return np.flatnonzero(~apart), np.flatnonzero(apart)
 
 
 def stratified_split(
@@ -178,6 +198,12 @@ def stratified_split(
             f"a fraction of {fraction} of {len(targets)} samples selects no sample of any class; increase it"
         )
     return np.setdiff1d(np.arange(len(targets)), picked), picked
+
+
+def _check_arguments(name: str, arguments: Mapping[str, Any], known: Sequence[str]) -> None:
+    if arguments and not known:
+        raise UsageError(f"data.args is for datasets of your own; {name} takes none")
+    check_keys(f"data.args: the dataset {name} has no parameter", arguments, known)
 
 
 def _mnist5k(root: Path, download: bool) -> Data:
@@ -297,6 +323,7 @@ DATASETS: Registry[Callable[..., Any]] = Registry(
         "cifar10": _cifar10,
         "cifar100": _cifar100,
         "image_folder": _image_folder,
+        "text": text,
     },
     allows_code=True,
 )
@@ -332,7 +359,13 @@ def _checked(made: Any, name: str) -> Data:
     return Data(**splits, num_classes=int(num_classes), class_names=list(class_names) if class_names else None)
 
 
+def _has_classes(dataset: Dataset) -> bool:
+    return not isinstance(dataset, TokenDataset) or dataset.task == CLASSIFICATION
+
+
 def _check_targets(dataset: Dataset, num_classes: int) -> None:
+    if not _has_classes(dataset):
+        return
     targets = sample_table(dataset).targets
     invalid = np.flatnonzero((targets < 0) | (targets >= num_classes))
     if len(invalid):

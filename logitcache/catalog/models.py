@@ -20,6 +20,8 @@ from torch import nn
 from logitcache.catalog.calling import call_model, input_described, logits_of
 from logitcache.catalog.nets import CNN, MLP, CIFARResNet
 from logitcache.checksums import check_file
+from logitcache.data.rows import RowMap
+from logitcache.data.sequences import batch_rows
 from logitcache.digest import canonical_json
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import CorruptRun, LogitCacheError, ShapeError, UsageError
@@ -249,8 +251,23 @@ def model_fingerprint(model: nn.Module, *, name: str, args: Mapping[str, Any] | 
     return f"{name}@{digest.hexdigest()}"
 
 
-def check_output(model: nn.Module, inputs: Any, num_classes: int, *, name: str) -> None:
-    """Run a batch of one sample through a model, and check that its logits are (1, C).
+def check_output(
+    model: nn.Module,
+    inputs: Any,
+    num_classes: int,
+    *,
+    name: str,
+    index: Any = None,
+    rows: RowMap | None = None,
+) -> None:
+    """Run a batch of one sample through a model, and check that its logits are (1, C), or (1, L, C) for a sequence.
+
+    Args:
+        model: the model.
+        inputs: the batch.
+        num_classes: C.
+        name: for messages.
+        index, rows: of a sequence: its index and the row map.
 
     Raises:
         ShapeError: the model can't process the input, or has another number of classes.
@@ -270,6 +287,8 @@ def check_output(model: nn.Module, inputs: Any, num_classes: int, *, name: str) 
         logits = logits_of(output)
     except ShapeError as error:
         raise ShapeError(f"model {name!r}: {error}") from None
+    if rows is not None:
+        logits = batch_rows(index, rows, inputs, logits).of_output(logits)[:1]
     if logits.shape != (1, num_classes):
         raise ShapeError(
             f"model {name!r} returns {tuple(logits.shape)} for one sample; expected (1, {num_classes}), one logit for "

@@ -25,11 +25,13 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         "digest": manifest.digest,
         "sealed": manifest.state == "sealed",
         "num_samples": manifest.layout.num_samples,
+        "num_rows": manifest.layout.num_rows,
         "num_views": len(manifest.layout.views),
         "num_classes": manifest.layout.num_classes,
         "encoding": summary.encoding,
         "bytes": None if contents is None else contents.bytes,
         "bytes_per_sample": summary.bytes_per_sample,
+        "bytes_per_row": summary.bytes_per_row,
         "teacher_name": summary.names.teacher,
         "dataset_name": summary.names.dataset,
         "teacher": manifest.identity.teacher,
@@ -177,15 +179,20 @@ def _rows_of(name: str, value: Any) -> list[tuple[str, Any]]:
 
 
 def print_rows(rows: list[Any]) -> None:
-    """The table of students."""
-    table = Table("student", "parameters", "samples", "seeds", "test accuracy, %", "validation, %", "s/epoch")
+    """The table of students; of sequences with the negative log-likelihood."""
+    has_nll = any(row.nll_mean is not None for row in rows)
+    columns = ["student", "parameters", "samples", "seeds", *(["test NLL, nats"] if has_nll else [])]
+    table = Table(*columns, "test accuracy, %", "validation, %", "s/epoch")
     for row in rows:
         spread = "" if row.accuracy_sd is None else f" ± {100 * row.accuracy_sd:.2f}"
+        nll_spread = "" if row.nll_sd is None else f" ± {row.nll_sd:.4f}"
+        nll = "-" if row.nll_mean is None else f"{row.nll_mean:.4f}{nll_spread}"
         table.add_row(
             row.name,
             f"{row.parameters:,}",
             f"{row.samples:,}",
             str(len(row.seeds)),
+            *([nll] if has_nll else []),
             "-" if row.accuracy_mean is None else f"{100 * row.accuracy_mean:.2f}{spread}",
             "-" if row.validation_accuracy_mean is None else f"{100 * row.validation_accuracy_mean:.2f}",
             "-" if row.epoch_seconds is None else f"{row.epoch_seconds:.2f}",

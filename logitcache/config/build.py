@@ -17,22 +17,27 @@ from logitcache.cache.manifest import LOGITS
 from logitcache.catalog.capture import Tap, captured_shapes
 from logitcache.catalog.datasets import Data, load_data
 from logitcache.catalog.models import build_model, check_output, model_fingerprint
-from logitcache.catalog.outputs import taps_of
-from logitcache.config.schema import ModelConfig, Pipeline, parse_pipeline
+from logitcache.catalog.outputs import sources_of, taps_of
+from logitcache.config.schema import ModelConfig, Pipeline, StudentConfig, parse_pipeline
 from logitcache.context import Context
 from logitcache.data.batching import COLLATES, Collate
+from logitcache.data.rows import rows_of_dataset
 from logitcache.data.samples import Dataset
+from logitcache.data.sequences import sequence_rows
+from logitcache.data.text_views import complete_spec
 from logitcache.data.transforms import build_transform
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.devices import pick_device
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import ShapeError, UsageError
+from logitcache.losses import Loss, load_code, loss_from_config
 from logitcache.randomness import preserved_generators, seed_generators
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.finished import read_text
 from logitcache.train.inference import TeacherRunner
 from logitcache.train.runs import RESOLVED
 from logitcache.train.tracking import Tracker, load_tracker
+from logitcache.verify.fit import TeacherIdentity
 
 TRAINED = "trained"
 """`teacher.weights` of a teacher that `train-teacher` trains."""
@@ -68,14 +73,16 @@ def resolve_data(pipeline: Pipeline, *, trust: bool) -> Data:
 def resolve_plan(pipeline: Pipeline, data: Data, *, trust: bool) -> ViewPlan:
     """The view plan that teacher and students share."""
     views = pipeline.views
+    spec = None if views.transform is None else complete_spec(views.transform, data.train)
     return ViewPlan(
-        transform=None if views.transform is None else build_transform(views.transform, trust=trust),
+        transform=None if spec is None else build_transform(spec, trust=trust),
         seed=views.seed,
         mixing=Mixing(mixup=views.mixup, cutmix=views.cutmix, probability=views.mix_probability),
         preprocess=input_part(pipeline.teacher, trust=trust),
         num_classes=data.num_classes,
         num_samples=len(data.train),
         collate=resolve_collate(pipeline, trust=trust),
+        rows=rows_of_dataset(data.train, pipeline.cache.rows_per_block),
     )
 
 
@@ -139,7 +146,8 @@ def resolve_model(
             new_head=new_head,
         )
     if logits is None:
-        check_output(model, views.batch([(0, 0)]), data.num_classes, name=config.model)
+        index, inputs, _ = views.collate(views.__getitems__([(0, 0)]))
+        check_output(model, inputs, data.num_classes, name=config.model, index=index, rows=sequence_rows(views))
     else:
         shape = captured_shapes(model, {LOGITS: logits}, views.batch([(0, 0)] * 2))[LOGITS]
         if shape != (data.num_classes,):
@@ -148,6 +156,16 @@ def resolve_model(
                 f"({data.num_classes},), one logit for each of the data's classes"
             )
     return model
+
+
+def resolve_loss(config: StudentConfig, *, trust: bool) -> Loss:
+    """A student's loss; imports the code that it names.
+
+    Raises:
+        UntrustedCode: the code is outside the working folder, and `trust` is False.
+        UsageError: there is no such code.
+    """
+    return load_code(loss_from_config(config.loss), trust=trust)
 
 
 def teacher_weights(pipeline: Pipeline) -> str | None:
@@ -202,6 +220,27 @@ def resolve_teacher(pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bo
     return model.eval().requires_grad_(False), fingerprint
 
 
+def has_teacher(pipeline: Pipeline) -> bool:
+    """Whether the teacher's weights are on this machine; without them only its name can be compared."""
+    weights = teacher_weights(pipeline)
+    return weights in (None, RANDOM) or Path(str(weights)).is_file()
+
+
+def teacher_identity(pipeline: Pipeline, fingerprint: str | None) -> TeacherIdentity:
+    """The identity of the pipeline's teacher, for comparison with a cache.
+
+    Args:
+        pipeline: names the teacher.
+        fingerprint: from `resolve_teacher`; None where the weights are not on this machine.
+    """
+    return TeacherIdentity(
+        name=teacher_name(pipeline) if fingerprint is None else fingerprint,
+        has_weights=fingerprint is not None,
+        precision=pipeline.teacher.precision,
+        sources=sources_of(pipeline.cache.outputs),
+    )
+
+
 def build_runner(
     pipeline: Pipeline, teacher: nn.Module, context: Context, outputs: Sequence[str] = ()
 ) -> TeacherRunner:
@@ -212,7 +251,8 @@ def build_runner(
 def clean_views(dataset: Dataset, config: ModelConfig, pipeline: Pipeline, *, trust: bool) -> ViewDataset:
     """A dataset without augmentation, preprocessed for one model, for validation and test."""
     collate = resolve_collate(pipeline, trust=trust)
-    return ViewDataset(dataset, ViewPlan(preprocess=input_part(config, trust=trust), collate=collate))
+    rows = rows_of_dataset(dataset)
+    return ViewDataset(dataset, ViewPlan(preprocess=input_part(config, trust=trust), collate=collate, rows=rows))
 
 
 def build_evaluation(

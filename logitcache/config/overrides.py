@@ -9,7 +9,6 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from logitcache.encodings import encoding_or_auto
 from logitcache.errors import LogitCacheError, UsageError
 from logitcache.registry import unknown_name
 
@@ -27,7 +26,7 @@ def read_raw(path: str | Path, schema: type[BaseModel], overrides: Sequence[str]
         raise UsageError(f"{kind} file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"can't read the {kind} file {path}: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that Python refuses
         raise UsageError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         needed = [name for name, field in schema.model_fields.items() if field.is_required()]
@@ -48,7 +47,7 @@ def override(raw: dict[str, Any], text: str) -> None:
         raise UsageError(f"{text!r} is not a valid override (expected KEY=VALUE, such as cache.encoding.k=20)")
     try:
         value = yaml.safe_load(value_text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"the value of {text!r} is not valid YAML: {error}") from error
     node: Any = raw
     for depth, key in enumerate(keys[:-1]):
@@ -60,6 +59,8 @@ def _descend(node: Any, key: str, dotted: str) -> Any:
     place: Any = _position(node, key, dotted) if isinstance(node, list) else key
     child = node[place] if isinstance(node, list) else node.get(place)
     if isinstance(child, str) and key == "encoding":
+        from logitcache.encodings import encoding_or_auto  # needs torch, which most overrides don't
+
         child = encoding_or_auto(child).config()
     if child is None:
         child = {}

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.config.schema import TrainConfig
+from logitcache.data.packing import pack
+from logitcache.data.sequences import sequence_rows
 from logitcache.data.views import ViewDataset
 from logitcache.digest import json_digest
 from logitcache.errors import UsageError
@@ -52,7 +54,6 @@ class Job:
     """Equal for two jobs whose views are the same before the model's own preprocessing."""
     input_key: str = ""
     """Equal for two jobs with the same preprocessing."""
-    rows_per_block: int | None = None
     window_blocks: int | None = None
     """Set where views are streamed: each batch then stays within this many blocks."""
     sample_weights: Tensor | None = None
@@ -74,10 +75,20 @@ class Job:
                 f"train.early_stopping of {self.name} needs a validation split; set data.validation to a fraction such "
                 "as 0.1"
             )
+        if sequence_rows(self.views) is not None:
+            self._check_sequences()
         if self.hints is not None and not isinstance(self.labels, OutputLabels):
             raise UsageError(
                 f"the hints of {self.name} need teacher outputs, and its labels provide logits only; use the labels of "
                 "one cache"
+            )
+
+    def _check_sequences(self) -> None:
+        if self.hints is not None:
+            raise UsageError(f"the hints of {self.name} need one row per sample; sequences have logits only")
+        if self.views.plan.collate is pack and self.config.accumulate > 1:
+            raise UsageError(
+                f"{self.name}: a packed batch can't be split; set train.accumulate to 1, or data.collate to pad"
             )
 
     def view_of(self, epoch: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from logitcache.cache.labelview import View
 from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache
+from logitcache.data.sequences import rows_of_output
 from logitcache.data.views import ViewDataset
 from logitcache.train.inference import TeacherRunner
 
@@ -34,10 +35,10 @@ class Labels(Protocol):
         """
 
     def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
-        """Float32 (B, C) for samples of the current view.
+        """Float32 (B, C) for samples of the current view, or (R, C) for the rows of sequences.
 
         Args:
-            index: int (B,), from `ViewDataset`.
+            index: int (B,), from `ViewDataset`; of sequences the index of each position, int (B, L), -1 for none.
             teacher_inputs: the teacher's input, where `needs_teacher_inputs`.
             targets: the true labels, int (B,), or float (B, C) where samples were mixed; on any device.
         """
@@ -114,7 +115,7 @@ class CachedLabels:
 
     def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
         assert self._view is not None
-        return self._view.logits(index)
+        return self._view.logits(index if index.ndim == 1 else index[index >= 0])
 
     def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
         view = self._view
@@ -170,7 +171,8 @@ class LiveLabels:
         """Nothing to compare: the teacher gets the same inputs."""
 
     def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
-        return self.outputs([LOGITS], index, teacher_inputs, targets)[LOGITS]
+        logits = self.outputs([LOGITS], index, teacher_inputs, targets)[LOGITS]
+        return logits if index.ndim == 1 else rows_of_output(logits, index)
 
     def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():

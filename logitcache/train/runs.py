@@ -48,6 +48,8 @@ class RunResult(BaseModel):
     seed: int
     accuracy: Share | None
     validation_accuracy: Share | None
+    nll: Positive | None = None
+    validation_nll: Positive | None = None
     epoch_seconds: Positive | None
     epochs: int = Field(ge=1)
     samples: int = Field(ge=1)

@@ -28,9 +28,8 @@ from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.plan import plan_pipeline
 from logitcache.stages.train_student import train_students
 from logitcache.stages.train_teacher import train_teacher
+from logitcache.stages.verify_match import verify_match
 from logitcache.verify.audit import verify
-from logitcache.verify.fit import all_differences
-from logitcache.verify.spot_check import spot_check
 from tests.texts import Texts, pad_to_the_left
 
 Make = Callable[..., Pipeline]
@@ -92,8 +91,7 @@ def test_a_bert_teaches_a_distilbert_on_padded_texts(tiny: Make, tmp_path: Path)
         torch.testing.assert_close(
             cache.view(view).logits(np.arange(60)).log_softmax(dim=1), expected, atol=1e-5, rtol=0
         )
-    assert [] == all_differences(cache, pipeline, trust=False)
-    assert [] == spot_check(pipeline, 20)
+    assert [] == verify_match(pipeline, recompute=20)
     assert ["small", "labels"] == [row.name for row in rows]
     runs = measure_students(
         find_runs(Path(pipeline.runs.path), cache), cache, pipeline.cache.path, None, 0, trust=False

@@ -10,7 +10,14 @@ import numpy as np
 
 from logitcache.cache.reader import LogitCache
 from logitcache.catalog.datasets import Data
-from logitcache.config.build import input_part, resolve_data, resolve_plan
+from logitcache.config.build import (
+    has_teacher,
+    input_part,
+    resolve_data,
+    resolve_plan,
+    resolve_teacher,
+    teacher_identity,
+)
 from logitcache.config.schema import ModelConfig, Pipeline
 from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.verify.fit import open_fitting_cache
@@ -61,7 +68,16 @@ def match_data(cache: LogitCache, location: str, pipeline: Pipeline, *, trust: b
     pipeline = pipeline.model_copy(update=here)
     data = resolve_data(pipeline, trust=trust)
     plan = resolve_plan(pipeline, data, trust=trust)
-    _, rows = open_fitting_cache(pipeline, data, plan, trust=trust)
+    fingerprint = resolve_teacher(pipeline, data, plan, trust=trust)[1] if has_teacher(pipeline) else None
+    _, rows = open_fitting_cache(
+        location,
+        data,
+        plan,
+        teacher_identity(pipeline, fingerprint),
+        num_views=len(cache.views),
+        subset=pipeline.data.subset,
+        trust=trust,
+    )
     contents = None if cache.samples is None else cache.samples.contents
     plan = replace(plan, num_samples=cache.num_samples, contents=contents)
     matched = MatchedData(cache, pipeline, data, plan, rows, trust)
