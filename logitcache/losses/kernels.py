@@ -1,12 +1,12 @@
 """Losses between student logits and targets, with their gradients, for a few rows at a time and without autograd.
 
-Each step takes a chunk of the student's logits divided by T and returns the loss of each row at T = 1, together with
-its gradient with respect to that chunk. Sparse targets are never expanded: the student's logits give a log-sum-exp, a
-sum and a few gathered values. Dense and factored targets are decoded for the rows of the chunk only.
+Sparse targets are never expanded: the student's logits give a log-sum-exp, a sum and a few gathered values. Dense and
+factored targets are decoded for a few rows at a time.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -21,8 +21,10 @@ from logitcache.targets import SparseTargets, Targets, row_slices
 
 Kind = Literal["kl", "soft_cross_entropy", "js"]
 Step = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
-"""(logits / T, float32 or float64 (B, C); rows of the targets; whether the gradient is needed) -> loss (B,) and its
-gradient (B, C) or None."""
+"""(a chunk of the student's logits (B, C); its rows of the targets; whether the gradient is needed) -> its losses (B,),
+and their gradient (B, C) with respect to the logits, or None; float64 if the logits are, else float32."""
+Result = tuple[Tensor, Tensor | None]
+"""Losses at T = 1, (B,), and their gradient (B, C) with respect to the logits divided by T."""
 
 
 class Entries(NamedTuple):
@@ -43,27 +45,86 @@ class Entries(NamedTuple):
     negative_entropy: Tensor
     """(N,), in nats."""
 
-    def rows(self, rows: slice) -> Entries:
-        """Some of the rows."""
-        return Entries(*(values[rows] for values in self))
+
+def step_for(kind: Kind, targets: Targets, temperature: float, dtype: torch.dtype, *, compiled: bool = False) -> Step:
+    """The step of a loss on targets at temperature T, times T².
+
+    Args:
+        dtype: float32 or float64, in which it computes.
+        compiled: use `torch.compile`; for sparse targets only.
+    """
+    compute: Callable[..., Result]
+    if isinstance(targets, SparseTargets):
+        entries, log_shape_C = _entries(targets.softened(temperature), dtype)
+        shape_C = None if log_shape_C is None else log_shape_C.exp()
+        # Without a tail, a pass over all logits is saved; on a GPU, the check would wait for it.
+        has_tail = targets.device.type != "cpu" or bool((entries.each > 0).any())
+        compute = (_compiled if compiled else functools.partial)(_sparse, kind=kind, has_tail=has_tail)
+
+        def step(logits_BC: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
+            of_rows = Entries(*(values[rows] for values in entries))
+            return compute(logits_BC, of_rows, shape_C, log_shape_C, temperature, dtype, gradient)
+
+        return step
+
+    def dense_step(logits_BC: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        teacher_BC = targets[rows].dense().to(dtype) / temperature
+        return _scaled(*_dense(logits_BC.to(dtype) / temperature, teacher_BC, kind, gradient), temperature)
+
+    return dense_step
 
 
-def step_for(kind: Kind, targets: Targets, temperature: float, dtype: torch.dtype) -> Step:
-    """The step of a loss on targets at temperature T; `dtype` is that of its logits."""
-    if not isinstance(targets, SparseTargets):
-        return _dense_step(kind, targets, temperature)
-    entries, log_shape_C = _entries(targets.softened(temperature), dtype)
-    shape_C = None if log_shape_C is None else log_shape_C.exp()
-    # Without a tail, a pass over all logits is saved; on a GPU, the check would wait for it.
-    has_tail = targets.device.type != "cpu" or bool((entries.each > 0).any())
+def label_step(labels_N: Tensor, weight: float, dtype: torch.dtype, *, compiled: bool = False) -> Step:
+    """The step of the cross-entropy to labels, int64 (N,), times a weight; 0 for negative labels."""
+    compute = _compiled(_of_labels) if compiled else _of_labels
 
     def step(logits_BC: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        of_rows = entries.rows(rows)
-        if kind == "js":
-            return sparse_jensen_shannon(logits_BC, of_rows, shape_C, log_shape_C, has_tail, gradient)
-        return sparse_cross_entropy(logits_BC, of_rows, shape_C, has_tail, kind == "kl", gradient)
+        return compute(logits_BC, labels_N[rows], weight, dtype, gradient)
 
     return step
+
+
+@functools.cache
+def _compiled(function: Callable[..., Result], **fixed: Any) -> Callable[..., Result]:
+    return torch.compile(functools.partial(function, **fixed) if fixed else function)
+
+
+def _of_labels(logits_BC: Tensor, labels_B: Tensor, weight: float, dtype: torch.dtype, gradient: bool) -> Result:
+    log_q_BC = logits_BC.to(dtype).log_softmax(dim=1)
+    weight_B1 = (labels_B >= 0).to(dtype).mul(weight)[:, None]
+    labels_B1 = labels_B.clamp_min(0)[:, None]
+    loss_B = -(log_q_BC.gather(1, labels_B1) * weight_B1)[:, 0]
+    if not gradient:
+        return loss_B, None
+    return loss_B, log_q_BC.exp_().mul_(weight_B1).scatter_add_(1, labels_B1, -weight_B1)
+
+
+def _scaled(loss_B: Tensor, gradient_BC: Tensor | None, temperature: float) -> Result:
+    """A loss times T², and its gradient with respect to the logits before they are divided by T."""
+    if temperature == 1.0:
+        return loss_B, gradient_BC
+    return loss_B * temperature**2, None if gradient_BC is None else gradient_BC.mul_(temperature)
+
+
+def _sparse(
+    logits_BC: Tensor,
+    entries: Entries,
+    shape_C: Tensor | None,
+    log_shape_C: Tensor | None,
+    temperature: float,
+    dtype: torch.dtype,
+    gradient: bool,
+    *,
+    kind: Kind,
+    has_tail: bool,
+) -> Result:
+    logits_BC = logits_BC.to(dtype)
+    log_q_BC = (logits_BC if temperature == 1.0 else logits_BC / temperature).log_softmax(dim=1)
+    if kind == "js":
+        result = _sparse_jensen_shannon(log_q_BC, entries, shape_C, log_shape_C, has_tail, gradient)
+    else:
+        result = _sparse_cross_entropy(log_q_BC, entries, shape_C, has_tail, kind == "kl", gradient)
+    return _scaled(*result, temperature)
 
 
 def _entries(targets: SparseTargets, dtype: torch.dtype) -> tuple[Entries, Tensor | None]:
@@ -101,11 +162,10 @@ def _expected(values_BC: Tensor, entries: Entries, shape_C: Tensor | None, has_t
     return expected_B + torch.where(entries.each == 0, 0.0, entries.each * total_B)
 
 
-def sparse_cross_entropy(
-    logits_BC: Tensor, entries: Entries, shape_C: Tensor | None, has_tail: bool, divergence: bool, gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The cross-entropy to sparse targets, or the KL divergence, and its gradient."""
-    log_q_BC = logits_BC.log_softmax(dim=1)
+def _sparse_cross_entropy(
+    log_q_BC: Tensor, entries: Entries, shape_C: Tensor | None, has_tail: bool, divergence: bool, gradient: bool
+) -> Result:
+    """The cross-entropy to sparse targets, or the KL divergence; overwrites the student's log-probabilities."""
     loss_B = -_expected(log_q_BC, entries, shape_C, has_tail)
     if divergence:
         loss_B = loss_B + entries.negative_entropy
@@ -119,16 +179,15 @@ def sparse_cross_entropy(
     return loss_B, gradient_BC.scatter_add_(1, entries.ids, -entries.extra)
 
 
-def sparse_jensen_shannon(
-    logits_BC: Tensor,
+def _sparse_jensen_shannon(
+    log_q_BC: Tensor,
     entries: Entries,
     shape_C: Tensor | None,
     log_shape_C: Tensor | None,
     has_tail: bool,
     gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The Jensen-Shannon divergence to sparse targets and its gradient."""
-    log_q_BC = logits_BC.log_softmax(dim=1)
+) -> Result:
+    """The Jensen-Shannon divergence to sparse targets; overwrites the student's log-probabilities."""
     log_tail_B1 = entries.log_each[:, None]
     log_m_BC = torch.logaddexp(log_q_BC, log_tail_B1 if log_shape_C is None else log_tail_B1 + log_shape_C)
     # So far every class counts as one of the tail.
@@ -139,69 +198,62 @@ def sparse_jensen_shannon(
     return _jensen_shannon(log_q_BC, log_m_BC, of_teacher_B, gradient)
 
 
-def _jensen_shannon(
-    log_q_BC: Tensor, log_m_BC: Tensor, of_teacher_B: Tensor, gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Half the divergences of student and teacher from their mean m; overwrites both arguments of all classes."""
-    ratio_BC = torch.sub(log_q_BC, log_m_BC, out=log_m_BC)
+def _jensen_shannon(log_q_BC: Tensor, log_m_BC: Tensor, of_teacher_B: Tensor, gradient: bool) -> Result:
+    """Half the divergences of student and teacher from their mean m; overwrites its first two arguments."""
+    ratio_BC = log_m_BC.neg_().add_(log_q_BC)
     q_BC = log_q_BC.exp_()
-    of_student_B = torch.einsum("bc,bc->b", q_BC, ratio_BC)
+    of_student_B = torch.linalg.vecdot(q_BC, ratio_BC)
     loss_B = 0.5 * (of_student_B + of_teacher_B)
     return loss_B, ratio_BC.sub_(of_student_B[:, None]).mul_(q_BC).mul_(0.5) if gradient else None
 
 
-def _dense_step(kind: Kind, targets: Targets, temperature: float) -> Step:
-    def step(logits_BC: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        teacher_BC = targets[rows].dense().to(logits_BC.dtype) / temperature
-        log_q_BC = logits_BC.log_softmax(dim=1)
-        if kind == "js":
-            log_p_BC = teacher_BC.log_softmax(dim=1)
-            log_m_BC = torch.logaddexp(log_q_BC, log_p_BC).sub_(math.log(2.0))
-            # With probabilities, not log_target: a masked class has log-probability -inf, and 0 * -inf is NaN.
-            of_teacher_B = F.kl_div(log_m_BC, log_p_BC.exp(), reduction="none").sum(dim=1)
-            return _jensen_shannon(log_q_BC, log_m_BC, of_teacher_B, gradient)
-        p_BC = teacher_BC.softmax(dim=1)
-        if kind == "kl":
-            loss_B = F.kl_div(log_q_BC, p_BC, reduction="none").sum(dim=1)
-        else:
-            loss_B = -(p_BC * log_q_BC).sum(dim=1)
-        return loss_B, log_q_BC.exp_().sub_(p_BC) if gradient else None
-
-    return step
+def _dense(logits_BC: Tensor, teacher_BC: Tensor, kind: Kind, gradient: bool) -> Result:
+    """Any loss between logits that are divided by T."""
+    log_q_BC = logits_BC.log_softmax(dim=1)
+    if kind == "js":
+        log_p_BC = teacher_BC.log_softmax(dim=1)
+        log_m_BC = torch.logaddexp(log_q_BC, log_p_BC).sub_(math.log(2.0))
+        # With probabilities, not log_target: a masked class has log-probability -inf, and 0 * -inf is NaN.
+        of_teacher_B = F.kl_div(log_m_BC, log_p_BC.exp(), reduction="none").sum(dim=1)
+        return _jensen_shannon(log_q_BC, log_m_BC, of_teacher_B, gradient)
+    p_BC = teacher_BC.softmax(dim=1)
+    loss_BC = F.kl_div(log_q_BC, p_BC, reduction="none") if kind == "kl" else -p_BC * log_q_BC
+    loss_B = loss_BC.sum(dim=1)
+    return loss_B, log_q_BC.exp_().sub_(p_BC) if gradient else None
 
 
-class OnTargets(torch.autograd.Function):
-    """A loss of (N, C) student logits on targets, times T², (N,); computed a few rows at a time."""
+class _OnTargets(torch.autograd.Function):
+    """A loss of (N, C) student logits on targets, (N,); computed a few rows at a time."""
 
     @staticmethod
-    def forward(student_NC: Tensor, step: Step, temperature: float) -> Tensor:
-        loss_N = student_NC.new_empty(len(student_NC), dtype=_wide(student_NC.dtype))
+    def forward(student_NC: Tensor, step: Step) -> Tensor:
+        loss_N = student_NC.new_empty(len(student_NC), dtype=wide_dtype(student_NC.dtype))
         for rows in row_slices(len(student_NC), student_NC.shape[1], student_NC.device):
-            loss_N[rows] = step(student_NC[rows].to(loss_N.dtype) / temperature, rows, False)[0]
-        return loss_N.mul_(temperature**2)
+            loss_N[rows] = step(student_NC[rows], rows, False)[0]
+        return loss_N
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Step, float], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Step], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
-        ctx.step, ctx.temperature = inputs[1:]
+        ctx.step = inputs[1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor, None]:
         (student_NC,) = ctx.saved_tensors
         gradient_NC = torch.empty_like(student_NC)
         for rows in row_slices(len(student_NC), student_NC.shape[1], student_NC.device):
-            logits_BC = student_NC[rows].to(upstream_N.dtype) / ctx.temperature
-            gradient_NC[rows] = ctx.step(logits_BC, rows, True)[1].mul_(ctx.temperature * upstream_N[rows, None])
-        return gradient_NC, None, None
+            gradient_NC[rows] = ctx.step(student_NC[rows], rows, True)[1].mul_(upstream_N[rows, None])
+        return gradient_NC, None
 
 
 def on_targets(kind: Kind, student_NC: Tensor, targets: Targets, temperature: float) -> Tensor:
     """A loss of student logits on targets, times T², in nats, (N,): float64 if the logits are float64, else float32."""
-    step = step_for(kind, targets, temperature, _wide(student_NC.dtype))
-    loss_N: Tensor = OnTargets.apply(student_NC, step, temperature)
+    step = step_for(kind, targets, temperature, wide_dtype(student_NC.dtype))
+    loss_N: Tensor = _OnTargets.apply(student_NC, step)
     return loss_N
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which a loss of logits of this type is computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
