@@ -17,7 +17,8 @@ import numpy as np
 from pydantic import ValidationError
 from torch import Tensor
 
-from logitcache.cache.card import Card, card_from, write_card
+from logitcache.cache.card import write_card
+from logitcache.cache.card_fields import Card, card_from
 from logitcache.cache.destination import check_destination
 from logitcache.cache.fidelity import Calibration, candidates, choose, compare
 from logitcache.cache.layout import GROUP, PER_CACHE, Block

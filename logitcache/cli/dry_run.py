@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from logitcache.config.overrides import read_raw
 from logitcache.config.schema import Pipeline, load_pipeline
 from logitcache.errors import LogitCacheError
-from logitcache.extras.federation.configuration import load_federation
-from logitcache.extras.federation.plan import plan_federation
-from logitcache.stages.run import RunPlan, Step, plan_run
+
+if TYPE_CHECKING:
+    from logitcache.stages.run import RunPlan, Step
 
 
 @dataclass(frozen=True)
@@ -50,5 +51,14 @@ def check_files(
 
 def _plan(file: Path, overrides: Sequence[str], *, trust: bool, load_all: bool) -> RunPlan:
     if "parties" in read_raw(file, Pipeline):
-        return plan_federation(load_federation(file, overrides), trust=trust, load_all=load_all)
-    return plan_run(load_pipeline(file, overrides), trust=trust, load_all=load_all)
+        from logitcache.extras.federation.configuration import load_federation
+
+        federation = load_federation(file, overrides)
+        from logitcache.extras.federation.plan import plan_federation
+
+        return plan_federation(federation, trust=trust, load_all=load_all)
+    pipeline = load_pipeline(file, overrides)
+    # Only for a valid file: it imports torch.
+    from logitcache.stages.run import plan_run
+
+    return plan_run(pipeline, trust=trust, load_all=load_all)

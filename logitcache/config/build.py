@@ -25,7 +25,7 @@ from logitcache.catalog.models import (
     model_fingerprint,
 )
 from logitcache.catalog.outputs import sources_of, taps_of
-from logitcache.config.schema import ModelConfig, Pipeline, parse_pipeline
+from logitcache.config.schema import ModelConfig, Pipeline, StudentConfig, parse_pipeline
 from logitcache.context import Context
 from logitcache.data.batching import COLLATES, Collate
 from logitcache.data.packing import pack
@@ -37,6 +37,7 @@ from logitcache.data.transforms import build_transform
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.devices import pick_device
 from logitcache.errors import ShapeError, UsageError
+from logitcache.losses import Loss, load_code, loss_from_config
 from logitcache.randomness import preserved_generators, seed_generators
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.finished import read_text
@@ -165,6 +166,16 @@ def resolve_model(
                 f"({data.num_classes},), one logit for each of the data's classes"
             )
     return model
+
+
+def resolve_loss(config: StudentConfig, *, trust: bool) -> Loss:
+    """A student's loss; imports the code that it names.
+
+    Raises:
+        UntrustedCode: the code is outside the working folder, and `trust` is False.
+        UsageError: there is no such code.
+    """
+    return load_code(loss_from_config(config.loss), trust=trust)
 
 
 def teacher_weights(pipeline: Pipeline) -> str | None:

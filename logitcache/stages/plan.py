@@ -17,7 +17,7 @@ from logitcache.catalog.outputs import declared_outputs, taps_of
 from logitcache.config.build import build_context, build_runner, resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline
 from logitcache.data.views import ViewDataset
-from logitcache.encodings import Auto
+from logitcache.encodings import Auto, encoding_or_auto
 from logitcache.errors import InvalidLogits, UsageError
 from logitcache.progress import track
 from logitcache.randomness import keyed_permutation
@@ -77,7 +77,7 @@ def plan_pipeline(
     output_bytes = {}
     if outputs:
         output_bytes = measure_outputs(build_runner(pipeline, teacher, context, list(outputs)), views, outputs)
-    requested = pipeline.encoding()
+    requested = encoding_or_auto(pipeline.cache.encoding)
     if max_kl is None and max_bytes is None and isinstance(requested, Auto):
         max_kl = requested.max_kl
     plan = plan_logits(calibration, max_kl=max_kl, max_bytes=max_bytes)

@@ -10,9 +10,10 @@ from pathlib import Path
 from logitcache.cache.reader import open_cache
 from logitcache.catalog.datasets import Data, load_data
 from logitcache.catalog.models import check_model_name
-from logitcache.config.build import TRAINED, resolve_collate, student_folder, teacher_folder
+from logitcache.config.build import TRAINED, resolve_collate, resolve_loss, student_folder, teacher_folder
 from logitcache.config.schema import DataConfig, ModelConfig, Pipeline, ViewsConfig
 from logitcache.data.transforms import build_transform
+from logitcache.encodings import encoding_or_auto
 from logitcache.entry_points import is_entry_point, load_entry_point
 from logitcache.errors import DatasetUnavailable, NotACache, UntrustedCode, UsageError
 from logitcache.stages.cache_teacher import cache_teacher
@@ -115,7 +116,7 @@ def plan_run(pipeline: Pipeline, *, trust: bool = False, load_all: bool = True) 
     """Check the names in a pipeline and list its stages.
 
     Args:
-        pipeline: its schema, losses and encodings were checked when it was read.
+        pipeline: its schema, losses and encodings were checked when it was read, but no code was imported.
         trust: import entry points from outside the working folder.
         load_all: see `Inspection`.
 
@@ -135,6 +136,8 @@ def plan_run(pipeline: Pipeline, *, trust: bool = False, load_all: bool = True) 
         inspection.weights(teacher.start_from)
     for student in pipeline.students:
         inspection.model(student)
+        with inspection.collect():
+            resolve_loss(student, trust=trust)
     return inspection.plan(_steps(pipeline, data, cached=cached))
 
 
@@ -143,7 +146,7 @@ def _steps(pipeline: Pipeline, data: Data | None, *, cached: bool) -> list[Step]
     if pipeline.teacher.weights == TRAINED:
         steps.append(Step("train-teacher", pipeline.teacher.model, (teacher_folder(pipeline) / RESULT).is_file()))
     samples = "" if data is None else f" of {len(data.train):,} samples"
-    what = f"{_counted(pipeline.views.count, 'view')}{samples}, {pipeline.encoding()!r}"
+    what = f"{_counted(pipeline.views.count, 'view')}{samples}, {encoding_or_auto(pipeline.cache.encoding)!r}"
     steps.append(Step("cache-teacher", f"{what} -> {pipeline.cache.path}", cached))
     for student in pipeline.students:
         seeds = pipeline.train_config(student).seeds

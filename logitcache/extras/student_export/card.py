@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from logitcache.cache.card import Card
+from logitcache.cache.card_fields import Card
 from logitcache.extras.student_export.metadata import INT8, ONNX, SAFETENSORS, StudentMetadata, Variant
 from logitcache.markdown import LONGEST_NAME, code, escaped, fenced, one_line
 
