@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -233,14 +234,15 @@ def _pretrained(transformers: Any, automatic: Any, path: Path, options: dict[str
     logging.set_verbosity_error()  # missing weights are errors of our own
     logging.disable_progress_bar()
     try:
-        model, found = automatic.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
+        with redirect_stderr(io.StringIO()):  # the progress bar of GGUF files can't be disabled
+            model, found = automatic.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
     finally:
         logging.set_verbosity(verbosity)
     model.untrained = sorted(found["missing_keys"])
