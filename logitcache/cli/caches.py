@@ -22,7 +22,6 @@ from logitcache.cli.application import (
 )
 from logitcache.cli.printing import (
     cache_summary,
-    console,
     noise_summary,
     print_caches,
     print_export,
@@ -30,6 +29,7 @@ from logitcache.cli.printing import (
     print_merge,
     print_problems,
     print_product,
+    print_repair,
     print_report,
     print_suspects,
     print_transfer,
@@ -150,18 +150,7 @@ def repair_command(
     result = repair(cache, source=source, recompute=None if pipeline is None else recompute)
     found = {"ok": not result.remaining, **dataclasses.asdict(result)}
 
-    def print_repair() -> None:
-        blocks = len(result.fetched) + len(result.recomputed)
-        console().print(
-            f"{cache}: {len(result.problems)} problems found, {len(result.fetched)} blocks fetched, "
-            f"{len(result.recomputed)} recomputed"
-            if blocks or result.problems
-            else f"{cache}: nothing to repair",
-            highlight=False,
-        )
-        print_problems(cache, result.remaining)
-
-    show(found, as_json, print_repair)
+    show(found, as_json, lambda: print_repair(cache, result))
     if result.remaining:
         raise typer.Exit(1)
 

@@ -50,7 +50,7 @@ def print_caches(location: str, caches: list[dict[str, Any]], unreadable: list[d
         print(_plain_line(f"error: {each['error']}"), file=sys.stderr, flush=True)
     if not caches:
         if not unreadable:
-            console().print(f"{location}: no cache found", highlight=False, markup=False)
+            say(f"{location}: no cache found")
         return
     columns = (Column(name, overflow="fold") for name in ("cache", "id", "teacher", "dataset"))
     table = Table(*columns, "views", "samples", "size", "state")
@@ -71,11 +71,9 @@ def print_transfer(where: str, transfer: Any) -> None:
         pin += ".\nThe given digest is of format 1, which covers the labels but not their positions. "
         pin += "The new pin covers both"
     rate = f", {decimal(int(transfer.copied_bytes / transfer.seconds))}/s" if transfer.copied_bytes else ""
-    console().print(
+    say(
         f"{where}: views {transfer.views}; {transfer.copied_objects:,} objects copied "
-        f"({decimal(transfer.copied_bytes)}{rate}), {transfer.kept_objects:,} already present.\n{pin}",
-        highlight=False,
-        markup=False,
+        f"({decimal(transfer.copied_bytes)}{rate}), {transfer.kept_objects:,} already present.\n{pin}"
     )
 
 
@@ -134,14 +132,13 @@ def print_plan(plan: Any) -> None:
         table.add_row(*cells, style="bold" if chosen else None)
     console().print(table)
     for name, size in plan.output_bytes.items():
-        console().print(f"Output {name}: {size:,.1f} bytes/sample, included in the totals.", highlight=False)
+        say(f"Output {name}: {size:,.1f} bytes/sample, included in the totals.")
     if plan.hours is not None:
-        console().print(
+        say(
             f"Estimated time of cache-teacher: {timedelta(seconds=round(3600 * plan.hours))} "
-            f"({plan.num_views} views of {plan.num_samples:,} samples at {plan.samples_per_second:,.0f} samples/s).",
-            highlight=False,
+            f"({plan.num_views} views of {plan.num_samples:,} samples at {plan.samples_per_second:,.0f} samples/s)."
         )
-    console().print(f'Recommended: cache.encoding="{spelled(plan.recommended.encoding)}"', highlight=False)
+    say(f'Recommended: cache.encoding="{spelled(plan.recommended.encoding)}"')
 
 
 def spelled(encoding: Any) -> str:
@@ -157,6 +154,11 @@ def spelled(encoding: Any) -> str:
 def console() -> Console:
     """Standard output; lines are not wrapped if another program reads them."""
     return Console(soft_wrap=True) if sys.stdout.isatty() else Console(soft_wrap=True, width=1000)
+
+
+def say(text: str) -> None:
+    """Print a text as it is, without markup."""
+    console().print(text, highlight=False, markup=False)
 
 
 def print_mapping(title: str, values: dict[str, Any]) -> None:
@@ -184,20 +186,29 @@ def print_rows(rows: list[Any]) -> None:
     columns = ["student", "parameters", "samples", "seeds", *(["test NLL, nats"] if has_nll else [])]
     table = Table(*columns, "test accuracy, %", "validation, %", "s/epoch")
     for row in rows:
-        spread = "" if row.accuracy_sd is None else f" ± {100 * row.accuracy_sd:.2f}"
-        nll_spread = "" if row.nll_sd is None else f" ± {row.nll_sd:.4f}"
-        nll = "-" if row.nll_mean is None else f"{row.nll_mean:.4f}{nll_spread}"
         table.add_row(
             row.name,
             f"{row.parameters:,}",
             f"{row.samples:,}",
             str(len(row.seeds)),
-            *([nll] if has_nll else []),
-            "-" if row.accuracy_mean is None else f"{100 * row.accuracy_mean:.2f}{spread}",
-            "-" if row.validation_accuracy_mean is None else f"{100 * row.validation_accuracy_mean:.2f}",
-            "-" if row.epoch_seconds is None else f"{row.epoch_seconds:.2f}",
+            *([_number(row.nll_mean, row.nll_sd, digits=4)] if has_nll else []),
+            _percent(row.accuracy_mean, row.accuracy_sd),
+            _percent(row.validation_accuracy_mean),
+            _number(row.epoch_seconds),
         )
     console().print(table)
+
+
+def _number(value: float | None, spread: float | None = None, *, digits: int = 2) -> str:
+    """A number and its spread; "-" for none."""
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+
+
+def _percent(share: float | None, spread: float | None = None) -> str:
+    """A share and its spread in percent, without the sign; "-" for none."""
+    return _number(None if share is None else 100 * share, None if spread is None else 100 * spread)
 
 
 def demo_summary(result: Any, report: Path | None) -> dict[str, Any]:
@@ -231,32 +242,25 @@ def print_demo(result: Any, report: Path | None) -> None:
 
     teacher = result.teacher
     accuracy = "" if teacher["accuracy"] is None else f"; test accuracy {100 * teacher['accuracy']:.1f} %"
-    console().print(
+    say(
         f"Teacher: {result.teacher_macs / 1e6:.1f} million multiply-adds per image, trained on {teacher['samples']:,} "
-        f"true labels{accuracy}. Student: {result.student_macs / 1e6:.1f} million multiply-adds.",
-        highlight=False,
+        f"true labels{accuracy}. Student: {result.student_macs / 1e6:.1f} million multiply-adds."
     )
     table = Table("student trained on", "images", "seeds", "test accuracy, % ± standard error", "seconds per epoch")
     for row in result.rows:
-        error = _standard_error(row)
-        spread = "" if error is None else f" ± {100 * error:.2f}"
         table.add_row(
             DESCRIPTIONS[row.name],
             f"{row.samples:,}",
             str(len(row.seeds)),
-            "-" if row.accuracy_mean is None else f"{100 * row.accuracy_mean:.2f}{spread}",
-            "-" if row.epoch_seconds is None else f"{row.epoch_seconds:.2f}",
+            _percent(row.accuracy_mean, _standard_error(row)),
+            _number(row.epoch_seconds),
         )
     console().print(table)
     for line in result.findings:
-        console().print(line, highlight=False)
-    console().print(
-        f"Report: {report}" if report else "For an HTML report: pip install 'logitcache[report]' and re-run.",
-        highlight=False,
-        markup=False,
-    )
+        say(line)
+    say(f"Report: {report}" if report else "For an HTML report: pip install 'logitcache[report]' and re-run.")
     cache = result.pipeline.cache.path
-    console().print(f"Cache: {cache}; try `logitcache info {cache}`.", highlight=False, markup=False)
+    say(f"Cache: {cache}; try `logitcache info {cache}`.")
 
 
 def _standard_error(row: Any) -> float | None:
@@ -274,22 +278,20 @@ def print_turns(turns: list[Any]) -> None:
             turn.party,
             f"{turn.private_samples:,}",
             f"{turn.parameters:,}",
-            *("-" if accuracy is None else f"{100 * accuracy:.2f}" for accuracy in accuracies),
+            *map(_percent, accuracies),
         )
     console().print(table)
     for turn in turns:
         if turn.round == turns[-1].round:
-            console().print(f"{turn.party}: {turn.weights}", highlight=False, markup=False)
+            say(f"{turn.party}: {turn.weights}")
 
 
 def print_export(out: str, kind: str, result: Any) -> None:
     """The result of an export to Parquet."""
     there = len(result.files) - len(result.written)
-    console().print(
+    say(
         f"{out}: {result.rows:,} rows in {len(result.files)} {kind} files, {decimal(result.bytes)}"
-        f"{f'; {there} of them already present' if there else ''}",
-        highlight=False,
-        markup=False,
+        f"{f'; {there} of them already present' if there else ''}"
     )
 
 
@@ -309,20 +311,15 @@ def print_product(exported: Any) -> None:
             form.name,
             form.file or "-",
             "-" if form.bytes is None else decimal(form.bytes),
-            *("-" if accuracy is None else f"{100 * accuracy:.2f}" for accuracy in accuracies),
+            *map(_percent, accuracies),
             *(f"{form.latency_ms[size]:.3g}" if size in form.latency_ms else "-" for size in ("1", "64")),
         )
     console().print(table)
     seeds = product.seeds
     if seeds.test_sd is not None:
-        console().print(
-            f"Torch, {len(seeds.seeds)} seeds: test accuracy {100 * seeds.test_mean:.2f} ± {100 * seeds.test_sd:.2f} %",
-            highlight=False,
-        )
+        say(f"Torch, {len(seeds.seeds)} seeds: test accuracy {100 * seeds.test_mean:.2f} ± {100 * seeds.test_sd:.2f} %")
     there = "" if exported.written else "; already complete"
-    console().print(
-        f"{exported.folder}: {', '.join(product.files)}, product.json{there}", highlight=False, markup=False
-    )
+    say(f"{exported.folder}: {', '.join(product.files)}, product.json{there}")
 
 
 def print_merge(out: str, summary: dict[str, Any]) -> None:
@@ -332,19 +329,11 @@ def print_merge(out: str, summary: dict[str, Any]) -> None:
     }
     print_mapping(out, plain)
     for part in summary["parts"]:
-        console().print(
-            f"weight {part['weight']:.4g}: {part['location']}, teacher {part['teacher']}", highlight=False, markup=False
-        )
+        say(f"weight {part['weight']:.4g}: {part['location']}, teacher {part['teacher']}")
     for location, count in summary["left_out_views"].items():
-        console().print(
-            f"The merged cache has the {summary['num_views']} views that all inputs have; {location} has {count} more.",
-            highlight=False,
-            markup=False,
-        )
+        say(f"The merged cache has the {summary['num_views']} views that all inputs have; {location} has {count} more.")
     for location, outputs in summary["left_out_outputs"].items():
-        console().print(
-            f"Only logits are merged; omitted from {location}: {', '.join(outputs)}.", highlight=False, markup=False
-        )
+        say(f"Only logits are merged; omitted from {location}: {', '.join(outputs)}.")
 
 
 def noise_summary(noise: Any, top: int | None) -> dict[str, Any]:
@@ -375,17 +364,14 @@ def print_suspects(cache: str, summary: dict[str, Any], caution: str) -> None:
             _plain(each["teacher_name"]),
             f"{each['probability']:.3f}",
         )
-    out = console()
     if shown:
-        out.print(table)
+        console().print(table)
     unjudged = summary["num_samples"] - summary["num_judged"]
-    out.print(
+    say(
         f"{cache}: {summary['num_suspects']:,} of {summary['num_judged']:,} labels are probably wrong"
         f"{f' ({len(shown):,} shown)' if len(shown) < summary['num_suspects'] else ''}"
         f"{f'; {unjudged:,} samples were not checked: no label, or no unmixed view' if unjudged else ''}. "
-        f"Estimated share of wrong labels: {summary['noise_rate']:.2%}.\n{caution}",
-        highlight=False,
-        markup=False,
+        f"Estimated share of wrong labels: {summary['noise_rate']:.2%}.\n{caution}"
     )
 
 
@@ -404,22 +390,22 @@ def print_checked(checked: list[Any]) -> None:
     for each in checked:
         for line in each.missing:
             indented = line.replace("\n", "\n  ")
-            console().print(f"{each.file}: missing: {indented}", highlight=False, markup=False)
+            say(f"{each.file}: missing: {indented}")
         for line in each.unchecked:
-            console().print(f"{each.file}: not checked: {line}", highlight=False, markup=False)
+            say(f"{each.file}: not checked: {line}")
         if each.error:
             print(f"error: {each.error}", file=sys.stderr, flush=True)
 
 
 def print_report(written: Any) -> None:
     """The result of `report`."""
-    console().print(f"{written.path}: {decimal(written.bytes)}; opens in any browser, offline.", highlight=False)
+    say(f"{written.path}: {decimal(written.bytes)}; opens in any browser, offline.")
 
 
 def print_problems(cache: str, problems: list[Any]) -> None:
     """The problems that `verify` or `repair` found."""
     if not problems:
-        console().print(f"{cache}: no problems found", highlight=False)
+        say(f"{cache}: no problems found")
         return
     table = Table(
         "block",
@@ -431,3 +417,10 @@ def print_problems(cache: str, problems: list[Any]) -> None:
     for problem in problems:
         table.add_row(problem.block, problem.path, problem.kind)
     console().print(table)
+
+
+def print_repair(cache: str, result: Any) -> None:
+    """What a repair did, and the problems that remain."""
+    did = f"{len(result.fetched)} blocks fetched, {len(result.recomputed)} recomputed"
+    say(f"{cache}: " + (f"{len(result.problems)} problems found, {did}" if result.problems else "nothing to repair"))
+    print_problems(cache, result.remaining)
