@@ -21,7 +21,7 @@ from logitcache.errors import UsageError
 from logitcache.losses import Loss
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.hints import Hints
-from logitcache.train.labels import Labels, OutputLabels
+from logitcache.train.labels import Labels
 from logitcache.train.tracking import Tracker
 
 
@@ -77,11 +77,6 @@ class Job:
             )
         if sequence_rows(self.views) is not None:
             self._check_sequences()
-        if self.hints is not None and not isinstance(self.labels, OutputLabels):
-            raise UsageError(
-                f"the hints of {self.name} need teacher outputs, and its labels provide logits only; use the labels of "
-                "one cache"
-            )
 
     def _check_sequences(self) -> None:
         if self.hints is not None:
