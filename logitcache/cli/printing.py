@@ -6,7 +6,6 @@ import dataclasses
 import math
 import sys
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -58,7 +57,7 @@ def print_caches(location: str, caches: list[dict[str, Any]], unreadable: list[d
         shown = [cache["url"], cache["id"][:12], cache["teacher_name"], cache["dataset_name"], cache["views"]]
         size = "-" if cache["bytes"] is None else decimal(cache["bytes"])
         state = "sealed" if cache["sealed"] else "open"
-        table.add_row(*map(_plain, [*shown, f"{cache['num_samples']:,}", size, state]))
+        table.add_row(*map(plain, [*shown, f"{cache['num_samples']:,}", size, state]))
     console().print(table)
 
 
@@ -77,7 +76,7 @@ def print_transfer(where: str, transfer: Any) -> None:
     )
 
 
-def _plain(text: Any) -> str:
+def plain(text: Any) -> str:
     """Untrusted text without markup and control characters."""
     return escape(_plain_line(text))
 
@@ -167,7 +166,7 @@ def print_mapping(title: str, values: dict[str, Any]) -> None:
     flat = {key: value for name, value in values.items() for key, value in _rows_of(name, value)}
     for name, value in flat.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        table.add_row(_plain(name.replace("_", " ")), _plain(f"{shown:.4g}" if isinstance(shown, float) else shown))
+        table.add_row(plain(name.replace("_", " ")), plain(f"{shown:.4g}" if isinstance(shown, float) else shown))
     console().print(table)
 
 
@@ -191,188 +190,24 @@ def print_rows(rows: list[Any]) -> None:
             f"{row.parameters:,}",
             f"{row.samples:,}",
             str(len(row.seeds)),
-            *([_number(row.nll_mean, row.nll_sd, digits=4)] if has_nll else []),
-            _percent(row.accuracy_mean, row.accuracy_sd),
-            _percent(row.validation_accuracy_mean),
-            _number(row.epoch_seconds),
+            *([number(row.nll_mean, row.nll_sd, digits=4)] if has_nll else []),
+            percent(row.accuracy_mean, row.accuracy_sd),
+            percent(row.validation_accuracy_mean),
+            number(row.epoch_seconds),
         )
     console().print(table)
 
 
-def _number(value: float | None, spread: float | None = None, *, digits: int = 2) -> str:
+def number(value: float | None, spread: float | None = None, *, digits: int = 2) -> str:
     """A number and its spread; "-" for none."""
     if value is None:
         return "-"
     return f"{value:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
 
 
-def _percent(share: float | None, spread: float | None = None) -> str:
+def percent(share: float | None, spread: float | None = None) -> str:
     """A share and its spread in percent, without the sign; "-" for none."""
-    return _number(None if share is None else 100 * share, None if spread is None else 100 * spread)
-
-
-def demo_summary(result: Any, report: Path | None) -> dict[str, Any]:
-    """The keys of `demo`."""
-    from logitcache.extras.demo import DESCRIPTIONS
-
-    return {
-        "rows": [
-            {
-                **dataclasses.asdict(row),
-                "accuracy_standard_error": _standard_error(row),
-                "labels": DESCRIPTIONS[row.name],
-            }
-            for row in result.rows
-        ],
-        "teacher_accuracy": result.teacher["accuracy"],
-        "teacher_macs": result.teacher_macs,
-        "student_macs": result.student_macs,
-        "cost": None if result.cost is None else dataclasses.asdict(result.cost),
-        "view_matching": dataclasses.asdict(result.view_matching),
-        "few_labels": dataclasses.asdict(result.few_labels),
-        "findings": result.findings,
-        "cache": result.pipeline.cache.path,
-        "report": None if report is None else str(report),
-    }
-
-
-def print_demo(result: Any, report: Path | None) -> None:
-    """The demo's table, and what it shows."""
-    from logitcache.extras.demo import DESCRIPTIONS
-
-    teacher = result.teacher
-    accuracy = "" if teacher["accuracy"] is None else f"; test accuracy {100 * teacher['accuracy']:.1f} %"
-    say(
-        f"Teacher: {result.teacher_macs / 1e6:.1f} million multiply-adds per image, trained on {teacher['samples']:,} "
-        f"true labels{accuracy}. Student: {result.student_macs / 1e6:.1f} million multiply-adds."
-    )
-    table = Table("student trained on", "images", "seeds", "test accuracy, % ± standard error", "seconds per epoch")
-    for row in result.rows:
-        table.add_row(
-            DESCRIPTIONS[row.name],
-            f"{row.samples:,}",
-            str(len(row.seeds)),
-            _percent(row.accuracy_mean, _standard_error(row)),
-            _number(row.epoch_seconds),
-        )
-    console().print(table)
-    for line in result.findings:
-        say(line)
-    say(f"Report: {report}" if report else "For an HTML report: pip install 'logitcache[report]' and re-run.")
-    cache = result.pipeline.cache.path
-    say(f"Cache: {cache}; try `logitcache info {cache}`.")
-
-
-def _standard_error(row: Any) -> float | None:
-    """Of a row's mean accuracy over seeds; None for a single one."""
-    return None if row.accuracy_sd is None else row.accuracy_sd / math.sqrt(len(row.seeds))
-
-
-def print_turns(turns: list[Any]) -> None:
-    """The table of a federation, one row per round and party; then the paths of the parties' final weights."""
-    table = Table("round", "party", "own samples", "parameters", "test accuracy, own data, %", "after consensus, %")
-    for turn in turns:
-        accuracies = (turn.private_accuracy, turn.accuracy)
-        table.add_row(
-            str(turn.round),
-            turn.party,
-            f"{turn.private_samples:,}",
-            f"{turn.parameters:,}",
-            *map(_percent, accuracies),
-        )
-    console().print(table)
-    for turn in turns:
-        if turn.round == turns[-1].round:
-            say(f"{turn.party}: {turn.weights}")
-
-
-def print_export(out: str, kind: str, result: Any) -> None:
-    """The result of an export to Parquet."""
-    there = len(result.files) - len(result.written)
-    say(
-        f"{out}: {result.rows:,} rows in {len(result.files)} {kind} files, {decimal(result.bytes)}"
-        f"{f'; {there} of them already present' if there else ''}"
-    )
-
-
-def print_product(exported: Any) -> None:
-    """An exported student: accuracy, size and latency of each form."""
-    product = exported.metadata
-    title = (
-        f"{product.student}, seed {product.seed}: {product.parameters:,} parameters, {product.macs:,} MACs per sample"
-    )
-    table = Table(
-        "form", "file", "size", "test accuracy, %", "validation, %", "ms, batch 1", "ms, batch 64",
-        title=_plain(title), title_justify="left",
-    )  # fmt: skip
-    for form in product.variants:
-        accuracies = [form.test_accuracy, form.validation_accuracy]
-        table.add_row(
-            form.name,
-            form.file or "-",
-            "-" if form.bytes is None else decimal(form.bytes),
-            *map(_percent, accuracies),
-            *(f"{form.latency_ms[size]:.3g}" if size in form.latency_ms else "-" for size in ("1", "64")),
-        )
-    console().print(table)
-    seeds = product.seeds
-    if seeds.test_sd is not None:
-        say(f"Torch, {len(seeds.seeds)} seeds: test accuracy {100 * seeds.test_mean:.2f} ± {100 * seeds.test_sd:.2f} %")
-    there = "" if exported.written else "; already complete"
-    say(f"{exported.folder}: {', '.join(product.files)}, product.json{there}")
-
-
-def print_merge(out: str, summary: dict[str, Any]) -> None:
-    """A merged cache, and the caches that were averaged."""
-    plain = {
-        name: value for name, value in summary.items() if name not in ("parts", "left_out_views", "left_out_outputs")
-    }
-    print_mapping(out, plain)
-    for part in summary["parts"]:
-        say(f"weight {part['weight']:.4g}: {part['location']}, teacher {part['teacher']}")
-    for location, count in summary["left_out_views"].items():
-        say(f"The merged cache has the {summary['num_views']} views that all inputs have; {location} has {count} more.")
-    for location, outputs in summary["left_out_outputs"].items():
-        say(f"Only logits are merged; omitted from {location}: {', '.join(outputs)}.")
-
-
-def noise_summary(noise: Any, top: int | None) -> dict[str, Any]:
-    """The keys of `suspects`."""
-    return {
-        "num_suspects": len(noise.suspects),
-        "num_judged": noise.num_judged,
-        "num_samples": noise.num_samples,
-        "noise_rate": noise.noise_rate,
-        "suspects": [
-            dataclasses.asdict(each) | {"given_name": noise.name(each.given), "teacher_name": noise.name(each.teacher)}
-            for each in noise.suspects[:top]
-        ],
-    }
-
-
-def print_suspects(cache: str, summary: dict[str, Any], caution: str) -> None:
-    """The table of `suspects`."""
-    shown = summary["suspects"]
-    table = Table("rank", "row", "key", "label", "probability", "teacher's label", "probability")
-    for each in shown:
-        table.add_row(
-            str(each["rank"]),
-            str(each["row"]),
-            _plain(each["key"]),
-            _plain(each["given_name"]),
-            f"{each['given_probability']:.3f}",
-            _plain(each["teacher_name"]),
-            f"{each['probability']:.3f}",
-        )
-    if shown:
-        console().print(table)
-    unjudged = summary["num_samples"] - summary["num_judged"]
-    say(
-        f"{cache}: {summary['num_suspects']:,} of {summary['num_judged']:,} labels are probably wrong"
-        f"{f' ({len(shown):,} shown)' if len(shown) < summary['num_suspects'] else ''}"
-        f"{f'; {unjudged:,} samples were not checked: no label, or no unmixed view' if unjudged else ''}. "
-        f"Estimated share of wrong labels: {summary['noise_rate']:.2%}.\n{caution}"
-    )
+    return number(None if share is None else 100 * share, None if spread is None else 100 * spread)
 
 
 def print_checked(checked: list[Any]) -> None:
@@ -380,12 +215,12 @@ def print_checked(checked: list[Any]) -> None:
     if len(checked) == 1:
         table = Table("stage", "what", "state")
         for step in checked[0].steps:
-            table.add_row(step.stage, _plain(step.what), "done" if step.done else "to do")
+            table.add_row(step.stage, plain(step.what), "done" if step.done else "to do")
     else:
         table = Table("pipeline", "stages", "state")
         for each in checked:
             state = "invalid" if each.error else "valid, not ready" if each.missing else "valid"
-            table.add_row(_plain(each.file), str(len(each.steps)), state)
+            table.add_row(plain(each.file), str(len(each.steps)), state)
     console().print(table)
     for each in checked:
         for line in each.missing:
@@ -395,11 +230,6 @@ def print_checked(checked: list[Any]) -> None:
             say(f"{each.file}: not checked: {line}")
         if each.error:
             print(f"error: {each.error}", file=sys.stderr, flush=True)
-
-
-def print_report(written: Any) -> None:
-    """The result of `report`."""
-    say(f"{written.path}: {decimal(written.bytes)}; opens in any browser, offline.")
 
 
 def print_problems(cache: str, problems: list[Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from logitcache.cache.creation import create
 from logitcache.cache.reader import open_cache
-from logitcache.cli.printing import demo_summary, print_demo
+from logitcache.extras.printing import demo_summary, print_demo
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.encodings import Dense
 from logitcache.errors import UsageError

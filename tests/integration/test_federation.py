@@ -22,7 +22,7 @@ from logitcache.cache.reader import open_cache
 from logitcache.cache.writer import CacheWriter
 from logitcache.catalog.datasets import load_data
 from logitcache.catalog.parts import PartConfig, samples_of_part
-from logitcache.cli.stages import federate_command
+from logitcache.extras.commands import federate_command
 from logitcache.config.build import resolve_data
 from logitcache.config.overrides import override, parse
 from logitcache.config.schema import DataConfig, Pipeline, load_pipeline
