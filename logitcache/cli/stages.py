@@ -41,8 +41,9 @@ def plan_command(
 ) -> None:
     """Compare encodings before a long run: size, fidelity and time, measured on a calibration sample."""
     from logitcache.config.schema import load_pipeline
-    from logitcache.stages.plan import check_plot, plan_logits, plan_pipeline, read_logits
-    from logitcache.stages.plan import plot as plot_plan
+    from logitcache.extras.plan_plot import check_plot
+    from logitcache.extras.plan_plot import plot as plot_plan
+    from logitcache.stages.plan import plan_logits, plan_pipeline, read_logits
 
     if (pipeline is None) == (logits is None):
         raise UsageError("plan needs either a pipeline file or --logits FILE")
