@@ -1,4 +1,4 @@
-"""Objects by name: built in, from an installed package, or from the user's own code where it is trusted."""
+"""Objects by name: built in, from an installed package, or from trusted code of the user."""
 
 from __future__ import annotations
 
