@@ -42,7 +42,7 @@ def load_entry_point(name: str, *, trust: bool) -> Any:
     if not own and not trust:
         raise UntrustedCode(
             f"{name} would run code from outside the working folder, or from a Python environment or a cache inside of "
-            "it; review it, then re-run with --trust (in Python: trust=True), or copy the module into the working folder"
+            "it; review it and re-run with --trust (in Python: trust=True), or copy the module into the working folder"
         )
     if own and sys.path[:1] != [str(folder)]:
         sys.path.insert(0, str(folder))
