@@ -18,8 +18,8 @@ FLOOR = {
     "share": 3, "catalog": 3, "testing": 3,
     "config": 4, "train": 4, "verify": 4,
     "stages": 5,
-    "extras": 6,
-    "cli": 7, "__init__": 7,
+    "extras": 6, "cli": 6,
+    "__init__": 7,
 }  # fmt: skip
 
 
