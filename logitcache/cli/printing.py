@@ -213,7 +213,7 @@ def demo_summary(result: Any, report: Path | None) -> dict[str, Any]:
         "view_matching": dataclasses.asdict(result.view_matching),
         "few_labels": dataclasses.asdict(result.few_labels),
         "findings": result.findings,
-        "cache": result.pipeline.cache.path,
+        "cache": result.experiment.pipeline.cache.path,
         "report": None if report is None else str(report),
     }
 
@@ -248,7 +248,7 @@ def print_demo(result: Any, report: Path | None) -> None:
         highlight=False,
         markup=False,
     )
-    cache = result.pipeline.cache.path
+    cache = result.experiment.pipeline.cache.path
     console().print(f"Cache: {cache}; try `logitcache info {cache}`.", highlight=False, markup=False)
 
 
