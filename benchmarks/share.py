@@ -46,7 +46,7 @@ from obstore.store import from_url
 
 import logitcache
 from logitcache.arrays import ArraySpec
-from logitcache.cache.layout import PER_CACHE, all_blocks, block_rows
+from logitcache.cache.layout import PER_CACHE, all_blocks
 from logitcache.cache.manifest import MANIFEST, RECEIPTS, Receipt, StoredObject, dump_manifest
 from logitcache.cache.records import Records
 from logitcache.config.schema import load_pipeline
@@ -323,8 +323,9 @@ def records_of_a_large_cache(path: Path, num_views: int, num_samples: int) -> No
         return StoredObject(bytes=size, sha256=secrets.token_hex(32), values_sha256=secrets.token_hex(32))
 
     receipts = {PER_CACHE: Receipt(rows=num_samples, objects={}, kl_mean=None, kl_max=None, inputs={})}
+    row_map = OneRowEach(num_samples, manifest.layout.rows_per_block)
     for block in all_blocks(manifest.layout):
-        rows = len(block_rows(manifest.layout, block))
+        rows = len(row_map.block_rows(block.number))
         objects = {name: stored(spec, rows) for name, spec in manifest.layout.arrays.items()}
         receipts[block.name] = Receipt(rows=rows, objects=objects, kl_mean=0.0123456789, kl_max=1.23456789, inputs={})
     sealed, gathered = Records(manifest, receipts).sealed()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from logitcache.cache.outputs import Output as Output
     from logitcache.cache.reader import LogitCache as LogitCache
     from logitcache.cache.reader import open_cache as open
+    from logitcache.cache.sealing import seal as seal
     from logitcache.cache.writer import CacheWriter as CacheWriter
     from logitcache.data.index import split_index as split_index
     from logitcache.data.sampler import ViewSampler as ViewSampler
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from logitcache.encodings import Sampled as Sampled
     from logitcache.encodings import TopK as TopK
     from logitcache.encodings import Values as Values
+    from logitcache.targets import DenseTargets as DenseTargets
+    from logitcache.targets import SparseTargets as SparseTargets
 
 __all__ = [
     "ArraySpec",
@@ -35,12 +38,14 @@ __all__ = [
     "CacheWriter",
     "Calibration",
     "Dense",
+    "DenseTargets",
     "Encoding",
     "LogitCache",
     "LowRank",
     "Mixing",
     "Output",
     "Sampled",
+    "SparseTargets",
     "TopK",
     "Values",
     "ViewDataset",
@@ -50,6 +55,7 @@ __all__ = [
     "losses",
     "open",
     "sample_table",
+    "seal",
     "split_index",
 ]
 
@@ -59,12 +65,14 @@ _HOMES = {
     "CacheWriter": "cache.writer:CacheWriter",
     "Calibration": "cache.fidelity:Calibration",
     "Dense": "encodings:Dense",
+    "DenseTargets": "targets:DenseTargets",
     "Encoding": "encodings:Encoding",
     "LogitCache": "cache.reader:LogitCache",
     "LowRank": "encodings:LowRank",
     "Mixing": "data.views:Mixing",
     "Output": "cache.outputs:Output",
     "Sampled": "encodings:Sampled",
+    "SparseTargets": "targets:SparseTargets",
     "TopK": "encodings:TopK",
     "Values": "encodings:Values",
     "ViewDataset": "data.views:ViewDataset",
@@ -74,6 +82,7 @@ _HOMES = {
     "losses": "losses",
     "open": "cache.reader:open_cache",
     "sample_table": "data.samples:sample_table",
+    "seal": "cache.sealing:seal",
     "split_index": "data.index:split_index",
 }
 

@@ -82,6 +82,18 @@ class EncodingContract:
 
         assert agreeing.float().mean() >= self.top1_agreement
 
+    def test_targets_are_the_decoded_distribution(self) -> None:
+        """Losses see the same distribution in either form, and no more rows than were given."""
+        logits = teacher_like(9, 100)
+        encoding = self.fitted(100)
+        encoded = encoding.encode(logits)
+        targets, decoded = encoding.targets(encoded, 100), encoding.decode(encoded, 100)
+
+        assert (len(targets), targets.num_classes) == (9, 100)
+        torch.testing.assert_close(targets.dense().log_softmax(dim=1), decoded.log_softmax(dim=1))
+        assert torch.equal(targets.argmax(), decoded.argmax(dim=1))
+        torch.testing.assert_close(targets[2:4].dense(), targets.dense()[2:4])
+
     def test_a_row_does_not_depend_on_its_batch(self) -> None:
         logits = teacher_like(9, 100)
         encoding = self.fitted(100)

@@ -33,7 +33,7 @@ def read_with_tensorstore(path: Path) -> dict[str, np.ndarray]:
 
 
 def decode(arrays: dict[str, np.ndarray], encoding: dict[str, Any], num_classes: int) -> np.ndarray:
-    """Logits (V, N, C), right up to a constant per row."""
+    """Logits (V, R, C), right up to a constant per row."""
     if encoding["name"] == "dense":
         logits = arrays["logits"].astype(np.float32)
         if encoding["dtype"] == "uint8":
@@ -84,13 +84,36 @@ def content_digest(manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> s
     lines = ["logitcache content 2", f"id {digest(canonical(manifest['identity']))}"]
     lines += [f"num_samples {layout['num_samples']}", f"rows_per_block {size}"]
     lines += [f"fixed {name} {value_hash(arrays[name])}" for name in sorted(layout["fixed"])]
+    counts = rows_of_blocks(layout, arrays)
     for view in range(layout.get("first_view", 0), layout["num_views"]):
         of_view = []
-        for number in range(math.ceil(layout["num_samples"] / size)):
-            rows = slice(number * size, (number + 1) * size)
+        for number, count in enumerate(counts):
+            rows = slice(number * size, number * size + count)
             of_view += [f"{number} {name} {value_hash(arrays[name][view, rows])}" for name in sorted(layout["arrays"])]
         lines.append(f"view {view} {digest(joined(of_view))}")
     return digest(joined(lines))
+
+
+def rows_of_blocks(layout: dict[str, Any], arrays: dict[str, np.ndarray]) -> list[int]:
+    """Rows of each block of a view: of sequences, whole samples as long as they fit."""
+    size = layout["rows_per_block"]
+    counts = [1] * layout["num_samples"]
+    if "sequence_rows" in layout:
+        counts = np.diff(arrays["row_offsets"]).tolist()
+    blocks = [0]
+    for count in counts:
+        if blocks[-1] + count > size:
+            blocks.append(0)
+        blocks[-1] += count
+    return blocks
+
+
+def rows_in_use(layout: dict[str, Any], arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Which rows of the arrays hold labels, bool: blocks of sequences end with unused rows."""
+    size = layout["rows_per_block"]
+    counts = rows_of_blocks(layout, arrays)
+    in_use = np.arange(size) < np.array(counts)[:, None]
+    return in_use.reshape(-1)[: arrays[next(iter(layout["arrays"]))].shape[1]]
 
 
 def joined(lines: list[str]) -> bytes:
@@ -116,7 +139,11 @@ def main() -> None:
     identity = manifest["identity"]
     read = {"zarr": read_with_zarr, "tensorstore": read_with_tensorstore}[reader]
     arrays = read(cache / "labels.zarr")
-    decoded = decode(arrays, identity["encoding"], identity["outputs"]["logits"][0])
+    rows = np.flatnonzero(rows_in_use(manifest["layout"], arrays))
+    of_rows = {
+        name: values[:, rows] if name in manifest["layout"]["arrays"] else values for name, values in arrays.items()
+    }
+    decoded = decode(of_rows, identity["encoding"], identity["outputs"]["logits"][0])
     np.savez(
         out,
         decoded=decoded,

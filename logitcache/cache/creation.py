@@ -8,7 +8,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeAlias
@@ -28,6 +28,8 @@ from logitcache.cache.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     RECEIPTS,
+    ROW_OFFSETS,
+    ROW_POSITIONS,
     Identity,
     Layout,
     Manifest,
@@ -46,6 +48,7 @@ from logitcache.cache.packages import ENCODING_PACKAGES
 from logitcache.cache.per_cache import stored_encoding
 from logitcache.cache.records import Records, collect_receipts, stored_manifest
 from logitcache.cache.writer import CacheWriter
+from logitcache.data.rows import RowMap, make_row_map
 from logitcache.data.samples import SampleTable
 from logitcache.data.views import ViewPlan
 from logitcache.digest import canonical_json
@@ -81,6 +84,9 @@ def create(
     view_plan: ViewPlan | None = None,
     precision: str = "float32",
     class_names: Sequence[str] | None = None,
+    rows_per_sample: Sequence[int] | np.ndarray | None = None,
+    row_positions: np.ndarray | Sequence[Sequence[int] | np.ndarray] | None = None,
+    tokenization: Mapping[str, Json] | None = None,
     rows_per_block: int | None = None,
     card: Card | Mapping[str, Json] | None = None,
     overwrite: bool = False,
@@ -103,13 +109,22 @@ def create(
         view_plan: how the views are made; without one the cache has no `view_plan`.
         precision: arithmetic of the teacher, such as "bfloat16".
         class_names: one for each class.
-        rows_per_block: rows of one commit, default 16 384; fixed once the cache exists.
+        rows_per_sample: int (N,), the number of rows of each sample: of a sequence, one for each token that the teacher
+            predicts, `len(ids) - 1` for a causal language model. Rows are numbered without gaps, sample after sample.
+            None is one row per sample.
+        row_positions: where in its sample each row lies, if only some positions have a row: int (R,), or one increasing
+            sequence for each sample. None is 0, 1, 2, …
+        tokenization: how text becomes tokens, as JSON: the tokenizer's hash, truncation, chat template; part of the
+            identity.
+        rows_per_block: the most rows of one commit, default 16 384; fixed once the cache exists. A block holds whole
+            samples.
         card: fields of the cache's README.md, such as {"license": "cc-by-4.0"}. Can be changed later; None keeps those
             of an existing cache.
         overwrite: first delete the cache at the path, if there is one. Never deletes anything else.
 
     Raises:
         UsageError: an impossible shape, encoding or output, or a missing calibration.
+        ShapeError: `rows_per_sample` or `row_positions` don't have one entry for each sample.
         NotACache: the path holds something else.
         IdentityMismatch: the path holds a cache of another identity; names the fields that differ.
     """
@@ -126,11 +141,21 @@ def create(
         transform=None if view_plan is None else view_plan.describe(),
         view_seed=0 if view_plan is None else view_plan.seed,
         class_names=class_names,
+        tokenization=tokenization or {},
     )
+    _check_shape(num_samples, num_views, num_classes, rows_per_block)
+    if rows_per_sample is not None and view_plan is not None and view_plan.mixing.active:
+        raise UsageError("mixup and CutMix mix samples of one class each; remove them, or rows_per_sample")
     return open_writer(
         path,
         origin,
-        num_samples=num_samples,
+        rows=make_row_map(
+            num_samples,
+            rows_per_sample,
+            row_positions,
+            rows_per_block=rows_per_block,
+            default=DEFAULT_ROWS_PER_BLOCK,
+        ),
         num_classes=num_classes,
         num_views=num_views,
         encoding=encoding,
@@ -138,7 +163,6 @@ def create(
         logits_source=logits_source,
         calibration=calibration,
         samples=samples,
-        rows_per_block=rows_per_block,
         card=card,
         names={"teacher": teacher_name, "dataset": dataset_name},
         overwrite=overwrite,
@@ -156,13 +180,23 @@ class Origin:
     """`ViewPlan.describe()`; None without a view plan."""
     view_seed: int
     class_names: Sequence[str] | None
+    tokenization: Mapping[str, Json] = field(default_factory=dict)
+
+
+def _check_shape(num_samples: int, num_views: int, num_classes: int, rows_per_block: int | None) -> None:
+    if num_classes < 2 or num_samples < 1 or num_views < 1:
+        raise UsageError(
+            f"a cache has at least 1 sample, 1 view and 2 classes; found {num_samples}, {num_views}, {num_classes}"
+        )
+    if rows_per_block is not None and rows_per_block < 1:
+        raise UsageError(f"rows_per_block is at least 1, not {rows_per_block}")
 
 
 def open_writer(
     path: str | os.PathLike[str],
     origin: Origin,
     *,
-    num_samples: int,
+    rows: RowMap,
     num_classes: int,
     num_views: int,
     encoding: Encoding | Auto | str | Mapping[str, Json],
@@ -170,7 +204,6 @@ def open_writer(
     logits_source: Json = None,
     calibration: Calibration | Logits | Callable[[], Calibration | Logits] | None = None,
     samples: SampleTable | None = None,
-    rows_per_block: int | None = None,
     card: Card | Mapping[str, Json] | None = None,
     names: Mapping[str, str | None] | None = None,
     notes: Mapping[str, Any] | None = None,
@@ -181,13 +214,6 @@ def open_writer(
     Raises:
         UsageError, NotACache, IdentityMismatch: as `create` does.
     """
-    if num_classes < 2 or num_samples < 1 or num_views < 1:
-        raise UsageError(
-            f"a cache has at least 1 sample, 1 view and 2 classes; found {num_samples}, {num_views}, {num_classes}"
-        )
-    rows_per_block = DEFAULT_ROWS_PER_BLOCK if rows_per_block is None else rows_per_block
-    if rows_per_block < 1:
-        raise UsageError(f"rows_per_block is at least 1, not {rows_per_block}")
     _check_class_names(origin.class_names, num_classes)
     changeable = {} if card is None else {"card": card_from(card).stated()}
     if names is not None and any(names.values()):
@@ -199,7 +225,7 @@ def open_writer(
         requested.arrays(num_classes)
     preliminary = requested if isinstance(requested, Encoding) else Dense()
     notes = dict(notes or {}) | changeable
-    lines = dump(make_identity(origin, preliminary, num_classes, others, logits_source)).splitlines()
+    lines = dump(make_identity(origin, preliminary, num_classes, others, logits_source, rows)).splitlines()
     # In the manifest each line is indented by one more space.
     check_length(sum(map(len, lines)) + 2 * len(lines) + len(json.dumps(notes)), sealed=False)
     storage = open_storage(path)
@@ -211,17 +237,19 @@ def open_writer(
         settled, choice = _settle(requested, calibration, num_classes)
         notes |= {"encoding": choice} if choice else {}
     notes |= _encoding_packages([settled, *(output.encoding for output in others.values())])
-    table = _sample_arrays(samples)
+    table = _sample_arrays(samples) | _row_arrays(rows)
 
     def shape(stored: Records | None, settled: Encoding) -> tuple[Layout, dict[str, np.ndarray]]:
         # Still unfitted if the existing cache has another encoding; `_open_manifest` then raises.
         fixed = (settled.fitted_values() if settled.is_fitted else {}) | table
         try:
             return Layout(
-                num_samples=num_samples,
+                num_samples=rows.num_samples,
                 num_views=num_views,
                 num_classes=num_classes,
-                rows_per_block=min(rows_per_block, num_samples),
+                rows_per_block=rows.rows_per_block,
+                sequence_rows=None if rows.one_each else rows.num_rows,
+                sequence_blocks=None if rows.one_each else rows.blocks_per_view,
                 arrays=row_arrays(output_layouts(settled, num_classes, others))
                 if stored is None
                 else stored.layout.arrays,
@@ -244,13 +272,13 @@ def open_writer(
             if stored is not None:  # another builder has begun the cache meanwhile and fitted its encoding
                 settled = _encoding_of(storage, stored, requested)
                 layout, fixed = shape(stored, settled)
-        identity = make_identity(origin, settled, num_classes, others, logits_source)
+        identity = make_identity(origin, settled, num_classes, others, logits_source, rows)
         manifest = _open_manifest(storage, identity, layout, fixed_stored=stored is not None, notes=notes)
         if NAMES in changeable:
             changeable[NAMES] = stated_names(manifest.provenance.get(NAMES)) | changeable[NAMES]
         if any(manifest.provenance.get(key) != value for key, value in changeable.items()):
             manifest = _change_provenance(storage, manifest, changeable)
-        return CacheWriter(storage, manifest, settled, per_cache=fixed, write_card=write_card)
+        return CacheWriter(storage, manifest, settled, rows=rows, per_cache=fixed, write_card=write_card)
 
 
 def _keys_to_replace(storage: Storage) -> list[str]:
@@ -290,6 +318,13 @@ def _sample_arrays(samples: SampleTable | None) -> dict[str, np.ndarray]:
     if samples.keys is not None:
         arrays["sample_keys"] = np.frombuffer("\n".join(samples.keys).encode(), dtype=np.uint8)
     return arrays
+
+
+def _row_arrays(rows: RowMap) -> dict[str, np.ndarray]:
+    """The row map as it is stored; nothing with one row per sample."""
+    if rows.one_each:
+        return {}
+    return {ROW_OFFSETS: rows.offsets} | ({} if rows.positions is None else {ROW_POSITIONS: rows.positions})
 
 
 def _stored(storage: Storage) -> Records | None:
@@ -382,6 +417,7 @@ def make_identity(
     num_classes: int,
     outputs: Mapping[str, Output],
     logits_source: Json,
+    rows: RowMap,
 ) -> Identity:
     """An identity with its values as JSON returns them, so that two identities compare field by field."""
     sources = {LOGITS: logits_source} | {name: output.source for name, output in outputs.items()}
@@ -397,6 +433,8 @@ def make_identity(
         "class_names": None if origin.class_names is None else list(origin.class_names),
         "output_encodings": {name: output.encoding.config() for name, output in outputs.items()},
         "output_sources": {name: source for name, source in sources.items() if source is not None},
+        "rows": rows.fingerprint(),
+        "tokenization": origin.tokenization,
     }
     try:
         return Identity.model_validate(json.loads(canonical_json(fields)))

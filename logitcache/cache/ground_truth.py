@@ -21,13 +21,13 @@ NO_TARGET = -1
 
 
 def targets_of(cache: LogitCache) -> np.ndarray | None:
-    """The true class of each sample, int64 (N,), or `NO_TARGET`; None for a cache without targets.
+    """The true class of each sample, int64 (N,), or `NO_TARGET`; None for a cache without targets, or of sequences.
 
     Raises:
         CorruptCache: the sample table is invalid.
     """
     samples = cache.samples
-    if samples is None:
+    if samples is None or not cache.row_map.one_each:
         return None
     targets_N = samples.targets
     known = (targets_N >= 0) & (targets_N < cache.num_classes)

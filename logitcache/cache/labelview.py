@@ -11,16 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcache.cache.manifest import LOGITS, Layout
+from logitcache.cache.manifest import LOGITS
 from logitcache.data.index import rows_of_view
+from logitcache.data.rows import RowMap
 from logitcache.encodings import Encoding
 from logitcache.errors import UsageError
+from logitcache.targets import Targets
 
 # B batch, C classes
 
 
 class View(ABC):
-    """The labels of one view: `logits(index)` returns float32 (B, C), `output` returns other outputs."""
+    """The labels of one view: as logits, float32 (B, C), or as targets of losses; and the teacher's other outputs."""
 
     number: int
     """The view number in the cache."""
@@ -43,9 +45,27 @@ class View(ABC):
         """
         return self._decoded(rows_of_view(index, self.number, self.num_rows))
 
+    def targets(self, index: Any) -> Targets:
+        """The teacher's distributions of the given rows as losses consume them, on the view's device.
+
+        For `TopK`, `Sampled` and `LowRank` no (B, C) tensor is made.
+
+        Args:
+            index: as for `logits`.
+
+        Raises:
+            UsageError: indices of another view, booleans or floats.
+            IndexError: a row number beyond the cache.
+        """
+        return self._targets(rows_of_view(index, self.number, self.num_rows))
+
     @abstractmethod
     def _decoded(self, rows_B: Tensor) -> Tensor:
         """Logits of rows, float32 (B, C); the row numbers are checked already."""
+
+    @abstractmethod
+    def _targets(self, rows_B: Tensor) -> Targets:
+        """Targets of rows; the row numbers are checked already."""
 
     def output(self, name: str, index: Any) -> Tensor:
         """One of the teacher's outputs for the given rows, float32 (B, *shape), on the view's device.
@@ -103,13 +123,33 @@ class ViewOfOutputs(View):
     def _decoded(self, rows_B: Tensor) -> Tensor:
         return self.output(LOGITS, rows_B)
 
+    def _targets(self, rows_B: Tensor) -> Targets:
+        self.read([LOGITS])
+        return self._parts[LOGITS].targets(rows_B)
+
     def output(self, name: str, index: Any) -> Tensor:
         self.read([name])
         rows_BD = self._parts[name].logits(index)
         return rows_BD.reshape(len(rows_BD), *self._shapes[name])
 
 
-class ResidentView(View):
+class EncodedView(View):
+    """A view whose rows are decoded when they are asked for."""
+
+    _encoding: Encoding
+
+    @abstractmethod
+    def _gathered(self, rows_B: Tensor) -> dict[str, Tensor]:
+        """The encoded rows, by array, on the view's device."""
+
+    def _decoded(self, rows_B: Tensor) -> Tensor:
+        return self._encoding.decode(self._gathered(rows_B), self.num_classes)
+
+    def _targets(self, rows_B: Tensor) -> Targets:
+        return self._encoding.targets(self._gathered(rows_B), self.num_classes)
+
+
+class ResidentView(EncodedView):
     """A whole view in memory, encoded. Gathers and decodes rows on its device."""
 
     def __init__(self, number: int, encoding: Encoding, arrays: Mapping[str, Tensor], num_classes: int) -> None:
@@ -120,13 +160,12 @@ class ResidentView(View):
         self._arrays = arrays
         self._device = next(iter(arrays.values())).device
 
-    def _decoded(self, rows_B: Tensor) -> Tensor:
+    def _gathered(self, rows_B: Tensor) -> dict[str, Tensor]:
         rows_B = rows_B.to(self._device)
-        gathered = {name: _rows(values, rows_B) for name, values in self._arrays.items()}
-        return self._encoding.decode(gathered, self.num_classes)
+        return {name: _rows(values, rows_B) for name, values in self._arrays.items()}
 
 
-class StreamedView(View):
+class StreamedView(EncodedView):
     """A view with only its most recently used blocks in memory.
 
     Works in any order of rows; fast if consecutive batches stay within `max_blocks` blocks, as in the windowed order
@@ -138,35 +177,33 @@ class StreamedView(View):
         number: int,
         encoding: Encoding,
         read_blocks: Callable[[Sequence[int]], dict[str, np.ndarray]],
-        layout: Layout,
+        rows: RowMap,
         device: torch.device,
         *,
         max_blocks: int,
-        num_values: int | None = None,
+        num_values: int,
     ) -> None:
         self.number = number
-        self.num_classes = layout.num_classes if num_values is None else num_values
-        self.num_rows = layout.num_samples
+        self.num_classes = num_values
+        self.num_rows = rows.num_rows
         self._max_blocks = max_blocks
         self._encoding = encoding
         self._read_blocks = read_blocks
-        self._layout = layout
+        self._row_map = rows
         self._device = device
         self._blocks: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
-    def _decoded(self, rows_B: Tensor) -> Tensor:
+    def _gathered(self, rows_B: Tensor) -> dict[str, Tensor]:
         numbered_B = rows_B.cpu().numpy()
-        logits_BC = torch.empty((len(rows_B), self.num_classes), device=self._device)
-        rows_per_block = self._layout.rows_per_block
-        numbers_B = numbered_B // rows_per_block
-        for number in np.unique(numbers_B):
-            places = np.flatnonzero(numbers_B == number)
-            within = torch.from_numpy(numbered_B[places] - number * rows_per_block).to(self._device)
-            block = self._block(int(number))
-            gathered = {name: _rows(values, within) for name, values in block.items()}
-            decoded = self._encoding.decode(gathered, self.num_classes)
-            logits_BC[torch.from_numpy(places).to(self._device)] = decoded
-        return logits_BC
+        numbers_B = self._row_map.blocks_of(numbered_B)
+        order = torch.from_numpy(np.argsort(numbers_B, kind="stable")).to(self._device)
+        parts: dict[str, list[Tensor]] = {}
+        for number in np.unique(numbers_B) if len(rows_B) else [0]:
+            first = self._row_map.block_rows(int(number)).start
+            within = torch.from_numpy(numbered_B[numbers_B == number] - first).to(self._device)
+            for name, values in self._block(int(number)).items():
+                parts.setdefault(name, []).append(_rows(values, within))
+        return {name: _rows(torch.cat(of_blocks), order.argsort()) for name, of_blocks in parts.items()}
 
     def _block(self, number: int) -> dict[str, Tensor]:
         block = self._blocks.get(number)

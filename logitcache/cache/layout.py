@@ -23,16 +23,18 @@ from zarr.codecs import BytesCodec, TransposeCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from logitcache.arrays import ArraySpec
-from logitcache.cache.manifest import Layout, PerCacheSpec
+from logitcache.cache.manifest import ROW_OFFSETS, ROW_POSITIONS, Layout, PerCacheSpec
 from logitcache.errors import UsageError
 
 # V views, N samples
 
 GROUP = "labels.zarr"
 PER_CACHE = "fixed"
-"""Name of the receipt of the per-cache arrays: the sample table, and the arrays that the encoding was fitted to."""
+"""Name of the receipt of the per-cache arrays: sample table, row map, and what the encoding was fitted to."""
 SAMPLE_ARRAYS = ("sample_keys", "sample_targets", "sample_contents")
-"""The per-cache arrays of the sample table; all others belong to the encoding."""
+"""The per-cache arrays of the sample table."""
+ROW_ARRAYS = (ROW_OFFSETS, ROW_POSITIONS)
+"""The per-cache arrays of the row map; all others belong to the encoding."""
 
 
 @dataclasses.dataclass(frozen=True, order=True, slots=True)
@@ -52,27 +54,16 @@ class Block:
         return cls(int(view[1:]), int(number[1:]))
 
 
-def blocks_per_view(layout: Layout) -> int:
-    """Blocks in one view."""
-    return -(-layout.num_samples // layout.rows_per_block)
-
-
 def num_blocks(layout: Layout) -> int:
     """Blocks of the cache; a manifest may claim millions, so they are counted before they are listed."""
-    return len(layout.views) * blocks_per_view(layout)
+    return len(layout.views) * layout.blocks_per_view
 
 
 def all_blocks(layout: Layout) -> Iterator[Block]:
     """Every block of a complete cache, view by view."""
     for view in layout.views:
-        for number in range(blocks_per_view(layout)):
+        for number in range(layout.blocks_per_view):
             yield Block(view, number)
-
-
-def block_rows(layout: Layout, block: Block) -> range:
-    """The rows of a block; the last block of a view may be shorter."""
-    start = block.number * layout.rows_per_block
-    return range(start, min(start + layout.rows_per_block, layout.num_samples))
 
 
 def receipt_names(layout: Layout) -> Iterator[str]:
@@ -89,7 +80,7 @@ def is_receipt_name(layout: Layout, name: str) -> bool:
     if not re.fullmatch(r"v[0-9]{5,8}/b[0-9]{5,8}", name):
         return False
     block = Block.from_name(name)
-    return block.name == name and block.view in layout.views and block.number < blocks_per_view(layout)
+    return block.name == name and block.view in layout.views and block.number < layout.blocks_per_view
 
 
 def receipt_key(name: str) -> str:
@@ -97,9 +88,14 @@ def receipt_key(name: str) -> str:
     return f"receipts/{name}.json"
 
 
-def receipt_rows(layout: Layout, name: str) -> int:
-    """Rows that a receipt must state."""
-    return layout.num_samples if name == PER_CACHE else len(block_rows(layout, Block.from_name(name)))
+def has_right_rows(layout: Layout, name: str, num_rows: int) -> bool:
+    """Whether a receipt may state this number of rows; of sequences, the row map has the exact number."""
+    if name == PER_CACHE:
+        return num_rows == layout.num_samples
+    if layout.sequence_rows is not None:
+        return 1 <= num_rows <= layout.rows_per_block
+    start = Block.from_name(name).number * layout.rows_per_block
+    return num_rows == min(layout.rows_per_block, layout.num_samples - start)
 
 
 def array_specs(layout: Layout, name: str) -> Mapping[str, ArraySpec | PerCacheSpec]:
@@ -175,7 +171,7 @@ def group_metadata(layout: Layout) -> dict[str, bytes]:
         )
 
     for name, spec in layout.arrays.items():
-        shape = (layout.num_views, layout.num_samples, *spec.row_shape)
+        shape = (layout.num_views, layout.stored_rows, *spec.row_shape)
         create(name, spec.dtype, shape, (1, layout.rows_per_block, *spec.row_shape), spec.level)
     for name, once in layout.fixed.items():
         create(name, once.dtype, once.shape, [max(length, 1) for length in once.shape], PER_CACHE_LEVEL)
@@ -192,7 +188,7 @@ def encode_block(spec: ArraySpec, values: np.ndarray, rows_per_block: int) -> by
     """The stored chunk of one array in one block, from its values (rows, *row_shape).
 
     The result is what the codecs in its `zarr.json` produce, without zarr's overhead; a test compares the two. A chunk
-    always has `rows_per_block` rows: those after the end of the last block are zeros.
+    always has `rows_per_block` rows: those after the end of the block are zeros.
     """
     chunk = np.zeros((rows_per_block, *spec.row_shape), dtype=spec.dtype)
     chunk[: len(values)] = values
@@ -212,35 +208,44 @@ def encode_object(layout: Layout, name: str, array: str, values: np.ndarray) -> 
 
 
 def decode_rows(
-    spec: ArraySpec, chunks: Sequence[bytes | memoryview], num_rows: int, rows_per_block: int
+    spec: ArraySpec, chunks: Sequence[bytes | memoryview], counts: Sequence[int], rows_per_block: int
 ) -> np.ndarray:
-    """The rows (num_rows, *row_shape) of consecutive blocks, from their stored chunks.
+    """The rows (sum(counts), *row_shape) of several blocks, from their stored chunks.
+
+    Args:
+        spec: of the array.
+        chunks: one for each block.
+        counts: rows of each block.
+        rows_per_block: rows of a chunk.
 
     Raises:
         ValueError: the bytes are no such chunk.
     """
     shape = (rows_per_block, *spec.row_shape)
+    if max(counts, default=0) > rows_per_block:
+        raise ValueError(f"{max(counts)} rows in a block of at most {rows_per_block}")
     for data in chunks:  # before memory is allocated for the rows
         _check_declared_size(data, np.dtype(spec.dtype), shape)
-    values = np.empty((num_rows, *spec.row_shape), dtype=spec.dtype)
+    values = np.empty((sum(counts), *spec.row_shape), dtype=spec.dtype)
     if len(shape) == COLUMNS_FIRST_NDIM:
         shape = shape[::-1]
-    for number, data in enumerate(chunks):
+    start = 0
+    for data, count in zip(chunks, counts, strict=True):
         stored = _decompress(data, np.dtype(spec.dtype), shape)
-        rows = values[number * rows_per_block : (number + 1) * rows_per_block]
-        rows[...] = (stored.T if stored.ndim == COLUMNS_FIRST_NDIM else stored)[: len(rows)]
+        values[start : start + count] = (stored.T if stored.ndim == COLUMNS_FIRST_NDIM else stored)[:count]
+        start += count
     return values
 
 
-def decode_object(layout: Layout, name: str, array: str, data: bytes | memoryview) -> np.ndarray:
-    """The values of one array of a receipt, from its stored object.
+def decode_object(layout: Layout, name: str, array: str, data: bytes | memoryview, *, num_rows: int) -> np.ndarray:
+    """The values of one array of a receipt, from its stored object; `num_rows` is what the receipt states.
 
     Raises:
         ValueError: the bytes are no such chunk.
     """
     if name == PER_CACHE:
         return _decompress(data, np.dtype(layout.fixed[array].dtype), tuple(layout.fixed[array].shape))
-    return decode_rows(layout.arrays[array], [data], receipt_rows(layout, name), layout.rows_per_block)
+    return decode_rows(layout.arrays[array], [data], [num_rows], layout.rows_per_block)
 
 
 def _compress(values: np.ndarray, level: int) -> bytes:

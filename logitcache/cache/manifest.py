@@ -40,10 +40,15 @@ MAX_RECEIPTS_BYTES = 2**30
 MAX_BLOCKS = 2**24
 MAX_CHUNK_BYTES = 2**33
 """Of a decompressed chunk."""
-DTYPES = ("uint8", "uint16", "uint32", "int8", "int64", "float16", "float32")
+DTYPES = ("uint8", "uint16", "uint32", "int8", "int32", "int64", "float16", "float32")
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ArrayName = Annotated[str, Field(pattern=r"^[a-z][a-z_]{0,39}$")]
+
+ROW_OFFSETS = "row_offsets"
+"""Per-cache array: the first row of each sample, and the number of rows at the end."""
+ROW_POSITIONS = "row_positions"
+"""Per-cache array: the position of each row in its sample."""
 
 LOGITS = "logits"
 """Name of the output that every cache has."""
@@ -64,7 +69,7 @@ class _Record(BaseModel):
 class Identity(_Record):
     """What defines a cache; the cache id is the SHA-256 of its canonical JSON."""
 
-    left_out_if_empty = ("output_encodings", "output_sources")
+    left_out_if_empty = ("output_encodings", "output_sources", "rows", "tokenization")
 
     format_version: int = Field(ge=1)
     dataset: str
@@ -83,6 +88,10 @@ class Identity(_Record):
     """Encoding of each extra output, by name; `encoding` is that of the logits."""
     output_sources: dict[str, Any] = {}
     """Which module of the teacher an output comes from, where it is known."""
+    rows: Sha256 | None = None
+    """`RowMap.fingerprint`: how many rows each sample has, and where; None with one row per sample."""
+    tokenization: dict[str, Any] = {}
+    """How text becomes tokens: hash of the tokenizer, truncation, chat template; empty for other data."""
 
     @field_validator("transform")
     @classmethod
@@ -127,6 +136,8 @@ class PerCacheSpec(_Record):
 class Layout(_Record):
     """Shape of the cache on disk. Views may be added later; everything else is set at creation."""
 
+    left_out_if_empty = ("sequence_rows", "sequence_blocks")
+
     num_samples: int = Field(ge=1, le=2**40)
     num_views: int = Field(ge=1, le=2**20)
     num_classes: int = Field(ge=2, le=2**24)
@@ -137,6 +148,27 @@ class Layout(_Record):
     """Per-cache arrays, by name: the sample table, and the arrays that the encoding was fitted to."""
     first_view: int = Field(default=0, ge=0)
     """First view that is stored; above 0 in a copy of some views."""
+    sequence_rows: int | None = Field(default=None, ge=1, le=2**40)
+    """Rows of a view, if samples have any number of rows; None with one row per sample."""
+    sequence_blocks: int | None = Field(default=None, ge=1)
+    """Blocks of a view, if samples have any number of rows."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a view."""
+        return self.num_samples if self.sequence_rows is None else self.sequence_rows
+
+    @property
+    def blocks_per_view(self) -> int:
+        """Blocks of a view."""
+        if self.sequence_blocks is not None:
+            return self.sequence_blocks
+        return -(-self.num_samples // self.rows_per_block)
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows of a view in the Zarr arrays: those of sequences have unused rows at the end of each block."""
+        return self.num_rows if self.sequence_rows is None else self.blocks_per_view * self.rows_per_block
 
     @property
     def views(self) -> range:
@@ -148,7 +180,12 @@ class Layout(_Record):
         """Limit memory and work: the manifest may be hostile."""
         if self.first_view >= self.num_views:
             raise ValueError(f"first_view is {self.first_view} of {self.num_views} views")
-        if self.num_views * -(-self.num_samples // self.rows_per_block) > MAX_BLOCKS:
+        if (self.sequence_rows is None) != (self.sequence_blocks is None):
+            raise ValueError("sequence_rows and sequence_blocks are given together")
+        if not self.blocks_per_view <= self.num_rows <= self.blocks_per_view * self.rows_per_block:
+            raise ValueError(f"{self.num_rows} rows in {self.blocks_per_view} blocks of up to {self.rows_per_block}")
+        self._check_row_arrays()
+        if self.num_views * self.blocks_per_view > MAX_BLOCKS:
             raise ValueError(f"more than {MAX_BLOCKS} blocks")
         for name, spec in self.arrays.items():
             if len(spec.row_shape) > 1 or not 0 <= spec.level <= 22:
@@ -159,6 +196,16 @@ class Layout(_Record):
         if self.arrays.keys() & self.fixed.keys():
             raise ValueError(f"{min(self.arrays.keys() & self.fixed.keys())} is both in `arrays` and in `fixed`")
         return self
+
+    def _check_row_arrays(self) -> None:
+        expected = {}
+        if self.sequence_rows is not None:
+            expected = {ROW_OFFSETS: PerCacheSpec(dtype="int64", shape=[self.num_samples + 1])}
+            if ROW_POSITIONS in self.fixed:
+                expected[ROW_POSITIONS] = PerCacheSpec(dtype="int32", shape=[self.sequence_rows])
+        found = {name: self.fixed[name] for name in (ROW_OFFSETS, ROW_POSITIONS) if name in self.fixed}
+        if found != expected:
+            raise ValueError(f"the arrays of rows are {found}; expected {expected}")
 
 
 class Contents(_Record):
@@ -171,7 +218,7 @@ class Contents(_Record):
     label_bytes: int = Field(ge=0)
     """Of the labels of all outputs, without the per-cache arrays."""
     rows: int = Field(ge=0)
-    """Rows of labels: samples times views."""
+    """Rows of labels, in all views."""
     kl_mean: float | None = Field(default=None, allow_inf_nan=False)
     """KL(teacher ‖ decoded) of the logits at T = 1 over all rows, in nats."""
     output_bytes: dict[str, int] = {}
@@ -330,7 +377,7 @@ def receipts_limit(layout: Layout) -> int:
 
     A receipt takes at most 235 bytes for each of its arrays, and 700 more with all proof rows of a view.
     """
-    num_receipts = 1 + len(layout.views) * -(-layout.num_samples // layout.rows_per_block)
+    num_receipts = 1 + len(layout.views) * layout.blocks_per_view
     num_arrays = max(len(layout.arrays), len(layout.fixed))
     return min((num_receipts + 16) * (1024 + 384 * num_arrays), MAX_RECEIPTS_BYTES)
 

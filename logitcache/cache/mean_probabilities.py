@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from logitcache.cache.ground_truth import MixingOfCache
-from logitcache.cache.layout import Block, block_rows, blocks_per_view
 from logitcache.cache.reader import LogitCache
 from logitcache.errors import UsageError
 from logitcache.progress import track
@@ -54,7 +53,7 @@ class MeanProbabilities:
                 f"{cache.storage.url}: mixup or CutMix mixed every sample in every view, so the cache has no "
                 "prediction for a single sample; build a cache with views.mix_probability below 1"
             )
-        self._keep = cache.num_samples * cache.num_classes <= KEPT_PROBABILITIES
+        self._keep = cache.num_rows * cache.num_classes <= KEPT_PROBABILITIES
         self._kept: list[SampleProbabilities] | None = None
 
     def __iter__(self) -> Iterator[SampleProbabilities]:
@@ -62,7 +61,7 @@ class MeanProbabilities:
             yield from self._kept
             return
         kept = []
-        with track("reading the labels", len(self.views) * self.cache.num_samples, unit="rows") as meter:
+        with track("reading the labels", len(self.views) * self.cache.num_rows, unit="rows") as meter:
             for rows in self._pieces():
                 piece = self._read(rows)
                 meter.advance(len(rows) * len(self.views))
@@ -76,8 +75,8 @@ class MeanProbabilities:
         """The rows of the cache, block by block; large blocks in parts."""
         layout = self.cache.layout
         size = max(1, PIECE_PROBABILITIES // layout.num_classes)
-        for number in range(blocks_per_view(layout)):
-            rows = block_rows(layout, Block(0, number))
+        for number in range(layout.blocks_per_view):
+            rows = self.cache.row_map.block_rows(number)
             for start in range(rows.start, rows.stop, size):
                 yield range(start, min(start + size, rows.stop))
 

@@ -14,6 +14,7 @@ from logitcache.cache.fidelity import fidelity_kl
 from logitcache.cache.layout import Block
 from logitcache.cache.manifest import LOGITS, Layout
 from logitcache.cache.outputs import OutputLayout
+from logitcache.data.rows import RowMap
 from logitcache.errors import IdentityMismatch, InvalidLogits
 
 # B batch, C classes (for other outputs: values of a row)
@@ -27,7 +28,7 @@ class OpenBlock:
 
     Args:
         block: which block.
-        rows: its rows.
+        row_map: which rows it has, and to which samples they belong.
         outputs: how each output is stored, with fitted encodings, by name.
         layout: of the cache.
         like: the first rows of each output, for their device.
@@ -37,7 +38,7 @@ class OpenBlock:
     def __init__(
         self,
         block: Block,
-        rows: range,
+        row_map: RowMap,
         outputs: Mapping[str, OutputLayout],
         layout: Layout,
         like: Mapping[str, Tensor],
@@ -45,9 +46,9 @@ class OpenBlock:
         precision: str,
     ) -> None:
         self.block = block
-        self.rows = rows
+        self.rows = row_map.block_rows(block.number)
         self._parts = {
-            name: _OpenRows(output, block, rows, layout, like[name], precision) for name, output in outputs.items()
+            name: _OpenRows(output, block, row_map, layout, like[name], precision) for name, output in outputs.items()
         }
         self.kl = self._parts[LOGITS].kl
         """KL(teacher ‖ decoded) of each row's logits, in nats, float32."""
@@ -93,20 +94,21 @@ class _OpenRows:
     """The rows of one output in one block.
 
     Rows are encoded in slabs of fixed rows, never in the batches that they arrive in: stored values don't depend on
-    the batches, and encoding is fast for small batches of few classes too.
+    the batches, and encoding is fast for small batches of few classes too. No slab has rows of two sequences, so that
+    whole sequences may arrive in any order without filling the memory.
     """
 
     def __init__(
-        self, output: OutputLayout, block: Block, rows: range, layout: Layout, like_BC: Tensor, precision: str
+        self, output: OutputLayout, block: Block, row_map: RowMap, layout: Layout, like_BC: Tensor, precision: str
     ) -> None:
         self.block = block
-        self.rows = rows
+        self.rows = rows = row_map.block_rows(block.number)
         self._output = output
         self._precision = precision
         self._encoding = output.encoding
         self._device = like_BC.device
         self._num_classes = like_BC.shape[1]
-        self._slab_rows = max(1, SLAB_LOGITS // self._num_classes)
+        self._bounds = _slab_bounds(row_map, block, max(1, SLAB_LOGITS // self._num_classes))
         self._slabs: dict[int, Tensor] = {}
         """The logits of incomplete slabs, by number."""
         self.pinned = self._device.type == "cuda"
@@ -133,12 +135,17 @@ class _OpenRows:
         if logits_BC.device.type == "cpu" and not math.isfinite(float(logits_BC.sum())):  # NaN, infinite, or masked
             self.invalid[first : first + len(logits_BC)] = self._encoding.refused(logits_BC)
             self.check()
-        for number in range(first // self._slab_rows, -(-(first + len(logits_BC)) // self._slab_rows)):
-            span = slice(number * self._slab_rows, min((number + 1) * self._slab_rows, len(self.rows)))
-            within = slice(max(span.start, first), min(span.stop, first + len(logits_BC)))
+        stop = first + len(logits_BC)
+        for number in range(self._slab_of(first), int(np.searchsorted(self._bounds, stop))):
+            span = slice(int(self._bounds[number]), int(self._bounds[number + 1]))
+            within = slice(max(span.start, first), min(span.stop, stop))
             if number not in self._slabs:
                 if self.filled[span].all():
                     continue  # written before
+                if within == span:
+                    self.filled[span] = True
+                    self._encode(span, logits_BC[span.start - first : span.stop - first])
+                    continue
                 shape = (span.stop - span.start, self._num_classes)
                 self._slabs[number] = torch.empty(shape, device=self._device)
             slab_BC = self._slabs[number]
@@ -148,6 +155,9 @@ class _OpenRows:
             self.filled[within] = True
             if self.filled[span].all():
                 self._encode(span, self._slabs.pop(number))
+
+    def _slab_of(self, row: int) -> int:
+        return int(np.searchsorted(self._bounds, row, side="right")) - 1
 
     def _encode(self, span: slice, logits_BC: Tensor) -> None:
         if logits_BC.device.type != "cpu" or self._encoding.keeps_constants:  # its bound differs from finite sums
@@ -165,9 +175,10 @@ class _OpenRows:
         self.wait_for_device()
         for offset in written:
             row, again_1C = first + offset, logits_BC[offset : offset + 1].cpu()
-            slab = self._slabs.get(row // self._slab_rows)
+            number = self._slab_of(row)
+            slab = self._slabs.get(number)
             if slab is not None:
-                stored_1C = slab[row % self._slab_rows][None].cpu()
+                stored_1C = slab[row - int(self._bounds[number])][None].cpu()
                 differs = bool(differing(stored_1C, again_1C, again_1C, self._encoding, self._precision))
             else:
                 encoded = {name: values[row : row + 1] for name, values in self._output.encoded(self.buffers).items()}
@@ -206,3 +217,13 @@ class _OpenRows:
             "The block was not stored. Check the teacher's weights, its inputs and its precision "
             f"(float16 overflows; try bfloat16).{masks}"
         )
+
+
+def _slab_bounds(row_map: RowMap, block: Block, slab_rows: int) -> np.ndarray:
+    """Where the slabs of a block start, counted from its first row, and the number of its rows at the end."""
+    rows = row_map.block_rows(block.number)
+    if row_map.one_each:
+        return np.append(np.arange(0, len(rows), slab_rows), len(rows))
+    samples = map(row_map.sample_rows, row_map.block_samples(block.number))
+    starts = [np.arange(each.start, each.stop, slab_rows) - rows.start for each in samples]
+    return np.append(np.concatenate(starts), len(rows))

@@ -1,4 +1,4 @@
-"""The per-cache arrays: the sample table, and the arrays that the encoding was fitted to."""
+"""The per-cache arrays: sample table, row map, and the arrays that the encoding was fitted to."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from logitcache.cache.layout import GROUP, PER_CACHE, SAMPLE_ARRAYS
-from logitcache.cache.manifest import LOGITS, Manifest
+from logitcache.cache.layout import GROUP, PER_CACHE, ROW_ARRAYS, SAMPLE_ARRAYS, Block
+from logitcache.cache.manifest import LOGITS, MANIFEST, ROW_OFFSETS, ROW_POSITIONS, Manifest
 from logitcache.cache.objects import ObjectReader
 from logitcache.cache.outputs import output_layouts
 from logitcache.cache.records import Records, description
+from logitcache.data.rows import OneRowEach, RowMap, RowsOfSequences
 from logitcache.data.samples import SampleTable
 from logitcache.encodings import Encoding, encoding_from_config
 from logitcache.errors import REBUILD, CorruptCache, IncompleteCache, LogitCacheError, UsageError
@@ -88,3 +89,40 @@ def samples_from_arrays(manifest: Manifest, arrays: Mapping[str, np.ndarray], *,
     except (KeyError, UnicodeDecodeError, UsageError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise CorruptCache(f"{url}: its sample table is invalid: {reason}; get the cache again") from None
+
+
+def stored_row_map(records: Records, objects: ObjectReader) -> RowMap:
+    """Which rows belong to which sample.
+
+    Raises:
+        IncompleteCache: as `read_per_cache_array`.
+        CorruptCache: the row map is damaged, or contradicts the receipts.
+    """
+    layout = records.layout
+    if layout.sequence_rows is None:
+        return OneRowEach(layout.num_samples, layout.rows_per_block)
+    arrays = {name: read_per_cache_array(records, name, objects) for name in ROW_ARRAYS if name in layout.fixed}
+    row_map = row_map_from_arrays(records.manifest, arrays, url=objects.storage.url)
+    for name, receipt in records.receipts.items():
+        if name != PER_CACHE and receipt.rows != len(row_map.block_rows(Block.from_name(name).number)):
+            raise CorruptCache(f"{objects.storage.url}: the receipt of {name} and the row map differ in the rows")
+    return row_map
+
+
+def row_map_from_arrays(manifest: Manifest, arrays: Mapping[str, np.ndarray], *, url: str) -> RowMap:
+    """The row map of samples with any number of rows, from its per-cache arrays.
+
+    Raises:
+        CorruptCache: the arrays are not those that the manifest describes.
+    """
+    layout = manifest.layout
+    try:
+        row_map = RowsOfSequences(arrays[ROW_OFFSETS], layout.rows_per_block, arrays.get(ROW_POSITIONS))
+    except (KeyError, UsageError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise CorruptCache(f"{url}: its row map is invalid: {reason}; get the cache again") from None
+    found = (row_map.fingerprint(), row_map.num_rows, row_map.blocks_per_view)
+    expected = (manifest.identity.rows, layout.num_rows, layout.blocks_per_view)
+    if found != expected:
+        raise CorruptCache(f"{url}: its row map has {found}, {MANIFEST} {expected} (hash, rows, blocks)")
+    return row_map

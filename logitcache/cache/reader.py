@@ -19,15 +19,16 @@ import numpy as np
 import torch
 
 from logitcache.cache.labelview import ResidentView, StreamedView, View, ViewOfOutputs, no_output
-from logitcache.cache.layout import Block, block_rows, blocks_per_view, decode_rows
+from logitcache.cache.layout import Block, decode_rows
 from logitcache.cache.manifest import LOGITS, Contents
 from logitcache.cache.objects import ObjectReader, Wanted
 from logitcache.cache.outputs import output_layouts, outputs_of
 from logitcache.cache.packages import require_packages
-from logitcache.cache.per_cache import stored_encoding, stored_samples
+from logitcache.cache.per_cache import stored_encoding, stored_row_map, stored_samples
 from logitcache.cache.records import Records, description, read_records
 from logitcache.cache.rendering import check_arrived, check_rendered, recorded_digests, recorded_plan
 from logitcache.data.index import split_index
+from logitcache.data.rows import RowMap
 from logitcache.data.samples import SampleTable
 from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.deprecation import RenamedAttribute
@@ -135,8 +136,27 @@ class LogitCache:
 
     @property
     def num_samples(self) -> int:
-        """Number of samples (rows of each view)."""
+        """Number of samples."""
         return self.layout.num_samples
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows of each view: one per sample, or one for each token of sequences."""
+        return self.layout.num_rows
+
+    @cached_property
+    def row_map(self) -> RowMap:
+        """Which rows belong to which sample, and which to which block.
+
+        Raises:
+            CorruptCache: the row map is damaged.
+        """
+        return stored_row_map(self.records, self._objects)
+
+    @property
+    def row_offsets(self) -> np.ndarray:
+        """The first row of each sample, and the number of rows at the end, int64 (N + 1,)."""
+        return self.row_map.offsets
 
     @property
     def num_views(self) -> int:
@@ -185,7 +205,7 @@ class LogitCache:
 
     def _memory(self, outputs: Iterable[str]) -> int:
         specs = [spec for name in outputs for spec in self._output_layouts[name].stored(self.layout.arrays).values()]
-        return self.num_samples * sum(np.dtype(spec.dtype).itemsize * math.prod(spec.row_shape) for spec in specs)
+        return self.num_rows * sum(np.dtype(spec.dtype).itemsize * math.prod(spec.row_shape) for spec in specs)
 
     @cached_property
     def samples(self) -> SampleTable | None:
@@ -208,7 +228,7 @@ class LogitCache:
             UsageError: the cache was created without a view plan.
             UntrustedCode: the cache names third-party code; the message lists it. Open the cache with trust=True.
         """
-        plan = recorded_plan(self.manifest, self.samples, url=self.storage.url, trust=self._trust)
+        plan = recorded_plan(self.manifest, self.samples, self.row_map, url=self.storage.url, trust=self._trust)
         self._plans.append(plan)
         return plan
 
@@ -272,14 +292,16 @@ class LogitCache:
             datasets = [each for plan in plans for each in plan.datasets]
         else:
             datasets = [views]
-        compared = check_arrived(datasets, index, inputs, self.manifest, self.samples)
+        compared = check_arrived(datasets, index, inputs, self.manifest, self.samples, self.row_map)
         for view, dataset in compared:
             if view not in self._verified.setdefault(dataset, set()):
                 self.verify_inputs(dataset, view)
         return len(compared)
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
-        """Row numbers of sample keys, int64 (len(keys),), for subsets and datasets in another order.
+        """Sample numbers of keys, int64 (len(keys),), for subsets and datasets in another order.
+
+        With one row per sample these are row numbers.
 
         Raises:
             SampleMismatch: a key that is not in the cache.
@@ -324,7 +346,7 @@ class LogitCache:
 
         if not self.extra_outputs and tuple(outputs) == (LOGITS,):
             return read(LOGITS)
-        whole = ViewOfOutputs(view, self.num_samples, self.outputs, read)
+        whole = ViewOfOutputs(view, self.num_rows, self.outputs, read)
         whole.read(outputs)
         return whole
 
@@ -342,7 +364,7 @@ class LogitCache:
         view_bytes = self._memory(outputs)
         if memory_budget is None or view_bytes <= memory_budget:
             return None
-        block_bytes = view_bytes * self.layout.rows_per_block // self.num_samples
+        block_bytes = view_bytes * self.layout.rows_per_block // self.num_rows
         return max(1, memory_budget // (2 * block_bytes))
 
     def prefetch(self, view: int, device: str | torch.device = "cpu", outputs: Sequence[str] = (LOGITS,)) -> None:
@@ -369,10 +391,10 @@ class LogitCache:
             return loading.result() if loading is not None else self._load_view(view, device, output)
         read = functools.partial(self.read_encoded, view, output=output)
         encoding, num_values = self.encoding_of(output)
-        return StreamedView(view, encoding, read, self.layout, device, max_blocks=2 * window, num_values=num_values)
+        return StreamedView(view, encoding, read, self.row_map, device, max_blocks=2 * window, num_values=num_values)
 
     def _load_view(self, view: int, device: torch.device, output: str) -> View:
-        arrays = self.read_encoded(view, range(blocks_per_view(self.layout)), output=output)
+        arrays = self.read_encoded(view, range(self.layout.blocks_per_view), output=output)
         tensors = {name: torch.from_numpy(values).to(device) for name, values in arrays.items()}
         encoding, num_values = self.encoding_of(output)
         return ResidentView(view, encoding, tensors, num_values)
@@ -397,14 +419,14 @@ class LogitCache:
             CorruptCache: a block differs from what was written; names the first one.
         """
         blocks = [Block(view, number) for number in numbers]
-        num_rows = sum(len(block_rows(self.layout, block)) for block in blocks)
+        counts = [len(self.row_map.block_rows(number)) for number in numbers]
         objects = self._objects.read_all([self._wanted(block, output) for block in blocks])
         arrays = {}
         stored = self._output_layouts[output]
         for position, (name, spec) in enumerate(stored.stored(self.layout.arrays).items()):
             chunks = [of_block[position] for of_block in objects]
             try:
-                arrays[name] = decode_rows(spec, chunks, num_rows, self.layout.rows_per_block)
+                arrays[name] = decode_rows(spec, chunks, counts, self.layout.rows_per_block)
             except Exception as error:
                 raise CorruptCache(f"{self.storage.url}: {name} of view {view} can't be decoded: {error}") from error
             if stored.has_unknown_class(name, arrays[name]):
@@ -427,7 +449,7 @@ class LogitCache:
         sizes = self.contents.output_bytes or {LOGITS: self.contents.label_bytes}
         target_bytes = sum(sizes[output] for output in outputs) * len(views) // len(self.views)
         if nearby is not None and 2 * target_bytes <= nearby.max_bytes:
-            blocks = [Block(view, number) for view in views for number in range(blocks_per_view(self.layout))]
+            blocks = [Block(view, number) for view in views for number in range(self.layout.blocks_per_view)]
             there = [block for block in blocks if block.name in self.receipts]
             # One local entry per output, because outputs are read one at a time later.
             self._objects.read_ahead([self._wanted(block, output) for block in there for output in outputs])
@@ -441,7 +463,7 @@ class LogitCache:
         are dropped, so batches that mix more views than fit are slow.
 
         Args:
-            index: int (B,), from `ViewDataset`.
+            index: int (B,), from `ViewDataset`; of sequences, one for each row, from `position_index`.
             device: holds the encoded labels; logits are decoded there.
             memory_budget: bytes of encoded labels to keep; default 4 GiB.
 
@@ -483,16 +505,16 @@ class LogitCache:
 
     def _check_complete(self, view: int) -> None:
         self._check_view(view)
-        names = (Block(view, number).name for number in range(blocks_per_view(self.layout)))
+        names = (Block(view, number).name for number in range(self.layout.blocks_per_view))
         missing = next((name for name in names if name not in self.receipts), None)
         if missing is not None:
             # Counts the receipts: an untrusted manifest may claim millions of blocks.
             there = sum(name.startswith(f"v{view:05d}/") for name in self.receipts)
             raise IncompleteCache(
-                f"{self.storage.url}: {blocks_per_view(self.layout) - there} blocks of view {view} are missing, "
+                f"{self.storage.url}: {self.layout.blocks_per_view - there} blocks of view {view} are missing, "
                 f"{missing} first; {REBUILD}"
             )
 
     def input_digests(self, view: int) -> dict[int, str]:
-        """Digests of the teacher's inputs for a few rows of a view, by row number."""
-        return recorded_digests(self.manifest, self.receipts, view)
+        """Digests of the teacher's inputs for a few samples of a view, by sample number."""
+        return recorded_digests(self.manifest, self.receipts, self.row_map, view)

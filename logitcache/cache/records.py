@@ -19,12 +19,12 @@ from logitcache.cache.layout import (
     array_specs,
     decode_object,
     group_metadata,
+    has_right_rows,
     is_receipt_name,
     object_key,
     object_limits,
     receipt_key,
     receipt_names,
-    receipt_rows,
 )
 from logitcache.cache.manifest import (
     LOGITS,
@@ -63,6 +63,8 @@ class CacheObject(NamedTuple):
     receipt: str
     """Name of the receipt: a block's, or `PER_CACHE`."""
     array: str
+    num_rows: int
+    """As the receipt states."""
     stored: StoredObject
 
     def values(self, layout: Layout, data: bytes | memoryview) -> np.ndarray:
@@ -71,7 +73,7 @@ class CacheObject(NamedTuple):
         Raises:
             ValueError: the bytes can't be decoded, or hold other values than the receipt states.
         """
-        values = decode_object(layout, self.receipt, self.array, data)
+        values = decode_object(layout, self.receipt, self.array, data, num_rows=self.num_rows)
         if array_digest(values) != self.stored.values_sha256:
             raise ValueError("the values differ from the receipt")
         return values
@@ -102,9 +104,10 @@ class Records:
         layout = self.layout
         for name in self.receipts if names is None else names:
             specs = array_specs(layout, name)
-            for array, stored in self.receipts[name].objects.items():
+            receipt = self.receipts[name]
+            for array, stored in receipt.objects.items():
                 if array in specs:
-                    yield CacheObject(object_key(layout, name, array), name, array, stored)
+                    yield CacheObject(object_key(layout, name, array), name, array, receipt.rows, stored)
 
     def content_digest(self) -> Sha256:
         """The content digest as the cache's format defines it; in format 2 it is the pin."""
@@ -321,7 +324,7 @@ def _sealed_receipts(storage: Storage, manifest: Manifest, objects: ObjectReader
 
 def _contradiction(layout: Layout, name: str, receipt: Receipt, limits: Mapping[str, int]) -> str | None:
     """In what a receipt contradicts the layout; None where it fits."""
-    if receipt.rows != receipt_rows(layout, name):
+    if not has_right_rows(layout, name, receipt.rows):
         return f"and {MANIFEST} differ in the rows of {name}"
     if receipt.objects.keys() != array_specs(layout, name).keys():
         return f"and {MANIFEST} differ in the arrays of {name}"

@@ -9,14 +9,15 @@ import torch
 
 from logitcache.cache.layout import Block
 from logitcache.cache.manifest import Manifest, Receipt
-from logitcache.data.index import split_index
+from logitcache.data.index import NO_ROW, index_tensor, split_index
+from logitcache.data.rows import RowMap
 from logitcache.data.samples import SampleTable, batch_item, input_digest
 from logitcache.data.transforms import build_transform, entry_points_of
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan, proof_rows
 from logitcache.errors import IdentityMismatch, ShapeError, UntrustedCode, UsageError
 
 
-def recorded_plan(manifest: Manifest, samples: SampleTable | None, *, url: str, trust: bool) -> ViewPlan:
+def recorded_plan(manifest: Manifest, samples: SampleTable | None, rows: RowMap, *, url: str, trust: bool) -> ViewPlan:
     """The plan of a cache's views; it checks samples against their content digests.
 
     Raises:
@@ -53,17 +54,17 @@ def recorded_plan(manifest: Manifest, samples: SampleTable | None, *, url: str, 
         num_samples=manifest.layout.num_samples,
         contents=None if samples is None else samples.contents,
         views=manifest.layout.views,
+        rows=rows,
     )
 
 
-def recorded_digests(manifest: Manifest, receipts: Mapping[str, Receipt], view: int) -> dict[int, str]:
-    """The stored digests of the teacher's inputs for a few rows of a view, by row."""
-    layout = manifest.layout
+def recorded_digests(manifest: Manifest, receipts: Mapping[str, Receipt], rows: RowMap, view: int) -> dict[int, str]:
+    """The stored digests of the teacher's inputs for a few samples of a view, by sample number."""
     digests: dict[int, str] = {}
-    for row in proof_rows(manifest.identity.view_seed, view, layout.num_samples):
-        receipt = receipts.get(Block(view, row // layout.rows_per_block).name)
-        if receipt is not None and str(row) in receipt.inputs:
-            digests[row] = receipt.inputs[str(row)]
+    for sample in proof_rows(manifest.identity.view_seed, view, manifest.layout.num_samples):
+        receipt = receipts.get(Block(view, int(rows.blocks_of(rows.sample_rows(sample).start))).name)
+        if receipt is not None and str(sample) in receipt.inputs:
+            digests[sample] = receipt.inputs[str(sample)]
     return digests
 
 
@@ -106,7 +107,12 @@ def _possible_causes(knows_samples: bool) -> str:
 
 
 def check_arrived(
-    datasets: Iterable[ViewDataset], index: Any, inputs: Any, manifest: Manifest, samples: SampleTable | None
+    datasets: Iterable[ViewDataset],
+    index: Any,
+    inputs: Any,
+    manifest: Manifest,
+    samples: SampleTable | None,
+    rows: RowMap,
 ) -> list[tuple[int, ViewDataset]]:
     """Render the first and the last sample of a batch again and compare them with the batch.
 
@@ -114,6 +120,9 @@ def check_arrived(
         datasets: the views that the batch may come from; one that renders the same inputs is enough.
         index: the batch's index from a `ViewDataset`, int (B,).
         inputs: the batch's inputs from the loader.
+        manifest, samples, rows: of the cache.
+
+    Samples without any row have no index and are not compared.
 
     Returns:
         The view of each compared sample, and the dataset that rendered it alike.
@@ -123,8 +132,10 @@ def check_arrived(
         ShapeError: fewer inputs than indices.
         IdentityMismatch: a sample differs from the view that its index names.
     """
-    views_B, rows_B = (part.tolist() for part in split_index(index))
-    places = sorted({0, len(rows_B) - 1}) if rows_B else []
+    index_B = index_tensor(index)
+    views_B, rows_B = (part.tolist() for part in split_index(index_B))
+    with_rows = torch.nonzero(index_B.cpu() != NO_ROW).flatten().tolist()
+    places = sorted({with_rows[0], with_rows[-1]}) if with_rows else []
     if any(views_B[place] < 0 for place in places):
         raise UsageError(
             "the batch has plain row numbers, which name no view; pass the index that `ViewDataset` gives with each "
@@ -133,7 +144,7 @@ def check_arrived(
     datasets = list(datasets)
     alike = []
     for place in places:
-        view, row = views_B[place], rows_B[place]
+        view, row = views_B[place], int(rows.samples_of(rows_B[place]))
         try:
             arrived = batch_item(inputs, place)
         except IndexError:

@@ -39,6 +39,12 @@ class Summary:
     @property
     def bytes_per_sample(self) -> float | None:
         """Bytes of the labels of one sample in one view."""
+        each, layout = self.bytes_per_row, self.manifest.layout
+        return None if each is None else each * layout.num_rows / layout.num_samples
+
+    @property
+    def bytes_per_row(self) -> float | None:
+        """Bytes of the labels of one row: of a sample, or of a token in a cache of sequences."""
         return self.contents.label_bytes / self.contents.rows if self.contents and self.contents.rows else None
 
     @property

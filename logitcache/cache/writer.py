@@ -24,13 +24,11 @@ from logitcache.cache.layout import (
     PER_CACHE,
     Block,
     all_blocks,
-    block_rows,
     encode_object,
     num_blocks,
     object_key,
     receipt_key,
     receipt_names,
-    receipt_rows,
 )
 from logitcache.cache.manifest import (
     CARD,
@@ -54,6 +52,7 @@ from logitcache.cache.records import (
     stored_manifest,
     write_group_metadata,
 )
+from logitcache.data.rows import RowMap
 from logitcache.data.samples import batch_item, input_digest
 from logitcache.data.views import proof_rows
 from logitcache.digest import array_digest, sha256_hex
@@ -82,6 +81,7 @@ class CacheWriter:
         storage: where the cache is; the caller holds its lock.
         manifest: as it is stored.
         encoding: of the logits, fitted.
+        rows: which rows belong to which sample.
         per_cache: the per-cache arrays, by name; written unless they are stored already.
         write_card: writes the card of a sealed cache that has none; called under the storage's lock.
     """
@@ -92,12 +92,15 @@ class CacheWriter:
         manifest: Manifest,
         encoding: Encoding,
         *,
+        rows: RowMap,
         per_cache: Mapping[str, np.ndarray],
         write_card: Callable[[LogitCache], None],
     ) -> None:
         self.storage = storage
         self.manifest = manifest
         self.layout = manifest.layout
+        self.row_map = rows
+        """Which rows belong to which sample and block."""
         self.encoding = encoding
         """Of the logits, fitted."""
         self.outputs = outputs_of(manifest.identity)
@@ -151,12 +154,13 @@ class CacheWriter:
 
         Args:
             view: 0 <= view < num_views.
-            start: the first row.
+            start: number of the first row; `row_map.sample_rows(i).start` is that of sample i.
             logits: (B, C) floats, a tensor on any device or an array; -inf masks a class. Not probabilities.
             outputs: (B, *shape) of each extra output of the cache, by name.
-            inputs: the teacher's batched inputs for these rows. Digests of a few rows of each view are stored, against
-                which a student checks its own views. Don't pass a padded batch: the digests would include the padding.
-            input_digests: these digests by row, for padded inputs or where the inputs are not available;
+            inputs: the teacher's batched inputs, one for each sample whose first row is among these rows. Digests of a
+                few samples of each view are stored, against which a student checks its own views. Don't pass a padded
+                batch: the digests would include the padding.
+            input_digests: these digests by sample, for padded inputs or where the inputs are not available;
                 `ViewDataset.input_digests(view)` computes them.
 
         Raises:
@@ -185,32 +189,34 @@ class CacheWriter:
             raise InvalidLogits(
                 f"logits are {logits_BC.dtype}; expected floats, the teacher's output before softmax or arg max"
             )
-        num_classes, num_samples = self.layout.num_classes, self.layout.num_samples
+        num_classes, num_rows = self.layout.num_classes, self.row_map.num_rows
         if logits_BC.ndim != 2 or logits_BC.shape[1] != num_classes:
             raise ShapeError(
                 f"the teacher's output is {tuple(logits_BC.shape)}; expected (B, {num_classes}): one logit for each of "
                 f"the {num_classes} classes of the cache"
             )
         stop = start + len(logits_BC)
-        if not 0 <= view < self.layout.num_views or start < 0 or stop > num_samples:
+        if not 0 <= view < self.layout.num_views or start < 0 or stop > num_rows:
             raise ShapeError(
-                f"rows {start} to {stop} of view {view} lie outside the cache, which has {num_samples} rows in "
+                f"rows {start} to {stop} of view {view} lie outside the cache, which has {num_rows} rows in "
                 f"{self.layout.num_views} views"
             )
         parts = {LOGITS: logits_BC.detach().float(), **self._flattened(outputs, len(logits_BC))}
-        _check_number_of_inputs(inputs, len(logits_BC))
+        samples = self.row_map.samples_starting(start, stop)
+        _check_number_of_inputs(inputs, len(samples))
         digests = dict(input_digests) | {
-            row: input_digest(batch_item(inputs, row - start)).hex()
-            for row in (() if inputs is None else proof_rows(self.manifest.identity.view_seed, view, num_samples))
-            if start <= row < stop
+            sample: input_digest(batch_item(inputs, sample - samples.start)).hex()
+            for sample in (() if inputs is None else self._proof_samples(view))
+            if sample in samples
         }
         row = start
         while row < stop:
-            block = Block(view, row // self.layout.rows_per_block)
-            rows = block_rows(self.layout, block)
+            block = Block(view, int(self.row_map.blocks_of(row)))
+            rows = self.row_map.block_rows(block.number)
             piece_stop = min(stop, rows.stop)
             piece = {name: part[row - start : piece_stop - start] for name, part in parts.items()}
-            inside = {str(r): digest for r, digest in digests.items() if r in rows}
+            of_block = self.row_map.block_samples(block.number)
+            inside = {str(sample): digest for sample, digest in digests.items() if sample in of_block}
             if block.name in self._receipts or block in self._submitted:
                 self._compare(block, row, piece, inside)
             else:
@@ -218,7 +224,7 @@ class CacheWriter:
                     _refuse_probabilities(piece[LOGITS], SUM_TOLERANCE.get(logits_BC.dtype, 1e-3))
                     self._open_blocks[block] = OpenBlock(
                         block,
-                        rows,
+                        self.row_map,
                         self._output_layouts,
                         self.layout,
                         parts,
@@ -231,6 +237,10 @@ class CacheWriter:
                     self._submit(self._open_blocks.pop(block))
             row = piece_stop
 
+    def _proof_samples(self, view: int) -> tuple[int, ...]:
+        """The samples of a view whose input digests are stored."""
+        return proof_rows(self.manifest.identity.view_seed, view, self.layout.num_samples)
+
     def _compare(self, block: Block, start: int, parts: Mapping[str, Tensor], digests: Mapping[str, str]) -> None:
         """Compare rows with those of a committed block.
 
@@ -239,7 +249,7 @@ class CacheWriter:
         """
         if block.name not in self._receipts:
             self.flush()
-        first = start - block_rows(self.layout, block).start
+        first = start - self.row_map.block_rows(block.number).start
         recorded = self._receipts[block.name].inputs
         differing = {int(row) for row, digest in digests.items() if recorded.get(row, digest) != digest}
         what = "from other inputs" if differing else "with other logits"
@@ -456,7 +466,7 @@ class CacheWriter:
             IdentityMismatch: they differ.
         """
         cache = LogitCache(self.storage, records=Records(self.manifest, {**self._receipts, block.name: receipt}))
-        rows = block_rows(self.layout, block)
+        rows = self.row_map.block_rows(block.number)
         for name, layout in self._output_layouts.items():
             stored = cache.read_encoded(block.view, [block.number], output=name)
             ours = layout.encoded(arrays)
@@ -507,7 +517,7 @@ class CacheWriter:
         for array, (data, _) in objects.items():
             self.storage.put(object_key(self.layout, name, array), data)
         receipt = Receipt(
-            rows=receipt_rows(self.layout, name),
+            rows=self.layout.num_samples if name == PER_CACHE else self._num_rows(name),
             objects={array: stored for array, (_, stored) in objects.items()},
             kl_mean=kl_mean,
             kl_max=kl_max,
@@ -515,6 +525,9 @@ class CacheWriter:
         )
         self.storage.put(receipt_key(name), dump(receipt))
         return receipt
+
+    def _num_rows(self, name: str) -> int:
+        return len(self.row_map.block_rows(Block.from_name(name).number))
 
     def _raise_failed_commit(self) -> None:
         waiting = []
@@ -529,7 +542,7 @@ class CacheWriter:
         lines = []
         for block in missing[:SHOWN_MISSING]:
             opened = self._open_blocks.get(block)
-            rows = block_rows(self.layout, block)
+            rows = self.row_map.block_rows(block.number)
             if opened is None:
                 lines.append(f"view {block.view}: rows {rows.start} to {rows.stop - 1}")
             else:

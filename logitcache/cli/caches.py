@@ -105,25 +105,21 @@ def verify_command(
 ) -> None:
     """Check a cache: receipts and sizes; --deep: every byte; --data: its match with a pipeline. Exit 1 on a problem."""
     from logitcache.cache.summary import missing_packages_of
-    from logitcache.verify.audit import Problem, verify
+    from logitcache.verify.audit import verify
 
     if recompute and data is None:
         raise UsageError("--recompute runs the teacher, so it needs a pipeline: add --data PIPELINE")
     pipeline = pipeline_of(cache, data, overrides)
     problems = verify(cache, deep=deep)
     if pipeline is not None and not problems:
-        from logitcache.cache.reader import open_cache
-        from logitcache.verify.fit import all_differences, has_teacher
-        from logitcache.verify.spot_check import spot_check
+        from logitcache.config.build import has_teacher
+        from logitcache.stages.verify_match import verify_match
 
-        differences = all_differences(open_cache(cache, trust=trust), pipeline, trust=trust)
-        problems += [Problem("", line, "differs") for line in differences]
+        problems = verify_match(pipeline, recompute=recompute, trust=trust)
         if not has_teacher(pipeline):
             print(
                 f"{data}: the teacher's weights are not on this machine, so only its name was compared", file=sys.stderr
             )
-        if recompute and not problems:
-            problems += spot_check(pipeline, recompute, trust=trust)
     found = {"ok": not problems, "problems": [dataclasses.asdict(problem) for problem in problems]}
     show(found, as_json, lambda: print_problems(cache, problems))
     _note(missing_packages_of(cache))
@@ -168,6 +164,17 @@ def repair_command(
     show(found, as_json, print_repair)
     if result.remaining:
         raise typer.Exit(1)
+
+
+@app.command("seal")
+def seal_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
+    """Seal a cache whose blocks are all written, such as one that several machines built a share of."""
+    from logitcache.cache.sealing import seal
+    from logitcache.cache.summary import summarise
+
+    seal(cache)
+    summary = cache_summary(summarise(cache))
+    show(summary, as_json, lambda: print_mapping(cache, summary))
 
 
 @app.command("push")

@@ -17,7 +17,7 @@ from logitcache.cache.manifest import LOGITS
 from logitcache.catalog.capture import Tap, captured_shapes
 from logitcache.catalog.datasets import Data, load_data
 from logitcache.catalog.models import build_model, check_output, model_fingerprint
-from logitcache.catalog.outputs import taps_of
+from logitcache.catalog.outputs import sources_of, taps_of
 from logitcache.config.schema import ModelConfig, Pipeline, parse_pipeline
 from logitcache.context import Context
 from logitcache.data.batching import COLLATES, Collate
@@ -33,6 +33,7 @@ from logitcache.train.finished import read_text
 from logitcache.train.inference import TeacherRunner
 from logitcache.train.runs import RESOLVED
 from logitcache.train.tracking import Tracker, load_tracker
+from logitcache.verify.fit import TeacherIdentity
 
 TRAINED = "trained"
 """`teacher.weights` of a teacher that `train-teacher` trains."""
@@ -200,6 +201,27 @@ def resolve_teacher(pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bo
     )
     fingerprint = model_fingerprint(model, name=teacher_name(pipeline), args=pipeline.teacher.args)
     return model.eval().requires_grad_(False), fingerprint
+
+
+def has_teacher(pipeline: Pipeline) -> bool:
+    """Whether the teacher's weights are on this machine; without them only its name can be compared."""
+    weights = teacher_weights(pipeline)
+    return weights in (None, RANDOM) or Path(str(weights)).is_file()
+
+
+def teacher_identity(pipeline: Pipeline, fingerprint: str | None) -> TeacherIdentity:
+    """The identity of the pipeline's teacher, for comparison with a cache.
+
+    Args:
+        pipeline: names the teacher.
+        fingerprint: from `resolve_teacher`; None where the weights are not on this machine.
+    """
+    return TeacherIdentity(
+        name=teacher_name(pipeline) if fingerprint is None else fingerprint,
+        has_weights=fingerprint is not None,
+        precision=pipeline.teacher.precision,
+        sources=sources_of(pipeline.cache.outputs),
+    )
 
 
 def build_runner(

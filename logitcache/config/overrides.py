@@ -27,7 +27,7 @@ def read_raw(path: str | Path, schema: type[BaseModel], overrides: Sequence[str]
         raise UsageError(f"{kind} file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"can't read the {kind} file {path}: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that Python refuses
         raise UsageError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         needed = [name for name, field in schema.model_fields.items() if field.is_required()]
@@ -48,7 +48,7 @@ def override(raw: dict[str, Any], text: str) -> None:
         raise UsageError(f"{text!r} is not a valid override (expected KEY=VALUE, such as cache.encoding.k=20)")
     try:
         value = yaml.safe_load(value_text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"the value of {text!r} is not valid YAML: {error}") from error
     node: Any = raw
     for depth, key in enumerate(keys[:-1]):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from logitcache.data.packing import INPUT_IDS, pack, packing_order
 from logitcache.errors import LogitCacheError, ShapeError, UsageError
 from logitcache.registry import Registry
 
@@ -44,13 +45,13 @@ def pad(inputs: Sequence[Any]) -> Any:
 
 
 COLLATES: Registry[Collate] = Registry(
-    "collate function", {"stack": stack, "pad": pad}, plural="collates", allows_code=True
+    "collate function", {"stack": stack, "pad": pad, "pack": pack}, plural="collates", allows_code=True
 )
-"""A package adds one in the entry point group `logitcache.collates`."""
+"""`pack` is for causal language models only. A package adds one in the entry point group `logitcache.collates`."""
 
 
 def collate(samples: Sequence[tuple[int, Any, Any]], function: Collate | None = None) -> Batch:
-    """Build a batch from samples of a `ViewDataset`.
+    """Build a batch from samples of a `ViewDataset`, in their order; `pack` puts them in the order of `packing_order`.
 
     Args:
         samples: (index, input, target) of each.
@@ -60,6 +61,8 @@ def collate(samples: Sequence[tuple[int, Any, Any]], function: Collate | None = 
         ShapeError: inputs of different sizes, or a function that returns another number of rows.
         UsageError: the function failed.
     """
+    if function is pack:
+        samples = _for_packing(samples)
     index, inputs, targets = zip(*samples, strict=True)
     if isinstance(inputs[0], InputPerModel):
         batch: Any = InputPerModel(_batch(list(of_model), function) for of_model in zip(*inputs, strict=True))
@@ -101,7 +104,17 @@ def num_bytes(value: Any) -> int | None:
     return None
 
 
+def _for_packing(samples: Sequence[tuple[int, Any, Any]]) -> list[tuple[int, Any, Any]]:
+    lengths = []
+    for _, inputs, _ in samples:
+        first = inputs[0] if isinstance(inputs, InputPerModel) else inputs
+        lengths.append(len(first[INPUT_IDS]) if isinstance(first, Mapping) and INPUT_IDS in first else 1)
+    return [samples[number] for number in packing_order(lengths)]
+
+
 def _batch(inputs: list[Any], function: Collate | None) -> Any:
+    if function is pack:
+        return pack(inputs)
     if function in (None, stack, pad):
         try:
             return (function or stack)(inputs)

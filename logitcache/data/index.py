@@ -15,6 +15,8 @@ from logitcache.errors import ShapeError, UsageError
 ROW_BITS = 40
 """The row number is in the low 40 bits; a cache has at most 2^40 rows."""
 ROW_MASK = 2**ROW_BITS - 1
+NO_ROW = -1
+"""Index of a position that has no row, such as padding."""
 
 
 def join_index(view: int, row: int) -> int:

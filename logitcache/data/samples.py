@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from logitcache.data.packing import is_packed, packed_sequence
 from logitcache.data.workers import end_with_parent
 from logitcache.digest import array_digest, json_digest
 from logitcache.errors import IdentityMismatch, LogitCacheError, SampleMismatch, UnreadableSample, UsageError
@@ -273,7 +274,9 @@ def _feed(update: Callable[[bytes], object], value: Any) -> None:
 
 
 def batch_item(batch: Any, index: int) -> Any:
-    """One sample of a batch of tensors, or of nested mappings and sequences of tensors."""
+    """One sample of a batch of tensors, of nested mappings and sequences of tensors, or of a packed batch."""
+    if is_packed(batch):
+        return packed_sequence(batch, index)
     if isinstance(batch, Mapping):
         return {name: batch_item(part, index) for name, part in batch.items()}
     if isinstance(batch, tuple | list) and batch and not isinstance(batch[0], str | bytes):

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from logitcache.data.text_views import TEXT_VIEWS
 from logitcache.digest import array_digest
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import LogitCacheError, UsageError
 from logitcache.registry import Registry, nearest
 
-TRANSFORMS: Registry[Callable[..., Callable[[Any], Any]]] = Registry("transform", {}, allows_code=True)
+TRANSFORMS: Registry[Callable[..., Callable[[Any], Any]]] = Registry("transform", TEXT_VIEWS, allows_code=True)
 """Called with a step's parameters; each returns a callable from sample to sample. A package adds one in the entry point
 group `logitcache.transforms`."""
 _LIBRARIES = ("torchvision.", "timm.", "albumentations.", "torch.")
@@ -233,7 +234,10 @@ class SpecifiedTransform:
 def _build_step(name: str, parameters: dict[str, Any], *, trust: bool) -> tuple[dict[str, Any], Callable[[Any], Any]]:
     """One step's own specification, and the step."""
     bare_name, _, source = name.partition("@")
-    if is_entry_point(bare_name) or _is_registered(bare_name):
+    factory: Any
+    if name in TEXT_VIEWS:  # no digest of the source: what these do never changes
+        factory = TEXT_VIEWS[name]
+    elif is_entry_point(bare_name) or _is_registered(bare_name):
         factory = TRANSFORMS.resolve(bare_name, trust=trust)
         found = _source(factory)
         if source and source != found:

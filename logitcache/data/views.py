@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from logitcache.data.batching import Batch, Collate, InputPerModel, as_tensors, collate
-from logitcache.data.index import join_index
+from logitcache.data.index import NO_ROW, join_index
+from logitcache.data.rows import RowMap
 from logitcache.data.samples import Dataset, content_digest, input_digest, load_sample, sample_key
 from logitcache.data.transforms import adapt_transform, describe_transform
 from logitcache.data.workers import end_with_parent
@@ -112,6 +113,8 @@ class ViewPlan:
     collate: Collate | None = None
     """Builds a batch from a list of inputs, in order: `data.batching.pad` or your own; None stacks them. It is not part
     of the identity of the views, because a sample must not depend on its batch."""
+    rows: RowMap | None = None
+    """Rows of each sample in the cache, for the index of samples with several rows; None is one row per sample."""
     views: range | None = None
     """View numbers that may be rendered, such as those that a cache has labels for; None is no limit."""
     datasets: weakref.WeakSet[ViewDataset] = field(
@@ -346,7 +349,14 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
             pixels, target = self._mixed(view, row, pixels, int(target))
         if self._preprocess is not None:
             pixels = self._run(self._preprocess, pixels, index, "input")
-        return join_index(view, row), pixels, target
+        return self._index(view, row), pixels, target
+
+    def _index(self, view: int, sample: int) -> int:
+        """The index of a sample's first row; -1 if it has no rows."""
+        if self.plan.rows is None:
+            return join_index(view, sample)
+        rows = self.plan.rows.sample_rows(sample)
+        return join_index(view, rows.start) if rows else NO_ROW
 
     def _augmented(self, view: int, row: int, index: int) -> tuple[Any, Any]:
         value, target = load_sample(self.dataset, index)

@@ -23,6 +23,7 @@ from logitcache.encodings.basis import centred, principal_components
 from logitcache.encodings.packing import LARGEST, MixedRadix
 from logitcache.encodings.protocol import Encoding, float_tensor, smallest_id_dtype
 from logitcache.errors import UsageError
+from logitcache.targets import FactoredTargets
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -162,14 +163,18 @@ class LowRank(Encoding):
                 parts.setdefault(name, []).append(values)
         return {name: torch.cat(values) for name, values in parts.items()}
 
-    @full_precision
     def decode(self, encoded: Mapping[str, Tensor], num_classes: int) -> Tensor:
+        return self.targets(encoded, num_classes).dense()
+
+    def targets(self, encoded: Mapping[str, Tensor], num_classes: int) -> FactoredTargets:
         on = self._fitted().on(encoded["coefficients"].device)
-        logits_BC = torch.addmm(on.mean_C, on.radix.unpack(encoded["coefficients"]), on.basis_RC)
+        coefficients_BR = on.radix.unpack(encoded["coefficients"])
         if self.k:
-            corrections_BK = encoded["corrections"].float() * CORRECTION_STEP
-            logits_BC.scatter_add_(1, encoded["ids"].to(torch.int64), corrections_BK)
-        return logits_BC
+            ids_BK, corrections_BK = encoded["ids"].to(torch.int64), encoded["corrections"].float() * CORRECTION_STEP
+        else:
+            corrections_BK = coefficients_BR.new_zeros(len(coefficients_BR), 0)
+            ids_BK = corrections_BK.long()
+        return FactoredTargets(coefficients_BR, on.basis_RC, on.mean_C, ids_BK, corrections_BK)
 
     def _with(self, fitted: Fitted) -> LowRank:
         return LowRank(**{name: getattr(self, name) for name in self.config() if name != "name"}, fitted=fitted)

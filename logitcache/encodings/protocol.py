@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from logitcache.arrays import ArraySpec
+from logitcache.errors import UsageError
 from logitcache.registry import parameters
+from logitcache.targets import DenseTargets, Targets
 
-# B batch, C classes, M calibration rows
+# B batch, C classes, K entries of a row, M calibration rows
 
 
 class Encoding(ABC):
@@ -104,6 +106,33 @@ class Encoding(ABC):
     @abstractmethod
     def decode(self, encoded: Mapping[str, Tensor], num_classes: int) -> Tensor:
         """Float32 (B, C) logits, correct up to a constant per row, on the arrays' device."""
+
+    def targets(self, encoded: Mapping[str, Tensor], num_classes: int) -> Targets:
+        """The rows in the form that losses consume; `dense()` of it equals `decode` up to a constant per row.
+
+        An encoding of few numbers per row overrides it, so that losses never expand a row to all classes.
+        """
+        return DenseTargets(self.decode(encoded, num_classes))
+
+    def encode_sparse(
+        self, ids_BK: Tensor, log_probs_BK: Tensor, num_classes: int, *, start: int = 0
+    ) -> dict[str, Tensor]:
+        """Encode rows of which only some log-probabilities are known, such as those of a serving engine.
+
+        Args:
+            ids_BK: int (B, K): classes, in any order; -1 marks an unused entry.
+            log_probs_BK: float (B, K): their log-probabilities at T = 1.
+            num_classes: all classes; what the entries lack of a mass of 1 belongs to those without one.
+            start: the first row's number, for messages.
+
+        Raises:
+            UsageError: the encoding needs the logits of all classes.
+            InvalidLogits: a row is not part of a distribution.
+        """
+        del ids_BK, log_probs_BK, num_classes, start
+        raise UsageError(
+            f"{type(self).__name__} needs the logits of all classes; entries of some classes can be stored with TopK"
+        )
 
     def refused(self, logits_BC: Tensor) -> Tensor:
         """Which rows are not distributions, or can't be encoded, bool (B,)."""

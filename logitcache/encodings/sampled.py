@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,6 +14,7 @@ from logitcache.arrays import ArraySpec
 from logitcache.encodings.protocol import Encoding, smallest_id_dtype
 from logitcache.errors import UsageError
 from logitcache.randomness import keyed_uniform
+from logitcache.targets import SparseTargets
 
 # B batch, C classes, D draws
 
@@ -63,3 +65,14 @@ class Sampled(Encoding):
         shares_BC = torch.zeros(len(ids_BD), num_classes, device=ids_BD.device)
         shares_BC.scatter_add_(1, ids_BD, torch.full(ids_BD.shape, 1.0 / self.draws, device=ids_BD.device))
         return shares_BC.log_()
+
+    def targets(self, encoded: Mapping[str, Tensor], num_classes: int) -> SparseTargets:
+        ids_BD = encoded["ids"].to(torch.int64).sort(dim=1).values
+        repeats_BD = torch.zeros_like(ids_BD, dtype=torch.bool)
+        repeats_BD[:, 1:] = ids_BD[:, 1:] == ids_BD[:, :-1]
+        # Equal draws are neighbours: each adds to the count at the first of them.
+        first_BD = (~repeats_BD).cumsum(dim=1) - 1
+        counts_BD = torch.zeros_like(ids_BD).scatter_add_(1, first_BD, torch.ones_like(ids_BD))
+        merged_BD = torch.full_like(ids_BD, -1).scatter_(1, first_BD, ids_BD)
+        tail_B = torch.full((len(ids_BD),), -math.inf, device=ids_BD.device)
+        return SparseTargets(merged_BD, (counts_BD / self.draws).log(), tail_B, num_classes)

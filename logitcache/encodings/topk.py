@@ -13,6 +13,7 @@ from torch import Tensor
 from logitcache.arrays import ArraySpec
 from logitcache.encodings.protocol import Encoding, smallest_id_dtype
 from logitcache.errors import UsageError
+from logitcache.targets import SparseTargets
 
 # B batch, C classes, K kept classes
 
@@ -73,9 +74,17 @@ class TopK(Encoding):
 
     def decode(self, encoded: Mapping[str, Tensor], num_classes: int) -> Tensor:
         each_B1 = (encoded["tail"].float() - math.log(num_classes - self.k))[:, None]
-        values_BK = encoded["values"].float()
-        if self.dtype == "uint8":
-            values_BK = -torch.expm1(values_BK / CODES_PER_E)
-            values_BK.masked_fill_(encoded["values"] == MASKED, -math.inf)
         logits_BC = each_B1.expand(-1, num_classes).contiguous()
-        return logits_BC.scatter_(1, encoded["ids"].to(torch.int64), values_BK)
+        return logits_BC.scatter_(1, encoded["ids"].to(torch.int64), self._values(encoded["values"]))
+
+    def targets(self, encoded: Mapping[str, Tensor], num_classes: int) -> SparseTargets:
+        values_BK, tail_B = self._values(encoded["values"]), encoded["tail"].float()
+        total_B1 = torch.cat([values_BK, tail_B[:, None]], dim=1).logsumexp(dim=1, keepdim=True)
+        return SparseTargets(encoded["ids"].to(torch.int64), values_BK - total_B1, tail_B - total_B1[:, 0], num_classes)
+
+    def _values(self, stored_BK: Tensor) -> Tensor:
+        """Distances of the kept logits from the row's largest, float32 (B, K), each at most 0."""
+        if self.dtype != "uint8":
+            return stored_BK.float()
+        values_BK = -torch.expm1(stored_BK.float() / CODES_PER_E)
+        return values_BK.masked_fill_(stored_BK == MASKED, -math.inf)

@@ -31,7 +31,7 @@ from logitcache.cache.creation import Origin, open_writer
 from logitcache.cache.ensemble import MERGED, Part, merged_name
 from logitcache.cache.fidelity import Calibration
 from logitcache.cache.labelview import View
-from logitcache.cache.layout import Block, all_blocks, block_rows, blocks_per_view
+from logitcache.cache.layout import Block, all_blocks
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.names import recorded_names
 from logitcache.cache.reader import LogitCache, open_cache
@@ -143,14 +143,14 @@ def merge(
             transform=identity.transform,
             view_seed=identity.view_seed,
             class_names=identity.class_names,
+            tokenization=identity.tokenization,
         ),
-        num_samples=first.num_samples,
+        rows=first.row_map,
         num_classes=first.num_classes,
         num_views=num_views,
         encoding=encoding_from_config(identity.encoding) if encoding is None else encoding,
         calibration=lambda: calibration_sample(average, first, num_views),
         samples=samples,
-        rows_per_block=first.layout.rows_per_block,
         names={"dataset": recorded_names(first.manifest).get("dataset")},
         notes={MERGED: {"mean": mean, "parts": [part.model_dump() for part in parts]}},
     )
@@ -208,21 +208,21 @@ class _Average:
 
 def calibration_sample(average: _Average, first: LogitCache, num_views: int) -> Calibration:
     """Up to 10 000 rows of merged logits from at most 64 blocks over all views, grouped by sample."""
-    per_view = blocks_per_view(first.layout)
+    per_view = first.layout.blocks_per_view
     total = num_views * per_view
-    rows_at_most = min(CALIBRATION_ROWS, first.num_samples * num_views)
+    rows_at_most = min(CALIBRATION_ROWS, first.num_rows * num_views)
     num_blocks = min(total, max(CALIBRATION_BLOCKS, -(-rows_at_most // first.layout.rows_per_block)))
     drawn = np.sort(keyed_permutation(total, "merge calibration")[:num_blocks])
     blocks = [Block(int(number) // per_view, int(number) % per_view) for number in drawn]
-    share = min(1.0, rows_at_most / sum(len(block_rows(first.layout, block)) for block in blocks))
+    share = min(1.0, rows_at_most / sum(len(first.row_map.block_rows(block.number)) for block in blocks))
     parts, groups = [], []
     with track("calibrating", len(blocks), unit="blocks") as meter:
         for block in blocks:
-            rows = block_rows(first.layout, block)
+            rows = first.row_map.block_rows(block.number)
             order = keyed_permutation(len(rows), "merge calibration rows", block.view, block.number)
             chosen = rows.start + np.sort(order[: math.ceil(share * len(rows))])
             parts.append(average.logits(block.view, chosen).numpy())
-            groups.append(chosen)
+            groups.append(first.row_map.samples_of(chosen))
             meter.advance()
     return Calibration(np.concatenate(parts), np.concatenate(groups))
 
@@ -230,10 +230,10 @@ def calibration_sample(average: _Average, first: LogitCache, num_views: int) -> 
 def _merge_blocks(writer: CacheWriter, blocks: list[Block], average: _Average, sources: Sequence[LogitCache]) -> None:
     layout = writer.layout
     rows_at_once = max(1, PIECE_LOGITS // layout.num_classes)
-    with track("merging", sum(len(block_rows(layout, block)) for block in blocks), unit="rows") as meter:
+    with track("merging", sum(len(writer.row_map.block_rows(block.number)) for block in blocks), unit="rows") as meter:
         for block in blocks:
             digests = _proof_digests(sources, block.view)
-            rows_of_block = block_rows(layout, block)
+            rows_of_block = writer.row_map.block_rows(block.number)
             # A block is always split in the same way, so that computing it again gives the same bytes.
             for start in range(0, len(rows_of_block), rows_at_once):
                 rows = rows_of_block[start : start + rows_at_once]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.labelview import View
-from logitcache.cache.layout import Block, block_rows, blocks_per_view, parse_views
+from logitcache.cache.layout import parse_views
 from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.errors import StorageError, UsageError, unsealed
 from logitcache.progress import track
@@ -82,14 +82,14 @@ def export_parquet(
         folder.mkdir(parents=True, exist_ok=True)
         existing = _existing_views(folder, cache, top)
         missing = {number: path for number, path in files.items() if number not in existing}
-        with track("exporting", len(missing) * cache.num_samples, unit="rows") as meter:
+        with track("exporting", len(missing) * cache.num_rows, unit="rows") as meter:
             for number, path in missing.items():
                 for num_rows in _write_view(cache, number, path, top):
                     meter.advance(num_rows, note=f"view {number}")
         return ExportResult(
             files=[str(path) for path in files.values()],
             written=[str(path) for path in missing.values()],
-            rows=len(files) * cache.num_samples,
+            rows=len(files) * cache.num_rows,
             bytes=sum(path.stat().st_size for path in files.values()),
         )
     except StorageError:
@@ -114,7 +114,7 @@ def _existing_views(folder: Path, cache: LogitCache, top: int | None) -> set[int
                 path.unlink(missing_ok=True)
         elif complete and path.is_file():
             view = int(complete["view"])
-            _check_file(path, _metadata(cache, view, top), cache.num_samples)
+            _check_file(path, _metadata(cache, view, top), cache.num_rows)
             existing.add(view)
         else:
             raise UsageError(
@@ -182,8 +182,8 @@ def _write_view(cache: LogitCache, view: int, path: Path, top: int | None) -> It
 def _row_groups(cache: LogitCache) -> Iterator[range]:
     """The rows of a view, block by block; large blocks are split."""
     size = max(1, PIECE_LOGITS // cache.num_classes)
-    for number in range(blocks_per_view(cache.layout)):
-        rows = block_rows(cache.layout, Block(0, number))
+    for number in range(cache.layout.blocks_per_view):
+        rows = cache.row_map.block_rows(number)
         yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
 
@@ -191,6 +191,8 @@ def _schema(cache: LogitCache, view: int, top: int | None) -> Any:
     import pyarrow as pa
 
     columns = [("view", pa.int32()), ("row", pa.int64())]
+    if not cache.row_map.one_each:
+        columns += [("sample", pa.int64()), ("position", pa.int32())]
     if cache.samples is not None and cache.samples.keys is not None:
         columns.append(("key", pa.string()))
     if cache.samples is not None:
@@ -213,12 +215,15 @@ def _table(cache: LogitCache, schema: Any, labels: View, rows: range, top: int |
         return pa.ListArray.from_arrays(pa.array(offsets), flat)
 
     logits_BC = labels.logits(rows)
-    within = slice(rows.start, rows.stop)
-    columns: dict[str, Any] = {"view": np.full(len(rows), labels.number), "row": np.arange(rows.start, rows.stop)}
+    numbers = np.arange(rows.start, rows.stop)
+    samples = cache.row_map.samples_of(numbers)
+    columns: dict[str, Any] = {"view": np.full(len(rows), labels.number), "row": numbers}
+    if not cache.row_map.one_each:
+        columns |= {"sample": samples, "position": cache.row_map.positions_of(numbers)}
     if cache.samples is not None:
-        columns["target"] = cache.samples.targets[within]
+        columns["target"] = cache.samples.targets[samples]
         if cache.samples.keys is not None:
-            columns["key"] = list(cache.samples.keys[within])
+            columns["key"] = [cache.samples.keys[sample] for sample in samples]
     if top is None:
         columns["logits"] = lists(logits_BC)
     else:

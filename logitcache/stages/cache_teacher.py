@@ -5,19 +5,22 @@ pipeline -> identity -> missing blocks -> for each batch: workers render the vie
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from logitcache.cache.creation import create
+import numpy as np
+
+from logitcache.cache.creation import DEFAULT_ROWS_PER_BLOCK, create
 from logitcache.cache.destination import check_destination
-from logitcache.cache.layout import Block, all_blocks, block_rows
-from logitcache.cache.manifest import LOGITS, MANIFEST, Layout, Manifest
+from logitcache.cache.layout import Block, all_blocks
+from logitcache.cache.manifest import LOGITS, MANIFEST, Manifest
 from logitcache.cache.reader import open_cache
 from logitcache.cache.writer import CacheWriter
 from logitcache.catalog.outputs import declared_outputs, sources_of, taps_of
 from logitcache.config.build import build_context, build_runner, resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline
+from logitcache.data.rows import RowMap, make_row_map
 from logitcache.data.samples import Dataset, SampleTable, compare_samples, content_table, sample_table
 from logitcache.data.views import ViewDataset
 from logitcache.errors import IdentityMismatch, NotACache
@@ -58,7 +61,8 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
         if ranks.rank:
             ranks.wait()  # until the first process has created the cache, with its per-cache arrays
         samples = identify_samples(data.train, pipeline.cache.path, num_workers=pipeline.num_workers)
-        views = ViewDataset(data.train, replace(plan, contents=samples.contents))
+        rows = rows_of_dataset(data.train, pipeline.cache.rows_per_block)
+        views = ViewDataset(data.train, replace(plan, contents=samples.contents, rows=rows))
         writer = create(
             pipeline.cache.path,
             num_samples=len(data.train),
@@ -80,6 +84,9 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
             view_plan=plan,
             precision=pipeline.teacher.precision,
             class_names=data.class_names,
+            rows_per_sample=None if rows.one_each else np.diff(rows.offsets),
+            row_positions=rows.positions,
+            tokenization=getattr(data.train, "tokenization", None),
             rows_per_block=pipeline.cache.rows_per_block,
             card=pipeline.cache.card if pipeline.cache.card.stated() else None,
         )
@@ -100,28 +107,57 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
 
 def run_blocks(runner: TeacherRunner, writer: CacheWriter, blocks: list[Block], views: ViewDataset) -> None:
     """Run the teacher over the given blocks, and write its output."""
-    layout = writer.layout
-    batches = list(teacher_batches(layout, blocks, runner.config.batch_size))
-    places = ([(view, row) for row in rows] for view, rows in batches)
-    total = sum(len(block_rows(layout, block)) for block in blocks)
-    with track("caching the teacher", total, unit="samples") as meter:
-        for (view, rows), output in zip(batches, runner.run(views, places), strict=True):
-            writer.write(
-                view=view,
-                start=rows.start,
-                logits=output.logits,
-                outputs=output.outputs,
-                input_digests=output.input_digests,
-            )
-            meter.advance(len(rows), note=f"view {view + 1}/{layout.num_views}")
+    rows, num_views = writer.row_map, writer.layout.num_views
+    batches = list(teacher_batches(rows, blocks, runner.config.batch_size))
+    places = ([(view, sample) for sample in samples] for view, samples in batches)
+    total = sum(len(rows.block_rows(block.number)) for block in blocks)
+    with track("caching the teacher", total, unit="samples" if rows.one_each else "rows") as meter:
+        for (view, samples), output in zip(batches, runner.run(views, places), strict=True):
+            start = 0
+            for consecutive in _consecutive(rows, samples):
+                part = slice(start, start + len(consecutive))
+                writer.write(
+                    view=view,
+                    start=consecutive.start,
+                    logits=output.logits[part],
+                    outputs={name: values[part] for name, values in output.outputs.items()},
+                    input_digests=output.input_digests,
+                )
+                start = part.stop
+            meter.advance(start, note=f"view {view + 1}/{num_views}")
 
 
-def teacher_batches(layout: Layout, blocks: list[Block], batch_size: int) -> Iterator[tuple[int, range]]:
-    """(view, rows) of each batch. A block is always split the same way, so that recomputing it gives the same bits."""
+def teacher_batches(rows: RowMap, blocks: list[Block], batch_size: int) -> Iterator[tuple[int, Sequence[int]]]:
+    """(view, samples) of each batch. A block is always split the same way, so that recomputing it gives the same bits.
+
+    Sequences are sorted by their number of rows, so that a batch has little padding.
+    """
     for block in blocks:
-        rows = block_rows(layout, block)
-        for start in range(rows.start, rows.stop, batch_size):
-            yield block.view, range(start, min(start + batch_size, rows.stop))
+        samples: Sequence[int] = rows.block_samples(block.number)
+        if not rows.one_each:
+            counts = np.diff(rows.offsets[samples[0] : samples[-1] + 2])
+            order = np.argsort(counts, kind="stable")
+            samples = (samples[0] + order[counts[order] > 0]).tolist()
+        for start in range(0, len(samples), batch_size):
+            yield block.view, samples[start : start + batch_size]
+
+
+def _consecutive(rows: RowMap, samples: Sequence[int]) -> list[range]:
+    """The rows of a batch's samples, as ranges of consecutive rows."""
+    if rows.one_each:
+        return [range(samples[0], samples[-1] + 1)]
+    return [rows.sample_rows(sample) for sample in samples]
+
+
+def rows_of_dataset(dataset: Dataset, rows_per_block: int | None) -> RowMap:
+    """The row map of a dataset: one row per sample, unless it has `rows_per_sample`."""
+    return make_row_map(
+        len(dataset),
+        getattr(dataset, "rows_per_sample", None),
+        getattr(dataset, "row_positions", None),
+        rows_per_block=rows_per_block,
+        default=DEFAULT_ROWS_PER_BLOCK,
+    )
 
 
 def identify_samples(dataset: Dataset, location: str, *, num_workers: int) -> SampleTable:

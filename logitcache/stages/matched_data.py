@@ -7,23 +7,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 from torch import nn
 
-from logitcache.cache.reader import LogitCache, open_cache
+from logitcache.cache.reader import LogitCache
 from logitcache.catalog.datasets import Data
 from logitcache.config.build import (
     RANDOM,
+    has_teacher,
     input_part,
     recorded_pipeline,
     resolve_data,
     resolve_model,
     resolve_plan,
     resolve_teacher,
+    teacher_identity,
     teacher_weights,
 )
 from logitcache.config.schema import ModelConfig, Pipeline
@@ -70,7 +71,7 @@ def match_data(location: str, pipeline: Pipeline, *, trust: bool = False) -> Mat
     """Load a pipeline's data and check samples, views, teacher and some rendered pixels against a cache.
 
     Args:
-        location: of the cache; it replaces the one in the pipeline.
+        location: of the cache; the pipeline's own is not used.
         pipeline: names data, views and teacher.
         trust: allow entry points from outside the working folder.
 
@@ -78,14 +79,12 @@ def match_data(location: str, pipeline: Pipeline, *, trust: bool = False) -> Mat
         IdentityMismatch: names what differs.
         LogitCacheError: the data is missing, or needs code that is not trusted.
     """
-    here: dict[str, Any] = {
-        "cache": pipeline.cache.model_copy(update={"path": location}),
-        "views": pipeline.views.model_copy(update={"count": len(open_cache(location, trust=trust).views)}),
-    }
-    pipeline = pipeline.model_copy(update=here)
     data = resolve_data(pipeline, trust=trust)
     plan = resolve_plan(pipeline, data, trust=trust)
-    cache, rows = open_fitting_cache(pipeline, data, plan, trust=trust)
+    fingerprint = resolve_teacher(pipeline, data, plan, trust=trust)[1] if has_teacher(pipeline) else None
+    teacher = teacher_identity(pipeline, fingerprint)
+    subset = pipeline.data.subset
+    cache, rows = open_fitting_cache(location, data, plan, teacher, num_views=1, subset=subset, trust=trust)
     contents = None if cache.samples is None else cache.samples.contents
     plan = replace(plan, num_samples=cache.num_samples, contents=contents)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from logitcache.cache.averaging import combination
+from logitcache.cache.averaging import combination, refuse_sampled
 from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache
 from logitcache.catalog.datasets import Data, stratified_split
@@ -20,12 +20,14 @@ from logitcache.config.build import (
     build_runner,
     build_tracker,
     clean_views,
+    has_teacher,
     input_part,
     resolve_data,
     resolve_model,
     resolve_plan,
     resolve_teacher,
     student_folder,
+    teacher_identity,
 )
 from logitcache.config.schema import Pipeline, StudentConfig, TeachersConfig
 from logitcache.context import Context
@@ -310,17 +312,32 @@ class Experiment:
         """The pipeline's cache or the caches of several teachers, checked against data, views and teacher."""
         key = "" if ensemble is None else str(ensemble)
         if key not in self._caches:
+            pipeline = self.pipeline
+            needed: dict[str, Any] = {
+                "num_views": pipeline.views.count,
+                "subset": pipeline.data.subset,
+                "trust": self.trust,
+            }
             if ensemble is None:
-                cache, rows = open_fitting_cache(self.pipeline, self.data, self.plan, trust=self.trust)
+                identity = teacher_identity(pipeline, self._fingerprint() if has_teacher(pipeline) else None)
+                cache, rows = open_fitting_cache(pipeline.cache.path, self.data, self.plan, identity, **needed)
                 self._caches[key] = [cache], rows
             else:
-                self._caches[key] = open_fitting_caches(ensemble, self.pipeline, self.data, self.plan, trust=self.trust)
+                caches, rows = open_fitting_caches(ensemble.caches, self.data, self.plan, **needed)
+                if ensemble.combine == "logits":
+                    refuse_sampled(ensemble.caches, caches)
+                self._caches[key] = caches, rows
         return self._caches[key]
 
     def _teacher(self) -> tuple[nn.Module, str]:
         if self._teacher_and_fingerprint is None:
             self._teacher_and_fingerprint = resolve_teacher(self.pipeline, self.data, self.plan, trust=self.trust)
         return self._teacher_and_fingerprint
+
+    def _fingerprint(self) -> str:
+        """The teacher's fingerprint; a teacher that is built only for it is not kept."""
+        built = self._teacher_and_fingerprint or resolve_teacher(self.pipeline, self.data, self.plan, trust=self.trust)
+        return built[1]
 
     def _targets(self) -> np.ndarray:
         return sample_table(self.data.train).targets

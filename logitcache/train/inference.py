@@ -16,6 +16,7 @@ from logitcache.catalog.capture import Capture, Tap, captured_shapes
 from logitcache.config.schema import TeacherConfig
 from logitcache.context import Context
 from logitcache.data.loading import proven_batches
+from logitcache.data.sequences import position_index, positions_in, rows_of_output
 from logitcache.data.views import ViewDataset
 from logitcache.devices import autocast, to_device
 from logitcache.progress import track
@@ -31,7 +32,7 @@ class TeacherOutput:
     input_digests: dict[int, str]
     """Digests of the inputs at proof rows, by row."""
     logits: Tensor
-    """(B, C), on the device."""
+    """(B, C), on the device; of sequences, the rows of all samples one after the other."""
     outputs: dict[str, Tensor]
     """The other outputs by name, (B, *shape), on the device."""
 
@@ -76,9 +77,14 @@ class TeacherRunner:
         loader = proven_batches(
             views, batches, num_workers=context.num_workers, pin_memory=context.device.type == "cuda"
         )
-        for (_, inputs, _), digests in loader:
+        rows = views.plan.rows
+        for (index, inputs, _), digests in loader:
             with torch.inference_mode():
                 logits, outputs = self(inputs)
+                if rows is not None and not rows.one_each:
+                    at_BL = position_index(index, rows, positions_in(logits))
+                    logits = rows_of_output(logits, at_BL)
+                    outputs = {name: rows_of_output(values, at_BL) for name, values in outputs.items()}
             yield TeacherOutput(digests, logits, outputs)
 
 
@@ -93,28 +99,35 @@ def output_shapes(teacher: nn.Module, views: ViewDataset, taps: Mapping[str, Tap
 
 
 def calibrate(runner: TeacherRunner, views: ViewDataset, *, num_views: int, count: int) -> Calibration:
-    """The teacher's logits for (view, sample) pairs drawn from all views, with as few repeated samples as possible.
+    """The teacher's logits of (view, sample) pairs drawn from all views, with as few repeated samples as possible.
 
-    Rows of one sample form a group, so that no sample is used both to fit an encoding and to measure it.
+    Rows of one sample form a group, so that no sample is used both to fit an encoding and to measure it. Of sequences,
+    rows are counted rather than samples.
 
     Args:
         runner: the teacher.
         views: of the training split.
         num_views: views to draw from, starting at 0.
-        count: pairs to draw, at most all of them.
+        count: rows to draw, at most all of them.
     """
     num_samples = len(views)
-    count = min(count, num_samples * num_views)
+    rows = views.plan.rows
     order = keyed_permutation(num_samples, "calibration", views.plan.seed)
-    turns = np.arange(count) // num_samples
-    samples = order[np.arange(count) % num_samples]
+    rows_of = np.ones(num_samples, dtype=np.int64) if rows is None else np.diff(rows.offsets)
+    order = order[rows_of[order] > 0]
+    drawn = np.concatenate([rows_of[order]] * num_views).cumsum()
+    number = min(int(np.searchsorted(drawn, count)) + 1, len(drawn))
+    turns = np.arange(number) // len(order)
+    samples = order[np.arange(number) % len(order)]
     places = np.stack([(samples + turns) % num_views, samples], axis=1)
     places = places[np.lexsort((places[:, 1], places[:, 0]))]
     size = runner.config.batch_size
-    batches = [[(int(view), int(row)) for view, row in places[start : start + size]] for start in range(0, count, size)]
+    batches = [
+        [(int(view), int(row)) for view, row in places[start : start + size]] for start in range(0, number, size)
+    ]
     parts = []
-    with track("calibrating", count, unit="samples") as meter:
-        for output in runner.run(views, batches):
+    with track("calibrating", number, unit="samples") as meter:
+        for batch, output in zip(batches, runner.run(views, batches), strict=True):
             parts.append(output.logits.float().cpu().numpy())
-            meter.advance(len(parts[-1]))
-    return Calibration(np.concatenate(parts), places[:, 1])
+            meter.advance(len(batch))
+    return Calibration(np.concatenate(parts), np.repeat(places[:, 1], rows_of[places[:, 1]]))

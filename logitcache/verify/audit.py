@@ -12,15 +12,16 @@ import torch
 from logitcache.cache.layout import (
     GROUP,
     PER_CACHE,
+    ROW_ARRAYS,
     SAMPLE_ARRAYS,
     array_specs,
     decode_object,
     group_metadata,
+    has_right_rows,
     is_receipt_name,
     object_key,
     receipt_key,
     receipt_names,
-    receipt_rows,
 )
 from logitcache.cache.manifest import (
     CARD,
@@ -36,7 +37,7 @@ from logitcache.cache.manifest import (
 )
 from logitcache.cache.outputs import OutputLayout, output_layouts, outputs_of
 from logitcache.cache.packages import require_packages
-from logitcache.cache.per_cache import fitted_encoding, samples_from_arrays
+from logitcache.cache.per_cache import fitted_encoding, row_map_from_arrays, samples_from_arrays
 from logitcache.cache.records import CacheObject, Records, gathered_receipts, stored_manifest
 from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import ENCODINGS, encoding_from_config
@@ -84,7 +85,7 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
     problems: list[Problem] = []
     records = Records(manifest, _all_receipts(storage, manifest, problems))
     for name, receipt in records.receipts.items():
-        if receipt.rows != receipt_rows(layout, name):
+        if not has_right_rows(layout, name, receipt.rows):
             problems.append(Problem(name, RECEIPTS, "wrong rows"))
         unknown = receipt.objects.keys() - array_specs(layout, name).keys()
         problems += [Problem(name, array, "damaged") for array in sorted(unknown)]
@@ -181,7 +182,9 @@ class _Check:
         if sha256_hex(data) != checked.stored.sha256:
             return "wrong bytes"
         try:
-            values = decode_object(self._manifest.layout, checked.receipt, checked.array, data)
+            values = decode_object(
+                self._manifest.layout, checked.receipt, checked.array, data, num_rows=checked.num_rows
+            )
         except ValueError:
             return "damaged"
         if array_digest(values) != checked.stored.values_sha256:
@@ -201,7 +204,8 @@ class _Check:
             return
         in_order = {name: self._per_cache[name] for name in self._manifest.layout.fixed}
         table = {name: in_order.pop(name) for name in SAMPLE_ARRAYS if name in in_order}
-        for arrays, read in ((table, samples_from_arrays), (in_order, fitted_encoding)):
+        rows = {name: in_order.pop(name) for name in ROW_ARRAYS if name in in_order}
+        for arrays, read in ((table, samples_from_arrays), (rows, row_map_from_arrays), (in_order, fitted_encoding)):
             if arrays:
                 try:
                     read(self._manifest, arrays, url="")

@@ -1,100 +1,115 @@
-"""Compares a cache with the data, views and teacher of a pipeline; runs before the first step of every student."""
+"""Compares a cache with the data, views and teacher at hand; runs before the first step of every student."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from logitcache.cache.averaging import check_same_pixels, check_same_views, refuse_sampled
+from logitcache.cache.averaging import check_same_pixels, check_same_views
 from logitcache.cache.ensemble import merged_parts
 from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.catalog.datasets import Data
-from logitcache.catalog.outputs import sources_of
-from logitcache.config.build import RANDOM, resolve_data, resolve_plan, resolve_teacher, teacher_name, teacher_weights
-from logitcache.config.schema import Pipeline, TeachersConfig
 from logitcache.data.samples import compare_samples, content_table, match_rows, sample_table
 from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.errors import IdentityMismatch, IncompleteCache, unsealed
 from logitcache.progress import track
 
 
-def open_fitting_cache(
-    pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool, any_teacher: bool = False
-) -> tuple[LogitCache, np.ndarray | None]:
-    """Open the pipeline's cache, and compare it with data, views and teacher.
+@dataclass(frozen=True, kw_only=True)
+class TeacherIdentity:
+    """The teacher that a cache is compared with."""
 
-    Of the teacher, the fingerprint of its weights is compared where the weights are available, else only its name.
+    name: str
+    """The fingerprint of its weights, or only its name where the weights are not on this machine."""
+    has_weights: bool
+    """Whether `name` is a fingerprint."""
+    precision: str
+    sources: Mapping[str, Any] = field(default_factory=dict)
+    """Where in the teacher each output comes from, as a cache's identity records it."""
+
+    def computed(self, teacher: str) -> bool:
+        """Whether this is the teacher that a cache's identity states."""
+        return self.name == (teacher if self.has_weights else teacher.partition("@")[0])
+
+
+def open_fitting_cache(
+    location: str,
+    data: Data,
+    plan: ViewPlan,
+    teacher: TeacherIdentity | None,
+    *,
+    num_views: int,
+    subset: bool = False,
+    trust: bool,
+) -> tuple[LogitCache, np.ndarray | None]:
+    """Open a sealed cache, and compare it with data, views and teacher.
 
     Args:
-        pipeline: names the cache and the teacher.
-        data, plan: built from the pipeline.
+        location: of the cache.
+        data, plan: what a student is trained on.
+        teacher: None accepts any teacher.
+        num_views: views that the cache must have.
+        subset: allow the data to lack some of the cached samples.
         trust: allow entry points from outside the working folder.
-        any_teacher: don't compare the teacher and its precision.
 
     Returns:
         The cache, and the cache's row of each sample in the data, int64 (M,); None where both have the same order.
 
     Raises:
         IdentityMismatch: something differs; names the field or the sample.
-        IncompleteCache: the cache is not sealed, or has fewer views than the pipeline needs.
+        IncompleteCache: the cache is not sealed, or has too few views.
     """
-    cache = open_cache(pipeline.cache.path, trust=trust)
-    _check_sealed(cache, pipeline.cache.path)
+    cache = _open_sealed(location, trust=trust)
     differences = view_differences(cache, data, plan)
-    if not any_teacher:
-        differences += teacher_differences(cache, pipeline, data, plan, trust=trust)
+    if teacher is not None:
+        differences += teacher_differences(cache, teacher)
     if differences:
         raise IdentityMismatch(
-            f"cache {cache.id[:12]}… at {pipeline.cache.path} doesn't match this pipeline; they differ in\n  "
+            f"cache {cache.id[:12]}… at {location} doesn't match this pipeline; they differ in\n  "
             + "\n  ".join(differences)
             + "\nRevert these differences, or build another cache with another cache.path."
         )
-    _check_views(cache, pipeline.cache.path, pipeline.views.count)
+    _check_views(cache, location, num_views)
     if cache.samples is None:
         if cache.num_samples != len(data.train):
             raise IdentityMismatch(
                 f"cache {cache.id[:12]}… has {cache.num_samples} samples; this dataset has {len(data.train)}"
             )
         return cache, None
-    rows = match_rows(cache.samples, sample_table(data.train), cache_id=cache.id, subset=pipeline.data.subset)
+    rows = match_rows(cache.samples, sample_table(data.train), cache_id=cache.id, subset=subset)
     same_order = len(rows) == cache.num_samples and bool((rows == np.arange(len(rows))).all())
     return cache, None if same_order else rows
 
 
 def open_fitting_caches(
-    teachers: TeachersConfig, pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool
+    locations: Sequence[str], data: Data, plan: ViewPlan, *, num_views: int, subset: bool = False, trust: bool
 ) -> tuple[list[LogitCache], np.ndarray | None]:
     """Open the caches of several teachers; compare the first with data and views, and the others with the first.
 
     Raises:
-        UsageError: a mean of logits is configured, and a cache has the encoding `Sampled`.
         IdentityMismatch, IncompleteCache: as `open_fitting_cache`; names the cache.
     """
-    caches: list[LogitCache] = []
-    for location in teachers.caches:
-        moved = pipeline.model_copy(update={"cache": pipeline.cache.model_copy(update={"path": location})})
-        if not caches:
-            cache, rows = open_fitting_cache(moved, data, plan, trust=trust, any_teacher=True)
-        else:
-            cache = open_cache(location, trust=trust)
-            _check_sealed(cache, location)
-            check_same_views(teachers.caches[0], caches[0], location, cache)
-        _check_views(cache, location, pipeline.views.count)
+    first, rows = open_fitting_cache(locations[0], data, plan, None, num_views=num_views, subset=subset, trust=trust)
+    caches = [first]
+    for location in locations[1:]:
+        cache = _open_sealed(location, trust=trust)
+        check_same_views(locations[0], first, location, cache)
+        _check_views(cache, location, num_views)
         caches.append(cache)
-    check_same_pixels(teachers.caches, caches, pipeline.views.count)
-    if teachers.combine == "logits":
-        refuse_sampled(teachers.caches, caches)
+    check_same_pixels(locations, caches, num_views)
     return caches, rows
 
 
-def _check_sealed(cache: LogitCache, location: str) -> None:
+def _open_sealed(location: str, *, trust: bool) -> LogitCache:
+    cache = open_cache(location, trust=trust)
     if not cache.sealed:
         raise unsealed(location)
+    return cache
 
 
 def _check_views(cache: LogitCache, location: str, count: int) -> None:
@@ -116,67 +131,52 @@ def view_differences(cache: LogitCache, data: Data, plan: ViewPlan) -> list[str]
     return _differences(cache, here)
 
 
-def teacher_differences(cache: LogitCache, pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bool) -> list[str]:
-    """The fields of the cache's identity that differ from the pipeline's teacher, or the sources of its outputs.
+def teacher_differences(cache: LogitCache, teacher: TeacherIdentity) -> list[str]:
+    """The fields of the cache's identity that differ from a teacher, or from the sources of its outputs.
 
     Outputs that only one of them has are no difference: those that a student needs are checked separately.
     """
     cached = cache.manifest.identity
-    here: dict[str, Any] = {"precision": pipeline.teacher.precision}
-    at_hand = has_teacher(pipeline)
-    ours = resolve_teacher(pipeline, data, plan, trust=trust)[1] if at_hand else teacher_name(pipeline)
-
-    def is_ours(teacher: str) -> bool:
-        return ours == (teacher if at_hand else teacher.partition("@")[0])
-
-    # The cache of a mean matches a pipeline with any of its teachers.
+    here: dict[str, Any] = {"precision": teacher.precision}
+    # The cache of a mean matches any of its teachers.
     parts = merged_parts(cache.manifest)
     if not parts:
-        here["output_sources"] = _sources(cached.output_sources, sources_of(pipeline.cache.outputs))
-    part = next((part for part in parts if is_ours(part.teacher)), None)
-    if part is not None and part.precision == pipeline.teacher.precision:
+        here["output_sources"] = _sources(cached.output_sources, teacher.sources)
+    part = next((part for part in parts if teacher.computed(part.teacher)), None)
+    if part is not None and part.precision == teacher.precision:
         del here["precision"]
-    if part is None and not is_ours(cached.teacher):
-        here["teacher"] = ours
+    if part is None and not teacher.computed(cached.teacher):
+        here["teacher"] = teacher.name
     differences = _differences(cache, here)
     if parts and part is None:
-        differences.append(
-            f"teacher: the cache is the mean of {', '.join(part.teacher for part in parts)}, none of which is {ours}"
-        )
+        teachers = ", ".join(part.teacher for part in parts)
+        differences.append(f"teacher: the cache is the mean of {teachers}, none of which is {teacher.name}")
     return differences
 
 
-def has_teacher(pipeline: Pipeline) -> bool:
-    """Whether the teacher's weights are available; without them only its name can be compared."""
-    weights = teacher_weights(pipeline)
-    return weights in (None, RANDOM) or Path(str(weights)).is_file()
-
-
-def _sources(cached: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """The cache's sources, replaced by the pipeline's for the logits and for outputs that both have."""
-    shared = {name: asked[name] for name in cached.keys() & asked.keys()}
-    logits = {LOGITS: asked[LOGITS]} if LOGITS in asked else {}
+def _sources(cached: dict[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
+    """The cache's sources, replaced by those here for the logits and for outputs that both have."""
+    shared = {name: here[name] for name in cached.keys() & here.keys()}
+    logits = {LOGITS: here[LOGITS]} if LOGITS in here else {}
     return {name: source for name, source in cached.items() if name != LOGITS} | shared | logits
 
 
-def all_differences(cache: LogitCache, pipeline: Pipeline, *, trust: bool) -> list[str]:
-    """All differences between a pipeline's data, views and teacher and those of a cache, one line each.
+def all_differences(
+    cache: LogitCache, data: Data, plan: ViewPlan, teacher: TeacherIdentity, *, num_views: int, num_workers: int
+) -> list[str]:
+    """All differences between data, views and teacher and those of a cache, one line each.
 
     Reads every sample once, and renders the proof rows of every view.
     """
-    data = resolve_data(pipeline, trust=trust)
-    plan = resolve_plan(pipeline, data, trust=trust)
-    differences = view_differences(cache, data, plan)
-    differences += teacher_differences(cache, pipeline, data, plan, trust=trust)
-    if pipeline.views.count > len(cache.views):
-        differences.append(f"views.count: {len(cache.views)} in the cache, {pipeline.views.count} here")
+    differences = view_differences(cache, data, plan) + teacher_differences(cache, teacher)
+    if num_views > len(cache.views):
+        differences.append(f"views.count: {len(cache.views)} in the cache, {num_views} here")
     if cache.samples is None:
         return differences
     here = sample_table(data.train)
     with track("reading the data", here.num_samples, unit="samples") as meter:
-        here = replace(
-            here, contents=content_table(data.train, num_workers=pipeline.num_workers, advance=meter.advance)
-        )
+        contents = content_table(data.train, num_workers=num_workers, advance=meter.advance)
+    here = replace(here, contents=contents)
     differences += compare_samples(cache.samples, here)
     if not differences:
         views = ViewDataset(data.train, plan, rows=match_rows(cache.samples, here, cache_id=cache.id))

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import logitcache
-from logitcache.cache.layout import blocks_per_view
 from logitcache.cache.per_cache import read_per_cache_array
 from logitcache.data.samples import SampleTable
 from tests.needs import need_package
@@ -66,7 +65,7 @@ def test_a_stranger_reads_every_array_and_every_logit(tmp_path: Path, encoding: 
 
     for name in cache.layout.arrays:
         for view in range(VIEWS):
-            ours = cache.read_blocks(view, range(blocks_per_view(cache.layout)))[name]
+            ours = cache.read_blocks(view, range(cache.layout.blocks_per_view))[name]
             np.testing.assert_array_equal(ours, found[f"array_{name}"][view])
             assert ours.dtype == found[f"array_{name}"].dtype
     for name in cache.layout.fixed:

@@ -31,10 +31,10 @@ from logitcache.share.transfer import pull, push
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.plan import plan_pipeline
 from logitcache.stages.train_student import train_students
+from logitcache.stages.verify_match import verify_match
 from logitcache.train.hint_config import hints_config
 from logitcache.verify.audit import verify
 from logitcache.verify.repair import repair
-from logitcache.verify.spot_check import spot_check
 
 Make = Callable[..., Pipeline]
 GUIDE = Path(__file__).parents[2] / "docs/losses.md"
@@ -431,7 +431,7 @@ def test_stage_1_in_bfloat16_and_channels_last(tiny: Make) -> None:
 def test_what_the_teacher_made_is_checked_and_mended_by_it(tiny: Make) -> None:
     pipeline = tiny(*HEADS)
     digest = cache_teacher(pipeline).manifest.digest
-    assert [] == spot_check(pipeline, 60)
+    assert [] == verify_match(pipeline, recompute=60)
     file = Path(pipeline.cache.path) / "labels.zarr" / "features_values" / "c" / "1" / "2" / "0"
     file.unlink()
     result = repair(pipeline.cache.path, recompute=lambda: cache_teacher(pipeline).manifest.digest)
@@ -446,7 +446,7 @@ def test_features_that_the_teacher_would_not_give_again_are_found(tiny: Make, mo
     cache_teacher(pipeline)
     monkeypatch.setattr(Tap, "take", take)
 
-    assert {"other features"} == {problem.kind for problem in spot_check(pipeline, 5)}
+    assert {"other features"} == {problem.kind for problem in verify_match(pipeline, recompute=5)}
 
 
 def test_plan_counts_the_outputs(tiny: Make) -> None:

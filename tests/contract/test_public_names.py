@@ -21,7 +21,7 @@ PUBLIC = {
         layout logits manifest num_classes num_samples num_views outputs pin prefetch read_blocks read_encoded
         receipts records rows samples sealed storage stored_bytes target_bytes verify_inputs view view_bytes view_plan
         views window_blocks""",
-    "View": "logits num_classes num_rows number output",
+    "View": "logits num_classes num_rows number output targets",
     "ViewDataset": """batch check_view collate dataset index_of input_digests num_samples plan preprocess proofs row rows
         set_view""",
     "ViewPlan": """collate contents datasets describe limit_views mixes mixing mixture num_classes num_samples preprocess seed

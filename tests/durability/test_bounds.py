@@ -17,7 +17,7 @@ import torch
 import logitcache
 from logitcache.arrays import ArraySpec
 from logitcache.cache import records, summary
-from logitcache.cache.layout import PER_CACHE, all_blocks, block_rows, decode_object, decode_rows
+from logitcache.cache.layout import PER_CACHE, all_blocks, decode_object, decode_rows
 from logitcache.cache.manifest import (
     MANIFEST,
     RECEIPTS,
@@ -32,6 +32,7 @@ from logitcache.cache.manifest import (
 )
 from logitcache.cache.records import Records, dump_receipts
 from logitcache.cache.summary import find_caches
+from logitcache.data.rows import OneRowEach
 from logitcache.errors import CorruptCache, IncompleteCache, NotACache, StorageError
 from logitcache.storage import Storage, open_storage, remote
 from logitcache.verify import audit
@@ -79,7 +80,10 @@ def simulated(path: Path, **shape: int) -> None:
     stored = StoredObject(bytes=20, sha256="0" * 64, values_sha256="1" * 64)
     receipts = {PER_CACHE: Receipt(rows=claimed.num_samples, objects={}, kl_mean=None, kl_max=None, inputs={})}
     for block in all_blocks(claimed):
-        rows, objects = len(block_rows(claimed, block)), dict.fromkeys(claimed.arrays, stored)
+        rows, objects = (
+            len(OneRowEach(claimed.num_samples, claimed.rows_per_block).block_rows(block.number)),
+            dict.fromkeys(claimed.arrays, stored),
+        )
         receipts[block.name] = Receipt(rows=rows, objects=objects, kl_mean=0.01, kl_max=0.123, inputs={})
     seal(path, receipts)
 
@@ -185,9 +189,9 @@ def test_a_chunk_of_another_size_is_refused_before_memory_is_asked_for() -> None
         update={"fixed": {"basis": PerCacheSpec.model_construct(dtype="float32", shape=[2**40, 2**10])}}
     )
     with pytest.raises(ValueError, match="a chunk of None bytes; expected"):
-        decode_rows(ArraySpec(dtype="float32", row_shape=(2**20,)), [b"short"], num_rows=2**40, rows_per_block=2**10)
+        decode_rows(ArraySpec(dtype="float32", row_shape=(2**20,)), [b"short"], [2**40], rows_per_block=2**40)
     with pytest.raises(ValueError, match="a chunk of None bytes; expected"):
-        decode_object(large, PER_CACHE, "basis", b"short")
+        decode_object(large, PER_CACHE, "basis", b"short", num_rows=1)
 
 
 @pytest.mark.parametrize("key", [MANIFEST, RECEIPTS])

@@ -258,9 +258,13 @@ def test_a_transform_that_fails_on_a_sample_names_both(folder: Path, tmp_path: P
 def test_a_missing_pipeline_and_one_that_is_no_yaml(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("data: [")
     (tmp_path / "list.yaml").write_text("- data")
+    (tmp_path / "digits.yaml").write_text(f"data: {'9' * 5000}")
 
     refused(logitcache("cache-teacher", tmp_path / "gone.yaml"), 2, "gone.yaml does not exist")
     refused(logitcache("cache-teacher", tmp_path / "bad.yaml"), 2, "bad.yaml is not valid YAML")
+    refused(
+        logitcache("cache-teacher", tmp_path / "digits.yaml"), 2, "digits.yaml is not valid YAML: Exceeds the limit"
+    )
     refused(logitcache("cache-teacher", tmp_path / "list.yaml"), 2, "expected a pipeline: a mapping with")
 
 

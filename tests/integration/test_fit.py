@@ -15,7 +15,7 @@ from logitcache.config.schema import Pipeline
 from logitcache.errors import IdentityMismatch, IncompleteCache, UsageError
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import Experiment, train_students
-from logitcache.verify.fit import all_differences
+from logitcache.stages.verify_match import verify_match
 from tests.conftest import PICTURES
 
 Make = Callable[..., Pipeline]
@@ -90,12 +90,12 @@ def test_another_library_that_renders_otherwise_is_noticed_by_its_pixels(
 def test_another_order_is_mapped_by_key_and_trains(tiny: Make) -> None:
     cache_teacher(tiny(*PICTURES))
     backwards = tiny(*PICTURES, f"data.args={{order: {list(range(39, -1, -1))}}}")
-    cache, rows = Experiment(backwards).cache()
+    _, rows = Experiment(backwards).cache()
     (row,) = train_students(backwards, ["small"])
 
     assert list(range(39, -1, -1)) == rows.tolist()  # type: ignore[union-attr]
     assert row.samples == 40
-    assert all_differences(cache, tiny(*PICTURES), trust=False) == []
+    assert [] == verify_match(tiny(*PICTURES))
 
 
 def test_a_subset_that_is_meant_is_mapped_by_key_and_trains(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,8 +138,8 @@ def test_stage_one_refuses_to_mix_two_datasets_in_one_cache(tiny: Make) -> None:
 
 def test_all_differences_are_listed(tiny: Make) -> None:
     cache_teacher(tiny(*PICTURES))
-    cache = logitcache.open(tiny().cache.path)
-    found = all_differences(cache, tiny(*PICTURES, "views.seed=9", "data.args={relabel: 3, repaint: 5}"), trust=False)
+    problems = verify_match(tiny(*PICTURES, "views.seed=9", "data.args={relabel: 3, repaint: 5}"))
+    found = [problem.path for problem in problems]
 
     assert [
         found[0],

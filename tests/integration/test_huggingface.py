@@ -30,9 +30,8 @@ from logitcache.stages.matched_data import RecordedData, match_data
 from logitcache.stages.plan import plan_pipeline
 from logitcache.stages.train_student import train_students
 from logitcache.stages.train_teacher import train_teacher
+from logitcache.stages.verify_match import verify_match
 from logitcache.verify.audit import verify
-from logitcache.verify.fit import all_differences
-from logitcache.verify.spot_check import spot_check
 from tests.texts import Texts, pad_to_the_left
 
 Make = Callable[..., Pipeline]
@@ -94,8 +93,7 @@ def test_a_bert_teaches_a_distilbert_on_padded_texts(tiny: Make, tmp_path: Path)
         torch.testing.assert_close(
             cache.view(view).logits(np.arange(60)).log_softmax(dim=1), expected, atol=1e-5, rtol=0
         )
-    assert [] == all_differences(cache, pipeline, trust=False)
-    assert [] == spot_check(pipeline, 20)
+    assert [] == verify_match(pipeline, recompute=20)
     assert ["small", "labels"] == [row.name for row in rows]
     runs = find_runs(Path(pipeline.runs.path), cache)
     measure_students(runs, cache, 0, RecordedData(pipeline.cache.path).of_run)

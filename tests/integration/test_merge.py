@@ -27,10 +27,9 @@ from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, I
 from logitcache.extras.merge import calibration_sample, mean_of_logits, mean_of_probabilities, merge
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
+from logitcache.stages.verify_match import verify_match
 from logitcache.verify.audit import verify
-from logitcache.verify.fit import all_differences
 from logitcache.verify.repair import repair
-from logitcache.verify.spot_check import spot_check
 from tests.commands import logitcache as run
 from tests.conftest import PICTURES
 from tests.integration.test_fit import never
@@ -393,7 +392,7 @@ def test_a_student_trains_from_a_merged_cache_with_the_pipeline_of_either_teache
 
     assert 40 == rows[0][0].samples
     assert weights[0] == weights[1]
-    assert [] == all_differences(cache, at(one, merged, tmp_path), trust=False)
+    assert [] == verify_match(at(one, merged, tmp_path))
     views = ViewDataset(resolve_data(one, trust=False).train, cache.view_plan)
     assert [8, 8] == [cache.verify_inputs(views, view) for view in range(2)]
     assert torch.allclose((read_all(one.cache.path) + read_all(other.cache.path)) / 2, read_all(merged), atol=1e-6)
@@ -431,7 +430,7 @@ def test_no_one_teacher_is_asked_about_a_mean(tiny: Make, tmp_path: Path) -> Non
     one, _, merged = two_teachers(tiny, tmp_path)
     pipeline = at(one, merged, tmp_path)
     with pytest.raises(UsageError, match="no single teacher can be run again"):
-        spot_check(pipeline, 3)
+        verify_match(pipeline, recompute=3)
     digest = logitcache.open(merged).digest
     shutil.copytree(merged, tmp_path / "copy.cache")
     victim = next(path for path in Path(merged, "labels.zarr/logits/c").rglob("*") if path.is_file())

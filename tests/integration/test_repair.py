@@ -13,9 +13,9 @@ import pytest
 from logitcache.config.schema import Pipeline
 from logitcache.errors import CorruptCache, IdentityMismatch, UsageError
 from logitcache.stages.cache_teacher import cache_teacher
+from logitcache.stages.verify_match import verify_match
 from logitcache.verify.audit import verify
 from logitcache.verify.repair import repair
-from logitcache.verify.spot_check import spot_check
 
 
 def chunks(path: str) -> list[Path]:
@@ -114,7 +114,7 @@ def test_the_teacher_knows_its_labels_again(tiny: Callable[..., Pipeline], encod
     pipeline = tiny(f"cache.encoding={encoding}")
     cache_teacher(pipeline)
 
-    assert [] == spot_check(pipeline, 100)
+    assert [] == verify_match(pipeline, recompute=100)
 
 
 def test_labels_that_are_not_the_teachers_are_named(tiny: Callable[..., Pipeline]) -> None:
@@ -138,7 +138,7 @@ def test_labels_that_are_not_the_teachers_are_named(tiny: Callable[..., Pipeline
         for view in range(2):
             writer.write(view=view, start=0, logits=torch.randn(layout.num_samples, 10))
 
-    problems = spot_check(pipeline, 40)
+    problems = verify_match(pipeline, recompute=40)
     assert {"other logits"} == {problem.kind for problem in problems}
     assert len(problems) > 30
 

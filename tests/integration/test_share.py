@@ -39,10 +39,10 @@ from logitcache.errors import (
 from logitcache.share.transfer import UNDER_WAY, pull, push
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
+from logitcache.stages.verify_match import verify_match
 from logitcache.storage import LocalStorage, open_storage, remote
 from logitcache.storage.remote import RemoteStorage
 from logitcache.verify.audit import verify
-from logitcache.verify.spot_check import spot_check
 from tests import servers
 from tests.commands import logitcache as run_command
 from tests.commands import run_json
@@ -320,7 +320,7 @@ def test_students_train_on_a_copy_of_later_views_only(tiny: Callable[..., Pipeli
     [row] = train_students(later, ["small"])
 
     assert row.accuracy_mean is not None
-    assert [] == spot_check(later, 20)
+    assert [] == verify_match(later, recompute=20)
     with pytest.raises(IncompleteCache, match="needs 3 views.*has 2"):
         train_students(tiny("views.count=3", f"cache.path={tmp_path / 'later.cache'}"), ["small"])
 

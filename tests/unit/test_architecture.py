@@ -12,12 +12,12 @@ PACKAGE = Path(__file__).parents[2] / "logitcache"
 
 FLOOR = {
     "errors": 0, "strict_json": 0, "digest": 0, "randomness": 0, "progress": 0, "devices": 0, "entry_points": 0, "markdown": 0,
-    "arrays": 0, "checksums": 0, "registry": 0, "context": 0, "deprecation": 0,
+    "arrays": 0, "checksums": 0, "registry": 0, "context": 0, "deprecation": 0, "targets": 0,
     "losses": 1, "encodings": 1, "data": 1, "storage": 1,
     "cache": 2,
     "share": 3, "catalog": 3, "testing": 3,
-    "config": 4, "train": 4,
-    "stages": 5, "verify": 5,
+    "config": 4, "train": 4, "verify": 4,
+    "stages": 5,
     "extras": 6,
     "cli": 7, "__init__": 7,
 }  # fmt: skip
@@ -36,11 +36,6 @@ def test_imports_only_go_down() -> None:
 
 TAKES_PIPELINES = {"config", "stages", "cli"}
 """Configuration ends here: other packages take the objects that `config/build` makes from a pipeline."""
-TO_CONVERT = {
-    "verify/fit.py",
-    "verify/spot_check.py",
-}
-"""Modules that still take one; entries are only ever removed."""
 
 
 def test_no_function_or_attribute_outside_config_and_stages_takes_a_pipeline() -> None:
@@ -51,7 +46,7 @@ def test_no_function_or_attribute_outside_config_and_stages_takes_a_pipeline() -
         and "Pipeline" in annotated_names(ast.parse(path.read_text()))
     }
 
-    assert found - TO_CONVERT == set()
+    assert set() == found
 
 
 def annotated_names(module: ast.Module) -> set[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from logitcache.cache.ground_truth import NO_TARGET, MixingOfCache, targets_of
-from logitcache.cache.layout import Block, block_rows, blocks_per_view
+from logitcache.cache.layout import Block
 from logitcache.cache.reader import LogitCache
 from logitcache.errors import REBUILD, IncompleteCache
 from logitcache.extras.report.measures import Predictions, Reliability, concatenate, predictions_of, reliability
@@ -87,7 +87,7 @@ def complete_views(cache: LogitCache) -> list[int]:
     Raises:
         IncompleteCache: no view is complete.
     """
-    numbers = range(blocks_per_view(cache.layout))
+    numbers = range(cache.layout.blocks_per_view)
     views = [view for view in cache.views if all(Block(view, number).name in cache.receipts for number in numbers)]
     if not views:
         raise IncompleteCache(f"{cache.storage.url} has no complete view yet, so there is nothing to report; {REBUILD}")
@@ -102,15 +102,15 @@ def select_rows(
     Datasets are often sorted by class, so blocks are evenly spaced over the dataset, views alternate, and the rows of
     a block are evenly spaced too.
     """
-    layout, per_view = cache.layout, blocks_per_view(cache.layout)
-    everything = len(views) * cache.num_samples <= max_rows
+    layout, per_view = cache.layout, cache.layout.blocks_per_view
+    everything = len(views) * cache.num_rows <= max_rows
     num_blocks = len(views) * per_view
     if not everything:
         num_blocks = min(num_blocks, max_rows, max(max_blocks, max_rows // layout.rows_per_block))
     chosen: dict[int, list[np.ndarray]] = {}
     for place in range(num_blocks):
         number = (2 * place + 1) * per_view // (2 * num_blocks)
-        rows = block_rows(layout, Block(0, number))
+        rows = cache.row_map.block_rows(number)
         taken = len(rows) if everything else min(len(rows), max_rows // num_blocks)
         chosen.setdefault(views[place % len(views)], []).append(rows.start + np.arange(taken) * len(rows) // taken)
     return {view: np.concatenate(chosen[view]) for view in sorted(chosen)}
@@ -153,4 +153,4 @@ def measure_teacher(cache: LogitCache) -> TeacherStats:
             found.targets[found.mixed] = NO_TARGET
             found.nll[found.mixed] = np.nan
             found.in_top5[found.mixed] = False
-    return TeacherStats(found, len(views) * cache.num_samples, views, scored_by)
+    return TeacherStats(found, len(views) * cache.num_rows, views, scored_by)

@@ -1,0 +1,273 @@
+"""Token sequences: a dataset of token ids, the rows of each sequence, and where each row lies in a batch.
+
+A row is one prediction. In a causal language model it is that of the next token, at the position before it; in a masked
+one it is that of the token at its own position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitcache.data.index import ROW_MASK
+from logitcache.errors import ShapeError, UsageError
+
+# N samples, T tokens of all samples, R rows, B sequences of a batch, P rows of a packed batch, L length
+
+CAUSAL = "causal"
+MASKED = "masked"
+CLASSIFICATION = "classification"
+TASKS = (CAUSAL, MASKED, CLASSIFICATION)
+NO_CLASS = -1
+"""The target of a sample that has no class."""
+
+
+class RowPlaces(Protocol):
+    """The part of a row map that places rows in their samples."""
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """First row of each sample, and the number of rows at the end, int64 (N + 1,)."""
+
+    @property
+    def positions(self) -> np.ndarray | None:
+        """Position of each row in its sample, int32 (R,); None if it is 0, 1, 2, …"""
+
+
+class TokenDataset:
+    """Sequences of token ids. Item i is ({"input_ids", "attention_mask"}, target), both tensors int64 (L,).
+
+    Args:
+        sequences: the token ids of each sample.
+        keys: one unique string per sample.
+        task: "causal", "masked" or "classification".
+        vocab_size: number of token ids.
+        tokenization: how the ids were made, as JSON; part of a cache's identity.
+        targets: class numbers; default -1, which is no class.
+        class_names: of the targets.
+        predicted: for each sample a mask of the tokens that a row predicts. Default: all. The first token of a causal
+            sequence never has a row.
+        documents: number of the document that each sample is from; a split keeps documents whole.
+        special_ids: ids that text views never change.
+        mask_id: id of the mask token; None if there is none.
+
+    Raises:
+        UsageError: an empty sequence, or an id beyond the vocabulary; names the sample.
+    """
+
+    in_memory = True
+
+    def __init__(
+        self,
+        sequences: Sequence[np.ndarray],
+        *,
+        keys: Sequence[str],
+        task: str,
+        vocab_size: int,
+        tokenization: Mapping[str, Any],
+        targets: np.ndarray | None = None,
+        class_names: list[str] | None = None,
+        predicted: Sequence[np.ndarray] | None = None,
+        documents: np.ndarray | None = None,
+        special_ids: Sequence[int] = (),
+        mask_id: int | None = None,
+    ) -> None:
+        if task not in TASKS:
+            raise UsageError(f"unknown task {task!r}; expected one of: {', '.join(TASKS)}")
+        self.keys = list(keys)
+        self.task = task
+        self.vocab_size = vocab_size
+        self.tokenization = dict(tokenization)
+        self.class_names = class_names
+        self.special_ids = tuple(special_ids)
+        self.mask_id = mask_id
+        count = len(sequences)
+        self.targets = np.full(count, NO_CLASS, dtype=np.int64) if targets is None else np.asarray(targets, np.int64)
+        self.documents = np.arange(count) if documents is None else np.asarray(documents, dtype=np.int64)
+        self.lengths = np.array([len(ids) for ids in sequences], dtype=np.int64)
+        """Tokens of each sample, int64 (N,)."""
+        self._starts = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
+        self._check_ids(sequences)
+        self._ids = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in sequences])
+        self.rows_per_sample: np.ndarray | None = None
+        """Rows of each sample, int64 (N,); None for classification, where each sample has one row."""
+        self.row_positions: np.ndarray | None = None
+        """Position of each row in its sample, int32 (R,); None if it is 0, 1, 2, …"""
+        self._row_tokens: np.ndarray | None = None
+        if task != CLASSIFICATION:
+            self._place_rows(None if predicted is None else np.concatenate([np.asarray(p, bool) for p in predicted]))
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of a row: token ids, or those of the targets."""
+        if self.task != CLASSIFICATION:
+            return self.vocab_size
+        return len(self.class_names) if self.class_names else int(self.targets.max()) + 1
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], int]:
+        ids = torch.from_numpy(self.ids(index).astype(np.int64))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, int(self.targets[index])
+
+    def ids(self, index: int) -> np.ndarray:
+        """The token ids of a sample, int32 (L,)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no sample {index} of {len(self)}")
+        return self._ids[self._starts[index] : self._starts[index + 1]]
+
+    def content(self, index: int) -> bytes:
+        """The token ids, which are all that a model is given."""
+        return b"token ids, int32, little-endian\n" + self.ids(index).astype("<i4").tobytes()
+
+    def row_targets(self, rows: Any) -> np.ndarray:
+        """The true token of each row, int64 (B,), whatever a view does to the inputs.
+
+        Args:
+            rows: row numbers of this dataset, int (B,).
+
+        Raises:
+            UsageError: the task is classification, where `targets` has the classes.
+        """
+        if self._row_tokens is None:
+            raise UsageError("the samples of a classification have targets, not tokens to predict; use `targets`")
+        tokens: np.ndarray = self._ids[self._row_tokens[np.asarray(rows)]].astype(np.int64)
+        return tokens
+
+    def select(self, indices: np.ndarray) -> TokenDataset:
+        """Some samples in a given order, with their keys."""
+        chosen = [int(index) for index in indices]
+        predicted = None
+        if self._row_tokens is not None:
+            is_predicted = np.zeros(len(self._ids), dtype=bool)
+            is_predicted[self._row_tokens] = True
+            predicted = [is_predicted[self._starts[index] : self._starts[index + 1]] for index in chosen]
+        return TokenDataset(
+            [self.ids(index) for index in chosen],
+            keys=[self.keys[index] for index in chosen],
+            task=self.task,
+            vocab_size=self.vocab_size,
+            tokenization=self.tokenization,
+            targets=self.targets[chosen],
+            class_names=self.class_names,
+            predicted=predicted,
+            documents=self.documents[chosen],
+            special_ids=self.special_ids,
+            mask_id=self.mask_id,
+        )
+
+    def _check_ids(self, sequences: Sequence[np.ndarray]) -> None:
+        if not len(sequences):
+            raise UsageError("the dataset has no text; expected at least one sequence of tokens")
+        for key, ids in zip(self.keys, sequences, strict=True):
+            if not len(ids):
+                raise UsageError(f"sample {key!r} has no tokens; remove it, or use a tokenizer with special tokens")
+            lowest, highest = int(np.min(ids)), int(np.max(ids))
+            if lowest < 0 or highest >= self.vocab_size:
+                found = lowest if lowest < 0 else highest
+                raise UsageError(
+                    f"sample {key!r} has the token id {found}, beyond a vocabulary of {self.vocab_size} (0 to "
+                    f"{self.vocab_size - 1}); use the tokenizer of this vocabulary"
+                )
+
+    def _place_rows(self, predicted: np.ndarray | None) -> None:
+        positions = np.arange(len(self._ids)) - np.repeat(self._starts[:-1], self.lengths)
+        is_predicted = np.ones(len(self._ids), dtype=bool) if predicted is None else predicted.copy()
+        if self.task == CAUSAL:
+            is_predicted[self._starts[:-1]] = False
+            positions -= 1
+        tokens = np.flatnonzero(is_predicted)
+        counts = np.add.reduceat(is_predicted, self._starts[:-1], dtype=np.int64)
+        within = np.arange(len(tokens)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self._row_tokens, self.rows_per_sample = tokens, counts
+        if not np.array_equal(within, positions[tokens]):
+            self.row_positions = positions[tokens].astype(np.int32)
+
+
+def length_batches(lengths: np.ndarray, batch_size: int, max_tokens: int | None = None) -> list[np.ndarray]:
+    """Batches of sequences of similar length, as positions in `lengths`: a pure function of the lengths.
+
+    The longest sequences come first, so that the first batch takes the most memory. Equal lengths keep their order.
+
+    Args:
+        lengths: int (N,).
+        batch_size: most sequences of a batch.
+        max_tokens: most tokens of a batch with its padding; a longer sequence is a batch of its own.
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    batches = []
+    start = 0
+    while start < len(order):
+        size = batch_size
+        if max_tokens is not None:
+            size = max(1, min(size, max_tokens // max(int(lengths[order[start]]), 1)))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def position_index(index: Tensor, rows: RowPlaces, length: int) -> Tensor:
+    """The index of each position of a padded batch, int64 (B, L); -1 where a position has no row.
+
+    Args:
+        index: view and first row of each sequence, int64 (B,), from `ViewDataset`; -1 if it has no rows.
+        rows: the row map of the cache.
+        length: L.
+
+    Raises:
+        ShapeError: a row lies beyond L.
+        UsageError: an index that is not that of a sample's first row.
+    """
+    sequence, position, found = _row_places(index, rows)
+    if len(position) and int(position.max()) >= length:
+        raise ShapeError(
+            f"a row lies at position {int(position.max())} of its sample, and the batch has {length} positions; a "
+            "collate function must not shorten sequences"
+        )
+    index_BL = torch.full((len(index), length), -1, dtype=torch.int64)
+    index_BL[sequence, position] = found
+    return index_BL
+
+
+def packed_index(index: Tensor, rows: RowPlaces, position_ids: Tensor) -> Tensor:
+    """The index of each position of a packed batch, int64 (P, L); -1 where a position has no row.
+
+    Args:
+        index: view and first row of each sequence, int64 (B,), in the order of the batch; -1 if it has no rows.
+        rows: the row map of the cache.
+        position_ids: int (P, L) of `data.packing.pack`: each sequence starts at 0.
+
+    Raises:
+        ShapeError: another number of sequences than indices.
+    """
+    starts = torch.nonzero(position_ids.flatten() == 0).flatten()
+    if len(starts) != len(index):
+        raise ShapeError(f"the packed batch has {len(starts)} sequences, and {len(index)} indices; expected one each")
+    sequence, position, found = _row_places(index, rows)
+    index_PL = torch.full((position_ids.numel(),), -1, dtype=torch.int64)
+    index_PL[starts[sequence] + position] = found
+    return index_PL.reshape(position_ids.shape)
+
+
+def _row_places(index: Tensor, rows: RowPlaces) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row of a batch: its sequence's number in the batch, its position there, and its index; int64 (R,)."""
+    index_B = index.detach().cpu().numpy()
+    first_B = np.where(index_B < 0, 0, index_B & ROW_MASK)
+    sample_B = np.searchsorted(rows.offsets, first_B, side="right") - 1
+    is_first = rows.offsets[sample_B] == first_B
+    if not is_first[index_B >= 0].all():
+        row = int(first_B[(index_B >= 0) & ~is_first][0])
+        raise UsageError(f"row {row} is not the first one of a sample; pass the index that `ViewDataset` gives")
+    counts_B = np.where(index_B < 0, 0, rows.offsets[np.minimum(sample_B + 1, len(rows.offsets) - 1)] - first_B)
+    sequence_R = np.repeat(np.arange(len(index_B)), counts_B)
+    within_R = np.arange(len(sequence_R)) - np.repeat(np.cumsum(counts_B) - counts_B, counts_B)
+    position_R = within_R
+    if rows.positions is not None:
+        position_R = rows.positions[first_B[sequence_R] + within_R].astype(np.int64)
+    parts = (sequence_R, position_R, index_B[sequence_R] + within_R)
+    return tuple(torch.from_numpy(np.ascontiguousarray(part)) for part in parts)  # type: ignore[return-value]

@@ -1,0 +1,80 @@
+"""`view.targets`: the distributions of `view.logits`, in the form that losses take."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import logitcache
+from logitcache.data.index import join_index
+from logitcache.errors import UsageError
+from logitcache.targets import FactoredTargets
+from logitcache.testing import teacher_like
+from tests.largest import largest_tensor
+
+ROWS, CLASSES = 96, 600
+
+
+def built(path: Path, encoding: logitcache.Encoding, **changes: object) -> logitcache.LogitCache:
+    with logitcache.create(
+        path,
+        num_samples=ROWS,
+        num_classes=CLASSES,
+        num_views=2,
+        encoding=encoding,
+        teacher="net",
+        dataset="rows",
+        rows_per_block=32,
+        calibration=teacher_like(400, CLASSES, seed=1) if encoding.fitted_arrays else None,
+        **changes,  # type: ignore[arg-type]
+    ) as writer:
+        for view in range(2):
+            outputs = {"features": torch.ones(ROWS, 3)} if "outputs" in changes else {}
+            writer.write(view=view, start=0, logits=teacher_like(ROWS, CLASSES, seed=view), outputs=outputs)
+    return logitcache.open(path)
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed", "with other outputs"])
+@pytest.mark.parametrize(
+    ("encoding", "kind"),
+    [
+        (logitcache.Dense(), logitcache.DenseTargets),
+        (logitcache.TopK(k=5), logitcache.SparseTargets),
+        (logitcache.Sampled(draws=9), logitcache.SparseTargets),
+        (logitcache.LowRank(rank=6, k=1), FactoredTargets),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_targets_are_the_distributions_of_the_logits(
+    tmp_path: Path, encoding: logitcache.Encoding, kind: type, memory: str
+) -> None:
+    others = {"outputs": {"features": logitcache.Output(shape=(3,))}} if memory == "with other outputs" else {}
+    cache = built(tmp_path / "a", encoding, **others)
+    view = cache.view(1, memory_budget=cache.view_bytes // 2 if memory == "streamed" else None)
+    for index in ([70, 0, 33, 33], torch.tensor([join_index(1, 95), join_index(1, 2)]), []):
+        targets, logits = view.targets(index), view.logits(index)
+
+        assert kind is type(targets)
+        torch.testing.assert_close(targets.dense().log_softmax(dim=1), logits.log_softmax(dim=1))
+        assert torch.equal(logits.argmax(dim=1), targets.argmax())
+
+
+@pytest.mark.parametrize("budget", [None, 1])
+@pytest.mark.parametrize("encoding", [logitcache.TopK(k=5), logitcache.Sampled(draws=9)], ids=lambda each: each.name)
+def test_sparse_targets_are_read_without_a_tensor_of_rows_and_classes(
+    tmp_path: Path, encoding: logitcache.Encoding, budget: int | None
+) -> None:
+    view = built(tmp_path / "a", encoding).view(1, memory_budget=budget)
+    view.targets([0])
+
+    assert 3 * CLASSES > largest_tensor(lambda: view.targets([70, 0, 33]))
+
+
+def test_an_index_is_checked_as_for_logits(tmp_path: Path) -> None:
+    view = built(tmp_path / "a", logitcache.TopK(k=5)).view(1)
+    with pytest.raises(UsageError, match="these labels are of view 1, but the batch has indices of view 0"):
+        view.targets([join_index(0, 3)])
+    with pytest.raises(IndexError, match="row 96 is beyond the view"):
+        view.targets([96])
+    with pytest.raises(UsageError, match="expected integer row numbers"):
+        view.targets([0.5])
