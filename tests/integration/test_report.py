@@ -28,7 +28,7 @@ from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, I
 from logitcache.extras.report import measures, teacher, write_report
 from logitcache.extras.report.attribution import attributions
 from logitcache.extras.report.decision_views import choose_samples
-from logitcache.extras.report.formatting import ClassNames, decimal, percent, plain_text
+from logitcache.extras.report.formatting import ClassNames, decimal, plain_text
 from logitcache.extras.report.page import json_for_script
 from logitcache.extras.report.pictures import image_uri, signed_map_uri, strongest_region
 from logitcache.extras.report.samples import disagreement
@@ -255,6 +255,19 @@ def test_a_cache_without_targets_says_so_and_leaves_out_what_needs_them(tmp_path
     assert "accuracy" not in written.headline
 
 
+def test_a_cache_of_many_classes_is_reported_by_the_worst_pairs_and_classes(tmp_path: Path) -> None:
+    random = np.random.default_rng(2)
+    table = SampleTable(400, [str(row) for row in range(400)], random.integers(0, 40, 400), None)
+    settings: dict[str, Any] = {"samples": table, "teacher": "t", "num_samples": 400, "num_classes": 40}
+    with logitcache.create(tmp_path / "x.cache", num_views=1, **settings) as writer:
+        writer.write(view=0, start=0, logits=random.normal(size=(400, 40)).astype(np.float32))
+    page = write_report(tmp_path / "x.cache", tmp_path / "r.html").path.read_text()
+
+    assert "The 20 most confused pairs of classes" in page
+    assert "Accuracy by class: the lowest 20 of 40" in page
+    assert "The cache has a single view, so there is nothing to compare." in page
+
+
 def test_a_half_built_cache_is_reported_by_its_whole_views(tmp_path: Path) -> None:
     path = tmp_path / "x.cache"
     with (
@@ -392,11 +405,11 @@ def test_agreement_by_class_shows_the_lowest_of_many() -> None:
     figure = agreement_figure(found, ["half", "right", "not measured"], ClassNames(None), 40)
 
     assert figure is not None
-    assert (20, 40, 3200) == (figure.notes["shown"], figure.notes["seen"], figure.notes["rows"])
-    assert [str(number) for number in range(20)] == [row[0] for row in figure.table.rows]
-    expected = [[percent((number / 40 + 1) / 2), percent(1.0)] for number in range(20)]
-    assert expected == [row[2:] for row in figure.table.rows]
-    assert {"80"} == {row[1] for row in figure.table.rows}
+    assert (["half", "right"], 40, 3200) == tuple(figure.notes[name] for name in ("students", "seen", "rows"))
+    assert [str(number) for number in range(20)] == [row["name"] for row in figure.rows]
+    expected = [[(number / 40 + 1) / 2, 1.0] for number in range(20)]
+    assert expected == [[row[0], row[1]] for row in figure.rows]
+    assert {80} == {row["rows"] for row in figure.rows}
 
 
 def test_samples_that_are_shown_are_the_most_disputed_and_some_on_which_all_agree(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from logitcache.extras.report.formatting import ClassNames, plain_text
 from logitcache.extras.report.page import check_installed, render
 from logitcache.extras.report.samples import TOP, disagreement, shown_rows, shown_samples
 from logitcache.extras.report.sections import disagreement_figure, fidelity_figures, teacher_figures
-from logitcache.extras.report.student_figures import MAX_SERIES, student_figures, students_table
+from logitcache.extras.report.student_figures import MAX_SERIES, student_figures
 from logitcache.extras.report.students import RunsFound, find_runs, measure_students
 from logitcache.extras.report.teacher import measure_teacher
 from logitcache.stages.matched_data import MatchedData, RecordedData
@@ -121,7 +121,6 @@ def _page(
         top=TOP,
         with_data=matched is not None,
         found=found,
-        students_table=None if found is None else students_table(found),
         max_series=MAX_SERIES,
         trees=trees,
         num_trees=0 if found is None else sum(each.node_use is not None for _, each in found.compared()),

@@ -1,13 +1,13 @@
 """Figures of the page: Vega-Lite charts, built with Altair, with a table of their numbers.
 
 Vega-Lite renders SVG with ARIA roles and is a fifth of Plotly's size inline. Each function takes rows of plain data.
-The page sets colours and fonts for its theme: a mark's `style` names an entry of its configuration. The captions are
-in the templates.
+The page sets colours and fonts for its theme: a mark's `style` names an entry of its configuration. The templates
+contain captions and columns of tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -22,10 +22,8 @@ try:
 except ImportError as error:
     raise UsageError(f"a report needs altair ({error}): pip install 'logitcache[report]'") from error
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Mapping[Any, Any]]
 Spec = dict[str, Any]
-Columns = Mapping[str, tuple[str, Callable[[Any], str]]]
-"""{heading: (key of a row, format)}."""
 
 HEIGHT = 260
 ROW_HEIGHT = 22
@@ -35,26 +33,13 @@ HIGHLIGHT = "student"
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table whose first column names the row."""
-
-    columns: list[str]
-    rows: list[list[str]]
-
-    @classmethod
-    def of(cls, rows: Rows, columns: Columns) -> Table:
-        """A table of rows of data."""
-        return cls(list(columns), [[form(row[key]) for key, form in columns.values()] for row in rows])
-
-
-@dataclass(frozen=True)
 class Figure:
-    """A chart and a table of its numbers."""
+    """A chart, and the rows of the table below it."""
 
     spec: Spec
-    table: Table
+    rows: Rows
     notes: dict[str, Any] = field(default_factory=dict)
-    """Values for title and caption."""
+    """Values for title, caption and columns."""
 
 
 def reliability_chart(rows: Rows) -> Spec:
@@ -102,13 +87,12 @@ def histogram(
         legend = alt.Legend(orient="top")
         chart = chart.encode(color=alt.Color("group:N", title=None, sort=list(groups), legend=legend))
     shown = (lambda value: percent(value, 1)) if axis_format.endswith("%") else decimal
-    cells = [
-        [f"{shown(low)} to {shown(high)}", *map(percent, of_bin)]
+    rows = [
+        {"bin": f"{shown(low)} to {shown(high)}"} | dict(zip(groups, of_bin, strict=True))
         for (low, high), *of_bin in zip(bins, *shares.values(), strict=True)
         if any(of_bin)
     ]
-    table = Table([title, *(f"share of {name}" for name in groups)], cells)
-    return Figure(_finish(chart, f"Histogram of {title}"), table, notes)
+    return Figure(_finish(chart, f"Histogram of {title}"), rows, {"groups": list(groups), **notes})
 
 
 def confusion_chart(rows: Rows, names: Sequence[str]) -> Spec:

@@ -50,9 +50,9 @@ def render(figures: Mapping[str, Figure], **values: Any) -> str:
         lstrip_blocks=True,
         extensions=["jinja2.ext.do"],
     )
-    filters = ("as_yaml", "count", "counted", "decimal", "number", "percent", "plain_text")
+    filters = ("as_yaml", "count", "counted", "decimal", "number", "percent", "plain_text", "with_spread")
     environment.filters |= {name: getattr(formatting, name) for name in filters} | {"size": size}
-    environment.globals |= {"with_spread": formatting.with_spread, "figures": figures}
+    environment.globals["figures"] = figures
     style, script = ((_HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     scripts = [_embeddable(_plot_library()), _embeddable(script)]
     # Safe as markup: files of this package, and JSON in which no character can end the script element.

@@ -11,8 +11,8 @@ import numpy as np
 from logitcache.cache.layout import PER_CACHE, Block
 from logitcache.cache.reader import LogitCache
 from logitcache.extras.report import charts
-from logitcache.extras.report.charts import Columns, Figure, Table, histogram
-from logitcache.extras.report.formatting import ClassNames, count, decimal, percent
+from logitcache.extras.report.charts import Figure, histogram
+from logitcache.extras.report.formatting import ClassNames, percent
 from logitcache.extras.report.measures import Predictions, confused_pairs, confusion, means_by
 from logitcache.extras.report.teacher import TeacherStats, mean
 
@@ -49,13 +49,7 @@ def _reliability(stats: TeacherStats) -> Figure:
         }
         for place in np.flatnonzero(found.counts).tolist()
     ]
-    columns: Columns = {
-        "confidence": ("bin", str),
-        "mean confidence": ("confidence", percent),
-        "accuracy": ("accuracy", percent),
-        "rows": ("rows", count),
-    }
-    return Figure(charts.reliability_chart(rows), Table.of(rows, columns), {"num_bins": num_bins})
+    return Figure(charts.reliability_chart(rows), rows, {"num_bins": num_bins})
 
 
 def _confidence(scored: Predictions) -> Figure:
@@ -77,21 +71,12 @@ def _confusion(scored: Predictions, names: ClassNames, num_classes: int) -> Figu
     in_class = np.bincount(scored.targets, minlength=num_classes)
     errors = [
         {"true": names[true], "predicted": names[predicted], "name": f"{names[true]} → {names[predicted]}"}
-        | {"value": number, "share": number / in_class[true]}
+        | {"value": number, "share": float(number / in_class[true])}
         for true, predicted, number in pairs
     ]
-    notes = {"first": errors[0] if errors else None, "wrong": int((~scored.correct).sum()), "pairs": len(errors)}
+    notes = {"first": errors[0] if errors else None, "wrong": int((~scored.correct).sum())}
     if num_classes > WHOLE_MATRIX:
-        spec = charts.bars(
-            [{"name": error["name"], "value": error["value"]} for error in errors], title="rows", axis_format="~s"
-        )
-        columns: Columns = {
-            "true class": ("true", str),
-            "predicted class": ("predicted", str),
-            "rows": ("value", count),
-            "share of the true class": ("share", percent),
-        }
-        return Figure(spec, Table.of(errors, columns), notes | {"whole": False})
+        return Figure(charts.bars(errors, title="rows", axis_format="~s"), errors, notes | {"names": None})
     matrix = confusion(scored.targets, scored.predicted, num_classes)
     cells = [
         {"true": names[true], "predicted": names[predicted], "true_number": true, "predicted_number": predicted}
@@ -99,10 +84,10 @@ def _confusion(scored: Predictions, names: ClassNames, num_classes: int) -> Figu
         for true, predicted in np.argwhere(matrix).tolist()
     ]
     all_names = [names[number] for number in range(num_classes)]
-    lines = [[names[true], *map(count, matrix[true].tolist())] for true in np.flatnonzero(in_class).tolist()]
-    return Figure(
-        charts.confusion_chart(cells, all_names), Table(["true class", *all_names], lines), notes | {"whole": True}
-    )
+    rows = [
+        {"true": names[true], **dict(enumerate(matrix[true].tolist()))} for true in np.flatnonzero(in_class).tolist()
+    ]
+    return Figure(charts.confusion_chart(cells, all_names), rows, notes | {"names": all_names})
 
 
 def _classes(scored: Predictions, names: ClassNames, num_classes: int) -> Figure:
@@ -112,16 +97,10 @@ def _classes(scored: Predictions, names: ClassNames, num_classes: int) -> Figure
         {"name": names[number], "value": float(accuracy_C[number]), "rows": int(counts_C[number])}
         for number in seen[np.argsort(accuracy_C[seen], kind="stable")].tolist()
     ]
-    highest = {"name": names[int(seen[np.argmax(accuracy_C[seen])])], "value": float(accuracy_C[seen].max())}
-    notes = {"lowest": rows[0], "highest": highest, "shown": len(rows[:WORST]), "seen": len(rows)}
-    spec = charts.bars(
-        [{"name": row["name"], "value": row["value"]} for row in rows[:WORST]],
-        title="accuracy",
-        axis_format="~%",
-        domain=(0, 1),
-    )
-    columns: Columns = {"class": ("name", str), "accuracy": ("value", percent), "rows": ("rows", count)}
-    return Figure(spec, Table.of(rows[:WORST], columns), notes)
+    best = int(seen[np.argmax(accuracy_C[seen])])
+    highest = {"name": names[best], "value": float(accuracy_C[best])}
+    spec = charts.bars(rows[:WORST], title="accuracy", axis_format="~%", domain=(0, 1))
+    return Figure(spec, rows[:WORST], {"highest": highest, "seen": len(rows)})
 
 
 def fidelity_figures(cache: LogitCache) -> dict[str, Figure]:
@@ -135,22 +114,12 @@ def fidelity_figures(cache: LogitCache) -> dict[str, Figure]:
         {"name": name, "value": stored, "share": stored / max(total, 1)}
         for name, stored in sorted(sizes.items(), key=lambda item: -item[1])
     ]
-    spec = charts.bars([{"name": row["name"], "value": row["value"]} for row in rows], title="bytes", axis_format="~s")
-    table = Table.of(rows, {"array": ("name", str), "bytes": ("value", count), "share": ("share", percent)})
-    figures = {"bytes": Figure(spec, table, {"total": total, "largest": rows[0], "arrays": len(rows)})}
+    spec = charts.bars(rows, title="bytes", axis_format="~s")
+    figures = {"bytes": Figure(spec, rows, {"total": total})}
     divergence = _divergence_rows(cache)
     if divergence:
-        columns: Columns = {
-            "view": ("views", str),
-            "mean": ("mean", decimal),
-            "best block": ("low", decimal),
-            "worst block": ("high", decimal),
-            "worst row": ("largest", decimal),
-        }
         largest = max((row["largest"] for row in divergence if row["largest"] is not None), default=None)
-        figures["divergence"] = Figure(
-            charts.divergence_by_view(divergence), Table.of(divergence, columns), {"largest": largest}
-        )
+        figures["divergence"] = Figure(charts.divergence_by_view(divergence), divergence, {"largest": largest})
     return figures
 
 
