@@ -257,7 +257,8 @@ def test_a_cache_without_targets_says_so_and_leaves_out_what_needs_them(tmp_path
 
 def test_a_cache_of_many_classes_is_reported_by_the_worst_pairs_and_classes(tmp_path: Path) -> None:
     random = np.random.default_rng(2)
-    table = SampleTable(400, [str(row) for row in range(400)], random.integers(0, 40, 400), None)
+    contents = random.integers(0, 256, (400, 16), dtype=np.uint8)
+    table = SampleTable(400, [str(row) for row in range(400)], random.integers(0, 40, 400), contents)
     settings: dict[str, Any] = {"samples": table, "teacher": "t", "num_samples": 400, "num_classes": 40}
     with logitcache.create(tmp_path / "x.cache", num_views=1, **settings) as writer:
         writer.write(view=0, start=0, logits=random.normal(size=(400, 40)).astype(np.float32))

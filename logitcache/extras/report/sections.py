@@ -84,9 +84,8 @@ def _confusion(scored: Predictions, names: ClassNames, num_classes: int) -> Figu
         for true, predicted in np.argwhere(matrix).tolist()
     ]
     all_names = [names[number] for number in range(num_classes)]
-    rows = [
-        {"true": names[true], **dict(enumerate(matrix[true].tolist()))} for true in np.flatnonzero(in_class).tolist()
-    ]
+    present = np.flatnonzero(in_class).tolist()
+    rows = [{"true": names[true], **dict(enumerate(matrix[true].tolist()))} for true in present]
     return Figure(charts.confusion_chart(cells, all_names), rows, notes | {"names": all_names})
 
 
