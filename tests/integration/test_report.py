@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -357,14 +358,13 @@ def test_use_of_a_tree_adds_up_and_paths_lead_to_the_likeliest_leaf() -> None:
     assert [1.0] * 4 == pytest.approx([use[0], use[1:3].sum(), use[3:7].sum(), use[7:].sum()])
     np.testing.assert_allclose(leaves.mean(axis=0), use[7:], rtol=1e-5)
     for path, leaves_L in zip(most_probable_paths(tree, inputs), leaves, strict=True):
-        assert leaves_L.argmax() + 7 == path.leaf
-        assert leaves_L.max() == pytest.approx(path.probability, rel=1e-5)
-        assert path.probability == pytest.approx(math.prod(step.probability for step in path.steps), rel=1e-4)
-        node = 0
-        for step in path.steps:
-            assert step.node == node
-            node = 2 * node + (2 if step.right else 1)
-        assert node == path.leaf
+        assert leaves_L.argmax() + 7 == path.nodes[-1]
+        assert leaves_L.max() == pytest.approx(path.reached[-1], rel=1e-5)
+        assert [0, *path.nodes[:-1]] == [0, *((node - 1) // 2 for node in path.nodes[1:])]
+    path, right = most_probable_paths(tree, inputs)[0], tree.decisions(inputs)[0].sigmoid().tolist()
+    for number, (node, child) in enumerate(itertools.pairwise(path.nodes)):
+        probability = 1 - right[node] if child % 2 else right[node]
+        assert probability == pytest.approx(path.reached[number + 1] / path.reached[number], rel=1e-4)
 
 
 @pytest.mark.parametrize(("depth", "inner", "rests"), [(1, 1, 0), (4, 15, 0), (7, 15, 16)])

@@ -36,6 +36,8 @@ class Node:
     top: float
     use: float
     """Mean probability of reaching it."""
+    right: float | None
+    """Share of the samples that reach an inner node and go to the right; None for others and where none do."""
     leaves: int
     """Below it; 1 for a leaf."""
     top_classes: list[tuple[int, float]]
@@ -59,30 +61,15 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One decision on the path of a sample."""
-
-    node: int
-    right: bool
-    probability: float
-    """Of this direction, given that the sample reaches the node."""
-
-
-@dataclass(frozen=True)
 class TreePath:
     """The most probable path of a sample."""
 
-    steps: list[Step]
-    leaf: int
-    probability: float
-    """Of the whole path."""
+    nodes: list[int]
+    """From the root to the leaf."""
+    reached: list[float]
+    """The probability of reaching each of them."""
     top_classes: list[tuple[int, float]]
     """Of its leaf."""
-
-    @property
-    def nodes(self) -> list[int]:
-        """The numbers of its nodes, from the root to the leaf."""
-        return [*(step.node for step in self.steps), self.leaf]
 
 
 @dataclass(frozen=True)
@@ -95,26 +82,6 @@ class TreeDrawing:
     paths: Sequence[tuple[ChosenSample, TreePath]]
 
     @property
-    def width(self) -> float:
-        """Of the drawing, in pixels."""
-        return max(node.left for node in self.nodes) + COLUMN / 2
-
-    @property
-    def height(self) -> float:
-        """Of the drawing, in pixels."""
-        return max(node.top for node in self.nodes) + SIDE / 2 + 22
-
-    @property
-    def whole(self) -> bool:
-        """Whether every node is drawn."""
-        return all(node.kind != "rest" for node in self.nodes)
-
-    def share_right(self, node: Node) -> float | None:
-        """The share of samples that an inner node sends to the right; None for other nodes and unused ones."""
-        right = next((each.use for each in self.nodes if each.number == 2 * node.number + 2), None)
-        return None if right is None or not node.use else right / node.use
-
-    @property
     def edges(self) -> list[tuple[Node, Node]]:
         """(parent, child) of each line."""
         by_number = {node.number: node for node in self.nodes}
@@ -123,12 +90,14 @@ class TreeDrawing:
 
 def node_use(tree: SoftTree, inputs: Tensor) -> np.ndarray:
     """Mean probability of reaching each node over some inputs, float64 (I + L,)."""
-    sums = np.zeros(2 ** (tree.depth + 1) - 1)
+    return np.asarray(sum(_reached(tree, batch).sum(axis=0) for batch in torch.split(inputs, 256)) / len(inputs))
+
+
+def _reached(tree: SoftTree, inputs: Tensor) -> np.ndarray:
+    """The probability of reaching each node, float64 (B, I + L)."""
     with torch.inference_mode():
-        for batch in torch.split(inputs, 256):
-            log_paths = tree.log_path_probabilities(tree.decisions(batch))
-            sums += torch.cat(log_paths, dim=1).double().exp().sum(dim=0).numpy()
-    return np.asarray(sums / max(len(inputs), 1))
+        log_paths = tree.log_path_probabilities(tree.decisions(inputs))
+    return torch.cat(log_paths, dim=1).double().exp().numpy()
 
 
 def _leaf_probabilities(tree: SoftTree) -> np.ndarray:
@@ -138,23 +107,15 @@ def _leaf_probabilities(tree: SoftTree) -> np.ndarray:
 
 def most_probable_paths(tree: SoftTree, inputs: Tensor) -> list[TreePath]:
     """The path to the most probable leaf of each input."""
-    with torch.inference_mode():
-        decisions_BI = tree.decisions(inputs)
-        right_BI = decisions_BI.double().sigmoid().numpy()
-        log_leaves_BL = tree.log_path_probabilities(decisions_BI)[-1].double().numpy()
     first_leaf = 2**tree.depth - 1
     p_LC = _leaf_probabilities(tree)
     found = []
-    for right_I, log_leaves_L in zip(right_BI, log_leaves_BL, strict=True):
-        chosen = int(log_leaves_L.argmax())
-        steps: list[Step] = []
-        node = first_leaf + chosen
-        while node:
-            parent, right = (node - 1) // 2, node % 2 == 0
-            steps.insert(0, Step(parent, right, float(right_I[parent] if right else 1 - right_I[parent])))
-            node = parent
-        probability = float(np.exp(log_leaves_L[chosen]))
-        found.append(TreePath(steps, first_leaf + chosen, probability, top_classes(p_LC[chosen], TOP)))
+    for reached_N in _reached(tree, inputs):
+        leaf = int(reached_N[first_leaf:].argmax())
+        nodes = [first_leaf + leaf]
+        while nodes[0]:
+            nodes.insert(0, (nodes[0] - 1) // 2)
+        found.append(TreePath(nodes, reached_N[nodes].tolist(), top_classes(p_LC[leaf], TOP)))
     return found
 
 
@@ -196,6 +157,7 @@ def drawn_nodes(tree: SoftTree, use: np.ndarray) -> list[Node]:
                 left=(columns[node] + 0.5) * COLUMN,
                 top=ROW * ((node + 1).bit_length() - 1) + SIDE / 2 + 4,
                 use=float(use[node]),
+                right=float(use[2 * node + 2] / use[node]) if node in expanded and use[node] else None,
                 leaves=len(below),
                 top_classes=top_classes(mean_C, TOP),
                 filter=filter_HW,
