@@ -14,6 +14,7 @@ from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache
 from logitcache.data.sequences import rows_of_output
 from logitcache.data.views import ViewDataset
+from logitcache.targets import DenseTargets, Targets
 from logitcache.train.inference import TeacherRunner
 
 # B batch, C classes
@@ -52,6 +53,10 @@ class Labels(ABC):
     def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
         """The logits (B, C); arguments as in `outputs`."""
         return self.outputs([LOGITS], index, teacher_inputs, targets)[LOGITS]
+
+    def targets(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Targets:
+        """The distributions as losses consume them, without a (B, C) tensor if they are stored sparse or factored."""
+        return DenseTargets(self.logits(index, teacher_inputs, targets))
 
 
 class CachedLabels(Labels):
@@ -115,6 +120,10 @@ class CachedLabels(Labels):
         assert view is not None
         index = index if index.ndim == 1 else index[index >= 0]
         return {name: view.output(name, index) for name in names}
+
+    def targets(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Targets:
+        assert self._view is not None
+        return self._view.targets(index if index.ndim == 1 else index[index >= 0])
 
 
 class EnsembleLabels(Labels):

@@ -13,6 +13,7 @@ from logitcache.data.rows import RowMap
 from logitcache.data.sequences import batch_rows, sequence_rows
 from logitcache.devices import autocast, to_device
 from logitcache.losses import Loss
+from logitcache.losses.protocol import teacher_for
 from logitcache.train.job import Job
 
 # B batch, C classes
@@ -65,7 +66,7 @@ def _losses_of_sequences(
     teacher = None
     if loss.needs_teacher:
         assert job.labels is not None
-        teacher = job.labels.logits(of_batch.index, teacher_inputs, targets_R)
+        teacher = teacher_for(loss, job.labels.targets(of_batch.index, teacher_inputs, targets_R))
     loss_R = loss(of_batch.of_output(student), teacher, targets_R)
     return of_batch.summed(loss_R), penalty
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from logitcache.verify.audit import verify
 from logitcache.verify.repair import repair
 
 VIEWS, SAMPLES, CLASSES = 3, 96, 20
+JOBS = ("build", "grow", "repair", "tokens")
 
 
 def labels() -> torch.Tensor:
@@ -42,19 +44,37 @@ def build(path: Path, num_views: int = VIEWS) -> str:
     return logitcache.open(path).digest or ""
 
 
+COUNTS = [5, 0, 17, 3, 40, 1, 22, 8]
+"""Tokens of each sequence."""
+
+
+def build_sequences(path: Path) -> str:
+    """A cache of sequences; only those of missing blocks are computed, one at a time."""
+    shape = {"num_samples": len(COUNTS), "num_classes": CLASSES, "num_views": VIEWS, "rows_per_block": 40}
+    settings = {"teacher": "model", "dataset": "texts", "encoding": logitcache.TopK(k=4), "rows_per_sample": COUNTS}
+    with logitcache.create(path, **shape, **settings) as writer:
+        for block in writer.missing_blocks():
+            for sample in writer.row_map.block_samples(block.number):
+                rows = writer.row_map.sample_rows(sample)
+                if rows:
+                    writer.write(view=block.view, start=rows.start, logits=labels()[block.view, rows.start : rows.stop])
+    return logitcache.open(path).digest or ""
+
+
 class Bench:
-    """The three jobs that are killed, and what each must end in."""
+    """The four jobs that are killed, and what each must end in."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.sealed = folder / "sealed.cache"
         self.digests = {"build": build(self.sealed), "grow": build(folder / "grown.cache", VIEWS + 1)}
         self.digests["repair"] = self.digests["build"]
+        self.digests["tokens"] = build_sequences(folder / "tokens.cache")
 
     def prepare(self, job: str) -> Path:
         path = self.folder / "victim.cache"
         shutil.rmtree(path, ignore_errors=True)
-        if job != "build":
+        if job not in ("build", "tokens"):
             shutil.copytree(self.sealed, path)
         if job == "repair":
             for file in sorted(file for file in path.rglob("*") if file.is_file())[::2]:
@@ -62,19 +82,21 @@ class Bench:
         return path
 
     def run(self, job: str, path: Path) -> str:
+        if job == "tokens":
+            return build_sequences(path)
         if job == "repair":
             return repair(str(path), source=str(self.sealed)).digest or ""
         return build(path, VIEWS + (job == "grow"))
 
 
-def kill_at_seeded_instants(count: int, seed: int, folder: Path) -> Counter[str]:
+def kill_at_seeded_instants(count: int, seed: int, folder: Path, jobs: Sequence[str] = JOBS) -> Counter[str]:
     """Kill until so many jobs were still running when they were killed; how many of each."""
     bench = Bench(folder)
     draw = random.Random(seed)
     durations: dict[str, float] = {}
     killed: Counter[str] = Counter()
     while killed.total() < count:
-        job = ("build", "grow", "repair")[killed.total() % 3]
+        job = jobs[killed.total() % len(jobs)]
         path = bench.prepare(job)
         if job not in durations:
             start = time.perf_counter()
@@ -97,10 +119,9 @@ def kill_at_seeded_instants(count: int, seed: int, folder: Path) -> Counter[str]
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_killed_job_ends_in_the_digest_of_an_undisturbed_one(tmp_path: Path) -> None:
-    killed = kill_at_seeded_instants(60, 0, tmp_path)
-
-    assert min(killed.values()) >= 15
+@pytest.mark.parametrize(("jobs", "count"), [(JOBS[:3], 60), (JOBS[3:], 30)], ids=["views", "tokens"])
+def test_a_killed_job_ends_in_the_digest_of_an_undisturbed_one(tmp_path: Path, jobs: Sequence[str], count: int) -> None:
+    assert dict.fromkeys(jobs, count // len(jobs)) == kill_at_seeded_instants(count, 0, tmp_path, jobs)
 
 
 if __name__ == "__main__":
