@@ -19,7 +19,7 @@ from logitcache.errors import ShapeError
 
 # B rows, C classes, K entries of a row, R rank
 
-VALUES_AT_ONCE = {"cpu": 2**23, "cuda": 2**26}
+VALUES_AT_ONCE = {"cpu": 2**24, "cuda": 2**26}
 """Values of a (rows, C) tensor that are decoded or computed at once, by type of device."""
 
 

@@ -53,7 +53,7 @@ def linear_kl_divergence(
         labels: int (N,), such as the next tokens; -100 for none.
         mask: bool (N,), true for the rows that count; the others have loss 0 and no gradient, and "mean" is over those
             that count.
-        chunk_rows: rows of a chunk; None for as many as make up 32 MiB of float32 logits on a CPU, 256 MiB on a GPU.
+        chunk_rows: rows of a chunk; None for 64 MiB of float32 logits on a CPU, and 256 MiB on a GPU.
         compiled: compile the computation of a chunk with `torch.compile`; None for: on CUDA.
         reduction: "mean" or "sum" over the rows that count returns a scalar; "none" returns (N,).
 

@@ -1,6 +1,7 @@
 """Losses through a linear head, chunk by chunk: those of the logits that never exist as a whole."""
 
 import math
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -208,6 +209,7 @@ def test_no_tensor_of_rows_and_classes_exists(loss: str, reduction: Any) -> None
     assert weight.numel() < rows * classes
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_chunks_give_the_same() -> None:
     inputs = head(torch.float32)[:2]
     for targets in (sparse(), sparse(shaped=True)):
