@@ -206,7 +206,7 @@ def _check_arguments(name: str, arguments: Mapping[str, Any], known: Sequence[st
     check_keys(f"data.args: the dataset {name} has no parameter", arguments, known)
 
 
-def _mnist5k(root: Path, download: bool) -> Data:
+def _mnist5k() -> Data:
     return _with_test_fifth(_mnist5k_images(), [str(digit) for digit in range(10)])
 
 
@@ -217,7 +217,7 @@ def _mnist5k_images() -> ImageArrays:
     return ImageArrays(pixels.reshape(-1, 28, 28).astype(np.uint8), labels)
 
 
-def _digits(root: Path, download: bool) -> Data:
+def _digits() -> Data:
     sklearn = _import("sklearn.datasets", "digits: the images are inside scikit-learn; pip install 'logitcache[demo]'")
     bunch = sklearn.load_digits()
     images = ImageArrays(np.round(bunch.images * (255 / 16)).astype(np.uint8), bunch.target)
@@ -249,8 +249,10 @@ def _fashion_mnist(root: Path, download: bool) -> Data:
                 num_classes=10,
                 class_names=_FASHION,
             )
-    how = "set data.download=true, or install Debian's package dataset-fashion-mnist"
-    return _torchvision("FashionMNIST", root, download, how)
+    try:
+        return _torchvision("FashionMNIST", root, download)
+    except DatasetUnavailable as error:
+        raise DatasetUnavailable(f"{error} Or install Debian's package dataset-fashion-mnist.") from error
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -264,19 +266,7 @@ def _read_idx(path: Path) -> np.ndarray:
         raise DatasetUnavailable(f"{path} is not a gzipped IDX file: {error}; download it again") from error
 
 
-def _mnist(root: Path, download: bool) -> Data:
-    return _torchvision("MNIST", root, download, "set data.download=true")
-
-
-def _cifar10(root: Path, download: bool) -> Data:
-    return _torchvision("CIFAR10", root, download, "set data.download=true")
-
-
-def _cifar100(root: Path, download: bool) -> Data:
-    return _torchvision("CIFAR100", root, download, "set data.download=true")
-
-
-def _torchvision(name: str, root: Path, download: bool, how: str) -> Data:
+def _torchvision(name: str, root: Path, download: bool) -> Data:
     import torchvision
 
     try:
@@ -286,7 +276,8 @@ def _torchvision(name: str, root: Path, download: bool, how: str) -> Data:
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DatasetUnavailable(
-            f"{name} is not in {root} ({reason}).\nTo get it: {how}, or put torchvision's files for {name} there."
+            f"{name} is not in {root} ({reason}).\n"
+            f"To get it: set data.download=true, or put torchvision's files for {name} there."
         ) from error
     return Data(
         train=ImageArrays(np.asarray(train.data), train.targets),
@@ -319,9 +310,9 @@ DATASETS: Registry[Callable[..., Any]] = Registry(
         "mnist5k": _mnist5k,
         "digits": _digits,
         "fashion_mnist": _fashion_mnist,
-        "mnist": _mnist,
-        "cifar10": _cifar10,
-        "cifar100": _cifar100,
+        "mnist": functools.partial(_torchvision, "MNIST"),
+        "cifar10": functools.partial(_torchvision, "CIFAR10"),
+        "cifar100": functools.partial(_torchvision, "CIFAR100"),
         "image_folder": _image_folder,
         "text": text,
     },

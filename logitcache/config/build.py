@@ -25,7 +25,7 @@ from logitcache.catalog.models import (
     model_fingerprint,
 )
 from logitcache.catalog.outputs import sources_of, taps_of
-from logitcache.config.schema import ModelConfig, Pipeline, StudentConfig, parse_pipeline
+from logitcache.config.schema import DataConfig, ModelConfig, Pipeline, StudentConfig, parse_pipeline
 from logitcache.context import Context
 from logitcache.data.batching import COLLATES, Collate
 from logitcache.data.packing import pack
@@ -65,7 +65,11 @@ def build_context(pipeline: Pipeline, *, trust: bool) -> Context:
 
 def resolve_data(pipeline: Pipeline, *, trust: bool) -> Data:
     """The pipeline's dataset."""
-    config = pipeline.data
+    return load_configured(pipeline.data, trust=trust)
+
+
+def load_configured(config: DataConfig, *, trust: bool) -> Data:
+    """A dataset from its configuration."""
     return load_data(
         config.name,
         root=config.root,

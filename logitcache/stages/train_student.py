@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from logitcache.cache.averaging import combination, refuse_sampled
 from logitcache.cache.manifest import LOGITS
-from logitcache.cache.outputs import Output
 from logitcache.cache.reader import LogitCache
 from logitcache.catalog.datasets import Data, selected, stratified_split
 from logitcache.catalog.initialisations import initialisation_of
@@ -47,7 +46,7 @@ from logitcache.train.evaluation import Evaluation
 from logitcache.train.hint_config import hint_from_config
 from logitcache.train.hints import Hints
 from logitcache.train.inference import output_shapes
-from logitcache.train.job import Job
+from logitcache.train.job import Job, TrainingData
 from logitcache.train.labels import CachedLabels, EnsembleLabels, Labels, LiveLabels
 from logitcache.train.loop import train
 from logitcache.train.ranks import Ranks, joined
@@ -113,27 +112,6 @@ def train_by_turns(
     return {student.name: [results[student.name][seed] for seed in experiment.seeds(student)] for student in students}
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    """The views that a student is trained on, and the labels for them."""
-
-    views: ViewDataset
-    indices: np.ndarray
-    """Samples of `views` to train on, int64 (M,)."""
-    views_key: str
-    """Equal where the views are the same before the student's own preprocessing."""
-    identity: dict[str, Any]
-    """Added to the run's identity."""
-    labels: Labels | None = None
-    num_views: int | None = None
-    """Views that epochs cycle through; None gives each epoch a new view."""
-    first_view: int = 0
-    window_blocks: int | None = None
-    """Blocks that each batch stays within, where views are streamed."""
-    extra_outputs: Mapping[str, Output] = field(default_factory=dict)
-    """The teacher's outputs beside the logits, which hints may use."""
-
-
 class Experiment:
     """Builds the training jobs of a pipeline's students, which share data, views, caches and teacher.
 
@@ -197,15 +175,11 @@ class Experiment:
         )
         documents = self._start_from_teacher(model, student, indices, seed, identity)
         data = self._training_data(student, indices, labels)
-        identity |= data.identity
-        views = data.views
+        rows = data.views.rows
         return Job(
+            **vars(data),
             name=student.name,
             model=model,
-            views=views,
-            indices=data.indices,
-            num_views=data.num_views,
-            labels=data.labels,
             loss=resolve_loss(student, trust=self.trust),
             config=pipeline.train_config(student),
             seed=seed,
@@ -214,15 +188,12 @@ class Experiment:
             device=self.context.device,
             num_workers=self.context.num_workers,
             folder=student_folder(pipeline, student.name, seed),
-            identity=identity,
+            identity=identity | data.identity_of_labels,
             resolved=pipeline.as_yaml(),
-            views_key=data.views_key,
-            input_key=json_digest([student.input, isinstance(views.preprocess, BothInputs)]),
-            window_blocks=data.window_blocks,
-            sample_weights=_by_row(weights_M, data.indices if views.rows is None else views.rows[data.indices]),
+            input_key=json_digest([student.input, isinstance(data.views.preprocess, BothInputs)]),
+            sample_weights=_by_row(weights_M, data.indices if rows is None else rows[data.indices]),
             classes=self._targets()[indices] if student.sampler == CLASS_BALANCED else None,
             documents=documents,
-            first_view=data.first_view,
             tracker=self._tracker,
             hints=self._hints(student, model, data, seed),
         )
@@ -257,7 +228,7 @@ class Experiment:
             views=ViewDataset(dataset, plan, preprocess=input_part(student, trust=self.trust)),
             indices=np.arange(len(dataset)),
             views_key=json_digest(["fresh", array_digest(indices)]),
-            identity={"num_views": None},
+            identity_of_labels={"num_views": None},
         )
 
     def _live_teacher(self, student: StudentConfig, indices: np.ndarray, outputs: list[str]) -> TrainingData:
@@ -282,7 +253,7 @@ class Experiment:
             ),
             indices=indices,
             views_key="live",
-            identity={"labels": labels, "num_views": pipeline.views.count},
+            identity_of_labels={"labels": labels, "num_views": pipeline.views.count},
             labels=LiveLabels(
                 build_runner(pipeline, teacher, self.context, outputs), needs_teacher_inputs=not same_input
             ),
@@ -316,7 +287,7 @@ class Experiment:
             views=views,
             indices=indices,
             views_key=json_digest(["cache", None if rows is None else array_digest(rows)]),
-            identity=identity,
+            identity_of_labels=identity,
             labels=given or cached,
             num_views=num_views,
             first_view=cache.views.start,

@@ -32,7 +32,6 @@ from logitcache.progress import Meter, track
 from logitcache.randomness import preserved_generators, seed_generators
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.job import Job
-from logitcache.train.labels import OutputLabels
 from logitcache.train.optimizer import OptimizerStep, WeightAverage
 from logitcache.train.ranks import ALONE, Ranks
 from logitcache.train.runs import CHECKPOINT, FROM_START, RESOLVED, NullRunFolder, RunFolder
@@ -203,8 +202,7 @@ class Run:
         self._saving_seconds = 0.0
         needed, next_needed = self._needed(self._epoch), self._needed(self._epoch + 1)
         if job.labels is not None and needed:
-            if isinstance(job.labels, OutputLabels):
-                job.labels.expect(needed, next_needed)
+            job.labels.expect(needed, next_needed)
             following = job.view_of(self._epoch + 1) if next_needed else None
             job.labels.start_view(job.view_of(self._epoch), following)
 

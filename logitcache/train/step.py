@@ -14,7 +14,6 @@ from logitcache.data.sequences import batch_rows, sequence_rows
 from logitcache.devices import autocast, to_device
 from logitcache.losses import Loss
 from logitcache.train.job import Job
-from logitcache.train.labels import OutputLabels
 
 # B batch, C classes
 
@@ -77,12 +76,10 @@ def _from_teacher(
     """The teacher's outputs for the batch that are used now, by name."""
     needed = {LOGITS} if logits else set()
     if job.hints is not None:
-        assert isinstance(job.labels, OutputLabels)
         needed |= job.hints.needed_at(progress)
-        return job.labels.outputs(sorted(needed), index, teacher_inputs, targets) if needed else {}
     if job.labels is None or not needed:
         return {}
-    return {LOGITS: job.labels.logits(index, teacher_inputs, targets)}
+    return job.labels.outputs(sorted(needed), index, teacher_inputs, targets)
 
 
 def _forward(job: Job, net: nn.Module, inputs: Any) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:

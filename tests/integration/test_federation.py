@@ -22,12 +22,12 @@ from logitcache.cache.reader import open_cache
 from logitcache.cache.writer import CacheWriter
 from logitcache.catalog.datasets import load_data
 from logitcache.catalog.parts import PartConfig, samples_of_part
-from logitcache.cli.stages import federate_command
 from logitcache.config.build import resolve_data
 from logitcache.config.overrides import override, parse
 from logitcache.config.schema import DataConfig, Pipeline, load_pipeline
 from logitcache.data.samples import sample_table
 from logitcache.errors import IdentityMismatch, InvalidLogits, PartyMissing, UsageError
+from logitcache.extras.commands import federate_command
 from logitcache.extras.federation.configuration import Federation, load_federation
 from logitcache.extras.federation.rounds import PartyRound, federate
 from logitcache.extras.merge import merge
@@ -137,7 +137,7 @@ def test_a_round_teaches_a_party_what_it_has_no_sample_of(two: Make) -> None:
         f"parties.a.data={digits | {'part': {'public': 0.5, 'classes': [0, 1, 2, 3, 4]}}}",
         f"parties.b.data={digits | {'part': {'public': 0.5, 'classes': [5, 6, 7, 8, 9]}}}",
     )  # fmt: skip
-    data = resolve_data(PartyRound(federation, federation.parties[0], 1).public_pipeline, trust=False)
+    data = resolve_data(Pipeline(**PartyRound(federation, federation.parties[0], 1).public_settings), trust=False)
     assert data.validation is not None
     rates = [turn.validation_accuracy for turn in federate(federation) if turn.party == "a"]
 
@@ -149,7 +149,9 @@ def test_nothing_but_logits_of_the_public_set_leaves(two: Make) -> None:
     federation = two("parties.a.net.weights=null")
     federate(federation)
     shared = Path(federation.shared)
-    public = resolve_data(PartyRound(federation, federation.parties[0], 1).public_pipeline, trust=False).train
+    public = resolve_data(
+        Pipeline(**PartyRound(federation, federation.parties[0], 1).public_settings), trust=False
+    ).train
     caches = sorted(path.relative_to(shared).as_posix() for path in shared.glob("*/*"))
     assert ["round-001/a.cache", "round-001/b.cache", "round-002/a.cache", "round-002/b.cache"] == caches
     private_words = (str(shared.parent), platform.node(), Path(sys.argv[0]).name, "safetensors")

@@ -19,7 +19,7 @@ from logitcache.config.schema import Pipeline
 from logitcache.errors import ShapeError, UntrustedCode, UsageError
 from logitcache.losses import Loss, hint_loss_from_config, kl_divergence, load_code, loss_from_config
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.run import plan_run
+from logitcache.stages.dry_run import plan_run
 from logitcache.stages.train_student import train_students
 
 Make = Callable[..., Pipeline]
