@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from logitcache.cache.averaging import combination, refuse_sampled
 from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache
-from logitcache.catalog.datasets import Data, Selection, stratified_split
+from logitcache.catalog.datasets import Data, selected, stratified_split
 from logitcache.catalog.initialisations import initialisation_of
 from logitcache.catalog.outputs import declared_outputs, taps_of
 from logitcache.config.build import (
@@ -222,7 +222,7 @@ class Experiment:
     def _true_labels(self, student: StudentConfig, indices: np.ndarray) -> TrainingData:
         """True labels only. The student sees and mixes only its own samples, and every epoch is a new view."""
         everything = len(indices) == len(self.data.train)
-        dataset = self.data.train if everything else Selection(self.data.train, indices)
+        dataset = self.data.train if everything else selected(self.data.train, indices)
         plan = replace(self.plan, num_samples=len(dataset), rows=rows_of_dataset(dataset))
         return TrainingData(
             views=ViewDataset(dataset, plan, preprocess=input_part(student, trust=self.trust)),

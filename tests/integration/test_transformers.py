@@ -264,6 +264,17 @@ def test_a_language_model_teaches_a_smaller_one_from_its_cache(language: Make, c
     assert ["small", "labels"] == [row.name for row in rows]
 
 
+def test_students_of_a_part_of_the_samples_keep_the_rows_of_each(language: Make) -> None:
+    pipeline = language("students.small.samples=0.5", "students.labels.samples=0.5", "train.epochs=1")
+    cache_teacher(pipeline)
+
+    rows = train_students(pipeline)
+
+    assert len({row.samples for row in rows}) == 1
+    assert rows[0].samples < len(resolve_data(pipeline, trust=False).train)
+    assert all(row.nll_mean is not None for row in rows)
+
+
 @pytest.mark.parametrize("task", ["masked", "classification"])
 def test_other_tasks_go_the_whole_way(language: Make, tmp_path: Path, task: str) -> None:
     tokenizer = tmp_path / "tokenizer.json"
