@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from logitcache.catalog.calling import call_model, input_described, logits_of
+from logitcache.catalog.language_models import identifying_args, transformers_model
 from logitcache.catalog.nets import CNN, MLP, CIFARResNet
 from logitcache.checksums import check_file
 from logitcache.data.rows import RowMap
@@ -30,6 +31,7 @@ from logitcache.storage import LocalStorage
 
 # B batch, C classes
 
+TRANSFORMERS = "transformers"
 MODELS: Registry[Callable[..., nn.Module]] = Registry(
     "model",
     {
@@ -38,11 +40,12 @@ MODELS: Registry[Callable[..., nn.Module]] = Registry(
         "cifar_resnet": CIFARResNet,
         "resnet20": functools.partial(CIFARResNet, depth=20),
         "resnet32": functools.partial(CIFARResNet, depth=32),
+        TRANSFORMERS: transformers_model,
     },
     allows_code=True,
 )
-"""Called with a pipeline's `args`, and with `input_shape` of one sample and `num_classes` if they have parameters of
-these names. A package adds one in the entry point group `logitcache.models`."""
+"""Called with a pipeline's `args`, and with `input_shape` of one sample, `num_classes` and the data's `tokenization` if
+they have parameters of these names. A package adds one in the entry point group `logitcache.models`."""
 
 ORIGIN = "logitcache"
 """The entry of a safetensors file's metadata that describes, in JSON, the run of its weights."""
@@ -57,8 +60,9 @@ def build_model(
     args: Mapping[str, Any] | None = None,
     trust: bool = False,
     new_head: bool = True,
+    tokenization: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """A classifier by name: one of `MODELS`, one of torchvision's, or what `package.module:function` returns.
+    """A model by name: one of `MODELS`, a classifier of torchvision, or what `package.module:function` returns.
 
     Args:
         name: one of `MODELS`, a torchvision classifier, or an entry point.
@@ -68,6 +72,7 @@ def build_model(
         args: further arguments of the constructor or function.
         trust: allow an entry point outside the working folder.
         new_head: replace the head of pretrained weights with another number of classes by an untrained one.
+        tokenization: of the dataset `text`.
 
     Raises:
         UsageError: the model, an argument or the weights are unknown, or the weights don't fit.
@@ -81,7 +86,7 @@ def build_model(
         if is_entry_point(name) or name in MODELS:
             factory = MODELS.resolve(name, trust=trust)
             taken = inspect.signature(factory).parameters
-            sizes = {"input_shape": input_shape, "num_classes": num_classes}
+            sizes = {"input_shape": input_shape, "num_classes": num_classes, "tokenization": tokenization}
             args = {key: size for key, size in sizes.items() if key in taken} | args
             model: Any = factory(**args)
         else:
@@ -100,6 +105,16 @@ def build_model(
     if path is not None:
         load_weights(model, path)
     return model
+
+
+def brings_weights(name: str, args: Mapping[str, Any]) -> bool:
+    """Whether a model has trained weights without any from a pipeline's `weights`."""
+    return is_entry_point(name) or (name == TRANSFORMERS and args.get("path") is not None)
+
+
+def fingerprint_args(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a model that identify it, wherever its files lie."""
+    return identifying_args(args) if name == TRANSFORMERS else dict(args)
 
 
 def check_model_name(name: str, *, trust: bool) -> None:

@@ -132,10 +132,10 @@ class _Reader:
             split=self.split,
             special_tokens=self.special_tokens,
         )
-        sequences, keys, numbers, predicted = [], [], [], []
+        all_parts, keys, numbers, predicted = [], [], [], []
         for number, (document, parts) in enumerate(zip(documents, encodings, strict=True)):
             for place, part in enumerate(parts):
-                sequences.append(part.ids)
+                all_parts.append(part)
                 keys.append(f"{document.key}#{place}" if self.split and self.max_length else document.key)
                 numbers.append(number)
                 predicted.append(self._predicted(part, len(document.prompt)))
@@ -143,7 +143,7 @@ class _Reader:
         if class_names is not None:
             targets = np.array([_class_number(documents[number], class_names) for number in numbers])
         return TokenDataset(
-            sequences,
+            [part.ids for part in all_parts],
             keys=keys,
             task=self.task,
             vocab_size=self.vocab_size,
@@ -151,6 +151,7 @@ class _Reader:
             targets=targets,
             class_names=class_names,
             predicted=predicted,
+            token_bytes=[part.num_bytes for part in all_parts],
             documents=np.array(numbers),
             special_ids=self.tokenizer.special_ids,
             mask_id=self.tokenizer.mask_id,

@@ -50,6 +50,8 @@ class Encoded:
     """Int32 (L,)."""
     starts: np.ndarray
     """Where each token starts in the text, in characters, int64 (L,)."""
+    num_bytes: np.ndarray
+    """Bytes of UTF-8 from the start of each token to that of the next one, int64 (L,); 0 for special tokens."""
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -105,8 +107,12 @@ def encode(
             raise UsageError(f"max_length is {max_length}; expected more than the {added} special tokens of each text")
         backend.enable_truncation(max_length)
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        for encoding in backend.encode_batch(texts[start : start + _TEXTS_AT_ONCE], add_special_tokens=special_tokens):
-            yield [_part(part) for part in [encoding, *(encoding.overflowing if split else ())]]
+        some = texts[start : start + _TEXTS_AT_ONCE]
+        encodings = backend.encode_batch(some, add_special_tokens=special_tokens)
+        for text, encoding in zip(some, encodings, strict=True):
+            widths = np.array([len(character.encode()) for character in text], dtype=np.int64)
+            bytes_before = np.concatenate([[0], np.cumsum(widths)])
+            yield [_part(part, bytes_before) for part in [encoding, *(encoding.overflowing if split else ())]]
 
 
 def gguf_digest(path: Path, prefix: str) -> str:
@@ -141,9 +147,14 @@ def need_package(module: str, use: str) -> Any:
         raise DatasetUnavailable(f"{module} {use}: pip install 'logitcache[hf]' ({error})") from error
 
 
-def _part(encoding: Any) -> Encoded:
-    starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
-    return Encoded(np.array(encoding.ids, dtype=np.int32), starts)
+def _part(encoding: Any, bytes_before: np.ndarray) -> Encoded:
+    starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+    num_bytes = np.zeros(len(starts), dtype=np.int64)
+    ordinary = np.flatnonzero(np.array(encoding.special_tokens_mask) == 0)
+    if len(ordinary):
+        limits = bytes_before[[*starts[ordinary], ends[ordinary[-1]]]]
+        num_bytes[ordinary] = np.diff(limits)
+    return Encoded(np.array(encoding.ids, dtype=np.int32), starts, num_bytes)
 
 
 def _from_json(path: Path) -> Tokenizer:

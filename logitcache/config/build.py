@@ -16,11 +16,19 @@ from torch import nn
 from logitcache.cache.manifest import LOGITS
 from logitcache.catalog.capture import Tap, captured_shapes
 from logitcache.catalog.datasets import Data, load_data
-from logitcache.catalog.models import build_model, check_output, model_fingerprint
+from logitcache.catalog.language_models import check_packing
+from logitcache.catalog.models import (
+    brings_weights,
+    build_model,
+    check_output,
+    fingerprint_args,
+    model_fingerprint,
+)
 from logitcache.catalog.outputs import sources_of, taps_of
 from logitcache.config.schema import DataConfig, ModelConfig, Pipeline, StudentConfig, parse_pipeline
 from logitcache.context import Context
 from logitcache.data.batching import COLLATES, Collate
+from logitcache.data.packing import pack
 from logitcache.data.rows import rows_of_dataset
 from logitcache.data.samples import Dataset
 from logitcache.data.sequences import sequence_rows
@@ -28,7 +36,6 @@ from logitcache.data.text_views import complete_spec
 from logitcache.data.transforms import build_transform
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.devices import pick_device
-from logitcache.entry_points import is_entry_point
 from logitcache.errors import ShapeError, UsageError
 from logitcache.losses import Loss, load_code, loss_from_config
 from logitcache.randomness import preserved_generators, seed_generators
@@ -148,7 +155,10 @@ def resolve_model(
             args=config.args,
             trust=trust,
             new_head=new_head,
+            tokenization=getattr(data.train, "tokenization", None),
         )
+    if plan.collate is pack:
+        check_packing(model, data.num_classes)
     if logits is None:
         index, inputs, _ = views.collate(views.__getitems__([(0, 0)]))
         check_output(model, inputs, data.num_classes, name=config.model, index=index, rows=sequence_rows(views))
@@ -203,7 +213,7 @@ def resolve_teacher(pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bo
         UsageError: the weights are missing, or don't fit the model.
     """
     weights = teacher_weights(pipeline)
-    if pipeline.teacher.weights is None and not is_entry_point(pipeline.teacher.model):
+    if pipeline.teacher.weights is None and not brings_weights(pipeline.teacher.model, pipeline.teacher.args):
         raise UsageError(
             f"the teacher {pipeline.teacher.model!r} has no weights; set teacher.weights to {TRAINED!r} (and run "
             f"`logitcache train-teacher`), to a .safetensors file, or to {RANDOM!r} for random weights"
@@ -220,7 +230,14 @@ def resolve_teacher(pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bo
         new_head=False,
         logits=taps_of(pipeline.cache.outputs).get(LOGITS),
     )
-    fingerprint = model_fingerprint(model, name=teacher_name(pipeline), args=pipeline.teacher.args)
+    untrained: list[str] = getattr(model, "untrained", [])
+    if weights is None and untrained:
+        raise UsageError(
+            f"the teacher's {', '.join(untrained)} are untrained; run `logitcache train-teacher` with "
+            f"teacher.weights={TRAINED}, or set teacher.weights to a .safetensors file"
+        )
+    args = fingerprint_args(pipeline.teacher.model, pipeline.teacher.args)
+    fingerprint = model_fingerprint(model, name=teacher_name(pipeline), args=args)
     return model.eval().requires_grad_(False), fingerprint
 
 

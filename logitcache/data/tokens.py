@@ -53,6 +53,7 @@ class TokenDataset:
         class_names: of the targets.
         predicted: for each sample a mask of the tokens that a row predicts. Default: all. The first token of a causal
             sequence never has a row.
+        token_bytes: for each sample the bytes of text of each token; gives `num_bytes`.
         documents: number of the document that each sample is from; a split keeps documents whole.
         special_ids: ids that text views never change.
         mask_id: id of the mask token; None if there is none.
@@ -74,6 +75,7 @@ class TokenDataset:
         targets: np.ndarray | None = None,
         class_names: list[str] | None = None,
         predicted: Sequence[np.ndarray] | None = None,
+        token_bytes: Sequence[np.ndarray] | None = None,
         documents: np.ndarray | None = None,
         special_ids: Sequence[int] = (),
         mask_id: int | None = None,
@@ -100,6 +102,7 @@ class TokenDataset:
         self.row_positions: np.ndarray | None = None
         """Position of each row in its sample, int32 (R,); None if it is 0, 1, 2, …"""
         self._row_tokens: np.ndarray | None = None
+        self._token_bytes = None if token_bytes is None else np.concatenate(token_bytes).astype(np.int32)
         if task != CLASSIFICATION:
             self._place_rows(None if predicted is None else np.concatenate([np.asarray(p, bool) for p in predicted]))
 
@@ -109,6 +112,13 @@ class TokenDataset:
         if self.task != CLASSIFICATION:
             return self.vocab_size
         return len(self.class_names) if self.class_names else int(self.targets.max()) + 1
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Bytes of text that the rows predict, for bits per byte; None if unknown."""
+        if self._token_bytes is None or self._row_tokens is None:
+            return None
+        return int(self._token_bytes[self._row_tokens].sum())
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -151,13 +161,17 @@ class TokenDataset:
     def select(self, indices: np.ndarray) -> TokenDataset:
         """Some samples in a given order, with their keys."""
         chosen = [int(index) for index in indices]
+
+        def parts(of_tokens: np.ndarray) -> list[np.ndarray]:
+            return [of_tokens[self._starts[index] : self._starts[index + 1]] for index in chosen]
+
         predicted = None
         if self._row_tokens is not None:
             is_predicted = np.zeros(len(self._ids), dtype=bool)
             is_predicted[self._row_tokens] = True
-            predicted = [is_predicted[self._starts[index] : self._starts[index + 1]] for index in chosen]
+            predicted = parts(is_predicted)
         return TokenDataset(
-            [self.ids(index) for index in chosen],
+            parts(self._ids),
             keys=[self.keys[index] for index in chosen],
             task=self.task,
             vocab_size=self.vocab_size,
@@ -165,6 +179,7 @@ class TokenDataset:
             targets=self.targets[chosen],
             class_names=self.class_names,
             predicted=predicted,
+            token_bytes=None if self._token_bytes is None else parts(self._token_bytes),
             documents=self.documents[chosen],
             special_ids=self.special_ids,
             mask_id=self.mask_id,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from logitcache.catalog.datasets import Data, load_data
@@ -155,6 +156,16 @@ def test_a_split_keeps_the_parts_of_a_document_together(load: Load, tmp_path: Pa
 
     kept, apart = ({key.partition("#")[0] for key in split.keys} for split in (data.train, data.validation))  # type: ignore[attr-defined, union-attr]
     assert (15, 5, set()) == (len(kept), len(apart), kept & apart)
+
+
+def test_the_rows_predict_all_bytes_but_those_of_each_first_token(load: Load, tmp_path: Path) -> None:
+    """For bits per byte: a character of several bytes has several tokens here, and counts once."""
+    root = written(tmp_path / "a.txt", "ab €5\nxy\n")
+
+    causal, masked = load(root).train, load(root, task="masked").train
+
+    assert (7 - 1 + 2 - 1, 9) == (causal.num_bytes, masked.num_bytes)  # type: ignore[attr-defined]
+    assert 1 == causal.select(np.array([1])).num_bytes  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("option", ["tokenizer", "max_length", "long", "special_tokens", "task", "vocab_size"])
