@@ -216,7 +216,7 @@ def read_regular(path: Path, *, limit: int | None = None) -> bytes | None:
         OSError: it can't be read.
     """
     try:
-        # O_NONBLOCK: a pipe or a device in the place of the file would block.
+        # O_NONBLOCK: opening a pipe or a device would block.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket
