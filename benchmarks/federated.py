@@ -104,7 +104,7 @@ def section(folder: Path, seeds: Sequence[int], overrides: Sequence[str]) -> str
 
 def alone(federation: Federation, party: PartyConfig, folder: Path, *, pooled: bool = False) -> float | None:
     """The party's net after as many steps, on its own samples only, or on those of all parties."""
-    pipeline = PartyRound(federation, party, 1).private_pipeline
+    pipeline = Pipeline(**PartyRound(federation, party, 1).private_settings)
     data = pipeline.data
     assert data.part is not None
     if pooled:
@@ -113,8 +113,8 @@ def alone(federation: Federation, party: PartyConfig, folder: Path, *, pooled: b
         update={"data": data, "runs": pipeline.runs.model_copy(update={"path": str(folder)})}
     )
     steps = federation.rounds * (
-        steps_of(PartyRound(federation, party, 1).private_pipeline)
-        + steps_of(PartyRound(federation, party, 1).public_pipeline)
+        steps_of(Pipeline(**PartyRound(federation, party, 1).private_settings))
+        + steps_of(Pipeline(**PartyRound(federation, party, 1).public_settings))
     )
     epochs = round(steps / steps_of(pipeline, epochs=1))
     pipeline = pipeline.model_copy(update={"train": pipeline.train.model_copy(update={"epochs": epochs})})

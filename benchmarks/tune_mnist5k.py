@@ -42,7 +42,7 @@ def main() -> None:
     cache_teacher(pipeline)
     bench = Experiment(pipeline)
     bench.data = replace(bench.data, test=None)  # so that no run can report on it
-    mismatched_labels = clean_labels(pipeline, bench, folder / "clean.cache")
+    mismatched_labels = clean_labels(bench, folder / "clean.cache")
     cases = [(name, rate, None) for name in (TENTH, ALL) for rate in arguments.rates]
     cases += [
         (name, rate, temperature)

@@ -131,16 +131,11 @@ def export_command(
     _check_is_run(source, to.value, views=views, top=top)
     from logitcache.config.schema import load_pipeline
     from logitcache.extras.student_export import export_run
+    from logitcache.stages.finished_student import open_student
 
-    exported = export_run(
-        source,
-        out,
-        to="onnx" if to is ExportFormat.onnx else "safetensors",
-        int8=int8,
-        weights=weights.value,
-        data=None if data is None else load_pipeline(data, overrides or ()),
-        trust=trust,
-    )
+    pipeline = None if data is None else load_pipeline(data, overrides or ())
+    student = open_student(Path(source), weights=weights.value, data=pipeline, trust=trust)
+    exported = export_run(student, out, to="onnx" if to is ExportFormat.onnx else "safetensors", int8=int8)
     summary = {"folder": str(exported.folder), "written": exported.written, **exported.metadata.model_dump()}
     show(summary, as_json, lambda: print_product(exported))
 
@@ -199,10 +194,13 @@ def report_command(
     as_json: JsonOption = False,
 ) -> None:
     """Write an offline HTML report: the cache, its teacher, fidelity and views, and a comparison of students."""
-    from logitcache.extras.report import write_report
+    from logitcache.extras.report import check_report, write_report
+    from logitcache.stages.matched_data import match_data
 
     pipeline = pipeline_of(cache, data, overrides)
-    written = write_report(cache, output, runs=runs, data=pipeline, trust=trust)
+    check_report(output)
+    matched = None if pipeline is None else match_data(cache, pipeline, trust=trust)
+    written = write_report(cache, output, runs=runs, data=matched, trust=trust)
     summary = {"report": str(written.path), "bytes": written.bytes, **written.headline}
     show(summary, as_json, lambda: print_report(written))
 

@@ -6,8 +6,8 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from torch import Tensor
 from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.config.build import resolve_teacher
-from logitcache.config.schema import Pipeline, load_pipeline
+from logitcache.config.schema import load_pipeline
 from logitcache.data.index import split_index
 from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.devices import pick_device
 from logitcache.errors import UsageError
 from logitcache.extras.student_export.cost import count_macs
-from logitcache.stages.cache_teacher import cache_teacher
+from logitcache.stages.cache_teacher import CacheResult, cache_teacher
+from logitcache.stages.matched_data import match_data
 from logitcache.stages.train_student import Experiment, Row, summarise
 from logitcache.stages.train_teacher import train_teacher
 from logitcache.storage import LocalStorage
@@ -108,15 +109,15 @@ class DemoResult:
     few_labels: Comparison
     findings: list[str]
     """Three sentences: cost, view matching, few labels."""
-    pipeline: Pipeline
-    """As it was run."""
+    experiment: Experiment = field(compare=False, repr=False)
+    """Data, views and pipeline of the students."""
 
 
-def embedded_pipeline(overrides: Sequence[str] = ()) -> Pipeline:
+def embedded_file() -> Path:
     """`pipelines/demo.yaml`, from the checkout or from inside the installed package."""
     here = Path(__file__).parent
     checkout = here.parents[1] / "pipelines" / "demo.yaml"
-    return load_pipeline(checkout if checkout.is_file() else here / "demo.yaml", overrides)
+    return checkout if checkout.is_file() else here / "demo.yaml"
 
 
 def run_demo(folder: Path, overrides: Sequence[str] = (), *, full: bool = False) -> DemoResult:
@@ -132,13 +133,13 @@ def run_demo(folder: Path, overrides: Sequence[str] = (), *, full: bool = False)
     """
     paths = [f"runs.path={folder}/runs", f"cache.path={folder}/views.cache"]
     seeds = [f"train.seeds={[*range(FULL_SEEDS)]}"] if full else []
-    pipeline = embedded_pipeline([*paths, *seeds, *overrides])
+    pipeline = load_pipeline(embedded_file(), [*paths, *seeds, *overrides])
     # Before anything is timed: how many threads compute is set once for the process.
     pick_device(pipeline.device, threads=pipeline.threads)
     teacher = train_teacher(pipeline)
-    stage1_seconds = _timed_stage1(pipeline, folder)
-    bench = Experiment(pipeline)
-    mismatched_labels = clean_labels(pipeline, bench, folder / "clean.cache")
+    stage1_seconds = _timed_stage1(lambda: cache_teacher(pipeline), folder)
+    experiment = Experiment(pipeline)
+    mismatched_labels = clean_labels(experiment, folder / "clean.cache")
     students = [
         pipeline.student(TENTH),
         *([pipeline.student(ALL)] if full else []),
@@ -151,17 +152,17 @@ def run_demo(folder: Path, overrides: Sequence[str] = (), *, full: bool = False)
     for seed in pipeline.train.seeds:  # students side by side, so that a slow minute of the machine hits all of them
         for student in students:
             labels = mismatched_labels if student.name == MISMATCHED else None
-            results[student.name].append(train(bench.job(student, seed, labels=labels)))
+            results[student.name].append(train(experiment.job(student, seed, labels=labels)))
     rows = {name: summarise(name, runs) for name, runs in results.items()}
     cost = compare_cost(results[LIVE], results[MATCHED], stage1_seconds)
     view_matching = compare(rows[MATCHED], rows[MISMATCHED])
     few_labels = compare(rows[MATCHED], rows[TENTH])
-    image_1 = ViewDataset(bench.data.train, bench.plan)[(0, 0)][1][None]
+    image_1 = ViewDataset(experiment.data.train, experiment.plan)[(0, 0)][1][None]
     return DemoResult(
         rows=list(rows.values()),
         teacher=teacher,
-        teacher_macs=count_macs(resolve_teacher(pipeline, bench.data, bench.plan, trust=False)[0], image_1),
-        student_macs=count_macs(bench.job(pipeline.student(MATCHED), seed=0).model, image_1),
+        teacher_macs=count_macs(resolve_teacher(pipeline, experiment.data, experiment.plan, trust=False)[0], image_1),
+        student_macs=count_macs(experiment.job(pipeline.student(MATCHED), seed=0).model, image_1),
         cost=cost,
         view_matching=view_matching,
         few_labels=few_labels,
@@ -170,7 +171,7 @@ def run_demo(folder: Path, overrides: Sequence[str] = (), *, full: bool = False)
             accuracy_finding("View matching", view_matching, rows),
             accuracy_finding("Few labels", few_labels, rows),
         ],
-        pipeline=pipeline,
+        experiment=experiment,
     )
 
 
@@ -209,8 +210,9 @@ class CleanLabels(Labels):
         return {LOGITS: (weights_B1 * own_BC + (1 - weights_B1) * other_BC).log()}
 
 
-def clean_labels(pipeline: Pipeline, bench: Experiment, path: Path) -> CleanLabels:
-    """Labels of one clean view for a pipeline's augmented images, from a cache at `path` that is built where needed."""
+def clean_labels(experiment: Experiment, path: Path) -> CleanLabels:
+    """Labels of one clean view for augmented images, from a cache at `path` that is built if it is missing."""
+    pipeline = experiment.pipeline
     unmixed = {"transform": None, "mixup": 0.0, "cutmix": 0.0, "count": 1}
     cache_teacher(
         pipeline.model_copy(
@@ -220,7 +222,7 @@ def clean_labels(pipeline: Pipeline, bench: Experiment, path: Path) -> CleanLabe
             }
         )
     )
-    return CleanLabels(open_cache(str(path)), ViewDataset(bench.data.train, bench.plan), bench.device)
+    return CleanLabels(open_cache(str(path)), ViewDataset(experiment.data.train, experiment.plan), experiment.device)
 
 
 def compare(row: Row, reference: Row) -> Comparison:
@@ -307,11 +309,11 @@ def _t_quantile(degrees: int) -> float:
     return float(stdtrit(degrees, (1 + CONFIDENCE) / 2))
 
 
-def _timed_stage1(pipeline: Pipeline, folder: Path) -> float | None:
-    """Seconds of stage 1, kept for a demo that is run again; None where it was interrupted."""
+def _timed_stage1(stage1: Callable[[], CacheResult], folder: Path) -> float | None:
+    """Seconds of stage 1, kept in the folder for a later run of the demo; None if it was interrupted."""
     storage, name = LocalStorage(folder), "stage1.json"
     start = time.perf_counter()
-    result = cache_teacher(pipeline)
+    result = stage1()
     seconds = time.perf_counter() - start
     if len(result.computed_blocks) == result.total_blocks:
         storage.put(name, json.dumps({"digest": result.manifest.digest, "seconds": seconds}).encode())
@@ -324,10 +326,12 @@ def _timed_stage1(pipeline: Pipeline, folder: Path) -> float | None:
 def demo_report(result: DemoResult, out: Path) -> Path | None:
     """Write a report on the demo's cache and students; None where the extra `report` is not installed."""
     try:
-        from logitcache.extras.report import check_installed, write_report
+        from logitcache.extras.report import write_report
+        from logitcache.extras.report.page import check_installed
 
         check_installed()
     except UsageError:
         return None
-    pipeline = result.pipeline
-    return write_report(pipeline.cache.path, out, runs=pipeline.runs.path, data=pipeline).path
+    pipeline = result.experiment.pipeline
+    cache = pipeline.cache.path
+    return write_report(cache, out, runs=pipeline.runs.path, data=match_data(cache, pipeline)).path

@@ -33,7 +33,7 @@ def demo_summary(result: Any, report: Path | None) -> dict[str, Any]:
         "view_matching": dataclasses.asdict(result.view_matching),
         "few_labels": dataclasses.asdict(result.few_labels),
         "findings": result.findings,
-        "cache": result.pipeline.cache.path,
+        "cache": result.experiment.pipeline.cache.path,
         "report": None if report is None else str(report),
     }
 
@@ -61,7 +61,7 @@ def print_demo(result: Any, report: Path | None) -> None:
     for line in result.findings:
         say(line)
     say(f"Report: {report}" if report else "For an HTML report: pip install 'logitcache[report]' and re-run.")
-    cache = result.pipeline.cache.path
+    cache = result.experiment.pipeline.cache.path
     say(f"Cache: {cache}; try `logitcache info {cache}`.")
 
 

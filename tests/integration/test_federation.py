@@ -137,7 +137,7 @@ def test_a_round_teaches_a_party_what_it_has_no_sample_of(two: Make) -> None:
         f"parties.a.data={digits | {'part': {'public': 0.5, 'classes': [0, 1, 2, 3, 4]}}}",
         f"parties.b.data={digits | {'part': {'public': 0.5, 'classes': [5, 6, 7, 8, 9]}}}",
     )  # fmt: skip
-    data = resolve_data(PartyRound(federation, federation.parties[0], 1).public_pipeline, trust=False)
+    data = resolve_data(Pipeline(**PartyRound(federation, federation.parties[0], 1).public_settings), trust=False)
     assert data.validation is not None
     rates = [turn.validation_accuracy for turn in federate(federation) if turn.party == "a"]
 
@@ -149,7 +149,9 @@ def test_nothing_but_logits_of_the_public_set_leaves(two: Make) -> None:
     federation = two("parties.a.net.weights=null")
     federate(federation)
     shared = Path(federation.shared)
-    public = resolve_data(PartyRound(federation, federation.parties[0], 1).public_pipeline, trust=False).train
+    public = resolve_data(
+        Pipeline(**PartyRound(federation, federation.parties[0], 1).public_settings), trust=False
+    ).train
     caches = sorted(path.relative_to(shared).as_posix() for path in shared.glob("*/*"))
     assert ["round-001/a.cache", "round-001/b.cache", "round-002/a.cache", "round-002/b.cache"] == caches
     private_words = (str(shared.parent), platform.node(), Path(sys.argv[0]).name, "safetensors")

@@ -25,6 +25,8 @@ from logitcache.extras.report import write_report
 from logitcache.extras.report.students import find_runs, measure_students
 from logitcache.extras.student_export import export_run
 from logitcache.stages.cache_teacher import cache_teacher
+from logitcache.stages.finished_student import open_student
+from logitcache.stages.matched_data import RecordedData, match_data
 from logitcache.stages.plan import plan_pipeline
 from logitcache.stages.train_student import train_students
 from logitcache.stages.train_teacher import train_teacher
@@ -93,11 +95,12 @@ def test_a_bert_teaches_a_distilbert_on_padded_texts(tiny: Make, tmp_path: Path)
         )
     assert [] == verify_match(pipeline, recompute=20)
     assert ["small", "labels"] == [row.name for row in rows]
-    runs = measure_students(
-        find_runs(Path(pipeline.runs.path), cache), cache, pipeline.cache.path, None, 0, trust=False
-    )
+    runs = find_runs(Path(pipeline.runs.path), cache)
+    measure_students(runs, cache, 0, RecordedData(pipeline.cache.path).of_run)
     assert [None, None] == [student.not_measured for student in runs.students]
-    assert write_report(pipeline.cache.path, tmp_path / "report.html", data=pipeline).path.is_file()
+    assert write_report(
+        pipeline.cache.path, tmp_path / "report.html", data=match_data(pipeline.cache.path, pipeline)
+    ).path.is_file()
 
 
 @pytest.mark.usefixtures("transformers")
@@ -132,7 +135,7 @@ def test_a_vit_teaches_a_vit_with_hints_from_its_layers(tiny: Make) -> None:
 
     assert ["small"] == [row.name for row in train_students(pipeline, ["small"])]
     with pytest.raises(UsageError, match=r"returns a mapping of 'logits', and an exported one must return the tensor"):
-        export_run(Path(pipeline.runs.path) / "small/seed-0", to="safetensors")
+        export_run(open_student(Path(pipeline.runs.path) / "small/seed-0"), to="safetensors")
 
 
 @pytest.mark.parametrize("kind", ["lists", "arrays", "tensors"])

@@ -151,7 +151,7 @@ def test_the_wheel_alone_writes_and_checks_each_starter(wheel: Path, tmp_path: P
 
 
 def test_the_wheel_holds_the_pipeline_of_the_demo(wheel: Path) -> None:
-    program = "from logitcache.extras.demo import embedded_pipeline; print(embedded_pipeline().data.name)"
+    program = "from logitcache.extras.demo import embedded_file; from logitcache.config.schema import load_pipeline; print(load_pipeline(embedded_file()).data.name)"
     ended = subprocess.run(
         [sys.executable, "-c", program],
         cwd=wheel.parent,

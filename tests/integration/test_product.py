@@ -12,7 +12,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -31,11 +31,12 @@ from logitcache.catalog.nets import CNN
 from logitcache.config.build import resolve_data
 from logitcache.config.schema import Pipeline, load_pipeline
 from logitcache.errors import CorruptCache, IdentityMismatch, InvalidLogits, StorageError, UsageError
-from logitcache.extras.student_export import export_run, load_student
+from logitcache.extras.student_export import Exported, export_run, load_student
 from logitcache.extras.student_export.cost import count_macs, median_seconds
 from logitcache.extras.student_export.onnx_model import OnnxModel, compare_with_torch, quantise
 from logitcache.randomness import keyed_permutation
 from logitcache.stages.cache_teacher import cache_teacher
+from logitcache.stages.finished_student import Weights, open_student
 from logitcache.stages.train_student import train_students
 from logitcache.stages.train_teacher import train_teacher
 from tests.commands import logitcache as command
@@ -51,6 +52,18 @@ CONV = {
     "loss": {"name": "kl", "temperature": 2.0},
 }
 NASTY = "</script><script>alert(1)</script>\n---\n# [x](http://evil.example) ![y](z) `a` | b \u202e"
+
+
+def exported(
+    run: Path,
+    out: Path | None = None,
+    *,
+    to: Literal["safetensors", "onnx"],
+    int8: bool = False,
+    weights: Weights = "last",
+    data: Pipeline | None = None,
+) -> Exported:
+    return export_run(open_student(run, weights=weights, data=data), out, to=to, int8=int8)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +88,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_teacher(pipeline)
     cache_teacher(pipeline)
     train_students(pipeline)
-    export_run(folder / "runs/conv/seed-0", to="onnx", int8=True)
-    export_run(folder / "runs/conv/seed-0", to="safetensors")
+    exported(folder / "runs/conv/seed-0", to="onnx", int8=True)
+    exported(folder / "runs/conv/seed-0", to="safetensors")
     return folder
 
 
@@ -315,7 +328,7 @@ def test_a_strangers_names_are_no_markup(run: Path, made: Path) -> None:
     pipeline = yaml.safe_load((run / "pipeline.yaml").read_text())
     pipeline["cache"]["card"] |= {"license": NASTY, "dataset": NASTY, "teacher": NASTY}
     (run / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
-    product = export_run(run, to="safetensors")
+    product = exported(run, to="safetensors")
     text = (product.folder / "README.md").read_text()
     body = ModelCard(text).text
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(body)
@@ -333,16 +346,16 @@ def test_exported_again_nothing_is_written(made: Path) -> None:
     folder = made / "runs/conv/seed-0/product"
     before = {path: path.stat().st_mtime_ns for path in (*folder.iterdir(), folder)}
 
-    assert not export_run(folder.parent, to="onnx", int8=True).written
-    assert not export_run(folder.parent, to="safetensors").written
+    assert not exported(folder.parent, to="onnx", int8=True).written
+    assert not exported(folder.parent, to="safetensors").written
     assert before == {path: path.stat().st_mtime_ns for path in (*folder.iterdir(), folder)}
 
 
 def test_best_weights_go_to_a_folder_of_their_own(run: Path, tmp_path: Path) -> None:
-    export_run(run, to="safetensors")
+    exported(run, to="safetensors")
     with pytest.raises(UsageError, match=r"an export of the last weights, not of this run's best; choose another -o"):
-        export_run(run, to="safetensors", weights="best")
-    out = export_run(run, tmp_path / "best", to="safetensors", weights="best").folder
+        exported(run, to="safetensors", weights="best")
+    out = exported(run, tmp_path / "best", to="safetensors", weights="best").folder
     expected, found = load_file(run / "best.safetensors"), load_file(out / "model.safetensors")
 
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -352,7 +365,7 @@ def test_best_weights_go_to_a_folder_of_their_own(run: Path, tmp_path: Path) -> 
 def test_what_killed_exports_left_is_removed_and_what_live_ones_have_stays(run: Path) -> None:
     for name in (".product.999999999.partial", ".product.1.partial"):
         (run / name).mkdir()
-    export_run(run, to="safetensors")
+    exported(run, to="safetensors")
 
     assert [".product.1.partial"] == [path.name for path in run.iterdir() if path.name.startswith(".product")]
 
@@ -364,7 +377,7 @@ def test_a_killed_export_leaves_nothing_under_the_name_and_is_made_good(run: Pat
 
     assert -signal.SIGKILL == process.exitcode
     assert [".product."] == [path.name[:9] for path in run.iterdir() if "product" in path.name]
-    assert export_run(run, to="safetensors").written
+    assert exported(run, to="safetensors").written
     assert ["product"] == [path.name for path in run.iterdir() if "product" in path.name]
 
 
@@ -373,15 +386,15 @@ def _export_and_wait(run: Path) -> None:
     from logitcache.extras.student_export import export
 
     export.render_model_card = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,misc]
-    export_run(run, to="safetensors")
+    exported(run, to="safetensors")
 
 
 def test_what_was_moved_aside_comes_back(run: Path) -> None:
     """An export that was killed between its two renames."""
-    folder = export_run(run, to="safetensors").folder
+    folder = exported(run, to="safetensors").folder
     folder.rename(run / ".product.999999999.before")
 
-    assert not export_run(run, to="safetensors").written
+    assert not exported(run, to="safetensors").written
     assert ["product"] == [path.name for path in run.iterdir() if "product" in path.name]
 
 
@@ -397,36 +410,36 @@ def test_a_folder_with_something_else_is_left_as_it_is(run: Path, tmp_path: Path
     other.mkdir()
     (other / "thesis.tex").write_text("mine")
     with pytest.raises(UsageError, match="contains other files"):
-        export_run(run, other, to="safetensors")
+        exported(run, other, to="safetensors")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UsageError, match="is not a folder"):
-        export_run(run, tmp_path / "file", to="safetensors")
+        exported(run, tmp_path / "file", to="safetensors")
     with pytest.raises(StorageError, match="can't write"):
-        export_run(run, tmp_path / "file/below", to="safetensors")
+        exported(run, tmp_path / "file/below", to="safetensors")
 
     assert ["mine"] == [path.read_text() for path in other.iterdir()]
 
 
 def test_an_edited_card_is_not_written_over(run: Path) -> None:
-    folder = export_run(run, to="safetensors").folder
+    folder = exported(run, to="safetensors").folder
     (folder / "README.md").write_text("my own words")
     with pytest.raises(UsageError, match=r"README\.md was modified after the export; move that folder away"):
-        export_run(run, to="onnx")
+        exported(run, to="onnx")
     (folder / "notes.txt").write_text("")
     with pytest.raises(UsageError, match=r"files that are not part of the export \('notes\.txt'\)"):
-        export_run(run, to="onnx")
+        exported(run, to="onnx")
 
     assert "my own words" == (folder / "README.md").read_text()
 
 
 def test_data_of_another_kind_are_refused(run: Path, made: Path) -> None:
     with pytest.raises(IdentityMismatch, match=r"data\.validation: 0\.2 here, 0\.1 there"):
-        export_run(run, to="safetensors", data=load_pipeline(made / "tiny.yaml", ["data.validation=0.2"]))
+        exported(run, to="safetensors", data=load_pipeline(made / "tiny.yaml", ["data.validation=0.2"]))
     (run / "pipeline.yaml").unlink()
     with pytest.raises(UsageError, match="name a pipeline with --data"):
-        export_run(run, to="safetensors")
+        exported(run, to="safetensors")
     assert left_alone(run)
-    assert export_run(run, to="safetensors", data=load_pipeline(made / "tiny.yaml")).written
+    assert exported(run, to="safetensors", data=load_pipeline(made / "tiny.yaml")).written
 
 
 def test_weights_that_do_not_reach_the_runs_accuracy_are_refused(run: Path) -> None:
@@ -434,29 +447,29 @@ def test_weights_that_do_not_reach_the_runs_accuracy_are_refused(run: Path) -> N
     (run / "result.json").write_text(json.dumps(result | {"accuracy": result["accuracy"] - 0.1}))
     (run / "SHA256SUMS").unlink()
     with pytest.raises(IdentityMismatch, match=r"on the test split: .*; its result\.json has"):
-        export_run(run, to="safetensors")
+        exported(run, to="safetensors")
     assert left_alone(run)
 
 
 def test_what_is_no_finished_run_of_a_student_is_refused(run: Path, made: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="contains no run; expected a folder such as"):
-        export_run(run.parent, to="onnx")
+        exported(run.parent, to="onnx")
     with pytest.raises(UsageError, match="is a teacher's run"):
-        export_run(made / "runs/teacher", to="onnx")
+        exported(made / "runs/teacher", to="onnx")
     (run / "result.json").rename(tmp_path / "result.json")
     with pytest.raises(UsageError, match="is not finished; `logitcache train-student` resumes it"):
-        export_run(run, to="onnx")
+        exported(run, to="onnx")
     (run / "result.json").write_text("{")
     with pytest.raises(UsageError, match="can't be read"):
-        export_run(run, to="onnx")
+        exported(run, to="onnx")
 
 
 def test_without_onnx_the_extra_is_named_and_safetensors_go_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UsageError, match=r"ONNX needs onnxscript: pip install 'logitcache\[onnx\]'"):
-        export_run(run, to="onnx")
+        exported(run, to="onnx")
     assert left_alone(run)
-    assert export_run(run, to="safetensors").written
+    assert exported(run, to="safetensors").written
 
 
 @pytest.fixture
@@ -475,23 +488,23 @@ def odd(tiny: Make) -> Callable[[str], Path]:
 def test_a_graph_with_nothing_to_quantise_is_refused(odd: Callable[[str], Path]) -> None:
     run = odd("Distances")
     with pytest.raises(UsageError, match=r"no weights that can be quantised to int8.*export without --int8"):
-        export_run(run, to="onnx", int8=True)
+        exported(run, to="onnx", int8=True)
     assert left_alone(run)
-    assert export_run(run, to="onnx").written
+    assert exported(run, to="onnx").written
 
 
 def test_a_net_that_onnx_can_not_say_is_refused(odd: Callable[[str], Path]) -> None:
     run = odd("Branching")
     with pytest.raises(UsageError, match=r"can't be exported to ONNX with a dynamic batch size: .*--to safetensors"):
-        export_run(run, to="onnx")
+        exported(run, to="onnx")
     assert left_alone(run)
-    assert export_run(run, to="safetensors").written
+    assert exported(run, to="safetensors").written
 
 
 def test_a_net_that_says_something_else_in_onnx_is_refused(odd: Callable[[str], Path]) -> None:
     run = odd("Noisy")
     with pytest.raises(InvalidLogits, match=r"differ from torch's by .* on a batch of 1; the tolerance is"):
-        export_run(run, to="onnx")
+        exported(run, to="onnx")
     assert left_alone(run)
 
 

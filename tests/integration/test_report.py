@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -28,15 +29,16 @@ from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, I
 from logitcache.extras.report import measures, teacher, write_report
 from logitcache.extras.report.attribution import attributions
 from logitcache.extras.report.decision_views import choose_samples
-from logitcache.extras.report.formatting import ClassNames, decimal, percent, plain_text
+from logitcache.extras.report.formatting import ClassNames, decimal, plain_text
 from logitcache.extras.report.page import json_for_script
 from logitcache.extras.report.pictures import image_uri, signed_map_uri, strongest_region
 from logitcache.extras.report.samples import disagreement
-from logitcache.extras.report.student_section import agreement_figure
+from logitcache.extras.report.student_figures import agreement_figure
 from logitcache.extras.report.students import ComparedStudent, RunsFound, Student, find_runs
 from logitcache.extras.report.trees import drawn_nodes, most_probable_paths, node_use
 from logitcache.extras.soft_tree import SoftTree
 from logitcache.stages.cache_teacher import cache_teacher
+from logitcache.stages.matched_data import match_data
 from logitcache.stages.train_student import Row, train_students
 from logitcache.stages.train_teacher import train_teacher
 from logitcache.train.loop import train
@@ -103,7 +105,7 @@ def test_confusion_is_that_of_sklearn(logits: Any, answers: measures.Predictions
 
 def test_accuracy_by_class_is_the_diagonal_over_the_rows(answers: measures.Predictions) -> None:
     matrix = confusion_matrix(answers.targets, answers.predicted)
-    accuracy, counts = measures.class_accuracy(answers.targets, answers.correct, 12)
+    accuracy, counts = measures.means_by(answers.targets, answers.correct, 12)
 
     np.testing.assert_allclose(matrix.diagonal() / matrix.sum(axis=1), accuracy)
     np.testing.assert_array_equal(matrix.sum(axis=1), counts)
@@ -254,6 +256,20 @@ def test_a_cache_without_targets_says_so_and_leaves_out_what_needs_them(tmp_path
     assert "accuracy" not in written.headline
 
 
+def test_a_cache_of_many_classes_is_reported_by_the_worst_pairs_and_classes(tmp_path: Path) -> None:
+    random = np.random.default_rng(2)
+    contents = random.integers(0, 256, (400, 16), dtype=np.uint8)
+    table = SampleTable(400, [str(row) for row in range(400)], random.integers(0, 40, 400), contents)
+    settings: dict[str, Any] = {"samples": table, "teacher": "t", "num_samples": 400, "num_classes": 40}
+    with logitcache.create(tmp_path / "x.cache", num_views=1, **settings) as writer:
+        writer.write(view=0, start=0, logits=random.normal(size=(400, 40)).astype(np.float32))
+    page = write_report(tmp_path / "x.cache", tmp_path / "r.html").path.read_text()
+
+    assert "The 20 most confused pairs of classes" in page
+    assert "Accuracy by class: the lowest 20 of 40" in page
+    assert "The cache has a single view, so there is nothing to compare." in page
+
+
 def test_a_half_built_cache_is_reported_by_its_whole_views(tmp_path: Path) -> None:
     path = tmp_path / "x.cache"
     with (
@@ -342,14 +358,13 @@ def test_use_of_a_tree_adds_up_and_paths_lead_to_the_likeliest_leaf() -> None:
     assert [1.0] * 4 == pytest.approx([use[0], use[1:3].sum(), use[3:7].sum(), use[7:].sum()])
     np.testing.assert_allclose(leaves.mean(axis=0), use[7:], rtol=1e-5)
     for path, leaves_L in zip(most_probable_paths(tree, inputs), leaves, strict=True):
-        assert leaves_L.argmax() + 7 == path.leaf
-        assert leaves_L.max() == pytest.approx(path.probability, rel=1e-5)
-        assert path.probability == pytest.approx(math.prod(step.probability for step in path.steps), rel=1e-4)
-        node = 0
-        for step in path.steps:
-            assert step.node == node
-            node = 2 * node + (2 if step.right else 1)
-        assert node == path.leaf
+        assert leaves_L.argmax() + 7 == path.nodes[-1]
+        assert leaves_L.max() == pytest.approx(path.reached[-1], rel=1e-5)
+        assert [0, *path.nodes[:-1]] == [0, *((node - 1) // 2 for node in path.nodes[1:])]
+    path, right = most_probable_paths(tree, inputs)[0], tree.decisions(inputs)[0].sigmoid().tolist()
+    for number, (node, child) in enumerate(itertools.pairwise(path.nodes)):
+        probability = 1 - right[node] if child % 2 else right[node]
+        assert probability == pytest.approx(path.reached[number + 1] / path.reached[number], rel=1e-4)
 
 
 @pytest.mark.parametrize(("depth", "inner", "rests"), [(1, 1, 0), (4, 15, 0), (7, 15, 16)])
@@ -391,12 +406,11 @@ def test_agreement_by_class_shows_the_lowest_of_many() -> None:
     figure = agreement_figure(found, ["half", "right", "not measured"], ClassNames(None), 40)
 
     assert figure is not None
-    assert "Agreement by class: the lowest 20 of 40" == figure.title
-    assert [str(number) for number in range(20)] == [row[0] for row in figure.table.rows]
-    expected = [[percent((number / 40 + 1) / 2), percent(1.0)] for number in range(20)]
-    assert expected == [row[2:] for row in figure.table.rows]
-    assert {"80"} == {row[1] for row in figure.table.rows}
-    assert "On 3\u202f200 rows" in figure.caption
+    assert (["half", "right"], 40, 3200) == tuple(figure.notes[name] for name in ("students", "seen", "rows"))
+    assert [str(number) for number in range(20)] == [row["name"] for row in figure.rows]
+    expected = [[(number / 40 + 1) / 2, 1.0] for number in range(20)]
+    assert expected == [[row[0], row[1]] for row in figure.rows]
+    assert {80} == {row["rows"] for row in figure.rows}
 
 
 def test_samples_that_are_shown_are_the_most_disputed_and_some_on_which_all_agree(tmp_path: Path) -> None:
@@ -556,7 +570,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[st
     train_teacher(pipeline)
     cache_teacher(pipeline)
     train_students(pipeline)
-    written = write_report(pipeline.cache.path, folder / "report.html", runs=folder / "runs", data=pipeline)
+    written = write_report(
+        pipeline.cache.path,
+        folder / "report.html",
+        runs=folder / "runs",
+        data=match_data(pipeline.cache.path, pipeline),
+    )
     return folder, written.path, written.headline
 
 
@@ -773,7 +792,8 @@ def test_without_the_teachers_weights_students_have_maps_alone(built: Any, tmp_p
 
     folder, _, _ = built
     gone = load_pipeline(folder / "tiny.yaml", [f"runs.path={tmp_path}/gone"])
-    page = write_report(folder / "tiny.cache", tmp_path / "r.html", runs=folder / "runs", data=gone).path.read_text()
+    matched = match_data(str(folder / "tiny.cache"), gone)
+    page = write_report(folder / "tiny.cache", tmp_path / "r.html", runs=folder / "runs", data=matched).path.read_text()
 
     assert "Without maps: teacher: the weights are not available locally." in page
     assert "Attribution map of teacher" not in page
@@ -784,8 +804,9 @@ def test_the_same_samples_are_chosen_each_time(built: Any, tmp_path: Path) -> No
     folder, report, _ = built
     from logitcache.config.schema import load_pipeline
 
+    matched = match_data(str(folder / "tiny.cache"), load_pipeline(folder / "tiny.yaml"))
     again = write_report(
-        folder / "tiny.cache", tmp_path / "r.html", runs=folder / "runs", data=load_pipeline(folder / "tiny.yaml")
+        folder / "tiny.cache", tmp_path / "r.html", runs=folder / "runs", data=matched
     ).path.read_text()
     decisions = [
         text[text.index('<section id="decisions"') : text.index("</main>")] for text in (report.read_text(), again)
@@ -887,15 +908,12 @@ def test_labels_that_a_program_gave_are_not_called_the_caches(built: Any, tmp_pa
     assert ["given by the program"] == [student.labels for student in find_runs(tmp_path, cache).students]
 
 
-def test_data_of_another_kind_is_refused(built: Any, tiny: Callable[..., Pipeline], tmp_path: Path) -> None:
+def test_data_of_another_kind_is_refused(built: Any, tiny: Callable[..., Pipeline]) -> None:
     folder, _, _ = built
     with pytest.raises(IdentityMismatch, match="view_seed"):
-        write_report(
-            folder / "tiny.cache", tmp_path / "r.html", data=tiny("views.seed=9", f"runs.path={folder / 'runs'}")
-        )
+        match_data(str(folder / "tiny.cache"), tiny("views.seed=9", f"runs.path={folder / 'runs'}"))
     with pytest.raises(IdentityMismatch):
-        write_report(folder / "tiny.cache", tmp_path / "r.html", data=tiny(*PICTURES))
-    assert not (tmp_path / "r.html").exists()
+        match_data(str(folder / "tiny.cache"), tiny(*PICTURES))
 
 
 def test_the_command_writes_a_page_and_says_so_in_json(built: Any, tmp_path: Path) -> None:

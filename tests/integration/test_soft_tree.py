@@ -20,6 +20,7 @@ from logitcache.extras.soft_tree import SoftTree
 from logitcache.extras.student_export import export_run, load_student
 from logitcache.extras.student_export.onnx_model import OnnxModel, compare_with_torch, export_onnx
 from logitcache.stages.cache_teacher import cache_teacher
+from logitcache.stages.finished_student import open_student
 from logitcache.stages.train_student import train_students
 from logitcache.stages.train_teacher import train_teacher
 from tests.durability.test_ranks import torchrun
@@ -227,8 +228,8 @@ def test_an_exported_tree_says_what_it_says_in_torch(tiny: Make, tmp_path: Path)
     cache_teacher(pipeline)
     train_students(pipeline, ["small"])
     run = tmp_path / "runs/small/seed-0"
-    export_run(run, to="onnx")
-    exported = export_run(run, to="safetensors")
+    export_run(open_student(run), to="onnx")
+    exported = export_run(open_student(run), to="safetensors")
     facts = json.loads((exported.folder / "product.json").read_text())
     model = SoftTree((1, 8, 8), 10, depth=3)
     model.load_state_dict(weights(run))

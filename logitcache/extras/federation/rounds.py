@@ -102,8 +102,8 @@ def check_party(federation: Federation, party: PartyConfig, *, trust: bool) -> N
             "name the party to run here with --party"
         )
     first = PartyRound(federation, party, 1)
-    public = resolve_data(first.public_pipeline, trust=trust)
-    private = resolve_data(first.private_pipeline, trust=trust)
+    public = resolve_data(Pipeline(**first.public_settings), trust=trust)
+    private = resolve_data(Pipeline(**first.private_settings), trust=trust)
     if (public.num_classes, public.class_names) != (private.num_classes, private.class_names):
         raise UsageError(
             f"party {party.name!r} has {private.num_classes} classes ({private.class_names}), the public set has "
@@ -168,32 +168,32 @@ class PartyRound:
         assert self.party.net is not None
         return self.party.net
 
-    def _pipeline(self, *, weights: str, start_from: str | None, runs: str, **parts: Any) -> Pipeline:
-        """A pipeline whose teacher is the party's net."""
+    def _settings(self, *, weights: str, start_from: str | None, runs: str, **sections: Any) -> dict[str, Any]:
+        """The sections of a pipeline whose teacher is the party's net."""
         federation, net = self.federation, self._net
-        return Pipeline(
-            name=federation.name,
-            teacher=TeacherConfig(
+        return {
+            "name": federation.name,
+            "teacher": TeacherConfig(
                 model=net.model, args=net.args, input=net.input, weights=weights, start_from=start_from
             ),
-            runs=RunsConfig(path=str(self.folder / runs)),
-            device=federation.device,
-            num_workers=federation.num_workers,
-            threads=federation.threads,
-            **parts,
-        )
+            "runs": RunsConfig(path=str(self.folder / runs)),
+            "device": federation.device,
+            "num_workers": federation.num_workers,
+            "threads": federation.threads,
+            **sections,
+        }
 
     def _train(self, overrides: Mapping[str, Any]) -> TrainConfig:
         return overridden(self.federation.train, {**overrides, "seeds": [self.seed]})
 
     @cached_property
-    def private_pipeline(self) -> Pipeline:
-        """Trains the party's net on its private data, starting from the weights of the previous round."""
+    def private_settings(self) -> dict[str, Any]:
+        """A pipeline that trains the party's net on its private data, from the weights of the previous round."""
         federation, party = self.federation, self.party
         assert party.data is not None
         previous = str(PartyRound(federation, party, self.number - 1).weights) if self.number > 1 else self._net.weights
         views = federation.public.views if party.views is None else party.views
-        return self._pipeline(
+        return self._settings(
             weights=TRAINED,
             start_from=previous,
             runs="private",
@@ -204,11 +204,11 @@ class PartyRound:
         )
 
     @cached_property
-    def public_pipeline(self) -> Pipeline:
-        """Caches the party's logits over the public set, and trains its net as a student of all parties."""
+    def public_settings(self) -> dict[str, Any]:
+        """A pipeline that caches the party's logits over the public set, and trains its net on those of all parties."""
         federation, party, net, public = self.federation, self.party, self._net, self.federation.public
         parties = [party, *(each for each in federation.parties if each is not party)]
-        trained = str(teacher_folder(self.private_pipeline) / "last.safetensors")
+        trained = str(teacher_folder(Pipeline(**self.private_settings)) / "last.safetensors")
         labels = TeachersConfig(
             caches=[self.cache(each.name) for each in parties],
             combine=federation.consensus.combine,
@@ -223,7 +223,7 @@ class PartyRound:
             loss=federation.consensus.loss,
             labels=labels,
         )
-        return self._pipeline(
+        return self._settings(
             weights=trained,
             start_from=None,
             runs="digested",
@@ -240,8 +240,8 @@ class PartyRound:
         Returns:
             The result of the private run.
         """
-        result = train_teacher(self.private_pipeline, trust=trust)
-        cache_teacher(self.public_pipeline, trust=trust)
+        result = train_teacher(Pipeline(**self.private_settings), trust=trust)
+        cache_teacher(Pipeline(**self.public_settings), trust=trust)
         publish(self.cache(self.party.name), self.url(self.party.name))
         return result
 
@@ -266,7 +266,7 @@ class PartyRound:
             own = open_cache(own_path, trust=trust)
             for name, url in urls.items():
                 receive(name, url, self.cache(name), own, own_path=own_path, combine=self.federation.consensus.combine)
-        [row] = train_students(self.public_pipeline, trust=trust)
+        [row] = train_students(Pipeline(**self.public_settings), trust=trust)
         return RoundResult(
             party=self.party.name,
             round=self.number,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+import yaml
 
 from logitcache.markdown import one_line
 
@@ -19,6 +21,15 @@ def plain_text(value: Any, limit: int = 80) -> str:
     HTML needs no escaping here: the template escapes it. Line separators would end a string in a chart's expressions.
     """
     return one_line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str), limit)
+
+
+def as_yaml(value: Any, limit: int = 600) -> str:
+    """A JSON value on one line, written as in a pipeline; "none" where it is empty."""
+    return (
+        plain_text(yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf), limit)
+        if value
+        else "none"
+    )
 
 
 class ClassNames:
@@ -70,27 +81,6 @@ def decimal(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}" if abs(value) < 10**digits else count(round(value))
 
 
-def transform_lines(transform: Any) -> list[tuple[str, str]]:
-    """The transform of a cache's identity as (part, steps), written as in a pipeline."""
-    if not isinstance(transform, Mapping):
-        return [("views", "not stated: the cache was created without a view plan")]
-    lines = []
-    for part, label in (("shared", "shared transform"), ("mixing", "mixing"), ("teacher_input", "teacher input")):
-        value = transform.get(part)
-        if isinstance(value, Mapping) and part == "mixing":
-            text = ", ".join(f"{key} {value[key]}" for key in value)
-        elif isinstance(value, list) and value:
-            text = " → ".join(map(_step, value))
-        else:
-            text = json.dumps(value, ensure_ascii=False) if value else "none"
-        lines.append((label, plain_text(text, 600)))
-    return lines
-
-
-def _step(step: Any) -> str:
-    if not isinstance(step, Mapping) or len(step) != 1:
-        return json.dumps(step, ensure_ascii=False)
-    ((name, parameters),) = step.items()
-    if not isinstance(parameters, Mapping):
-        return f"{name}({json.dumps(parameters, ensure_ascii=False)})"
-    return f"{name}({', '.join(f'{key}={json.dumps(value, ensure_ascii=False)}' for key, value in parameters.items())})"
+def number(value: float) -> str:
+    """A count where the value is whole, else a decimal."""
+    return count(int(value)) if float(value).is_integer() else decimal(value)

@@ -134,19 +134,14 @@ def reliability(confidence_M: np.ndarray, correct_M: np.ndarray, *, num_bins: in
     Bins are (lower, upper], so a confidence of 1 is in the last bin.
     """
     bins_M = np.clip(np.ceil(confidence_M * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
-    confidence_K, counts_K = _means_by(bins_M, confidence_M, num_bins)
-    accuracy_K, _ = _means_by(bins_M, correct_M, num_bins)
+    confidence_K, counts_K = means_by(bins_M, confidence_M, num_bins)
+    accuracy_K, _ = means_by(bins_M, correct_M, num_bins)
     ece = float(np.nansum(np.abs(accuracy_K - confidence_K) * counts_K) / max(counts_K.sum(), 1))
     return Reliability(counts_K, confidence_K, accuracy_K, ece)
 
 
-def class_accuracy(targets_M: np.ndarray, correct_M: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(accuracy float64 (C,), rows int64 (C,)) of each true class; NaN for a class without rows."""
-    return _means_by(targets_M, correct_M, num_classes)
-
-
-def _means_by(groups_M: np.ndarray, values_M: np.ndarray, num_groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """(mean float64, rows int64) of each group; NaN for a group without rows."""
+def means_by(groups_M: np.ndarray, values_M: np.ndarray, num_groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """(mean float64, rows int64) of each group, such as a class; NaN for a group without rows."""
     counts = np.bincount(groups_M, minlength=num_groups)
     with np.errstate(invalid="ignore"):
         return np.bincount(groups_M, weights=values_M, minlength=num_groups) / counts, counts

@@ -7,14 +7,18 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
+from rich.filesize import decimal as size
+
 from logitcache.errors import UsageError
-from logitcache.extras.report.figures import Section
-from logitcache.extras.report.formatting import ClassNames, decimal, percent, plain_text
+from logitcache.extras.report import formatting
+from logitcache.extras.report.charts import Figure
 
 _HERE = Path(__file__).parent
 _SNIPPET = "window.vegaEmbed = vegaEmbed;"
@@ -26,41 +30,36 @@ def check_installed() -> None:
     Raises:
         UsageError: names the missing ones.
     """
-    missing = [name for name in ("altair", "vl_convert", "jinja2", "captum") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("altair", "vl_convert", "captum") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"a report needs {', '.join(missing)}: pip install 'logitcache[report]'")
 
 
-def render(
-    *, title: str, sections: Sequence[Section], tiles: Sequence[tuple[str, str, str]], class_names: ClassNames
-) -> str:
+def render(figures: Mapping[str, Figure], **values: Any) -> str:
     """The whole page as HTML.
 
     Args:
-        title: of the page, plain text; the template escapes it like everything else.
-        sections: in order.
-        tiles: (name, value, remark) of the numbers at the top.
-        class_names: for samples and trees.
+        figures: by id; the templates show those that are present.
+        values: what the templates show; everything is escaped.
     """
-    import jinja2
-    from markupsafe import Markup
-
-    specs = {figure.id: figure.spec for section in sections for figure in section.figures}
-    style, page, script = ((_HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "html", "js"))
-    scripts = [_embeddable(_plot_library()), _embeddable(script)]
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(_HERE / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.do"],
     )
-    environment.filters |= {"percent": percent, "decimal": decimal, "plain_text": plain_text}
-    template = environment.from_string(page)
+    filters = ("as_yaml", "count", "counted", "decimal", "number", "percent", "plain_text", "with_spread")
+    environment.filters |= {name: getattr(formatting, name) for name in filters} | {"size": size}
+    environment.globals["figures"] = figures
+    style, script = ((_HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    scripts = [_embeddable(_plot_library()), _embeddable(script)]
     # Safe as markup: files of this package, and JSON in which no character can end the script element.
-    return template.render(
-        title=title,
-        sections=sections,
-        tiles=tiles,
-        class_names=class_names,
+    return environment.get_template("page.html").render(
+        values,
         style=Markup(style),
-        specs=Markup(json_for_script(specs)),
+        specs=Markup(json_for_script({name: figure.spec for name, figure in figures.items()})),
         scripts=[Markup(script) for script in scripts],
         script_hashes=[_csp_hash(script) for script in scripts],
         version=version("logitcache"),

@@ -10,11 +10,11 @@ import torch
 
 from logitcache.cache.ground_truth import NO_TARGET, MixingOfCache, targets_of
 from logitcache.cache.reader import LogitCache
-from logitcache.extras.report.matched_data import MatchedData
 from logitcache.extras.report.measures import entropies, jensen_shannon, log_softmax
 from logitcache.extras.report.pictures import image_uri
 from logitcache.extras.report.teacher import decoded_batches, select_rows
 from logitcache.progress import track
+from logitcache.stages.matched_data import MatchedData
 
 # C classes, S samples, V views
 
@@ -71,6 +71,20 @@ class ShownSample:
     """Its true class, or `NO_TARGET`."""
     divergence: float
     views: list[ShownView]
+
+
+@dataclass(frozen=True)
+class ChosenSample:
+    """A sample of the compared view, on which decisions are shown."""
+
+    row: int
+    key: str
+    target: int
+    """Its true class, or `NO_TARGET`: unknown, or the row is mixed."""
+    num_disagreeing: int
+    """Students whose most probable class differs from the teacher's."""
+    picture: str | None
+    """A data URI; None without the data, or where the input is not an image."""
 
 
 def disagreement(cache: LogitCache, views: Sequence[int]) -> Disagreement | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor
@@ -12,7 +14,7 @@ from logitcache.cache.ground_truth import NO_TARGET, MixingOfCache, targets_of
 from logitcache.cache.layout import Block
 from logitcache.cache.reader import LogitCache
 from logitcache.errors import REBUILD, IncompleteCache
-from logitcache.extras.report.measures import Predictions, concatenate, predictions_of
+from logitcache.extras.report.measures import Predictions, Reliability, concatenate, predictions_of, reliability
 from logitcache.progress import track
 
 # B batch, C classes, N samples
@@ -42,6 +44,41 @@ class TeacherStats:
     """The complete views."""
     scored_by: str
     """"targets", "unmixed rows", "dominant sample", or "nothing" where the cache has no targets."""
+
+    @cached_property
+    def scored(self) -> Predictions:
+        """The rows with a true class."""
+        return self.predictions.where(self.predictions.scored)
+
+    @cached_property
+    def reliability(self) -> Reliability:
+        """The calibration on the scored rows."""
+        return reliability(self.scored.confidence, self.scored.correct)
+
+    def headline(self, num_classes: int) -> dict[str, float | None]:
+        """The main numbers, as JSON; those that need true classes only where there are some."""
+        found, scored = self.predictions, self.scored
+        numbers: dict[str, float | None] = {
+            "rows": len(found),
+            "confidence_mean": mean(found.confidence),
+            "entropy_mean": mean(found.entropy),
+        }
+        if not len(scored):
+            return numbers
+        nll = mean(scored.nll)
+        return numbers | {
+            "judged_rows": len(scored),
+            "accuracy": float(scored.correct.mean()),
+            "top5_accuracy": float(scored.in_top5.mean()) if num_classes >= 10 else None,
+            "judged_confidence_mean": mean(scored.confidence),
+            "ece": self.reliability.ece,
+            "nll": nll if math.isfinite(nll) else None,
+        }
+
+
+def mean(values_M: np.ndarray) -> float:
+    """The mean, accumulated in float64."""
+    return float(values_M.mean(dtype=np.float64))
 
 
 def complete_views(cache: LogitCache) -> list[int]:

@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,8 +19,7 @@ from torch import Tensor, nn
 
 from logitcache.catalog.calling import described
 from logitcache.catalog.models import save_weights
-from logitcache.config.build import clean_views, input_part, resolve_data, resolve_model, resolve_plan
-from logitcache.config.schema import Pipeline
+from logitcache.config.build import input_part
 from logitcache.errors import IdentityMismatch, ShapeError, StorageError, UsageError
 from logitcache.extras.student_export.card import render_model_card
 from logitcache.extras.student_export.cost import count_macs, median_seconds, processor
@@ -50,18 +51,16 @@ from logitcache.extras.student_export.onnx_model import (
 )
 from logitcache.extras.student_export.source import (
     DEFAULT_FOLDER,
-    Source,
-    Weights,
     label_source,
-    open_source,
+    record_source,
     seeds_of,
     source_cache,
 )
 from logitcache.progress import track
 from logitcache.randomness import keyed_permutation
+from logitcache.stages.finished_student import FinishedStudent
 from logitcache.storage import local_path
 from logitcache.storage.local import fsync_path, is_alive
-from logitcache.train.evaluation import Evaluation
 
 # B batch
 
@@ -91,14 +90,11 @@ class Exported:
 
 
 def export_run(
-    run: str | os.PathLike[str],
+    student: FinishedStudent,
     out: str | os.PathLike[str] | None = None,
     *,
     to: Literal["safetensors", "onnx"],
     int8: bool = False,
-    weights: Weights = "last",
-    data: Pipeline | None = None,
-    trust: bool = False,
 ) -> Exported:
     """Write a run's student to a folder: the model, `README.md` (its card) and `product.json` (its metadata).
 
@@ -107,17 +103,14 @@ def export_run(
     nothing changes.
 
     Args:
-        run: a finished run's folder.
+        student: from `open_student`.
         out: by default `product` inside the run, where the report looks for it.
         to: the form to add.
         int8: add a statically quantised ONNX model as well.
-        weights: "last", which the run's accuracy refers to, or "best" by validation accuracy.
-        data: the pipeline that names the data; the run's own by default.
-        trust: run `package.module:function` code from outside the working folder.
 
     Raises:
-        UsageError: the run is not finished, the folder contains other files, the student can't be exported to this
-            form, or the extra `onnx` is missing. Nothing is written.
+        UsageError: the folder contains other files, the student can't be exported to this form, or the extra `onnx` is
+            missing. Nothing is written.
         IdentityMismatch: the data differs from the run's.
         InvalidLogits: the ONNX model's logits differ from torch's.
         StorageError: the folder can't be written.
@@ -125,26 +118,21 @@ def export_run(
     if int8 and to != "onnx":
         raise UsageError("--int8 makes an ONNX model; add --to onnx")
     asked = {SAFETENSORS} if to == "safetensors" else {ONNX, INT8} if int8 else {ONNX}
-    source = open_source(Path(run), weights=weights, given=data)
-    folder = local_path(out) if out is not None else source.run.folder / DEFAULT_FOLDER
+    folder = local_path(out) if out is not None else student.run.folder / DEFAULT_FOLDER
     try:
         _clear_leftovers(folder)
-        existing = _existing_export(folder, source)
+        existing = _existing_export(folder, student)
     except OSError as error:
         raise StorageError(f"can't read {folder}: {error.strerror or error}") from error
-    if existing is not None and asked <= existing.files.keys():
-        return Exported(folder, existing, written=False)
     if existing is not None:
+        if asked <= existing.files.keys():
+            return Exported(folder, existing, written=False)
         asked |= existing.files.keys() & set(MODEL_FILES)
     if ONNX in asked:
         check_onnx_installed()
     try:
-        partial = _partial_folder(folder)
-        try:
-            metadata = _Export(source, partial, asked, trust=trust).write()
-            _publish(partial, folder, replace=existing is not None)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with _new_folder(folder, replace=existing is not None) as partial:
+            metadata = _write(student, partial, asked)
     except StorageError:
         raise
     except OSError as error:
@@ -157,163 +145,121 @@ class _Form:
     """One form of the student."""
 
     name: Literal["torch", "onnx", "onnx int8"]
-    file: str | None
+    file: Path | None
     model: nn.Module
 
 
-class _Export:
-    """An export in progress, into a temporary folder."""
+def _write(student: FinishedStudent, folder: Path, files: set[str]) -> StudentMetadata:
+    """Write the files and measure all forms; returns the contents of `product.json`."""
+    inputs, model, data = _training_inputs(student), student.model(), student.data
+    _check_output(model, inputs)
+    packages = ["logitcache", "torch", "torchvision"]
+    onnx, quantisation = None, None
+    # The first form is always torch.
+    forms = [_Form("torch", folder / SAFETENSORS if SAFETENSORS in files else None, model)]
+    if SAFETENSORS in files:
+        save_weights(model, folder / SAFETENSORS)
+    if ONNX in files:
+        packages += ["onnx", "onnxscript", "onnxruntime"]
+        opset = export_onnx(model, inputs, folder / ONNX)
+        onnx_model = OnnxModel(folder / ONNX, threads=torch.get_num_threads())
+        onnx = OnnxCheck(opset=opset, max_abs_difference=compare_with_torch(model, onnx_model, inputs))
+        forms.append(_Form("onnx", folder / ONNX, onnx_model))
+    if INT8 in files:
+        num_weights = quantise(folder / ONNX, folder / INT8, inputs)
+        quantisation = Quantisation(calibration_samples=len(inputs), weights=num_weights)
+        forms.append(_Form("onnx int8", folder / INT8, OnnxModel(folder / INT8, threads=torch.get_num_threads())))
+    variants = _measure(student, forms, inputs)
+    _check_accuracy(student, variants[0])
+    run, config = student.run, student.config
+    kind, _ = label_source(run)
+    metadata = StudentMetadata(
+        format=FORMAT,
+        student=run.result.name,
+        seed=run.result.seed,
+        source=record_source(run.folder, student.weights),
+        model=Model(name=config.model, args=config.args, num_classes=data.num_classes, class_names=data.class_names),
+        preprocessing=Preprocessing(
+            shape=list(inputs.shape[1:]),
+            dtype=str(inputs.dtype).removeprefix("torch."),
+            steps=getattr(input_part(config, trust=student.trust), "spec", []),
+        ),
+        training=Training(
+            dataset=student.dataset_name,
+            loss=config.loss,
+            labels="a cache of teacher logits" if kind == "cache" else kind,
+            cache=source_cache(student),
+            samples=run.result.samples,
+            epochs=run.result.epochs,
+        ),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        macs=count_macs(model, inputs[:1]),
+        test_samples=None if data.test is None else len(data.test),
+        validation_samples=None if data.validation is None else len(data.validation),
+        variants=variants,
+        seeds=seeds_of(run),
+        latency=LatencySetup(processor=processor(), threads=1),
+        onnx=onnx,
+        int8=quantisation,
+        files={name: record_file(folder / name) for name in MODEL_FILES if name in files},
+        versions={name: importlib.metadata.version(name) for name in packages},
+    )
+    (folder / CARD).write_text(render_model_card(metadata, student.card), encoding="utf-8")
+    metadata = metadata.model_copy(update={"files": metadata.files | {CARD: record_file(folder / CARD)}})
+    (folder / METADATA).write_text(metadata.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return metadata
 
-    def __init__(self, source: Source, folder: Path, files: set[str], *, trust: bool) -> None:
-        self._source, self._folder, self._files, self._trust = source, folder, files, trust
-        self._pipeline = source.pipeline()
-        self._data = resolve_data(self._pipeline, trust=trust)
-        self._onnx: OnnxCheck | None = None
-        self._int8: Quantisation | None = None
 
-    def write(self) -> StudentMetadata:
-        """Write all files; returns the contents of `product.json`."""
-        source, data, run = self._source, self._data, self._source.run
-        inputs = self._training_inputs()
-        plan = resolve_plan(self._pipeline, data, trust=self._trust)
-        model = resolve_model(
-            source.student, data, plan, weights=str(source.weights_file), seed=0, trust=self._trust
-        ).eval()
-        _check_output(model, inputs)
-        variants = self._measure(self._write_models(model, inputs), inputs)
-        self._check_accuracy(variants[0])
-        kind, _ = label_source(run)
-        packages = ["logitcache", "torch", "torchvision"]
-        packages += [] if self._onnx is None else ["onnx", "onnxscript", "onnxruntime"]
-        metadata = StudentMetadata(
-            format=FORMAT,
-            student=run.result.name,
-            seed=run.result.seed,
-            source=source.record(),
-            model=Model(
-                name=source.student.model,
-                args=source.student.args,
-                num_classes=data.num_classes,
-                class_names=data.class_names,
-            ),
-            preprocessing=Preprocessing(
-                shape=list(inputs.shape[1:]),
-                dtype=str(inputs.dtype).removeprefix("torch."),
-                steps=getattr(input_part(source.student, trust=self._trust), "spec", []),
-            ),
-            training=Training(
-                dataset=self._pipeline.data.name,
-                loss=source.student.loss,
-                labels="a cache of teacher logits" if kind == "cache" else kind,
-                cache=source_cache(run, self._pipeline, given=source.given is not None),
-                samples=run.result.samples,
-                epochs=run.result.epochs,
-            ),
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            macs=count_macs(model, inputs[:1]),
-            test_samples=None if data.test is None else len(data.test),
-            validation_samples=None if data.validation is None else len(data.validation),
-            variants=variants,
-            seeds=seeds_of(run),
-            latency=LatencySetup(processor=processor(), threads=1),
-            onnx=self._onnx,
-            int8=self._int8,
-            files={name: record_file(self._folder / name) for name in MODEL_FILES if name in self._files},
-            versions={name: importlib.metadata.version(name) for name in packages},
+def _measure(student: FinishedStudent, forms: list[_Form], inputs: Tensor) -> list[Variant]:
+    """Accuracy and latency of each form."""
+    accuracies: dict[str, dict[str, float | None]] = {form.name: {} for form in forms}
+    with track("measuring", 2 * len(forms), unit="accuracies") as meter:
+        for split, dataset in (("test", student.data.test), ("validation", student.data.validation)):
+            evaluation = None if dataset is None else student.evaluation(dataset)
+            for form in forms:
+                measured = None if evaluation is None else evaluation.measure(form.model, torch.device("cpu"))
+                accuracies[form.name][f"{split}_accuracy"] = None if measured is None else measured["accuracy"]
+                meter.advance()
+    one_thread: dict[str, nn.Module] = {
+        form.name: OnnxModel(form.file, threads=1) if form.file and isinstance(form.model, OnnxModel) else form.model
+        for form in forms
+    }
+    latency: dict[str, dict[str, float]] = {form.name: {} for form in forms}
+    for size in LATENCY_BATCHES:
+        batch = inputs[torch.arange(size) % len(inputs)]
+        passes = {name: functools.partial(model, batch) for name, model in one_thread.items()}
+        for name, seconds in median_seconds(passes).items():
+            latency[name][str(size)] = 1000 * seconds
+    return [
+        Variant(
+            name=form.name,
+            file=None if form.file is None else form.file.name,
+            bytes=None if form.file is None else form.file.stat().st_size,
+            latency_ms=latency[form.name],
+            **accuracies[form.name],
         )
-        (self._folder / CARD).write_text(render_model_card(metadata, self._pipeline.cache.card), encoding="utf-8")
-        files = metadata.files | {CARD: record_file(self._folder / CARD)}
-        metadata = metadata.model_copy(update={"files": files})
-        (self._folder / METADATA).write_text(metadata.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        return metadata
+        for form in forms
+    ]
 
-    def _write_models(self, model: nn.Module, inputs: Tensor) -> list[_Form]:
-        """Write the requested files; the first form is always torch."""
-        folder = self._folder
-        if SAFETENSORS in self._files:
-            save_weights(model, folder / SAFETENSORS)
-        forms = [_Form("torch", SAFETENSORS if SAFETENSORS in self._files else None, model)]
-        if ONNX in self._files:
-            opset = export_onnx(model, inputs, folder / ONNX)
-            onnx_model = OnnxModel(folder / ONNX, threads=torch.get_num_threads())
-            differences = compare_with_torch(model, onnx_model, inputs)
-            self._onnx = OnnxCheck(opset=opset, max_abs_difference=differences)
-            forms.append(_Form("onnx", ONNX, onnx_model))
-        if INT8 in self._files:
-            num_weights = quantise(folder / ONNX, folder / INT8, inputs)
-            self._int8 = Quantisation(calibration_samples=len(inputs), weights=num_weights)
-            forms.append(_Form("onnx int8", INT8, OnnxModel(folder / INT8, threads=torch.get_num_threads())))
-        return forms
 
-    def _measure(self, forms: list[_Form], inputs: Tensor) -> list[Variant]:
-        splits = {"test": self._data.test, "validation": self._data.validation}
-        accuracy: dict[tuple[str, str], float | None] = {}
-        with track("measuring", len(forms) * len(splits), unit="accuracies") as meter:
-            for split, dataset in splits.items():
-                evaluation = None
-                if dataset is not None:
-                    views = clean_views(dataset, self._source.student, self._pipeline, trust=self._trust)
-                    evaluation = Evaluation(views, batch_size=256, num_workers=self._pipeline.num_workers)
-                for form in forms:
-                    if evaluation is not None:
-                        accuracy[form.name, split] = evaluation.measure(form.model, torch.device("cpu"))["accuracy"]
-                    meter.advance()
-        latency: dict[str, dict[str, float]] = {form.name: {} for form in forms}
-        one_thread: dict[str, nn.Module] = {
-            form.name: OnnxModel(self._folder / form.file, threads=1) if form.file in (ONNX, INT8) else form.model
-            for form in forms
-        }
-        for size in LATENCY_BATCHES:
-            batch = inputs[torch.arange(size) % len(inputs)]
-            passes = {name: functools.partial(model, batch) for name, model in one_thread.items()}
-            for name, seconds in median_seconds(passes).items():
-                latency[name][str(size)] = 1000 * seconds
-        return [
-            Variant(
-                name=form.name,
-                file=form.file,
-                bytes=None if form.file is None else (self._folder / form.file).stat().st_size,
-                test_accuracy=accuracy.get((form.name, "test")),
-                validation_accuracy=accuracy.get((form.name, "validation")),
-                latency_ms=latency[form.name],
-            )
-            for form in forms
-        ]
+def _training_inputs(student: FinishedStudent) -> Tensor:
+    """Training samples without augmentation, after the student's input transform, (B, ...).
 
-    def _training_inputs(self) -> Tensor:
-        """Training samples without augmentation, after the student's input transform, (B, ...).
-
-        Raises:
-            UsageError: inputs are not tensors, or not all of one size.
-        """
-        views = clean_views(self._data.train, self._source.student, self._pipeline, trust=self._trust)
-        order = keyed_permutation(len(views), "product", 0)[:CALIBRATION_SAMPLES].tolist()
-        sample = views[order[0]][1]
-        if not isinstance(sample, Tensor):
-            raise UsageError(f"the student's inputs are {type(sample).__name__}s; only tensors can be exported")
-        order = order[: max(2, RENDERED_BYTES // max(sample.nbytes, 1))]
-        try:
-            inputs = views.batch([(0, index) for index in order])
-        except ShapeError as error:
-            raise UsageError(f"without augmentation the student's inputs have different sizes: {error}") from error
-        assert isinstance(inputs, Tensor)
-        return inputs
-
-    def _check_accuracy(self, torch_variant: Variant) -> None:
-        """The last weights must reproduce the accuracies in the run's result."""
-        if self._source.weights != "last":
-            return
-        result = self._source.run.result
-        for split, here, there in (
-            ("test", torch_variant.test_accuracy, result.accuracy),
-            ("validation", torch_variant.validation_accuracy, result.validation_accuracy),
-        ):
-            if (here is None) != (there is None) or abs((here or 0.0) - (there or 0.0)) > ACCURACY_TOLERANCE:
-                found, expected = ("none" if share is None else f"{share:.2%}" for share in (here, there))
-                raise IdentityMismatch(
-                    f"accuracy of the run's weights on the {split} split: {found}; its result.json has {expected}. The "
-                    "data or the weights are not those of the finished run"
-                )
+    Raises:
+        UsageError: inputs are not tensors, or not all of one size.
+    """
+    views = student.clean_views(student.data.train)
+    order = keyed_permutation(len(views), "product", 0)[:CALIBRATION_SAMPLES].tolist()
+    sample = views[order[0]][1]
+    if not isinstance(sample, Tensor):
+        raise UsageError(f"the student's inputs are {type(sample).__name__}s; only tensors can be exported")
+    order = order[: max(2, RENDERED_BYTES // max(sample.nbytes, 1))]
+    try:
+        inputs = views.batch([(0, index) for index in order])
+    except ShapeError as error:
+        raise UsageError(f"without augmentation the student's inputs have different sizes: {error}") from error
+    assert isinstance(inputs, Tensor)
+    return inputs
 
 
 def _check_output(model: nn.Module, inputs: Tensor) -> None:
@@ -331,7 +277,24 @@ def _check_output(model: nn.Module, inputs: Tensor) -> None:
         )
 
 
-def _existing_export(folder: Path, source: Source) -> StudentMetadata | None:
+def _check_accuracy(student: FinishedStudent, measured: Variant) -> None:
+    """The last weights must reproduce the accuracies in the run's result."""
+    if student.weights != "last":
+        return
+    result = student.run.result
+    for split, here, there in (
+        ("test", measured.test_accuracy, result.accuracy),
+        ("validation", measured.validation_accuracy, result.validation_accuracy),
+    ):
+        if (here is None) != (there is None) or abs((here or 0.0) - (there or 0.0)) > ACCURACY_TOLERANCE:
+            found, expected = ("none" if share is None else f"{share:.2%}" for share in (here, there))
+            raise IdentityMismatch(
+                f"accuracy of the run's weights on the {split} split: {found}; its result.json has {expected}. The "
+                "data or the weights are not those of the finished run"
+            )
+
+
+def _existing_export(folder: Path, student: FinishedStudent) -> StudentMetadata | None:
     """The metadata of an existing export of the same weights.
 
     Raises:
@@ -347,7 +310,7 @@ def _existing_export(folder: Path, source: Source) -> StudentMetadata | None:
     if METADATA not in names:
         raise UsageError(f"{folder} contains other files ({min(names)!r}); an export needs a folder of its own")
     metadata = read_metadata(folder)
-    expected, found = source.record(), metadata.source
+    expected, found = record_source(student.run.folder, student.weights), metadata.source
     if expected != found:
         what = f"the {found.weights} weights" if expected.weights != found.weights else "another run or other weights"
         raise UsageError(f"{folder} is an export of {what}, not of this run's {expected.weights}; choose another -o")
@@ -377,27 +340,28 @@ def _clear_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _partial_folder(folder: Path) -> Path:
-    """A new temporary folder beside the destination."""
-    partial = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.partial")
+@contextmanager
+def _new_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
+    """A temporary folder that is made durable and renamed to its final name at the end, unless there is an error."""
+    partial, before = (
+        folder.absolute().with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "before")
+    )
     partial.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    return partial
-
-
-def _publish(partial: Path, folder: Path, *, replace: bool) -> None:
-    """Make the folder durable, then rename it to its final name."""
-    for path in (*partial.iterdir(), partial):
-        fsync_path(path)
-    before = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.before")
-    if replace:
-        folder.rename(before)
     try:
-        partial.rename(folder)
-    except OSError as error:
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            fsync_path(path)
         if replace:
-            before.rename(folder)
-        raise StorageError(f"can't rename the export to {folder}: {error.strerror}; nothing was changed") from error
-    shutil.rmtree(before, ignore_errors=True)
-    fsync_path(folder.absolute().parent)
+            folder.rename(before)
+        try:
+            partial.rename(folder)
+        except OSError as error:
+            if replace:
+                before.rename(folder)
+            raise StorageError(f"can't rename the export to {folder}: {error.strerror}; nothing was changed") from error
+        shutil.rmtree(before, ignore_errors=True)
+        fsync_path(folder.absolute().parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

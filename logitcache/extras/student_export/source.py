@@ -1,21 +1,16 @@
-"""The source of an export: a finished run with its model, its data, its other seeds, and its cache."""
+"""The source of an export: the run's weights, its other seeds, and the cache that it was trained from."""
 
 from __future__ import annotations
 
-import copy
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from logitcache.cache.summary import summarise
-from logitcache.config.build import recorded_pipeline
-from logitcache.config.schema import DataConfig, Pipeline, StudentConfig
-from logitcache.errors import IdentityMismatch, LogitCacheError, UsageError
+from logitcache.errors import LogitCacheError, UsageError
 from logitcache.extras.student_export.metadata import (
     METADATA,
     Seeds,
@@ -25,76 +20,21 @@ from logitcache.extras.student_export.metadata import (
     read_metadata,
     record_file,
 )
+from logitcache.stages.finished_student import FinishedStudent, Weights
 from logitcache.train.finished import Run, read_run
 from logitcache.train.runs import CONFIG, RESULT
 
-Weights = Literal["best", "last"]
 DEFAULT_FOLDER = "product"
 """Inside the run; the report looks for exports there."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """A finished run of a student."""
-
-    run: Run
-    student: StudentConfig
-    weights: Weights
-    given: Pipeline | None
-    """The pipeline that names the data; None for the run's own."""
-
-    @property
-    def weights_file(self) -> Path:
-        """The weights to export."""
-        return self.run.folder / f"{self.weights}.safetensors"
-
-    def pipeline(self) -> Pipeline:
-        """The pipeline that names the data, checked against the run.
-
-        Raises:
-            IdentityMismatch: it names other data; lists the keys that differ.
-        """
-        pipeline = recorded_pipeline(self.run.folder) if self.given is None else self.given
-        there = _data_identity(self.run.config.get("data"))
-        here = _data_identity(pipeline.data.model_dump())
-        different = [f"data.{key}: {here[key]!r} here, {there[key]!r} there" for key in here if here[key] != there[key]]
-        if different:
-            raise IdentityMismatch(
-                f"the run in {self.run.folder} was not trained on the data of this pipeline:\n  "
-                + "\n  ".join(different)
-                + "\nPass the pipeline that it was trained with as --data."
-            )
-        return pipeline
-
-    def record(self) -> SourceRun:
-        """The identity of the source."""
-        return _record_source(self.run.folder, self.weights)
-
-
-def open_source(folder: Path, *, weights: Weights, given: Pipeline | None) -> Source:
-    """A student's finished run.
-
-    Raises:
-        UsageError: the folder is not a run, the run is not finished or not a student's, or the weights are missing.
-    """
-    if not (folder / CONFIG).is_file():
-        raise UsageError(f"{folder} contains no run; expected a folder such as runs/STUDENT/seed-0 with a {CONFIG}")
-    if not (folder / RESULT).is_file():
-        raise UsageError(f"the run in {folder} is not finished; `logitcache train-student` resumes it")
-    try:
-        run = read_run(folder)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"the run in {folder} can't be read: {str(error).splitlines()[0]}") from error
-    if "teacher" in run.config:
-        raise UsageError(f"{folder} is a teacher's run; only students can be exported, such as runs/STUDENT/seed-0")
-    try:
-        student = StudentConfig.model_validate(run.config.get("student"))
-    except (ValidationError, LogitCacheError) as error:
-        raise UsageError(f"{folder / CONFIG} describes no valid student: {str(error).splitlines()[0]}") from error
-    source = Source(run, student, weights, given)
-    if not source.weights_file.is_file():
-        raise UsageError(f"there is no {source.weights_file}; a finished run has best and last weights")
-    return source
+def record_source(folder: Path, weights: Weights) -> SourceRun:
+    """The identity of a run's weights."""
+    return SourceRun(
+        weights=weights,
+        weights_sha256=record_file(folder / f"{weights}.safetensors").sha256,
+        run_sha256=record_file(folder / CONFIG).sha256,
+    )
 
 
 def exported_metadata(run: Run) -> StudentMetadata | None:
@@ -108,7 +48,7 @@ def exported_metadata(run: Run) -> StudentMetadata | None:
         return None
     metadata = read_metadata(folder)
     try:
-        current = _record_source(run.folder, metadata.source.weights)
+        current = record_source(run.folder, metadata.source.weights)
     except OSError as error:
         raise UsageError(f"the weights that {folder} was exported from can't be read: {error.strerror}") from error
     if metadata.source != current:
@@ -119,7 +59,7 @@ def exported_metadata(run: Run) -> StudentMetadata | None:
 def seeds_of(run: Run) -> Seeds:
     """Accuracies of this run and of the runs beside it that differ only in the seed."""
     results = []
-    for folder in sorted(run.folder.resolve().parent.iterdir()):
+    for folder in run.folder.resolve().parent.iterdir():
         if not ((folder / CONFIG).is_file() and (folder / RESULT).is_file()):
             continue
         try:
@@ -129,18 +69,24 @@ def seeds_of(run: Run) -> Seeds:
         if _without_seed(sibling.config) == _without_seed(run.config):
             results.append(sibling.result)
     results.sort(key=lambda result: result.seed)
-    test_mean, test_sd = _spread([result.accuracy for result in results])
-    validation_mean, validation_sd = _spread([result.validation_accuracy for result in results])
+    test, validation = (
+        spread([getattr(result, name) for result in results]) for name in ("accuracy", "validation_accuracy")
+    )
     return Seeds(
         seeds=[result.seed for result in results],
-        test_mean=test_mean,
-        test_sd=test_sd,
-        validation_mean=validation_mean,
-        validation_sd=validation_sd,
+        test_mean=test[0],
+        test_sd=test[1],
+        validation_mean=validation[0],
+        validation_sd=validation[1],
     )
 
 
-def _spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+def _without_seed(config: dict[str, Any]) -> dict[str, Any]:
+    train = config.get("train")
+    return config if not isinstance(train, dict) else {**config, "train": {**train, "seed": None}}
+
+
+def spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
     """(mean, standard deviation) of the known values; None where there are too few."""
     known = [value for value in values if value is not None]
     return (statistics.fmean(known) if known else None), (statistics.stdev(known) if len(known) > 1 else None)
@@ -157,42 +103,16 @@ def label_source(run: Run) -> tuple[str, str]:
     return ("the live teacher" if "teacher" in labels else "true labels"), ""
 
 
-def source_cache(run: Run, pipeline: Pipeline, *, given: bool) -> SourceCache | None:
-    """The cache that a run was trained from, with its digest if the cache is available.
-
-    URLs are used only from a pipeline that was passed explicitly: one found in a run's folder must not cause requests.
-    """
-    kind, identity = label_source(run)
+def source_cache(student: FinishedStudent) -> SourceCache | None:
+    """The cache that a student was trained from, with its digest if the cache is available."""
+    kind, identity = label_source(student.run)
     if kind != "cache":
         return None
     digest = None
-    if given or "://" not in pipeline.cache.path:
+    if student.cache is not None:
         try:
-            manifest = summarise(pipeline.cache.path).manifest
+            manifest = summarise(student.cache).manifest
             digest = manifest.digest if manifest.id == identity else None
         except (LogitCacheError, OSError):
             pass
     return SourceCache(id=identity, digest=digest)
-
-
-def _record_source(folder: Path, weights: Weights) -> SourceRun:
-    return SourceRun(
-        weights=weights,
-        weights_sha256=record_file(folder / f"{weights}.safetensors").sha256,
-        run_sha256=record_file(folder / CONFIG).sha256,
-    )
-
-
-def _data_identity(data: Any) -> dict[str, Any]:
-    """The data configuration without the keys that only say where the data is."""
-    try:
-        return DataConfig.model_validate(data).model_dump(exclude={"root", "download"})
-    except ValidationError as error:
-        raise UsageError(f"{CONFIG} does not describe the run's data: {error.errors()[0]['msg']}") from None
-
-
-def _without_seed(config: dict[str, Any]) -> dict[str, Any]:
-    config = copy.deepcopy(config)
-    if isinstance(config.get("train"), dict):
-        config["train"].pop("seed", None)
-    return config

@@ -1,0 +1,129 @@
+"""Figures about students: accuracy against cost, learning curves, agreement with the teacher."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from logitcache.extras.report import charts
+from logitcache.extras.report.charts import Figure
+from logitcache.extras.report.formatting import ClassNames
+from logitcache.extras.report.measures import means_by
+from logitcache.extras.report.students import ComparedStudent, RunsFound, Student
+
+# C classes, M rows, S seeds
+
+MAX_SERIES = 12
+"""Students that are drawn; all are in the table."""
+MAX_POINTS = 40
+"""Of one learning curve; longer curves are thinned evenly."""
+LOWEST = 20
+"""Classes shown, those with the lowest agreement."""
+
+
+def student_figures(found: RunsFound, names: ClassNames, num_classes: int) -> dict[str, Figure]:
+    """The figures for which there are values."""
+    students = found.students[:MAX_SERIES]
+    teacher = found.teachers[0].result.accuracy if len(found.teachers) == 1 else None
+    figures = {
+        "accuracy-parameters": _cost(students, teacher, "parameters", "~s", lambda each: float(each.row.parameters)),
+        "accuracy-latency": _cost(students, teacher, "latency, ms", "~g", lambda each: each.latency_ms),
+        "accuracy-epoch": _cost(students, teacher, "seconds per epoch", "~g", lambda each: each.row.epoch_seconds),
+        "curve-validation-accuracy": _curve(students, "validation_accuracy", "validation accuracy", "~%"),
+        "curve-loss": _curve(students, "loss", "loss", "~g"),
+        "agreement-classes": agreement_figure(found, [each.name for each in students], names, num_classes),
+    }
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def _cost(
+    students: list[Student],
+    teacher: float | None,
+    quantity: str,
+    axis_format: str,
+    cost_of: Callable[[Student], float | None],
+) -> Figure | None:
+    rows: list[dict[str, Any]] = []
+    for student in students:
+        accuracy, deviation, cost = student.row.accuracy_mean, student.row.accuracy_sd or 0.0, cost_of(student)
+        if accuracy is not None and cost is not None:
+            low, high = max(0.0, accuracy - deviation), min(1.0, accuracy + deviation)
+            rows.append({"student": student.name, "value": cost, "accuracy": accuracy, "low": low, "high": high})
+    if not rows:
+        return None
+    names = [student.name for student in students]
+    spec = charts.accuracy_against(rows, students=names, title=quantity, axis_format=axis_format, teacher=teacher)
+    notes = {"best": rows[0], "cheapest": min(rows, key=lambda row: float(row["value"]))}
+    return Figure(spec, rows, notes)
+
+
+def _curve(students: list[Student], quantity: str, title: str, axis_format: str) -> Figure | None:
+    curves = [curve for student in students if (curve := _mean_curve(student, quantity))]
+    if not curves:
+        return None
+    # Thinned from the end, so that the last point stays.
+    rows = [point for curve in curves for point in curve[::-1][:: -(-len(curve) // MAX_POINTS)][::-1]]
+    names = [student.name for student in students]
+    ends = sorted((curve[-1] for curve in curves), key=lambda end: float(end["mean"]))
+    spec = charts.learning_curves(rows, students=names, title=title, axis_format=axis_format)
+    return Figure(spec, rows, {"lowest": ends[0], "highest": ends[-1]})
+
+
+def _mean_curve(student: Student, quantity: str) -> list[dict[str, Any]]:
+    """Mean, minimum and maximum over seeds, of each epoch that all runs have."""
+    curves = [{point.epoch: point for point in run.curve} for run in student.runs]
+    points = []
+    for epoch in sorted(set.intersection(*(set(curve) for curve in curves))):
+        values = [getattr(curve[epoch], quantity) for curve in curves]
+        if None not in values:
+            mean, low, high = statistics.fmean(values), min(values), max(values)
+            step = curves[0][epoch].step
+            points.append({"student": student.name, "step": step, "mean": mean, "low": low, "high": high})
+    return points
+
+
+def agreement_figure(found: RunsFound, drawn: Sequence[str], names: ClassNames, num_classes: int) -> Figure | None:
+    """The share of rows on which a student predicts the teacher's class, by the teacher's class.
+
+    Args:
+        found: after the measurements.
+        drawn: names of the students that are drawn, in the order of their colours.
+        names: of the classes.
+        num_classes: C.
+    """
+    students = [(student, compared) for student, compared in found.compared() if student.name in drawn]
+    rows = found.common_rows()
+    if not students or not len(rows):
+        return None
+    label_M = np.array([found.teacher_predictions[row][0] for row in rows.tolist()])
+    counts_C = np.bincount(label_M, minlength=num_classes)
+    seen = np.flatnonzero(counts_C)
+    by_student = np.stack([_by_class(compared, rows, label_M, num_classes) for _, compared in students])
+    mean_C = by_student.mean(axis=0)
+    lowest = seen[np.argsort(mean_C[seen], kind="stable")][:LOWEST].tolist()
+    points = [
+        {"name": names[label], "student": student.name, "value": float(share), "rows": int(counts_C[label])}
+        for label in lowest
+        for (student, _), share in zip(students, by_student[:, label], strict=True)
+    ]
+    rows_of_table, [highest] = (
+        [
+            {"name": names[label], "rows": int(counts_C[label]), "mean": float(mean_C[label])}
+            | dict(enumerate(by_student[:, label].tolist()))
+            for label in labels
+        ]
+        for labels in (lowest, [int(seen[np.argmax(mean_C[seen])])])
+    )
+    spec = charts.shares_by_class(points, students=drawn, title="agreement with the teacher")
+    compared = [student.name for student, _ in students]
+    notes = {"rows": len(rows), "seen": len(seen), "highest": highest, "students": compared}
+    return Figure(spec, rows_of_table, notes)
+
+
+def _by_class(compared: ComparedStudent, rows: np.ndarray, label_M: np.ndarray, num_classes: int) -> np.ndarray:
+    """Agreement by the teacher's class, float64 (C,), mean over seeds; NaN for a class without rows."""
+    predicted_SM = compared.predicted[:, np.searchsorted(compared.rows, rows)]
+    return np.asarray(means_by(label_M, (predicted_SM == label_M).mean(axis=0), num_classes)[0])
