@@ -231,5 +231,5 @@ def _with_choices(complaint: str, question: str, choices: str) -> str:
 
 
 def _shown(value: object) -> str:
-    # Shortened: an alias in YAML can stand for more than can be written out.
+    # Shortened: an alias in YAML can make a value too large to print.
     return repr(value) if isinstance(value, str) else reprlib.repr(value)

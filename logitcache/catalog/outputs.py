@@ -21,7 +21,7 @@ def outputs_config(value: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(value, Mapping):
         raise UsageError(f"expected modules by name, such as {{features: layer3}}, not {value!r}")
     check_output_names(name for name in value if name != LOGITS)
-    stated = {}
+    normalised = {}
     for name, given in value.items():
         fields = {"module": given} if isinstance(given, str) else given
         if not isinstance(fields, Mapping):
@@ -30,14 +30,14 @@ def outputs_config(value: Any) -> dict[str, dict[str, Any]]:
         if name == LOGITS and tap_fields.keys() != fields.keys():
             raise UsageError("logits: set their encoding as `cache.encoding`")
         try:
-            stated[name] = tap_from_config(tap_fields).config()
+            normalised[name] = tap_from_config(tap_fields).config()
             if name != LOGITS:
                 encoding = encoding_from_config(fields.get("encoding", Values()))
                 refuse_fitted(encoding)
-                stated[name]["encoding"] = encoding.config()
+                normalised[name]["encoding"] = encoding.config()
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
-    return stated
+    return normalised
 
 
 def taps_of(outputs: Mapping[str, Mapping[str, Any]], names: Collection[str] | None = None) -> dict[str, Tap]:

@@ -293,9 +293,9 @@ class StudentConfig(ModelConfig):
         from logitcache.losses import recorded_loss
 
         unset: dict[str, Any] = {"init": None, "sample_weights": {"name": "none"}, "sampler": "none", "hints": []}
-        stated = self.model_dump(exclude={"train"})
-        stated |= {"loss": recorded_loss(self.loss), "hints": recorded_loss(self.hints)}
-        return {key: value for key, value in stated.items() if key not in unset or value != unset[key]}
+        identity = self.model_dump(exclude={"train"})
+        identity |= {"loss": recorded_loss(self.loss), "hints": recorded_loss(self.hints)}
+        return {key: value for key, value in identity.items() if key not in unset or value != unset[key]}
 
 
 class RunsConfig(Section):

@@ -32,7 +32,7 @@ class PlannedRecords:
     records: Records
     gathered: bytes
     """`receipts.json`."""
-    there: Records | None
+    existing: Records | None
     """The records that it holds now."""
 
     @property
@@ -92,18 +92,19 @@ def target_records(target: Storage, source: Records) -> Records | None:
         return None
     except CorruptCache:
         # Two processes that published at the same time may have left one's manifest and the other's receipts.
-        there = stored_manifest(target)
-        known = matching_receipts(there, receipts) if (there.id, there.state) == (manifest.id, "sealed") else None
+        existing = stored_manifest(target)
+        is_same = (existing.id, existing.state) == (manifest.id, "sealed")
+        known = matching_receipts(existing, receipts) if is_same else None
         if known is None:
             raise
-        found = Records(there, known)
-    there = found.manifest
-    if there.id != manifest.id:
+        found = Records(existing, known)
+    existing = found.manifest
+    if existing.id != manifest.id:
         raise IdentityMismatch(
-            f"{target.url} holds another cache ({there.id[:12]}…, not {manifest.id[:12]}…); nothing was changed. "
+            f"{target.url} holds another cache ({existing.id[:12]}…, not {manifest.id[:12]}…); nothing was changed. "
             "Choose another destination, or delete that cache"
         )
-    if there.state != "sealed":
+    if existing.state != "sealed":
         raise UsageError(
             f"{target.url} holds this cache, incomplete; nothing was changed. To complete it, {REBUILD}. "
             "To replace it by a copy, delete it first"
@@ -112,7 +113,7 @@ def target_records(target: Storage, source: Records) -> Records | None:
         if _values(found.receipts[name]) != _values(receipts[name]):
             raise IdentityMismatch(
                 f"{target.url} holds a cache of the same identity with other labels: {name} differs (digest "
-                f"{str(there.digest)[:12]}…, not {str(manifest.digest)[:12]}…); nothing was changed.\n"
+                f"{str(existing.digest)[:12]}…, not {str(manifest.digest)[:12]}…); nothing was changed.\n"
                 "The teacher ran twice, with different rounding. Choose another destination, or delete that cache"
             )
     return found
@@ -122,7 +123,7 @@ def _values(receipt: Receipt) -> dict[str, str]:
     return {name: stored.values_sha256 for name, stored in receipt.objects.items()}
 
 
-def plan_records(url: str, source: Records, copied: range, target_url: str, there: Records | None) -> PlannedRecords:
+def plan_records(url: str, source: Records, copied: range, target_url: str, existing: Records | None) -> PlannedRecords:
     """The records of the target once views are copied; those of the source where all its views are there.
 
     Args:
@@ -130,14 +131,14 @@ def plan_records(url: str, source: Records, copied: range, target_url: str, ther
         source: its records.
         copied: the views that are copied.
         target_url: of the target.
-        there: the records that the target holds.
+        existing: the records that the target holds.
 
     Raises:
         UsageError: a gap between the views would be left.
     """
     manifest = source.manifest
-    views = copied if there is None else _joined(copied, there.layout.views, target_url)
-    available = {**source.receipts, **({} if there is None else there.receipts)}
+    views = copied if existing is None else _joined(copied, existing.layout.views, target_url)
+    available = {**source.receipts, **({} if existing is None else existing.receipts)}
     kept = {
         name: available[name] for name in sorted(available) if name == PER_CACHE or Block.from_name(name).view in views
     }
@@ -146,7 +147,7 @@ def plan_records(url: str, source: Records, copied: range, target_url: str, ther
         provenance = provenance | {"copied_from": {"url": url, "digest": manifest.digest}}
     layout = manifest.layout.model_copy(update={"first_view": views.start, "num_views": views.stop})
     records, gathered = Records(manifest, kept).sealed(layout=layout, provenance=provenance)
-    return PlannedRecords(records, gathered, there)
+    return PlannedRecords(records, gathered, existing)
 
 
 def _joined(copied: range, held: range, url: str) -> range:
@@ -168,7 +169,7 @@ def publish(target: Storage, planned: PlannedRecords, *, anonymous: bool) -> boo
     """
     manifest, gathered = planned.records.manifest, planned.gathered
     write_group_metadata(target, manifest.layout)
-    if planned.there is None:
+    if planned.existing is None:
         pinned = pinned_receipts_key(str(manifest.receipts))
         # In an object store, `receipts.json` may belong to another process already.
         target.put(pinned if target.is_remote else RECEIPTS, gathered)
@@ -180,7 +181,7 @@ def publish(target: Storage, planned: PlannedRecords, *, anonymous: bool) -> boo
             target.put(RECEIPTS, gathered)
             target.delete(pinned)
     else:
-        replaced = planned.there.manifest
+        replaced = planned.existing.manifest
         replace_records(target, manifest, gathered, replaces=replaced)
         if anonymous and replaced.provenance != manifest.provenance:
             target.put(MANIFEST, dump_manifest(manifest))  # an earlier push was not anonymous

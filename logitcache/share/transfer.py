@@ -44,7 +44,7 @@ from logitcache.storage import Storage, open_storage
 MAX_CARD_BYTES = 2**20
 ROUNDS = 10
 """Attempts to publish a copy while other processes change the same target."""
-UNDER_WAY = "push.json"
+UNFINISHED_PUSH = "push.json"
 """States the content of an unfinished push to an object store; the objects of that push are not sent again."""
 
 Objects = dict[str, CacheObject]
@@ -123,9 +123,9 @@ def _copy(
     matched = check_expected(source.url, records, pin, expect)
     if anonymous:
         records = Records(anonymised(records.manifest), records.receipts)
-    there = target_records(target, records)
+    existing = target_records(target, records)
     copied_views = parse_views(views, records.layout.views)
-    planned = plan_records(source.url, records, copied_views, target.url, there)
+    planned = plan_records(source.url, records, copied_views, target.url, existing)
     wanted, available = _by_key(planned.records), _by_key(records)
     sizes = dict(target.sizes())
     _refuse_foreign_objects(target, sizes, available | wanted)
@@ -136,7 +136,7 @@ def _copy(
     copied: Objects = {}
     for _ in range(ROUNDS):
         unchecked = {key: each for key, each in wanted.items() if key not in checked}
-        present = _present(target, sizes, unchecked, there, str(records.manifest.digest), values_of)
+        present = _present(target, sizes, unchecked, existing, str(records.manifest.digest), values_of)
         if values_of is not None and target.is_remote:
             present -= available.keys()  # their values were never compared
         missing = {key: each for key, each in unchecked.items() if key not in present}
@@ -151,15 +151,15 @@ def _copy(
         target.make_durable(wanted)  # including the objects of an interrupted run
         with target.lock():
             leftovers = at_first | copied.keys()
-            before, there = there, target_records(target, records)  # another process may have published meanwhile
+            before, existing = existing, target_records(target, records)  # another process may have published meanwhile
             try:
-                planned = plan_records(source.url, records, copied_views, target.url, there)
+                planned = plan_records(source.url, records, copied_views, target.url, existing)
             except UsageError:
-                assert there is not None
-                _delete(target, leftovers - _by_key(there).keys())
+                assert existing is not None
+                _delete(target, leftovers - _by_key(existing).keys())
                 raise
             wanted = _by_key(planned.records)
-            if not target.is_remote or there != before:
+            if not target.is_remote or existing != before:
                 sizes = dict(target.sizes())
                 checked -= {key for key in checked & wanted.keys() if sizes.get(key) != wanted[key].stored.bytes}
             if wanted.keys() <= checked and publish(target, planned, anonymous=anonymous):
@@ -169,7 +169,7 @@ def _copy(
     else:
         raise StorageError(f"{target.url} was changed by other processes {ROUNDS} times; run the same command again")
     if target.is_remote:
-        target.delete(UNDER_WAY)
+        target.delete(UNFINISHED_PUSH)
     layout = planned.records.layout
     return Transfer(
         id=records.manifest.id,
@@ -189,7 +189,7 @@ def _by_key(records: Records) -> Objects:
     return {each.key: each for each in records.objects()}
 
 
-def _holds_values(layout: Layout, wanted: CacheObject, data: bytes | memoryview) -> bool:
+def _matches_values(layout: Layout, wanted: CacheObject, data: bytes | memoryview) -> bool:
     """Whether an object decodes to the values that its receipt states; the digest doesn't cover its bytes."""
     try:
         wanted.values(layout, data)
@@ -201,7 +201,7 @@ def _holds_values(layout: Layout, wanted: CacheObject, data: bytes | memoryview)
 def _refuse_foreign_objects(target: Storage, sizes: Mapping[str, int], ours: Objects) -> None:
     """Never overwrite what is not part of this cache."""
     for key in sizes:
-        is_ours = key in ours or key in (MANIFEST, RECEIPTS, CARD, UNDER_WAY) or key.endswith("/zarr.json")
+        is_ours = key in ours or key in (MANIFEST, RECEIPTS, CARD, UNFINISHED_PUSH) or key.endswith("/zarr.json")
         if not is_ours and not key.startswith("receipts/"):
             raise NotACache(f"{target.url} holds {key}, which is not part of this cache; choose an empty destination")
 
@@ -210,7 +210,7 @@ def _present(
     target: Storage,
     sizes: Mapping[str, int],
     wanted: Objects,
-    there: Records | None,
+    existing: Records | None,
     digest: str,
     values_of: Layout | None,
 ) -> set[str]:
@@ -221,14 +221,14 @@ def _present(
         def is_right(key: str) -> bool:
             data = target.get(key) or b""
             return sha256_hex(data) == wanted[key].stored.sha256 and (
-                values_of is None or _holds_values(values_of, wanted[key], data)
+                values_of is None or _matches_values(values_of, wanted[key], data)
             )
 
         with ThreadPoolExecutor(target.concurrency) as threads:
             return {key for key, right in zip(candidates, threads.map(is_right, candidates), strict=True) if right}
     if _resumes_push(target, digest):
         return set(candidates)
-    listed = {} if there is None else _by_key(there)
+    listed = {} if existing is None else _by_key(existing)
     return {key for key in candidates if key in listed and listed[key].stored.sha256 == wanted[key].stored.sha256}
 
 
@@ -239,9 +239,9 @@ def _resumes_push(target: Storage, digest: str) -> bool:
         UsageError: it holds an interrupted push of other content.
     """
     mark = canonical_json({"digest": digest})
-    if target.create(UNDER_WAY, mark):
+    if target.create(UNFINISHED_PUSH, mark):
         return False
-    found = target.get(UNDER_WAY, limit=2**12) or b""
+    found = target.get(UNFINISHED_PUSH, limit=2**12) or b""
     if found == mark:
         return True
     with suppress(ValueError, KeyError, TypeError):
@@ -276,7 +276,7 @@ def _copy_objects(
 
         with reading:
             data = read_object(source, key, wanted.stored, why=description(wanted.receipt), arrived=count)
-        if values_of is not None and not _holds_values(values_of, wanted, data):
+        if values_of is not None and not _matches_values(values_of, wanted, data):
             raise CorruptCache(
                 f"{source.url}: {key} does not hold the values that its receipt states and --expect pins. The cache "
                 "was changed; nothing was published here. Get it from another source"

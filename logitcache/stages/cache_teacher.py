@@ -160,19 +160,19 @@ def identify_samples(dataset: Dataset, location: str, *, num_workers: int) -> Sa
     Raises:
         IdentityMismatch: the cache at this location has other samples; names the first difference.
     """
-    here = sample_table(dataset)
+    current = sample_table(dataset)
     cached = None
     with suppress(NotACache):
         cached = open_cache(location).samples
     if cached is not None:
-        differences = compare_samples(cached, here)
-        if differences or cached.keys != here.keys:
+        differences = compare_samples(cached, current)
+        if differences or cached.keys != current.keys:
             first = differences[0] if differences else "the order of the samples"
             raise IdentityMismatch(
                 f"{location} was built from dataset {cached.fingerprint()[:12]}… ({cached.num_samples} samples); this "
-                f"one has {here.num_samples} samples.\nFirst difference: {first}.\n"
+                f"one has {current.num_samples} samples.\nFirst difference: {first}.\n"
                 "Run `logitcache verify CACHE --data PIPELINE` for the whole list, or choose another `cache.path`."
             )
         return cached
-    with track("fingerprinting the data", here.num_samples, unit="samples") as meter:
-        return replace(here, contents=content_table(dataset, num_workers=num_workers, advance=meter.advance))
+    with track("fingerprinting the data", current.num_samples, unit="samples") as meter:
+        return replace(current, contents=content_table(dataset, num_workers=num_workers, advance=meter.advance))

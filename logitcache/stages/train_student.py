@@ -268,6 +268,7 @@ class Experiment:
         ensemble = student.labels if isinstance(student.labels, TeachersConfig) else None
         caches, rows = self._open(ensemble)
         cache, num_views = caches[0], self.pipeline.views.count
+        outputs = [name for name in outputs if name in cache.outputs]  # `Hints` refuses those that are missing
         contents = None if cache.samples is None else cache.samples.contents
         plan = replace(self.plan, num_samples=cache.num_samples, contents=contents, rows=cache.row_map)
         views = ViewDataset(self.data.train, plan, preprocess=input_part(student, trust=self.trust), rows=rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import os
@@ -29,7 +28,7 @@ _PARTIAL = re.compile(r"\.[^/]+\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.[0-9a-f]+\
 def _process_space() -> str:
     """Identifies the namespace of process ids: containers may share a host name, but not their process ids."""
     space = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # not on Linux
+    with suppress(OSError):  # not on Linux
         space += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
     return f"{zlib.crc32(' '.join(space).encode()):08x}"
 
@@ -52,15 +51,12 @@ class LocalStorage:
 
     def get(self, key: str, *, limit: int | None = None) -> bytes | None:
         path = self._path(key)
-        try:
+        with _accessing("read", path), suppress(FileNotFoundError, NotADirectoryError):
             data = read_regular(path, limit=limit)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise _storage_error("read", path, error) from error
-        if data is None:
-            raise CorruptCache(f"{path} is not a regular file")
-        return data
+            if data is None:
+                raise CorruptCache(f"{path} is not a regular file")
+            return data
+        return None
 
     def get_view(self, key: str, *, limit: int | None = None, arrived: Arrived | None = None) -> memoryview | None:
         data = self.get(key, limit=limit)
@@ -80,11 +76,8 @@ class LocalStorage:
     def make_durable(self, keys: Iterable[str]) -> None:
         # Objects share folders: each folder is synced once.
         folders = {self.root / folder for key in keys for folder in PurePosixPath(key).parents}
-        try:
-            with ThreadPoolExecutor(self.concurrency) as threads:
-                list(threads.map(fsync_path, folders))
-        except OSError as error:
-            raise _storage_error("write", Path(error.filename or self.root), error) from error
+        with _accessing("write", self.root), ThreadPoolExecutor(self.concurrency) as threads:
+            list(threads.map(fsync_path, folders))
 
     def create(self, key: str, data: bytes) -> bool:
         path = self._path(key)
@@ -107,12 +100,10 @@ class LocalStorage:
         return True
 
     def size(self, key: str) -> int | None:
-        try:
-            return self._path(key).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise _storage_error("read", self._path(key), error) from error
+        path = self._path(key)
+        with _accessing("read", path), suppress(FileNotFoundError, NotADirectoryError):
+            return path.stat().st_size
+        return None
 
     def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         for key in self.list_keys(prefix):
@@ -122,12 +113,9 @@ class LocalStorage:
 
     def folders(self, prefix: str = "") -> list[str]:
         start = self._path(prefix) if prefix else self.root
-        try:
+        with _accessing("list", start), suppress(FileNotFoundError, NotADirectoryError):
             return sorted(entry.name for entry in os.scandir(start) if entry.is_dir(follow_symlinks=False))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            raise _storage_error("list", start, error) from error
+        return []
 
     def list_keys(self, prefix: str = "") -> Iterator[str]:
         start = self._path(prefix) if prefix else self.root
@@ -138,10 +126,9 @@ class LocalStorage:
                     yield Path(folder, name).relative_to(self.root).as_posix()
 
     def delete(self, key: str) -> None:
-        try:
-            self._path(key).unlink(missing_ok=True)
-        except OSError as error:
-            raise _storage_error("delete", self._path(key), error) from error
+        path = self._path(key)
+        with _accessing("delete", path):
+            path.unlink(missing_ok=True)
 
     def remove_leftovers(self) -> int:
         """Delete partial files of dead writers: of this host by process id, of other hosts after a day."""
@@ -157,11 +144,9 @@ class LocalStorage:
     @contextmanager
     def lock(self) -> Iterator[None]:
         with ExitStack() as held:
-            try:
+            with _accessing("lock", self.root):
                 self._make_folder(self.root)
                 held.enter_context(locked_folder(self.root))
-            except OSError as error:
-                raise _storage_error("lock", self.root, error) from error
             yield
 
     def _path(self, key: str) -> Path:
@@ -216,7 +201,7 @@ def read_regular(path: Path, *, limit: int | None = None) -> bytes | None:
         OSError: it can't be read.
     """
     try:
-        # O_NONBLOCK: a pipe or a device in the place of the file would block.
+        # O_NONBLOCK: opening a pipe or a device would block.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket
@@ -253,7 +238,7 @@ def is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except PermissionError:  # of another user
         return True
     return True
 
@@ -278,6 +263,15 @@ _REMEDY = {
     errno.EPERM: "operation not permitted; choose another path",
     errno.EROFS: "the file system is read-only; choose another path",
 }
+
+
+@contextmanager
+def _accessing(action: str, path: Path) -> Iterator[None]:
+    """Turn errors of the operating system into a `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        raise _storage_error(action, path, error) from error
 
 
 def _storage_error(action: str, path: Path, error: OSError) -> StorageError:

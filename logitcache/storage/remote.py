@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -120,7 +120,7 @@ class RemoteStorage:
                 return None
             except exceptions.GenericError as error:
                 late = time.monotonic() - start > REQUEST_SECONDS
-                if attempt + 1 == BODY_ATTEMPTS or late or not _may_pass(error):
+                if attempt + 1 == BODY_ATTEMPTS or late or not _is_transient(error):
                     raise self._error("read", key, error) from error
                 time.sleep(0.1 * 2**attempt * (1 + random.random()))
             except (exceptions.BaseError, OSError, ValueError) as error:
@@ -135,42 +135,28 @@ class RemoteStorage:
 
     def create(self, key: str, data: bytes) -> bool:
         try:
-            self._put(key, data, mode="create")
-        except FileExistsError:
-            return False
+            return self._put(key, data, mode="create")
         except StorageError as error:
-            if not _is_unknown_there(error.__cause__):
+            if not _lacks_conditional_writes(error.__cause__):
                 raise
             # Without conditional writes, the later of two simultaneous writers wins.
-            if self.size(key) is not None:
-                return False
-            self._put(key, data, mode="overwrite")
-        return True
+            return self.size(key) is None and self._put(key, data, mode="overwrite")
 
     def size(self, key: str) -> int | None:
-        self._check_process()
-        try:
+        with self._requests("read", key), suppress(FileNotFoundError):
             return int(obstore.head(self._store, self._path(key))["size"])
-        except FileNotFoundError:
-            return None
-        except (exceptions.BaseError, OSError) as error:
-            raise self._error("read", key, error) from error
+        return None
 
     def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         self._refuse_listing()
-        self._check_process()
         listed = 0
-        try:
+        with self._requests("list", prefix), suppress(FileNotFoundError):
             for page in self._pages((self._prefix + prefix).rstrip("/") or None):
                 listed += len(page)
                 if listed > MAX_LISTED:
                     raise TimeoutError(f"more than {MAX_LISTED} objects, the limit of a listing")
                 for entry in page:
                     yield entry["path"].removeprefix(self._prefix), int(entry["size"])
-        except FileNotFoundError:
-            return
-        except (exceptions.BaseError, OSError) as error:
-            raise self._error("list", prefix, error) from error
 
     def list_keys(self, prefix: str = "") -> Iterator[str]:
         return (key for key, _ in self.sizes(prefix))
@@ -178,18 +164,16 @@ class RemoteStorage:
     def folders(self, prefix: str = "") -> list[str]:
         if self._scheme in READ_ONLY:
             return linked_folders(f"{self.url}/{prefix}", timeout=READ_SECONDS, deadline=RECORD_SECONDS)
-        self._check_process()
-        try:
-            start = (self._prefix + prefix).rstrip("/") or None
+        start = (self._prefix + prefix).rstrip("/") or None
+        with self._requests("list", prefix), suppress(FileNotFoundError):
             if self._scheme == "memory":
                 found = obstore.list_with_delimiter(self._store, prefix=start)
             else:
-                found = _within(RECORD_SECONDS, lambda: obstore.list_with_delimiter_async(self._store, prefix=start))
-        except FileNotFoundError:
-            return []
-        except (exceptions.BaseError, OSError) as error:
-            raise self._error("list", prefix, error) from error
-        return sorted(folder.rstrip("/").rsplit("/", 1)[-1] for folder in found["common_prefixes"])
+                found = _with_timeout(
+                    RECORD_SECONDS, lambda: obstore.list_with_delimiter_async(self._store, prefix=start)
+                )
+            return sorted(folder.rstrip("/").rsplit("/", 1)[-1] for folder in found["common_prefixes"])
+        return []
 
     def _pages(self, prefix: str | None) -> Iterator[Any]:
         """The pages of a listing."""
@@ -197,19 +181,14 @@ class RemoteStorage:
         if self._scheme == "memory":
             yield from pages
             return
-        until = time.monotonic() + LISTING_SECONDS
-        while page := _within(until - time.monotonic(), lambda: anext(pages, None)):
+        deadline = time.monotonic() + LISTING_SECONDS
+        while page := _with_timeout(deadline - time.monotonic(), lambda: anext(pages, None)):
             yield page
 
     def delete(self, key: str) -> None:
         self._refuse_writing()
-        self._check_process()
-        try:
+        with self._requests("delete", key), suppress(FileNotFoundError):
             obstore.delete(self._store, self._path(key))
-        except FileNotFoundError:
-            return
-        except (exceptions.BaseError, OSError) as error:
-            raise self._error("delete", key, error) from error
 
     def remove_leftovers(self) -> int:
         """Nothing to do: object stores have no partial objects."""
@@ -222,45 +201,47 @@ class RemoteStorage:
     def _read(self, key: str, limit: int | None, arrived: Arrived | None, *, is_record: bool) -> memoryview:
         answer = obstore.get(self._store, key)
         size = answer.meta["size"]
-        most = size if limit is None else limit
-        if not is_record and size <= most and (arrived is None or size <= PIECE_BYTES):
+        max_bytes = size if limit is None else limit
+        if not is_record and size <= max_bytes and (arrived is None or size <= PIECE_BYTES):
             return memoryview(answer.bytes())
         data = bytearray()
-        seconds = RECORD_SECONDS + min(size, most) / RECORD_BYTES_PER_SECOND
-        until = time.monotonic() + seconds
+        seconds = RECORD_SECONDS + min(size, max_bytes) / RECORD_BYTES_PER_SECOND
+        deadline = time.monotonic() + seconds
         # A record's pieces are read as they arrive: a piece of fixed size might never be complete.
         for piece in answer.stream(min_chunk_size=1 if is_record else PIECE_BYTES):
             data += piece
             if arrived is not None:
                 arrived(len(data))
-            if is_record and time.monotonic() > until:
+            if is_record and time.monotonic() > deadline:
                 raise TimeoutError(f"{len(data)} of {size} bytes arrived in {seconds:.0f} s; the server is too slow")
-            if len(data) > most:
+            if len(data) > max_bytes:
                 break  # more than the limit is not read
-        return memoryview(data)[: most + 1].toreadonly()
+        return memoryview(data)[: max_bytes + 1].toreadonly()
 
-    def _put(self, key: str, data: bytes | memoryview, *, mode: Any) -> None:
+    def _put(self, key: str, data: bytes | memoryview, *, mode: Any) -> bool:
+        """Store an object; False where `mode` is "create" and there is one."""
         self._refuse_writing()
-        self._check_process()
-        try:
-            obstore.put(
-                self._store,
-                self._path(key),
-                data,
-                mode=mode,
-                use_multipart=len(data) > MULTIPART_BYTES,
-                chunk_size=2**24,
-            )
-        except (exceptions.AlreadyExistsError, FileExistsError):
-            raise FileExistsError(key) from None
-        except (exceptions.BaseError, OSError) as error:
-            raise self._error("write", key, error) from error
+        path = self._path(key)
+        large = len(data) > MULTIPART_BYTES
+        with self._requests("write", key), suppress(exceptions.AlreadyExistsError, FileExistsError):
+            obstore.put(self._store, path, data, mode=mode, use_multipart=large, chunk_size=2**24)
+            return True
+        return False
 
     def _path(self, key: str) -> str:
         parts = key.split("/")
         if key.startswith("/") or ".." in parts or "." in parts or "" in parts:
             raise UsageError(f"{key!r} is not a key inside the cache")
         return self._prefix + key
+
+    @contextmanager
+    def _requests(self, action: str, key: str) -> Iterator[None]:
+        """Requests that do something with an object; their errors become a `StorageError`."""
+        self._check_process()
+        try:
+            yield
+        except (exceptions.BaseError, OSError) as error:
+            raise self._error(action, key, error) from error
 
     def _check_process(self) -> None:
         """Refuse requests that would wait forever.
@@ -414,7 +395,7 @@ def _s3_remedy(error: Exception, config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _within(seconds: float, begin: Callable[[], Awaitable[Any]]) -> Any:
+def _with_timeout(seconds: float, begin: Callable[[], Awaitable[Any]]) -> Any:
     """A result of obstore within a time limit: obstore skips empty pages, and a store may send nothing else.
 
     Raises:
@@ -432,12 +413,12 @@ def _within(seconds: float, begin: Callable[[], Awaitable[Any]]) -> Any:
             raise TimeoutError("it doesn't end, or the server is too slow") from None
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     """Whether repeating a request may help: after an incomplete response, but not after a refusal."""
     return "status code: 4" not in str(error) or "status code: 429" in str(error)
 
 
-def _is_unknown_there(error: BaseException | None) -> bool:
+def _lacks_conditional_writes(error: BaseException | None) -> bool:
     """Whether a store doesn't support conditional writes."""
     return isinstance(error, exceptions.NotSupportedError) or "status code: 501" in str(error)
 

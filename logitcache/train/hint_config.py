@@ -73,12 +73,12 @@ def hints_config(value: Any) -> list[dict[str, Any]]:
     """
     if not isinstance(value, list | tuple):
         raise UsageError(f"expected a list of hints such as {EXAMPLE}, not {value!r}")
-    stated = []
+    normalised = []
     for number, config in enumerate(value, start=1):
         try:
             hint_from_config(config)
         except UsageError as error:
             raise UsageError(f"hint {number}: {error}") from None
         loss = {"name": config["loss"]} if isinstance(config["loss"], str) else dict(config["loss"])
-        stated.append({**config, "loss": loss, "weight": config.get("weight", 1.0)})
-    return stated
+        normalised.append({**config, "loss": loss, "weight": config.get("weight", 1.0)})
+    return normalised

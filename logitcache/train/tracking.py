@@ -7,7 +7,8 @@ and `finish`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from logitcache.registry import Registry
@@ -45,23 +46,25 @@ class Tracker:
 
     def start(self, config: dict[str, Any]) -> None:
         """Begin a run, or resume it."""
-        self._guarded("when the run started", lambda: setattr(self, "_handle", self._start(config)))
+        with self._reported("when the run started"):
+            self._handle = self._start(config)
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Log the metrics of a step."""
-        handle = self._handle
-        if handle is not None:
-            self._guarded(f"at step {step}", lambda: handle.log(values, step=step))
+        if self._handle is not None:
+            with self._reported(f"at step {step}"):
+                self._handle.log(values, step=step)
 
     def finish(self) -> None:
         """End the run."""
-        handle = self._handle
-        if handle is not None:
-            self._guarded("when the run finished", handle.finish)
+        if self._handle is not None:
+            with self._reported("when the run finished"):
+                self._handle.finish()
 
-    def _guarded(self, when: str, call: Callable[[], Any]) -> None:
+    @contextmanager
+    def _reported(self, when: str) -> Iterator[None]:
         try:
-            call()
+            yield
         except Exception as error:
             if not self._failed:
                 print(

@@ -1,4 +1,4 @@
-"""Compares a cache with the data, views and teacher at hand; runs before the first step of every student."""
+"""Compares a cache with data, views and teacher; runs before the first step of every student."""
 
 from __future__ import annotations
 
@@ -130,15 +130,15 @@ def _check_views(cache: LogitCache, location: str, count: int) -> None:
 def view_differences(cache: LogitCache, data: Data, plan: ViewPlan) -> list[str]:
     """The fields of the cache's identity that differ from the views here; samples are compared separately."""
     cached = cache.manifest.identity
-    here: dict[str, Any] = {"view_seed": plan.seed, "outputs": cached.outputs | {LOGITS: [data.num_classes]}}
+    current: dict[str, Any] = {"view_seed": plan.seed, "outputs": cached.outputs | {LOGITS: [data.num_classes]}}
     if cached.transform is not None:
-        here["transform"] = plan.describe()
+        current["transform"] = plan.describe()
     if cached.class_names is not None and data.class_names is not None:
-        here["class_names"] = data.class_names
+        current["class_names"] = data.class_names
     if cached.rows is None or plan.rows is None or plan.rows.one_each:
-        here["rows"] = None if plan.rows is None else plan.rows.fingerprint()
-    here["tokenization"] = getattr(data.train, "tokenization", {})
-    return _differences(cache, here)
+        current["rows"] = None if plan.rows is None else plan.rows.fingerprint()
+    current["tokenization"] = getattr(data.train, "tokenization", {})
+    return _differences(cache, current)
 
 
 def _sequence_differences(cache: LogitCache, dataset: Dataset, samples: np.ndarray) -> list[str]:
@@ -181,27 +181,27 @@ def teacher_differences(cache: LogitCache, teacher: TeacherIdentity) -> list[str
     Outputs that only one of them has are no difference: those that a student needs are checked separately.
     """
     cached = cache.manifest.identity
-    here: dict[str, Any] = {"precision": teacher.precision}
+    current: dict[str, Any] = {"precision": teacher.precision}
     # The cache of a mean matches any of its teachers.
     parts = merged_parts(cache.manifest)
     if not parts:
-        here["output_sources"] = _sources(cached.output_sources, teacher.sources)
+        current["output_sources"] = _sources(cached.output_sources, teacher.sources)
     part = next((part for part in parts if teacher.computed(part.teacher)), None)
     if part is not None and part.precision == teacher.precision:
-        del here["precision"]
+        del current["precision"]
     if part is None and not teacher.computed(cached.teacher):
-        here["teacher"] = teacher.name
-    differences = _differences(cache, here)
+        current["teacher"] = teacher.name
+    differences = _differences(cache, current)
     if parts and part is None:
         teachers = ", ".join(part.teacher for part in parts)
         differences.append(f"teacher: the cache is the mean of {teachers}, none of which is {teacher.name}")
     return differences
 
 
-def _sources(cached: dict[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
-    """The cache's sources, replaced by those here for the logits and for outputs that both have."""
-    shared = {name: here[name] for name in cached.keys() & here.keys()}
-    logits = {LOGITS: here[LOGITS]} if LOGITS in here else {}
+def _sources(cached: dict[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    """The cache's sources, replaced by the current ones for the logits and for outputs that both have."""
+    shared = {name: current[name] for name in cached.keys() & current.keys()}
+    logits = {LOGITS: current[LOGITS]} if LOGITS in current else {}
     return {name: source for name, source in cached.items() if name != LOGITS} | shared | logits
 
 
@@ -217,13 +217,13 @@ def all_differences(
         differences.append(f"views.count: {len(cache.views)} in the cache, {num_views} here")
     if cache.samples is None:
         return differences
-    here = sample_table(data.train)
-    with track("reading the data", here.num_samples, unit="samples") as meter:
+    current = sample_table(data.train)
+    with track("reading the data", current.num_samples, unit="samples") as meter:
         contents = content_table(data.train, num_workers=num_workers, advance=meter.advance)
-    here = replace(here, contents=contents)
-    differences += compare_samples(cache.samples, here)
+    current = replace(current, contents=contents)
+    differences += compare_samples(cache.samples, current)
     if not differences:
-        samples = match_rows(cache.samples, here, cache_id=cache.id)
+        samples = match_rows(cache.samples, current, cache_id=cache.id)
         differences += _sequence_differences(cache, data.train, samples)
     if not differences:
         views = ViewDataset(data.train, plan, rows=samples)
@@ -235,6 +235,6 @@ def all_differences(
     return differences
 
 
-def _differences(cache: LogitCache, here: dict[str, Any]) -> list[str]:
+def _differences(cache: LogitCache, current: dict[str, Any]) -> list[str]:
     cached = cache.manifest.identity
-    return cached.differences(type(cached).model_validate(cached.model_dump() | json.loads(json.dumps(here))))
+    return cached.differences(type(cached).model_validate(cached.model_dump() | json.loads(json.dumps(current))))

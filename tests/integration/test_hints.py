@@ -43,7 +43,7 @@ from logitcache.stages.cache_teacher import cache_teacher, teacher_batches
 from logitcache.stages.train_student import Experiment, train_students
 from logitcache.train.hint_config import hint_from_config
 from logitcache.train.hints import Regressor
-from logitcache.train.labels import CachedLabels
+from logitcache.train.labels import CachedLabels, Labels
 from logitcache.train.loop import Run, train
 from logitcache.train.runs import RunFolder
 from tests.conftest import TINY
@@ -340,10 +340,8 @@ def test_fitnets_reads_features_in_its_first_stage_and_logits_in_its_second(
     assert ["maps", "maps", "logits", "logits"] == read
 
 
-class LiveOnTheCachesBatches:
+class LiveOnTheCachesBatches(Labels):
     """The teacher's hooked modules, run on the very batches that stage 1 gave it."""
-
-    needs_teacher_inputs = False
 
     def __init__(self, pipeline: Pipeline) -> None:
         data = resolve_data(pipeline, trust=False)
@@ -351,25 +349,18 @@ class LiveOnTheCachesBatches:
         teacher, _ = resolve_teacher(pipeline, data, plan, trust=False)
         self.teacher = build_runner(pipeline, teacher, build_context(pipeline, trust=False), ["maps", "pooled", "head"])
         self.views = ViewDataset(data.train, plan)
-        self.layout = logitcache.open(pipeline.cache.path).layout
+        self.cache = logitcache.open(pipeline.cache.path)
         self.batch_size = pipeline.teacher.batch_size
         self.current: dict[str, Tensor] = {}
 
-    def expect(self, outputs: Sequence[str], following: Sequence[str]) -> None: ...
-
     def start_view(self, view: int, following: int | None) -> None:
-        blocks = [block for block in all_blocks(self.layout) if block.view == view]
+        blocks = [block for block in all_blocks(self.cache.layout) if block.view == view]
         parts = []
-        for _, rows in teacher_batches(self.layout, blocks, self.batch_size):
+        for _, rows in teacher_batches(self.cache.row_map, blocks, self.batch_size):
             with torch.no_grad():
                 logits, others = self.teacher(collate(self.views.__getitems__([(view, row) for row in rows]))[1])
             parts.append({"logits": logits, **others})
         self.current = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None: ...
-
-    def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
-        return self.current["logits"][split_index(index)[1]]
 
     def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
         return {name: self.current[name][split_index(index)[1]] for name in names}

@@ -36,7 +36,7 @@ from logitcache.errors import (
     StorageError,
     UsageError,
 )
-from logitcache.share.transfer import UNDER_WAY, pull, push
+from logitcache.share.transfer import UNFINISHED_PUSH, pull, push
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
 from logitcache.stages.verify_match import verify_match
@@ -108,7 +108,7 @@ def test_a_cache_goes_there_and_back(store: str, on: Any, whole: Path, tmp_path:
     assert [] == verify(f"{place}/team/a.cache", deep=True)
     assert_reads(tmp_path / "back.cache", whole)
     assert sorted(open_storage(whole).list_keys()) == sorted(open_storage(tmp_path / "back.cache").list_keys())
-    assert UNDER_WAY not in list(open_storage(f"{place}/team/a.cache").list_keys())
+    assert UNFINISHED_PUSH not in list(open_storage(f"{place}/team/a.cache").list_keys())
 
 
 @pytest.mark.parametrize("store", STORES)
@@ -263,7 +263,7 @@ def test_an_unfinished_cache_is_not_shared(tmp_path: Path) -> None:
 
 def test_a_push_of_something_else_is_not_mixed_with(whole: Path, tmp_path: Path, on: Any) -> None:
     place = f"{on('memory')}/a.cache"
-    open_storage(place).put(UNDER_WAY, json.dumps({"digest": "1" * 64}).encode())
+    open_storage(place).put(UNFINISHED_PUSH, json.dumps({"digest": "1" * 64}).encode())
     with pytest.raises(UsageError, match="unfinished push of other content"):
         push(str(whole), place)
 
@@ -279,10 +279,11 @@ def test_a_cache_that_has_grown_is_pushed_again_and_read_all_the_while(
     lengths = []
     really_put = RemoteStorage._put
 
-    def put(storage: RemoteStorage, key: str, data: bytes, *, mode: Any) -> None:
-        really_put(storage, key, data, mode=mode)
+    def put(storage: RemoteStorage, key: str, data: bytes, *, mode: Any) -> bool:
+        stored = really_put(storage, key, data, mode=mode)
         if key.endswith(".json"):
             lengths.append(logitcache.open(place).num_views)
+        return stored
 
     monkeypatch.setattr(RemoteStorage, "_put", put)
     grown = push(str(whole), place)
@@ -372,10 +373,10 @@ def test_a_store_without_conditional_writes_is_written_to_all_the_same(
 ) -> None:
     really_put = RemoteStorage._put
 
-    def put(storage: RemoteStorage, key: str, data: bytes, *, mode: Any) -> None:
+    def put(storage: RemoteStorage, key: str, data: bytes, *, mode: Any) -> bool:
         if mode == "create":
             raise StorageError(f"can't write {key}") from NotSupportedError("no If-None-Match here")
-        really_put(storage, key, data, mode=mode)
+        return really_put(storage, key, data, mode=mode)
 
     monkeypatch.setattr(RemoteStorage, "_put", put)
     place = f"{on('memory')}/a.cache"
@@ -439,9 +440,9 @@ def die_at(environment: dict[str, str], call: int, job: Callable[..., object], *
 
     really_remote, really_local = RemoteStorage._put, LocalStorage._write_partial
 
-    def remote_put(storage: RemoteStorage, key: str, data: bytes, *, mode: Any) -> None:
+    def remote_put(storage: RemoteStorage, key: str, data: bytes, *, mode: Any) -> bool:
         count()
-        really_remote(storage, key, data, mode=mode)
+        return really_remote(storage, key, data, mode=mode)
 
     def local_put(storage: LocalStorage, path: Path, data: bytes, *, durable: bool = True) -> Path:
         count()

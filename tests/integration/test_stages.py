@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from logitcache.stages.dry_run import plan_run
 from logitcache.stages.run import run_pipeline
 from logitcache.stages.train_student import Experiment, train_students
 from logitcache.stages.train_teacher import train_teacher
+from logitcache.train.labels import Labels
 from logitcache.train.loop import train
 from logitcache.verify.audit import verify
 
@@ -51,33 +52,29 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name != "epoch_seconds"} for line in lines]
 
 
-class LiveOnTheCachesBatches:
+class LiveOnTheCachesBatches(Labels):
     """The teacher itself, run on the very batches that stage 1 gave it."""
-
-    needs_teacher_inputs = False
 
     def __init__(self, pipeline: Pipeline) -> None:
         data = resolve_data(pipeline, trust=False)
         plan = resolve_plan(pipeline, data, trust=False)
         self.teacher, _ = resolve_teacher(pipeline, data, plan, trust=False)
         self.views = ViewDataset(data.train, plan)
-        self.layout = logitcache.open(pipeline.cache.path).layout
+        self.cache = logitcache.open(pipeline.cache.path)
         self.batch_size = pipeline.teacher.batch_size
         self.current = torch.empty(0)
 
     def start_view(self, view: int, following: int | None) -> None:
-        blocks = [block for block in all_blocks(self.layout) if block.view == view]
+        blocks = [block for block in all_blocks(self.cache.layout) if block.view == view]
         with torch.inference_mode():
             logits = [
                 self.teacher(collate(self.views.__getitems__([(view, row) for row in rows]))[1])
-                for _, rows in teacher_batches(self.layout, blocks, self.batch_size)
+                for _, rows in teacher_batches(self.cache.row_map, blocks, self.batch_size)
             ]
         self.current = torch.cat(logits).clone()
 
-    def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None: ...
-
-    def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
-        return self.current[split_index(index)[1]]
+    def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.current[split_index(index)[1]]}
 
 
 SETTINGS = {
