@@ -163,9 +163,7 @@ def merge(
         parts=parts,
         computed_blocks=sorted(writer.committed_blocks),
         total_blocks=num_blocks(writer.layout),
-        left_out={
-            place: each.num_views - num_views for place, each in by_location.items() if each.num_views > num_views
-        },
+        left_out={place: more for place, each in by_location.items() if (more := each.num_views - num_views)},
         left_out_outputs={place: list(each.extra_outputs) for place, each in by_location.items() if each.extra_outputs},
     )
 
