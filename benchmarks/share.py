@@ -51,6 +51,8 @@ from logitcache.cache.manifest import MANIFEST, RECEIPTS, Receipt, StoredObject,
 from logitcache.cache.records import Records
 from logitcache.config.schema import load_pipeline
 from logitcache.data.loading import rendered_batches
+from logitcache.data.rows import OneRowEach
+from logitcache.losses import loss_from_config
 from logitcache.progress import silence, track
 from logitcache.share.transfer import pull, push
 from logitcache.stages.cache_teacher import cache_teacher
@@ -339,7 +341,8 @@ def warm_section(folder: Path, overrides: Sequence[str], epochs: int, num_sample
     common = [*overrides, "teacher.weights=random", f"train.epochs={epochs}", "train.seeds=[0]"]
     local = load_pipeline(PIPELINE, [*common, f"cache.path={folder / 'www/a.cache'}", f"runs.path={folder / 'local'}"])
     cache_teacher(local, trust=True)
-    student = next(each for each in local.students if local.loss(each).needs_teacher and each.labels == "cache")
+    cached = [each for each in local.students if each.labels == "cache"]
+    student = next(each for each in cached if loss_from_config(each.loss).needs_teacher)
     with served(folder / "nginx", folder / "www", path="a.cache") as url:
         remote = load_pipeline(PIPELINE, [*common, f"cache.path={url}", f"runs.path={folder / 'remote'}"])
         cache = logitcache.open(remote.cache.path)

@@ -393,7 +393,7 @@ def three_ways(pipeline: Pipeline, student_name: str | None, epochs: int) -> dic
         student_name = next(
             student.name
             for student in pipeline.students
-            if student.labels == "cache" and pipeline.loss(student).needs_teacher
+            if student.labels == "cache" and loss_from_config(student.loss).needs_teacher
         )
     cached = pipeline.student(student_name)
     cached = cached.model_copy(update={"name": "cached", "train": {**cached.train, "epochs": epochs}})

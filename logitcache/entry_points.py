@@ -1,4 +1,4 @@
-"""`package.module:function`: the user's own code, run only where it was consented to."""
+"""Code that a pipeline or a cache names as `package.module:function`, and when it is trusted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from logitcache.errors import LogitCacheError, UntrustedCode, UsageError
 from logitcache.strict_json import parse_json
 
 _MANIFEST_BYTES = 2**24
-"""A longer file is no manifest that this version reads, so it is not looked into."""
+"""A longer file is read as no manifest of a cache."""
 _ENTRY_POINT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -28,13 +28,13 @@ def is_entry_point(name: str) -> bool:
 def load_entry_point(name: str, *, trust: bool) -> Any:
     """The object that `package.module:function` names.
 
-    A pipeline or a cache is a shared file, so importing what it names is running somebody's code: it is done when
-    the user trusts the file, or when module and function are the user's own: they lie in the working folder, outside
-    of Python's own library, of every Python environment and of every cache.
+    Pipelines and caches are shared files, so importing what they name may run code of other people. The code is
+    imported only with `trust`, or where module and function are the user's own: in the working folder, and not in
+    Python's library, a Python environment or a cache.
 
     Raises:
         UntrustedCode: the code is not the user's own, and `trust` is False.
-        UsageError: no such module or function, or a module that fails when it is imported.
+        UsageError: the module or function does not exist, or the import fails.
     """
     module_name, function = name.split(":")
     folder = Path.cwd().resolve()
@@ -42,8 +42,7 @@ def load_entry_point(name: str, *, trust: bool) -> Any:
     if not own and not trust:
         raise UntrustedCode(
             f"{name} would run code from outside the working folder, or from a Python environment or a cache inside of "
-            "it; look at it, then run again with --trust (in Python: trust=True), or copy the module under the working "
-            "folder"
+            "it; review it and re-run with --trust (in Python: trust=True), or copy the module into the working folder"
         )
     if own and sys.path[:1] != [str(folder)]:
         sys.path.insert(0, str(folder))
@@ -56,18 +55,18 @@ def load_entry_point(name: str, *, trust: bool) -> Any:
     except AttributeError:
         raise UsageError(f"{name}: module {module_name!r} has no {function!r}") from None
     if not trust and isinstance(found, types.FunctionType | types.BuiltinFunctionType | type):
-        # A module of the user's may import `subprocess.run`, and a stranger's pipeline may name it there.
+        # A user's module may import `subprocess.run`, and an untrusted pipeline may name it there.
         home = found.__module__
         if not isinstance(home, str) or not _is_own_module(home, folder):
             raise UntrustedCode(
                 f"{name} is {home}.{found.__qualname__}, from outside the working folder; call it in a function of "
-                "your own and name that, or look at it, then run again with --trust (in Python: trust=True)"
+                "your own and name that one, or review it and re-run with --trust (in Python: trust=True)"
             )
     return found
 
 
 def call_entry_point(function: Any, name: str, arguments: Mapping[str, Any]) -> Any:
-    """Call what an entry point named, with a pipeline's arguments.
+    """Call an imported function with a pipeline's arguments.
 
     Raises:
         UsageError: the function failed; names it and its error.
@@ -83,12 +82,12 @@ def call_entry_point(function: Any, name: str, arguments: Mapping[str, Any]) -> 
 
 
 def _is_own_module(name: str, folder: Path) -> bool:
-    """Whether importing a module would run the user's own code only; found out without importing anything.
+    """Whether importing a module would run the user's own code only; imports nothing.
 
-    The import system is asked, not the file system: a package of the same name elsewhere may come first.
+    Follows the import system, not the file system: a package of the same name elsewhere may come first.
     """
     parts = name.split(".")
-    # Whatever lies in the working folder, Python's own modules of these names come first, or may be loaded already.
+    # Python's own modules of these names come before those in the working folder, or are loaded already.
     if parts[0] in {*sys.stdlib_module_names, *sys.builtin_module_names} or FrozenImporter.find_spec(parts[0]):
         return False
     search: list[str] | None = [str(folder), *sys.path]
@@ -98,7 +97,7 @@ def _is_own_module(name: str, folder: Path) -> bool:
         if package in sys.modules:
             module = sys.modules[package]
             origin, inside = getattr(module, "__file__", None), getattr(module, "__path__", None)
-        # By its last part: of a whole name the finder expects that the folders above were imported.
+        # Only the last part: for a whole name, the finder expects that its parent packages were imported.
         elif search is not None and (spec := PathFinder.find_spec(parts[depth], search)) is not None:
             origin, inside = spec.origin, spec.submodule_search_locations
         else:
@@ -111,7 +110,7 @@ def _is_own_module(name: str, folder: Path) -> bool:
 
 def _is_own(origin: str | None, folder: Path) -> bool:
     """Whether a file is the user's own: in the working folder, and neither installed nor part of a cache there."""
-    if origin is None or folder == Path(folder.anchor):  # all of a machine is nobody's project
+    if origin is None or folder == Path(folder.anchor):  # the root folder contains code of others
         return False
     path = Path(origin).resolve()
     if not path.is_relative_to(folder) or {"site-packages", "dist-packages"} & set(path.parts):
@@ -123,7 +122,7 @@ def _is_own(origin: str | None, folder: Path) -> bool:
 
 
 def _python_folders() -> set[Path]:
-    """Where this Python and what was installed for it lie."""
+    """The folders of this Python and its packages."""
     prefixes = {sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix}
     return {Path(folder).resolve() for folder in prefixes | set(sysconfig.get_paths().values())}
 
@@ -134,10 +133,10 @@ def _is_environment(folder: Path) -> bool:
 
 
 def _is_cache(folder: Path) -> bool:
-    """Whether a folder holds a cache, or a manifest that can't be told from a cache's."""
+    """Whether a folder holds a cache, or a manifest that can't be read."""
     manifest = folder / "manifest.json"
     try:
-        if not manifest.is_file():  # nor a pipe, which would block
+        if not manifest.is_file():  # opening a pipe would block
             return False
         with manifest.open("rb") as file:
             found = parse_json(file.read(_MANIFEST_BYTES + 1), max_bytes=_MANIFEST_BYTES)

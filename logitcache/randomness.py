@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import torch
 
 
 def counter_seed(purpose: str, *counters: int) -> int:
@@ -43,6 +42,8 @@ def _keyed_hashes(rows: range, purpose: str, *counters: int) -> np.ndarray:
 
 def seed_generators(seed: int) -> None:
     """Set the global CPU generators of torch, `random` and NumPy from one 64-bit seed."""
+    import torch
+
     # torch.manual_seed would also visit every accelerator, at a hundred times the cost.
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
@@ -52,6 +53,8 @@ def seed_generators(seed: int) -> None:
 @contextmanager
 def preserved_generators() -> Iterator[None]:
     """Leave the global CPU generators as they were found, whatever happens inside."""
+    import torch
+
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Objects by name: built in, from an installed package, or from the user's own code where it is trusted."""
+"""Objects by name: built in, from an installed package, or from trusted code of the user."""
 
 from __future__ import annotations
 
@@ -213,6 +213,10 @@ def configured(
         raise UsageError(f"{subject}: {kind.__module__}.{kind.__qualname__} must be a dataclass")
     known = parameters(kind)
     check_keys(f"{subject} has no parameter", fields, known)
+    for field in dataclasses.fields(kind):
+        is_required = field.default is field.default_factory is dataclasses.MISSING
+        if field.name in known and is_required and field.name not in fields:
+            raise UsageError(f"{subject} lacks {field.name!r}; its parameters are: {', '.join(known)}")
     values = {name: value if convert is None else convert(name, value) for name, value in fields.items()}
     try:
         return kind(**values)

@@ -35,6 +35,11 @@ class Targets(ABC):
     def __len__(self) -> int:
         """B, the number of rows."""
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, C), the shape of the dense form."""
+        return len(self), self.num_classes
+
     @abstractmethod
     def __getitem__(self, rows: slice | Tensor) -> Self:
         """Some of the rows: a slice, int64 row numbers, or a bool mask (B,)."""

@@ -143,3 +143,18 @@ def plain_cnn(num_classes: int, width: int = 4) -> nn.Module:
     """A net of maps without batch norm, whose every parameter counts."""
     maps = [nn.Conv2d(1, width, 3, stride=2, padding=1), nn.ReLU()]
     return nn.Sequential(*maps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
+
+
+class NextToken(nn.Module):
+    """A causal language model of a few thousand parameters: an embedding, a recurrent layer and a head."""
+
+    def __init__(self, num_classes: int, width: int = 16, seed: int = 0) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_classes, width)
+        self.layer = nn.GRU(width, width, batch_first=True)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        hidden, _ = self.layer(self.embedding(input_ids))
+        logits: torch.Tensor = self.head(hidden)
+        return logits

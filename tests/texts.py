@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,29 @@ class Texts:
 
 def texts(count: int = 60, kind: str = "lists") -> dict[str, Texts]:
     return {"train": Texts(count, kind), "test": Texts(30, kind, seed=1)}
+
+
+BYTE_TOKENS = ["<pad>", "<s>", "</s>", "<mask>"]
+"""Special tokens of the byte tokenizer: ids 0 to 3."""
+BYTE_VOCABULARY = 4 + 256
+
+
+def byte_tokenizer(path: Path, *, special_tokens: bool = False) -> Path:
+    """A tokenizer with one token for each byte of UTF-8, from id 4 on; optionally one that puts <s> and </s> around."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*BYTE_TOKENS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.add_special_tokens(BYTE_TOKENS)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if special_tokens:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    tokenizer.save(str(path))
+    return path
 
 
 def pad_to_the_left(inputs: list[Any]) -> dict[str, torch.Tensor]:

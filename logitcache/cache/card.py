@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from logitcache.cache.card_fields import Card, card_from
 from logitcache.cache.ensemble import Part, merged_parts
 from logitcache.cache.layout import PER_CACHE, SAMPLE_ARRAYS
 from logitcache.cache.manifest import CARD
 from logitcache.cache.names import names_of, recorded_names
 from logitcache.cache.reader import LogitCache
 from logitcache.data.views import Mixing, ViewPlan
+from logitcache.encodings import Sampled
 from logitcache.errors import CorruptCache, UsageError
 from logitcache.markdown import LONGEST_NAME, code, escaped, fenced, one_line, table
 
@@ -27,49 +28,11 @@ ACCURACY_ROWS = 65_536
 ACCURACY_LOGITS = 2**26
 """Limits on the rows, and the logits of these rows, that the accuracy is measured on, to keep sealing cheap."""
 ROWS_AT_ONCE = 1024
+TASK_CATEGORIES = {"causal": "text-generation", "masked": "fill-mask", "classification": "text-classification"}
+"""Of the Hugging Face Hub, by the task of a tokenization."""
 SHOWN_CLASSES = 20
 LONGEST_TEXT, LONGEST_TRANSFORM = 10_000, 4_000
 """Maximum characters of the description and of the transform on a card."""
-
-
-class Card(BaseModel):
-    """What the author states about a cache. Recorded in the manifest's provenance; not part of the identity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    license: str | None = None
-    """License identifier as hubs use it, such as "cc-by-4.0"."""
-    title: str | None = None
-    description: str | None = None
-    """Plain text; an empty line starts a new paragraph."""
-    dataset: str | None = None
-    """Readable name of the dataset, such as "imagenet-1k"; takes precedence over the recorded name."""
-    teacher: str | None = None
-    """Readable name of the teacher; takes precedence over the recorded name."""
-    url: str | None = Field(default=None, pattern=r"^https?://[\w.~:/?#@!$&*+,;=%-]+$", max_length=2000)
-    """A page with more information."""
-    tags: list[str] = []
-
-    def stated(self) -> dict[str, Any]:
-        """The fields that are set, as JSON."""
-        return self.model_dump(exclude_defaults=True)
-
-
-def card_from(value: Card | Mapping[str, Any]) -> Card:
-    """A card from a mapping.
-
-    Raises:
-        UsageError: an unknown field or an invalid value; names the field.
-    """
-    if isinstance(value, Card):
-        return value
-    try:
-        return Card.model_validate(dict(value))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(
-            f"card.{'.'.join(map(str, first['loc']))}: {first['msg']}; a card has: {', '.join(Card.model_fields)}"
-        ) from None
 
 
 def write_card(cache: LogitCache) -> None:
@@ -103,8 +66,11 @@ def _front_matter(cache: LogitCache, stated: Card) -> dict[str, Any]:
         "dataset": recorded.get("dataset") or one_line(identity.dataset, LONGEST_NAME),
         "teacher": recorded.get("teacher") or one_line(identity.teacher, LONGEST_NAME),
     }
-    if identity.transform is not None:
-        front["task_categories"] = ["image-classification"]
+    task = TASK_CATEGORIES.get(str(identity.tokenization.get("task"))) if identity.tokenization else None
+    if task is None and identity.transform is not None and cache.row_map.one_each and not identity.tokenization:
+        task = "image-classification"
+    if task is not None:
+        front["task_categories"] = [task]
     if stated.dataset:
         front["source_datasets"] = [one_line(stated.dataset, LONGEST_NAME)]
     return front
@@ -115,15 +81,17 @@ def _sections(cache: LogitCache, stated: Card) -> Iterator[str]:
     yield from _what_this_is(cache, stated)
     yield from _how_to_load_it(cache)
     yield "## Size\n"
-    rows = cache.num_samples * len(cache.views)
+    rows = cache.num_rows * len(cache.views)
+    sequences = not cache.row_map.one_each
     yield table(
         {
             "samples": f"{cache.num_samples:,}",
+            **({"rows per view": f"{cache.num_rows:,}"} if sequences else {}),
             "views": _views(cache),
             "classes": f"{cache.num_classes:,}",
             "encoding": code(repr(cache.encoding)),
             "bytes": f"{cache.stored_bytes:,}",
-            "bytes per sample and view": f"{cache.target_bytes / rows:.1f}",
+            f"bytes per {'row' if sequences else 'sample'} and view": f"{cache.target_bytes / rows:.1f}",
             **{
                 f"output {name}": f"{code(str(output.shape))} per sample, {code(repr(output.encoding))}, "
                 f"{cache.contents.output_bytes[name] / rows:.1f} bytes"
@@ -147,8 +115,8 @@ def _what_this_is(cache: LogitCache, stated: Card) -> Iterator[str]:
         yield from (f"{escaped(one_line(text, LONGEST_TEXT))}\n" for text in paragraphs if text.strip())
     yield (
         "The logits of a teacher on deterministic views of a dataset, for offline knowledge distillation: a student "
-        "trains from them without running the teacher. The images are not included; students render the same views "
-        "from their own copy of the dataset.\n"
+        f"trains from them without running the teacher. The {'texts' if identity.tokenization else 'samples'} are not "
+        "included; students make the same views from their own copy of the dataset.\n"
     )
     lines = [f"- Teacher: {_known_as(recorded.get('teacher'))}{code(identity.teacher)}"]
     lines += [f"  - {code(part.teacher)}, weight {part.weight:.4g}" for part in _parts(cache)]
@@ -157,6 +125,8 @@ def _what_this_is(cache: LogitCache, stated: Card) -> Iterator[str]:
         shown = ", ".join(code(name) for name in identity.class_names[:SHOWN_CLASSES])
         more = cache.num_classes - SHOWN_CLASSES
         lines.append(f"- Classes: {shown}{f' and {more:,} more' if more > 0 else ''}")
+    if identity.tokenization:
+        lines.append(f"- Tokenization: {code(json.dumps(identity.tokenization, sort_keys=True)[:LONGEST_TRANSFORM])}")
     licensed = code(stated.license) if stated.license else "unknown: not stated"
     lines.append(f"- License: {licensed}")
     if stated.url:
@@ -224,10 +194,11 @@ def _fidelity(cache: LogitCache) -> str:
         if _parts(cache):
             lines.append("Here the teacher is the mean of the labels in the merged caches.")
     if len(measured) < len(blocks):
-        lines.append(
-            f"In {len(blocks) - len(measured):,} of {len(blocks):,} blocks it is infinite: the encoding gives zero "
-            "probability to classes that have some."
-        )
+        where = f"In {len(blocks) - len(measured):,} of {len(blocks):,} blocks"
+        if isinstance(cache.encoding, Sampled):
+            lines.append(f"{where} it is infinite: the encoding gives zero probability to classes that have some.")
+        else:
+            lines.append(f"{where} it is unknown: only some of the teacher's log-probabilities were available.")
     return " ".join(lines) + "\n"
 
 
@@ -253,7 +224,9 @@ def first_class_accuracy(cache: LogitCache) -> tuple[int, int, int] | None:
     Raises:
         CorruptCache: the labels or the sample table are damaged.
     """
-    if not set(SAMPLE_ARRAYS[1:]) <= cache.layout.fixed.keys() or cache.samples is None:
+    if not set(SAMPLE_ARRAYS[1:]) <= cache.layout.fixed.keys() or cache.samples is None or not cache.row_map.one_each:
+        return None
+    if bool((cache.samples.targets < 0).any()):  # samples without a class
         return None
     looked_at = min(cache.num_samples, ACCURACY_ROWS, max(1, ACCURACY_LOGITS // cache.num_classes))
     rows = _unmixed_rows(cache, looked_at)

@@ -17,7 +17,8 @@ import numpy as np
 from pydantic import ValidationError
 from torch import Tensor
 
-from logitcache.cache.card import Card, card_from, write_card
+from logitcache.cache.card import write_card
+from logitcache.cache.card_fields import Card, card_from
 from logitcache.cache.destination import check_destination
 from logitcache.cache.fidelity import Calibration, candidates, choose, compare
 from logitcache.cache.layout import GROUP, PER_CACHE, Block
@@ -57,8 +58,6 @@ from logitcache.encodings.protocol import float_tensor
 from logitcache.errors import CorruptCache, IdentityMismatch, InvalidLogits, NotACache, UsageError
 from logitcache.progress import track
 from logitcache.storage import Storage, open_storage
-
-DEFAULT_ROWS_PER_BLOCK = 16_384
 
 Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
 """A value that can be written as JSON."""
@@ -149,13 +148,7 @@ def create(
     return open_writer(
         path,
         origin,
-        rows=make_row_map(
-            num_samples,
-            rows_per_sample,
-            row_positions,
-            rows_per_block=rows_per_block,
-            default=DEFAULT_ROWS_PER_BLOCK,
-        ),
+        rows=make_row_map(num_samples, rows_per_sample, row_positions, rows_per_block=rows_per_block),
         num_classes=num_classes,
         num_views=num_views,
         encoding=encoding,

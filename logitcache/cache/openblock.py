@@ -15,7 +15,7 @@ from logitcache.cache.layout import Block
 from logitcache.cache.manifest import LOGITS, Layout
 from logitcache.cache.outputs import OutputLayout
 from logitcache.data.rows import RowMap
-from logitcache.errors import IdentityMismatch, InvalidLogits
+from logitcache.errors import IdentityMismatch, InvalidLogits, UsageError
 
 # B batch, C classes (for other outputs: values of a row)
 
@@ -31,7 +31,7 @@ class OpenBlock:
         row_map: which rows it has, and to which samples they belong.
         outputs: how each output is stored, with fitted encodings, by name.
         layout: of the cache.
-        like: the first rows of each output, for their device.
+        device: of the rows; all rows of a block come from one.
         precision: the teacher's arithmetic, for comparing rows that are written twice.
     """
 
@@ -41,14 +41,14 @@ class OpenBlock:
         row_map: RowMap,
         outputs: Mapping[str, OutputLayout],
         layout: Layout,
-        like: Mapping[str, Tensor],
         *,
+        device: torch.device,
         precision: str,
     ) -> None:
         self.block = block
         self.rows = row_map.block_rows(block.number)
         self._parts = {
-            name: _OpenRows(output, block, row_map, layout, like[name], precision) for name, output in outputs.items()
+            name: _OpenRows(output, block, row_map, layout, device, precision) for name, output in outputs.items()
         }
         self.kl = self._parts[LOGITS].kl
         """KL(teacher ‖ decoded) of each row's logits, in nats, float32."""
@@ -79,6 +79,15 @@ class OpenBlock:
         for name, rows in self._parts.items():
             rows.fill(start, parts[name])
 
+    def fill_encoded(self, start: int, encoded: Mapping[str, Tensor]) -> None:
+        """Add logits that are encoded already, by the encoding's array names; nothing is known of their KL.
+
+        Raises:
+            IdentityMismatch: the rows were written before with other values.
+            UsageError: other rows of the block were not encoded already.
+        """
+        self._parts[LOGITS].fill_encoded(start, encoded)
+
     def wait_for_device(self) -> None:
         """Wait for the copies from the device that were started."""
         for rows in self._parts.values():
@@ -99,15 +108,15 @@ class _OpenRows:
     """
 
     def __init__(
-        self, output: OutputLayout, block: Block, row_map: RowMap, layout: Layout, like_BC: Tensor, precision: str
+        self, output: OutputLayout, block: Block, row_map: RowMap, layout: Layout, device: torch.device, precision: str
     ) -> None:
         self.block = block
         self.rows = rows = row_map.block_rows(block.number)
         self._output = output
         self._precision = precision
         self._encoding = output.encoding
-        self._device = like_BC.device
-        self._num_classes = like_BC.shape[1]
+        self._device = device
+        self._num_classes = output.num_values
         self._bounds = _slab_bounds(row_map, block, max(1, SLAB_LOGITS // self._num_classes))
         self._slabs: dict[int, Tensor] = {}
         """The logits of incomplete slabs, by number."""
@@ -120,6 +129,8 @@ class _OpenRows:
         self.kl = torch.empty(len(rows) if output.measures_kl else 0, pin_memory=self.pinned)
         self.invalid = torch.zeros(len(rows), dtype=torch.bool, pin_memory=self.pinned)
         self.filled = np.zeros(len(rows), dtype=bool)
+        self._kind: str | None = None
+        """How the first rows came: as logits, or encoded."""
 
     @property
     def complete(self) -> bool:
@@ -127,6 +138,7 @@ class _OpenRows:
 
     def fill(self, start: int, logits_BC: Tensor) -> None:
         """Add rows; complete slabs are encoded on their device, without waiting for a GPU."""
+        self._check_kind("logits")
         first = start - self.rows.start
         written = np.flatnonzero(self.filled[first : first + len(logits_BC)])
         if len(written):
@@ -155,6 +167,46 @@ class _OpenRows:
             self.filled[within] = True
             if self.filled[span].all():
                 self._encode(span, self._slabs.pop(number))
+
+    def fill_encoded(self, start: int, encoded: Mapping[str, Tensor]) -> None:
+        """Add rows that are encoded already."""
+        self._check_kind("entries")
+        first, count = start - self.rows.start, len(next(iter(encoded.values())))
+        span = slice(first, first + count)
+        written = np.flatnonzero(self.filled[span])
+        if len(written):
+            again = {name: values[torch.from_numpy(written)] for name, values in encoded.items()}
+            self._compare_encoded(first, written.tolist(), self._encoding.decode(again, self._num_classes))
+        for name, values in encoded.items():
+            self.buffers[self._output.stored_name(name)][span].copy_(values, non_blocking=self.pinned)
+        self.kl[span] = math.nan
+        self.filled[span] = True
+
+    def _compare_encoded(self, first: int, written: list[int], again_MC: Tensor) -> None:
+        self.wait_for_device()
+        rows = [first + offset for offset in written]
+        encoded = {name: values[rows] for name, values in self._output.encoded(self.buffers).items()}
+        stored_MC = self._encoding.decode(encoded, self._num_classes)
+        numbers = [self.rows.start + row for row in rows]
+        differing = differing_rows(
+            stored_MC, again_MC.cpu(), self._encoding, self._precision, view=self.block.view, rows_B=numbers
+        )
+        if differing:
+            raise self._written_before(differing[0])
+
+    def _check_kind(self, kind: str) -> None:
+        if self._kind not in (None, kind):
+            raise UsageError(
+                f"block {self.block.name} has rows from {self._kind}; write all rows of a block either with `write` or "
+                "with `write_sparse`"
+            )
+        self._kind = kind
+
+    def _written_before(self, row: int) -> IdentityMismatch:
+        return IdentityMismatch(
+            f"row {row} of view {self.block.view} was written before with other {self._output.name}; the first values "
+            "are kept. Write each row once, or the same values again"
+        )
 
     def _slab_of(self, row: int) -> int:
         return int(np.searchsorted(self._bounds, row, side="right")) - 1
@@ -188,10 +240,7 @@ class _OpenRows:
                     differing_rows(stored_1C, again_1C, self._encoding, self._precision, view=view, rows_B=numbers)
                 )
             if differs:
-                raise IdentityMismatch(
-                    f"row {self.rows.start + row} of view {self.block.view} was written before with other "
-                    f"{self._output.name}; the first values are kept. Write each row once, or the same values again"
-                )
+                raise self._written_before(self.rows.start + row)
 
     def wait_for_device(self) -> None:
         """Wait for the copies from the device that were started."""

@@ -8,7 +8,7 @@ from logitcache.cache.card import write_card
 from logitcache.cache.layout import PER_CACHE, all_blocks, num_blocks
 from logitcache.cache.objects import ObjectReader
 from logitcache.cache.packages import require_packages
-from logitcache.cache.per_cache import stored_encoding
+from logitcache.cache.per_cache import stored_encoding, stored_row_map
 from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.cache.records import read_records
 from logitcache.cache.writer import CacheWriter
@@ -44,9 +44,10 @@ def seal(path: str | os.PathLike[str]) -> LogitCache:
             f"{storage.url} can't be sealed: {len(missing)} of {num_blocks(records.layout)} blocks are missing"
             f"{f' ({named})' if missing else ', but its per-cache arrays are'}; {REBUILD}"
         )
-    encoding = stored_encoding(records, ObjectReader(storage))
+    objects = ObjectReader(storage)
+    encoding, rows = stored_encoding(records, objects), stored_row_map(records, objects)
     with storage.lock():
-        writer = CacheWriter(storage, manifest, encoding, per_cache={}, write_card=write_card)
+        writer = CacheWriter(storage, manifest, encoding, rows=rows, per_cache={}, write_card=write_card)
     try:
         writer.seal()
     finally:

@@ -171,37 +171,88 @@ class CacheWriter:
             IdentityMismatch: rows were written before with other logits or inputs.
             StorageError: an earlier block could not be written.
         """
-        with self._writing:
-            self._write(view, start, logits, outputs or {}, inputs, input_digests or {})
-
-    def _write(
-        self,
-        view: int,
-        start: int,
-        logits: Any,
-        outputs: Mapping[str, Any],
-        inputs: Any,
-        input_digests: Mapping[int, str],
-    ) -> None:
-        self._raise_failed_commit()
         logits_BC = _as_tensor(logits)
         if not logits_BC.is_floating_point():
             raise InvalidLogits(
                 f"logits are {logits_BC.dtype}; expected floats, the teacher's output before softmax or arg max"
             )
-        num_classes, num_rows = self.layout.num_classes, self.row_map.num_rows
+        num_classes = self.layout.num_classes
         if logits_BC.ndim != 2 or logits_BC.shape[1] != num_classes:
             raise ShapeError(
                 f"the teacher's output is {tuple(logits_BC.shape)}; expected (B, {num_classes}): one logit for each of "
                 f"the {num_classes} classes of the cache"
             )
-        stop = start + len(logits_BC)
-        if not 0 <= view < self.layout.num_views or start < 0 or stop > num_rows:
+        parts = {LOGITS: logits_BC.detach().float(), **self._flattened(outputs or {}, len(logits_BC))}
+        tolerance = SUM_TOLERANCE.get(logits_BC.dtype, 1e-3)
+
+        def fill(opened: OpenBlock, row: int, piece: Mapping[str, Tensor]) -> None:
+            if not opened.filled.any():
+                _refuse_probabilities(piece[LOGITS], tolerance)
+            opened.fill(row, piece)
+
+        with self._writing:
+            self._write(view, start, parts, fill, self._compare, inputs, input_digests or {})
+
+    def write_sparse(
+        self,
+        *,
+        view: int,
+        start: int,
+        ids: Any,
+        log_probs: Any,
+        inputs: Any = None,
+        input_digests: Mapping[int, str] | None = None,
+    ) -> None:
+        """Store consecutive rows of which only some log-probabilities are known, as serving engines return them.
+
+        What the entries lack of a mass of 1 belongs to the other classes, evenly. The cache has the encoding `TopK`.
+        Receipts then state no KL, since the teacher's other probabilities are not known.
+
+        Args:
+            view, start, inputs, input_digests: as in `write`.
+            ids: int (B, K): classes, in any order; -1 marks an unused entry.
+            log_probs: float (B, K): their log-probabilities at T = 1.
+
+        Raises:
+            ShapeError: not (B, K), or rows beyond the cache.
+            UsageError: the cache has another encoding or further outputs.
+            InvalidLogits: a row is not part of a distribution; names it.
+            IdentityMismatch: rows were written before with other values.
+            StorageError: an earlier block could not be written.
+        """
+        if self.outputs:
+            raise UsageError(f"this cache also stores {', '.join(self.outputs)}, which write_sparse can't; use write")
+        num_classes = self.layout.num_classes
+        ids_BK, log_probs_BK = torch.as_tensor(ids), torch.as_tensor(log_probs).detach()
+        encoded = self.encoding.encode_sparse(ids_BK, log_probs_BK, num_classes, start=start)
+
+        def fill(opened: OpenBlock, row: int, piece: Mapping[str, Tensor]) -> None:
+            opened.fill_encoded(row, piece)
+
+        def compare(block: Block, row: int, piece: Mapping[str, Tensor], digests: Mapping[str, str]) -> None:
+            self._compare(block, row, {LOGITS: self.encoding.decode(piece, num_classes)}, digests)
+
+        with self._writing:
+            self._write(view, start, encoded, fill, compare, inputs, input_digests or {})
+
+    def _write(
+        self,
+        view: int,
+        start: int,
+        parts: Mapping[str, Tensor],
+        fill: Callable[[OpenBlock, int, Mapping[str, Tensor]], None],
+        compare: Callable[[Block, int, Mapping[str, Tensor], Mapping[str, str]], None],
+        inputs: Any,
+        input_digests: Mapping[int, str],
+    ) -> None:
+        """Give each block its part of some rows: tensors (B, ...) by output, or by array."""
+        self._raise_failed_commit()
+        stop = start + len(next(iter(parts.values())))
+        if not 0 <= view < self.layout.num_views or start < 0 or stop > self.row_map.num_rows:
             raise ShapeError(
-                f"rows {start} to {stop} of view {view} lie outside the cache, which has {num_rows} rows in "
-                f"{self.layout.num_views} views"
+                f"rows {start} to {stop} of view {view} lie outside the cache, which has {self.row_map.num_rows} rows "
+                f"in {self.layout.num_views} views"
             )
-        parts = {LOGITS: logits_BC.detach().float(), **self._flattened(outputs, len(logits_BC))}
         samples = self.row_map.samples_starting(start, stop)
         _check_number_of_inputs(inputs, len(samples))
         digests = dict(input_digests) | {
@@ -218,20 +269,18 @@ class CacheWriter:
             of_block = self.row_map.block_samples(block.number)
             inside = {str(sample): digest for sample, digest in digests.items() if sample in of_block}
             if block.name in self._receipts or block in self._submitted:
-                self._compare(block, row, piece, inside)
+                compare(block, row, piece, inside)
             else:
-                if block not in self._open_blocks:
-                    _refuse_probabilities(piece[LOGITS], SUM_TOLERANCE.get(logits_BC.dtype, 1e-3))
-                    self._open_blocks[block] = OpenBlock(
-                        block,
-                        self.row_map,
-                        self._output_layouts,
-                        self.layout,
-                        parts,
-                        precision=self.manifest.identity.precision,
-                    )
-                opened = self._open_blocks[block]
-                opened.fill(row, piece)
+                opened = self._open_blocks.get(block) or OpenBlock(
+                    block,
+                    self.row_map,
+                    self._output_layouts,
+                    self.layout,
+                    device=next(iter(parts.values())).device,
+                    precision=self.manifest.identity.precision,
+                )
+                fill(opened, row, piece)
+                self._open_blocks[block] = opened
                 opened.inputs.update(inside)
                 if opened.complete:
                     self._submit(self._open_blocks.pop(block))

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from logitcache.cache.manifest import LOGITS
 from logitcache.catalog.calling import call_model, described, input_described
 from logitcache.errors import LogitCacheError, ShapeError, UsageError
-from logitcache.registry import unknown_name
+from logitcache.registry import configured
 
 # B batch, C channels, H height, W width
 
@@ -79,15 +79,7 @@ def tap_from_config(config: str | Mapping[str, Any]) -> Tap:
     Raises:
         UsageError: unknown field or invalid value.
     """
-    if isinstance(config, str):
-        return Tap(module=config)
-    known = [field.name for field in dataclasses.fields(Tap)]
-    for field in config:
-        if field not in known:
-            raise UsageError(unknown_name("key", field, known))
-    if "module" not in config:
-        raise UsageError("`module` is missing: the path of a module, such as layer3")
-    return Tap(**config)
+    return configured("a mapping of a module", Tap, {"module": config} if isinstance(config, str) else config)
 
 
 class Capture(nn.Module):

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 
 from logitcache.catalog.parts import PartConfig, samples_of_part
+from logitcache.catalog.text import text
 from logitcache.data.samples import Dataset, content_digest, load_sample, sample_key, sample_table
+from logitcache.data.tokens import CLASSIFICATION, TokenDataset
 from logitcache.entry_points import call_entry_point, is_entry_point
 from logitcache.errors import DatasetUnavailable, UsageError
 from logitcache.randomness import keyed_permutation
-from logitcache.registry import Registry
+from logitcache.registry import Registry, check_keys
 
 # N samples, H height, W width, C channels
 
@@ -147,20 +149,38 @@ def load_data(
     if not is_entry_point(name):
         taken = inspect.signature(factory).parameters
         common = {"root": Path(root), "download": download}
+        if DATASETS.package_of(name) is None:
+            _check_arguments(name, arguments, [key for key in taken if key not in common])
         arguments = {key: value for key, value in common.items() if key in taken} | arguments
-        if DATASETS.package_of(name) is None and args:
-            raise UsageError(f"data.args is for datasets of your own; {name} takes none")
     data = _checked(call_entry_point(factory, name, arguments), name)
     for split in (data.train, data.validation, data.test):
         if split is not None:
             _check_targets(split, data.num_classes)
     if validation and data.validation is None:
-        kept, set_apart = stratified_split(sample_table(data.train).targets, validation, "validation")
-        data = replace(data, train=Selection(data.train, kept), validation=Selection(data.train, set_apart))
+        kept, set_apart = _validation_split(data.train, validation)
+        data = replace(data, train=selected(data.train, kept), validation=selected(data.train, set_apart))
     if part is not None:
+        if not _has_classes(data.train):
+            raise UsageError("data.part divides the samples of each class, and texts without classes have none")
         kept = samples_of_part(sample_table(data.train).targets, part, data.num_classes)
-        data = replace(data, train=Selection(data.train, kept))
+        data = replace(data, train=selected(data.train, kept))
     return data
+
+
+def selected(dataset: Dataset, indices: np.ndarray) -> Dataset:
+    """Some samples of a dataset, in a given order, with their original keys and rows."""
+    return dataset.select(indices) if isinstance(dataset, TokenDataset) else Selection(dataset, indices)
+
+
+def _validation_split(dataset: Dataset, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the samples of (training, validation); the parts of one document stay together."""
+    targets = sample_table(dataset).targets
+    if not isinstance(dataset, TokenDataset):
+        return stratified_split(targets, fraction, "validation")
+    documents, first = np.unique(dataset.documents, return_index=True)
+    _, set_apart = stratified_split(targets[first], fraction, "validation")
+    apart = np.isin(dataset.documents, documents[set_apart])
+    return np.flatnonzero(~apart), np.flatnonzero(apart)
 
 
 def stratified_split(
@@ -180,7 +200,13 @@ def stratified_split(
     return np.setdiff1d(np.arange(len(targets)), picked), picked
 
 
-def _mnist5k(root: Path, download: bool) -> Data:
+def _check_arguments(name: str, arguments: Mapping[str, Any], known: Sequence[str]) -> None:
+    if arguments and not known:
+        raise UsageError(f"data.args is for datasets of your own; {name} takes none")
+    check_keys(f"data.args: the dataset {name} has no parameter", arguments, known)
+
+
+def _mnist5k() -> Data:
     return _with_test_fifth(_mnist5k_images(), [str(digit) for digit in range(10)])
 
 
@@ -191,7 +217,7 @@ def _mnist5k_images() -> ImageArrays:
     return ImageArrays(pixels.reshape(-1, 28, 28).astype(np.uint8), labels)
 
 
-def _digits(root: Path, download: bool) -> Data:
+def _digits() -> Data:
     sklearn = _import("sklearn.datasets", "digits: the images are inside scikit-learn; pip install 'logitcache[demo]'")
     bunch = sklearn.load_digits()
     images = ImageArrays(np.round(bunch.images * (255 / 16)).astype(np.uint8), bunch.target)
@@ -223,8 +249,10 @@ def _fashion_mnist(root: Path, download: bool) -> Data:
                 num_classes=10,
                 class_names=_FASHION,
             )
-    how = "set data.download=true, or install Debian's package dataset-fashion-mnist"
-    return _torchvision("FashionMNIST", root, download, how)
+    try:
+        return _torchvision("FashionMNIST", root, download)
+    except DatasetUnavailable as error:
+        raise DatasetUnavailable(f"{error} Or install Debian's package dataset-fashion-mnist.") from error
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -238,19 +266,7 @@ def _read_idx(path: Path) -> np.ndarray:
         raise DatasetUnavailable(f"{path} is not a gzipped IDX file: {error}; download it again") from error
 
 
-def _mnist(root: Path, download: bool) -> Data:
-    return _torchvision("MNIST", root, download, "set data.download=true")
-
-
-def _cifar10(root: Path, download: bool) -> Data:
-    return _torchvision("CIFAR10", root, download, "set data.download=true")
-
-
-def _cifar100(root: Path, download: bool) -> Data:
-    return _torchvision("CIFAR100", root, download, "set data.download=true")
-
-
-def _torchvision(name: str, root: Path, download: bool, how: str) -> Data:
+def _torchvision(name: str, root: Path, download: bool) -> Data:
     import torchvision
 
     try:
@@ -260,7 +276,8 @@ def _torchvision(name: str, root: Path, download: bool, how: str) -> Data:
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DatasetUnavailable(
-            f"{name} is not in {root} ({reason}).\nTo get it: {how}, or put torchvision's files for {name} there."
+            f"{name} is not in {root} ({reason}).\n"
+            f"To get it: set data.download=true, or put torchvision's files for {name} there."
         ) from error
     return Data(
         train=ImageArrays(np.asarray(train.data), train.targets),
@@ -293,10 +310,11 @@ DATASETS: Registry[Callable[..., Any]] = Registry(
         "mnist5k": _mnist5k,
         "digits": _digits,
         "fashion_mnist": _fashion_mnist,
-        "mnist": _mnist,
-        "cifar10": _cifar10,
-        "cifar100": _cifar100,
+        "mnist": functools.partial(_torchvision, "MNIST"),
+        "cifar10": functools.partial(_torchvision, "CIFAR10"),
+        "cifar100": functools.partial(_torchvision, "CIFAR100"),
         "image_folder": _image_folder,
+        "text": text,
     },
     allows_code=True,
 )
@@ -332,7 +350,13 @@ def _checked(made: Any, name: str) -> Data:
     return Data(**splits, num_classes=int(num_classes), class_names=list(class_names) if class_names else None)
 
 
+def _has_classes(dataset: Dataset) -> bool:
+    return not isinstance(dataset, TokenDataset) or dataset.task == CLASSIFICATION
+
+
 def _check_targets(dataset: Dataset, num_classes: int) -> None:
+    if not _has_classes(dataset):
+        return
     targets = sample_table(dataset).targets
     invalid = np.flatnonzero((targets < 0) | (targets >= num_classes))
     if len(invalid):

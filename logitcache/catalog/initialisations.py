@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Protocol
 
 from logitcache.errors import UsageError
 from logitcache.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class Report(Protocol):

@@ -18,8 +18,11 @@ import torch
 from torch import nn
 
 from logitcache.catalog.calling import call_model, input_described, logits_of
+from logitcache.catalog.language_models import identifying_args, transformers_model
 from logitcache.catalog.nets import CNN, MLP, CIFARResNet
 from logitcache.checksums import check_file
+from logitcache.data.rows import RowMap
+from logitcache.data.sequences import batch_rows
 from logitcache.digest import canonical_json
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import CorruptRun, LogitCacheError, ShapeError, UsageError
@@ -28,6 +31,7 @@ from logitcache.storage import LocalStorage
 
 # B batch, C classes
 
+TRANSFORMERS = "transformers"
 MODELS: Registry[Callable[..., nn.Module]] = Registry(
     "model",
     {
@@ -36,11 +40,12 @@ MODELS: Registry[Callable[..., nn.Module]] = Registry(
         "cifar_resnet": CIFARResNet,
         "resnet20": functools.partial(CIFARResNet, depth=20),
         "resnet32": functools.partial(CIFARResNet, depth=32),
+        TRANSFORMERS: transformers_model,
     },
     allows_code=True,
 )
-"""Called with a pipeline's `args`, and with `input_shape` of one sample and `num_classes` if they have parameters of
-these names. A package adds one in the entry point group `logitcache.models`."""
+"""Called with a pipeline's `args`, and with `input_shape` of one sample, `num_classes` and the data's `tokenization` if
+they have parameters of these names. A package adds one in the entry point group `logitcache.models`."""
 
 ORIGIN = "logitcache"
 """The entry of a safetensors file's metadata that describes, in JSON, the run of its weights."""
@@ -55,8 +60,9 @@ def build_model(
     args: Mapping[str, Any] | None = None,
     trust: bool = False,
     new_head: bool = True,
+    tokenization: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """A classifier by name: one of `MODELS`, one of torchvision's, or what `package.module:function` returns.
+    """A model by name: one of `MODELS`, a classifier of torchvision, or what `package.module:function` returns.
 
     Args:
         name: one of `MODELS`, a torchvision classifier, or an entry point.
@@ -66,6 +72,7 @@ def build_model(
         args: further arguments of the constructor or function.
         trust: allow an entry point outside the working folder.
         new_head: replace the head of pretrained weights with another number of classes by an untrained one.
+        tokenization: of the dataset `text`.
 
     Raises:
         UsageError: the model, an argument or the weights are unknown, or the weights don't fit.
@@ -79,7 +86,7 @@ def build_model(
         if is_entry_point(name) or name in MODELS:
             factory = MODELS.resolve(name, trust=trust)
             taken = inspect.signature(factory).parameters
-            sizes = {"input_shape": input_shape, "num_classes": num_classes}
+            sizes = {"input_shape": input_shape, "num_classes": num_classes, "tokenization": tokenization}
             args = {key: size for key, size in sizes.items() if key in taken} | args
             model: Any = factory(**args)
         else:
@@ -98,6 +105,16 @@ def build_model(
     if path is not None:
         load_weights(model, path)
     return model
+
+
+def brings_weights(name: str, args: Mapping[str, Any]) -> bool:
+    """Whether a model has trained weights without any from a pipeline's `weights`."""
+    return is_entry_point(name) or (name == TRANSFORMERS and args.get("path") is not None)
+
+
+def fingerprint_args(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a model that identify it, wherever its files lie."""
+    return identifying_args(args) if name == TRANSFORMERS else dict(args)
 
 
 def check_model_name(name: str, *, trust: bool) -> None:
@@ -249,8 +266,23 @@ def model_fingerprint(model: nn.Module, *, name: str, args: Mapping[str, Any] | 
     return f"{name}@{digest.hexdigest()}"
 
 
-def check_output(model: nn.Module, inputs: Any, num_classes: int, *, name: str) -> None:
-    """Run a batch of one sample through a model, and check that its logits are (1, C).
+def check_output(
+    model: nn.Module,
+    inputs: Any,
+    num_classes: int,
+    *,
+    name: str,
+    index: Any = None,
+    rows: RowMap | None = None,
+) -> None:
+    """Run a batch of one sample through a model, and check that its logits are (1, C), or (1, L, C) for a sequence.
+
+    Args:
+        model: the model.
+        inputs: the batch.
+        num_classes: C.
+        name: for messages.
+        index, rows: of a sequence: its index and the row map.
 
     Raises:
         ShapeError: the model can't process the input, or has another number of classes.
@@ -270,6 +302,8 @@ def check_output(model: nn.Module, inputs: Any, num_classes: int, *, name: str) 
         logits = logits_of(output)
     except ShapeError as error:
         raise ShapeError(f"model {name!r}: {error}") from None
+    if rows is not None:
+        logits = batch_rows(index, rows, inputs, logits).of_output(logits)[:1]
     if logits.shape != (1, num_classes):
         raise ShapeError(
             f"model {name!r} returns {tuple(logits.shape)} for one sample; expected (1, {num_classes}), one logit for "

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from logitcache.config.overrides import read_raw
 from logitcache.config.schema import Pipeline, load_pipeline
 from logitcache.errors import LogitCacheError
-from logitcache.extras.federation.configuration import load_federation
-from logitcache.extras.federation.plan import plan_federation
-from logitcache.stages.run import RunPlan, Step, plan_run
+
+if TYPE_CHECKING:
+    from logitcache.stages.dry_run import RunPlan
 
 
-@dataclass(frozen=True)
-class CheckedFile:
-    """What a dry run found in one file."""
-
-    file: str
-    steps: list[Step] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    """Data, weights, packages and code that are not on this machine or not trusted."""
-    unchecked: list[str] = field(default_factory=list)
-    """What a dry run leaves alone."""
-    error: str | None = None
-    """Why the file is invalid."""
-
-
-def check_files(
-    files: Sequence[Path], overrides: Sequence[str], *, trust: bool, require_data: bool
-) -> list[CheckedFile]:
+def check_files(files: Sequence[Path], overrides: Sequence[str], *, trust: bool, require_data: bool) -> list[RunPlan]:
     """Check each file; an invalid one does not stop the others, unless it is the only one.
 
     Raises:
@@ -39,16 +24,26 @@ def check_files(
     checked = []
     for file in files:
         try:
-            plan = _plan(file, overrides, trust=trust, load_all=require_data)
-            checked.append(CheckedFile(str(file), plan.steps, plan.missing, plan.unchecked))
+            checked.append(replace(_plan(file, overrides, trust=trust, load_all=require_data), file=str(file)))
         except LogitCacheError as error:
             if len(files) == 1:
                 raise
-            checked.append(CheckedFile(str(file), error=str(error)))
+            from logitcache.stages.dry_run import RunPlan
+
+            checked.append(RunPlan(file=str(file), error=str(error)))
     return checked
 
 
 def _plan(file: Path, overrides: Sequence[str], *, trust: bool, load_all: bool) -> RunPlan:
     if "parties" in read_raw(file, Pipeline):
-        return plan_federation(load_federation(file, overrides), trust=trust, load_all=load_all)
-    return plan_run(load_pipeline(file, overrides), trust=trust, load_all=load_all)
+        from logitcache.extras.federation.configuration import load_federation
+
+        federation = load_federation(file, overrides)
+        from logitcache.extras.federation.plan import plan_federation
+
+        return plan_federation(federation, trust=trust, load_all=load_all)
+    pipeline = load_pipeline(file, overrides)
+    # Only for a valid file: it imports torch.
+    from logitcache.stages.dry_run import plan_run
+
+    return plan_run(pipeline, trust=trust, load_all=load_all)

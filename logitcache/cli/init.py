@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from logitcache.cli.application import JsonOption, app, show
-from logitcache.cli.printing import console
+from logitcache.cli.printing import say
 from logitcache.errors import UsageError
 
 
@@ -53,10 +53,6 @@ def init_command(
 
     def print_written() -> None:
         enter = "" if folder == Path() else f"cd {folder} && "
-        console().print(
-            f"Wrote {', '.join(names)}.\nEdit, then check: {enter}logitcache run --dry-run pipeline.yaml",
-            highlight=False,
-            markup=False,
-        )
+        say(f"Wrote {', '.join(names)}.\nEdit, then check: {enter}logitcache run --dry-run pipeline.yaml")
 
     show({"files": names}, as_json, print_written)

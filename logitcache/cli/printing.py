@@ -6,7 +6,6 @@ import dataclasses
 import math
 import sys
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -50,7 +49,7 @@ def print_caches(location: str, caches: list[dict[str, Any]], unreadable: list[d
         print(_plain_line(f"error: {each['error']}"), file=sys.stderr, flush=True)
     if not caches:
         if not unreadable:
-            console().print(f"{location}: no cache found", highlight=False, markup=False)
+            say(f"{location}: no cache found")
         return
     columns = (Column(name, overflow="fold") for name in ("cache", "id", "teacher", "dataset"))
     table = Table(*columns, "views", "samples", "size", "state")
@@ -58,7 +57,7 @@ def print_caches(location: str, caches: list[dict[str, Any]], unreadable: list[d
         shown = [cache["url"], cache["id"][:12], cache["teacher_name"], cache["dataset_name"], cache["views"]]
         size = "-" if cache["bytes"] is None else decimal(cache["bytes"])
         state = "sealed" if cache["sealed"] else "open"
-        table.add_row(*map(_plain, [*shown, f"{cache['num_samples']:,}", size, state]))
+        table.add_row(*map(plain, [*shown, f"{cache['num_samples']:,}", size, state]))
     console().print(table)
 
 
@@ -71,15 +70,13 @@ def print_transfer(where: str, transfer: Any) -> None:
         pin += ".\nThe given digest is of format 1, which covers the labels but not their positions. "
         pin += "The new pin covers both"
     rate = f", {decimal(int(transfer.copied_bytes / transfer.seconds))}/s" if transfer.copied_bytes else ""
-    console().print(
+    say(
         f"{where}: views {transfer.views}; {transfer.copied_objects:,} objects copied "
-        f"({decimal(transfer.copied_bytes)}{rate}), {transfer.kept_objects:,} already present.\n{pin}",
-        highlight=False,
-        markup=False,
+        f"({decimal(transfer.copied_bytes)}{rate}), {transfer.kept_objects:,} already present.\n{pin}"
     )
 
 
-def _plain(text: Any) -> str:
+def plain(text: Any) -> str:
     """Untrusted text without markup and control characters."""
     return escape(_plain_line(text))
 
@@ -134,14 +131,13 @@ def print_plan(plan: Any) -> None:
         table.add_row(*cells, style="bold" if chosen else None)
     console().print(table)
     for name, size in plan.output_bytes.items():
-        console().print(f"Output {name}: {size:,.1f} bytes/sample, included in the totals.", highlight=False)
+        say(f"Output {name}: {size:,.1f} bytes/sample, included in the totals.")
     if plan.hours is not None:
-        console().print(
+        say(
             f"Estimated time of cache-teacher: {timedelta(seconds=round(3600 * plan.hours))} "
-            f"({plan.num_views} views of {plan.num_samples:,} samples at {plan.samples_per_second:,.0f} samples/s).",
-            highlight=False,
+            f"({plan.num_views} views of {plan.num_samples:,} samples at {plan.samples_per_second:,.0f} samples/s)."
         )
-    console().print(f'Recommended: cache.encoding="{spelled(plan.recommended.encoding)}"', highlight=False)
+    say(f'Recommended: cache.encoding="{spelled(plan.recommended.encoding)}"')
 
 
 def spelled(encoding: Any) -> str:
@@ -159,13 +155,18 @@ def console() -> Console:
     return Console(soft_wrap=True) if sys.stdout.isatty() else Console(soft_wrap=True, width=1000)
 
 
+def say(text: str) -> None:
+    """Print a text as it is, without markup."""
+    console().print(text, highlight=False, markup=False)
+
+
 def print_mapping(title: str, values: dict[str, Any]) -> None:
     """A two-column table."""
     table = Table(title=title, show_header=False, title_justify="left")
     flat = {key: value for name, value in values.items() for key, value in _rows_of(name, value)}
     for name, value in flat.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        table.add_row(_plain(name.replace("_", " ")), _plain(f"{shown:.4g}" if isinstance(shown, float) else shown))
+        table.add_row(plain(name.replace("_", " ")), plain(f"{shown:.4g}" if isinstance(shown, float) else shown))
     console().print(table)
 
 
@@ -179,209 +180,34 @@ def _rows_of(name: str, value: Any) -> list[tuple[str, Any]]:
 
 
 def print_rows(rows: list[Any]) -> None:
-    """The table of students."""
-    table = Table("student", "parameters", "samples", "seeds", "test accuracy, %", "validation, %", "s/epoch")
+    """The table of students; of sequences with the negative log-likelihood."""
+    has_nll = any(row.nll_mean is not None for row in rows)
+    columns = ["student", "parameters", "samples", "seeds", *(["test NLL, nats"] if has_nll else [])]
+    table = Table(*columns, "test accuracy, %", "validation, %", "s/epoch")
     for row in rows:
-        spread = "" if row.accuracy_sd is None else f" ± {100 * row.accuracy_sd:.2f}"
         table.add_row(
             row.name,
             f"{row.parameters:,}",
             f"{row.samples:,}",
             str(len(row.seeds)),
-            "-" if row.accuracy_mean is None else f"{100 * row.accuracy_mean:.2f}{spread}",
-            "-" if row.validation_accuracy_mean is None else f"{100 * row.validation_accuracy_mean:.2f}",
-            "-" if row.epoch_seconds is None else f"{row.epoch_seconds:.2f}",
+            *([number(row.nll_mean, row.nll_sd, digits=4)] if has_nll else []),
+            percent(row.accuracy_mean, row.accuracy_sd),
+            percent(row.validation_accuracy_mean),
+            number(row.epoch_seconds),
         )
     console().print(table)
 
 
-def demo_summary(result: Any, report: Path | None) -> dict[str, Any]:
-    """The keys of `demo`."""
-    from logitcache.extras.demo import DESCRIPTIONS
-
-    return {
-        "rows": [
-            {
-                **dataclasses.asdict(row),
-                "accuracy_standard_error": _standard_error(row),
-                "labels": DESCRIPTIONS[row.name],
-            }
-            for row in result.rows
-        ],
-        "teacher_accuracy": result.teacher["accuracy"],
-        "teacher_macs": result.teacher_macs,
-        "student_macs": result.student_macs,
-        "cost": None if result.cost is None else dataclasses.asdict(result.cost),
-        "view_matching": dataclasses.asdict(result.view_matching),
-        "few_labels": dataclasses.asdict(result.few_labels),
-        "findings": result.findings,
-        "cache": result.experiment.pipeline.cache.path,
-        "report": None if report is None else str(report),
-    }
+def number(value: float | None, spread: float | None = None, *, digits: int = 2) -> str:
+    """A number and its spread; "-" for none."""
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
 
 
-def print_demo(result: Any, report: Path | None) -> None:
-    """The demo's table, and what it shows."""
-    from logitcache.extras.demo import DESCRIPTIONS
-
-    teacher = result.teacher
-    accuracy = "" if teacher["accuracy"] is None else f"; test accuracy {100 * teacher['accuracy']:.1f} %"
-    console().print(
-        f"Teacher: {result.teacher_macs / 1e6:.1f} million multiply-adds per image, trained on {teacher['samples']:,} "
-        f"true labels{accuracy}. Student: {result.student_macs / 1e6:.1f} million multiply-adds.",
-        highlight=False,
-    )
-    table = Table("student trained on", "images", "seeds", "test accuracy, % ± standard error", "seconds per epoch")
-    for row in result.rows:
-        error = _standard_error(row)
-        spread = "" if error is None else f" ± {100 * error:.2f}"
-        table.add_row(
-            DESCRIPTIONS[row.name],
-            f"{row.samples:,}",
-            str(len(row.seeds)),
-            "-" if row.accuracy_mean is None else f"{100 * row.accuracy_mean:.2f}{spread}",
-            "-" if row.epoch_seconds is None else f"{row.epoch_seconds:.2f}",
-        )
-    console().print(table)
-    for line in result.findings:
-        console().print(line, highlight=False)
-    console().print(
-        f"Report: {report}" if report else "For an HTML report: pip install 'logitcache[report]' and re-run.",
-        highlight=False,
-        markup=False,
-    )
-    cache = result.experiment.pipeline.cache.path
-    console().print(f"Cache: {cache}; try `logitcache info {cache}`.", highlight=False, markup=False)
-
-
-def _standard_error(row: Any) -> float | None:
-    """Of a row's mean accuracy over seeds; None for a single one."""
-    return None if row.accuracy_sd is None else row.accuracy_sd / math.sqrt(len(row.seeds))
-
-
-def print_turns(turns: list[Any]) -> None:
-    """The table of a federation, one row per round and party; then the paths of the parties' final weights."""
-    table = Table("round", "party", "own samples", "parameters", "test accuracy, own data, %", "after consensus, %")
-    for turn in turns:
-        accuracies = (turn.private_accuracy, turn.accuracy)
-        table.add_row(
-            str(turn.round),
-            turn.party,
-            f"{turn.private_samples:,}",
-            f"{turn.parameters:,}",
-            *("-" if accuracy is None else f"{100 * accuracy:.2f}" for accuracy in accuracies),
-        )
-    console().print(table)
-    for turn in turns:
-        if turn.round == turns[-1].round:
-            console().print(f"{turn.party}: {turn.weights}", highlight=False, markup=False)
-
-
-def print_export(out: str, kind: str, result: Any) -> None:
-    """The result of an export to Parquet."""
-    there = len(result.files) - len(result.written)
-    console().print(
-        f"{out}: {result.rows:,} rows in {len(result.files)} {kind} files, {decimal(result.bytes)}"
-        f"{f'; {there} of them already present' if there else ''}",
-        highlight=False,
-        markup=False,
-    )
-
-
-def print_product(exported: Any) -> None:
-    """An exported student: accuracy, size and latency of each form."""
-    product = exported.metadata
-    title = (
-        f"{product.student}, seed {product.seed}: {product.parameters:,} parameters, {product.macs:,} MACs per sample"
-    )
-    table = Table(
-        "form", "file", "size", "test accuracy, %", "validation, %", "ms, batch 1", "ms, batch 64",
-        title=_plain(title), title_justify="left",
-    )  # fmt: skip
-    for form in product.variants:
-        accuracies = [form.test_accuracy, form.validation_accuracy]
-        table.add_row(
-            form.name,
-            form.file or "-",
-            "-" if form.bytes is None else decimal(form.bytes),
-            *("-" if accuracy is None else f"{100 * accuracy:.2f}" for accuracy in accuracies),
-            *(f"{form.latency_ms[size]:.3g}" if size in form.latency_ms else "-" for size in ("1", "64")),
-        )
-    console().print(table)
-    seeds = product.seeds
-    if seeds.test_sd is not None:
-        console().print(
-            f"Torch, {len(seeds.seeds)} seeds: test accuracy {100 * seeds.test_mean:.2f} ± {100 * seeds.test_sd:.2f} %",
-            highlight=False,
-        )
-    there = "" if exported.written else "; already complete"
-    console().print(
-        f"{exported.folder}: {', '.join(product.files)}, product.json{there}", highlight=False, markup=False
-    )
-
-
-def print_merge(out: str, summary: dict[str, Any]) -> None:
-    """A merged cache, and the caches that were averaged."""
-    plain = {
-        name: value for name, value in summary.items() if name not in ("parts", "left_out_views", "left_out_outputs")
-    }
-    print_mapping(out, plain)
-    for part in summary["parts"]:
-        console().print(
-            f"weight {part['weight']:.4g}: {part['location']}, teacher {part['teacher']}", highlight=False, markup=False
-        )
-    for location, count in summary["left_out_views"].items():
-        console().print(
-            f"The merged cache has the {summary['num_views']} views that all inputs have; {location} has {count} more.",
-            highlight=False,
-            markup=False,
-        )
-    for location, outputs in summary["left_out_outputs"].items():
-        console().print(
-            f"Only logits are merged; omitted from {location}: {', '.join(outputs)}.", highlight=False, markup=False
-        )
-
-
-def noise_summary(noise: Any, top: int | None) -> dict[str, Any]:
-    """The keys of `suspects`."""
-    return {
-        "num_suspects": len(noise.suspects),
-        "num_judged": noise.num_judged,
-        "num_samples": noise.num_samples,
-        "noise_rate": noise.noise_rate,
-        "suspects": [
-            dataclasses.asdict(each) | {"given_name": noise.name(each.given), "teacher_name": noise.name(each.teacher)}
-            for each in noise.suspects[:top]
-        ],
-    }
-
-
-def print_suspects(cache: str, summary: dict[str, Any], caution: str) -> None:
-    """The table of `suspects`."""
-    shown = summary["suspects"]
-    table = Table("rank", "row", "key", "label", "probability", "teacher's label", "probability")
-    for each in shown:
-        table.add_row(
-            str(each["rank"]),
-            str(each["row"]),
-            _plain(each["key"]),
-            _plain(each["given_name"]),
-            f"{each['given_probability']:.3f}",
-            _plain(each["teacher_name"]),
-            f"{each['probability']:.3f}",
-        )
-    out = console()
-    if shown:
-        out.print(table)
-    unjudged = summary["num_samples"] - summary["num_judged"]
-    out.print(
-        f"{cache}: {summary['num_suspects']:,} of {summary['num_judged']:,} labels are probably wrong"
-        f"{f' ({len(shown):,} shown)' if len(shown) < summary['num_suspects'] else ''}"
-        f"{f'; {unjudged:,} samples were not checked: no label, or no unmixed view' if unjudged else ''}. "
-        f"Estimated share of wrong labels: {summary['noise_rate']:.2%}.\n{caution}",
-        highlight=False,
-        markup=False,
-    )
+def percent(share: float | None, spread: float | None = None) -> str:
+    """A share and its spread in percent, without the sign; "-" for none."""
+    return number(None if share is None else 100 * share, None if spread is None else 100 * spread)
 
 
 def print_checked(checked: list[Any]) -> None:
@@ -389,32 +215,27 @@ def print_checked(checked: list[Any]) -> None:
     if len(checked) == 1:
         table = Table("stage", "what", "state")
         for step in checked[0].steps:
-            table.add_row(step.stage, _plain(step.what), "done" if step.done else "to do")
+            table.add_row(step.stage, plain(step.what), "done" if step.done else "to do")
     else:
         table = Table("pipeline", "stages", "state")
         for each in checked:
             state = "invalid" if each.error else "valid, not ready" if each.missing else "valid"
-            table.add_row(_plain(each.file), str(len(each.steps)), state)
+            table.add_row(plain(each.file), str(len(each.steps)), state)
     console().print(table)
     for each in checked:
         for line in each.missing:
             indented = line.replace("\n", "\n  ")
-            console().print(f"{each.file}: missing: {indented}", highlight=False, markup=False)
+            say(f"{each.file}: missing: {indented}")
         for line in each.unchecked:
-            console().print(f"{each.file}: not checked: {line}", highlight=False, markup=False)
+            say(f"{each.file}: not checked: {line}")
         if each.error:
             print(f"error: {each.error}", file=sys.stderr, flush=True)
-
-
-def print_report(written: Any) -> None:
-    """The result of `report`."""
-    console().print(f"{written.path}: {decimal(written.bytes)}; opens in any browser, offline.", highlight=False)
 
 
 def print_problems(cache: str, problems: list[Any]) -> None:
     """The problems that `verify` or `repair` found."""
     if not problems:
-        console().print(f"{cache}: no problems found", highlight=False)
+        say(f"{cache}: no problems found")
         return
     table = Table(
         "block",
@@ -426,3 +247,10 @@ def print_problems(cache: str, problems: list[Any]) -> None:
     for problem in problems:
         table.add_row(problem.block, problem.path, problem.kind)
     console().print(table)
+
+
+def print_repair(cache: str, result: Any) -> None:
+    """What a repair did, and the problems that remain."""
+    did = f"{len(result.fetched)} blocks fetched, {len(result.recomputed)} recomputed"
+    say(f"{cache}: " + (f"{len(result.problems)} problems found, {did}" if result.problems else "nothing to repair"))
+    print_problems(cache, result.remaining)

@@ -11,14 +11,11 @@ import typer
 from logitcache.cli.application import JsonOption, OverridesArgument, PipelineArgument, TrustOption, app, show
 from logitcache.cli.printing import (
     cache_summary,
-    demo_summary,
     plan_summary,
     print_checked,
-    print_demo,
     print_mapping,
     print_plan,
     print_rows,
-    print_turns,
 )
 from logitcache.errors import UsageError
 
@@ -44,8 +41,9 @@ def plan_command(
 ) -> None:
     """Compare encodings before a long run: size, fidelity and time, measured on a calibration sample."""
     from logitcache.config.schema import load_pipeline
-    from logitcache.stages.plan import check_plot, plan_logits, plan_pipeline, read_logits
-    from logitcache.stages.plan import plot as plot_plan
+    from logitcache.extras.plan_plot import check_plot
+    from logitcache.extras.plan_plot import plot as plot_plan
+    from logitcache.stages.plan import plan_logits, plan_pipeline, read_logits
 
     if (pipeline is None) == (logits is None):
         raise UsageError("plan needs either a pipeline file or --logits FILE")
@@ -168,44 +166,3 @@ def _dry_run(files: list[Path], overrides: list[str], *, require_data: bool, tru
         raise typer.Exit(UsageError.exit_code)
     if require_data and any(each.missing for each in checked):
         raise typer.Exit(1)
-
-
-@app.command("federate")
-def federate_command(
-    file: Annotated[Path, typer.Argument(metavar="FEDERATION", help="Federation file, such as federation.yaml.")],
-    overrides: OverridesArgument = None,
-    party: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Run only this party; default: all parties in turn.")
-    ] = None,
-    wait: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="How long to wait for the other parties in each round.")
-    ] = 3600.0,
-    trust: TrustOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Federated distillation: parties exchange logits on a public dataset. Safe to interrupt: re-run to resume."""
-    from logitcache.extras.federation.configuration import load_federation
-    from logitcache.extras.federation.rounds import federate
-
-    outcomes = federate(load_federation(file, overrides or ()), party=party, wait=wait, trust=trust)
-    show({"turns": [dataclasses.asdict(each) for each in outcomes]}, as_json, lambda: print_turns(outcomes))
-
-
-@app.command("demo")
-def demo_command(
-    overrides: OverridesArgument = None,
-    folder: Annotated[Path, typer.Option(help="Where runs and caches go.")] = Path("runs/demo"),
-    full: Annotated[
-        bool, typer.Option("--full", help="More seeds, and a student on all true labels: the documentation's table.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """What a cache buys, on embedded data: time, view matching, few labels. Safe to interrupt: re-run to resume."""
-    from logitcache.extras.demo import demo_report, run_demo
-
-    if not as_json:
-        minutes = "about 4 minutes" if full else "about 90 seconds"
-        typer.echo(f"Training a teacher, caching it and training students: {minutes} on two idle cores.", err=True)
-    result = run_demo(folder, overrides or (), full=full)
-    report = demo_report(result, folder / "report.html")
-    show(demo_summary(result, report), as_json, lambda: print_demo(result, report))

@@ -16,17 +16,28 @@ from torch import nn
 from logitcache.cache.manifest import LOGITS
 from logitcache.catalog.capture import Tap, captured_shapes
 from logitcache.catalog.datasets import Data, load_data
-from logitcache.catalog.models import build_model, check_output, model_fingerprint
+from logitcache.catalog.language_models import check_packing
+from logitcache.catalog.models import (
+    brings_weights,
+    build_model,
+    check_output,
+    fingerprint_args,
+    model_fingerprint,
+)
 from logitcache.catalog.outputs import sources_of, taps_of
-from logitcache.config.schema import ModelConfig, Pipeline, parse_pipeline
+from logitcache.config.schema import DataConfig, ModelConfig, Pipeline, StudentConfig, parse_pipeline
 from logitcache.context import Context
 from logitcache.data.batching import COLLATES, Collate
+from logitcache.data.packing import pack
+from logitcache.data.rows import rows_of_dataset
 from logitcache.data.samples import Dataset
+from logitcache.data.sequences import sequence_rows
+from logitcache.data.text_views import complete_spec
 from logitcache.data.transforms import build_transform
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.devices import pick_device
-from logitcache.entry_points import is_entry_point
 from logitcache.errors import ShapeError, UsageError
+from logitcache.losses import Loss, load_code, loss_from_config
 from logitcache.randomness import preserved_generators, seed_generators
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.finished import read_text
@@ -54,7 +65,11 @@ def build_context(pipeline: Pipeline, *, trust: bool) -> Context:
 
 def resolve_data(pipeline: Pipeline, *, trust: bool) -> Data:
     """The pipeline's dataset."""
-    config = pipeline.data
+    return load_configured(pipeline.data, trust=trust)
+
+
+def load_configured(config: DataConfig, *, trust: bool) -> Data:
+    """A dataset from its configuration."""
     return load_data(
         config.name,
         root=config.root,
@@ -69,14 +84,16 @@ def resolve_data(pipeline: Pipeline, *, trust: bool) -> Data:
 def resolve_plan(pipeline: Pipeline, data: Data, *, trust: bool) -> ViewPlan:
     """The view plan that teacher and students share."""
     views = pipeline.views
+    spec = None if views.transform is None else complete_spec(views.transform, data.train)
     return ViewPlan(
-        transform=None if views.transform is None else build_transform(views.transform, trust=trust),
+        transform=None if spec is None else build_transform(spec, trust=trust),
         seed=views.seed,
         mixing=Mixing(mixup=views.mixup, cutmix=views.cutmix, probability=views.mix_probability),
         preprocess=input_part(pipeline.teacher, trust=trust),
         num_classes=data.num_classes,
         num_samples=len(data.train),
         collate=resolve_collate(pipeline, trust=trust),
+        rows=rows_of_dataset(data.train, pipeline.cache.rows_per_block),
     )
 
 
@@ -138,9 +155,13 @@ def resolve_model(
             args=config.args,
             trust=trust,
             new_head=new_head,
+            tokenization=getattr(data.train, "tokenization", None),
         )
+    if plan.collate is pack:
+        check_packing(model, data.num_classes)
     if logits is None:
-        check_output(model, views.batch([(0, 0)]), data.num_classes, name=config.model)
+        index, inputs, _ = views.collate(views.__getitems__([(0, 0)]))
+        check_output(model, inputs, data.num_classes, name=config.model, index=index, rows=sequence_rows(views))
     else:
         shape = captured_shapes(model, {LOGITS: logits}, views.batch([(0, 0)] * 2))[LOGITS]
         if shape != (data.num_classes,):
@@ -149,6 +170,16 @@ def resolve_model(
                 f"({data.num_classes},), one logit for each of the data's classes"
             )
     return model
+
+
+def resolve_loss(config: StudentConfig, *, trust: bool) -> Loss:
+    """A student's loss; imports the code that it names.
+
+    Raises:
+        UntrustedCode: the code is outside the working folder, and `trust` is False.
+        UsageError: there is no such code.
+    """
+    return load_code(loss_from_config(config.loss), trust=trust)
 
 
 def teacher_weights(pipeline: Pipeline) -> str | None:
@@ -182,7 +213,7 @@ def resolve_teacher(pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bo
         UsageError: the weights are missing, or don't fit the model.
     """
     weights = teacher_weights(pipeline)
-    if pipeline.teacher.weights is None and not is_entry_point(pipeline.teacher.model):
+    if pipeline.teacher.weights is None and not brings_weights(pipeline.teacher.model, pipeline.teacher.args):
         raise UsageError(
             f"the teacher {pipeline.teacher.model!r} has no weights; set teacher.weights to {TRAINED!r} (and run "
             f"`logitcache train-teacher`), to a .safetensors file, or to {RANDOM!r} for random weights"
@@ -199,7 +230,14 @@ def resolve_teacher(pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bo
         new_head=False,
         logits=taps_of(pipeline.cache.outputs).get(LOGITS),
     )
-    fingerprint = model_fingerprint(model, name=teacher_name(pipeline), args=pipeline.teacher.args)
+    untrained: list[str] = getattr(model, "untrained", [])
+    if weights is None and untrained:
+        raise UsageError(
+            f"the teacher's {', '.join(untrained)} are untrained; run `logitcache train-teacher` with "
+            f"teacher.weights={TRAINED}, or set teacher.weights to a .safetensors file"
+        )
+    args = fingerprint_args(pipeline.teacher.model, pipeline.teacher.args)
+    fingerprint = model_fingerprint(model, name=teacher_name(pipeline), args=args)
     return model.eval().requires_grad_(False), fingerprint
 
 
@@ -234,7 +272,8 @@ def build_runner(
 def clean_views(dataset: Dataset, config: ModelConfig, pipeline: Pipeline, *, trust: bool) -> ViewDataset:
     """A dataset without augmentation, preprocessed for one model, for validation and test."""
     collate = resolve_collate(pipeline, trust=trust)
-    return ViewDataset(dataset, ViewPlan(preprocess=input_part(config, trust=trust), collate=collate))
+    rows = rows_of_dataset(dataset)
+    return ViewDataset(dataset, ViewPlan(preprocess=input_part(config, trust=trust), collate=collate, rows=rows))
 
 
 def build_evaluation(

@@ -9,7 +9,6 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from logitcache.encodings import encoding_or_auto
 from logitcache.errors import LogitCacheError, UsageError
 from logitcache.registry import unknown_name
 
@@ -60,6 +59,8 @@ def _descend(node: Any, key: str, dotted: str) -> Any:
     place: Any = _position(node, key, dotted) if isinstance(node, list) else key
     child = node[place] if isinstance(node, list) else node.get(place)
     if isinstance(child, str) and key == "encoding":
+        from logitcache.encodings import encoding_or_auto  # needs torch, which most overrides don't
+
         child = encoding_or_auto(child).config()
     if child is None:
         child = {}

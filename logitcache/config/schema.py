@@ -1,4 +1,7 @@
-"""The schema of a pipeline file: data, views, teacher, cache and students. Every key is validated on loading."""
+"""The schema of a pipeline file: data, views, teacher, cache and students. Every key is validated on loading.
+
+Importing it is cheap: what checks a value is imported when there is one, since most of it needs torch.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from logitcache.cache.card import Card
+from logitcache.cache.card_fields import Card
 from logitcache.catalog.initialisations import initialisation_of
-from logitcache.catalog.outputs import outputs_config
 from logitcache.catalog.parts import PartConfig
 from logitcache.config.overrides import parse, read_raw, refuse_namesakes, unknown_key
-from logitcache.data.batching import COLLATES
-from logitcache.data.transforms import normalise_spec
-from logitcache.encodings import Auto, Encoding, encoding_or_auto
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import UsageError
-from logitcache.losses import Loss, loss_from_config, recorded_loss
 from logitcache.registry import nearest
-from logitcache.train.hint_config import hints_config
 from logitcache.train.tracking import TRACKERS
-from logitcache.train.weighting import NONE, weights_config, weights_from_config
 
 
 class Section(BaseModel):
@@ -33,20 +29,35 @@ class Section(BaseModel):
 
 
 def _known_encoding(value: Any) -> Any:
+    from logitcache.encodings import Auto, Encoding, encoding_or_auto
+
     return encoding_or_auto(value).config() if isinstance(value, str | Mapping | Encoding | Auto) else value
 
 
 def _known_loss(value: Any) -> Any:
+    from logitcache.losses import loss_from_config
+
     value = {"name": value} if isinstance(value, str) else value
     loss_from_config(value)
     return value
+
+
+def _known_transform(value: Any) -> Any:
+    if value in (None, "clean", []):
+        return None
+    from logitcache.data.transforms import normalise_spec
+
+    return normalise_spec(value)
 
 
 EncodingConfig = Annotated[dict[str, Any], BeforeValidator(_known_encoding)]
 """An encoding: its name, its Python spelling such as `TopK(k=20)`, or a mapping with `name`."""
 
 LossConfig = Annotated[dict[str, Any], BeforeValidator(_known_loss)]
-"""A loss: its name, or a mapping with `name`."""
+"""A loss: its name, `package.module:function`, or a mapping with `name`."""
+
+TransformConfig = Annotated[Any, AfterValidator(_known_transform)]
+"""A list of transforms; null or "clean" for none."""
 
 
 class DataConfig(Section):
@@ -78,8 +89,11 @@ class DataConfig(Section):
     @field_validator("collate")
     @classmethod
     def _known_collate(cls, value: str | None) -> str | None:
-        if value is not None and value not in COLLATES and not is_entry_point(value):
-            raise ValueError(COLLATES.unknown(value))
+        if value is not None and not is_entry_point(value):
+            from logitcache.data.batching import COLLATES
+
+            if value not in COLLATES:
+                raise ValueError(COLLATES.unknown(value))
         return value
 
 
@@ -88,16 +102,11 @@ class ViewsConfig(Section):
 
     count: int = Field(default=1, ge=1)
     seed: int = 0
-    transform: Any = None
-    """The random augmentation: a list of transforms, or "clean" for none."""
+    transform: TransformConfig = None
+    """The random augmentation."""
     mixup: float = Field(default=0.0, ge=0)
     cutmix: float = Field(default=0.0, ge=0)
     mix_probability: float = Field(default=1.0, ge=0, le=1)
-
-    @field_validator("transform")
-    @classmethod
-    def _normal_form(cls, value: Any) -> Any:
-        return None if value in (None, "clean", []) else normalise_spec(value)
 
     def identity(self) -> dict[str, Any]:
         """The views' part of a run's identity."""
@@ -152,15 +161,10 @@ class ModelConfig(Section):
     model: str
     """A built-in model, a torchvision classifier, or `package.module:function`."""
     args: dict[str, Any] = {}
-    input: Any = None
-    """The model's own deterministic preprocessing (size, normalisation): a list of transforms."""
+    input: TransformConfig = None
+    """The model's own deterministic preprocessing, such as its size and normalisation."""
     weights: str | None = None
     """A .safetensors file, the name of torchvision weights, or null for random weights."""
-
-    @field_validator("input")
-    @classmethod
-    def _normal_form(cls, value: Any) -> Any:
-        return None if value in (None, []) else normalise_spec(value)
 
 
 class TeacherConfig(ModelConfig):
@@ -200,6 +204,8 @@ class CacheConfig(Section):
     @field_validator("outputs", mode="before")
     @classmethod
     def _known_outputs(cls, value: Any) -> Any:
+        from logitcache.catalog.outputs import outputs_config
+
         return outputs_config(value)
 
 
@@ -258,11 +264,15 @@ class StudentConfig(ModelConfig):
     @field_validator("sample_weights", mode="before")
     @classmethod
     def _known_weights(cls, value: Any) -> Any:
+        from logitcache.train.weighting import weights_config, weights_from_config
+
         return weights_config(weights_from_config(value))
 
     @field_validator("hints", mode="before")
     @classmethod
     def _known_hints(cls, value: Any) -> Any:
+        from logitcache.train.hint_config import hints_config
+
         return hints_config(value)
 
     @field_validator("init", mode="before")
@@ -280,7 +290,9 @@ class StudentConfig(ModelConfig):
 
     def identity(self) -> dict[str, Any]:
         """The student's part of its run's identity: without `train`, which has a part of its own, and unset options."""
-        unset: dict[str, Any] = {"init": None, "sample_weights": {"name": NONE}, "sampler": NONE, "hints": []}
+        from logitcache.losses import recorded_loss
+
+        unset: dict[str, Any] = {"init": None, "sample_weights": {"name": "none"}, "sampler": "none", "hints": []}
         stated = self.model_dump(exclude={"train"})
         stated |= {"loss": recorded_loss(self.loss), "hints": recorded_loss(self.hints)}
         return {key: value for key, value in stated.items() if key not in unset or value != unset[key]}
@@ -333,10 +345,6 @@ class Pipeline(Section):
         """The training settings of the teacher or a student: the pipeline's `train` with its overrides."""
         return overridden(self.train, owner.train)
 
-    def encoding(self) -> Encoding | Auto:
-        """The cache's encoding, or the rule that chooses one."""
-        return encoding_or_auto(self.cache.encoding)
-
     @property
     def teacher_name(self) -> str:
         """A readable name of the teacher, such as "resnet50"."""
@@ -344,8 +352,9 @@ class Pipeline(Section):
 
     @property
     def dataset_name(self) -> str:
-        """A readable name of the dataset, such as "mnist"; the folder's name if it is a folder of images."""
-        return Path(self.data.root).name if self.data.name == "image_folder" else self.data.name.rpartition(":")[2]
+        """A readable name of the dataset, such as "mnist"; the folder's name if it holds the user's own files."""
+        own = self.data.name in ("image_folder", "text")
+        return Path(self.data.root).stem if own else self.data.name.rpartition(":")[2]
 
     def student(self, name: str) -> StudentConfig:
         """A student by name.
@@ -360,10 +369,6 @@ class Pipeline(Section):
         raise UsageError(
             f"no student {name!r} in pipeline {self.name}{nearest(name, names)}; it has: {', '.join(names)}"
         )
-
-    def loss(self, student: StudentConfig) -> Loss:
-        """A student's loss."""
-        return loss_from_config(student.loss)
 
     def run_identity(self, owner: TeacherConfig | StudentConfig, seed: int) -> dict[str, Any]:
         """What one run of training computes, as `run.yaml` records it; a student's label source adds to it."""

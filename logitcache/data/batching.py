@@ -68,7 +68,19 @@ def collate(samples: Sequence[tuple[int, Any, Any]], function: Collate | None = 
         batch: Any = InputPerModel(_batch(list(of_model), function) for of_model in zip(*inputs, strict=True))
     else:
         batch = _batch(list(inputs), function)
-    return torch.tensor(index), batch, default_collate(list(targets))
+    return torch.tensor(index), batch, _targets(targets)
+
+
+NO_TARGET = -100
+"""Fills the targets of sequences with fewer rows than the longest one of a batch; losses ignore it."""
+
+
+def _targets(targets: Sequence[Any]) -> Tensor:
+    """Stack targets: classes, distributions, or the class of each row of sequences, padded to (B, rows)."""
+    if not isinstance(targets[0], Tensor) or len({target.shape for target in targets}) == 1:
+        stacked: Tensor = default_collate(list(targets))
+        return stacked
+    return torch.nn.utils.rnn.pad_sequence(list(targets), batch_first=True, padding_value=NO_TARGET)
 
 
 def as_tensors(value: Any) -> Any:

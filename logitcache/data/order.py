@@ -10,11 +10,11 @@ from logitcache.randomness import counter_seed, keyed_permutation
 
 
 def epoch_order(
-    rows: np.ndarray,
+    count: int,
     *,
     seed: int,
     epoch: int,
-    rows_per_block: int | None = None,
+    blocks: np.ndarray | None = None,
     window_blocks: int | None = None,
     classes: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -25,17 +25,17 @@ def epoch_order(
     repeat and some are left out, so that all classes are equally frequent.
 
     Args:
-        rows: row number in the cache of each position, int64 (M,).
+        count: M.
         seed, epoch: determine the order.
-        rows_per_block, window_blocks: for streamed views.
+        blocks, window_blocks: for streamed views: the block of each position, int64 (M,), and blocks of a window.
         classes: class of each position, int64 (M,), to balance; None takes every position once.
     """
-    shuffled = keyed_permutation(len(rows), "order", seed, epoch)
+    shuffled = keyed_permutation(count, "order", seed, epoch)
     if classes is not None:
         shuffled = balanced_choice(classes, seed=seed, epoch=epoch)[shuffled]
-    if rows_per_block is None or window_blocks is None:
+    if blocks is None or window_blocks is None:
         return shuffled
-    block_of = rows[shuffled] // rows_per_block
+    block_of = blocks[shuffled]
     num_blocks = int(block_of.max()) + 1
     rank_of_block = np.empty(num_blocks, dtype=np.int64)
     rank_of_block[keyed_permutation(num_blocks, "blocks", seed, epoch)] = np.arange(num_blocks)

@@ -14,6 +14,7 @@ from logitcache.errors import ShapeError, UsageError
 
 # N samples, R rows of a view, B batch
 
+DEFAULT_ROWS_PER_BLOCK = 16_384
 MAX_ROWS = 2**40
 """An index has 40 bits for the row number."""
 
@@ -219,8 +220,7 @@ def make_row_map(
     rows_per_sample: Sequence[int] | np.ndarray | None,
     row_positions: np.ndarray | Sequence[Sequence[int] | np.ndarray] | None,
     *,
-    rows_per_block: int | None,
-    default: int,
+    rows_per_block: int | None = None,
 ) -> RowMap:
     """The row map of a new cache.
 
@@ -228,9 +228,7 @@ def make_row_map(
         num_samples: N.
         rows_per_sample: int (N,); None is one row each.
         row_positions: int (R,), or one sequence of integers for each sample; needs `rows_per_sample`.
-        rows_per_block: the most rows of a block; None takes `default`, or the rows of the largest
-            sample.
-        default: see `rows_per_block`.
+        rows_per_block: the most rows of a block; None is 16 384, or the rows of the largest sample.
 
     Raises:
         UsageError: values that are not integers or impossible.
@@ -239,12 +237,12 @@ def make_row_map(
     if rows_per_sample is None:
         if row_positions is not None:
             raise UsageError("row_positions needs rows_per_sample: the number of rows of each sample")
-        return OneRowEach(num_samples, min(default if rows_per_block is None else rows_per_block, num_samples))
+        return OneRowEach(num_samples, min(rows_per_block or DEFAULT_ROWS_PER_BLOCK, num_samples))
     counts = _integers("rows_per_sample", rows_per_sample)
     if counts.shape != (num_samples,):
         raise ShapeError(f"rows_per_sample is {counts.shape}; expected ({num_samples},), one number for each sample")
     if rows_per_block is None:
-        rows_per_block = max(default, int(counts.max()))
+        rows_per_block = max(DEFAULT_ROWS_PER_BLOCK, int(counts.max()))
     offsets = np.concatenate([[0], np.cumsum(counts)])
     positions = None
     if row_positions is not None:
@@ -259,6 +257,16 @@ def make_row_map(
         positions = positions.astype(np.int32)
     largest_block = max(1, min(rows_per_block, int(offsets[-1])))
     return RowsOfSequences(offsets, largest_block, positions)
+
+
+def rows_of_dataset(dataset: Any, rows_per_block: int | None = None) -> RowMap:
+    """The row map of a dataset: one row per sample, unless it has `rows_per_sample`, and perhaps `row_positions`.
+
+    Raises:
+        UsageError, ShapeError: as `make_row_map`.
+    """
+    rows, positions = getattr(dataset, "rows_per_sample", None), getattr(dataset, "row_positions", None)
+    return make_row_map(len(dataset), rows, positions, rows_per_block=rows_per_block)
 
 
 def _integers(name: str, values: Any) -> np.ndarray:

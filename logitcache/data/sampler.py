@@ -108,7 +108,7 @@ class ViewSampler(Sampler[tuple[int, int]]):
         """This replica's samples of the current epoch, in order."""
         order = self._indices
         if self._shuffle:
-            order = order[epoch_order(order, seed=self._seed, epoch=self._epoch)]
+            order = order[epoch_order(len(order), seed=self._seed, epoch=self._epoch)]
         return np.resize(order, self._length * self._num_replicas)[self._rank :: self._num_replicas]
 
     def state_dict(self) -> dict[str, int]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcache.data.index import ROW_MASK
+from logitcache.data.index import ROW_MASK, index_tensor
 from logitcache.errors import ShapeError, UsageError
 
 # N samples, T tokens of all samples, R rows, B sequences of a batch, P rows of a packed batch, L length
@@ -41,6 +41,8 @@ class RowPlaces(Protocol):
 class TokenDataset:
     """Sequences of token ids. Item i is ({"input_ids", "attention_mask"}, target), both tensors int64 (L,).
 
+    The target is the sample's class, or for language models the true token of each row, int64 (rows,).
+
     Args:
         sequences: the token ids of each sample.
         keys: one unique string per sample.
@@ -51,6 +53,7 @@ class TokenDataset:
         class_names: of the targets.
         predicted: for each sample a mask of the tokens that a row predicts. Default: all. The first token of a causal
             sequence never has a row.
+        token_bytes: for each sample the bytes of text of each token; gives `num_bytes`.
         documents: number of the document that each sample is from; a split keeps documents whole.
         special_ids: ids that text views never change.
         mask_id: id of the mask token; None if there is none.
@@ -72,6 +75,7 @@ class TokenDataset:
         targets: np.ndarray | None = None,
         class_names: list[str] | None = None,
         predicted: Sequence[np.ndarray] | None = None,
+        token_bytes: Sequence[np.ndarray] | None = None,
         documents: np.ndarray | None = None,
         special_ids: Sequence[int] = (),
         mask_id: int | None = None,
@@ -98,6 +102,7 @@ class TokenDataset:
         self.row_positions: np.ndarray | None = None
         """Position of each row in its sample, int32 (R,); None if it is 0, 1, 2, …"""
         self._row_tokens: np.ndarray | None = None
+        self._token_bytes = None if token_bytes is None else np.concatenate(token_bytes).astype(np.int32)
         if task != CLASSIFICATION:
             self._place_rows(None if predicted is None else np.concatenate([np.asarray(p, bool) for p in predicted]))
 
@@ -108,12 +113,26 @@ class TokenDataset:
             return self.vocab_size
         return len(self.class_names) if self.class_names else int(self.targets.max()) + 1
 
+    @property
+    def num_bytes(self) -> int | None:
+        """Bytes of text that the rows predict, for bits per byte; None if unknown."""
+        if self._token_bytes is None or self._row_tokens is None:
+            return None
+        return int(self._token_bytes[self._row_tokens].sum())
+
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], int]:
+    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], int | Tensor]:
         ids = torch.from_numpy(self.ids(index).astype(np.int64))
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, int(self.targets[index])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, self._target(index)
+
+    def _target(self, index: int) -> int | Tensor:
+        """The class of a sample, or the true token of each of its rows."""
+        if self._row_tokens is None:
+            return int(self.targets[index])
+        first, stop = np.searchsorted(self._row_tokens, self._starts[index : index + 2])
+        return torch.from_numpy(self.row_targets(np.arange(first, stop)))
 
     def ids(self, index: int) -> np.ndarray:
         """The token ids of a sample, int32 (L,)."""
@@ -142,13 +161,17 @@ class TokenDataset:
     def select(self, indices: np.ndarray) -> TokenDataset:
         """Some samples in a given order, with their keys."""
         chosen = [int(index) for index in indices]
+
+        def parts(of_tokens: np.ndarray) -> list[np.ndarray]:
+            return [of_tokens[self._starts[index] : self._starts[index + 1]] for index in chosen]
+
         predicted = None
         if self._row_tokens is not None:
             is_predicted = np.zeros(len(self._ids), dtype=bool)
             is_predicted[self._row_tokens] = True
-            predicted = [is_predicted[self._starts[index] : self._starts[index + 1]] for index in chosen]
+            predicted = parts(is_predicted)
         return TokenDataset(
-            [self.ids(index) for index in chosen],
+            parts(self._ids),
             keys=[self.keys[index] for index in chosen],
             task=self.task,
             vocab_size=self.vocab_size,
@@ -156,6 +179,7 @@ class TokenDataset:
             targets=self.targets[chosen],
             class_names=self.class_names,
             predicted=predicted,
+            token_bytes=None if self._token_bytes is None else parts(self._token_bytes),
             documents=self.documents[chosen],
             special_ids=self.special_ids,
             mask_id=self.mask_id,
@@ -211,7 +235,7 @@ def length_batches(lengths: np.ndarray, batch_size: int, max_tokens: int | None 
     return batches
 
 
-def position_index(index: Tensor, rows: RowPlaces, length: int) -> Tensor:
+def position_index(index: Any, rows: RowPlaces, length: int) -> Tensor:
     """The index of each position of a padded batch, int64 (B, L); -1 where a position has no row.
 
     Args:
@@ -254,9 +278,11 @@ def packed_index(index: Tensor, rows: RowPlaces, position_ids: Tensor) -> Tensor
     return index_PL.reshape(position_ids.shape)
 
 
-def _row_places(index: Tensor, rows: RowPlaces) -> tuple[Tensor, Tensor, Tensor]:
+def _row_places(index: Any, rows: RowPlaces) -> tuple[Tensor, Tensor, Tensor]:
     """For each row of a batch: its sequence's number in the batch, its position there, and its index; int64 (R,)."""
-    index_B = index.detach().cpu().numpy()
+    index_B = index_tensor(index).cpu().numpy()
+    if bool(((index_B >= 0) & (index_B <= ROW_MASK)).any()):
+        raise UsageError("plain row numbers name no view; pass the index that `ViewDataset` gives with each sample")
     first_B = np.where(index_B < 0, 0, index_B & ROW_MASK)
     sample_B = np.searchsorted(rows.offsets, first_B, side="right") - 1
     is_first = rows.offsets[sample_B] == first_B

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from logitcache.arrays import ArraySpec
+from logitcache.encodings.entries import distinct_entries
 from logitcache.encodings.protocol import Encoding, smallest_id_dtype
 from logitcache.errors import UsageError
 from logitcache.targets import SparseTargets
@@ -60,12 +62,55 @@ class TopK(Encoding):
 
     def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:
         del view, start
-        specs = self.arrays(logits_BC.shape[1])
         values_BK, ids_BK = logits_BC.topk(self.k, dim=1, sorted=True)
         max_B1 = values_BK[:, :1]
         rest_BC = logits_BC.scatter(1, ids_BK, -math.inf)
         tail_B = torch.logsumexp(rest_BC - max_B1, dim=1)
-        values_BK = values_BK - max_B1
+        return self._stored(ids_BK, values_BK - max_B1, tail_B, logits_BC.shape[1])
+
+    def encode_sparse(
+        self, ids_BK: Tensor, log_probs_BK: Tensor, num_classes: int, *, start: int = 0
+    ) -> dict[str, Tensor]:
+        """Encode entries of a serving engine: any number per row, in any order.
+
+        The k most probable entries are kept. The mass of all other entries, and what the entries lack of a mass of 1,
+        become the tail. If a row has fewer than k entries, classes of the tail take the unused places, each with its
+        part of the tail's mass, so that the row decodes to the same distribution.
+
+        Args:
+            ids_BK: int (B, K): classes; -1 marks an unused entry. A class can appear twice with the same value.
+            log_probs_BK: float (B, K): their log-probabilities at T = 1; -inf for a class of probability 0.
+            num_classes: all classes.
+            start: the first row's number, for messages.
+
+        Raises:
+            ShapeError: the shapes differ.
+            InvalidLogits: NaN; a positive log-probability; a sum of probabilities above 1; a class outside 0 to C - 1;
+                a class with two values; a row without entries. The message names the row.
+        """
+        self.arrays(num_classes)
+        ids_BK, log_probs_BK = distinct_entries(ids_BK, log_probs_BK, num_classes, start=start)
+        p_BK = log_probs_BK.exp()
+        lacking_B = (1.0 - p_BK.sum(dim=1)).clamp_(min=0.0)
+        lacking_B.masked_fill_((ids_BK >= 0).sum(dim=1) == num_classes, 0.0)  # no class is left: it is rounding
+        tail_B = (lacking_B + p_BK[:, self.k :].sum(dim=1)).log_()
+        num_unused = max(0, self.k - ids_BK.shape[1])
+        ids_BK = F.pad(ids_BK, (0, num_unused), value=-1)[:, : self.k]
+        log_probs_BK = F.pad(log_probs_BK, (0, num_unused), value=-math.inf)[:, : self.k]
+        unused_BK = ids_BK < 0
+        num_others_B = num_classes - self.k + unused_BK.sum(dim=1)
+        each_B1 = (tail_B - num_others_B.double().log_())[:, None]
+        log_probs_BK = torch.where(unused_BK, each_B1, log_probs_BK)
+        ids_BK = torch.where(unused_BK, _classes_without_entry(ids_BK), ids_BK)
+        # The tail's classes can be more probable than an entry, if the entries lack the most probable class.
+        log_probs_BK, order_BK = log_probs_BK.sort(dim=1, descending=True, stable=True)
+        max_B1 = log_probs_BK[:, :1]
+        tail_B = (each_B1 - max_B1)[:, 0] + math.log(num_classes - self.k)
+        return self._stored(ids_BK.gather(1, order_BK), log_probs_BK - max_B1, tail_B, num_classes)
+
+    def _stored(self, ids_BK: Tensor, values_BK: Tensor, tail_B: Tensor, num_classes: int) -> dict[str, Tensor]:
+        """The arrays from the kept classes, their distances from the row's largest logit, and the tail's."""
+        specs = self.arrays(num_classes)
         if self.dtype == "uint8":
             codes_BK = values_BK.neg().log1p_().mul_(CODES_PER_E).round_().clamp_(max=MASKED - 1)
             values_BK = codes_BK.masked_fill_(values_BK == -math.inf, MASKED)
@@ -88,3 +133,17 @@ class TopK(Encoding):
             return stored_BK.float()
         values_BK = -torch.expm1(stored_BK.float() / CODES_PER_E)
         return values_BK.masked_fill_(stored_BK == MASKED, -math.inf)
+
+
+def _classes_without_entry(ids_BK: Tensor) -> Tensor:
+    """A class for each unused place of a row, int64 (B, K): the first ones that have no entry, all different.
+
+    Unused places, -1, come after all entries. Of the first K classes at least as many have no entry as there are
+    unused places.
+    """
+    num_rows, k = ids_BK.shape
+    places_BK = ids_BK.masked_fill((ids_BK < 0) | (ids_BK >= k), k)
+    taken_BK = torch.zeros(num_rows, k + 1, dtype=torch.int8, device=ids_BK.device).scatter_(1, places_BK, 1)[:, :k]
+    free_first_BK = taken_BK.argsort(dim=1, stable=True)
+    num_entries_B1 = (ids_BK >= 0).sum(dim=1, keepdim=True)
+    return free_first_BK.gather(1, (torch.arange(k, device=ids_BK.device) - num_entries_B1).clamp_(min=0))

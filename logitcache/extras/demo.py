@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.config.build import resolve_teacher
 from logitcache.config.schema import load_pipeline
@@ -27,6 +28,7 @@ from logitcache.stages.matched_data import match_data
 from logitcache.stages.train_student import Experiment, Row, summarise
 from logitcache.stages.train_teacher import train_teacher
 from logitcache.storage import LocalStorage
+from logitcache.train.labels import Labels
 from logitcache.train.loop import train
 
 # B batch, C classes
@@ -173,7 +175,7 @@ def run_demo(folder: Path, overrides: Sequence[str] = (), *, full: bool = False)
     )
 
 
-class CleanLabels:
+class CleanLabels(Labels):
     """Labels of the clean image, whatever it was augmented to: the common mistake, made as well as it can be.
 
     The labels of mixed samples are mixed by the area that each image has; only the augmentation is ignored.
@@ -183,8 +185,6 @@ class CleanLabels:
         views: what the student sees.
         device: where the labels go.
     """
-
-    needs_teacher_inputs = False
 
     def __init__(self, clean: LogitCache, views: ViewDataset, device: torch.device) -> None:
         self._labels = clean.view(0, device)
@@ -197,10 +197,7 @@ class CleanLabels:
     def start_view(self, view: int, following: int | None) -> None:
         self._view = view
 
-    def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:
-        """Nothing to compare: that these inputs are not what the teacher was given is the point."""
-
-    def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
+    def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
         rows = split_index(index)[1]
         mixtures = [self._plan.mixture(self._view, row, self._num_samples) for row in rows.tolist()]
         partners = torch.tensor(
@@ -210,7 +207,7 @@ class CleanLabels:
         weights_B1 = weights_B1.to(self._device)
         own_BC = self._labels.logits(rows).softmax(dim=1)
         other_BC = self._labels.logits(partners).softmax(dim=1)
-        return (weights_B1 * own_BC + (1 - weights_B1) * other_BC).log()
+        return {LOGITS: (weights_B1 * own_BC + (1 - weights_B1) * other_BC).log()}
 
 
 def clean_labels(experiment: Experiment, path: Path) -> CleanLabels:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from logitcache.errors import UsageError
 from logitcache.losses.hard import check_hard, hard_cross_entropy, uses_true_label
-from logitcache.losses.protocol import Loss, given
+from logitcache.losses.protocol import Loss, given, teacher_for
 from logitcache.losses.schedules import Scheduled, check_parameter, check_temperature, fixed, value_at
 from logitcache.losses.soft import kl_divergence
+from logitcache.targets import Targets
 
 # B batch, C classes
 
@@ -36,7 +37,11 @@ class HardPlusSoft(Loss):
     def needs_target(self) -> bool:
         return uses_true_label(self.hard)
 
-    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
+    @property
+    def takes_targets(self) -> bool:
+        return True
+
+    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
         soft_B = kl_divergence(student_BC, given(teacher_BC), temperature=fixed(self.temperature))
         return hard_cross_entropy(self.hard, student_BC, given(teacher_BC), target) + fixed(self.weight) * soft_B
 
@@ -61,7 +66,11 @@ class Blend(Loss):
     def needs_target(self) -> bool:
         return uses_true_label(self.hard)
 
-    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
+    @property
+    def takes_targets(self) -> bool:
+        return True
+
+    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
         alpha = fixed(self.alpha)
         soft_B = kl_divergence(student_BC, given(teacher_BC), temperature=fixed(self.temperature))
         hard_B = hard_cross_entropy(self.hard, student_BC, given(teacher_BC), target)
@@ -98,6 +107,10 @@ class Weighted(Loss):
     def needs_target(self) -> bool:
         return any(part.loss.needs_target for part in self.parts)
 
+    @property
+    def takes_targets(self) -> bool:
+        return any(part.loss.takes_targets for part in self.parts)
+
     def at(self, progress: float) -> Loss:
         parts = tuple(
             dataclasses.replace(part, loss=part.loss.at(progress), weight=value_at(part.weight, progress))
@@ -105,6 +118,9 @@ class Weighted(Loss):
         )
         return self if parts == self.parts else Weighted(parts=parts)
 
-    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
-        first, *rest = (fixed(part.weight) * part.loss(student_BC, teacher_BC, target) for part in self.parts)
+    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
+        first, *rest = (
+            fixed(part.weight) * part.loss(student_BC, teacher_for(part.loss, teacher_BC), target)
+            for part in self.parts
+        )
         return sum(rest, start=first)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from logitcache.entry_points import is_entry_point
 from logitcache.errors import UsageError
 from logitcache.losses.blends import Blend, HardPlusSoft, Part, Weighted
 from logitcache.losses.correlation import Dist
 from logitcache.losses.decoupled import DecoupledKD
 from logitcache.losses.features import AttentionLoss, FeatureLoss, HintLoss, RelationalLoss
 from logitcache.losses.hard import CURRENT_NAMES, CrossEntropy, TeacherArgmax
+from logitcache.losses.own_code import OwnLoss
 from logitcache.losses.protocol import Loss
 from logitcache.losses.regression import LogitMSE
 from logitcache.losses.relational import RKD
@@ -36,7 +38,9 @@ _BUILT_IN: tuple[type[Loss], ...] = (
     Weighted,
     Stages,
 )
-LOSSES: Registry[type[Loss]] = Registry("loss", {loss.name: loss for loss in _BUILT_IN}, plural="losses", base=Loss)
+LOSSES: Registry[type[Loss]] = Registry(
+    "loss", {loss.name: loss for loss in _BUILT_IN}, plural="losses", base=Loss, allows_code=True
+)
 """Losses between logits. A package adds one, a frozen dataclass, in the entry point group `logitcache.losses`."""
 FEATURE_LOSSES: Registry[type[FeatureLoss]] = Registry(
     "feature loss",
@@ -52,7 +56,7 @@ def loss_from_config(config: str | Mapping[str, Any]) -> Loss:
 
     Weighted sums are `{name: weighted, parts: [{loss: dist, weight: 2}, ...]}`, sequences are
     `{stages: [{until: 0.8, loss: kl}, {loss: cross_entropy}]}`, and any number may be a schedule,
-    `{from: 4, to: 1, over: 0.5, shape: cosine}`.
+    `{from: 4, to: 1, over: 0.5, shape: cosine}`. A name `package.module:function` imports nothing: see `load_code`.
 
     Raises:
         UsageError: an unknown loss or parameter, or a parameter out of range.
@@ -101,6 +105,10 @@ def _loss(config: Any, refused: Mapping[str, str], also: Sequence[str] = ()) -> 
     fields = {"name": config} if isinstance(config, str) else dict(config)
     name = fields.pop("name", Stages.name if "stages" in fields else None)
     name = CURRENT_NAMES.get(name, name) if isinstance(name, str) else name
+    if isinstance(name, str) and is_entry_point(name):
+        return OwnLoss(
+            entry_point=name, parameters={key: _number_or_schedule(key, value) for key, value in fields.items()}
+        )
     if not isinstance(name, str) or name not in LOSSES:
         raise UsageError(LOSSES.unknown(name, also))
     if name in refused:

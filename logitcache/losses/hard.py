@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from logitcache.errors import UsageError
-from logitcache.losses.protocol import Loss, Reduction, given, reduced, same_shape, wide
+from logitcache.losses.protocol import Loss, Reduction, given, over_rows, same_shape, wide
 from logitcache.losses.schedules import Scheduled, check_parameter, fixed, shown
+from logitcache.targets import Targets
 
 # B batch, C classes
 
+IGNORED = -100
+"""The label of a row that does not count, as in torch."""
 FIRST_NAMES = {"cross_entropy": "true_label", "teacher_argmax": "teacher_label"}
 """The first names of losses that were renamed. They stay valid in pipelines, and runs are recorded under them."""
 CURRENT_NAMES = {first: current for current, first in FIRST_NAMES.items()}
@@ -33,35 +37,58 @@ def recorded_loss(config: Any) -> Any:
     }
 
 
-def teacher_argmax_cross_entropy(student_BC: Tensor, teacher_BC: Tensor, *, reduction: Reduction = "none") -> Tensor:
+def teacher_argmax_cross_entropy(
+    student_BC: Tensor,
+    teacher_BC: Tensor | Targets,
+    *,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
     """Cross-entropy to the teacher's most probable class ("hard" distillation), in nats, (B,).
 
     Source: Touvron et al. 2021, arXiv:2012.12877, section 4.
 
     Args:
+        teacher_BC: logits, or targets such as `view.targets(index)`.
+        mask: bool (B,), true for the rows that count; the others have loss 0, and "mean" is over those that count.
         reduction: "mean" or "sum" over the batch returns a scalar; "none" returns (B,).
 
     Raises:
         ShapeError: the two differ in shape.
     """
     same_shape(student_BC, teacher_BC)
-    return reduced(F.cross_entropy(wide(student_BC), teacher_BC.argmax(dim=1), reduction="none"), reduction)
+    label_B = teacher_BC.argmax() if isinstance(teacher_BC, Targets) else teacher_BC.argmax(dim=1)
+    return over_rows(_cross_entropy, student_BC, label_B, mask, reduction)
+
+
+def _cross_entropy(student_BC: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    return F.cross_entropy(wide(student_BC), target, reduction="none", label_smoothing=label_smoothing)
 
 
 def cross_entropy(
-    student_BC: Tensor, target: Tensor, *, label_smoothing: float = 0.0, reduction: Reduction = "none"
+    student_BC: Tensor,
+    target: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
 ) -> Tensor:
     """Cross-entropy to the true label, in nats, (B,).
 
     Args:
-        target: int (B,); or float (B, C) where mixup or CutMix made the label a mixture.
+        target: int (B,), where a row with -100 does not count; or float (B, C) where mixup or CutMix made the label a
+            mixture.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
+        mask: bool (B,), true for the rows that count; the others have loss 0, and "mean" is over those that count.
         reduction: "mean" or "sum" over the batch returns a scalar; "none" returns (B,).
     """
     student_BC = wide(student_BC)
     target = target.to(student_BC.dtype) if target.is_floating_point() else target.long()
-    loss_B = F.cross_entropy(student_BC, target, reduction="none", label_smoothing=label_smoothing)
-    return reduced(loss_B, reduction)
+    loss = functools.partial(_cross_entropy, label_smoothing=label_smoothing)
+    if reduction != "mean" or target.is_floating_point():
+        return over_rows(loss, student_BC, target, mask, reduction)
+    counts_B = target != IGNORED if mask is None else (target != IGNORED) & mask
+    return over_rows(loss, student_BC, target, mask, "sum") / counts_B.sum().clamp_min(1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +97,11 @@ class TeacherArgmax(Loss):
 
     name: ClassVar[str] = "teacher_argmax"
 
-    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
+    @property
+    def takes_targets(self) -> bool:
+        return True
+
+    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
         return teacher_argmax_cross_entropy(student_BC, given(teacher_BC))
 
 
@@ -92,11 +123,15 @@ class CrossEntropy(Loss):
     def needs_target(self) -> bool:
         return True
 
-    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
+    @property
+    def takes_targets(self) -> bool:
+        return True
+
+    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
         return cross_entropy(student_BC, target, label_smoothing=fixed(self.label_smoothing))
 
 
-def hard_cross_entropy(hard: str, student_BC: Tensor, teacher_BC: Tensor, target: Tensor) -> Tensor:
+def hard_cross_entropy(hard: str, student_BC: Tensor, teacher_BC: Tensor | Targets, target: Tensor) -> Tensor:
     """Cross-entropy to one kind of hard label, in nats, (B,); `hard` as `check_hard` takes it."""
     if uses_true_label(hard):
         return cross_entropy(student_BC, target)

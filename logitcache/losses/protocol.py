@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from logitcache.errors import ShapeError, UsageError
 from logitcache.losses.schedules import settled
+from logitcache.targets import Targets
 
-# B batch, C classes
+T = TypeVar("T")
+
+# B batch, C classes, R rows that count
 
 Reduction = Literal["none", "mean", "sum"]
 """What a loss function returns, as in torch: (B,) losses of the samples, or their mean or sum, a scalar."""
 
 
 class Loss(ABC):
-    """A configured loss: called with (student (B, C), teacher (B, C) or None, target)."""
+    """A configured loss: called with (student (B, C), teacher (B, C) or None, target).
+
+    If `takes_targets`, the teacher may also be `Targets`; see `teacher_for`.
+    """
 
     name: ClassVar[str]
 
@@ -30,6 +37,11 @@ class Loss(ABC):
     @property
     def needs_target(self) -> bool:
         """Whether any part of the loss uses the true label."""
+        return False
+
+    @property
+    def takes_targets(self) -> bool:
+        """Whether the teacher may be sparse or factored `Targets`; if not, the loss is given their logits."""
         return False
 
     def needs_teacher_during(self, start: float, end: float) -> bool:
@@ -45,8 +57,17 @@ class Loss(ABC):
         """The loss of each sample, (B,); float64 if the logits are float64, else float32."""
 
 
-def given(teacher_BC: Tensor | None) -> Tensor:
-    """The teacher's logits, checked not to be None.
+def teacher_for(loss: Loss, teacher_BC: Tensor | Targets | None) -> Any:
+    """The teacher in a form that a loss takes: itself, or the logits (B, C) of targets that the loss can't take."""
+    return teacher_BC.dense() if isinstance(teacher_BC, Targets) and not loss.takes_targets else teacher_BC
+
+
+@overload
+def given(teacher_BC: Tensor | None) -> Tensor: ...
+@overload
+def given(teacher_BC: Tensor | Targets | None) -> Tensor | Targets: ...
+def given(teacher_BC: Tensor | Targets | None) -> Tensor | Targets:
+    """The teacher's logits or targets, checked not to be None.
 
     Raises:
         UsageError: they are None.
@@ -58,7 +79,7 @@ def given(teacher_BC: Tensor | None) -> Tensor:
     return teacher_BC
 
 
-def same_shape(student_BC: Tensor, teacher_BC: Tensor) -> None:
+def same_shape(student_BC: Tensor, teacher_BC: Tensor | Targets) -> None:
     """Check that student and teacher have the same batch and classes.
 
     Raises:
@@ -84,6 +105,44 @@ def reduced(loss_B: Tensor, reduction: Reduction) -> Tensor:
     if reduction == "sum":
         return loss_B.sum()
     raise UsageError(f"reduction is 'none', 'mean' or 'sum', not {reduction!r}")
+
+
+def over_rows(
+    loss: Callable[[Tensor, T], Tensor], student_BC: Tensor, teacher: T, mask: Tensor | None, reduction: Reduction
+) -> Tensor:
+    """The losses of a batch, (B,), or their mean or sum, over the rows that count.
+
+    Args:
+        loss: of student and teacher, (R,).
+        teacher: logits, targets or labels: what can be indexed by rows.
+        mask: bool (B,), true for the rows that count; None for all. The others have loss 0 and no gradient, whatever
+            they contain, and the mean is over those that count; it is 0 if there are none.
+
+    Raises:
+        ShapeError: the mask is not (B,).
+        UsageError: the mask is not bool; an unknown reduction.
+    """
+    if mask is None:
+        return reduced(loss(student_BC, teacher), reduction)
+    rows_R = counting_rows(mask, len(student_BC)).to(student_BC.device)
+    loss_R = loss(student_BC[rows_R], teacher[rows_R])  # type: ignore[index]
+    if reduction == "none":
+        return loss_R.new_zeros(len(student_BC)).index_copy(0, rows_R, loss_R)
+    return loss_R.sum() / max(1, len(rows_R)) if reduction == "mean" else reduced(loss_R, reduction)
+
+
+def counting_rows(mask: Tensor, num_rows: int) -> Tensor:
+    """The numbers of the rows that a mask selects, int64 (R,).
+
+    Raises:
+        ShapeError: the mask is not (B,).
+        UsageError: the mask is not bool.
+    """
+    if mask.shape != (num_rows,):
+        raise ShapeError(f"the mask is {tuple(mask.shape)}; expected ({num_rows},), one value for each row")
+    if mask.dtype != torch.bool:
+        raise UsageError(f"the mask is {mask.dtype}; expected torch.bool, true for the rows that count")
+    return mask.nonzero()[:, 0]
 
 
 def wide(logits_BC: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -11,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from logitcache.errors import UsageError
-from logitcache.losses.protocol import Loss, Reduction, given, reduced, same_shape, wide
+from logitcache.losses.kernels import Kind, on_targets
+from logitcache.losses.protocol import Loss, Reduction, given, over_rows, same_shape, wide
 from logitcache.losses.schedules import Scheduled, check_temperature, fixed, shown
+from logitcache.targets import DenseTargets, Targets
 
 # B batch, C classes
 
@@ -22,10 +25,11 @@ LEAST_DEVIATION = 1e-3
 
 def kl_divergence(
     student_BC: Tensor,
-    teacher_BC: Tensor,
+    teacher_BC: Tensor | Targets,
     *,
     temperature: float = 1.0,
     standardise: bool = False,
+    mask: Tensor | None = None,
     reduction: Reduction = "none",
 ) -> Tensor:
     """KL(teacher ‖ student) of the softened distributions, times T², in nats, (B,).
@@ -33,47 +37,67 @@ def kl_divergence(
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2. A class masked by -inf in the teacher contributes nothing.
 
     Args:
-        standardise: z-score both rows before the temperature; see `standardised`.
+        teacher_BC: logits, or targets such as `view.targets(index)`; sparse targets are not expanded to (B, C).
+        standardise: z-score both rows before the temperature; see `standardised`. Targets are then expanded.
+        mask: bool (B,), true for the rows that count; the others have loss 0, and "mean" is over those that count.
         reduction: "mean" or "sum" over the batch returns a scalar; "none" returns (B,).
 
     Raises:
         ShapeError: the two differ in shape.
     """
-    same_shape(student_BC, teacher_BC)
-    log_student_BC = F.log_softmax(softened(student_BC, temperature, standardise=standardise), dim=1)
-    teacher_p_BC = F.softmax(softened(teacher_BC, temperature, standardise=standardise), dim=1)
-    kl_B = F.kl_div(log_student_BC, teacher_p_BC, reduction="none").sum(dim=1)
-    return reduced(kl_B if temperature == 1.0 else kl_B * temperature**2, reduction)
+
+    def between_logits(student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
+        log_student_BC = F.log_softmax(softened(student_BC, temperature, standardise=standardise), dim=1)
+        teacher_p_BC = F.softmax(softened(teacher_BC, temperature, standardise=standardise), dim=1)
+        kl_B = F.kl_div(log_student_BC, teacher_p_BC, reduction="none").sum(dim=1)
+        return kl_B if temperature == 1.0 else kl_B * temperature**2
+
+    teacher_BC = _expanded(teacher_BC) if standardise else teacher_BC
+    return _soft_loss("kl", between_logits, student_BC, teacher_BC, temperature, mask, reduction)
 
 
 def soft_cross_entropy(
     student_BC: Tensor,
-    teacher_BC: Tensor,
+    teacher_BC: Tensor | Targets,
     *,
     temperature: float = 1.0,
     standardise: bool = False,
+    mask: Tensor | None = None,
     reduction: Reduction = "none",
 ) -> Tensor:
     """Cross-entropy of the student to the teacher's softened distribution, times T², in nats, (B,).
 
     It equals `kl_divergence` plus T² times the teacher's entropy, so both have the same gradient. Source: Hinton et
-    al. 2015, arXiv:1503.02531, section 2. A class masked by -inf in the teacher contributes nothing.
+    al. 2015, arXiv:1503.02531, section 2. A class masked by -inf in the teacher contributes nothing. On the targets of
+    `Sampled` at T = 1 it is the sampled cross-entropy of RS-KD (arXiv:2503.16870): -Σ share · log q over the drawn
+    classes, whose expectation is the cross-entropy to the full distribution.
 
     Args:
-        standardise: z-score both rows before the temperature; see `standardised`.
+        teacher_BC: logits, or targets such as `view.targets(index)`; sparse targets are not expanded to (B, C).
+        standardise: z-score both rows before the temperature; see `standardised`. Targets are then expanded.
+        mask: bool (B,), true for the rows that count; the others have loss 0, and "mean" is over those that count.
         reduction: "mean" or "sum" over the batch returns a scalar; "none" returns (B,).
 
     Raises:
         ShapeError: the two differ in shape.
     """
-    same_shape(student_BC, teacher_BC)
-    log_student_BC = F.log_softmax(softened(student_BC, temperature, standardise=standardise), dim=1)
-    teacher_p_BC = F.softmax(softened(teacher_BC, temperature, standardise=standardise), dim=1)
-    return reduced(-(teacher_p_BC * log_student_BC).sum(dim=1) * temperature**2, reduction)
+
+    def between_logits(student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
+        log_student_BC = F.log_softmax(softened(student_BC, temperature, standardise=standardise), dim=1)
+        teacher_p_BC = F.softmax(softened(teacher_BC, temperature, standardise=standardise), dim=1)
+        return -(teacher_p_BC * log_student_BC).sum(dim=1) * temperature**2
+
+    teacher_BC = _expanded(teacher_BC) if standardise else teacher_BC
+    return _soft_loss("soft_cross_entropy", between_logits, student_BC, teacher_BC, temperature, mask, reduction)
 
 
 def jensen_shannon(
-    student_BC: Tensor, teacher_BC: Tensor, *, temperature: float = 1.0, reduction: Reduction = "none"
+    student_BC: Tensor,
+    teacher_BC: Tensor | Targets,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
 ) -> Tensor:
     """Jensen-Shannon divergence of the softened distributions, times T², in nats, (B,): at most T² ln 2.
 
@@ -82,19 +106,50 @@ def jensen_shannon(
     by -inf in the teacher has probability 0.
 
     Args:
+        teacher_BC: logits, or targets such as `view.targets(index)`; sparse targets are not expanded to (B, C).
+        mask: bool (B,), true for the rows that count; the others have loss 0, and "mean" is over those that count.
         reduction: "mean" or "sum" over the batch returns a scalar; "none" returns (B,).
 
     Raises:
         ShapeError: the two differ in shape.
     """
+
+    def between_logits(student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
+        log_student_BC = F.log_softmax(softened(student_BC, temperature), dim=1)
+        log_teacher_BC = F.log_softmax(softened(teacher_BC, temperature), dim=1)
+        log_mean_BC = torch.logaddexp(log_student_BC, log_teacher_BC) - math.log(2.0)
+        of_student_BC = F.kl_div(log_mean_BC, log_student_BC, reduction="none", log_target=True)
+        # With probabilities, not log_target: a masked class has log-probability -inf, and 0 * -inf is NaN.
+        of_teacher_BC = F.kl_div(log_mean_BC, log_teacher_BC.exp(), reduction="none")
+        return 0.5 * (of_student_BC + of_teacher_BC).sum(dim=1) * temperature**2
+
+    return _soft_loss("js", between_logits, student_BC, teacher_BC, temperature, mask, reduction)
+
+
+def _soft_loss(
+    kind: Kind,
+    between_logits: Callable[[Tensor, Tensor], Tensor],
+    student_BC: Tensor,
+    teacher_BC: Tensor | Targets,
+    temperature: float,
+    mask: Tensor | None,
+    reduction: Reduction,
+) -> Tensor:
+    """A loss between logits, or of logits on targets."""
     same_shape(student_BC, teacher_BC)
-    log_student_BC = F.log_softmax(softened(student_BC, temperature), dim=1)
-    log_teacher_BC = F.log_softmax(softened(teacher_BC, temperature), dim=1)
-    log_mean_BC = torch.logaddexp(log_student_BC, log_teacher_BC) - math.log(2.0)
-    of_student_BC = F.kl_div(log_mean_BC, log_student_BC, reduction="none", log_target=True)
-    # With probabilities, not log_target: a masked class has log-probability -inf, and 0 * -inf is NaN.
-    of_teacher_BC = F.kl_div(log_mean_BC, log_teacher_BC.exp(), reduction="none")
-    return reduced(0.5 * (of_student_BC + of_teacher_BC).sum(dim=1) * temperature**2, reduction)
+    if isinstance(teacher_BC, DenseTargets):
+        teacher_BC = teacher_BC.dense()
+    if isinstance(teacher_BC, Tensor):
+        return over_rows(between_logits, student_BC, teacher_BC, mask, reduction)
+
+    def loss(student_RC: Tensor, targets: Targets) -> Tensor:
+        return on_targets(kind, student_RC, targets, temperature)
+
+    return over_rows(loss, student_BC, teacher_BC, mask, reduction)
+
+
+def _expanded(teacher_BC: Tensor | Targets) -> Tensor:
+    return teacher_BC.dense() if isinstance(teacher_BC, Targets) else teacher_BC
 
 
 def standardised(logits_BC: Tensor) -> Tensor:
@@ -146,7 +201,11 @@ class KLDivergence(Loss):
         check_temperature(self.temperature)
         check_standardise(self.standardise)
 
-    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
+    @property
+    def takes_targets(self) -> bool:
+        return True
+
+    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
         return kl_divergence(
             student_BC, given(teacher_BC), temperature=fixed(self.temperature), standardise=self.standardise
         )
@@ -165,7 +224,11 @@ class SoftCrossEntropy(Loss):
         check_temperature(self.temperature)
         check_standardise(self.standardise)
 
-    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
+    @property
+    def takes_targets(self) -> bool:
+        return True
+
+    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
         return soft_cross_entropy(
             student_BC, given(teacher_BC), temperature=fixed(self.temperature), standardise=self.standardise
         )
@@ -181,5 +244,9 @@ class JensenShannon(Loss):
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
 
-    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:
+    @property
+    def takes_targets(self) -> bool:
+        return True
+
+    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
         return jensen_shannon(student_BC, given(teacher_BC), temperature=fixed(self.temperature))

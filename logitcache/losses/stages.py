@@ -59,6 +59,10 @@ class Stages(Loss):
     def needs_target(self) -> bool:
         return any(stage.loss.needs_target for stage in self.stages)
 
+    @property
+    def takes_targets(self) -> bool:
+        return all(stage.loss.takes_targets for stage in self.stages)
+
     def needs_teacher_during(self, start: float, end: float) -> bool:
         return any(
             stage.loss.needs_teacher

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from logitcache.cache.creation import DEFAULT_ROWS_PER_BLOCK, create
+from logitcache.cache.creation import create
 from logitcache.cache.destination import check_destination
 from logitcache.cache.layout import Block, all_blocks
 from logitcache.cache.manifest import LOGITS, MANIFEST, Manifest
@@ -20,8 +20,9 @@ from logitcache.cache.writer import CacheWriter
 from logitcache.catalog.outputs import declared_outputs, sources_of, taps_of
 from logitcache.config.build import build_context, build_runner, resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline
-from logitcache.data.rows import RowMap, make_row_map
+from logitcache.data.rows import RowMap
 from logitcache.data.samples import Dataset, SampleTable, compare_samples, content_table, sample_table
+from logitcache.data.tokens import length_batches
 from logitcache.data.views import ViewDataset
 from logitcache.errors import IdentityMismatch, NotACache
 from logitcache.progress import track
@@ -61,14 +62,13 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
         if ranks.rank:
             ranks.wait()  # until the first process has created the cache, with its per-cache arrays
         samples = identify_samples(data.train, pipeline.cache.path, num_workers=pipeline.num_workers)
-        rows = rows_of_dataset(data.train, pipeline.cache.rows_per_block)
-        views = ViewDataset(data.train, replace(plan, contents=samples.contents, rows=rows))
+        views = ViewDataset(data.train, replace(plan, contents=samples.contents))
         writer = create(
             pipeline.cache.path,
             num_samples=len(data.train),
             num_classes=data.num_classes,
             num_views=pipeline.views.count,
-            encoding=pipeline.encoding(),
+            encoding=pipeline.cache.encoding,
             outputs=declared,
             logits_source=sources_of(outputs).get(LOGITS),
             calibration=lambda: calibrate(
@@ -84,8 +84,8 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
             view_plan=plan,
             precision=pipeline.teacher.precision,
             class_names=data.class_names,
-            rows_per_sample=None if rows.one_each else np.diff(rows.offsets),
-            row_positions=rows.positions,
+            rows_per_sample=getattr(data.train, "rows_per_sample", None),
+            row_positions=getattr(data.train, "row_positions", None),
             tokenization=getattr(data.train, "tokenization", None),
             rows_per_block=pipeline.cache.rows_per_block,
             card=pipeline.cache.card if pipeline.cache.card.stated() else None,
@@ -130,14 +130,16 @@ def run_blocks(runner: TeacherRunner, writer: CacheWriter, blocks: list[Block], 
 def teacher_batches(rows: RowMap, blocks: list[Block], batch_size: int) -> Iterator[tuple[int, Sequence[int]]]:
     """(view, samples) of each batch. A block is always split the same way, so that recomputing it gives the same bits.
 
-    Sequences are sorted by their number of rows, so that a batch has little padding.
+    The sequences of a batch have similar lengths, so that it has little padding.
     """
     for block in blocks:
-        samples: Sequence[int] = rows.block_samples(block.number)
+        samples = rows.block_samples(block.number)
         if not rows.one_each:
             counts = np.diff(rows.offsets[samples[0] : samples[-1] + 2])
-            order = np.argsort(counts, kind="stable")
-            samples = (samples[0] + order[counts[order] > 0]).tolist()
+            with_rows = np.flatnonzero(counts)
+            for batch in length_batches(counts[with_rows], batch_size):
+                yield block.view, (samples[0] + with_rows[batch]).tolist()
+            continue
         for start in range(0, len(samples), batch_size):
             yield block.view, samples[start : start + batch_size]
 
@@ -147,17 +149,6 @@ def _consecutive(rows: RowMap, samples: Sequence[int]) -> list[range]:
     if rows.one_each:
         return [range(samples[0], samples[-1] + 1)]
     return [rows.sample_rows(sample) for sample in samples]
-
-
-def rows_of_dataset(dataset: Dataset, rows_per_block: int | None) -> RowMap:
-    """The row map of a dataset: one row per sample, unless it has `rows_per_sample`."""
-    return make_row_map(
-        len(dataset),
-        getattr(dataset, "rows_per_sample", None),
-        getattr(dataset, "row_positions", None),
-        rows_per_block=rows_per_block,
-        default=DEFAULT_ROWS_PER_BLOCK,
-    )
 
 
 def identify_samples(dataset: Dataset, location: str, *, num_workers: int) -> SampleTable:

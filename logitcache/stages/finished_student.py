@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
-from logitcache.cache.card import Card
+from logitcache.cache.card_fields import Card
 from logitcache.catalog.datasets import Data
 from logitcache.config.build import clean_views, recorded_pipeline, resolve_data, resolve_model, resolve_plan
 from logitcache.config.schema import DataConfig, Pipeline, StudentConfig

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from logitcache.catalog.outputs import declared_outputs, taps_of
 from logitcache.config.build import build_context, build_runner, resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline
 from logitcache.data.views import ViewDataset
-from logitcache.encodings import Auto
+from logitcache.encodings import Auto, encoding_or_auto
 from logitcache.errors import InvalidLogits, UsageError
 from logitcache.progress import track
 from logitcache.randomness import keyed_permutation
@@ -77,7 +76,7 @@ def plan_pipeline(
     output_bytes = {}
     if outputs:
         output_bytes = measure_outputs(build_runner(pipeline, teacher, context, list(outputs)), views, outputs)
-    requested = pipeline.encoding()
+    requested = encoding_or_auto(pipeline.cache.encoding)
     if max_kl is None and max_bytes is None and isinstance(requested, Auto):
         max_kl = requested.max_kl
     plan = plan_logits(calibration, max_kl=max_kl, max_bytes=max_bytes)
@@ -152,56 +151,3 @@ def read_logits(path: Path, group: str | None = None) -> Calibration:
     if not np.isfinite(np.max(logits, axis=1)).all():
         raise InvalidLogits(f"{path}: logits contain NaN or +inf, or a row of only -inf")
     return Calibration(logits, groups)
-
-
-def pareto_front(fidelities: Sequence[Fidelity]) -> list[Fidelity]:
-    """The encodings that no other one beats in both bytes and KL at T = 1, smallest first."""
-    front: list[Fidelity] = []
-    for each in sorted(fidelities, key=lambda each: (each.bytes_per_sample, each.kl[1.0])):
-        if np.isfinite(each.kl[1.0]) and (not front or each.kl[1.0] < front[-1].kl[1.0]):
-            front.append(each)
-    return front
-
-
-def check_plot(path: Path) -> None:
-    """Check that a plot can be written, before anything is computed for it.
-
-    Raises:
-        UsageError: the suffix is not .png, the folder is missing, or matplotlib is not installed.
-    """
-    if path.suffix != ".png" or not path.absolute().parent.is_dir():
-        raise UsageError(f"--plot expects a .png file in an existing folder, not {path}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("a plot needs matplotlib: pip install 'logitcache[plot]'")
-
-
-def plot(plan: Plan, path: Path) -> None:
-    """Plot KL against bytes, one point per encoding, with the Pareto front.
-
-    Raises:
-        UsageError: see `check_plot`.
-    """
-    check_plot(path)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    shown = [each for each in plan.fidelities if np.isfinite(each.kl[1.0]) and each.kl[1.0] > 0]
-    front = [each for each in pareto_front(plan.fidelities) if each in shown]
-    axes.plot([each.bytes_per_sample for each in front], [each.kl[1.0] for each in front], color="0.7", zorder=1)
-    for name, marker in MARKERS.items():
-        points = [each for each in shown if each.encoding.name == name]
-        if points:
-            axes.scatter([p.bytes_per_sample for p in points], [p.kl[1.0] for p in points], marker=marker, label=name)
-    if plan.recommended in shown:
-        place = (plan.recommended.bytes_per_sample, plan.recommended.kl[1.0])
-        axes.annotate("recommended", place, xytext=(8, 8), textcoords="offset points")
-    axes.set(
-        xscale="log", yscale="log", xlabel="bytes per sample, compressed", ylabel="KL(teacher ‖ decoded) at T = 1, nats"
-    )
-    axes.grid(which="both", alpha=0.2)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
-MARKERS = {"dense": "s", "lowrank": "o", "topk": "^", "sampled": "x"}

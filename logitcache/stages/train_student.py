@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from logitcache.cache.averaging import combination, refuse_sampled
 from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache
-from logitcache.catalog.datasets import Data, stratified_split
+from logitcache.catalog.datasets import Data, Selection, stratified_split
+from logitcache.catalog.initialisations import initialisation_of
 from logitcache.catalog.outputs import declared_outputs, taps_of
 from logitcache.config.build import (
     build_context,
@@ -23,6 +25,7 @@ from logitcache.config.build import (
     has_teacher,
     input_part,
     resolve_data,
+    resolve_loss,
     resolve_model,
     resolve_plan,
     resolve_teacher,
@@ -31,34 +34,42 @@ from logitcache.config.build import (
 )
 from logitcache.config.schema import Pipeline, StudentConfig, TeachersConfig
 from logitcache.context import Context
-from logitcache.data.order import run_seed
+from logitcache.data.order import batches, run_seed
+from logitcache.data.rows import rows_of_dataset
 from logitcache.data.samples import sample_table
 from logitcache.data.views import BothInputs, ViewDataset, ViewPlan
-from logitcache.digest import json_digest
+from logitcache.devices import to_device
+from logitcache.digest import array_digest, json_digest
 from logitcache.errors import UsageError
-from logitcache.stages.label_sources import Cached, LabelSource, LiveTeacher, TrainingSet, TrueLabels
+from logitcache.randomness import keyed_permutation
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.hint_config import hint_from_config
 from logitcache.train.hints import Hints
 from logitcache.train.inference import output_shapes
-from logitcache.train.job import Job
-from logitcache.train.labels import CachedLabels, EnsembleLabels, Labels
+from logitcache.train.job import Job, TrainingData
+from logitcache.train.labels import CachedLabels, EnsembleLabels, Labels, LiveLabels
 from logitcache.train.loop import train
 from logitcache.train.ranks import Ranks, joined
-from logitcache.train.student_setup import (
-    INIT_JSON,
-    INIT_TABLE,
-    by_row,
-    start_from_teacher,
-    weights_of_samples,
-)
 from logitcache.train.table import Row as Row
 from logitcache.train.table import summarise as summarise
 from logitcache.train.together import groups, train_together
-from logitcache.train.weighting import CLASS_BALANCED, NONE, weights_from_config
+from logitcache.train.weighting import (
+    CLASS_BALANCED,
+    NONE,
+    class_balanced_weights,
+    of_mean_one,
+    teacher_weights,
+    weights_from_config,
+)
 from logitcache.verify.fit import open_fitting_cache, open_fitting_caches
 
-# M samples of a run
+# M samples of a run, N samples of a cache
+
+PROOF_SAMPLES = 4
+"""Samples on which a choice of channels is checked."""
+CALIBRATION_BATCH = 64
+INIT_JSON, INIT_TABLE = "init.json", "init.txt"
+"""Files of a run folder that list where each initial parameter comes from."""
 
 
 def train_students(pipeline: Pipeline, names: Sequence[str] = (), *, trust: bool = False) -> list[Row]:
@@ -158,24 +169,18 @@ class Experiment:
         pipeline = self.pipeline
         identity = pipeline.run_identity(student, seed)
         indices = self._samples(student)
-        weights = self._sample_weights(student, indices, identity)
+        weights_M = self._sample_weights(student, indices, identity)
         model = resolve_model(
             student, self.data, self.plan, weights=student.weights, seed=run_seed(seed), trust=self.trust
         )
         documents = self._start_from_teacher(model, student, indices, seed, identity)
-        data = TrainingSet(self.data.train, self.plan, indices, input_part(student, trust=self.trust))
-        source = self._label_source(student, data, labels)
-        hints = self._hints(student, model, data, source, seed)
-        source.add_identity(identity)
-        views = source.views
+        data = self._training_data(student, indices, labels)
+        rows = data.views.rows
         return Job(
+            **vars(data),
             name=student.name,
             model=model,
-            views=views,
-            indices=source.indices,
-            num_views=source.num_views,
-            labels=source.labels,
-            loss=pipeline.loss(student),
+            loss=resolve_loss(student, trust=self.trust),
             config=pipeline.train_config(student),
             seed=seed,
             validation=self._evaluation("validation", student),
@@ -183,18 +188,14 @@ class Experiment:
             device=self.context.device,
             num_workers=self.context.num_workers,
             folder=student_folder(pipeline, student.name, seed),
-            identity=identity,
+            identity=identity | data.identity_of_labels,
             resolved=pipeline.as_yaml(),
-            views_key=source.views_key,
-            input_key=json_digest([student.input, isinstance(views.preprocess, BothInputs)]),
-            rows_per_block=source.rows_per_block,
-            window_blocks=source.window_blocks,
-            sample_weights=by_row(weights, source.indices if views.rows is None else views.rows[source.indices]),
+            input_key=json_digest([student.input, isinstance(data.views.preprocess, BothInputs)]),
+            sample_weights=_by_row(weights_M, data.indices if rows is None else rows[data.indices]),
             classes=self._targets()[indices] if student.sampler == CLASS_BALANCED else None,
             documents=documents,
-            first_view=source.first_view,
             tracker=self._tracker,
-            hints=hints,
+            hints=self._hints(student, model, data, seed),
         )
 
     def cache(self) -> tuple[LogitCache, np.ndarray | None]:
@@ -207,45 +208,91 @@ class Experiment:
         caches, rows = self._open(None)
         return caches[0], rows
 
-    def _label_source(self, student: StudentConfig, data: TrainingSet, given: Labels | None) -> LabelSource:
+    def _training_data(self, student: StudentConfig, indices: np.ndarray, given: Labels | None) -> TrainingData:
         """The student's views and labels; cache and teacher are not loaded where neither loss nor hints use them."""
         outputs = {hint["output"] for hint in student.hints}
-        if self.pipeline.loss(student).needs_teacher:
+        if resolve_loss(student, trust=self.trust).needs_teacher:
             outputs.add(LOGITS)
         if given is None and not outputs:
-            return TrueLabels(data)
+            return self._true_labels(student, indices)
         if given is None and student.labels == "live":
-            return self._live_teacher(student, data, outputs)
-        ensemble = student.labels if isinstance(student.labels, TeachersConfig) else None
-        caches, rows = self._open(ensemble)
-        return Cached(
-            data,
-            self.pipeline.views.count,
-            caches,
-            rows,
-            make_labels=lambda views: self._cached_labels(ensemble, caches, views, sorted(outputs)),
-            given=given,
-            ensemble=None if ensemble is None else ensemble.model_dump(exclude={"caches"}),
+            return self._live_teacher(student, indices, sorted(outputs))
+        return self._cached(student, indices, sorted(outputs), given)
+
+    def _true_labels(self, student: StudentConfig, indices: np.ndarray) -> TrainingData:
+        """True labels only. The student sees and mixes only its own samples, and every epoch is a new view."""
+        everything = len(indices) == len(self.data.train)
+        dataset = self.data.train if everything else Selection(self.data.train, indices)
+        plan = replace(self.plan, num_samples=len(dataset), rows=rows_of_dataset(dataset))
+        return TrainingData(
+            views=ViewDataset(dataset, plan, preprocess=input_part(student, trust=self.trust)),
+            indices=np.arange(len(dataset)),
+            views_key=json_digest(["fresh", array_digest(indices)]),
+            identity_of_labels={"num_views": None},
         )
 
-    def _live_teacher(self, student: StudentConfig, data: TrainingSet, outputs: set[str]) -> LiveTeacher:
+    def _live_teacher(self, student: StudentConfig, indices: np.ndarray, outputs: list[str]) -> TrainingData:
+        """The teacher, run on every batch."""
         pipeline, configs = self.pipeline, self.pipeline.cache.outputs
         teacher, fingerprint = self._teacher()
-        identity: dict[str, Any] = {"teacher": fingerprint}
+        labels: dict[str, Any] = {"teacher": fingerprint}
         used = {name: config for name, config in configs.items() if name in outputs}
         if used:
-            identity["outputs"] = used
+            labels["outputs"] = used
         extra_outputs = {}
         if student.hints:
-            shapes = output_shapes(teacher, ViewDataset(data.dataset, data.plan), taps_of(configs))
+            shapes = output_shapes(teacher, ViewDataset(self.data.train, self.plan), taps_of(configs))
             extra_outputs = declared_outputs(configs, shapes)
-        return LiveTeacher(
-            data,
-            pipeline.views.count,
-            build_runner(pipeline, teacher, self.context, sorted(outputs)),
-            same_input=student.input == pipeline.teacher.input,
-            identity=identity,
+        same_input = student.input == pipeline.teacher.input
+        preprocess = input_part(student, trust=self.trust)
+        return TrainingData(
+            views=ViewDataset(
+                self.data.train,
+                self.plan,
+                preprocess=preprocess if same_input else BothInputs(preprocess, self.plan.preprocess),
+            ),
+            indices=indices,
+            views_key="live",
+            identity_of_labels={"labels": labels, "num_views": pipeline.views.count},
+            labels=LiveLabels(
+                build_runner(pipeline, teacher, self.context, outputs), needs_teacher_inputs=not same_input
+            ),
+            num_views=pipeline.views.count,
             extra_outputs=extra_outputs,
+        )
+
+    def _cached(
+        self, student: StudentConfig, indices: np.ndarray, outputs: list[str], given: Labels | None
+    ) -> TrainingData:
+        """The labels of one or several caches of the same views, or the given ones for these views."""
+        ensemble = student.labels if isinstance(student.labels, TeachersConfig) else None
+        caches, rows = self._open(ensemble)
+        cache, num_views = caches[0], self.pipeline.views.count
+        contents = None if cache.samples is None else cache.samples.contents
+        plan = replace(self.plan, num_samples=cache.num_samples, contents=contents, rows=cache.row_map)
+        views = ViewDataset(self.data.train, plan, preprocess=input_part(student, trust=self.trust), rows=rows)
+        cached = None if given is not None else self._cached_labels(ensemble, caches, views, outputs)
+        window_blocks = None if cached is None else cached.window_blocks
+        labels: dict[str, Any] = {"cache": cache.id, "window_blocks": window_blocks}
+        if given is not None:
+            labels["given"] = type(given).__name__
+        identity: dict[str, Any] = {"labels": labels, "num_views": num_views}
+        if ensemble is not None:
+            # Ids, not locations: a run resumes with copies of the same caches.
+            identity["student"] = student.identity() | {"labels": ensemble.model_dump(exclude={"caches"})}
+            labels["caches"] = [each.id for each in caches]
+        if cache.views.start:
+            identity["first_view"] = cache.views.start
+        return TrainingData(
+            views=views,
+            indices=indices,
+            views_key=json_digest(["cache", None if rows is None else array_digest(rows)]),
+            identity_of_labels=identity,
+            labels=given or cached,
+            num_views=num_views,
+            first_view=cache.views.start,
+            window_blocks=window_blocks,
+            extra_outputs=cache.extra_outputs,
         )
 
     def _cached_labels(
@@ -272,26 +319,27 @@ class Experiment:
             self._shared_labels[key] = labels
         return labels
 
-    def _hints(
-        self, student: StudentConfig, model: nn.Module, data: TrainingSet, source: LabelSource, seed: int
-    ) -> Hints | None:
+    def _hints(self, student: StudentConfig, model: nn.Module, data: TrainingData, seed: int) -> Hints | None:
         if not student.hints:
             return None
         hints = [hint_from_config(config) for config in student.hints]
-        inputs = ViewDataset(data.dataset, data.plan, preprocess=data.preprocess).batch([(0, 0)] * 2)
-        return Hints(hints, model, inputs, self.data.num_classes, source.extra_outputs, seed=seed)
+        preprocess = input_part(student, trust=self.trust)
+        inputs = ViewDataset(self.data.train, self.plan, preprocess=preprocess).batch([(0, 0)] * 2)
+        return Hints(hints, model, inputs, self.data.num_classes, data.extra_outputs, seed=seed)
 
     def _sample_weights(
         self, student: StudentConfig, indices: np.ndarray, identity: dict[str, Any]
     ) -> np.ndarray | None:
-        """The weight of each of the student's samples (M,), if any; records the cache that they come from."""
+        """The weight of each of the student's samples, float64 (M,); records the cache that they come from."""
         weights = weights_from_config(student.sample_weights)
         if weights.name == NONE:
             return None
-        cached = self.cache() if weights.needs_teacher else None
-        if cached is not None:
-            identity["weighed_by"] = {"cache": cached[0].id}
-        return weights_of_samples(weights, self._targets(), indices, cached, num_views=self.pipeline.views.count)
+        if weights.name == CLASS_BALANCED:
+            return class_balanced_weights(self._targets()[indices], beta=weights.beta)
+        cache, rows = self.cache()
+        identity["weighed_by"] = {"cache": cache.id}
+        weights_N = teacher_weights(cache, weights.name, cache.views[: self.pipeline.views.count])
+        return of_mean_one(weights_N[indices if rows is None else rows[indices]])
 
     def _start_from_teacher(
         self, model: nn.Module, student: StudentConfig, indices: np.ndarray, seed: int, identity: dict[str, Any]
@@ -305,7 +353,24 @@ class Experiment:
             clean_views(self.data.train, config, self.pipeline, trust=self.trust)
             for config in (student, self.pipeline.teacher)
         )
-        report = start_from_teacher(model, teacher, student.init, student_views, teacher_views, indices, seed=seed)
+        device = next(teacher.parameters()).device
+
+        def teacher_batches(count: int) -> Iterator[tuple[Any, Tensor]]:
+            drawn = indices[keyed_permutation(len(indices), "calibration", seed)[:count]]
+            for batch in batches(drawn, CALIBRATION_BATCH):
+                _, inputs, targets = teacher_views.collate(
+                    teacher_views.__getitems__([(0, int(index)) for index in batch])
+                )
+                yield to_device(inputs, device), to_device(targets, device)
+
+        report = initialisation_of(student.init).start(
+            model,
+            teacher,
+            student.init,
+            seed=run_seed(seed),
+            inputs=student_views.batch([(0, int(index)) for index in indices[:PROOF_SAMPLES]]),
+            batches=teacher_batches,
+        )
         return {INIT_JSON: report.as_json(), INIT_TABLE: report.as_table()}
 
     def _open(self, ensemble: TeachersConfig | None) -> tuple[list[LogitCache], np.ndarray | None]:
@@ -354,3 +419,12 @@ class Experiment:
         if key not in self._evaluations:
             self._evaluations[key] = build_evaluation(self.pipeline, getattr(self.data, split), student, self.context)
         return self._evaluations[key]
+
+
+def _by_row(weights_M: np.ndarray | None, rows_M: np.ndarray) -> Tensor | None:
+    """Weights as a float32 table indexed by row number; rows outside the run weigh 1."""
+    if weights_M is None:
+        return None
+    table = torch.ones(int(rows_M.max()) + 1)
+    table[torch.from_numpy(rows_M)] = torch.from_numpy(weights_M).float()
+    return table

@@ -1,18 +1,21 @@
-"""Measures a model on a split: top-1 accuracy, and with torchmetrics top-5 accuracy and calibration error."""
+"""Measures a model on a split: accuracy and calibration; of sequences the negative log-likelihood."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from logitcache.catalog.calling import model_logits
-from logitcache.data.batching import num_bytes
+from logitcache.data.batching import NO_TARGET, num_bytes
 from logitcache.data.loading import rendered_batches
 from logitcache.data.order import batches
+from logitcache.data.sequences import batch_rows, sequence_rows
 from logitcache.data.views import ViewDataset
 from logitcache.devices import to_device
 
@@ -22,6 +25,8 @@ KEPT_BYTES = 256 * 2**20
 """A rendered split of at most this size stays in memory."""
 TOP_FIVE_CLASSES = 10
 """Smallest number of classes for which top-5 accuracy is measured."""
+MAX_EXPONENT = 700.0
+"""Largest exponent of the perplexity that a float holds."""
 CALIBRATION_BINS = 15
 """Bins of confidence (Guo et al. 2017, arXiv:1706.04599)."""
 
@@ -41,7 +46,7 @@ class Evaluation:
             [(0, index) for index in batch.tolist()] for batch in batches(np.arange(len(views)), batch_size)
         ]
         self._num_workers = num_workers
-        self._kept: list[tuple[Any, Tensor]] | None = None
+        self._kept: list[tuple[Tensor, Any, Tensor]] | None = None
         self._small: bool | None = None
 
     def measure(self, model: nn.Module, device: torch.device) -> dict[str, float]:
@@ -52,10 +57,14 @@ class Evaluation:
         """
         was_training = model.training
         model.eval()
+        if sequence_rows(self._views) is not None:
+            measured = self._measure_sequences(model, device)
+            model.train(was_training)
+            return measured
         correct = 0
         metrics: dict[str, Any] | None = None
         with torch.inference_mode():
-            for inputs, targets in self._batches():
+            for _, inputs, targets in self._batches():
                 logits_BC = model_logits(model, to_device(inputs, device)).float().cpu()
                 correct += int((logits_BC.argmax(dim=1) == targets).sum())
                 if metrics is None:
@@ -67,7 +76,31 @@ class Evaluation:
         measured = {name: float(metric.compute()) for name, metric in (metrics or {}).items()}
         return {"accuracy": correct / len(self._views), **measured}
 
-    def _batches(self) -> Iterable[tuple[Any, Tensor]]:
+    def _measure_sequences(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """Mean over rows: `nll` in nats, `perplexity`, `accuracy` of the most probable class, `bits_per_byte`."""
+        rows = sequence_rows(self._views)
+        assert rows is not None
+        nll, correct, num_rows = 0.0, 0, 0
+        with torch.inference_mode():
+            for index, inputs, targets in self._batches():
+                output = model_logits(model, to_device(inputs, device))
+                of_batch = batch_rows(index, rows, inputs, output)
+                logits_RC, targets_R = of_batch.of_output(output), of_batch.of_targets(targets).to(device)
+                nll += float(cross_entropy(logits_RC.float(), targets_R, reduction="sum", ignore_index=NO_TARGET))
+                correct += int((logits_RC.argmax(dim=1) == targets_R).sum())
+                num_rows += int((targets_R != NO_TARGET).sum())
+        mean = nll / max(num_rows, 1)
+        measured = {
+            "nll": mean,
+            "perplexity": math.exp(min(mean, MAX_EXPONENT)),
+            "accuracy": correct / max(num_rows, 1),
+        }
+        num_bytes = getattr(self._views.dataset, "num_bytes", None)
+        if num_bytes:
+            measured["bits_per_byte"] = nll / math.log(2) / num_bytes
+        return measured
+
+    def _batches(self) -> Iterable[tuple[Tensor, Any, Tensor]]:
         if self._kept is not None:
             return self._kept
         if self._small is None:
@@ -75,9 +108,7 @@ class Evaluation:
             self._small = sample_bytes is not None and sample_bytes * len(self._views) <= KEPT_BYTES
         # Starting workers takes longer than rendering a small split.
         workers = 0 if self._small else self._num_workers
-        rendered = (
-            (inputs, targets) for _, inputs, targets in rendered_batches(self._views, self._places, num_workers=workers)
-        )
+        rendered = rendered_batches(self._views, self._places, num_workers=workers)
         if not self._small:
             return rendered
         self._kept = list(rendered)

@@ -25,6 +25,7 @@ class CurvePoint(BaseModel):
     epoch: int = Field(ge=1)
     loss: Annotated[float, Field(allow_inf_nan=False)]
     validation_accuracy: Share | None = None
+    validation_nll: Positive | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from logitcache.errors import UsageError
 from logitcache.losses import FeatureLoss, Loss, hint_loss_from_config
 from logitcache.losses.configuration import scheduled_weight
 from logitcache.losses.schedules import Scheduled, is_zero_during, value_at
-from logitcache.registry import check_keys
+from logitcache.registry import configured
+
+EXAMPLE = "{output: features, module: layer2, loss: hint}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,9 @@ class Hint:
     """Key or index of the output, where the student's module returns a mapping, a list or a tuple."""
 
     def __post_init__(self) -> None:
-        Tap(module=self.module, key=self.key)  # validates both
+        if not isinstance(self.output, str):
+            raise UsageError(f"`output` must be the name of one of the cache's outputs, not {self.output!r}")
+        _ = self.tap  # validates module and key
 
     @property
     def tap(self) -> Tap:
@@ -52,22 +56,13 @@ def hint_from_config(config: Any) -> Hint:
         UsageError: a key, loss or parameter is unknown or missing.
     """
     if not isinstance(config, Mapping):
-        raise UsageError(f"expected a mapping such as {{output: features, module: layer2, loss: hint}}, not {config!r}")
-    check_keys("a hint has no key", config, [field.name for field in dataclasses.fields(Hint)])
-    for name in ("output", "module", "loss"):
-        if name not in config:
-            raise UsageError(
-                f"{name!r} is missing; expected for example {{output: features, module: layer2, loss: hint}}"
-            )
-    if not isinstance(config["output"], str):
-        raise UsageError(f"`output` must be the name of one of the cache's outputs, not {config['output']!r}")
-    return Hint(
-        output=config["output"],
-        module=config["module"],
-        loss=hint_loss_from_config(config["loss"]),
-        weight=scheduled_weight(config.get("weight", 1.0)),
-        key=config.get("key"),
-    )
+        raise UsageError(f"expected a mapping such as {EXAMPLE}, not {config!r}")
+    return configured("a hint", Hint, config, _converted)
+
+
+def _converted(name: str, value: Any) -> Any:
+    convert = {"loss": hint_loss_from_config, "weight": scheduled_weight}.get(name)
+    return value if convert is None else convert(value)
 
 
 def hints_config(value: Any) -> list[dict[str, Any]]:
@@ -77,9 +72,7 @@ def hints_config(value: Any) -> list[dict[str, Any]]:
         UsageError: as `hint_from_config`, with the number of the hint.
     """
     if not isinstance(value, list | tuple):
-        raise UsageError(
-            f"expected a list of hints such as {{output: features, module: layer2, loss: hint}}, not {value!r}"
-        )
+        raise UsageError(f"expected a list of hints such as {EXAMPLE}, not {value!r}")
     stated = []
     for number, config in enumerate(value, start=1):
         try:

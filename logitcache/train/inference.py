@@ -16,7 +16,7 @@ from logitcache.catalog.capture import Capture, Tap, captured_shapes
 from logitcache.config.schema import TeacherConfig
 from logitcache.context import Context
 from logitcache.data.loading import proven_batches
-from logitcache.data.sequences import position_index, positions_in, rows_of_output
+from logitcache.data.sequences import batch_rows, sequence_rows
 from logitcache.data.views import ViewDataset
 from logitcache.devices import autocast, to_device
 from logitcache.progress import track
@@ -77,14 +77,14 @@ class TeacherRunner:
         loader = proven_batches(
             views, batches, num_workers=context.num_workers, pin_memory=context.device.type == "cuda"
         )
-        rows = views.plan.rows
+        rows = sequence_rows(views)
         for (index, inputs, _), digests in loader:
             with torch.inference_mode():
                 logits, outputs = self(inputs)
-                if rows is not None and not rows.one_each:
-                    at_BL = position_index(index, rows, positions_in(logits))
-                    logits = rows_of_output(logits, at_BL)
-                    outputs = {name: rows_of_output(values, at_BL) for name, values in outputs.items()}
+                if rows is not None:
+                    of_batch = batch_rows(index, rows, inputs, logits)
+                    logits = of_batch.of_output(logits)
+                    outputs = {name: of_batch.of_output(values) for name, values in outputs.items()}
             yield TeacherOutput(digests, logits, outputs)
 
 

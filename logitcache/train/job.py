@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,30 +12,53 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from logitcache.cache.outputs import Output
 from logitcache.config.schema import TrainConfig
+from logitcache.data.packing import pack
+from logitcache.data.sequences import sequence_rows
 from logitcache.data.views import ViewDataset
 from logitcache.digest import json_digest
 from logitcache.errors import UsageError
 from logitcache.losses import Loss
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.hints import Hints
-from logitcache.train.labels import Labels, OutputLabels
+from logitcache.train.labels import Labels
 from logitcache.train.tracking import Tracker
 
 
 @dataclass(kw_only=True)
-class Job:
-    """A model to train, with its data, labels, loss and settings."""
+class TrainingData:
+    """The views that a model is trained on, and the teacher's labels for them."""
 
-    name: str
-    model: nn.Module
     views: ViewDataset
     """Yields (index, input, target); input is (student's, teacher's) where the labels need both."""
     indices: np.ndarray
     """Samples of `views` to train on, int64 (M,)."""
-    num_views: int | None
+    labels: Labels | None = None
+    num_views: int | None = None
     """Epoch e uses view e mod this; None gives each epoch a new view."""
-    labels: Labels | None
+    first_view: int = 0
+    """View of epoch 0; not 0 where the cache is a partial copy without the first views."""
+    window_blocks: int | None = None
+    """Set where views are streamed: each batch then stays within this many blocks."""
+    extra_outputs: Mapping[str, Output] = field(default_factory=dict)
+    """The teacher's outputs beside the logits, which hints may use."""
+    views_key: str = ""
+    """Equal where the views are the same before the model's own preprocessing."""
+    identity_of_labels: dict[str, Any] = field(default_factory=dict)
+    """The labels' part of a run's identity."""
+
+    def view_of(self, epoch: int) -> int:
+        """The view that an epoch uses."""
+        return epoch if self.num_views is None else self.first_view + epoch % self.num_views
+
+
+@dataclass(kw_only=True)
+class Job(TrainingData):
+    """A model to train on data, with its loss and settings."""
+
+    name: str
+    model: nn.Module
     loss: Loss
     config: TrainConfig
     seed: int
@@ -48,21 +71,14 @@ class Job:
     """What the run computes; a run folder of another identity is refused."""
     resolved: str
     """The resolved pipeline in YAML, written to the run folder."""
-    views_key: str = ""
-    """Equal for two jobs whose views are the same before the model's own preprocessing."""
     input_key: str = ""
     """Equal for two jobs with the same preprocessing."""
-    rows_per_block: int | None = None
-    window_blocks: int | None = None
-    """Set where views are streamed: each batch then stays within this many blocks."""
     sample_weights: Tensor | None = None
     """Factor of each sample's loss, float32 (N,) by row number, with mean 1 over `indices`; None for 1."""
     classes: np.ndarray | None = None
     """The class of each of `indices`, int64 (M,); each epoch then samples all classes equally often."""
     documents: dict[str, str] = field(default_factory=dict)
     """Further files of the run folder: text by name."""
-    first_view: int = 0
-    """View of epoch 0; not 0 where the cache is a partial copy without the first views."""
     tracker: Callable[[], Tracker] | None = None
     """Starts an experiment tracker, which also gets the metrics."""
     hints: Hints | None = None
@@ -74,15 +90,16 @@ class Job:
                 f"train.early_stopping of {self.name} needs a validation split; set data.validation to a fraction such "
                 "as 0.1"
             )
-        if self.hints is not None and not isinstance(self.labels, OutputLabels):
-            raise UsageError(
-                f"the hints of {self.name} need teacher outputs, and its labels provide logits only; use the labels of "
-                "one cache"
-            )
+        if sequence_rows(self.views) is not None:
+            self._check_sequences()
 
-    def view_of(self, epoch: int) -> int:
-        """The view that an epoch uses."""
-        return epoch if self.num_views is None else self.first_view + epoch % self.num_views
+    def _check_sequences(self) -> None:
+        if self.hints is not None:
+            raise UsageError(f"the hints of {self.name} need one row per sample; sequences have logits only")
+        if self.views.plan.collate is pack and self.config.accumulate > 1:
+            raise UsageError(
+                f"{self.name}: a packed batch can't be split; set train.accumulate to 1, or data.collate to pad"
+            )
 
     def description(self) -> dict[str, Any]:
         """The run's description for a tracker: its identity, and an `id` that is the same after an interruption."""

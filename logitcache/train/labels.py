@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,50 +12,49 @@ from torch import Tensor
 from logitcache.cache.labelview import View
 from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache
+from logitcache.data.sequences import rows_of_output
 from logitcache.data.views import ViewDataset
 from logitcache.train.inference import TeacherRunner
 
 # B batch, C classes
 
 
-class Labels(Protocol):
-    """Teacher logits for the batches of a run, looked up in the main process."""
+class Labels(ABC):
+    """The teacher's outputs for the batches of a run, looked up in the main process."""
 
-    needs_teacher_inputs: bool
+    needs_teacher_inputs = False
     """Whether batches carry the teacher's input beside the student's; otherwise both are the same."""
 
-    def start_view(self, view: int, following: int | None) -> None:
+    def expect(self, outputs: Sequence[str], following: Sequence[str]) -> None:  # noqa: B027
+        """Declare the outputs that are used in the view that starts next, and in the one after it."""
+
+    def start_view(self, view: int, following: int | None) -> None:  # noqa: B027
         """Load a view, and start to load the next one."""
 
-    def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:
+    def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:  # noqa: B027
         """Compare a batch with the same samples, rendered again from `views`.
 
         Raises:
             IdentityMismatch: the batch does not show the view that its index names.
         """
 
-    def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
-        """Float32 (B, C) for samples of the current view.
+    @abstractmethod
+    def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
+        """The named outputs for samples of the current view, float32 (B, *shape), or (R, *shape) for rows of sequences.
 
         Args:
-            index: int (B,), from `ViewDataset`.
+            names: `logits` is the teacher's logits.
+            index: int (B,), from `ViewDataset`; of sequences the index of each position, int (B, L), -1 for none.
             teacher_inputs: the teacher's input, where `needs_teacher_inputs`.
             targets: the true labels, int (B,), or float (B, C) where samples were mixed; on any device.
         """
 
-
-@runtime_checkable
-class OutputLabels(Labels, Protocol):
-    """Labels that also provide other outputs of the teacher."""
-
-    def expect(self, outputs: Sequence[str], following: Sequence[str]) -> None:
-        """Declare the outputs that are used in the view that starts next, and in the one after it."""
-
-    def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
-        """The named outputs of the teacher, `logits` included, float32 (B, *shape); arguments as in `logits`."""
+    def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
+        """The logits (B, C); arguments as in `outputs`."""
+        return self.outputs([LOGITS], index, teacher_inputs, targets)[LOGITS]
 
 
-class CachedLabels:
+class CachedLabels(Labels):
     """Labels from a cache. The current view is kept in memory while the next one loads in the background.
 
     Args:
@@ -65,8 +65,6 @@ class CachedLabels:
         prove: before the first step of each view, render its proof rows and compare them with the cache's digests.
         outputs: all outputs that the run uses.
     """
-
-    needs_teacher_inputs = False
 
     def __init__(
         self,
@@ -112,25 +110,20 @@ class CachedLabels:
     def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:
         self._cache.check_batch(index, inputs, views=views)
 
-    def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
-        assert self._view is not None
-        return self._view.logits(index)
-
     def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
         view = self._view
         assert view is not None
+        index = index if index.ndim == 1 else index[index >= 0]
         return {name: view.output(name, index) for name in names}
 
 
-class EnsembleLabels:
+class EnsembleLabels(Labels):
     """Combined logits of several teachers, from caches of the same views.
 
     Args:
         members: one per teacher; inputs are verified against the first one.
         combine: (logits (B, C) of each, true labels) -> (B, C).
     """
-
-    needs_teacher_inputs = False
 
     def __init__(self, members: Sequence[CachedLabels], combine: Callable[[list[Tensor], Tensor], Tensor]) -> None:
         self._members = members
@@ -149,31 +142,20 @@ class EnsembleLabels:
     def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:
         self._members[0].check_batch(index, inputs, views)  # all members have the same views
 
-    def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
-        return self._combine([member.logits(index, None, targets) for member in self._members], targets)
+    def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
+        return {LOGITS: self._combine([member.logits(index, None, targets) for member in self._members], targets)}
 
 
-class LiveLabels:
+class LiveLabels(Labels):
     """Labels from the teacher, run on every batch."""
 
     def __init__(self, teacher: TeacherRunner, *, needs_teacher_inputs: bool) -> None:
         self.needs_teacher_inputs = needs_teacher_inputs
         self._teacher = teacher
 
-    def expect(self, outputs: Sequence[str], following: Sequence[str]) -> None:
-        """Nothing to load."""
-
-    def start_view(self, view: int, following: int | None) -> None:
-        """Nothing to load."""
-
-    def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:
-        """Nothing to compare: the teacher gets the same inputs."""
-
-    def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
-        return self.outputs([LOGITS], index, teacher_inputs, targets)[LOGITS]
-
     def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             logits_BC, extra_outputs = self._teacher(teacher_inputs)
         outputs = {LOGITS: logits_BC, **extra_outputs}
-        return {name: outputs[name].float() for name in names}
+        found = {name: outputs[name].float() for name in names}
+        return found if index.ndim == 1 else {name: rows_of_output(values, index) for name, values in found.items()}

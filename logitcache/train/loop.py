@@ -25,13 +25,13 @@ from logitcache.catalog.models import load_state
 from logitcache.data.batching import Batch
 from logitcache.data.loading import part_of, rendered_batches
 from logitcache.data.order import batches, epoch_order, step_seed
+from logitcache.data.sequences import row_counts, sequence_rows
 from logitcache.devices import seed_device
 from logitcache.errors import CorruptRun, InvalidLogits
 from logitcache.progress import Meter, track
 from logitcache.randomness import preserved_generators, seed_generators
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.job import Job
-from logitcache.train.labels import OutputLabels
 from logitcache.train.optimizer import OptimizerStep, WeightAverage
 from logitcache.train.ranks import ALONE, Ranks
 from logitcache.train.runs import CHECKPOINT, FROM_START, RESOLVED, NullRunFolder, RunFolder
@@ -54,8 +54,8 @@ class _State:
     """Steps of each log line."""
     epoch_seconds: list[float] = field(default_factory=list)
     """Duration of each epoch that ran without interruption."""
-    best: float = -1.0
-    """Validation accuracy of the best epoch so far."""
+    best: float = -math.inf
+    """Validation score of the best epoch so far: accuracy, or -NLL of sequences."""
     stale_epochs: int = 0
     """Epochs since the best one."""
 
@@ -173,14 +173,14 @@ class Run:
     def places(self) -> Iterator[list[tuple[int, int]]]:
         """(view, index) of this process's share of each remaining batch of all epochs."""
         job = self.job
-        rows = job.indices if job.views.rows is None else job.views.rows[job.indices]
+        blocks = None if job.window_blocks is None else job.views.blocks_of(job.indices)
         first_epoch, skipped = divmod(self.state.step, self.steps_per_epoch)
         for epoch in range(first_epoch, job.config.epochs):
             order = epoch_order(
-                rows,
+                len(job.indices),
                 seed=job.seed,
                 epoch=epoch,
-                rows_per_block=job.rows_per_block,
+                blocks=blocks,
                 window_blocks=job.window_blocks,
                 classes=job.classes,
             )
@@ -202,8 +202,7 @@ class Run:
         self._saving_seconds = 0.0
         needed, next_needed = self._needed(self._epoch), self._needed(self._epoch + 1)
         if job.labels is not None and needed:
-            if isinstance(job.labels, OutputLabels):
-                job.labels.expect(needed, next_needed)
+            job.labels.expect(needed, next_needed)
             following = job.view_of(self._epoch + 1) if next_needed else None
             job.labels.start_view(job.view_of(self._epoch), following)
 
@@ -231,12 +230,15 @@ class Run:
         batch_size = self._batch_sizes[state.step % self.steps_per_epoch]
         share = len(self.ranks.share(np.arange(batch_size)))
         parts = self._micro_batches(len(index))
+        num_rows = self._rows_of_step(index, share)
         loss = torch.zeros((), device=job.device)
         for number, (start, stop) in enumerate(parts):
             batch = (part_of(value, start, stop) for value in (index, inputs, targets)) if len(parts) > 1 else None
             loss_B = losses(job, self._net, state.step / self.total_steps, *(batch or (index, inputs, targets)))
             counted = min(max(share - start, 0), stop - start)
-            if counted == stop - start:
+            if num_rows is not None:
+                part_loss = loss_B[:counted].sum() / num_rows
+            elif counted == stop - start:
                 part_loss = loss_B.mean() * (counted / batch_size)
             else:
                 part_loss = loss_B[:counted].sum() / batch_size
@@ -272,9 +274,11 @@ class Run:
         state.epoch_losses, state.epoch_counts = [], []
         metrics |= {"lr": self._optimizer_step.learning_rate(state.step - 1), "epoch_seconds": seconds}
         metrics |= self._measured(job.validation, "validation_")
-        accuracy = metrics.get("validation_accuracy")
-        if accuracy is None or accuracy > state.best:
-            state.best = state.best if accuracy is None else accuracy
+        score = metrics.get("validation_accuracy")
+        if "validation_nll" in metrics:
+            score = -metrics["validation_nll"]
+        if score is None or score > state.best:
+            state.best = state.best if score is None else score
             state.stale_epochs = 0
             self.folder.save_weights(self.trained, "best", state.step)
         else:
@@ -284,7 +288,9 @@ class Run:
         self.done = state.step >= self.total_steps or (patience is not None and state.stale_epochs >= patience)
         if not self.done:
             self._checkpoint()
-        return f"loss {metrics['loss']:.3f}" + ("" if accuracy is None else f", validation {accuracy:.1%}")
+        if "validation_nll" in metrics:
+            return f"loss {metrics['loss']:.3f}, validation NLL {metrics['validation_nll']:.3f}"
+        return f"loss {metrics['loss']:.3f}" + ("" if score is None else f", validation {score:.1%}")
 
     def finish(self) -> dict[str, Any]:
         """Save the last weights, and measure the result: on the best weights where early stopping is on."""
@@ -312,6 +318,19 @@ class Run:
         result = self.ranks.from_first(lambda: result)
         self.folder.finish(result)
         return result
+
+    def _rows_of_step(self, index: Tensor, share: int) -> float | None:
+        """Rows of a batch of sequences, in all processes; None with one row per sample.
+
+        Args:
+            index: of this process's part of the batch, (B,).
+            share: how many of these samples count.
+        """
+        rows = sequence_rows(self.job.views)
+        if rows is None:
+            return None
+        num_rows = torch.tensor(float(row_counts(index[:share], rows).sum()), device=self.job.device)
+        return max(float(self.ranks.sum(num_rows)), 1.0)
 
     def _micro_batches(self, size: int) -> list[tuple[int, int]]:
         """(start, stop) of each micro-batch, of nearly equal sizes for batch norm."""

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +49,8 @@ class RunResult(BaseModel):
     seed: int
     accuracy: Share | None
     validation_accuracy: Share | None
+    nll: Positive | None = None
+    validation_nll: Positive | None = None
     epoch_seconds: Positive | None
     epochs: int = Field(ge=1)
     samples: int = Field(ge=1)
@@ -283,31 +286,10 @@ class RunFolder:
 
 
 class NullRunFolder:
-    """Stands for the run folder in every process but the first: writes nothing and finds nothing."""
+    """Stands for the run folder in every process but the first: each method of `RunFolder` does nothing."""
 
-    def result(self, name: str, seed: int) -> None: ...
-
-    def checkpoint(self) -> None: ...
-
-    def write(self, name: str, text: str) -> None: ...
-
-    def save_checkpoint(self, state: dict[str, Any]) -> None: ...
-
-    def save_weights(self, model: nn.Module, name: str, step: int) -> None: ...
-
-    def best_weights(self, step: int) -> dict[str, Tensor]:
-        """Only the first process reads weights."""
-        raise NotImplementedError
-
-    def start_log(
-        self, step: int, tracker: Tracker | None = None, description: dict[str, Any] | None = None
-    ) -> None: ...
-
-    def log(self, step: int, values: dict[str, float]) -> None: ...
-
-    def log_epoch(self, step: int, values: dict[str, float]) -> None: ...
-
-    def finish(self, result: dict[str, Any]) -> None: ...
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *arguments: None
 
 
 def _resume_header(payload: bytes | memoryview) -> bytes:

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from logitcache.cache.manifest import LOGITS
 from logitcache.catalog.calling import call_model, logits_of
 from logitcache.data.index import split_index
+from logitcache.data.rows import RowMap
+from logitcache.data.sequences import batch_rows, sequence_rows
 from logitcache.devices import autocast, to_device
+from logitcache.losses import Loss
 from logitcache.train.job import Job
-from logitcache.train.labels import OutputLabels
 
 # B batch, C classes
 
@@ -19,13 +21,15 @@ from logitcache.train.labels import OutputLabels
 def losses(job: Job, net: nn.Module, progress: float, index: Tensor, inputs: Any, targets: Any) -> Tensor:
     """The loss of each sample of a batch, (B,), including the model's own penalty, if it adds one.
 
+    The loss of a sequence is the sum over its rows.
+
     Args:
         job: the run's settings, labels and loss.
         net: the job's model as it is trained: compiled, in parallel, with hooks for hints.
         progress: the fraction of training that is done, 0 to 1, for schedules.
         index: view and row of each sample, int (B,), from `ViewDataset`.
         inputs: the student's, or (the student's, the teacher's) where the labels need both.
-        targets: the true labels, int (B,), or float (B, C) where samples were mixed.
+        targets: the true labels, int (B,), or float (B, C) where samples were mixed; of sequences (B, rows), padded.
     """
     teacher_inputs = inputs
     if job.labels is not None and job.labels.needs_teacher_inputs:
@@ -33,14 +37,37 @@ def losses(job: Job, net: nn.Module, progress: float, index: Tensor, inputs: Any
     inputs = to_device(inputs, job.device, channels_last=job.config.channels_last)
     targets = to_device(targets, job.device)
     loss = job.loss.at(progress)
+    rows = sequence_rows(job.views)
+    if rows is not None:
+        loss_B, penalty = _losses_of_sequences(job, net, loss, rows, index, inputs, teacher_inputs, targets)
+        return _weighted(job, loss_B, penalty, rows.samples_of(split_index(index)[1].clamp(min=0)))
     from_teacher = _from_teacher(job, progress, index, teacher_inputs, targets, logits=loss.needs_teacher)
     student_BC, features, penalty = _forward(job, net, inputs)
     loss_B = loss(student_BC, from_teacher.get(LOGITS) if loss.needs_teacher else None, targets)
     if job.hints is not None:
         loss_B = loss_B + job.hints.losses(features, from_teacher, progress)
+    return _weighted(job, loss_B, penalty, split_index(index)[1])
+
+
+def _weighted(job: Job, loss_B: Tensor, penalty: Tensor | None, samples_B: Any) -> Tensor:
     if job.sample_weights is not None:
-        loss_B = loss_B * job.sample_weights[split_index(index)[1]].to(loss_B.device)
+        loss_B = loss_B * job.sample_weights[samples_B].to(loss_B.device)
     return loss_B if penalty is None else loss_B + penalty
+
+
+def _losses_of_sequences(
+    job: Job, net: nn.Module, loss: Loss, rows: RowMap, index: Tensor, inputs: Any, teacher_inputs: Any, targets: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The sum of the losses of each sequence's rows, (B,), and the model's penalty."""
+    student, _, penalty = _forward(job, net, inputs)
+    of_batch = batch_rows(index, rows, inputs, student)
+    targets_R = of_batch.of_targets(targets) if loss.needs_target else targets
+    teacher = None
+    if loss.needs_teacher:
+        assert job.labels is not None
+        teacher = job.labels.logits(of_batch.index, teacher_inputs, targets_R)
+    loss_R = loss(of_batch.of_output(student), teacher, targets_R)
+    return of_batch.summed(loss_R), penalty
 
 
 def _from_teacher(
@@ -49,16 +76,14 @@ def _from_teacher(
     """The teacher's outputs for the batch that are used now, by name."""
     needed = {LOGITS} if logits else set()
     if job.hints is not None:
-        assert isinstance(job.labels, OutputLabels)
         needed |= job.hints.needed_at(progress)
-        return job.labels.outputs(sorted(needed), index, teacher_inputs, targets) if needed else {}
     if job.labels is None or not needed:
         return {}
-    return {LOGITS: job.labels.logits(index, teacher_inputs, targets)}
+    return job.labels.outputs(sorted(needed), index, teacher_inputs, targets)
 
 
 def _forward(job: Job, net: nn.Module, inputs: Any) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-    """The student's logits (B, C), its features by hint number, and its penalty, if any."""
+    """The student's logits, (B, C) or (B, L, C), its features by hint number, and its penalty, if any."""
     adds_penalty = getattr(job.model, "adds_penalty", False)
     with autocast(job.device, job.config.precision):
         options = {"with_penalty": True} if adds_penalty else {}

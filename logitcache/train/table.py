@@ -23,12 +23,17 @@ class Row:
     samples: int
     parameters: int
     seeds: list[int]
+    nll_mean: float | None = None
+    """Of sequences: negative log-likelihood of the true classes on the test split, in nats per row."""
+    nll_sd: float | None = None
+    """Standard deviation between seeds; None for a single seed."""
 
 
 def summarise(name: str, results: Sequence[dict[str, Any]]) -> Row:
     """A row of the table, from the result of each seed."""
     accuracies = [result["accuracy"] for result in results if result["accuracy"] is not None]
     validation = [result["validation_accuracy"] for result in results if result["validation_accuracy"] is not None]
+    nlls = [result["nll"] for result in results if result.get("nll") is not None]
     seconds = [result["epoch_seconds"] for result in results if result["epoch_seconds"] is not None]
     return Row(
         name=name,
@@ -39,4 +44,6 @@ def summarise(name: str, results: Sequence[dict[str, Any]]) -> Row:
         samples=results[0]["samples"],
         parameters=results[0]["parameters"],
         seeds=[result["seed"] for result in results],
+        nll_mean=statistics.fmean(nlls) if nlls else None,
+        nll_sd=statistics.stdev(nlls) if len(nlls) > 1 else None,
     )

@@ -127,6 +127,6 @@ def _batches_of(job: Job) -> str:
             "first_view": job.first_view,
             "seed": job.seed,
             "batch_size": job.config.batch_size,
-            "window": [job.rows_per_block, job.window_blocks] if job.window_blocks else None,
+            "window": job.window_blocks,
         }
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from logitcache.cache.ground_truth import NO_TARGET, targets_of
 from logitcache.cache.mean_probabilities import MeanProbabilities
 from logitcache.cache.reader import LogitCache
 from logitcache.errors import UsageError
+from logitcache.registry import configured, unknown_name
 
 # C classes, M samples of a run, N samples of a cache
 
@@ -30,7 +31,7 @@ class SampleWeights:
 
     def __post_init__(self) -> None:
         if self.name not in KINDS:
-            raise UsageError(f"unknown sample_weights {self.name!r}; expected one of: {', '.join(KINDS)}")
+            raise UsageError(unknown_name("kind", self.name, KINDS))
         if not isinstance(self.beta, int | float) or isinstance(self.beta, bool) or not 0 <= self.beta < 1:
             raise UsageError(f"beta of class_balanced must be in [0, 1), not {self.beta!r}")
 
@@ -47,12 +48,9 @@ def weights_from_config(value: Any) -> SampleWeights:
         UsageError: unknown name or parameter.
     """
     given = {"name": value} if isinstance(value, str) else value
-    known = [field.name for field in fields(SampleWeights)]
-    if not isinstance(given, Mapping) or set(given) - set(known):
-        raise UsageError(
-            f"sample_weights must be one of {', '.join(KINDS)}, or a mapping of {', '.join(known)}; found {value!r}"
-        )
-    weights = SampleWeights(**given)
+    if not isinstance(given, Mapping):
+        raise UsageError(f"sample_weights must be one of {', '.join(KINDS)}, or a mapping with `name`, not {value!r}")
+    weights = configured("sample_weights", SampleWeights, given)
     if "beta" in given and weights.name != CLASS_BALANCED:
         raise UsageError(f"beta is a parameter of class_balanced only, not of {weights.name}")
     return weights

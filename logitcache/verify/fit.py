@@ -14,7 +14,8 @@ from logitcache.cache.ensemble import merged_parts
 from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.catalog.datasets import Data
-from logitcache.data.samples import compare_samples, content_table, match_rows, sample_table
+from logitcache.data.rows import rows_of_dataset
+from logitcache.data.samples import Dataset, compare_samples, content_table, match_rows, sample_table
 from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.errors import IdentityMismatch, IncompleteCache, unsealed
 from logitcache.progress import track
@@ -82,6 +83,12 @@ def open_fitting_cache(
             )
         return cache, None
     rows = match_rows(cache.samples, sample_table(data.train), cache_id=cache.id, subset=subset)
+    differences = _sequence_differences(cache, data.train, rows)
+    if differences:
+        raise IdentityMismatch(
+            f"cache {cache.id[:12]}… at {location} was built from other sequences; {len(differences)} differ, the "
+            f"first: {differences[0]}.\nRestore them, or build another cache with another cache.path."
+        )
     same_order = len(rows) == cache.num_samples and bool((rows == np.arange(len(rows))).all())
     return cache, None if same_order else rows
 
@@ -128,7 +135,44 @@ def view_differences(cache: LogitCache, data: Data, plan: ViewPlan) -> list[str]
         here["transform"] = plan.describe()
     if cached.class_names is not None and data.class_names is not None:
         here["class_names"] = data.class_names
+    if cached.rows is None or plan.rows is None or plan.rows.one_each:
+        here["rows"] = None if plan.rows is None else plan.rows.fingerprint()
+    here["tokenization"] = getattr(data.train, "tokenization", {})
     return _differences(cache, here)
+
+
+def _sequence_differences(cache: LogitCache, dataset: Dataset, samples: np.ndarray) -> list[str]:
+    """Sequences whose tokens or rows differ from those of the cache, one line each; for data in memory only.
+
+    Args:
+        cache: the cache.
+        dataset: of sequences or other samples.
+        samples: the cache's sample of each sample here, int64 (M,).
+    """
+    theirs, ours = cache.row_map, rows_of_dataset(dataset)
+    if theirs.one_each:
+        return []
+    differences = []
+    counts, own_counts = np.diff(theirs.offsets)[samples], np.diff(ours.offsets)
+    for index in np.flatnonzero(counts != own_counts):
+        differences.append(f"{_named(cache, samples[index])} has {counts[index]} rows, {own_counts[index]} here")
+    if differences:
+        return differences
+    if theirs.positions is not None or ours.positions is not None:
+        shift = np.repeat(theirs.offsets[samples] - ours.offsets[:-1], own_counts)
+        rows = np.arange(ours.num_rows)
+        moved = theirs.positions_of(rows + shift) != ours.positions_of(rows)
+        others = np.unique(ours.samples_of(rows[moved]))
+        differences += [f"{_named(cache, samples[index])} has rows at other positions" for index in others]
+    contents = None if cache.samples is None else cache.samples.contents
+    if contents is not None and getattr(dataset, "in_memory", False):
+        changed = (contents[samples] != content_table(dataset)).any(axis=1)
+        differences += [f"{_named(cache, samples[index])} has other tokens" for index in np.flatnonzero(changed)]
+    return differences
+
+
+def _named(cache: LogitCache, sample: Any) -> str:
+    return f"sample {sample}" + ("" if cache.samples is None else f" ({cache.samples.key(int(sample))})")
 
 
 def teacher_differences(cache: LogitCache, teacher: TeacherIdentity) -> list[str]:
@@ -179,7 +223,10 @@ def all_differences(
     here = replace(here, contents=contents)
     differences += compare_samples(cache.samples, here)
     if not differences:
-        views = ViewDataset(data.train, plan, rows=match_rows(cache.samples, here, cache_id=cache.id))
+        samples = match_rows(cache.samples, here, cache_id=cache.id)
+        differences += _sequence_differences(cache, data.train, samples)
+    if not differences:
+        views = ViewDataset(data.train, plan, rows=samples)
         for view in cache.views:
             try:
                 cache.verify_inputs(views, view)

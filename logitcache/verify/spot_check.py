@@ -39,7 +39,7 @@ def spot_check(
         cache: sealed.
         views: of the training split, with rows of the cache.
         runner: the teacher, with hooks for the outputs.
-        count: rows to draw, over all views.
+        count: samples to draw, over all views.
         outputs: compared beside the logits.
         seed: of the draw.
 
@@ -52,7 +52,8 @@ def spot_check(
             "the caches that it was merged from"
         )
     samples = cache.samples
-    plan = replace(views.plan, num_samples=cache.num_samples, contents=None if samples is None else samples.contents)
+    contents = None if samples is None else samples.contents
+    plan = replace(views.plan, num_samples=cache.num_samples, contents=contents, rows=cache.row_map)
     views = ViewDataset(views.dataset, plan, rows=views.rows)
     total = len(views) * len(cache.views)
     draws = {counter_seed("spot check", seed, number) % total for number in range(min(count, total))}
@@ -63,8 +64,10 @@ def spot_check(
     with track("running the teacher again", len(places), unit="samples") as meter:
         for batch, computed in zip(batches, runner.run(views, batches), strict=True):
             for view in sorted({view for view, _ in batch}):
-                within = [number for number, place in enumerate(batch) if place[0] == view]
-                rows_B = np.array([views.row(batch[number][1]) for number in within])
+                of_samples = [np.array(cache.row_map.sample_rows(views.row(index))) for _, index in batch]
+                in_view = [np.full(len(rows), place[0] == view) for place, rows in zip(batch, of_samples, strict=True)]
+                within = np.flatnonzero(np.concatenate(in_view))
+                rows_B = np.concatenate(of_samples)[within]
                 for name in (LOGITS, *outputs):
                     again = computed.logits if name == LOGITS else computed.outputs[name]
                     differing = differing_rows(

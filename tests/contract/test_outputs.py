@@ -468,8 +468,11 @@ def test_plan_counts_the_outputs(tiny: Make) -> None:
     [
         ("{features: trnk}", "TwoHeads has no module 'trnk'; nearest: trunk"),
         ("{features: {module: trunk, pool: 0}}", "cache.outputs: features: `pool` of 'trunk' must be an integer"),
-        ("{features: {modul: trunk}}", "unknown key 'modul'; did you mean 'module'"),
-        ("{features: {pool: 3}}", "`module` is missing"),
+        (
+            "{features: {modul: trunk}}",
+            "features: a mapping of a module has no parameter 'modul'; did you mean 'module'",
+        ),
+        ("{features: {pool: 3}}", "a mapping of a module lacks 'module'; its parameters are: module, key, pool"),
         ("{parity: {module: parity, pool: 2}}", "only .B, C, H, W. can be pooled"),
         ("{features: {module: trunk, key: out}}", "returns a tensor of float32, which has no 'out'"),
         ("{features: {module: trunk, encoding: dense}}", "needs the encoding Values"),

@@ -19,15 +19,17 @@ SAMPLES, CLASSES = 8, 5
 PUBLIC = {
     "LogitCache": """check_batch check_plan contents digest encoding encoding_of extra_outputs id input_digests kl_mean
         layout logits manifest num_classes num_samples num_views outputs pin prefetch read_blocks read_encoded
-        receipts records rows samples sealed storage stored_bytes target_bytes verify_inputs view view_bytes view_plan
-        views window_blocks""",
+        receipts records row_map row_offsets rows samples sealed storage stored_bytes target_bytes verify_inputs view
+        view_bytes view_plan
+        views window_blocks num_rows""",
     "View": "logits num_classes num_rows number output targets",
-    "ViewDataset": """batch check_view collate dataset index_of input_digests num_samples plan preprocess proofs row rows
+    "ViewDataset": """batch blocks_of check_view collate dataset index_of input_digests num_samples plan preprocess proofs row rows
         set_view""",
-    "ViewPlan": """collate contents datasets describe limit_views mixes mixing mixture num_classes num_samples preprocess seed
+    "ViewPlan": """collate contents datasets describe limit_views mixes mixing mixture num_classes num_samples preprocess rows seed
         transform views""",
     "ViewSampler": "load_state_dict set_epoch state_dict view",
-    "CacheWriter": """close committed_blocks encoding flush layout manifest missing_blocks outputs seal storage write""",
+    "CacheWriter": """close committed_blocks encoding flush layout manifest missing_blocks outputs row_map seal storage
+        write write_sparse""",
 }
 OLD = {
     "LogitCache": "objects trust others label_bytes check_inputs",

@@ -36,6 +36,12 @@ def test_a_cache_whose_blocks_are_all_written_is_sealed(tmp_path: Path, encoding
     assert not (path / "receipts").exists() or not any((path / "receipts").rglob("*.json"))
 
 
+def test_a_cache_of_sequences_is_sealed(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.cache", num_samples=4, rows_per_sample=[3, 1, 2, 4])
+
+    assert [0, 3, 4, 6, 10] == logitcache.seal(path).row_offsets.tolist()
+
+
 def test_it_has_the_digest_that_its_writer_would_have_given_it(tmp_path: Path) -> None:
     with logitcache.create(
         tmp_path / "b.cache",

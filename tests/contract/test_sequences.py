@@ -278,3 +278,75 @@ def test_a_row_map_that_contradicts_the_identity_is_refused(tmp_path: Path) -> N
 
     with pytest.raises(CorruptCache):
         logitcache.open(tmp_path / "a").view(0)
+
+
+SPARSE = logitcache.TopK(k=4, dtype="float32")
+
+
+def entries(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The most probable classes of each row and their log-probabilities, as a serving engine returns them."""
+    log_probs, ids = logits.log_softmax(dim=-1).topk(count, dim=-1)
+    return ids, log_probs
+
+
+@pytest.mark.parametrize("count", [4, 5], ids=["K", "K + 1"])
+def test_entries_of_a_serving_engine_give_the_same_rows_as_all_logits(tmp_path: Path, count: int) -> None:
+    expected = build(tmp_path / "dense", encoding=SPARSE)
+    with writer(tmp_path / "sparse", encoding=SPARSE) as cache:
+        for view, logits in enumerate(some_logits()):
+            ids, log_probs = entries(logits, count)
+            cache.write_sparse(view=view, start=0, ids=ids.flip(1), log_probs=log_probs.flip(1))
+    found = logitcache.open(tmp_path / "sparse")
+
+    assert [] == verify(str(tmp_path / "sparse"), deep=True)
+    assert found.kl_mean is None
+    for view in found.views:
+        p, q = (each.view(view).logits(range(ROWS)).softmax(dim=1) for each in (expected, found))
+        assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_entries_may_be_written_again_and_other_entries_are_refused(tmp_path: Path) -> None:
+    ids, log_probs = entries(some_logits()[0], 4)
+    with writer(tmp_path / "a", encoding=SPARSE, num_views=1) as cache:
+        cache.write_sparse(view=0, start=0, ids=ids[:10], log_probs=log_probs[:10])
+        cache.write_sparse(view=0, start=5, ids=ids[5:10], log_probs=log_probs[5:10])
+        with pytest.raises(IdentityMismatch, match="row 8 of view 0 was written before|row 8 of view 0 differs"):
+            cache.write_sparse(view=0, start=8, ids=ids[3:5], log_probs=log_probs[3:5])
+        cache.write_sparse(view=0, start=10, ids=ids[10:], log_probs=log_probs[10:])
+        with pytest.raises(IdentityMismatch, match="row 3 of view 0 differs"):
+            cache.write_sparse(view=0, start=3, ids=ids[4:5], log_probs=log_probs[4:5])
+
+
+def test_a_block_takes_either_logits_or_entries(tmp_path: Path) -> None:
+    ids, log_probs = entries(some_logits()[0], 4)
+    with pytest.raises(IncompleteCache), writer(tmp_path / "a", encoding=SPARSE, num_views=1) as cache:
+        cache.write(view=0, start=0, logits=some_logits()[0, :2])
+        with pytest.raises(UsageError, match="has rows from logits; write all rows of a block either"):
+            cache.write_sparse(view=0, start=2, ids=ids[2:4], log_probs=log_probs[2:4])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        pytest.param(lambda ids, log_probs: ids.__setitem__((7, 1), CLASSES), InvalidLogits, "row 7.*30", id="class"),
+        pytest.param(lambda ids, log_probs: log_probs.__setitem__((7, 1), torch.nan), InvalidLogits, "row 7", id="NaN"),
+        pytest.param(lambda ids, log_probs: log_probs.__setitem__((7, 1), 0.5), InvalidLogits, "row 7", id="positive"),
+    ],
+)
+def test_entries_that_are_no_distribution_are_refused(tmp_path: Path, change: Any, error: Any, message: str) -> None:
+    ids, log_probs = entries(some_logits()[0], 4)
+    with writer(tmp_path / "a", encoding=SPARSE, num_views=1) as cache:
+        damaged = ids.clone(), log_probs.clone()
+        change(*damaged)
+        with pytest.raises(error, match=message):
+            cache.write_sparse(view=0, start=0, ids=damaged[0], log_probs=damaged[1])
+        cache.write_sparse(view=0, start=0, ids=ids, log_probs=log_probs)
+
+
+def test_other_encodings_and_further_outputs_need_all_logits(tmp_path: Path) -> None:
+    ids, log_probs = entries(some_logits()[0], 4)
+    features = {"features": logitcache.Output(shape=(3,))}
+    for name, changes in {"dense": {}, "outputs": {"outputs": features, "encoding": SPARSE}}.items():
+        with pytest.raises(IncompleteCache), writer(tmp_path / name, **changes) as cache:
+            with pytest.raises(UsageError, match="needs the logits of all classes|also stores features"):
+                cache.write_sparse(view=0, start=0, ids=ids, log_probs=log_probs)

@@ -205,7 +205,7 @@ def test_the_installed_command_runs_in_a_process_of_its_own(folder: Path) -> Non
         ),
         pytest.param("cache-teacher", "data.name=imagenet", 2, "unknown dataset 'imagenet'", id="dataset"),
         pytest.param("cache-teacher", "data.name=cifar10", 2, "To get it: set data.download=true", id="no data"),
-        pytest.param("cache-teacher", "data.name=os.path:join", 2, "run again with --trust", id="foreign code"),
+        pytest.param("cache-teacher", "data.name=os.path:join", 2, "re-run with --trust", id="foreign code"),
         pytest.param("cache-teacher", "teacher.model=resnet5O", 2, "did you mean 'resnet50'?", id="model"),
         pytest.param("cache-teacher", "teacher.args.widht=3", 2, "unexpected keyword argument 'widht'", id="argument"),
         pytest.param("cache-teacher", "teacher.args.hidden=[-5]", 2, "model 'mlp' can't be built", id="negative width"),

@@ -13,7 +13,6 @@ import torch
 
 from logitcache.cache.creation import create
 from logitcache.cache.reader import open_cache
-from logitcache.cli.printing import demo_summary, print_demo
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.encodings import Dense
 from logitcache.errors import UsageError
@@ -30,6 +29,7 @@ from logitcache.extras.demo import (
     demo_report,
     run_demo,
 )
+from logitcache.extras.printing import demo_summary, print_demo
 from logitcache.stages.train_student import Row, summarise
 from tests.models import pictures
 

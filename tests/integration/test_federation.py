@@ -22,12 +22,12 @@ from logitcache.cache.reader import open_cache
 from logitcache.cache.writer import CacheWriter
 from logitcache.catalog.datasets import load_data
 from logitcache.catalog.parts import PartConfig, samples_of_part
-from logitcache.cli.stages import federate_command
 from logitcache.config.build import resolve_data
 from logitcache.config.overrides import override, parse
 from logitcache.config.schema import DataConfig, Pipeline, load_pipeline
 from logitcache.data.samples import sample_table
 from logitcache.errors import IdentityMismatch, InvalidLogits, PartyMissing, UsageError
+from logitcache.extras.commands import federate_command
 from logitcache.extras.federation.configuration import Federation, load_federation
 from logitcache.extras.federation.rounds import PartyRound, federate
 from logitcache.extras.merge import merge

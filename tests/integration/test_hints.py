@@ -196,8 +196,11 @@ def test_a_step_changes_at_once_and_says_where_it_is_zero() -> None:
 @pytest.mark.parametrize(
     ("hint", "message"),
     [
-        ("{module: body, loss: hint}", "hint 1: 'output' is missing"),
-        ("{output: maps, modul: body, loss: hint}", "a hint has no key 'modul'; did you mean 'module'"),
+        ("{module: body, loss: hint}", "hint 1: a hint lacks 'output'; its parameters are: output, module, loss"),
+        (
+            "{output: maps, modul: body, loss: hint}",
+            "a hint has no parameter 'modul'; did you mean 'module'",
+        ),
         ("{output: maps, module: body, loss: hints}", "unknown loss 'hints'; did you mean 'hint'"),
         ("{output: maps, module: body, loss: {name: hint, scale: 2}}", "loss 'hint' has no parameter 'scale'"),
         ("{output: maps, module: body, loss: hint, weight: -1}", "weight is at least 0"),

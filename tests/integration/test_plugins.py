@@ -305,7 +305,7 @@ def test_info_needs_neither_torch_nor_the_package(built: Path, cache: Path) -> N
             "data", "unknown dataset 'stripes'; expected package.module:function or one of: mnist5k", id="data"
         ),
         pytest.param("cache", "unknown encoding 'grid'; expected one of: dense", id="encoding"),
-        pytest.param("students", "unknown loss 'focal_kl'; expected one of: kl", id="loss"),
+        pytest.param("students", "unknown loss 'focal_kl'; expected package.module:function or one of: kl", id="loss"),
     ],
 )
 def test_a_pipeline_names_what_is_unknown(section: str, message: str) -> None:

@@ -27,7 +27,8 @@ from logitcache.data.index import split_index
 from logitcache.data.views import ViewDataset
 from logitcache.errors import IncompleteCache, UsageError
 from logitcache.stages.cache_teacher import cache_teacher, teacher_batches
-from logitcache.stages.run import plan_run, run_pipeline
+from logitcache.stages.dry_run import plan_run
+from logitcache.stages.run import run_pipeline
 from logitcache.stages.train_student import Experiment, train_students
 from logitcache.stages.train_teacher import train_teacher
 from logitcache.train.loop import train

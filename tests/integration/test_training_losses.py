@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def test_a_change_that_changes_nothing_leaves_no_trace(tiny: Make, tmp_path: Pat
     assert same(tmp_path / "runs", tmp_path / "changing")
 
 
-class Counted:
+class Counted(Labels):
     """Labels that say what was asked of them, and when."""
 
     def __init__(self, labels: Labels) -> None:
@@ -117,9 +117,9 @@ class Counted:
     def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:
         self.labels.check_batch(index, inputs, views)
 
-    def logits(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Tensor:
+    def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
         self.gathers += 1
-        return self.labels.logits(index, teacher_inputs, targets)
+        return self.labels.outputs(names, index, teacher_inputs, targets)
 
 
 @pytest.mark.parametrize("labels", ["cache", "live"])

@@ -61,10 +61,10 @@ def test_what_nothing_is_known_of_weighs_one() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("balanced", "unknown sample_weights 'balanced'; expected one of: none, class_balanced"),
+        ("balanced", "sample_weights: unknown kind 'balanced'; did you mean 'class_balanced'"),
         ({"name": "class_balanced", "beta": 1.0}, r"beta of class_balanced must be in \[0, 1\), not 1\.0"),
         ({"name": "teacher_confidence", "beta": 0.5}, "beta is a parameter of class_balanced"),
-        ({"name": "none", "gamma": 2}, "or a mapping of name, beta; found"),
+        ({"name": "none", "gamma": 2}, "sample_weights has no parameter 'gamma'; it has: name, beta"),
     ],
 )
 def test_wrong_weights_say_what_is_expected(config: object, message: str) -> None:

@@ -18,8 +18,8 @@ FLOOR = {
     "share": 3, "catalog": 3, "testing": 3,
     "config": 4, "train": 4, "verify": 4,
     "stages": 5,
-    "extras": 6,
-    "cli": 7, "__init__": 7,
+    "extras": 6, "cli": 6,
+    "__init__": 7,
 }  # fmt: skip
 
 
@@ -98,6 +98,38 @@ def test_what_needs_no_torch_loads_none() -> None:
     program = "import sys, logitcache.cli, logitcache.cache.summary; print([n for n in ('torch', 'zarr') if n in sys.modules])"
 
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
+
+
+def test_reading_a_pipeline_loads_no_torch_where_no_value_needs_it(tmp_path: Path) -> None:
+    pipeline = {"name": "x", "data": {"name": "digits"}, "teacher": {"model": "mlp"}, "cache": {"path": "x.cache"}}
+    program = f"""
+import sys
+from logitcache.config.schema import parse_pipeline
+parse_pipeline({pipeline | {"students": [{"name": "a", "model": "mlp"}]}!r}, source="x")
+print([name for name in ("torch", "zarr", "numcodecs") if name in sys.modules])
+"""
+
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
+
+
+def test_a_dry_run_refuses_an_invalid_file_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("data: {name: digits}\nteacher: {model: mlp}\ncache: {pth: x.cache}\n")
+    program = """
+import sys
+import logitcache.cli
+sys.argv = ["logitcache", "run", "--dry-run", "bad.yaml"]
+try:
+    logitcache.cli.main()
+except SystemExit as leaving:
+    print([leaving.code, *(name for name in ("torch", "zarr") if name in sys.modules)])
+"""
+
+    assert (
+        subprocess.check_output(
+            [sys.executable, "-c", program], text=True, cwd=tmp_path, stderr=subprocess.DEVNULL
+        ).strip()
+        == "[2]"
+    )
 
 
 def test_every_name_of_the_package_is_there_and_known_to_type_checkers() -> None:

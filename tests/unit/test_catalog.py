@@ -156,7 +156,7 @@ def test_one_changed_weight_is_another_teacher() -> None:
 
 
 def test_code_from_elsewhere_needs_consent() -> None:
-    with pytest.raises(UntrustedCode, match="run again with --trust"):
+    with pytest.raises(UntrustedCode, match="re-run with --trust"):
         build_model("torchvision.models:resnet18", num_classes=7, input_shape=(3, 32, 32))
 
     model = build_model("torchvision.models:resnet18", num_classes=1000, input_shape=(3, 32, 32), trust=True)

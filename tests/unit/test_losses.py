@@ -463,7 +463,7 @@ def test_a_weighted_sum_is_the_sum_of_its_weighted_parts() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        pytest.param("huber", "unknown loss 'huber'; expected one of: kl", id="unknown"),
+        pytest.param("huber", "unknown loss 'huber'; expected package.module:function or one of: kl", id="unknown"),
         pytest.param("logit_mes", "did you mean 'logit_mse'", id="nearly known"),
         pytest.param({"name": "kl", "T": 2}, "no parameter 'T'; it has: temperature", id="parameter"),
         pytest.param({"name": "kl", "temprature": 2}, "did you mean 'temperature'", id="nearly a parameter"),

@@ -17,8 +17,9 @@ from logitcache.cache.reader import open_cache
 from logitcache.config.schema import Pipeline
 from logitcache.encodings import Dense, LowRank, Sampled, TopK
 from logitcache.errors import InvalidLogits, LogitCacheError, UsageError
+from logitcache.extras.plan_plot import pareto_front, plot
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.plan import pareto_front, plan_logits, plan_pipeline, plot, read_logits
+from logitcache.stages.plan import plan_logits, plan_pipeline, read_logits
 from tests.needs import need_package
 
 

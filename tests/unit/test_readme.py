@@ -181,7 +181,7 @@ def test_every_loss_of_the_guide_exists_with_its_parameters() -> None:
 def test_the_losses_of_the_guide_are_well_formed() -> None:
     lines = [line for line in LOSS_GUIDE.splitlines() if line.startswith("loss: {")]
 
-    assert 2 == len(lines)
+    assert 3 == len(lines)
     assert all(loss_from_config(yaml.safe_load(line)["loss"]).at(0.5) for line in lines)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,14 +12,15 @@ from hypothesis import strategies as st
 
 from logitcache.data.index import join_index
 from logitcache.data.rows import RowMap, RowsOfSequences, make_row_map
-from logitcache.data.sequences import position_index, positions_in, rows_of_output
+from logitcache.data.sequences import positions_in, rows_of_output
+from logitcache.data.tokens import position_index
 from logitcache.errors import ShapeError, UsageError
 
 COUNTS = st.lists(st.integers(0, 9), min_size=1, max_size=30).filter(any)
 
 
 def row_map(counts: list[int], rows_per_block: int | None = 10, positions: object = None) -> RowMap:
-    return make_row_map(len(counts), counts, positions, rows_per_block=rows_per_block, default=10)  # type: ignore[arg-type]
+    return make_row_map(len(counts), counts, positions, rows_per_block=rows_per_block)  # type: ignore[arg-type]
 
 
 @given(COUNTS, st.integers(9, 40))
@@ -28,7 +31,7 @@ def test_blocks_hold_whole_samples_as_many_as_fit(counts: list[int], rows_per_bl
     assert list(range(sum(counts))) == [row for block in blocks for row in block]
     assert all(0 < len(block) <= rows_per_block for block in blocks)
     assert all(block.start in rows.offsets for block in blocks)
-    for number, (block, following) in enumerate(zip(blocks, blocks[1:], strict=False)):
+    for number, (block, following) in enumerate(itertools.pairwise(blocks)):
         first_of_next = rows.block_samples(number + 1)[0]
         assert len(block) + counts[first_of_next] > rows_per_block
         assert following.start == rows.offsets[first_of_next]
@@ -79,11 +82,13 @@ def test_impossible_rows_are_refused(counts: list[int], options: dict[str, objec
 
 def test_positions_need_the_number_of_rows() -> None:
     with pytest.raises(UsageError, match="row_positions needs rows_per_sample"):
-        make_row_map(2, None, [[0], [0]], rows_per_block=None, default=10)
+        make_row_map(2, None, [[0], [0]])
 
 
 def test_a_default_block_holds_the_largest_sample() -> None:
-    assert 25 == row_map([3, 25, 4], rows_per_block=None).rows_per_block
+    counts = [3, 20_000, 4]
+
+    assert 20_000 == row_map(counts, rows_per_block=None).rows_per_block
 
 
 def test_other_positions_have_another_fingerprint() -> None:
@@ -114,8 +119,10 @@ def test_selected_positions_leave_the_others_without_an_index() -> None:
     ("index", "message"),
     [
         pytest.param([0], "plain row numbers name no view", id="plain"),
-        pytest.param([join_index(0, 1)], "row 1 is not the first row of sample 0", id="inside a sample"),
-        pytest.param([join_index(0, 0)], "sample 0 has a row at position 3, but the batch has 3", id="truncated"),
+        pytest.param([join_index(0, 1)], "row 1 is not the first one of a sample", id="inside a sample"),
+        pytest.param(
+            [join_index(0, 0)], "a row lies at position 3 of its sample, and the batch has 3 positions", id="truncated"
+        ),
     ],
 )
 def test_an_index_that_fits_no_sequence_is_refused(index: list[int], message: str) -> None:

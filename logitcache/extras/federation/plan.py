@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from logitcache.extras.federation.configuration import Federation
-from logitcache.stages.run import Inspection, RunPlan, Step
+from logitcache.stages.dry_run import Inspection, RunPlan, Step
 
 
 def plan_federation(federation: Federation, *, trust: bool = False, load_all: bool = True) -> RunPlan:

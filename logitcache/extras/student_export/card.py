@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from logitcache.cache.card import Card
+from logitcache.cache.card_fields import Card
 from logitcache.extras.student_export.metadata import ONNX, StudentMetadata
 from logitcache.markdown import LONGEST_NAME, code, escaped, fenced, one_line
 

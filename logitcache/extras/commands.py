@@ -1,0 +1,246 @@
+"""Commands of the extras."""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from logitcache.cli.application import (
+    CacheArgument,
+    JsonOption,
+    OverridesArgument,
+    TrustOption,
+    app,
+    pipeline_of,
+    refuse_overrides,
+    show,
+)
+from logitcache.cli.printing import cache_summary
+from logitcache.errors import UsageError
+from logitcache.extras.printing import (
+    demo_summary,
+    noise_summary,
+    print_demo,
+    print_export,
+    print_merge,
+    print_product,
+    print_report,
+    print_suspects,
+    print_turns,
+)
+
+
+class MeanOf(StrEnum):
+    """What `merge` averages."""
+
+    logits = "logits"
+    probabilities = "probabilities"
+
+
+class ExportFormat(StrEnum):
+    """Formats of `export`."""
+
+    parquet = "parquet"
+    safetensors = "safetensors"
+    onnx = "onnx"
+
+
+class Weights(StrEnum):
+    """Weights of a run that `export` uses."""
+
+    last = "last"
+    best = "best"
+
+
+@app.command("merge")
+def merge_command(
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE", help="Two or more caches of the same views.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Directory of the merged cache.")],
+    mean: Annotated[
+        MeanOf, typer.Option(help="Average logits (a geometric mean, for any temperature) or probabilities (at T = 1).")
+    ] = MeanOf.logits,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Weight of a cache; repeat the option, once per cache in order.")
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help='Such as "TopK(k=20)" or auto; default: the first cache\'s.')
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Average the caches of several teachers over the same views. Safe to interrupt: re-run to resume."""
+    from logitcache.cache.summary import summarise
+    from logitcache.extras.merge import merge
+
+    result = merge(caches, out, mean=mean.value, weights=weight or None, encoding=encoding)
+    summary = cache_summary(summarise(out)) | {
+        "mean": mean.value,
+        "parts": [part.model_dump(exclude={"teacher_input"}) for part in result.parts],
+        "left_out_views": result.left_out,
+        "left_out_outputs": result.left_out_outputs,
+        "computed_blocks": len(result.computed_blocks),
+        "total_blocks": result.total_blocks,
+    }
+    show(summary, as_json, lambda: print_merge(out, summary))
+
+
+@app.command("export")
+def export_command(
+    source: Annotated[
+        str, typer.Argument(metavar="CACHE|RUN", help="A cache (parquet), or a run's folder (safetensors, onnx).")
+    ],
+    *,
+    overrides: OverridesArgument = None,
+    to: Annotated[
+        ExportFormat, typer.Option("--to", help="Output format: parquet for a cache; safetensors or onnx for a run.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Output folder, new or empty; default for a run: RUN/product."),
+    ] = None,
+    views: Annotated[str | None, typer.Option(help="Views of the cache, such as 0:2 or 3; default: all.")] = None,
+    top: Annotated[
+        int | None, typer.Option(help="Keep only the TOP largest logits of each row, and the tail mass.")
+    ] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="With --to onnx: also write a statically quantised model.")
+    ] = False,
+    weights: Annotated[
+        Weights, typer.Option(help="Weights of the run: the last, or the best by validation accuracy.")
+    ] = (Weights.last),
+    data: Annotated[
+        Path | None, typer.Option(metavar="PIPELINE", help="Pipeline with the data of the run; default: the run's own.")
+    ] = None,
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a cache's labels as Parquet, or a run's student as safetensors or ONNX with a card and measurements."""
+    if data is None:
+        refuse_overrides(overrides)
+    if to is ExportFormat.parquet:
+        _check_is_cache(source, out, int8=int8, weights=weights, data=data)
+        assert out is not None
+        from logitcache.extras.parquet import export_parquet
+
+        result = export_parquet(source, out, views=views, top=top)
+        show(dataclasses.asdict(result), as_json, lambda: print_export(str(out), to.value, result))
+        return
+    _check_is_run(source, to.value, views=views, top=top)
+    from logitcache.config.schema import load_pipeline
+    from logitcache.extras.student_export import export_run
+    from logitcache.stages.finished_student import open_student
+
+    pipeline = None if data is None else load_pipeline(data, overrides or ())
+    student = open_student(Path(source), weights=weights.value, data=pipeline, trust=trust)
+    exported = export_run(student, out, to="onnx" if to is ExportFormat.onnx else "safetensors", int8=int8)
+    summary = {"folder": str(exported.folder), "written": exported.written, **exported.metadata.model_dump()}
+    show(summary, as_json, lambda: print_product(exported))
+
+
+def _check_is_cache(source: str, out: Path | None, *, int8: bool, weights: Weights, data: Path | None) -> None:
+    if (Path(source) / "run.yaml").is_file():
+        raise UsageError(f"{source} is a run: use --to safetensors or --to onnx; --to parquet needs a cache")
+    if int8 or data is not None or weights is not Weights.last:
+        raise UsageError("--int8, --weights and --data apply to runs; --to parquet takes --views and --top")
+    if out is None:
+        raise UsageError("--to parquet needs an output folder: add -o FOLDER")
+
+
+def _check_is_run(source: str, to: str, *, views: str | None, top: int | None) -> None:
+    if "://" in source or (Path(source) / "manifest.json").is_file():
+        raise UsageError(f"{source} is a cache: use --to parquet; --to {to} needs a run, such as runs/STUDENT/seed-0")
+    if views is not None or top is not None:
+        raise UsageError("--views and --top apply to caches, not to runs")
+
+
+@app.command("suspects")
+def suspects_command(
+    cache: CacheArgument,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="List only the TOP most suspicious samples; default without --json: 20.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="CSV", help="Also write the list to a CSV file.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List samples whose label is probably wrong, by confident learning on the cached logits."""
+    from logitcache.extras.noise import CAUTION, find_suspects, write_suspects
+
+    noise = find_suspects(cache)
+    if output is not None:
+        write_suspects(noise, output, top=top)
+    shown = noise_summary(noise, top if as_json or top is not None else 20)
+    show(shown, as_json, lambda: print_suspects(cache, shown, CAUTION))
+
+
+@app.command("report")
+def report_command(
+    cache: CacheArgument,
+    overrides: OverridesArgument = None,
+    runs: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with the students' runs.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PIPELINE",
+            help="Pipeline with the data, for example images; default for students: their runs' own data.",
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write an offline HTML report: the cache, its teacher, fidelity and views, and a comparison of students."""
+    from logitcache.extras.report import check_report, write_report
+    from logitcache.stages.matched_data import match_data
+
+    pipeline = pipeline_of(cache, data, overrides)
+    check_report(output)
+    matched = None if pipeline is None else match_data(cache, pipeline, trust=trust)
+    written = write_report(cache, output, runs=runs, data=matched, trust=trust)
+    summary = {"report": str(written.path), "bytes": written.bytes, **written.headline}
+    show(summary, as_json, lambda: print_report(written))
+
+
+@app.command("federate")
+def federate_command(
+    file: Annotated[Path, typer.Argument(metavar="FEDERATION", help="Federation file, such as federation.yaml.")],
+    overrides: OverridesArgument = None,
+    party: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Run only this party; default: all parties in turn.")
+    ] = None,
+    wait: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="How long to wait for the other parties in each round.")
+    ] = 3600.0,
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Federated distillation: parties exchange logits on a public dataset. Safe to interrupt: re-run to resume."""
+    from logitcache.extras.federation.configuration import load_federation
+    from logitcache.extras.federation.rounds import federate
+
+    outcomes = federate(load_federation(file, overrides or ()), party=party, wait=wait, trust=trust)
+    show({"turns": [dataclasses.asdict(each) for each in outcomes]}, as_json, lambda: print_turns(outcomes))
+
+
+@app.command("demo")
+def demo_command(
+    overrides: OverridesArgument = None,
+    folder: Annotated[Path, typer.Option(help="Where runs and caches go.")] = Path("runs/demo"),
+    full: Annotated[
+        bool, typer.Option("--full", help="More seeds, and a student on all true labels: the documentation's table.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What a cache buys, on embedded data: time, view matching, few labels. Safe to interrupt: re-run to resume."""
+    from logitcache.extras.demo import demo_report, run_demo
+
+    if not as_json:
+        minutes = "about 4 minutes" if full else "about 90 seconds"
+        typer.echo(f"Training a teacher, caching it and training students: {minutes} on two idle cores.", err=True)
+    result = run_demo(folder, overrides or (), full=full)
+    report = demo_report(result, folder / "report.html")
+    show(demo_summary(result, report), as_json, lambda: print_demo(result, report))

@@ -1,0 +1,231 @@
+"""Language models through the pipeline: a teacher's distributions over next tokens, cached, and students trained on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import logitcache
+from logitcache.config.schema import Pipeline
+from logitcache.data.rows import rows_of_dataset
+from logitcache.errors import IdentityMismatch, LogitCacheError
+from logitcache.stages.cache_teacher import cache_teacher
+from logitcache.stages.train_student import train_students
+from logitcache.train.runs import RESULT
+from logitcache.verify.audit import verify
+from tests.models import NextToken
+from tests.needs import need_package
+from tests.texts import byte_tokenizer
+
+Make = Callable[..., Pipeline]
+
+TRAIN = [
+    "The cache holds one row for each token.",
+    "Short.",
+    "A block holds whole samples, as many as fit.",
+    "I",
+    "Labels must match the text that the teacher saw, token by token.",
+    "Rows have numbers without gaps.",
+    "A longer line follows here, which is cut into several parts because it has more bytes than one sample may have.",
+    "The end.",
+]
+TEST = ["Another text of some length.", "One more."]
+MODEL = "tests.models:NextToken"
+
+
+@pytest.fixture
+def text(tiny: Make, tmp_path: Path) -> Make:
+    """The tiny pipeline over the lines of a text, as bytes."""
+    need_package("tokenizers", "hf")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/train.txt").write_text("\n".join(TRAIN))
+    (tmp_path / "text/test.txt").write_text("\n".join(TEST))
+    byte_tokenizer(tmp_path / "tokenizer.json")
+
+    def make(*overrides: str) -> Pipeline:
+        return tiny(
+            "data.name=text",
+            f"data.root={tmp_path / 'text'}",
+            f"data.args={{tokenizer: {tmp_path / 'tokenizer.json'}, max_length: 32}}",
+            "data.collate=pad",
+            "data.validation=0",
+            "views={count: 1}",
+            f"teacher={{model: '{MODEL}', weights: random, batch_size: 4}}",
+            "cache.rows_per_block=64",
+            "train={epochs: 2, batch_size: 4, lr: 0.01}",
+            f"students=[{{name: small, model: '{MODEL}', args: {{width: 8}}, loss: {{name: kl, temperature: 2.0}}}}]",
+            *overrides,
+        )
+
+    return make
+
+
+def losses(pipeline: Pipeline, name: str) -> list[str]:
+    folder = Path(pipeline.runs.path) / name / "seed-0"
+    return [line for line in (folder / "metrics.jsonl").read_text().splitlines() if "train_loss" in line]
+
+
+def test_each_row_is_the_teachers_distribution_of_the_next_token(text: Make) -> None:
+    pipeline = text()
+    result = cache_teacher(pipeline)
+    cache = logitcache.open(pipeline.cache.path)
+    from logitcache.config.build import resolve_data, resolve_plan, resolve_teacher
+
+    data = resolve_data(pipeline, trust=False)
+    teacher, _ = resolve_teacher(pipeline, data, resolve_plan(pipeline, data, trust=False), trust=False)
+    expected = []
+    for index in range(len(data.train)):
+        inputs, targets = data.train[index]
+        with torch.inference_mode():
+            expected.append(teacher(inputs["input_ids"][None])[0, : len(targets)])
+    rows = torch.cat(expected)
+
+    assert result.total_blocks > 2
+    assert [] == verify(pipeline.cache.path, deep=True)
+    assert len(rows) == cache.num_rows == int(np.sum([len(data.train[index][1]) for index in range(len(data.train))]))
+    assert torch.allclose(rows, cache.view(0).logits(range(cache.num_rows)), atol=1e-5)
+
+
+def test_a_student_of_the_cache_is_the_student_of_the_live_teacher_bit_for_bit(text: Make) -> None:
+    """One sequence at a time: other shapes of a matrix product may round its last bit differently."""
+    common = f"model: '{MODEL}', args: {{width: 8}}, loss: {{name: kl, temperature: 2.0}}"
+    students = f"students=[{{name: small, {common}}}, {{name: live, {common}, labels: live}}]"
+    pipeline = text(students, "teacher.batch_size=1", "train.batch_size=1")
+    cache_teacher(pipeline)
+
+    cached, of_teacher = train_students(pipeline)
+
+    assert losses(pipeline, "small") == losses(pipeline, "live")
+    runs = Path(pipeline.runs.path)
+    of_cache, of_live = (load_file(runs / name / "seed-0/last.safetensors") for name in ("small", "live"))
+    assert all(torch.equal(weights, of_live[name]) for name, weights in of_cache.items())
+    assert (cached.nll_mean, cached.accuracy_mean) == (of_teacher.nll_mean, of_teacher.accuracy_mean)
+
+
+@pytest.mark.parametrize("overrides", [("num_workers=1",), ("data.collate=pack",)], ids=["workers", "packed"])
+def test_workers_and_packing_change_nothing(text: Make, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    """The padded and the packed batch have the same rows; this model's state does not pass from one sequence to the next."""
+    if "data.collate=pack" in overrides:
+        pytest.skip("the recurrent layer does not read position_ids")
+    pipeline = text()
+    cache_teacher(pipeline)
+    [alone] = train_students(pipeline)
+    other = text(*overrides, f"runs.path={tmp_path / 'other'}")
+
+    [again] = train_students(other)
+
+    assert losses(pipeline, "small") == losses(other, "small")
+    assert alone.nll_mean == again.nll_mean
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_its_rows(text: Make) -> None:
+    """Long sequences count for more: not a mean of means."""
+    pipeline = text("train.batch_size=64", "train.epochs=1", "students.small.loss=cross_entropy")
+    cache_teacher(pipeline)
+    train_students(pipeline)
+    from logitcache.stages.train_student import Experiment
+
+    experiment = Experiment(pipeline)
+    job = experiment.job(pipeline.students[0], 0)
+    model = job.model.eval()
+    nll, rows = 0.0, 0
+    for index in range(len(experiment.data.train)):
+        inputs, targets = experiment.data.train[index]
+        with torch.inference_mode():
+            logits = model(inputs["input_ids"][None])[0, : len(targets)]
+        nll += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        rows += len(targets)
+
+    found = json.loads(losses(pipeline, "small")[0])["train_loss"]
+    assert found == pytest.approx(nll / rows, rel=1e-5)
+
+
+def test_students_are_measured_by_nll(text: Make) -> None:
+    pipeline = text()
+    cache_teacher(pipeline)
+    [row] = train_students(pipeline)
+    result = json.loads((Path(pipeline.runs.path) / "small/seed-0" / RESULT).read_text())
+
+    assert {"nll", "perplexity", "accuracy"} <= result.keys()
+    assert row.nll_mean == result["nll"] == pytest.approx(np.log(result["perplexity"]))
+
+
+def changed(tmp_path: Path, line: int, text: str | None) -> None:
+    lines = list(TRAIN)
+    if text is None:
+        del lines[line]
+    else:
+        lines[line] = text
+    (tmp_path / "text/train.txt").write_text("\n".join(lines))
+
+
+DIFFERENCES: dict[str, tuple[Any, str]] = {
+    "one token": (lambda path: changed(path, 1, "Shore."), r"sample 2 .* has other tokens"),
+    "a sample is missing": (lambda path: changed(path, 7, None), "samples"),
+    "one token less": (lambda path: changed(path, 1, "Short"), r"sample 2 .* has 5 rows, 4 here"),
+    "another tokenizer": (lambda path: byte_tokenizer(path / "tokenizer.json", special_tokens=True), "tokenization."),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), DIFFERENCES.values(), ids=DIFFERENCES)
+def test_a_cache_of_other_text_is_refused_before_the_first_step(
+    text: Make, tmp_path: Path, change: Callable[[Path], object], message: str
+) -> None:
+    pipeline = text()
+    cache_teacher(pipeline)
+    change(tmp_path)
+
+    with pytest.raises(IdentityMismatch, match=message):
+        train_students(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("data.args.max_length=31", "tokenization.max_length"),
+        ("data.args.vocab_size=261", "outputs.logits"),
+    ],
+)
+def test_another_truncation_or_vocabulary_is_refused_by_name(text: Make, override: str, field: str) -> None:
+    cache_teacher(text())
+
+    with pytest.raises(LogitCacheError, match=field):
+        train_students(text(override))
+
+
+def test_a_cache_written_by_hand_serves_the_same_students(text: Make, tmp_path: Path) -> None:
+    """`create` with rows_per_sample, as a serving engine's records are written."""
+    pipeline = text()
+    from logitcache.config.build import resolve_data
+
+    data = resolve_data(pipeline, trust=False)
+    rows = rows_of_dataset(data.train)
+    torch.manual_seed(0)
+    model = NextToken(data.num_classes)
+    with logitcache.create(
+        tmp_path / "own.cache",
+        num_samples=rows.num_samples,
+        num_classes=data.num_classes,
+        teacher="own",
+        dataset="text",
+        rows_per_sample=data.train.rows_per_sample,
+    ) as writer:
+        for index in range(len(data.train)):
+            inputs, targets = data.train[index]
+            with torch.inference_mode():
+                logits = model(inputs["input_ids"][None])[0, : len(targets)]
+            writer.write(view=0, start=rows.sample_rows(index).start, logits=logits)
+
+    assert rows.offsets.tolist() == logitcache.open(tmp_path / "own.cache").row_offsets.tolist()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
