@@ -31,7 +31,7 @@ from logitcache.cache.creation import Origin, open_writer
 from logitcache.cache.ensemble import MERGED, Part, merged_name
 from logitcache.cache.fidelity import Calibration
 from logitcache.cache.labelview import View
-from logitcache.cache.layout import Block, all_blocks
+from logitcache.cache.layout import Block, num_blocks
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.names import recorded_names
 from logitcache.cache.reader import LogitCache, open_cache
@@ -128,9 +128,7 @@ def merge(
         )
         for location, source, share in zip(locations, sources, shares, strict=True)
     ]
-    # Sorted by id, so that rounding does not depend on the given order.
-    order = sorted(range(len(parts)), key=lambda number: parts[number].id)
-    average = _Average([sources[number] for number in order], [shares[number] for number in order], mean)
+    average = _Average(sources, shares, mean)
     first = sources[0]
     identity = first.manifest.identity
     precisions = {part.precision for part in parts}
@@ -159,21 +157,14 @@ def merge(
         if missing:
             _merge_blocks(writer, missing, average, sources)
         manifest = writer.seal()
+    by_location = dict(zip(locations, sources, strict=True))
     return MergeResult(
         manifest=manifest,
         parts=parts,
         computed_blocks=sorted(writer.committed_blocks),
-        total_blocks=sum(1 for _ in all_blocks(writer.layout)),
-        left_out={
-            location: source.num_views - num_views
-            for location, source in zip(locations, sources, strict=True)
-            if source.num_views > num_views
-        },
-        left_out_outputs={
-            location: list(source.extra_outputs)
-            for location, source in zip(locations, sources, strict=True)
-            if source.extra_outputs
-        },
+        total_blocks=num_blocks(writer.layout),
+        left_out={place: more for place, each in by_location.items() if (more := each.num_views - num_views)},
+        left_out_outputs={place: list(each.extra_outputs) for place, each in by_location.items() if each.extra_outputs},
     )
 
 
@@ -181,8 +172,10 @@ class _Average:
     """The mean of several caches' logits, with one or two blocks of each in memory."""
 
     def __init__(self, caches: Sequence[LogitCache], weights: Sequence[float], mean: str) -> None:
-        self._caches = caches
-        self._weights = weights
+        # Sorted, so that rounding does not depend on the given order.
+        order = sorted(range(len(caches)), key=lambda number: caches[number].id)
+        self._caches = [caches[number] for number in order]
+        self._weights = [weights[number] for number in order]
         self._mean = mean_of_logits if mean == "logits" else mean_of_probabilities
         self._views: list[View] = []
         self._number = -1

@@ -6,6 +6,7 @@ One file per view. Rows are decoded and written in groups, and files appear atom
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -163,15 +164,16 @@ def _write_view(cache: LogitCache, view: int, path: Path, top: int | None) -> It
     from pyarrow import parquet
 
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    schema = _schema(cache, view, top)
+    metadata = {METADATA: json.dumps(_metadata(cache, view, top), ensure_ascii=False)}
     labels = cache.view(view, memory_budget=1)  # one or two blocks in memory, not the view
+    tables = (_table(cache, labels, rows, top) for rows in _row_groups(cache))
+    first = next(tables)
     try:
         with partial.open("wb") as file:
-            with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
-                for rows in _row_groups(cache):
-                    table = _table(cache, schema, labels, rows, top)
-                    writer.write_table(table, row_group_size=len(rows))
-                    yield len(rows)
+            with parquet.ParquetWriter(file, first.schema.with_metadata(metadata), compression="zstd") as writer:
+                for table in itertools.chain([first], tables):
+                    writer.write_table(table, row_group_size=len(table))
+                    yield len(table)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -187,49 +189,32 @@ def _row_groups(cache: LogitCache) -> Iterator[range]:
         yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def _schema(cache: LogitCache, view: int, top: int | None) -> Any:
-    import pyarrow as pa
-
-    columns = [("view", pa.int32()), ("row", pa.int64())]
-    if not cache.row_map.one_each:
-        columns += [("sample", pa.int64()), ("position", pa.int32())]
-    if cache.samples is not None and cache.samples.keys is not None:
-        columns.append(("key", pa.string()))
-    if cache.samples is not None:
-        columns.append(("target", pa.int64()))
-    # Variable-size lists: pandas, polars and datasets all read them, but not all read fixed-size lists.
-    if top is None:
-        columns.append(("logits", pa.list_(pa.float32())))
-    else:
-        columns += [("classes", pa.list_(pa.int32())), ("logits", pa.list_(pa.float32())), ("tail", pa.float32())]
-    metadata = {METADATA: json.dumps(_metadata(cache, view, top), ensure_ascii=False)}
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns], metadata=metadata)
-
-
-def _table(cache: LogitCache, schema: Any, labels: View, rows: range, top: int | None) -> Any:
+def _table(cache: LogitCache, labels: View, rows: range, top: int | None) -> Any:
+    """Some rows of a view as an Arrow table."""
     import pyarrow as pa
 
     def lists(values_BK: Tensor) -> Any:
-        flat = pa.array(values_BK.contiguous().numpy().reshape(-1))
+        # Variable-size lists: pandas, polars and datasets all read them, but not all read fixed-size lists.
         offsets = np.arange(0, values_BK.numel() + 1, values_BK.shape[1], dtype=np.int32)
-        return pa.ListArray.from_arrays(pa.array(offsets), flat)
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values_BK.contiguous().numpy().reshape(-1)))
 
     logits_BC = labels.logits(rows)
     numbers = np.arange(rows.start, rows.stop)
     samples = cache.row_map.samples_of(numbers)
-    columns: dict[str, Any] = {"view": np.full(len(rows), labels.number), "row": numbers}
+    columns = {"view": pa.array(np.full(len(rows), labels.number), pa.int32()), "row": pa.array(numbers, pa.int64())}
     if not cache.row_map.one_each:
-        columns |= {"sample": samples, "position": cache.row_map.positions_of(numbers)}
+        columns["sample"] = pa.array(samples, pa.int64())
+        columns["position"] = pa.array(cache.row_map.positions_of(numbers), pa.int32())
     if cache.samples is not None:
-        columns["target"] = cache.samples.targets[samples]
         if cache.samples.keys is not None:
-            columns["key"] = [cache.samples.keys[sample] for sample in samples]
+            columns["key"] = pa.array([cache.samples.keys[sample] for sample in samples], pa.string())
+        columns["target"] = pa.array(cache.samples.targets[samples], pa.int64())
     if top is None:
         columns["logits"] = lists(logits_BC)
     else:
         kept_BK, ids_BK = logits_BC.topk(top, dim=1)
         columns["classes"] = lists(ids_BK.to(torch.int32))
         columns["logits"] = lists(kept_BK)
-        columns["tail"] = torch.logsumexp(logits_BC.scatter(1, ids_BK, -torch.inf), dim=1).numpy()
-    arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
-    return pa.Table.from_arrays(arrays, schema=schema)
+        columns["tail"] = pa.array(torch.logsumexp(logits_BC.scatter(1, ids_BK, -torch.inf), dim=1).numpy())
+    schema = pa.schema([pa.field(name, array.type, nullable=False) for name, array in columns.items()])
+    return pa.Table.from_arrays(list(columns.values()), schema=schema)

@@ -1,4 +1,4 @@
-"""The exchange of caches over the public set, published anonymously."""
+"""Receiving the other parties' caches over the public set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.cache.records import stored_manifest
 from logitcache.errors import IdentityMismatch, InvalidLogits, LogitCacheError, NotACache, PartyMissing
 from logitcache.progress import track
-from logitcache.share.transfer import pull, push
+from logitcache.share.transfer import pull
 from logitcache.storage import open_storage
 
 # B batch, C classes
@@ -24,21 +24,6 @@ POLL_SECONDS = 2.0
 LOGITS_AT_ONCE = 2**20
 SPARE_BYTES = 2**24
 """Allowed size of a cache beyond twice its logits in float32, for example for its sample table."""
-
-
-def published_at(shared: str, round_number: int, party: str) -> str:
-    """The location of a party's published cache of a round."""
-    return f"{shared.rstrip('/')}/round-{round_number:03d}/{party}.cache"
-
-
-def publish(cache: str, url: str) -> None:
-    """Copy a party's cache to the shared location, without machine name, command or paths.
-
-    Raises:
-        IdentityMismatch: the location has another cache.
-        StorageError: the store can't be written or reached.
-    """
-    push(cache, url, anonymous=True)
 
 
 def wait_for(urls: Mapping[str, str], round_number: int, *, seconds: float) -> None:
@@ -60,9 +45,9 @@ def wait_for(urls: Mapping[str, str], round_number: int, *, seconds: float) -> N
         while missing and time.monotonic() < end:
             meter.advance(0, note=f"of {', '.join(missing)}")
             time.sleep(min(POLL_SECONDS, max(end - time.monotonic(), 0.0)))
-            arrived = [party for party in missing if is_published(urls[party])]
-            missing = [party for party in missing if party not in arrived]
-            meter.advance(len(arrived))
+            waiting = [party for party in missing if not is_published(urls[party])]
+            meter.advance(len(missing) - len(waiting))
+            missing = waiting
     if missing:
         raise PartyMissing(
             f"round {round_number} waits for {', '.join(missing)}: after {seconds:.0f} s there is no complete cache at "

@@ -30,8 +30,9 @@ from logitcache.config.schema import (
 from logitcache.data.samples import Dataset, input_digest, load_sample, sample_key
 from logitcache.errors import UsageError
 from logitcache.extras.federation.configuration import Federation, PartyConfig
-from logitcache.extras.federation.exchange import is_published, publish, published_at, receive, wait_for
+from logitcache.extras.federation.exchange import is_published, receive, wait_for
 from logitcache.randomness import counter_seed
+from logitcache.share.transfer import push
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
 from logitcache.stages.train_teacher import train_teacher
@@ -161,7 +162,7 @@ class PartyRound:
 
     def url(self, party: str) -> str:
         """The published cache of a party in this round."""
-        return published_at(self.federation.shared, self.number, party)
+        return f"{self.federation.shared.rstrip('/')}/round-{self.number:03d}/{party}.cache"
 
     @property
     def _net(self) -> ModelConfig:
@@ -242,7 +243,8 @@ class PartyRound:
         """
         result = train_teacher(Pipeline(**self.private_settings), trust=trust)
         cache_teacher(Pipeline(**self.public_settings), trust=trust)
-        publish(self.cache(self.party.name), self.url(self.party.name))
+        # Without machine name, command and paths.
+        push(self.cache(self.party.name), self.url(self.party.name), anonymous=True)
         return result
 
     def train_on_consensus(self, private: Mapping[str, Any], *, wait: float, trust: bool) -> RoundResult:
