@@ -377,7 +377,7 @@ def _settle(
     with track("choosing an encoding", len(tried), unit="encodings") as meter:
         results = compare(sample, tried, advance=meter.advance)
     choice = choose(results, max_kl=requested.max_kl)
-    notes |= {"chosen_by": requested.config(), "kl": choice.kl[1.0], "bytes_per_sample": choice.bytes_per_sample}
+    notes |= {"chosen_by": requested.config(), "kl": choice.kl[1.0], "bytes_per_row": choice.bytes_per_row}
     return choice.encoding.fit(sample.logits), notes
 
 

@@ -57,7 +57,7 @@ class Fidelity:
     """Size and accuracy of one encoding, measured on logits that it was not fitted to."""
 
     encoding: Encoding
-    bytes_per_sample: float
+    bytes_per_row: float
     """Compressed bytes per row, as one block on disk."""
     fixed_bytes: int
     """Bytes that are stored once per cache."""
@@ -100,7 +100,7 @@ def measure(encoding: Encoding, logits: Any, *, temperatures: Sequence[float] = 
     fixed = sum(len(encode_per_cache(values)) for values in encoding.fitted_values().values())
     return Fidelity(
         encoding=encoding,
-        bytes_per_sample=stored / len(logits_BC),
+        bytes_per_row=stored / len(logits_BC),
         fixed_bytes=fixed,
         kl=kl,
         kl_max=kl_max,
@@ -178,27 +178,25 @@ def compare(
         results.append(measure(encoding.fit(to_fit), to_measure))
         if advance is not None:
             advance()
-    return sorted(results, key=lambda result: result.bytes_per_sample)
+    return sorted(results, key=lambda result: result.bytes_per_row)
 
 
 def choose(results: Sequence[Fidelity], *, max_kl: float | None = None, max_bytes: float | None = None) -> Fidelity:
-    """The smallest encoding within `max_kl` nats at T = 1, or the most accurate within `max_bytes` per sample.
+    """The smallest encoding within `max_kl` nats at T = 1, or the most accurate within `max_bytes` per row.
 
     Raises:
         UsageError: there is none; names the closest.
     """
     if max_bytes is not None:
         within = [
-            each
-            for each in results
-            if each.bytes_per_sample <= max_bytes and (max_kl is None or each.kl[1.0] <= max_kl)
+            each for each in results if each.bytes_per_row <= max_bytes and (max_kl is None or each.kl[1.0] <= max_kl)
         ]
         if not within:
-            smallest = min(results, key=lambda each: each.bytes_per_sample)
+            smallest = min(results, key=lambda each: each.bytes_per_row)
             raise UsageError(
-                f"no encoding stays within {max_bytes:g} bytes per sample"
+                f"no encoding stays within {max_bytes:g} bytes per row"
                 f"{'' if max_kl is None else f' and {max_kl:g} nats'}; the smallest, {smallest.encoding!r}, takes "
-                f"{smallest.bytes_per_sample:.1f} bytes and loses {smallest.kl[1.0]:.4f} nats at T = 1"
+                f"{smallest.bytes_per_row:.1f} bytes and loses {smallest.kl[1.0]:.4f} nats at T = 1"
             )
         return min(within, key=lambda each: each.kl[1.0])
     limit = Auto().max_kl if max_kl is None else max_kl
@@ -209,4 +207,4 @@ def choose(results: Sequence[Fidelity], *, max_kl: float | None = None, max_byte
             f"no encoding stays within {limit:g} nats at T = 1; the most accurate, {best.encoding!r}, loses "
             f"{best.kl[1.0]:.2g}: raise max_kl"
         )
-    return min(within, key=lambda each: each.bytes_per_sample)
+    return min(within, key=lambda each: each.bytes_per_row)

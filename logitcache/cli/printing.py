@@ -98,7 +98,8 @@ def plan_summary(plan: Any) -> dict[str, Any]:
         "encodings": [
             {
                 "encoding": repr(each.encoding),
-                "bytes_per_sample": each.bytes_per_sample,
+                "bytes_per_sample": each.bytes_per_row * plan.rows_per_sample,
+                "bytes_per_row": each.bytes_per_row,
                 "fixed_bytes": each.fixed_bytes,
                 "total_bytes": plan.total_bytes(each),
                 "kl": {f"{temperature:g}": finite(nats) for temperature, nats in each.kl.items()},
@@ -109,7 +110,8 @@ def plan_summary(plan: Any) -> dict[str, Any]:
         ],
         "num_samples": plan.num_samples,
         "num_views": plan.num_views,
-        "samples_per_second": plan.samples_per_second,
+        "rows_per_view": plan.rows_per_view,
+        "rows_per_second": plan.rows_per_second,
         "output_bytes": plan.output_bytes,
         "hours": plan.hours,
     }
@@ -118,8 +120,9 @@ def plan_summary(plan: Any) -> dict[str, Any]:
 def print_plan(plan: Any) -> None:
     """The table of encodings, and the recommended one."""
     whole = plan.num_samples is not None
+    unit = "row" if plan.rows_per_sample != 1 else "sample"
     temperatures = list(plan.recommended.kl)
-    columns = ["encoding", "bytes/sample", *(["total"] if whole else []), *(f"KL T={t:g}" for t in temperatures)]
+    columns = ["encoding", f"bytes/{unit}", *(["total"] if whole else []), *(f"KL T={t:g}" for t in temperatures)]
     table = Table(
         *columns, "largest KL", "top-1 agreement", title=f"{plan.num_rows:,} rows of {plan.num_classes:,} classes"
     )
@@ -127,15 +130,15 @@ def print_plan(plan: Any) -> None:
         chosen = each is plan.recommended
         total = [decimal(int(plan.total_bytes(each)))] if whole else []
         nats = [f"{nats:.2g}" if math.isfinite(nats) else "-" for nats in (*each.kl.values(), each.kl_max)]
-        cells = [spelled(each.encoding), f"{each.bytes_per_sample:.1f}", *total, *nats, f"{each.top1_agreement:.1%}"]
+        cells = [spelled(each.encoding), f"{each.bytes_per_row:.1f}", *total, *nats, f"{each.top1_agreement:.1%}"]
         table.add_row(*cells, style="bold" if chosen else None)
     console().print(table)
     for name, size in plan.output_bytes.items():
-        say(f"Output {name}: {size:,.1f} bytes/sample, included in the totals.")
+        say(f"Output {name}: {size:,.1f} bytes/{unit}, included in the totals.")
     if plan.hours is not None:
         say(
             f"Estimated time of cache-teacher: {timedelta(seconds=round(3600 * plan.hours))} "
-            f"({plan.num_views} views of {plan.num_samples:,} samples at {plan.samples_per_second:,.0f} samples/s)."
+            f"({plan.num_views} views of {plan.rows_per_view:,} {unit}s at {plan.rows_per_second:,.0f} {unit}s/s)."
         )
     say(f'Recommended: cache.encoding="{spelled(plan.recommended.encoding)}"')
 

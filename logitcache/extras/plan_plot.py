@@ -18,7 +18,7 @@ MARKERS = {"dense": "s", "lowrank": "o", "topk": "^", "sampled": "x"}
 def pareto_front(fidelities: Sequence[Fidelity]) -> list[Fidelity]:
     """The encodings that no other one beats in both bytes and KL at T = 1, smallest first."""
     front: list[Fidelity] = []
-    for each in sorted(fidelities, key=lambda each: (each.bytes_per_sample, each.kl[1.0])):
+    for each in sorted(fidelities, key=lambda each: (each.bytes_per_row, each.kl[1.0])):
         if np.isfinite(each.kl[1.0]) and (not front or each.kl[1.0] < front[-1].kl[1.0]):
             front.append(each)
     return front
@@ -49,13 +49,13 @@ def plot(plan: Plan, path: Path) -> None:
     axes = figure.subplots()
     shown = [each for each in plan.fidelities if np.isfinite(each.kl[1.0]) and each.kl[1.0] > 0]
     front = [each for each in pareto_front(plan.fidelities) if each in shown]
-    axes.plot([each.bytes_per_sample for each in front], [each.kl[1.0] for each in front], color="0.7", zorder=1)
+    axes.plot([each.bytes_per_row for each in front], [each.kl[1.0] for each in front], color="0.7", zorder=1)
     for name, marker in MARKERS.items():
         points = [each for each in shown if each.encoding.name == name]
         if points:
-            axes.scatter([p.bytes_per_sample for p in points], [p.kl[1.0] for p in points], marker=marker, label=name)
+            axes.scatter([p.bytes_per_row for p in points], [p.kl[1.0] for p in points], marker=marker, label=name)
     if plan.recommended in shown:
-        place = (plan.recommended.bytes_per_sample, plan.recommended.kl[1.0])
+        place = (plan.recommended.bytes_per_row, plan.recommended.kl[1.0])
         axes.annotate("recommended", place, xytext=(8, 8), textcoords="offset points")
     axes.set(
         xscale="log", yscale="log", xlabel="bytes per sample, compressed", ylabel="KL(teacher ‖ decoded) at T = 1, nats"

@@ -34,25 +34,32 @@ class Plan:
     recommended: Fidelity
     num_samples: int | None = None
     """Samples per view of the whole cache; None where only logits were given."""
+    rows_per_view: int | None = None
+    """More than `num_samples` for sequences, which have a row for each token."""
     num_views: int | None = None
-    samples_per_second: float | None = None
+    rows_per_second: float | None = None
     """Speed of rendering and teacher together, measured on the calibration rows."""
     output_bytes: dict[str, float] = field(default_factory=dict)
-    """Bytes per sample and view of each output beside the logits, as encoded by the pipeline."""
+    """Bytes per row of each output beside the logits, as encoded by the pipeline."""
 
     @property
     def hours(self) -> float | None:
         """Estimated duration of `cache-teacher`."""
-        if self.samples_per_second is None or self.num_samples is None or self.num_views is None:
+        if self.rows_per_second is None or self.rows_per_view is None or self.num_views is None:
             return None
-        return self.num_samples * self.num_views / self.samples_per_second / 3600
+        return self.rows_per_view * self.num_views / self.rows_per_second / 3600
+
+    @property
+    def rows_per_sample(self) -> float:
+        """Mean number of rows of a sample."""
+        return 1.0 if self.rows_per_view is None or self.num_samples is None else self.rows_per_view / self.num_samples
 
     def total_bytes(self, fidelity: Fidelity) -> float | None:
         """Size of the whole cache in one of the encodings, with all other outputs."""
-        if self.num_samples is None or self.num_views is None:
+        if self.rows_per_view is None or self.num_views is None:
             return None
-        row = fidelity.bytes_per_sample + sum(self.output_bytes.values())
-        return row * self.num_samples * self.num_views + fidelity.fixed_bytes
+        row = fidelity.bytes_per_row + sum(self.output_bytes.values())
+        return row * self.rows_per_view * self.num_views + fidelity.fixed_bytes
 
 
 def plan_pipeline(
@@ -83,14 +90,15 @@ def plan_pipeline(
     return replace(
         plan,
         num_samples=len(views),
+        rows_per_view=len(views) if views.plan.rows is None else views.plan.rows.num_rows,
         num_views=pipeline.views.count,
-        samples_per_second=rate,
+        rows_per_second=rate,
         output_bytes=output_bytes,
     )
 
 
 def measure_outputs(runner: TeacherRunner, views: ViewDataset, outputs: Mapping[str, Output]) -> dict[str, float]:
-    """Compressed bytes per sample of each output beside the logits, measured on one batch."""
+    """Compressed bytes per row of each output beside the logits, measured on one batch."""
     chosen = keyed_permutation(len(views), "outputs", views.plan.seed)[: runner.config.batch_size]
     batch = [(0, int(index)) for index in chosen]
     [computed] = runner.run(views, [batch])
@@ -98,8 +106,9 @@ def measure_outputs(runner: TeacherRunner, views: ViewDataset, outputs: Mapping[
     for name, output in outputs.items():
         specs = output.arrays()
         encoded = output.encoding.encode(computed.outputs[name].float().cpu().flatten(1))
-        stored = sum(len(encode_block(specs[array], rows.numpy(), len(batch))) for array, rows in encoded.items())
-        measured[name] = stored / len(batch)
+        num_rows = len(computed.outputs[name])
+        stored = sum(len(encode_block(specs[array], rows.numpy(), num_rows)) for array, rows in encoded.items())
+        measured[name] = stored / num_rows
     return measured
 
 

@@ -459,7 +459,7 @@ def test_plan_counts_the_outputs(tiny: Make) -> None:
     assert {"features", "parity"} == plan.output_bytes.keys()
     assert plan.output_bytes["features"] == pytest.approx(cache.contents.output_bytes["features"] / rows, rel=0.2)
     [dense] = [each for each in plan.fidelities if each.encoding == Dense(dtype="float32")]
-    total = dense.bytes_per_sample + sum(plan.output_bytes.values())
+    total = dense.bytes_per_row + sum(plan.output_bytes.values())
     assert plan.total_bytes(dense) == pytest.approx(total * rows + dense.fixed_bytes)
 
 

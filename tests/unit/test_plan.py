@@ -46,7 +46,7 @@ def test_measured_bytes_are_those_of_a_block_on_disk() -> None:
     encoded, specs = TopK(k=5).encode(rows), TopK(k=5).arrays(60)
     stored = sum(len(encode_block(specs[name], values.numpy(), 400)) for name, values in encoded.items())
 
-    assert stored / 400 == found.bytes_per_sample
+    assert stored / 400 == found.bytes_per_row
     assert 0 == found.fixed_bytes
     assert 1.0 == found.top1_agreement
 
@@ -55,7 +55,7 @@ def test_a_fitted_encoding_counts_what_is_stored_once_apart() -> None:
     found = measure(LowRank(rank=6).fit(logits()), logits()[:100])
 
     assert found.fixed_bytes > 6 * 60
-    assert found.bytes_per_sample < 20
+    assert found.bytes_per_row < 20
 
 
 def test_the_divergence_does_not_depend_on_the_loss_and_its_factor() -> None:
@@ -85,7 +85,7 @@ FIDELITIES = [fidelity(10, 0.3), fidelity(20, math.inf), fidelity(30, 0.4), fide
     ],
 )
 def test_the_choice_keeps_its_limits(limits: dict[str, float], expected: float) -> None:
-    assert expected == choose(FIDELITIES, **limits).bytes_per_sample
+    assert expected == choose(FIDELITIES, **limits).bytes_per_row
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_the_choice_keeps_its_limits(limits: dict[str, float], expected: float) 
     [
         pytest.param({"max_kl": 1e-9}, "no encoding stays within 1e-09 nats", id="nats"),
         pytest.param({"max_bytes": 5}, "the smallest, .* takes 10.0 bytes", id="bytes"),
-        pytest.param({"max_bytes": 35, "max_kl": 0.01}, "35 bytes per sample and 0.01 nats", id="both"),
+        pytest.param({"max_bytes": 35, "max_kl": 0.01}, "35 bytes per row and 0.01 nats", id="both"),
     ],
 )
 def test_limits_that_nothing_keeps_are_told(limits: dict[str, float], message: str) -> None:
@@ -102,7 +102,7 @@ def test_limits_that_nothing_keeps_are_told(limits: dict[str, float], message: s
 
 
 def test_the_pareto_front_leaves_out_what_is_beaten() -> None:
-    assert [10, 40, 90] == [each.bytes_per_sample for each in pareto_front(FIDELITIES)]
+    assert [10, 40, 90] == [each.bytes_per_row for each in pareto_front(FIDELITIES)]
 
 
 def test_few_classes_get_dense_candidates_and_many_get_all_kinds() -> None:
@@ -119,7 +119,7 @@ def test_a_plan_of_logits_recommends_and_plots(tmp_path: Path) -> None:
 
     assert (1000, 60) == (plan.num_rows, plan.num_classes)
     assert plan.recommended.kl[1.0] <= 0.01
-    assert plan.fidelities == sorted(plan.fidelities, key=lambda each: each.bytes_per_sample)
+    assert plan.fidelities == sorted(plan.fidelities, key=lambda each: each.bytes_per_row)
     assert b"\x89PNG" == (tmp_path / "plan.png").read_bytes()[:4]
 
 
@@ -133,7 +133,7 @@ def test_the_classes_of_imagenet_21k_are_planned_from_a_memory_map(tmp_path: Pat
     found = measure(encoding.fit(calibration.logits[:250]), calibration.logits[250:])
 
     assert isinstance(calibration.logits, np.memmap)
-    assert found.bytes_per_sample < 60
+    assert found.bytes_per_row < 60
     assert found.kl[1.0] < 0.05
 
 
