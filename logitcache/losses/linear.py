@@ -71,9 +71,8 @@ def linear_kl_divergence(
     if rows is not None:
         targets, labels = targets[rows], None if labels is None else labels[rows]
     dtype, compiled = wide_dtype(_compute_dtype(hidden, weight)), _compiles(compiled, hidden.device)
-    steps = [step_for("kl", targets, temperature, dtype, compiled=compiled)]
-    if labels is not None:
-        steps.append(label_step(labels.long(), label_weight, dtype, compiled=compiled))
+    steps = [] if labels is None else [label_step(labels.long(), label_weight, dtype, compiled=compiled)]
+    steps.append(step_for("kl", targets, temperature, dtype, compiled=compiled))
     loss: Tensor = _linear_loss(hidden, weight, bias, steps, rows, chunk_rows, reduction)
     return loss
 
@@ -198,7 +197,7 @@ class _Head(NamedTuple):
                 logits_BC += bias_C
             gradient_BC = None
             for step in self.steps:
-                loss_B, of_step_BC = step(logits_BC, rows, any(needed))
+                loss_B, of_step_BC = step(logits_BC, rows, any(needed), step is self.steps[-1])
                 loss_N[rows] += loss_B
                 gradient_BC = of_step_BC if gradient_BC is None or of_step_BC is None else gradient_BC.add_(of_step_BC)
             del logits_BC
