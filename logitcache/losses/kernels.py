@@ -20,12 +20,11 @@ from logitcache.targets import SparseTargets, Targets, row_slices
 # B rows of a chunk, N rows, C classes, K entries
 
 Kind = Literal["kl", "soft_cross_entropy", "js"]
-Step = Callable[[Tensor, slice, bool, bool], tuple[Tensor, Tensor | None]]
-"""(a chunk of the student's logits (B, C); its rows of the targets; whether the gradient is needed; whether the logits
-may be overwritten) -> the losses (B,), and their gradient (B, C) with respect to the logits, or None; float64 if the
-logits are, else float32."""
 Result = tuple[Tensor, Tensor | None]
-"""Losses at T = 1, (B,), and their gradient (B, C) with respect to the logits divided by T."""
+"""Losses (B,) and their gradient (B, C), or None if it is not needed."""
+Step = Callable[[Tensor, slice, bool, bool], Result]
+"""(a chunk of the student's logits (B, C); its rows of the targets; whether the gradient is needed; whether the logits
+may be overwritten) -> the losses, and their gradient with respect to the logits."""
 
 
 class Entries(NamedTuple):
@@ -64,6 +63,8 @@ def step_for(kind: Kind, targets: Targets, temperature: float, dtype: torch.dtyp
 
         def step(logits_BC: Tensor, rows: slice, gradient: bool, overwrite: bool) -> Result:
             of_rows = Entries(*(values[rows] for values in entries))
+            # Compiled, nothing is saved by overwriting: division and softmax are one kernel.
+            overwrite = overwrite and not compiled
             return compute(logits_BC, of_rows, shape_C, log_shape_C, temperature, dtype, gradient, overwrite)
 
         return step
