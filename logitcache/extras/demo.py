@@ -325,10 +325,10 @@ def _timed_stage1(stage1: Callable[[], CacheResult], folder: Path) -> float | No
 
 def demo_report(result: DemoResult, out: Path) -> Path | None:
     """Write a report on the demo's cache and students; None where the extra `report` is not installed."""
-    try:
-        from logitcache.extras.report import write_report
-        from logitcache.extras.report.page import check_installed
+    from logitcache.extras.report import write_report
+    from logitcache.extras.report.page import check_installed
 
+    try:
         check_installed()
     except UsageError:
         return None
