@@ -182,27 +182,21 @@ def initialise(
     if any(there != here for there, here in shapes.values()):
         structure = _find_structure(student, shapes, init, inputs, seed)
         selected = _selected_channels(structure, teacher, sources, init, seed, importance)
-    for name, source in sources.items():
-        axes = () if structure is None else structure.axes[name]
-        mine[name] = take(theirs[source], axes, selected).detach().to(mine[name]).clone()
+    origins = []
+    for name, value in list(mine.items()):
+        source = sources.get(name)
+        axes = () if structure is None or source is None else structure.axes[name]
+        if source is not None:
+            mine[name] = take(theirs[source], axes, selected).detach().to(value).clone()
+        teacher_shape = None if source is None else shapes[name][0]
+        origins.append(Origin(name, tuple(value.shape), source, teacher_shape, tuple(axis.group for axis in axes)))
     student.load_state_dict(mine)
-    origins = [
-        Origin(
-            name,
-            tuple(value.shape),
-            sources.get(name),
-            shapes[name][0] if name in shapes else None,
-            () if structure is None or name not in sources else tuple(axis.group for axis in structure.axes[name]),
-        )
-        for name, value in mine.items()
-    ]
     channels = {name: each.tolist() for name, each in selected.items()}
     return InitReport(origins, channels, None if structure is None else structure.kind)
 
 
 def _some(names: Iterable[str]) -> str:
-    first = list(names)[:3]
-    return ", ".join(first) + ", …"
+    return ", ".join([*list(names)[:3], "…"])
 
 
 def _check_fit(name: str, source: str, there: Shape, here: Shape, init: Init, student: nn.Module) -> None:
