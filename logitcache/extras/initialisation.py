@@ -260,17 +260,17 @@ def _blocks(here: list[int], there: list[int], layers: Any, place: str) -> dict[
     """The teacher's block for each of the student's at one path; empty if the numbers stay the same."""
     if len(here) == len(there) or not there or layers == "all":
         return dict(zip(here, there, strict=True)) if len(here) == len(there) else {}
-    asked = layers
+    selection = layers
     if isinstance(layers, Mapping) and isinstance(layers.get("blocks"), Mapping):
         if place not in layers["blocks"]:
             return {}
-        asked = {"blocks": layers["blocks"][place]}
-    if asked == "every_other":
+        selection = {"blocks": layers["blocks"][place]}
+    if selection == "every_other":
         selected = there[::2]
-    elif "first" in asked:
-        selected = there[: asked["first"]]
+    elif "first" in selection:
+        selected = there[: selection["first"]]
     else:
-        selected = list(asked["blocks"])
+        selected = list(selection["blocks"])
         unknown = [number for number in selected if number not in there]
         if unknown:
             raise UsageError(f"the teacher has no {place}.{unknown[0]}; its numbers there are {there}")
