@@ -110,8 +110,7 @@ def encode(
         some = texts[start : start + _TEXTS_AT_ONCE]
         encodings = backend.encode_batch(some, add_special_tokens=special_tokens)
         for text, encoding in zip(some, encodings, strict=True):
-            widths = np.array([len(character.encode()) for character in text], dtype=np.int64)
-            bytes_before = np.concatenate([[0], np.cumsum(widths)])
+            bytes_before = _bytes_before(text)
             yield [_part(part, bytes_before) for part in [encoding, *(encoding.overflowing if split else ())]]
 
 
@@ -145,6 +144,13 @@ def need_package(module: str, use: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise DatasetUnavailable(f"{module} {use}: pip install 'logitcache[hf]' ({error})") from error
+
+
+def _bytes_before(text: str) -> np.ndarray:
+    """Bytes of UTF-8 before each character of a text, and in all of it, int64 (characters + 1,)."""
+    characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    widths = 1 + sum((characters >= limit).astype(np.int64) for limit in (0x80, 0x800, 0x10000))
+    return np.concatenate([[0], np.cumsum(widths)])
 
 
 def _part(encoding: Any, bytes_before: np.ndarray) -> Encoded:

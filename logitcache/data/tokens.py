@@ -82,6 +82,8 @@ class TokenDataset:
     ) -> None:
         if task not in TASKS:
             raise UsageError(f"unknown task {task!r}; expected one of: {', '.join(TASKS)}")
+        if not len(sequences):
+            raise UsageError("the dataset has no text; expected at least one sequence of tokens")
         self.keys = list(keys)
         self.task = task
         self.vocab_size = vocab_size
@@ -95,8 +97,8 @@ class TokenDataset:
         self.lengths = np.array([len(ids) for ids in sequences], dtype=np.int64)
         """Tokens of each sample, int64 (N,)."""
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        self._check_ids(sequences)
         self._ids = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in sequences])
+        self._check_ids()
         self.rows_per_sample: np.ndarray | None = None
         """Rows of each sample, int64 (N,); None for classification, where each sample has one row."""
         self.row_positions: np.ndarray | None = None
@@ -185,19 +187,17 @@ class TokenDataset:
             mask_id=self.mask_id,
         )
 
-    def _check_ids(self, sequences: Sequence[np.ndarray]) -> None:
-        if not len(sequences):
-            raise UsageError("the dataset has no text; expected at least one sequence of tokens")
-        for key, ids in zip(self.keys, sequences, strict=True):
-            if not len(ids):
-                raise UsageError(f"sample {key!r} has no tokens; remove it, or use a tokenizer with special tokens")
-            lowest, highest = int(np.min(ids)), int(np.max(ids))
-            if lowest < 0 or highest >= self.vocab_size:
-                found = lowest if lowest < 0 else highest
-                raise UsageError(
-                    f"sample {key!r} has the token id {found}, beyond a vocabulary of {self.vocab_size} (0 to "
-                    f"{self.vocab_size - 1}); use the tokenizer of this vocabulary"
-                )
+    def _check_ids(self) -> None:
+        if not self.lengths.all():
+            key = self.keys[int(self.lengths.argmin())]
+            raise UsageError(f"sample {key!r} has no tokens; remove it, or use a tokenizer with special tokens")
+        beyond = np.flatnonzero((self._ids < 0) | (self._ids >= self.vocab_size))
+        if len(beyond):
+            sample = int(np.searchsorted(self._starts, beyond[0], side="right")) - 1
+            raise UsageError(
+                f"sample {self.keys[sample]!r} has the token id {self._ids[beyond[0]]}, beyond a vocabulary of "
+                f"{self.vocab_size} (0 to {self.vocab_size - 1}); use the tokenizer of this vocabulary"
+            )
 
     def _place_rows(self, predicted: np.ndarray | None) -> None:
         positions = np.arange(len(self._ids)) - np.repeat(self._starts[:-1], self.lengths)
