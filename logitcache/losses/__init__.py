@@ -33,7 +33,6 @@ from logitcache.losses.hard import recorded_loss as recorded_loss
 from logitcache.losses.hard import teacher_argmax_cross_entropy as teacher_argmax_cross_entropy
 from logitcache.losses.linear import linear_cross_entropy as linear_cross_entropy
 from logitcache.losses.linear import linear_kl_divergence as linear_kl_divergence
-from logitcache.losses.linear import linear_terms as linear_terms
 from logitcache.losses.own_code import load_code as load_code
 from logitcache.losses.protocol import Loss as Loss
 from logitcache.losses.protocol import Reduction as Reduction

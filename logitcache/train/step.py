@@ -14,7 +14,8 @@ from logitcache.data.index import split_index
 from logitcache.data.rows import RowMap
 from logitcache.data.sequences import batch_rows, sequence_rows
 from logitcache.devices import autocast, to_device
-from logitcache.losses import Loss, linear_terms
+from logitcache.losses import Loss
+from logitcache.losses.linear import linear_terms
 from logitcache.losses.protocol import teacher_for
 from logitcache.train.job import Job
 
