@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 import sys
 import sysconfig
-import types
 from collections.abc import Mapping
 from importlib.machinery import FrozenImporter, PathFinder
 from pathlib import Path
@@ -54,15 +54,28 @@ def load_entry_point(name: str, *, trust: bool) -> Any:
         found = getattr(module, function)
     except AttributeError:
         raise UsageError(f"{name}: module {module_name!r} has no {function!r}") from None
-    if not trust and isinstance(found, types.FunctionType | types.BuiltinFunctionType | type):
-        # A user's module may import `subprocess.run`, and an untrusted pipeline may name it there.
-        home = found.__module__
-        if not isinstance(home, str) or not _is_own_module(home, folder):
-            raise UntrustedCode(
-                f"{name} is {home}.{found.__qualname__}, from outside the working folder; call it in a function of "
-                "your own and name that one, or review it and re-run with --trust (in Python: trust=True)"
-            )
+    if not trust:
+        _check_is_own(found, name, folder)
     return found
+
+
+def _check_is_own(found: Any, name: str, folder: Path) -> None:
+    """Refuse what a user's module only imports, such as `subprocess.run`: an untrusted pipeline may name it there.
+
+    Raises:
+        UntrustedCode: a function, method or class from elsewhere.
+    """
+    while isinstance(found, functools.partial):
+        found = found.func
+    if not hasattr(found, "__qualname__") and not hasattr(found, "__name__"):
+        return  # an object that the user's module made, such as a composed transform
+    home = getattr(found, "__module__", None)
+    if not isinstance(home, str) or not _is_own_module(home, folder):
+        qualified = getattr(found, "__qualname__", found.__name__)
+        raise UntrustedCode(
+            f"{name} is {home}.{qualified}, from outside the working folder; call it in a function of your own and "
+            "name that one, or review it and re-run with --trust (in Python: trust=True)"
+        )
 
 
 def call_entry_point(function: Any, name: str, arguments: Mapping[str, Any]) -> Any:
@@ -117,8 +130,9 @@ def _is_own(origin: str | None, folder: Path) -> bool:
         return False
     if any(path.is_relative_to(installed) for installed in _python_folders()):
         return False
-    parents = [parent for parent in path.parents if parent.is_relative_to(folder)]
-    return not any(_is_environment(parent) or _is_cache(parent) for parent in parents)
+    if any(_is_environment(parent) for parent in path.parents if parent.is_relative_to(folder)):
+        return False
+    return not any(map(_is_cache, path.parents))  # the working folder may itself lie in a cache
 
 
 def _python_folders() -> set[Path]:

@@ -33,8 +33,17 @@ def differing_rows(
         view, rows_B: view and row numbers, for encodings that draw random numbers.
 
     Returns:
-        Row numbers, some of `rows_B`.
+        Row numbers, some of `rows_B`. New rows that the encoding can't store, such as NaN, differ.
     """
+    refused = encoding.refused(again_BD).tolist()
+    if any(refused):
+        valid = [place for place, is_refused in enumerate(refused) if not is_refused]
+        found = [row for row, is_refused in zip(rows_B, refused, strict=True) if is_refused]
+        if valid:
+            valid_rows = [rows_B[place] for place in valid]
+            parts = stored_BD[valid], again_BD[valid]
+            found += differing_rows(*parts, encoding, precision, view=view, rows_B=valid_rows)
+        return sorted(found)
     # `Sampled` draws by row number, and these rows need not be consecutive: one at a time.
     pieces = [[place] for place in range(len(rows_B))] if isinstance(encoding, Sampled) else [range(len(rows_B))]
     encoded = [encoding.encode(again_BD[list(piece)], view=view, start=rows_B[piece[0]]) for piece in pieces]
@@ -49,10 +58,11 @@ def differing(stored_BD: Tensor, again_BD: Tensor, lossy_BD: Tensor, encoding: E
         size_B = again_BD.norm(dim=1)
         off_B, explained_B = (stored_BD - again_BD).norm(dim=1), (lossy_BD - again_BD).norm(dim=1)
         allowed_B = SLACK * explained_B + DISTANCE.get(precision, max(DISTANCE.values())) * size_B
-        differing_B: Tensor = off_B > allowed_B
+        differing_B: Tensor = ~(off_B <= allowed_B)  # NaN differs
         return differing_B
     if isinstance(encoding, Sampled):
         moved_B = (lossy_BD.softmax(dim=1) - stored_BD.softmax(dim=1)).abs().sum(dim=1) / 2
-        return moved_B > max(DIFFERENT_DRAWS, 1.01 / encoding.draws)
+        return ~(moved_B <= max(DIFFERENT_DRAWS, 1.01 / encoding.draws))
     explained_B = fidelity_kl(lossy_BD, again_BD)
-    return fidelity_kl(stored_BD, again_BD) > SLACK * explained_B + TOLERANCE.get(precision, max(TOLERANCE.values()))
+    allowed_B = SLACK * explained_B + TOLERANCE.get(precision, max(TOLERANCE.values()))
+    return ~(fidelity_kl(stored_BD, again_BD) <= allowed_B)

@@ -235,7 +235,7 @@ def demo_command(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """What a cache buys, on embedded data: time, view matching, few labels. Safe to interrupt: re-run to resume."""
+    """Show what a cache saves and gains, on embedded data. Safe to interrupt: re-run to resume."""
     from logitcache.extras.demo import demo_report, run_demo
 
     if not as_json:

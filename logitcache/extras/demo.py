@@ -1,4 +1,4 @@
-"""What a cache buys, on embedded real data: time, labels of the very views, and labels where few are known."""
+"""The demo on embedded real data: time that a cache saves, accuracy by view matching, and accuracy with few labels."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The table, and what it shows."""
+    """The results of the demo."""
 
     rows: list[Row]
     teacher: dict[str, Any]
@@ -134,7 +134,7 @@ def run_demo(folder: Path, overrides: Sequence[str] = (), *, full: bool = False)
     paths = [f"runs.path={folder}/runs", f"cache.path={folder}/views.cache"]
     seeds = [f"train.seeds={[*range(FULL_SEEDS)]}"] if full else []
     pipeline = load_pipeline(embedded_file(), [*paths, *seeds, *overrides])
-    # Before anything is timed: how many threads compute is set once for the process.
+    # Before anything is timed, because the number of threads is set once for the process.
     pick_device(pipeline.device, threads=pipeline.threads)
     teacher = train_teacher(pipeline)
     stage1_seconds = _timed_stage1(lambda: cache_teacher(pipeline), folder)
@@ -149,7 +149,7 @@ def run_demo(folder: Path, overrides: Sequence[str] = (), *, full: bool = False)
         pipeline.student(LIVE),
     ]
     results: dict[str, list[dict[str, Any]]] = {student.name: [] for student in students}
-    for seed in pipeline.train.seeds:  # students side by side, so that a slow minute of the machine hits all of them
+    for seed in pipeline.train.seeds:  # students alternate, so that other load on the machine affects all of them
         for student in students:
             labels = mismatched_labels if student.name == MISMATCHED else None
             results[student.name].append(train(experiment.job(student, seed, labels=labels)))
@@ -176,14 +176,14 @@ def run_demo(folder: Path, overrides: Sequence[str] = (), *, full: bool = False)
 
 
 class CleanLabels(Labels):
-    """Labels of the clean image, whatever it was augmented to: the common mistake, made as well as it can be.
+    """Labels of the clean image for every augmentation of it, which is a common mistake.
 
-    The labels of mixed samples are mixed by the area that each image has; only the augmentation is ignored.
+    The labels of mixed samples are mixed by the area of each image, so that only the augmentation is ignored.
 
     Args:
         clean: one view without augmentation or mixing.
         views: what the student sees.
-        device: where the labels go.
+        device: of the labels.
     """
 
     def __init__(self, clean: LogitCache, views: ViewDataset, device: torch.device) -> None:
@@ -226,7 +226,7 @@ def clean_labels(experiment: Experiment, path: Path) -> CleanLabels:
 
 
 def compare(row: Row, reference: Row) -> Comparison:
-    """The difference of two rows' test accuracies, with what the seeds say of its error."""
+    """The difference between two rows' test accuracies, with its standard error and interval over seeds."""
     if row.accuracy_mean is None or reference.accuracy_mean is None:
         return Comparison(row.name, reference.name, None, None, None)
     points = 100 * (row.accuracy_mean - reference.accuracy_mean)
@@ -242,20 +242,22 @@ def compare(row: Row, reference: Row) -> Comparison:
 def compare_cost(
     live: Sequence[dict[str, Any]], cached: Sequence[dict[str, Any]], stage1_seconds: float | None
 ) -> Cost | None:
-    """What `COST_STUDENTS` students cost either way, from runs of the same seeds; None for fewer than two.
+    """The cost of `COST_STUDENTS` students with the live teacher and from the cache; None for fewer than two seeds.
 
-    A run costs its epochs times the median seconds of one, without evaluation, which both have alike.
+    The cost of a run is its number of epochs times the median seconds of one, without evaluation.
 
     Args:
-        live, cached: results of `train`, seed by seed.
-        stage1_seconds: of `cache_teacher`; None where it is not known.
+        live, cached: results of `train` with the same seeds.
+        stage1_seconds: of `cache_teacher`; None if it is not known.
     """
     timed = all(run["epoch_seconds"] is not None for run in [*live, *cached])
     if stage1_seconds is None or len(live) < 2 or not timed:
         return None
-    live_seconds = [COST_STUDENTS * run["epochs"] * run["epoch_seconds"] for run in live]
-    cached_seconds = [stage1_seconds + COST_STUDENTS * run["epochs"] * run["epoch_seconds"] for run in cached]
-    ratios = [ours / theirs for ours, theirs in zip(live_seconds, cached_seconds, strict=True)]
+    live_seconds, training_seconds = (
+        [COST_STUDENTS * run["epochs"] * run["epoch_seconds"] for run in runs] for runs in (live, cached)
+    )
+    cached_seconds = [stage1_seconds + seconds for seconds in training_seconds]
+    ratios = [both[0] / both[1] for both in zip(live_seconds, cached_seconds, strict=True)]
     ratio, error = statistics.fmean(ratios), statistics.stdev(ratios) / math.sqrt(len(ratios))
     half = _t_quantile(len(ratios) - 1) * error
     return Cost(
@@ -270,7 +272,7 @@ def compare_cost(
 
 
 def cost_finding(cost: Cost | None) -> str:
-    """The cost, as a sentence."""
+    """The cost as a sentence."""
     if cost is None:
         return "Cost: no statement; it needs at least two seeds and a stage 1 that was not interrupted."
     low, high = cost.interval
@@ -279,12 +281,12 @@ def cost_finding(cost: Cost | None) -> str:
         f"{cost.cached_seconds:.0f} s with the cache, running the teacher once ({cost.stage1_seconds:.0f} s) included"
     )
     ratio = f"{cost.ratio:.2f} times as long (95 % interval {low:.2f} to {high:.2f})"
-    shown = "" if low > 1 or high < 1 else ", which is no difference that these seeds can show"
+    shown = "" if low > 1 or high < 1 else ", no significant difference"
     return f"Cost: {seconds}: {ratio}{shown}; training the teacher, needed for both, is not counted."
 
 
 def accuracy_finding(subject: str, found: Comparison, rows: dict[str, Row]) -> str:
-    """A comparison in a sentence; what the seeds can't carry is no conclusion."""
+    """A comparison as a sentence; it states whether the difference is significant."""
     row, reference = rows[found.row], rows[found.reference]
     if found.points is None:
         return f"{subject}: no statement; there is no test split."
@@ -299,7 +301,7 @@ def accuracy_finding(subject: str, found: Comparison, rows: dict[str, Row]) -> s
     if found.significant:
         return f"{values}: {spread}."
     more = "; try --full" if len(row.seeds) < FULL_SEEDS else ""
-    return f"{values}: {spread}, which is no difference that {len(row.seeds)} seeds can show{more}."
+    return f"{values}: {spread}, no significant difference over {len(row.seeds)} seeds{more}."
 
 
 def _t_quantile(degrees: int) -> float:
@@ -325,10 +327,10 @@ def _timed_stage1(stage1: Callable[[], CacheResult], folder: Path) -> float | No
 
 def demo_report(result: DemoResult, out: Path) -> Path | None:
     """Write a report on the demo's cache and students; None where the extra `report` is not installed."""
-    try:
-        from logitcache.extras.report import write_report
-        from logitcache.extras.report.page import check_installed
+    from logitcache.extras.report import write_report
+    from logitcache.extras.report.page import check_installed
 
+    try:
         check_installed()
     except UsageError:
         return None

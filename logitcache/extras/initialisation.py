@@ -182,27 +182,21 @@ def initialise(
     if any(there != here for there, here in shapes.values()):
         structure = _find_structure(student, shapes, init, inputs, seed)
         selected = _selected_channels(structure, teacher, sources, init, seed, importance)
-    for name, source in sources.items():
-        axes = () if structure is None else structure.axes[name]
-        mine[name] = take(theirs[source], axes, selected).detach().to(mine[name]).clone()
+    origins = []
+    for name, value in list(mine.items()):
+        source = sources.get(name)
+        axes = () if structure is None or source is None else structure.axes[name]
+        if source is not None:
+            mine[name] = take(theirs[source], axes, selected).detach().to(value).clone()
+        teacher_shape = None if source is None else shapes[name][0]
+        origins.append(Origin(name, tuple(value.shape), source, teacher_shape, tuple(axis.group for axis in axes)))
     student.load_state_dict(mine)
-    origins = [
-        Origin(
-            name,
-            tuple(value.shape),
-            sources.get(name),
-            shapes[name][0] if name in shapes else None,
-            () if structure is None or name not in sources else tuple(axis.group for axis in structure.axes[name]),
-        )
-        for name, value in mine.items()
-    ]
     channels = {name: each.tolist() for name, each in selected.items()}
     return InitReport(origins, channels, None if structure is None else structure.kind)
 
 
 def _some(names: Iterable[str]) -> str:
-    first = list(names)[:3]
-    return ", ".join(first) + ", …"
+    return ", ".join([*list(names)[:3], "…"])
 
 
 def _check_fit(name: str, source: str, there: Shape, here: Shape, init: Init, student: nn.Module) -> None:
@@ -266,17 +260,17 @@ def _blocks(here: list[int], there: list[int], layers: Any, place: str) -> dict[
     """The teacher's block for each of the student's at one path; empty if the numbers stay the same."""
     if len(here) == len(there) or not there or layers == "all":
         return dict(zip(here, there, strict=True)) if len(here) == len(there) else {}
-    asked = layers
+    selection = layers
     if isinstance(layers, Mapping) and isinstance(layers.get("blocks"), Mapping):
         if place not in layers["blocks"]:
             return {}
-        asked = {"blocks": layers["blocks"][place]}
-    if asked == "every_other":
+        selection = {"blocks": layers["blocks"][place]}
+    if selection == "every_other":
         selected = there[::2]
-    elif "first" in asked:
-        selected = there[: asked["first"]]
+    elif "first" in selection:
+        selected = there[: selection["first"]]
     else:
-        selected = list(asked["blocks"])
+        selected = list(selection["blocks"])
         unknown = [number for number in selected if number not in there]
         if unknown:
             raise UsageError(f"the teacher has no {place}.{unknown[0]}; its numbers there are {there}")

@@ -44,7 +44,7 @@ class MatchedData:
     """The cache row of each local sample, int64 (M,); None where both have the same samples in the same order."""
     teacher: ModelConfig
     load_teacher: Callable[[], nn.Module]
-    """Returns the teacher that the cache was made with. Raises `UsageError` where it is not available; says why."""
+    """Returns the cache's teacher, or raises `UsageError` with the reason why it is not available."""
     trust: bool
 
     @cached_property

@@ -32,7 +32,7 @@ from logitcache.progress import Meter, track
 from logitcache.randomness import preserved_generators, seed_generators
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.job import Job
-from logitcache.train.optimizer import OptimizerStep, WeightAverage
+from logitcache.train.optimizer import OptimizerStep, weight_average
 from logitcache.train.ranks import ALONE, Ranks
 from logitcache.train.runs import CHECKPOINT, FROM_START, RESOLVED, NullRunFolder, RunFolder
 from logitcache.train.step import losses
@@ -142,7 +142,7 @@ class Run:
             "nn.Module", torch.compile(self._parallel, dynamic=False) if config.compile else self._parallel
         )
         self._optimizer_step = OptimizerStep(whole, config, job.device, self.steps_per_epoch)
-        self._average = None if config.ema is None else WeightAverage(self.model, config.ema)
+        self._average = None if config.ema is None else weight_average(self.model, config.ema)
         self.state = _State()
         self.done = False
         self._stop_at = 0
@@ -168,7 +168,7 @@ class Run:
     @property
     def trained(self) -> nn.Module:
         """The model that is evaluated and saved: the average, where weights are averaged."""
-        return self.model if self._average is None else self._average.model
+        return self.model if self._average is None else self._average.module
 
     def places(self) -> Iterator[list[tuple[int, int]]]:
         """(view, index) of this process's share of each remaining batch of all epochs."""
@@ -249,7 +249,7 @@ class Run:
             loss += part_loss.detach()
         self._optimizer_step.apply(state.step)
         if self._average is not None:
-            self._average.update(self.model)
+            self._average.update_parameters(self.model)
         self._pending.append(loss)
         state.step += 1
         if len(self._pending) == LOG_STEPS:

@@ -97,7 +97,7 @@ class OptimizerStep:
         self._scaler.load_state_dict(state["scaler"])
 
 
-class WeightAverage:
+def weight_average(model: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of a model's weights and batch-norm statistics.
 
     After n updates the decay is the smaller of `decay` and (1 + n) / (10 + n), so that the first steps don't dominate
@@ -106,35 +106,17 @@ class WeightAverage:
     counter, are copied.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self._decay = decay
-        self._average = AveragedModel(model, multi_avg_fn=self._mix, use_buffers=True)
-
-    @property
-    def model(self) -> nn.Module:
-        """A model with the averaged weights."""
-        return self._average.module
-
-    def update(self, model: nn.Module) -> None:
-        """Add a model's current weights to the average."""
-        self._average.update_parameters(model)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state for a checkpoint."""
-        return self._average.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the state from a checkpoint."""
-        self._average.load_state_dict(state)
-
-    def _mix(self, averaged: Any, current: Any, _: Any) -> None:
+    def mix(averaged: Any, current: Any, _: Any) -> None:
         if not averaged[0].is_floating_point():
             for mean, value in zip(averaged, current, strict=True):
                 mean.copy_(value)
             return
-        updates = int(self._average.n_averaged)  # on the CPU: no device synchronisation
-        decay = min(self._decay, (1 + updates) / (10 + updates))
-        get_ema_multi_avg_fn(decay)(averaged, current, None)  # type: ignore[no-untyped-call]
+        updates = int(average.n_averaged)  # on the CPU: no device synchronisation
+        step_decay = min(decay, (1 + updates) / (10 + updates))
+        get_ema_multi_avg_fn(step_decay)(averaged, current, None)  # type: ignore[no-untyped-call]
+
+    average = AveragedModel(model, multi_avg_fn=mix, use_buffers=True)
+    return average
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

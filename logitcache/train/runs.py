@@ -114,7 +114,8 @@ class RunFolder:
         text = self._read(RESULT)
         if text is None:
             return None
-        check_file(path)
+        for file in (self.path / CONFIG, path):  # the configuration too: a result of another one has other checksums
+            check_file(file)
         try:
             result: dict[str, Any] = json.loads(text)
             found = RunResult.model_validate(result)

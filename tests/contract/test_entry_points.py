@@ -131,6 +131,30 @@ def test_a_function_that_an_own_module_imported_is_not_the_users_own(tmp_path: P
     assert ["refused"] * 5 + ["loaded"] * 3 == loaded_in(tmp_path, *names)
 
 
+def test_other_callables_that_an_own_module_imported_are_refused_too(tmp_path: Path) -> None:
+    """NumPy's functions are objects of a class of its own; a bound method and a partial lead to others' code."""
+    (tmp_path / "tools.py").write_text(
+        "import functools, os, subprocess\nfrom random import choice\nfrom numpy import savetxt\n"
+        "run = functools.partial(subprocess.run, shell=True)\nget = os.environ.get\n"
+        "class Own:\n    def __call__(self): ...\nmade = Own()\nmethod = made.__call__\n"
+    )
+    names = [f"tools:{name}" for name in ("choice", "savetxt", "run", "get", "Own", "made", "method")]
+
+    assert ["refused"] * 4 + ["loaded"] * 3 == loaded_in(tmp_path, *names)
+
+
+def test_a_working_folder_inside_a_cache_does_not_vouch_for_it(tmp_path: Path) -> None:
+    with logitcache.create(
+        tmp_path / "a.cache", num_samples=4, num_classes=3, teacher="net", dataset="pictures"
+    ) as writer:
+        writer.write(view=0, start=0, logits=np.eye(4, 3, dtype=np.float32) * 2)
+    examples = tmp_path / "a.cache" / "examples"
+    examples.mkdir()
+    (examples / "tools.py").write_text("def run(): ...\n")
+
+    assert ["refused"] == loaded_in(examples, "tools:run")
+
+
 def test_an_imported_function_is_named_in_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_own_tools.py").write_text("from shutil import rmtree\n")
     monkeypatch.chdir(tmp_path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +186,49 @@ def test_a_row_that_was_refused_may_be_written_again(tmp_path: Path, bad: float,
     assert torch.equal(logits, logitcache.open(tmp_path / "a").view(0).logits(range(SAMPLES)))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["NaN", "infinite"])
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=repr)
+def test_an_invalid_row_over_a_committed_one_is_refused(tmp_path: Path, encoding: Encoding, value: float) -> None:
+    build(tmp_path / "a", encoding)
+    invalid = some_logits()
+    invalid[40, 3] = value
+
+    with pytest.raises(IdentityMismatch, match="row 40 of view 0 differs"), writer(tmp_path / "a", encoding) as cache:
+        cache.write(view=0, start=0, logits=invalid)
+
+
+@pytest.fixture
+def _threads_switch_often() -> Iterator[None]:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("_threads_switch_often")
+def test_four_threads_may_write_the_same_rows(tmp_path: Path) -> None:
+    logits = some_logits()
+    errors: list[BaseException] = []
+
+    def write(cache: logitcache.CacheWriter) -> None:
+        try:
+            for row in range(0, SAMPLES, 5):
+                cache.write(view=0, start=row, logits=logits[row : row + 5])
+        except BaseException as error:
+            errors.append(error)
+
+    for number in range(3):
+        with writer(tmp_path / str(number), rows_per_block=8) as cache:
+            threads = [threading.Thread(target=write, args=(cache,)) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert torch.equal(logits, logitcache.open(tmp_path / str(number)).view(0).logits(range(SAMPLES)))
+    assert [] == errors
+
+
+@pytest.mark.usefixtures("_threads_switch_often")
 def test_four_threads_in_one_writer_write_what_one_would(tmp_path: Path) -> None:
     logits = some_logits()
     build(tmp_path / "one")

@@ -296,6 +296,22 @@ def test_a_damaged_or_foreign_result_is_refused(tiny: Make) -> None:
     assert rows == train_students(pipeline, ["small"])
 
 
+def test_a_result_of_another_configuration_is_refused_even_with_its_checksums(tiny: Make, tmp_path: Path) -> None:
+    """The same student and seed, with another learning rate; `run.yaml` kept or gone."""
+    pipeline = tiny("train.epochs=1")
+    other = tiny("train.epochs=1", "train.lr=0.0001", f"runs.path={tmp_path / 'other'}")
+    cache_teacher(pipeline)
+    for each in (pipeline, other):
+        train_students(each, ["small"])
+    folder, foreign = (Path(each.runs.path) / "small/seed-0" for each in (pipeline, other))
+    for name in (RESULT, CHECKSUMS):
+        shutil.copy(foreign / name, folder)
+
+    refused(pipeline, folder / CONFIG, "expected SHA-256")
+    (folder / CONFIG).unlink()
+    refused(pipeline, folder / CONFIG, "expected SHA-256")
+
+
 def test_damaged_or_foreign_weights_of_a_finished_run_are_refused(tiny: Make) -> None:
     """Where a trained teacher's are read; weights that were copied elsewhere carry a SHA-256 of their own."""
     trained = ["teacher.weights=trained", "teacher.train={epochs: 1}"]

@@ -945,6 +945,6 @@ def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.M
     from logitcache.extras.report import page
 
     real = page.importlib.util.find_spec
-    monkeypatch.setattr(page.importlib.util, "find_spec", lambda name: None if name == "altair" else real(name))
-    with pytest.raises(UsageError, match=r"a report needs altair: pip install 'logitcache\[report\]'"):
+    monkeypatch.setattr(page.importlib.util, "find_spec", lambda name: None if name == "captum" else real(name))
+    with pytest.raises(UsageError, match=r"a report needs captum: pip install 'logitcache\[report\]'"):
         write_report(tmp_path, tmp_path / "r.html")

@@ -24,7 +24,7 @@ from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import Experiment, train_students
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.loop import Run
-from logitcache.train.optimizer import OptimizerStep, WeightAverage, learning_rate
+from logitcache.train.optimizer import OptimizerStep, learning_rate, weight_average
 from logitcache.train.ranks import Ranks
 from logitcache.train.runs import RunFolder
 from tests.integration.test_stages import log, same, weights
@@ -125,18 +125,18 @@ def test_clipped_gradients_have_the_norm_asked_for() -> None:
 def test_averaged_weights_and_statistics_follow_the_models() -> None:
     """The reference is the recursion itself; batch norm's counter is the model's own."""
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    average = WeightAverage(model, decay=0.6)
+    average = weight_average(model, decay=0.6)
     expected = {name: value.double().clone() for name, value in model.state_dict().items()}
     for update in range(12):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_()
         model(torch.randn(8, 3))
-        average.update(model)
+        average.update_parameters(model)
         decay = 0.0 if update == 0 else min(0.6, (1 + update) / (10 + update))
         for name, value in model.state_dict().items():
             expected[name] = decay * expected[name] + (1 - decay) * value
-    averaged = average.model.state_dict()
+    averaged = average.module.state_dict()
 
     assert 12 == averaged["1.num_batches_tracked"]
     for name in ("0.weight", "1.weight", "1.running_mean", "1.running_var"):

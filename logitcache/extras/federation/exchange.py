@@ -98,7 +98,7 @@ def _fetch(url: str, path: str, own: LogitCache, own_path: str) -> None:
             )
     there = open_cache(url)
     check_same_views(own_path, own, url, there)
-    most = 2 * 4 * own.num_samples * len(own.views) * own.num_classes + own.stored_bytes + SPARE_BYTES
+    most = 2 * 4 * own.num_rows * len(own.views) * own.num_classes + own.stored_bytes + SPARE_BYTES
     if there.stored_bytes > most:
         raise IdentityMismatch(f"the cache has {there.stored_bytes:,} bytes, these views need at most {most:,}")
     pull(url, path, expect=there.pin)
@@ -117,8 +117,8 @@ def check_logits(cache: LogitCache, *, masks: bool) -> None:
     rows_at_once = max(1, LOGITS_AT_ONCE // cache.num_classes)
     for number in cache.views:
         view = cache.view(number)
-        for start in range(0, cache.num_samples, rows_at_once):
-            logits_BC = view.logits(range(start, min(start + rows_at_once, cache.num_samples)))
+        for start in range(0, cache.num_rows, rows_at_once):
+            logits_BC = view.logits(range(start, min(start + rows_at_once, cache.num_rows)))
             valid_B = torch.isfinite(logits_BC.amax(dim=1))
             if not masks:
                 valid_B &= torch.isfinite(logits_BC.amin(dim=1))

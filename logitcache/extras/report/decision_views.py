@@ -47,7 +47,7 @@ class Decision:
     picture: str | None = None
     """The attribution map, a data URI."""
     description: str = ""
-    """The map in words."""
+    """Of the map."""
 
 
 @dataclass
@@ -158,7 +158,7 @@ def _maps(
     """A map for each row, of a student or (None) of the teacher.
 
     Raises:
-        UsageError: maps are not possible; says why.
+        UsageError: maps are not possible; gives the reason.
     """
     model = matched.load_teacher() if student is None else student.load()
     config = matched.teacher if student is None else student.config

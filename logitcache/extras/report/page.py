@@ -30,7 +30,7 @@ def check_installed() -> None:
     Raises:
         UsageError: names the missing ones.
     """
-    missing = [name for name in ("altair", "vl_convert", "captum") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("vl_convert", "captum") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"a report needs {', '.join(missing)}: pip install 'logitcache[report]'")
 
@@ -81,11 +81,9 @@ def json_for_script(value: Any) -> str:
 @functools.cache
 def _plot_library() -> str:
     """Vega, Vega-Lite and Vega-Embed as one self-contained script."""
-    import altair
     import vl_convert
 
-    vl_version = ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2])
-    return vl_convert.javascript_bundle(snippet=_SNIPPET, vl_version=vl_version)
+    return vl_convert.javascript_bundle(snippet=_SNIPPET)
 
 
 def _embeddable(script: str) -> str:

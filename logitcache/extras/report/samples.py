@@ -108,14 +108,10 @@ def disagreement(cache: LogitCache, views: Sequence[int]) -> Disagreement | None
     entropies_S = torch.zeros(len(rows_S), dtype=torch.float64)
     with track("comparing views", len(views) * len(rows_S), unit="rows") as meter:
         for view, used_S in zip(views, used_VS, strict=True):
-            places = torch.from_numpy(np.flatnonzero(compared_S & used_S))
-            done = 0
-            for rows, logits_BC in decoded_batches(cache, view, rows_S[places.numpy()]):
-                p_BC = log_softmax(logits_BC).double().exp()
-                batch = places[done : done + len(rows)]
-                sums_SC[batch] += p_BC
-                entropies_S[batch] += entropies(p_BC)
-                done += len(rows)
+            for rows, logits_BC in decoded_batches(cache, view, rows_S[compared_S & used_S]):
+                places, p_BC = np.searchsorted(rows_S, rows), log_softmax(logits_BC).double().exp()
+                sums_SC[places] += p_BC
+                entropies_S[places] += entropies(p_BC)
             meter.advance(len(rows_S))
     compared = torch.from_numpy(compared_S)
     counts_S = torch.from_numpy(used_VS.sum(axis=0))[compared]

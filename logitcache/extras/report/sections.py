@@ -49,7 +49,7 @@ def _reliability(stats: TeacherStats) -> Figure:
         }
         for place in np.flatnonzero(found.counts).tolist()
     ]
-    return Figure(charts.reliability_chart(rows), rows, {"num_bins": num_bins})
+    return Figure(charts.chart("reliability", rows), rows, {"num_bins": num_bins})
 
 
 def _confidence(scored: Predictions) -> Figure:
@@ -86,7 +86,7 @@ def _confusion(scored: Predictions, names: ClassNames, num_classes: int) -> Figu
     all_names = [names[number] for number in range(num_classes)]
     present = np.flatnonzero(in_class).tolist()
     rows = [{"true": names[true], **dict(enumerate(matrix[true].tolist()))} for true in present]
-    return Figure(charts.confusion_chart(cells, all_names), rows, notes | {"names": all_names})
+    return Figure(charts.confusion_matrix(cells, all_names), rows, notes | {"names": all_names})
 
 
 def _classes(scored: Predictions, names: ClassNames, num_classes: int) -> Figure:

@@ -68,7 +68,8 @@ def _curve(students: list[Student], quantity: str, title: str, axis_format: str)
     rows = [point for curve in curves for point in curve[::-1][:: -(-len(curve) // MAX_POINTS)][::-1]]
     names = [student.name for student in students]
     ends = sorted((curve[-1] for curve in curves), key=lambda end: float(end["mean"]))
-    spec = charts.learning_curves(rows, students=names, title=title, axis_format=axis_format)
+    description = f"{title} during training, a line for each student"
+    spec = charts.chart("curves", rows, students=names, title=title, format=axis_format, description=description)
     return Figure(spec, rows, {"lowest": ends[0], "highest": ends[-1]})
 
 
@@ -117,7 +118,7 @@ def agreement_figure(found: RunsFound, drawn: Sequence[str], names: ClassNames, 
         ]
         for labels in (lowest, [int(seen[np.argmax(mean_C[seen])])])
     )
-    spec = charts.shares_by_class(points, students=drawn, title="agreement with the teacher")
+    spec = charts.chart("agreement", points, names=[names[label] for label in lowest], students=drawn)
     compared = [student.name for student, _ in students]
     notes = {"rows": len(rows), "seen": len(seen), "highest": highest, "students": compared}
     return Figure(spec, rows_of_table, notes)

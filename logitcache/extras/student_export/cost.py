@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 LATENCY_PASSES = 200
 LATENCY_SECONDS = 2.0
-"""Per engine. After this time no further pass starts, if there were at least five."""
+"""Per engine. After this time no further pass starts, if there were more than ten."""
 WARM_UP = 5
+"""Passes that are not counted."""
 
 
 def count_macs(model: nn.Module, input_1: Tensor) -> int:
@@ -40,23 +41,16 @@ def median_seconds(passes: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     thread; other engines must be configured by the caller.
     """
     seconds: dict[str, list[float]] = {name: [] for name in passes}
-    limit = LATENCY_SECONDS * len(passes)
+    end = time.perf_counter() + LATENCY_SECONDS * len(passes)
     with _one_thread(), torch.inference_mode():
-        start = time.perf_counter()
-        for _ in range(WARM_UP):
-            for forward in passes.values():
-                forward()
-            if time.perf_counter() - start > limit:
-                break
-        start = time.perf_counter()
-        for number in range(LATENCY_PASSES):
+        for number in range(WARM_UP + LATENCY_PASSES):
             for name, forward in passes.items():
                 before = time.perf_counter()
                 forward()
                 seconds[name].append(time.perf_counter() - before)
-            if number >= 4 and time.perf_counter() - start > limit:
+            if number >= 2 * WARM_UP and time.perf_counter() > end:
                 break
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: statistics.median(values[WARM_UP:]) for name, values in seconds.items()}
 
 
 def processor() -> str:

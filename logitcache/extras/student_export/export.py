@@ -117,7 +117,7 @@ def export_run(
     """
     if int8 and to != "onnx":
         raise UsageError("--int8 makes an ONNX model; add --to onnx")
-    asked = {SAFETENSORS} if to == "safetensors" else {ONNX, INT8} if int8 else {ONNX}
+    requested = {SAFETENSORS} if to == "safetensors" else {ONNX, INT8} if int8 else {ONNX}
     folder = local_path(out) if out is not None else student.run.folder / DEFAULT_FOLDER
     try:
         _clear_leftovers(folder)
@@ -125,14 +125,14 @@ def export_run(
     except OSError as error:
         raise StorageError(f"can't read {folder}: {error.strerror or error}") from error
     if existing is not None:
-        if asked <= existing.files.keys():
+        if requested <= existing.files.keys():
             return Exported(folder, existing, written=False)
-        asked |= existing.files.keys() & set(MODEL_FILES)
-    if ONNX in asked:
+        requested |= existing.files.keys() & set(MODEL_FILES)
+    if ONNX in requested:
         check_onnx_installed()
     try:
         with _new_folder(folder, replace=existing is not None) as partial:
-            metadata = _write(student, partial, asked)
+            metadata = _write(student, partial, requested)
     except StorageError:
         raise
     except OSError as error:
