@@ -226,3 +226,12 @@ def largest_of_a_step(pipeline: Pipeline, **changes: Any) -> int:
     batch = next(iter(rendered_batches(job.views, run.places(), num_workers=0)))
     run.begin_epoch()
     return largest_tensor(lambda: run.train_step(*batch))
+
+
+def test_an_evaluation_has_few_sequences_of_a_large_vocabulary_at_once(sentences: Make) -> None:
+    data = f"data.args={{vocab_size: {VOCABULARY}, count: 4, length: 250}}"
+    pipeline = sentences(OWN, "cross_entropy", data)
+    job = Experiment(pipeline).job(pipeline.students[0], 0)
+    assert job.test is not None
+
+    assert [1, 1, 1, 1] == [len(places) for places in job.test._places]
