@@ -110,9 +110,10 @@ def test_a_model_of_transformers_is_the_same_up_to_rounding(sentences: Make, tmp
     )
 
 
-def test_one_row_per_sample_and_weights_work_too(tiny: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("override", ["train.compile=false", "train.compile=true"], ids=["eager", "compiled"])
+def test_one_row_per_sample_and_weights_work_too(tiny: Make, tmp_path: Path, override: str) -> None:
     student = "{name: small, model: 'tests.models:Headed', loss: {name: kl}, sample_weights: teacher_agreement}"
-    check_same(tiny(f"students=[{student}]"), tmp_path, chunk="7")
+    check_same(tiny(f"students=[{student}]", override), tmp_path, chunk="7")
 
 
 def test_processes_that_train_together_give_the_same(sentences: Make, tmp_path: Path) -> None:
