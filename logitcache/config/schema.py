@@ -347,7 +347,10 @@ class Pipeline(Section):
 
     @property
     def teacher_name(self) -> str:
-        """A readable name of the teacher, such as "resnet50"."""
+        """A readable name of the teacher, such as "resnet50", or that of its files."""
+        path = self.teacher.args.get("path")
+        if self.teacher.model == "transformers" and isinstance(path, str):
+            return Path(path).name.removesuffix(".gguf")
         return self.teacher.model.rpartition(":")[2]
 
     @property
