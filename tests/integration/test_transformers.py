@@ -269,6 +269,22 @@ def test_a_language_model_teaches_a_smaller_one_from_its_cache(language: Make, c
     assert ["small", "labels"] == [row.name for row in rows]
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["students.small.init={from: teacher, layers: {first: 1}}", "together=true"],
+        ["train.accumulate=2", "train.ema=0.9", "num_workers=1"],
+        ["cache.memory_budget_mb=0.01", "cache.encoding=TopK(k=8)"],
+    ],
+    ids=["initialised, together", "accumulated, averaged, with workers", "streamed"],
+)
+def test_the_ways_to_train_take_sequences(language: Make, overrides: list[str]) -> None:
+    pipeline = language("train.epochs=1", *overrides)
+    cache_teacher(pipeline)
+
+    assert all(row.nll_mean is not None for row in train_students(pipeline))
+
+
 def test_students_of_a_part_of_the_samples_keep_the_rows_of_each(language: Make) -> None:
     pipeline = language("students.small.samples=0.5", "students.labels.samples=0.5", "train.epochs=1")
     cache_teacher(pipeline)
