@@ -16,7 +16,7 @@ import logitcache
 from logitcache.catalog.calling import model_logits
 from logitcache.catalog.language_models import check_head, check_packing, head_of, transformers_model, without_head
 from logitcache.catalog.models import build_model, fingerprint_args, load_weights, model_fingerprint, save_weights
-from logitcache.config.build import resolve_data, resolve_plan, resolve_teacher
+from logitcache.config.build import resolve_collate, resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline
 from logitcache.data.batching import pad
 from logitcache.data.packing import pack
@@ -247,6 +247,10 @@ def _language(tiny: Make, tmp_path: Path) -> Make:
         return pipeline
 
     return make
+
+
+def test_texts_are_padded_by_default(language: Make) -> None:
+    assert resolve_collate(language("data.collate=null"), trust=False) is pad
 
 
 def test_a_teacher_is_named_after_its_files(language: Make) -> None:
