@@ -27,7 +27,7 @@ from logitcache.catalog.models import (
 from logitcache.catalog.outputs import sources_of, taps_of
 from logitcache.config.schema import DataConfig, ModelConfig, Pipeline, StudentConfig, parse_pipeline
 from logitcache.context import Context
-from logitcache.data.batching import COLLATES, Collate
+from logitcache.data.batching import COLLATES, Collate, pad
 from logitcache.data.packing import pack
 from logitcache.data.rows import rows_of_dataset
 from logitcache.data.samples import Dataset
@@ -98,14 +98,14 @@ def resolve_plan(pipeline: Pipeline, data: Data, *, trust: bool) -> ViewPlan:
 
 
 def resolve_collate(pipeline: Pipeline, *, trust: bool) -> Collate | None:
-    """The function of `data.collate`, which makes a batch of inputs; None stacks them.
+    """The function of `data.collate`, which makes a batch of inputs; None stacks them. Texts are padded by default.
 
     Raises:
         UsageError: the entry point is not a function.
     """
     name = pipeline.data.collate
     if name is None:
-        return None
+        return pad if pipeline.data.name == "text" else None
     function = COLLATES.resolve(name, trust=trust)
     if not callable(function):
         raise UsageError(f"data.collate {name} is a {type(function).__name__}; expected a function of a list of inputs")

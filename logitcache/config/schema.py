@@ -73,7 +73,8 @@ class DataConfig(Section):
     subset: bool = False
     """Allow the dataset to lack some of the cached samples; by default a missing sample is an error."""
     collate: str | None = None
-    """Makes a batch of inputs: `pad`, or `package.module:function` of a list of inputs; null stacks them."""
+    """Makes a batch of inputs: `pad`, `pack`, or `package.module:function` of a list of inputs; null pads the inputs of
+    `text`, and stacks others."""
     part: PartConfig | None = None
     """Use one of several disjoint parts of the training split, as one party of a federation."""
 
