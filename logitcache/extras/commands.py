@@ -27,8 +27,8 @@ from logitcache.extras.printing import (
     print_demo,
     print_export,
     print_merge,
-    print_product,
     print_report,
+    print_student_export,
     print_suspects,
     print_turns,
 )
@@ -137,7 +137,7 @@ def export_command(
     student = open_student(Path(source), weights=weights.value, data=pipeline, trust=trust)
     exported = export_run(student, out, to="onnx" if to is ExportFormat.onnx else "safetensors", int8=int8)
     summary = {"folder": str(exported.folder), "written": exported.written, **exported.metadata.model_dump()}
-    show(summary, as_json, lambda: print_product(exported))
+    show(summary, as_json, lambda: print_student_export(exported))
 
 
 def _check_is_cache(source: str, out: Path | None, *, int8: bool, weights: Weights, data: Path | None) -> None:
