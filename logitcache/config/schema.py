@@ -247,6 +247,8 @@ class StudentConfig(ModelConfig):
     """Initialise the student from the teacher's weights."""
     train: dict[str, Any] = {}
     """Overrides of the pipeline's `train`."""
+    vocab_size: int | None = Field(default=None, ge=2)
+    """Classes of a language model, if it has only the first ones of the teacher's, whose head may be padded."""
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -293,6 +295,7 @@ class StudentConfig(ModelConfig):
         from logitcache.losses import recorded_loss
 
         unset: dict[str, Any] = {"init": None, "sample_weights": {"name": "none"}, "sampler": "none", "hints": []}
+        unset |= {"vocab_size": None}
         identity = self.model_dump(exclude={"train"})
         identity |= {"loss": recorded_loss(self.loss), "hints": recorded_loss(self.hints)}
         return {key: value for key, value in identity.items() if key not in unset or value != unset[key]}
@@ -347,7 +350,10 @@ class Pipeline(Section):
 
     @property
     def teacher_name(self) -> str:
-        """A readable name of the teacher, such as "resnet50"."""
+        """A readable name of the teacher, such as "resnet50", or that of its files."""
+        path = self.teacher.args.get("path")
+        if self.teacher.model == "transformers" and isinstance(path, str):
+            return Path(path).name.removesuffix(".gguf")
         return self.teacher.model.rpartition(":")[2]
 
     @property

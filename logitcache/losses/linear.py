@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from logitcache.errors import ShapeError
+from logitcache.errors import ShapeError, UsageError
 from logitcache.losses.hard import IGNORED
 from logitcache.losses.kernels import Step, label_step, step_for, wide_dtype
 from logitcache.losses.protocol import Reduction, counting_rows, reduced
@@ -59,6 +59,7 @@ def linear_kl_divergence(
 
     Raises:
         ShapeError: shapes that do not agree.
+        UsageError: `chunk_rows` below 1.
     """
     _check_shapes(hidden, weight, bias, labels)
     targets = DenseTargets(targets) if isinstance(targets, Tensor) else targets
@@ -71,9 +72,8 @@ def linear_kl_divergence(
     if rows is not None:
         targets, labels = targets[rows], None if labels is None else labels[rows]
     dtype, compiled = wide_dtype(_compute_dtype(hidden, weight)), _compiles(compiled, hidden.device)
-    steps = [step_for("kl", targets, temperature, dtype, compiled=compiled)]
-    if labels is not None:
-        steps.append(label_step(labels.long(), label_weight, dtype, compiled=compiled))
+    steps = [] if labels is None else [label_step(labels.long(), label_weight, dtype, compiled=compiled)]
+    steps.append(step_for("kl", targets, temperature, dtype, compiled=compiled))
     loss: Tensor = _linear_loss(hidden, weight, bias, steps, rows, chunk_rows, reduction)
     return loss
 
@@ -148,9 +148,13 @@ def _linear_loss(
     reduction: Reduction,
 ) -> Tensor:
     """The sum of the steps' losses over the given rows."""
+    if chunk_rows is not None and chunk_rows < 1:
+        raise UsageError(f"chunk_rows is at least 1, not {chunk_rows}")
     hidden_ND = hidden if rows is None else hidden[rows]
     head = _Head(steps, _compute_dtype(hidden, weight), chunk_rows)
-    loss: Tensor = _LinearLoss.apply(hidden_ND, weight, bias, head, reduction != "none")
+    # Within a Function's forward pass gradients are always off.
+    at_once = reduction != "none" and torch.is_grad_enabled()
+    loss: Tensor = _LinearLoss.apply(hidden_ND, weight, bias, head, reduction != "none", at_once)
     if reduction == "mean":
         return loss / max(1, len(hidden_ND))
     if reduction == "none" and rows is not None:
@@ -198,7 +202,7 @@ class _Head(NamedTuple):
                 logits_BC += bias_C
             gradient_BC = None
             for step in self.steps:
-                loss_B, of_step_BC = step(logits_BC, rows, any(needed))
+                loss_B, of_step_BC = step(logits_BC, rows, any(needed), step is self.steps[-1])
                 loss_N[rows] += loss_B
                 gradient_BC = of_step_BC if gradient_BC is None or of_step_BC is None else gradient_BC.add_(of_step_BC)
             del logits_BC
@@ -219,17 +223,23 @@ class _Head(NamedTuple):
 
 
 class _LinearLoss(torch.autograd.Function):
-    """Losses (N,), or their sum, with which the gradients are computed at once."""
+    """Losses (N,), or their sum, with which the gradients can be computed at once."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_CD: Tensor, bias_C: Tensor | None, head: _Head, summed: bool
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_CD: Tensor,
+        bias_C: Tensor | None,
+        head: _Head,
+        summed: bool,
+        at_once: bool,
     ) -> Tensor:
-        needed = ctx.needs_input_grad[:3]
+        needed = ctx.needs_input_grad[:3] if at_once else (False, False, False)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            loss_N, gradients = head.losses(hidden_ND, weight_CD, bias_C, needed if summed else (False,) * 3, None)
+            loss_N, gradients = head.losses(hidden_ND, weight_CD, bias_C, needed, None)
         ctx.save_for_backward(hidden_ND, weight_CD, bias_C)
-        ctx.head, ctx.summed, ctx.gradients = head, summed, gradients if summed else None
+        ctx.head, ctx.summed, ctx.gradients = head, summed, gradients if at_once else None
         return loss_N.sum() if summed else loss_N
 
     @staticmethod
@@ -249,4 +259,4 @@ class _LinearLoss(torch.autograd.Function):
             gradient if gradient is None else gradient.to(like.dtype)
             for gradient, like in zip(gradients, inputs, strict=True)
         )
-        return (*as_given, None, None)
+        return (*as_given, None, None, None)

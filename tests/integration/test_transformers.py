@@ -249,6 +249,11 @@ def _language(tiny: Make, tmp_path: Path) -> Make:
     return make
 
 
+def test_a_teacher_is_named_after_its_files(language: Make) -> None:
+    assert "transformers" == language().teacher_name
+    assert "Tiny-1M.Q4" == language("teacher.args={path: models/Tiny-1M.Q4.gguf}").teacher_name
+
+
 @pytest.mark.parametrize("collate", ["pad", "pack"])
 def test_a_language_model_teaches_a_smaller_one_from_its_cache(language: Make, collate: str) -> None:
     pipeline = language(f"data.collate={collate}")
