@@ -134,6 +134,9 @@ class TrainConfig(Section):
     """Decay of the exponential moving average of the weights; the run then evaluates and saves the average."""
     early_stopping: int | None = Field(default=None, ge=1)
     """Stop after this many epochs without a better validation accuracy."""
+    chunked_head: bool | Annotated[int, Field(ge=1)] = False
+    """Compute the head and the loss a few rows at a time, so that no logits of a whole batch exist; true, or the number
+    of rows."""
     compile: bool = False
     """Use `torch.compile`."""
     sync_batchnorm: bool = False
@@ -153,7 +156,8 @@ class TrainConfig(Section):
 
     def identity(self, seed: int) -> dict[str, Any]:
         """The training settings' part of a run's identity."""
-        return self.model_dump(exclude={"seeds"}) | {"seed": seed}
+        unset = set() if self.chunked_head else {"chunked_head"}
+        return self.model_dump(exclude={"seeds"} | unset) | {"seed": seed}
 
 
 class ModelConfig(Section):

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from logitcache.errors import ShapeError, UsageError
 from logitcache.losses.hard import IGNORED
-from logitcache.losses.kernels import Step, label_step, step_for, wide_dtype
-from logitcache.losses.protocol import Reduction, counting_rows, reduced
+from logitcache.losses.kernels import Result, Step, label_step, step_for, wide_dtype
+from logitcache.losses.protocol import Reduction, Term, counting_rows, reduced
 from logitcache.targets import DenseTargets, Targets, row_slices
 
 # N rows, B rows of a chunk, D hidden size, C classes
@@ -63,11 +63,7 @@ def linear_kl_divergence(
     """
     _check_shapes(hidden, weight, bias, labels)
     targets = DenseTargets(targets) if isinstance(targets, Tensor) else targets
-    if targets.shape != (len(hidden), len(weight)):
-        raise ShapeError(
-            f"the head gives logits of {(len(hidden), len(weight))}, the teacher's are {targets.shape}; expected the "
-            "same rows and the same classes"
-        )
+    _check_targets(hidden, weight, targets)
     rows = None if mask is None else counting_rows(mask, len(hidden)).to(hidden.device)
     if rows is not None:
         targets, labels = targets[rows], None if labels is None else labels[rows]
@@ -110,6 +106,76 @@ def linear_cross_entropy(
     step = label_step(labels[rows].long(), 1.0, dtype, compiled=_compiles(compiled, hidden.device))
     loss: Tensor = _linear_loss(hidden, weight, bias, [step], rows, chunk_rows, reduction)
     return loss
+
+
+def linear_terms(
+    hidden: Tensor,
+    weight: Tensor,
+    terms: Sequence[Term],
+    *,
+    targets: Tensor | Targets | None = None,
+    labels: Tensor | None = None,
+    bias: Tensor | None = None,
+    factors: Tensor | None = None,
+    chunk_rows: int | None = None,
+    compiled: bool | None = None,
+) -> Tensor:
+    """The sum over all rows of a loss's terms, through the student's head, in nats: a scalar.
+
+    It equals `loss(hidden @ weight.T + bias, targets, labels).sum()`, computed like `linear_kl_divergence`.
+
+    Args:
+        hidden, weight, bias, chunk_rows, compiled: as for `linear_kl_divergence`.
+        terms: of the loss: `loss.at(progress).terms()`.
+        targets: the teacher's, for the terms that need them.
+        labels: int (N,), the true classes, for the cross-entropy; -100 for none.
+        factors: (N,), multiplied with the loss of each row; None for 1.
+
+    Raises:
+        ShapeError: shapes that do not agree.
+        UsageError: a term's targets or labels are missing.
+    """
+    _check_shapes(hidden, weight, bias, labels)
+    targets = DenseTargets(targets) if isinstance(targets, Tensor) else targets
+    if targets is not None:
+        _check_targets(hidden, weight, targets)
+    dtype, compiled = wide_dtype(_compute_dtype(hidden, weight)), _compiles(compiled, hidden.device)
+    steps: list[Step] = []
+    for term in terms:
+        if term.kind == "cross_entropy" and labels is not None:
+            step = label_step(labels.long(), term.weight, dtype, compiled=compiled)
+        elif term.kind == "cross_entropy" or targets is None:
+            missing = "labels" if term.kind == "cross_entropy" else "targets of the teacher"
+            raise UsageError(f"the term {term.kind} needs {missing}, and none were given")
+        elif term.kind == "teacher_argmax":
+            step = label_step(targets.argmax(), term.weight, dtype, compiled=compiled)
+        else:
+            step = step_for(term.kind, targets, term.temperature, dtype, compiled=compiled)
+            step = step if term.weight == 1.0 else _multiplied(step, term.weight)
+        steps.append(step if factors is None else _multiplied(step, factors.to(dtype)))
+    loss: Tensor = _linear_loss(hidden, weight, bias, steps, None, chunk_rows, "sum")
+    return loss
+
+
+def _multiplied(step: Step, factor: float | Tensor) -> Step:
+    """A step whose losses and gradients are multiplied by one number, or by one for each row, (N,)."""
+
+    def multiplied(logits_BC: Tensor, rows: slice, gradient: bool, overwrite: bool) -> Result:
+        loss_B, gradient_BC = step(logits_BC, rows, gradient, overwrite)
+        factor_B1 = factor[rows, None] if isinstance(factor, Tensor) else factor
+        loss_B = loss_B * (factor_B1[:, 0] if isinstance(factor_B1, Tensor) else factor_B1)
+        return loss_B, None if gradient_BC is None else gradient_BC.mul_(factor_B1)
+
+    return multiplied
+
+
+def _check_targets(hidden: Tensor, weight: Tensor, targets: Targets) -> None:
+    """Raise ShapeError unless the targets are (N, C)."""
+    if targets.shape != (len(hidden), len(weight)):
+        raise ShapeError(
+            f"the head gives logits of {(len(hidden), len(weight))}, the teacher's are {targets.shape}; expected the "
+            "same rows and the same classes"
+        )
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None) -> None:
