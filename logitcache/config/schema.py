@@ -364,7 +364,7 @@ class Pipeline(Section):
     @property
     def dataset_name(self) -> str:
         """A readable name of the dataset, such as "mnist"; the folder's name if it holds the user's own files."""
-        own = self.data.name in ("image_folder", "text")
+        own = self.data.name in ("image_folder", "audio_folder", "text")
         return Path(self.data.root).stem if own else self.data.name.rpartition(":")[2]
 
     def student(self, name: str) -> StudentConfig:
