@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from logitcache.catalog.audio import SUFFIXES, AudioReader
 from logitcache.catalog.parts import PartConfig, samples_of_part
 from logitcache.catalog.text import text
 from logitcache.data.samples import Dataset, content_digest, load_sample, sample_key, sample_table
@@ -67,16 +68,23 @@ class ImageArrays:
         return repr(self.images.shape[1:]).encode() + bytes(self.images[index].tobytes())
 
 
-class ImageFolder:
-    """Images in one folder per class; keys are paths relative to the split's folder."""
+class ClassFolders:
+    """Files in one folder per class; keys are paths relative to the split's folder.
 
-    def __init__(self, root: Path) -> None:
-        from torchvision.datasets import ImageFolder as TorchvisionImageFolder
+    Args:
+        root: folder of the split.
+        name: of the dataset, for messages.
+        open_folder: torchvision's `DatasetFolder` of a folder.
 
+    Raises:
+        DatasetUnavailable: there are no classes, or a class without files.
+    """
+
+    def __init__(self, root: Path, name: str, open_folder: Callable[[str], Any]) -> None:
         try:
-            self._folder = TorchvisionImageFolder(str(root))
+            self._folder = open_folder(str(root))
         except FileNotFoundError as error:
-            raise DatasetUnavailable(f"image_folder: {error}; expected {root}/CLASS/IMAGE") from error
+            raise DatasetUnavailable(f"{name}: {error}; expected {root}/CLASS/FILE") from error
         self.root = root
         self.keys = [Path(path).relative_to(root).as_posix() for path, _ in self._folder.samples]
         self.targets = np.asarray(self._folder.targets, dtype=np.int64)
@@ -86,8 +94,8 @@ class ImageFolder:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, target = self._folder[index]
-        return image, target
+        value, target = self._folder[index]
+        return value, target
 
     def content(self, index: int) -> bytes:
         """The file's bytes."""
@@ -287,18 +295,40 @@ def _torchvision(name: str, root: Path, download: bool) -> Data:
     )
 
 
-def _image_folder(root: Path, download: bool) -> Data:
+def _image_folder(root: Path) -> Data:
+    from torchvision.datasets import ImageFolder
+
+    return _class_folders(root, "image_folder", "IMAGE", ImageFolder)
+
+
+def _audio_folder(root: Path, *, sample_rate: int = 16_000, seconds: float | None = None) -> Data:
+    """Mono clips, float32 (T,), of files in one folder per class.
+
+    Args:
+        root: has train/CLASS/FILE (and val, test), or CLASS/FILE.
+        sample_rate: of all files, in Hz; torchaudio, if installed, resamples others.
+        seconds: length of each clip: longer ones are cut off, shorter ones end with silence. By default their own.
+    """
+    from torchvision.datasets import DatasetFolder
+
+    reader = AudioReader(sample_rate=sample_rate, num_samples=None if seconds is None else round(seconds * sample_rate))
+    return _class_folders(
+        root, "audio_folder", "CLIP", lambda folder: DatasetFolder(folder, loader=reader, extensions=SUFFIXES)
+    )
+
+
+def _class_folders(root: Path, name: str, file: str, open_folder: Callable[[str], Any]) -> Data:
     if not root.is_dir():
         raise DatasetUnavailable(
-            f"image_folder: the folder {root} does not exist; set data.root to a folder with train/CLASS/IMAGE "
-            "(and val, test), or with CLASS/IMAGE"
+            f"{name}: the folder {root} does not exist; set data.root to a folder with train/CLASS/{file} "
+            f"(and val, test), or with CLASS/{file}"
         )
-    train = ImageFolder(root / "train" if (root / "train").is_dir() else root)
+    train = ClassFolders(root / "train" if (root / "train").is_dir() else root, name, open_folder)
     splits = {}
     for split, folders in (("validation", ("val", "validation")), ("test", ("test",))):
         found = [root / folder for folder in folders if (root / folder).is_dir()]
         if found and (root / "train").is_dir():
-            splits[split] = ImageFolder(found[0])
+            splits[split] = ClassFolders(found[0], name, open_folder)
             if splits[split].class_names != train.class_names:
                 raise UsageError(f"{found[0]} has other classes than {train.root}; expected the same folders in both")
     return Data(train=train, **splits, num_classes=len(train.class_names), class_names=train.class_names)
@@ -314,6 +344,7 @@ DATASETS: Registry[Callable[..., Any]] = Registry(
         "cifar10": functools.partial(_torchvision, "CIFAR10"),
         "cifar100": functools.partial(_torchvision, "CIFAR100"),
         "image_folder": _image_folder,
+        "audio_folder": _audio_folder,
         "text": text,
     },
     allows_code=True,

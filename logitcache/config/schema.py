@@ -73,7 +73,8 @@ class DataConfig(Section):
     subset: bool = False
     """Allow the dataset to lack some of the cached samples; by default a missing sample is an error."""
     collate: str | None = None
-    """Makes a batch of inputs: `pad`, or `package.module:function` of a list of inputs; null stacks them."""
+    """Makes a batch of inputs: `pad`, `pack`, or `package.module:function` of a list of inputs; null pads the inputs of
+    `text`, and stacks others."""
     part: PartConfig | None = None
     """Use one of several disjoint parts of the training split, as one party of a federation."""
 
@@ -251,6 +252,8 @@ class StudentConfig(ModelConfig):
     """Initialise the student from the teacher's weights."""
     train: dict[str, Any] = {}
     """Overrides of the pipeline's `train`."""
+    vocab_size: int | None = Field(default=None, ge=2)
+    """Classes of a language model, if it has only the first ones of the teacher's, whose head may be padded."""
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -297,6 +300,7 @@ class StudentConfig(ModelConfig):
         from logitcache.losses import recorded_loss
 
         unset: dict[str, Any] = {"init": None, "sample_weights": {"name": "none"}, "sampler": "none", "hints": []}
+        unset |= {"vocab_size": None}
         identity = self.model_dump(exclude={"train"})
         identity |= {"loss": recorded_loss(self.loss), "hints": recorded_loss(self.hints)}
         return {key: value for key, value in identity.items() if key not in unset or value != unset[key]}
@@ -360,7 +364,7 @@ class Pipeline(Section):
     @property
     def dataset_name(self) -> str:
         """A readable name of the dataset, such as "mnist"; the folder's name if it holds the user's own files."""
-        own = self.data.name in ("image_folder", "text")
+        own = self.data.name in ("image_folder", "audio_folder", "text")
         return Path(self.data.root).stem if own else self.data.name.rpartition(":")[2]
 
     def student(self, name: str) -> StudentConfig:

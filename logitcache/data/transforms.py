@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from logitcache.data.audio_views import AUDIO_VIEWS
 from logitcache.data.text_views import TEXT_VIEWS
 from logitcache.digest import array_digest
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import LogitCacheError, UsageError
 from logitcache.registry import Registry, nearest
 
-TRANSFORMS: Registry[Callable[..., Callable[[Any], Any]]] = Registry("transform", TEXT_VIEWS, allows_code=True)
+_BUILT_IN: Mapping[str, Callable[..., Callable[[Any], Any]]] = {**TEXT_VIEWS, **AUDIO_VIEWS}
+TRANSFORMS: Registry[Callable[..., Callable[[Any], Any]]] = Registry("transform", _BUILT_IN, allows_code=True)
 """Called with a step's parameters; each returns a callable from sample to sample. A package adds one in the entry point
 group `logitcache.transforms`."""
 _LIBRARIES = ("torchvision.", "timm.", "albumentations.", "torch.")
@@ -235,8 +237,8 @@ def _build_step(name: str, parameters: dict[str, Any], *, trust: bool) -> tuple[
     """One step's own specification, and the step."""
     bare_name, _, source = name.partition("@")
     factory: Any
-    if name in TEXT_VIEWS:  # no digest of the source: what these do never changes
-        factory = TEXT_VIEWS[name]
+    if name in _BUILT_IN:  # no digest of the source: what these do never changes
+        factory = _BUILT_IN[name]
     elif is_entry_point(bare_name) or _is_registered(bare_name):
         factory = TRANSFORMS.resolve(bare_name, trust=trust)
         found = _source(factory)

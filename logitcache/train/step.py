@@ -81,6 +81,8 @@ def chunked_loss(
     if any(term.kind != "cross_entropy" for term in terms):
         assert job.labels is not None
         teacher = job.labels.targets(at, teacher_inputs, targets if targets_R is None else targets_R)
+        if head.out_features < teacher.num_classes:  # see StudentConfig.vocab_size
+            teacher = teacher.of_classes(torch.arange(head.out_features))
     chunk_rows = job.config.chunked_head
     with autocast(job.device, job.config.precision):
         loss = linear_terms(
@@ -118,11 +120,15 @@ def _losses_of_sequences(
     student, _, penalty = _forward(job, net, inputs)
     of_batch = batch_rows(index, rows, inputs, student)
     targets_R = of_batch.of_targets(targets) if loss.needs_target else targets
+    student_RC = of_batch.of_output(student)
     teacher = None
     if loss.needs_teacher:
         assert job.labels is not None
-        teacher = teacher_for(loss, job.labels.targets(of_batch.index, teacher_inputs, targets_R))
-    loss_R = loss(of_batch.of_output(student), teacher, targets_R)
+        of_teacher = job.labels.targets(of_batch.index, teacher_inputs, targets_R)
+        if student_RC.shape[1] < of_teacher.num_classes:  # see StudentConfig.vocab_size
+            of_teacher = of_teacher.of_classes(torch.arange(student_RC.shape[1]))
+        teacher = teacher_for(loss, of_teacher)
+    loss_R = loss(student_RC, teacher, targets_R)
     return of_batch.summed(loss_R), penalty
 
 
