@@ -112,7 +112,8 @@ def main() -> None:
                 print(f"\n{sections[-1]}", flush=True)
     if arguments.write:
         subject = MODULE if arguments.only is None else f"{MODULE}-{arguments.only}"
-        print(f"\nwritten to {write_result(subject, '\n\n'.join(sections) + '\n', device=pick_device('auto'))}")
+        path = write_result(subject, "\n\n".join(sections) + "\n", device=pick_device("auto"))
+        print(f"\nwritten to {path}")
 
 
 @dataclass(frozen=True)
