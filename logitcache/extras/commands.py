@@ -21,21 +21,7 @@ from logitcache.cli.application import (
 )
 from logitcache.cli.printing import cache_summary
 from logitcache.errors import UsageError
-<<<<<<< HEAD
-from logitcache.extras.printing import (
-    demo_summary,
-    noise_summary,
-    print_demo,
-    print_export,
-    print_merge,
-    print_report,
-    print_student_export,
-    print_suspects,
-    print_turns,
-)
-=======
 from logitcache.extras import printing
->>>>>>> h-extras
 
 
 class MeanOf(StrEnum):
@@ -141,11 +127,7 @@ def export_command(
     student = open_student(Path(source), weights=weights.value, data=pipeline, trust=trust)
     exported = export_run(student, out, to="onnx" if to is ExportFormat.onnx else "safetensors", int8=int8)
     summary = {"folder": str(exported.folder), "written": exported.written, **exported.metadata.model_dump()}
-<<<<<<< HEAD
-    show(summary, as_json, lambda: print_student_export(exported))
-=======
-    show(summary, as_json, lambda: printing.print_product(exported))
->>>>>>> h-extras
+    show(summary, as_json, lambda: printing.print_student_export(exported))
 
 
 def _check_is_cache(source: str, out: Path | None, *, int8: bool, weights: Weights, data: Path | None) -> None:
