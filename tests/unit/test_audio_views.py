@@ -121,7 +121,11 @@ def test_the_identity_of_audio_views_is_their_parameters() -> None:
 @pytest.mark.parametrize(
     ("spec", "value", "message"),
     [
-        ([SHIFT], torch.zeros(2, 9), r"time_shift expects a mono clip, float32 \(samples,\), not torch.float32 \(2, 9\)"),
+        (
+            [SHIFT],
+            torch.zeros(2, 9),
+            r"time_shift expects a mono clip, float32 \(samples,\), not torch.float32 \(2, 9\)",
+        ),
         ([MEL], "text", "log_mel expects a mono clip, .* not a str"),
         ([MEL], torch.zeros(200), "log_mel needs more than 200 samples, and the clip has 200"),
         ([MASKS], torch.zeros(9), "spec_augment expects a spectrogram, .* not torch.float32 .*put log_mel before it"),
