@@ -215,12 +215,13 @@ class _OpenRows:
         if logits_BC.device.type != "cpu" or self._encoding.keeps_constants:  # its bound differs from finite sums
             self.invalid[span].copy_(self._encoding.refused(logits_BC), non_blocking=self.pinned)
         start = self.rows.start + span.start
-        encoded = self._encoding.encode(logits_BC, view=self.block.view, start=start)
+        encoded, kl_B = self._encoding.encode_with_kl(logits_BC, view=self.block.view, start=start)
         for name, values in encoded.items():
             self.buffers[self._output.stored_name(name)][span].copy_(values, non_blocking=self.pinned)
         if self._output.measures_kl:
-            decoded_BC = self._encoding.decode(encoded, self._num_classes)
-            self.kl[span].copy_(fidelity_kl(decoded_BC, logits_BC), non_blocking=self.pinned)
+            if kl_B is None or bool(kl_B.isnan().any()):
+                kl_B = fidelity_kl(self._encoding.decode(encoded, self._num_classes), logits_BC)
+            self.kl[span].copy_(kl_B, non_blocking=self.pinned)
 
     def _compare(self, first: int, written: list[int], logits_BC: Tensor) -> None:
         """Compare rows with those that were written before; `written` counts from `first`."""

@@ -46,6 +46,17 @@ def rows_of_output(output: Tensor, at_BL: Tensor) -> Tensor:
     Raises:
         ShapeError: the output has other dimensions.
     """
+    every = every_position(output, at_BL)
+    return every.index_select(0, places_of_rows(at_BL).to(every.device))
+
+
+def places_of_rows(at_BL: Tensor) -> Tensor:
+    """The places of the rows among all positions of a batch, int64 (R,), increasing."""
+    return torch.nonzero(at_BL.reshape(-1) >= 0)[:, 0]
+
+
+def every_position(output: Tensor, at_BL: Tensor) -> Tensor:
+    """A model's output at every position of a batch, (B·L, C); arguments and errors of `rows_of_output`."""
     if output.ndim > 3:
         output = output.flatten(2).transpose(1, 2)
     if output.ndim != 3 or output.shape[:2] != at_BL.shape:
@@ -53,8 +64,7 @@ def rows_of_output(output: Tensor, at_BL: Tensor) -> Tensor:
             f"the model's output is {tuple(output.shape)}; expected {(*at_BL.shape, 'C')}: logits for each position of "
             "each sequence"
         )
-    places = torch.nonzero(at_BL.reshape(-1) >= 0)[:, 0]
-    return output.reshape(-1, output.shape[2]).index_select(0, places.to(output.device))
+    return output.reshape(-1, output.shape[2])
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,15 @@ class Encoding(ABC):
             start: the first row's number: seeds for encodings that draw random numbers.
         """
 
+    def encode_with_kl(
+        self, logits_BC: Tensor, *, view: int = 0, start: int = 0
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What `encode` returns, and KL(teacher ‖ decoded) of each row in nats, float32 (B,).
+
+        The divergence is None, or NaN in some rows, where an encoding has no faster way than to decode the rows.
+        """
+        return self.encode(logits_BC, view=view, start=start), None
+
     @abstractmethod
     def decode(self, encoded: Mapping[str, Tensor], num_classes: int) -> Tensor:
         """Float32 (B, C) logits, correct up to a constant per row, on the arrays' device."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from logitcache.arrays import ArraySpec
 from logitcache.encodings.entries import distinct_entries
+from logitcache.encodings.largest import MANY_CLASSES, largest
 from logitcache.encodings.protocol import Encoding, smallest_id_dtype
 from logitcache.errors import UsageError
 from logitcache.targets import SparseTargets
@@ -23,6 +24,8 @@ DEEPEST = 64.0
 """Distance below the row's largest logit at which uint8 saturates."""
 MASKED = 255
 """Code of -inf."""
+SMALLEST_REST = 1e-30
+"""Mass of the tail, relative to the largest class, below which float32 exponentials are inexact."""
 CODES_PER_E = 254 / math.log1p(DEEPEST)
 
 
@@ -61,12 +64,33 @@ class TopK(Encoding):
         }
 
     def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:
+        return self.encode_with_kl(logits_BC, view=view, start=start)[0]
+
+    def encode_with_kl(
+        self, logits_BC: Tensor, *, view: int = 0, start: int = 0
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         del view, start
-        values_BK, ids_BK = logits_BC.topk(self.k, dim=1, sorted=True)
-        max_B1 = values_BK[:, :1]
-        rest_BC = logits_BC.scatter(1, ids_BK, -math.inf)
-        tail_B = torch.logsumexp(rest_BC - max_B1, dim=1)
-        return self._stored(ids_BK, values_BK - max_B1, tail_B, logits_BC.shape[1])
+        num_classes = logits_BC.shape[1]
+        values_BK, ids_BK = largest(logits_BC, self.k)
+        distances_BC, distances_BK = logits_BC - values_BK[:, :1], values_BK - values_BK[:, :1]
+        if num_classes < MANY_CLASSES or logits_BC.device.type != "cpu":
+            tail_B = torch.logsumexp(distances_BC.scatter_(1, ids_BK, -math.inf), dim=1)
+            return self._stored(ids_BK, distances_BK, tail_B, num_classes), None
+        # One pass of exponentials serves the tail and the divergence.
+        exp_BC = distances_BC.exp()
+        total_B, mean_B = exp_BC.sum(dim=1), torch.linalg.vecdot(exp_BC, distances_BC)
+        rest_B = exp_BC.scatter_(1, ids_BK, 0.0).sum(dim=1)
+        tail_B = rest_B.log()
+        underflown_B = rest_B < SMALLEST_REST
+        if bool(underflown_B.any()):
+            rest_RC = distances_BC[underflown_B].scatter(1, ids_BK[underflown_B], -math.inf)
+            tail_B[underflown_B] = rest_RC.logsumexp(dim=1)
+        encoded = self._stored(ids_BK, distances_BK, tail_B, num_classes)
+        stored = self.targets(encoded, num_classes)
+        cross_BK = torch.where(distances_BK == -math.inf, 0.0, distances_BK.exp() * stored.log_probs)
+        of_rest_B = torch.where(rest_B == 0, 0.0, rest_B * stored.log_each())
+        kl_B = (mean_B - cross_BK.sum(dim=1) - of_rest_B) / total_B - total_B.log()
+        return encoded, kl_B.clamp_(min=0.0)
 
     def encode_sparse(
         self, ids_BK: Tensor, log_probs_BK: Tensor, num_classes: int, *, start: int = 0

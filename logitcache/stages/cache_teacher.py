@@ -115,15 +115,15 @@ def run_blocks(runner: TeacherRunner, writer: CacheWriter, blocks: list[Block], 
         for (view, samples), output in zip(batches, runner.run(views, places), strict=True):
             start = 0
             for consecutive in _consecutive(rows, samples):
-                part = slice(start, start + len(consecutive))
+                parts = output.rows(start, start + len(consecutive))
                 writer.write(
                     view=view,
                     start=consecutive.start,
-                    logits=output.logits[part],
-                    outputs={name: values[part] for name, values in output.outputs.items()},
+                    logits=parts.pop(LOGITS),
+                    outputs=parts,
                     input_digests=output.input_digests,
                 )
-                start = part.stop
+                start += len(consecutive)
             meter.advance(start, note=f"view {view + 1}/{num_views}")
 
 

@@ -23,6 +23,8 @@ from logitcache.devices import to_device
 
 KEPT_BYTES = 256 * 2**20
 """A rendered split of at most this size stays in memory."""
+LOGITS_AT_ONCE = 2**26
+"""Logits of a batch of sequences (256 MiB); one sequence may have more."""
 TOP_FIVE_CLASSES = 10
 """Smallest number of classes for which top-5 accuracy is measured."""
 MAX_EXPONENT = 700.0
@@ -36,12 +38,16 @@ class Evaluation:
 
     Args:
         views: the split without augmentation, preprocessed for the model.
-        batch_size: of evaluation; it does not change the result.
+        batch_size: the most samples of a batch; it does not change the result.
         num_workers: DataLoader workers, for a split that is too large to keep.
     """
 
     def __init__(self, views: ViewDataset, *, batch_size: int, num_workers: int) -> None:
         self._views = views
+        rows = sequence_rows(views)
+        if rows is not None:
+            values = int(np.diff(rows.offsets).max()) * getattr(views.dataset, "num_classes", 1)
+            batch_size = max(1, min(batch_size, LOGITS_AT_ONCE // values))
         self._places = [
             [(0, index) for index in batch.tolist()] for batch in batches(np.arange(len(views)), batch_size)
         ]

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.cache.fidelity import Calibration
+from logitcache.cache.manifest import LOGITS
 from logitcache.catalog.calling import call_model, logits_of
 from logitcache.catalog.capture import Capture, Tap, captured_shapes
 from logitcache.config.schema import TeacherConfig
 from logitcache.context import Context
 from logitcache.data.loading import proven_batches
-from logitcache.data.sequences import batch_rows, sequence_rows
+from logitcache.data.sequences import batch_rows, every_position, places_of_rows, sequence_rows
 from logitcache.data.views import ViewDataset
 from logitcache.devices import autocast, to_device
 from logitcache.progress import track
@@ -27,14 +28,34 @@ from logitcache.randomness import keyed_permutation
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What the teacher computed for a batch."""
+    """What the teacher computed for a batch: a row for each sample; of sequences, their rows one after the other."""
 
     input_digests: dict[int, str]
     """Digests of the inputs at proof rows, by row."""
-    logits: Tensor
-    """(B, C), on the device; of sequences, the rows of all samples one after the other."""
-    outputs: dict[str, Tensor]
-    """The other outputs by name, (B, *shape), on the device."""
+    every: dict[str, Tensor]
+    """Logits (P, C) and the other outputs (P, *shape) by name, at all P positions of the batch, on the device."""
+    places: Tensor | None = None
+    """The position of each row, int64 (R,), increasing; None if each position has one."""
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits of all rows, (R, C)."""
+        return self.rows()[LOGITS]
+
+    @property
+    def outputs(self) -> dict[str, Tensor]:
+        """The other outputs of all rows by name, (R, *shape)."""
+        return {name: values for name, values in self.rows().items() if name != LOGITS}
+
+    def rows(self, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
+        """All outputs of some rows. Rows at consecutive positions, such as those of a sequence, are not copied."""
+        if self.places is None:
+            return {name: values[start:stop] for name, values in self.every.items()}
+        places = self.places[start:stop]
+        if len(places) and int(places[-1] - places[0]) == len(places) - 1:
+            first = int(places[0])
+            return {name: values[first : first + len(places)] for name, values in self.every.items()}
+        return {name: values.index_select(0, places.to(values.device)) for name, values in self.every.items()}
 
 
 class TeacherRunner:
@@ -81,11 +102,12 @@ class TeacherRunner:
         for (index, inputs, _), digests in loader:
             with torch.inference_mode():
                 logits, outputs = self(inputs)
+                every, places = {LOGITS: logits, **outputs}, None
                 if rows is not None:
-                    of_batch = batch_rows(index, rows, inputs, logits)
-                    logits = of_batch.of_output(logits)
-                    outputs = {name: of_batch.of_output(values) for name, values in outputs.items()}
-            yield TeacherOutput(digests, logits, outputs)
+                    at = batch_rows(index, rows, inputs, logits).index
+                    every = {name: every_position(values, at) for name, values in every.items()}
+                    places = places_of_rows(at)
+            yield TeacherOutput(digests, every, places)
 
 
 def output_shapes(teacher: nn.Module, views: ViewDataset, taps: Mapping[str, Tap]) -> dict[str, tuple[int, ...]]:

@@ -110,9 +110,10 @@ def test_a_model_of_transformers_is_the_same_up_to_rounding(sentences: Make, tmp
     )
 
 
-def test_one_row_per_sample_and_weights_work_too(tiny: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("override", ["train.compile=false", "train.compile=true"], ids=["eager", "compiled"])
+def test_one_row_per_sample_and_weights_work_too(tiny: Make, tmp_path: Path, override: str) -> None:
     student = "{name: small, model: 'tests.models:Headed', loss: {name: kl}, sample_weights: teacher_agreement}"
-    check_same(tiny(f"students=[{student}]"), tmp_path, chunk="7")
+    check_same(tiny(f"students=[{student}]", override), tmp_path, chunk="7")
 
 
 def test_processes_that_train_together_give_the_same(sentences: Make, tmp_path: Path) -> None:
@@ -226,3 +227,12 @@ def largest_of_a_step(pipeline: Pipeline, **changes: Any) -> int:
     batch = next(iter(rendered_batches(job.views, run.places(), num_workers=0)))
     run.begin_epoch()
     return largest_tensor(lambda: run.train_step(*batch))
+
+
+def test_an_evaluation_has_few_sequences_of_a_large_vocabulary_at_once(sentences: Make) -> None:
+    data = f"data.args={{vocab_size: {VOCABULARY}, count: 4, length: 250}}"
+    pipeline = sentences(OWN, "cross_entropy", data)
+    job = Experiment(pipeline).job(pipeline.students[0], 0)
+    assert job.test is not None
+
+    assert [1, 1, 1, 1] == [len(places) for places in job.test._places]
