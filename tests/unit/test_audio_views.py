@@ -112,6 +112,12 @@ def test_log_mel_is_that_of_whisper() -> None:
     torch.testing.assert_close(build_transform(normalise_spec(MEL))(clip), expected, rtol=0, atol=1e-4)
 
 
+def test_a_spectrogram_is_not_transformed_again() -> None:
+    clip, _ = Tones()[0]
+
+    assert torch.equal(build_transform([{MEL: {}}])(clip), build_transform([{MEL: {}}, {MEL: {}}])(clip))
+
+
 def test_the_identity_of_audio_views_is_their_parameters() -> None:
     spec = normalise_spec([SHIFT, MEL, MASKS])
 
@@ -121,7 +127,11 @@ def test_the_identity_of_audio_views_is_their_parameters() -> None:
 @pytest.mark.parametrize(
     ("spec", "value", "message"),
     [
-        ([SHIFT], torch.zeros(2, 9), r"time_shift expects a mono clip, float32 \(samples,\), not torch.float32 \(2, 9\)"),
+        (
+            [SHIFT],
+            torch.zeros(2, 9),
+            r"time_shift expects a mono clip, float32 \(samples,\), not torch.float32 \(2, 9\)",
+        ),
         ([MEL], "text", "log_mel expects a mono clip, .* not a str"),
         ([MEL], torch.zeros(200), "log_mel needs more than 200 samples, and the clip has 200"),
         ([MASKS], torch.zeros(9), "spec_augment expects a spectrogram, .* not torch.float32 .*put log_mel before it"),
