@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from logitcache.cache.reader import open_cache as open
     from logitcache.cache.sealing import seal as seal
     from logitcache.cache.writer import CacheWriter as CacheWriter
+    from logitcache.data.index import join_index as join_index
     from logitcache.data.index import split_index as split_index
     from logitcache.data.sampler import ViewSampler as ViewSampler
     from logitcache.data.samples import sample_table as sample_table
+    from logitcache.data.tokens import position_index as position_index
     from logitcache.data.views import Mixing as Mixing
     from logitcache.data.views import ViewDataset as ViewDataset
     from logitcache.data.views import ViewPlan as ViewPlan
@@ -52,8 +54,10 @@ __all__ = [
     "ViewPlan",
     "ViewSampler",
     "create",
+    "join_index",
     "losses",
     "open",
+    "position_index",
     "sample_table",
     "seal",
     "split_index",
@@ -79,8 +83,10 @@ _HOMES = {
     "ViewPlan": "data.views:ViewPlan",
     "ViewSampler": "data.sampler:ViewSampler",
     "create": "cache.creation:create",
+    "join_index": "data.index:join_index",
     "losses": "losses",
     "open": "cache.reader:open_cache",
+    "position_index": "data.tokens:position_index",
     "sample_table": "data.samples:sample_table",
     "seal": "cache.sealing:seal",
     "split_index": "data.index:split_index",

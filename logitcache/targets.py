@@ -57,10 +57,27 @@ class Targets(ABC):
     def dense(self) -> Tensor:
         """Logits (B, C), correct up to a constant per row; -inf marks a class of probability 0."""
 
+    @abstractmethod
+    def of_classes(self, classes: Tensor) -> Self:
+        """The distributions given that the class is one of some, for a student with a smaller vocabulary.
+
+        Args:
+            classes: int64 (S,): the teacher's class of each of the student's classes, all different. For a head that
+                is padded beyond the tokenizer these are `torch.arange(vocab_size)`.
+        """
+
     def argmax(self) -> Tensor:
         """The most probable class of each row, int64 (B,); of several equal ones, the first."""
         classes = [self[rows].dense().argmax(dim=1) for rows in row_slices(len(self), self.num_classes, self.device)]
         return torch.cat(classes) if classes else torch.empty(0, dtype=torch.int64, device=self.device)
+
+
+def _numbers_among(classes: Tensor, num_classes: int) -> Tensor:
+    """The place of each class in `classes`, int64 (C + 1,), -1 for those that are not in it; -1 stays -1."""
+    numbers = torch.full((num_classes + 1,), -1, dtype=torch.int64, device=classes.device)
+    numbers[classes] = torch.arange(len(classes), device=classes.device)
+    numbers[num_classes] = -1
+    return numbers
 
 
 def row_slices(num_rows: int, num_classes: int, device: torch.device, at_once: int | None = None) -> Iterator[slice]:
@@ -108,6 +125,9 @@ class DenseTargets(Targets):
 
     def dense(self) -> Tensor:
         return self.logits
+
+    def of_classes(self, classes: Tensor) -> DenseTargets:
+        return DenseTargets(self.logits[:, classes.to(self.device)])
 
     def argmax(self) -> Tensor:
         return self.logits.argmax(dim=1)
@@ -217,6 +237,22 @@ class SparseTargets(Targets):
         entry_id_B = torch.where(other_B == best_B, torch.minimum(entry_id_B, other_id_B), entry_id_B)
         return torch.where(other_B > best_B, other_id_B, entry_id_B)
 
+    def of_classes(self, classes: Tensor) -> SparseTargets:
+        classes = classes.to(self.device)
+        ids_BK = _numbers_among(classes, self.num_classes)[self.ids]
+        is_kept_BK = ids_BK >= 0
+        shape_C = None if self.tail_shape is None else self.tail_shape[classes]
+        kept = replace(
+            self,
+            ids=ids_BK,
+            log_probs=self.log_probs.masked_fill(~is_kept_BK, -math.inf),
+            num_classes=len(classes),
+            tail_shape=shape_C,
+        )
+        # Each class of the tail keeps its probability, so the mass of those that remain is smaller.
+        tail_B = self.log_each() + kept._log_tail_size(shape_C)
+        return replace(kept, tail=tail_B.masked_fill(is_kept_BK.sum(dim=1) == len(classes), -math.inf))
+
     def _best_without_entry(self) -> tuple[Tensor, Tensor]:
         """Log-probability and number of the most probable class of the tail, (B,) each; -inf and C if it is empty."""
         num_candidates = min(self.ids.shape[1] + 1, self.num_classes)  # at least one of them has no entry
@@ -284,6 +320,17 @@ class FactoredTargets(Targets):
     @property
     def device(self) -> torch.device:
         return self.coefficients.device
+
+    def of_classes(self, classes: Tensor) -> FactoredTargets:
+        classes = classes.to(self.device)
+        ids_BK = _numbers_among(classes, self.num_classes)[self.ids]
+        return replace(
+            self,
+            basis=self.basis[:, classes],
+            mean=self.mean[classes],
+            ids=ids_BK.clamp_min(0),
+            corrections=self.corrections.masked_fill(ids_BK < 0, 0.0),
+        )
 
     def dense(self) -> Tensor:
         # A product in half precision would change the logits.

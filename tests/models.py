@@ -145,6 +145,19 @@ def plain_cnn(num_classes: int, width: int = 4) -> nn.Module:
     return nn.Sequential(*maps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
 
 
+class Headed(nn.Module):
+    """A net whose last layer is named `head`."""
+
+    def __init__(self, num_classes: int, width: int = 8) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU())
+        self.head = nn.Linear(width, num_classes, bias=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.layers(inputs))
+        return logits
+
+
 class NextToken(nn.Module):
     """A causal language model of a few thousand parameters: an embedding, a recurrent layer and a head."""
 

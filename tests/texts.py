@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from logitcache.data.tokens import TokenDataset
+
 VOCABULARY = 24
 WORDS = 4
 """Ids from 2 on that only texts of one class have."""
@@ -56,6 +58,23 @@ class Texts:
 
 def texts(count: int = 60, kind: str = "lists") -> dict[str, Texts]:
     return {"train": Texts(count, kind), "test": Texts(30, kind, seed=1)}
+
+
+def sentences(vocab_size: int = VOCABULARY, count: int = 24, length: int = 11) -> dict[str, TokenDataset]:
+    """Sequences of 1 to `length` random token ids for a causal language model; the longest first."""
+
+    def split(count: int, seed: int) -> TokenDataset:
+        draw = np.random.default_rng(seed)
+        lengths = [length, *draw.integers(1, length + 1, size=count - 1)]
+        return TokenDataset(
+            [draw.integers(0, vocab_size, size=each) for each in lengths],
+            keys=[f"{seed}/{number}" for number in range(count)],
+            task="causal",
+            vocab_size=vocab_size,
+            tokenization={"task": "causal", "vocab_size": vocab_size},
+        )
+
+    return {"train": split(count, 0), "test": split(4, 1)}
 
 
 BYTE_TOKENS = ["<pad>", "<s>", "</s>", "<mask>"]

@@ -1,4 +1,4 @@
-"""Seal a cache whose blocks are all written, such as one that several machines built a share of."""
+"""Seal a cache whose blocks are all written, for example by several machines."""
 
 from __future__ import annotations
 

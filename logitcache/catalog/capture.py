@@ -79,7 +79,7 @@ def tap_from_config(config: str | Mapping[str, Any]) -> Tap:
     Raises:
         UsageError: unknown field or invalid value.
     """
-    return configured("a mapping of a module", Tap, {"module": config} if isinstance(config, str) else config)
+    return configured("the output", Tap, {"module": config} if isinstance(config, str) else config)
 
 
 class Capture(nn.Module):

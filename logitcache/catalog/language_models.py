@@ -84,9 +84,6 @@ def transformers_model(
     if path is not None:
         _refuse_untrained(model, path)
         _fit_vocabulary(model, num_classes)
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        head.__class__ = Head
     return built
 
 
@@ -119,25 +116,32 @@ def without_head(model: nn.Module) -> Iterator[Head]:
 
 
 def head_of(model: nn.Module) -> Head:
-    """The output layer of a language model that was made by `transformers_model`.
+    """The linear layer that gives a model's logits.
+
+    It is what `get_output_embeddings()` returns, as in language models of `transformers`, or else the model's attribute
+    `head`, an `nn.Linear`. It becomes a `Head`.
 
     Raises:
         UsageError: the model has no linear output layer.
     """
-    found = getattr(model, "get_output_embeddings", lambda: None)()
+    given = getattr(model, "get_output_embeddings", lambda: getattr(model, "head", None))
+    found = given()
+    if type(found) is nn.Linear:
+        found.__class__ = Head
     if not isinstance(found, Head):
         raise UsageError(
             f"{type(model).__name__} has no linear output layer over hidden states; use a causal or masked model of "
-            "`transformers`, or a loss that takes logits"
+            "`transformers`, a model with an nn.Linear as its attribute `head`, or a loss that takes logits without "
+            "`train.chunked_head`"
         )
     return found
 
 
-def check_head(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+def check_head(model: nn.Module, inputs: Any) -> None:
     """Check on a batch that the head is all that lies between hidden states and logits.
 
     Raises:
-        UsageError: the model changes its logits afterwards, as those with soft-capping do.
+        UsageError: the model has no head, or changes its logits afterwards, as those with soft-capping do.
     """
     was_training = model.training
     model.eval()

@@ -316,5 +316,8 @@ def _class_names(documents: list[Document]) -> list[str]:
 def _class_number(document: Document, class_names: list[str]) -> int:
     label = str(document.label)
     if label not in class_names:
-        raise UsageError(f"{document.key} has the label {document.label!r}; expected one of: {', '.join(class_names)}")
+        raise UsageError(
+            f"{document.key} has the label {document.label!r}, which no training text has; expected one of: "
+            f"{', '.join(class_names)}"
+        )
     return class_names.index(label)

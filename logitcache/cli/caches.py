@@ -127,7 +127,7 @@ def repair_command(
 
 @app.command("seal")
 def seal_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
-    """Seal a cache whose blocks are all written, such as one that several machines built a share of."""
+    """Seal a cache whose blocks are all written, for example by several machines."""
     from logitcache.cache.sealing import seal
     from logitcache.cache.summary import summarise
 

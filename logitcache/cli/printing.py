@@ -240,15 +240,10 @@ def print_problems(cache: str, problems: list[Any]) -> None:
     if not problems:
         say(f"{cache}: no problems found")
         return
-    table = Table(
-        "block",
-        "path",
-        "kind",
-        title=f"{cache}: {len(problems)} problem{'s' if len(problems) > 1 else ''}",
-        title_justify="left",
-    )
+    title = plain(f"{cache}: {len(problems)} problem{'s' if len(problems) > 1 else ''}")
+    table = Table("block", "path", "kind", title=title, title_justify="left")
     for problem in problems:
-        table.add_row(problem.block, problem.path, problem.kind)
+        table.add_row(*map(plain, (problem.block, problem.path, problem.kind)))
     console().print(table)
 
 

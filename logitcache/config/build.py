@@ -27,7 +27,7 @@ from logitcache.catalog.models import (
 from logitcache.catalog.outputs import sources_of, taps_of
 from logitcache.config.schema import DataConfig, ModelConfig, Pipeline, StudentConfig, parse_pipeline
 from logitcache.context import Context
-from logitcache.data.batching import COLLATES, Collate
+from logitcache.data.batching import COLLATES, Collate, pad
 from logitcache.data.packing import pack
 from logitcache.data.rows import rows_of_dataset
 from logitcache.data.samples import Dataset
@@ -98,14 +98,14 @@ def resolve_plan(pipeline: Pipeline, data: Data, *, trust: bool) -> ViewPlan:
 
 
 def resolve_collate(pipeline: Pipeline, *, trust: bool) -> Collate | None:
-    """The function of `data.collate`, which makes a batch of inputs; None stacks them.
+    """The function of `data.collate`, which makes a batch of inputs; None stacks them. Texts are padded by default.
 
     Raises:
         UsageError: the entry point is not a function.
     """
     name = pipeline.data.collate
     if name is None:
-        return None
+        return pad if pipeline.data.name == "text" else None
     function = COLLATES.resolve(name, trust=trust)
     if not callable(function):
         raise UsageError(f"data.collate {name} is a {type(function).__name__}; expected a function of a list of inputs")
@@ -144,12 +144,13 @@ def resolve_model(
         ShapeError: the output is not one logit per class.
     """
     views = ViewDataset(data.train, replace(plan, contents=None), preprocess=input_part(config, trust=trust))
+    num_classes = _num_classes(config, data, views)
     sample = views[(0, 0)][1]
     with preserved_generators():
         seed_generators(seed)
         model = build_model(
             config.model,
-            num_classes=data.num_classes,
+            num_classes=num_classes,
             input_shape=tuple(getattr(sample, "shape", ())),
             weights=weights,
             args=config.args,
@@ -158,10 +159,10 @@ def resolve_model(
             tokenization=getattr(data.train, "tokenization", None),
         )
     if plan.collate is pack:
-        check_packing(model, data.num_classes)
+        check_packing(model, num_classes)
     if logits is None:
         index, inputs, _ = views.collate(views.__getitems__([(0, 0)]))
-        check_output(model, inputs, data.num_classes, name=config.model, index=index, rows=sequence_rows(views))
+        check_output(model, inputs, num_classes, name=config.model, index=index, rows=sequence_rows(views))
     else:
         shape = captured_shapes(model, {LOGITS: logits}, views.batch([(0, 0)] * 2))[LOGITS]
         if shape != (data.num_classes,):
@@ -170,6 +171,19 @@ def resolve_model(
                 f"({data.num_classes},), one logit for each of the data's classes"
             )
     return model
+
+
+def _num_classes(config: ModelConfig, data: Data, views: ViewDataset) -> int:
+    """The classes of a model: those of the data, or fewer for a student with `vocab_size`."""
+    vocab_size = config.vocab_size if isinstance(config, StudentConfig) else None
+    if vocab_size is None:
+        return data.num_classes
+    if sequence_rows(views) is None or vocab_size > data.num_classes:
+        raise UsageError(
+            f"vocab_size is {vocab_size}; expected at most the {data.num_classes} classes of the data, for a language "
+            "model"
+        )
+    return vocab_size
 
 
 def resolve_loss(config: StudentConfig, *, trust: bool) -> Loss:

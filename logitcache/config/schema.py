@@ -73,7 +73,8 @@ class DataConfig(Section):
     subset: bool = False
     """Allow the dataset to lack some of the cached samples; by default a missing sample is an error."""
     collate: str | None = None
-    """Makes a batch of inputs: `pad`, or `package.module:function` of a list of inputs; null stacks them."""
+    """Makes a batch of inputs: `pad`, `pack`, or `package.module:function` of a list of inputs; null pads the inputs of
+    `text`, and stacks others."""
     part: PartConfig | None = None
     """Use one of several disjoint parts of the training split, as one party of a federation."""
 
@@ -133,6 +134,9 @@ class TrainConfig(Section):
     """Decay of the exponential moving average of the weights; the run then evaluates and saves the average."""
     early_stopping: int | None = Field(default=None, ge=1)
     """Stop after this many epochs without a better validation accuracy."""
+    chunked_head: bool | Annotated[int, Field(ge=1)] = False
+    """Compute the head and the loss a few rows at a time, so that no logits of a whole batch exist; true, or the number
+    of rows."""
     compile: bool = False
     """Use `torch.compile`."""
     sync_batchnorm: bool = False
@@ -152,7 +156,8 @@ class TrainConfig(Section):
 
     def identity(self, seed: int) -> dict[str, Any]:
         """The training settings' part of a run's identity."""
-        return self.model_dump(exclude={"seeds"}) | {"seed": seed}
+        unset = set() if self.chunked_head else {"chunked_head"}
+        return self.model_dump(exclude={"seeds"} | unset) | {"seed": seed}
 
 
 class ModelConfig(Section):
@@ -247,6 +252,8 @@ class StudentConfig(ModelConfig):
     """Initialise the student from the teacher's weights."""
     train: dict[str, Any] = {}
     """Overrides of the pipeline's `train`."""
+    vocab_size: int | None = Field(default=None, ge=2)
+    """Classes of a language model, if it has only the first ones of the teacher's, whose head may be padded."""
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -293,6 +300,7 @@ class StudentConfig(ModelConfig):
         from logitcache.losses import recorded_loss
 
         unset: dict[str, Any] = {"init": None, "sample_weights": {"name": "none"}, "sampler": "none", "hints": []}
+        unset |= {"vocab_size": None}
         identity = self.model_dump(exclude={"train"})
         identity |= {"loss": recorded_loss(self.loss), "hints": recorded_loss(self.hints)}
         return {key: value for key, value in identity.items() if key not in unset or value != unset[key]}
@@ -347,7 +355,10 @@ class Pipeline(Section):
 
     @property
     def teacher_name(self) -> str:
-        """A readable name of the teacher, such as "resnet50"."""
+        """A readable name of the teacher, such as "resnet50", or that of its files."""
+        path = self.teacher.args.get("path")
+        if self.teacher.model == "transformers" and isinstance(path, str):
+            return Path(path).name.removesuffix(".gguf")
         return self.teacher.model.rpartition(":")[2]
 
     @property

@@ -211,14 +211,9 @@ def take(value: Tensor, axes: tuple[Axis, ...], chosen: Mapping[str, np.ndarray]
     """A tensor's entries at the selected channels of its first dimensions."""
     for dimension, axis in enumerate(axes):
         if axis.group is not None:
-            index = entries(chosen[axis.group], axis.repeat)
-            value = value.index_select(dimension, torch.from_numpy(index).to(value.device))
+            index = chosen[axis.group][:, None] * axis.repeat + np.arange(axis.repeat)
+            value = value.index_select(dimension, torch.from_numpy(index.reshape(-1)).to(value.device))
     return value
-
-
-def entries(channels: np.ndarray, repeat: int) -> np.ndarray:
-    """The indices of the entries of some channels, `repeat` consecutive ones per channel, int64."""
-    return (channels[:, None] * repeat + np.arange(repeat)).reshape(-1)
 
 
 def evenly_spaced(group: Group) -> np.ndarray:

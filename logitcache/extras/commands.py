@@ -21,17 +21,7 @@ from logitcache.cli.application import (
 )
 from logitcache.cli.printing import cache_summary
 from logitcache.errors import UsageError
-from logitcache.extras.printing import (
-    demo_summary,
-    noise_summary,
-    print_demo,
-    print_export,
-    print_merge,
-    print_product,
-    print_report,
-    print_suspects,
-    print_turns,
-)
+from logitcache.extras import printing
 
 
 class MeanOf(StrEnum):
@@ -84,7 +74,7 @@ def merge_command(
         "computed_blocks": len(result.computed_blocks),
         "total_blocks": result.total_blocks,
     }
-    show(summary, as_json, lambda: print_merge(out, summary))
+    show(summary, as_json, lambda: printing.print_merge(out, summary))
 
 
 @app.command("export")
@@ -126,7 +116,7 @@ def export_command(
         from logitcache.extras.parquet import export_parquet
 
         result = export_parquet(source, out, views=views, top=top)
-        show(dataclasses.asdict(result), as_json, lambda: print_export(str(out), to.value, result))
+        show(dataclasses.asdict(result), as_json, lambda: printing.print_export(str(out), to.value, result))
         return
     _check_is_run(source, to.value, views=views, top=top)
     from logitcache.config.schema import load_pipeline
@@ -137,7 +127,7 @@ def export_command(
     student = open_student(Path(source), weights=weights.value, data=pipeline, trust=trust)
     exported = export_run(student, out, to="onnx" if to is ExportFormat.onnx else "safetensors", int8=int8)
     summary = {"folder": str(exported.folder), "written": exported.written, **exported.metadata.model_dump()}
-    show(summary, as_json, lambda: print_product(exported))
+    show(summary, as_json, lambda: printing.print_student_export(exported))
 
 
 def _check_is_cache(source: str, out: Path | None, *, int8: bool, weights: Weights, data: Path | None) -> None:
@@ -173,8 +163,8 @@ def suspects_command(
     noise = find_suspects(cache)
     if output is not None:
         write_suspects(noise, output, top=top)
-    shown = noise_summary(noise, top if as_json or top is not None else 20)
-    show(shown, as_json, lambda: print_suspects(cache, shown, CAUTION))
+    shown = printing.noise_summary(noise, top if as_json or top is not None else 20)
+    show(shown, as_json, lambda: printing.print_suspects(cache, shown, CAUTION))
 
 
 @app.command("report")
@@ -202,7 +192,7 @@ def report_command(
     matched = None if pipeline is None else match_data(cache, pipeline, trust=trust)
     written = write_report(cache, output, runs=runs, data=matched, trust=trust)
     summary = {"report": str(written.path), "bytes": written.bytes, **written.headline}
-    show(summary, as_json, lambda: print_report(written))
+    show(summary, as_json, lambda: printing.print_report(written))
 
 
 @app.command("federate")
@@ -223,7 +213,7 @@ def federate_command(
     from logitcache.extras.federation.rounds import federate
 
     outcomes = federate(load_federation(file, overrides or ()), party=party, wait=wait, trust=trust)
-    show({"turns": [dataclasses.asdict(each) for each in outcomes]}, as_json, lambda: print_turns(outcomes))
+    show({"turns": [dataclasses.asdict(each) for each in outcomes]}, as_json, lambda: printing.print_turns(outcomes))
 
 
 @app.command("demo")
@@ -243,4 +233,4 @@ def demo_command(
         typer.echo(f"Training a teacher, caching it and training students: {minutes} on two idle cores.", err=True)
     result = run_demo(folder, overrides or (), full=full)
     report = demo_report(result, folder / "report.html")
-    show(demo_summary(result, report), as_json, lambda: print_demo(result, report))
+    show(printing.demo_summary(result, report), as_json, lambda: printing.print_demo(result, report))

@@ -381,11 +381,14 @@ class FromTeacher:
     ) -> InitReport:
         """Copy weights of the teacher into a student, in place."""
         init = init_from_config(value)
-
-        def importance() -> dict[str, Tensor]:
-            return taylor_importance(teacher, batches(init.calibration))
-
-        return initialise(student, teacher, init, seed=seed, inputs=inputs, importance=importance)
+        return initialise(
+            student,
+            teacher,
+            init,
+            seed=seed,
+            inputs=inputs,
+            importance=lambda: taylor_importance(teacher, batches(init.calibration)),
+        )
 
 
 FROM_TEACHER = FromTeacher()

@@ -97,7 +97,7 @@ def print_export(out: str, kind: str, result: Any) -> None:
     )
 
 
-def print_product(exported: Any) -> None:
+def print_student_export(exported: Any) -> None:
     """An exported student: accuracy, size and latency of each form."""
     product = exported.metadata
     title = (

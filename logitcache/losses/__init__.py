@@ -36,6 +36,7 @@ from logitcache.losses.linear import linear_kl_divergence as linear_kl_divergenc
 from logitcache.losses.own_code import load_code as load_code
 from logitcache.losses.protocol import Loss as Loss
 from logitcache.losses.protocol import Reduction as Reduction
+from logitcache.losses.protocol import Term as Term
 from logitcache.losses.protocol import teacher_for as teacher_for
 from logitcache.losses.regression import LogitMSE as LogitMSE
 from logitcache.losses.regression import logit_mse as logit_mse

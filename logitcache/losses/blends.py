@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from logitcache.errors import UsageError
-from logitcache.losses.hard import check_hard, hard_cross_entropy, uses_true_label
-from logitcache.losses.protocol import Loss, given, teacher_for
+from logitcache.losses.hard import check_hard, hard_cross_entropy, hard_term, uses_true_label
+from logitcache.losses.protocol import Loss, Term, given, teacher_for
 from logitcache.losses.schedules import Scheduled, check_parameter, check_temperature, fixed, value_at
 from logitcache.losses.soft import kl_divergence
 from logitcache.targets import Targets
@@ -41,6 +41,9 @@ class HardPlusSoft(Loss):
     def takes_targets(self) -> bool:
         return True
 
+    def terms(self) -> tuple[Term, ...]:
+        return hard_term(self.hard), Term("kl", fixed(self.weight), fixed(self.temperature))
+
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
         soft_B = kl_divergence(student_BC, given(teacher_BC), temperature=fixed(self.temperature))
         return hard_cross_entropy(self.hard, student_BC, given(teacher_BC), target) + fixed(self.weight) * soft_B
@@ -69,6 +72,10 @@ class Blend(Loss):
     @property
     def takes_targets(self) -> bool:
         return True
+
+    def terms(self) -> tuple[Term, ...]:
+        alpha = fixed(self.alpha)
+        return Term("kl", alpha, fixed(self.temperature)), hard_term(self.hard, 1.0 - alpha)
 
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
         alpha = fixed(self.alpha)
@@ -117,6 +124,11 @@ class Weighted(Loss):
             for part in self.parts
         )
         return self if parts == self.parts else Weighted(parts=parts)
+
+    def terms(self) -> tuple[Term, ...]:
+        return tuple(
+            term._replace(weight=term.weight * fixed(part.weight)) for part in self.parts for term in part.loss.terms()
+        )
 
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
         first, *rest = (

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from logitcache.errors import UsageError
-from logitcache.losses.protocol import Loss, Reduction, given, over_rows, same_shape, wide
+from logitcache.losses.protocol import Loss, Reduction, Term, given, over_rows, same_shape, wide
 from logitcache.losses.schedules import Scheduled, check_parameter, fixed, shown
 from logitcache.targets import Targets
 
@@ -101,6 +101,9 @@ class TeacherArgmax(Loss):
     def takes_targets(self) -> bool:
         return True
 
+    def terms(self) -> tuple[Term, ...]:
+        return (Term("teacher_argmax"),)
+
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
         return teacher_argmax_cross_entropy(student_BC, given(teacher_BC))
 
@@ -127,6 +130,9 @@ class CrossEntropy(Loss):
     def takes_targets(self) -> bool:
         return True
 
+    def terms(self) -> tuple[Term, ...]:
+        return super().terms() if fixed(self.label_smoothing) else (Term("cross_entropy"),)
+
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
         return cross_entropy(student_BC, target, label_smoothing=fixed(self.label_smoothing))
 
@@ -136,6 +142,11 @@ def hard_cross_entropy(hard: str, student_BC: Tensor, teacher_BC: Tensor | Targe
     if uses_true_label(hard):
         return cross_entropy(student_BC, target)
     return teacher_argmax_cross_entropy(student_BC, teacher_BC)
+
+
+def hard_term(hard: str, weight: float = 1.0) -> Term:
+    """The term of `hard_cross_entropy`."""
+    return Term("cross_entropy" if uses_true_label(hard) else "teacher_argmax", weight)
 
 
 def uses_true_label(hard: str) -> bool:

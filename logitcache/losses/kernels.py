@@ -20,11 +20,11 @@ from logitcache.targets import SparseTargets, Targets, row_slices
 # B rows of a chunk, N rows, C classes, K entries
 
 Kind = Literal["kl", "soft_cross_entropy", "js"]
-Step = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
-"""(a chunk of the student's logits (B, C); its rows of the targets; whether the gradient is needed) -> its losses (B,),
-and their gradient (B, C) with respect to the logits, or None; float64 if the logits are, else float32."""
 Result = tuple[Tensor, Tensor | None]
-"""Losses at T = 1, (B,), and their gradient (B, C) with respect to the logits divided by T."""
+"""Losses (B,) and their gradient (B, C), or None if it is not needed."""
+Step = Callable[[Tensor, slice, bool, bool], Result]
+"""(a chunk of the student's logits (B, C); its rows of the targets; whether the gradient is needed; whether the logits
+may be overwritten) -> the losses, and their gradient with respect to the logits."""
 
 
 class Entries(NamedTuple):
@@ -61,15 +61,18 @@ def step_for(kind: Kind, targets: Targets, temperature: float, dtype: torch.dtyp
         has_tail = targets.device.type != "cpu" or bool((entries.each > 0).any())
         compute = (_compiled if compiled else functools.partial)(_sparse, kind=kind, has_tail=has_tail)
 
-        def step(logits_BC: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        def step(logits_BC: Tensor, rows: slice, gradient: bool, overwrite: bool) -> Result:
             of_rows = Entries(*(values[rows] for values in entries))
-            return compute(logits_BC, of_rows, shape_C, log_shape_C, temperature, dtype, gradient)
+            # Compiled, nothing is saved by overwriting: division and softmax are one kernel.
+            overwrite = overwrite and not compiled
+            return compute(logits_BC, of_rows, shape_C, log_shape_C, temperature, dtype, gradient, overwrite)
 
         return step
 
-    def dense_step(logits_BC: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    def dense_step(logits_BC: Tensor, rows: slice, gradient: bool, overwrite: bool) -> Result:
         teacher_BC = targets[rows].dense().to(dtype) / temperature
-        return _scaled(*_dense(logits_BC.to(dtype) / temperature, teacher_BC, kind, gradient), temperature)
+        logits_BC = _divided(logits_BC, temperature, dtype, overwrite)
+        return _scaled(*_dense(logits_BC, teacher_BC, kind, gradient), temperature)
 
     return dense_step
 
@@ -78,7 +81,7 @@ def label_step(labels_N: Tensor, weight: float, dtype: torch.dtype, *, compiled:
     """The step of the cross-entropy to labels, int64 (N,), times a weight; 0 for negative labels."""
     compute = _compiled(_of_labels) if compiled else _of_labels
 
-    def step(logits_BC: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    def step(logits_BC: Tensor, rows: slice, gradient: bool, overwrite: bool) -> Result:
         return compute(logits_BC, labels_N[rows], weight, dtype, gradient)
 
     return step
@@ -99,6 +102,14 @@ def _of_labels(logits_BC: Tensor, labels_B: Tensor, weight: float, dtype: torch.
     return loss_B, log_q_BC.exp_().mul_(weight_B1).scatter_add_(1, labels_B1, -weight_B1)
 
 
+def _divided(logits_BC: Tensor, temperature: float, dtype: torch.dtype, overwrite: bool) -> Tensor:
+    """Logits divided by T; a copy only if it is needed."""
+    wide_BC = logits_BC.to(dtype)
+    if temperature == 1.0:
+        return wide_BC
+    return wide_BC.div_(temperature) if overwrite or logits_BC.dtype != dtype else wide_BC / temperature
+
+
 def _scaled(loss_B: Tensor, gradient_BC: Tensor | None, temperature: float) -> Result:
     """A loss times T², and its gradient with respect to the logits before they are divided by T."""
     if temperature == 1.0:
@@ -114,12 +125,12 @@ def _sparse(
     temperature: float,
     dtype: torch.dtype,
     gradient: bool,
+    overwrite: bool,
     *,
     kind: Kind,
     has_tail: bool,
 ) -> Result:
-    logits_BC = logits_BC.to(dtype)
-    log_q_BC = (logits_BC if temperature == 1.0 else logits_BC / temperature).log_softmax(dim=1)
+    log_q_BC = _divided(logits_BC, temperature, dtype, overwrite).log_softmax(dim=1)
     if kind == "js":
         result = _sparse_jensen_shannon(log_q_BC, entries, shape_C, log_shape_C, has_tail, gradient)
     else:
@@ -229,7 +240,7 @@ class _OnTargets(torch.autograd.Function):
     def forward(student_NC: Tensor, step: Step) -> Tensor:
         loss_N = student_NC.new_empty(len(student_NC), dtype=wide_dtype(student_NC.dtype))
         for rows in row_slices(len(student_NC), student_NC.shape[1], student_NC.device):
-            loss_N[rows] = step(student_NC[rows], rows, False)[0]
+            loss_N[rows] = step(student_NC[rows], rows, False, False)[0]
         return loss_N
 
     @staticmethod
@@ -243,7 +254,7 @@ class _OnTargets(torch.autograd.Function):
         (student_NC,) = ctx.saved_tensors
         gradient_NC = torch.empty_like(student_NC)
         for rows in row_slices(len(student_NC), student_NC.shape[1], student_NC.device):
-            gradient_NC[rows] = ctx.step(student_NC[rows], rows, True)[1].mul_(upstream_N[rows, None])
+            gradient_NC[rows] = ctx.step(student_NC[rows], rows, True, False)[1].mul_(upstream_N[rows, None])
         return gradient_NC, None
 
 

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from logitcache.errors import ShapeError
+from logitcache.errors import ShapeError, UsageError
 from logitcache.losses.hard import IGNORED
-from logitcache.losses.kernels import Step, label_step, step_for, wide_dtype
-from logitcache.losses.protocol import Reduction, counting_rows, reduced
+from logitcache.losses.kernels import Result, Step, label_step, step_for, wide_dtype
+from logitcache.losses.protocol import Reduction, Term, counting_rows, reduced
 from logitcache.targets import DenseTargets, Targets, row_slices
 
 # N rows, B rows of a chunk, D hidden size, C classes
@@ -59,21 +59,17 @@ def linear_kl_divergence(
 
     Raises:
         ShapeError: shapes that do not agree.
+        UsageError: `chunk_rows` below 1.
     """
     _check_shapes(hidden, weight, bias, labels)
     targets = DenseTargets(targets) if isinstance(targets, Tensor) else targets
-    if targets.shape != (len(hidden), len(weight)):
-        raise ShapeError(
-            f"the head gives logits of {(len(hidden), len(weight))}, the teacher's are {targets.shape}; expected the "
-            "same rows and the same classes"
-        )
+    _check_targets(hidden, weight, targets)
     rows = None if mask is None else counting_rows(mask, len(hidden)).to(hidden.device)
     if rows is not None:
         targets, labels = targets[rows], None if labels is None else labels[rows]
     dtype, compiled = wide_dtype(_compute_dtype(hidden, weight)), _compiles(compiled, hidden.device)
-    steps = [step_for("kl", targets, temperature, dtype, compiled=compiled)]
-    if labels is not None:
-        steps.append(label_step(labels.long(), label_weight, dtype, compiled=compiled))
+    steps = [] if labels is None else [label_step(labels.long(), label_weight, dtype, compiled=compiled)]
+    steps.append(step_for("kl", targets, temperature, dtype, compiled=compiled))
     loss: Tensor = _linear_loss(hidden, weight, bias, steps, rows, chunk_rows, reduction)
     return loss
 
@@ -112,6 +108,76 @@ def linear_cross_entropy(
     return loss
 
 
+def linear_terms(
+    hidden: Tensor,
+    weight: Tensor,
+    terms: Sequence[Term],
+    *,
+    targets: Tensor | Targets | None = None,
+    labels: Tensor | None = None,
+    bias: Tensor | None = None,
+    factors: Tensor | None = None,
+    chunk_rows: int | None = None,
+    compiled: bool | None = None,
+) -> Tensor:
+    """The sum over all rows of a loss's terms, through the student's head, in nats: a scalar.
+
+    It equals `loss(hidden @ weight.T + bias, targets, labels).sum()`, computed like `linear_kl_divergence`.
+
+    Args:
+        hidden, weight, bias, chunk_rows, compiled: as for `linear_kl_divergence`.
+        terms: of the loss: `loss.at(progress).terms()`.
+        targets: the teacher's, for the terms that need them.
+        labels: int (N,), the true classes, for the cross-entropy; -100 for none.
+        factors: (N,), multiplied with the loss of each row; None for 1.
+
+    Raises:
+        ShapeError: shapes that do not agree.
+        UsageError: a term's targets or labels are missing.
+    """
+    _check_shapes(hidden, weight, bias, labels)
+    targets = DenseTargets(targets) if isinstance(targets, Tensor) else targets
+    if targets is not None:
+        _check_targets(hidden, weight, targets)
+    dtype, compiled = wide_dtype(_compute_dtype(hidden, weight)), _compiles(compiled, hidden.device)
+    steps: list[Step] = []
+    for term in terms:
+        if term.kind == "cross_entropy" and labels is not None:
+            step = label_step(labels.long(), term.weight, dtype, compiled=compiled)
+        elif term.kind == "cross_entropy" or targets is None:
+            missing = "labels" if term.kind == "cross_entropy" else "targets of the teacher"
+            raise UsageError(f"the term {term.kind} needs {missing}, and none were given")
+        elif term.kind == "teacher_argmax":
+            step = label_step(targets.argmax(), term.weight, dtype, compiled=compiled)
+        else:
+            step = step_for(term.kind, targets, term.temperature, dtype, compiled=compiled)
+            step = step if term.weight == 1.0 else _multiplied(step, term.weight)
+        steps.append(step if factors is None else _multiplied(step, factors.to(dtype)))
+    loss: Tensor = _linear_loss(hidden, weight, bias, steps, None, chunk_rows, "sum")
+    return loss
+
+
+def _multiplied(step: Step, factor: float | Tensor) -> Step:
+    """A step whose losses and gradients are multiplied by one number, or by one for each row, (N,)."""
+
+    def multiplied(logits_BC: Tensor, rows: slice, gradient: bool, overwrite: bool) -> Result:
+        loss_B, gradient_BC = step(logits_BC, rows, gradient, overwrite)
+        factor_B1 = factor[rows, None] if isinstance(factor, Tensor) else factor
+        loss_B = loss_B * (factor_B1[:, 0] if isinstance(factor_B1, Tensor) else factor_B1)
+        return loss_B, None if gradient_BC is None else gradient_BC.mul_(factor_B1)
+
+    return multiplied
+
+
+def _check_targets(hidden: Tensor, weight: Tensor, targets: Targets) -> None:
+    """Raise ShapeError unless the targets are (N, C)."""
+    if targets.shape != (len(hidden), len(weight)):
+        raise ShapeError(
+            f"the head gives logits of {(len(hidden), len(weight))}, the teacher's are {targets.shape}; expected the "
+            "same rows and the same classes"
+        )
+
+
 def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None) -> None:
     """Raise ShapeError unless the arguments have shapes (N, D), (C, D), (C,) and (N,)."""
     shapes = [tuple(values.shape) for values in (hidden, weight)]
@@ -148,9 +214,13 @@ def _linear_loss(
     reduction: Reduction,
 ) -> Tensor:
     """The sum of the steps' losses over the given rows."""
+    if chunk_rows is not None and chunk_rows < 1:
+        raise UsageError(f"chunk_rows is at least 1, not {chunk_rows}")
     hidden_ND = hidden if rows is None else hidden[rows]
     head = _Head(steps, _compute_dtype(hidden, weight), chunk_rows)
-    loss: Tensor = _LinearLoss.apply(hidden_ND, weight, bias, head, reduction != "none")
+    # Within a Function's forward pass gradients are always off.
+    at_once = reduction != "none" and torch.is_grad_enabled()
+    loss: Tensor = _LinearLoss.apply(hidden_ND, weight, bias, head, reduction != "none", at_once)
     if reduction == "mean":
         return loss / max(1, len(hidden_ND))
     if reduction == "none" and rows is not None:
@@ -198,7 +268,7 @@ class _Head(NamedTuple):
                 logits_BC += bias_C
             gradient_BC = None
             for step in self.steps:
-                loss_B, of_step_BC = step(logits_BC, rows, any(needed))
+                loss_B, of_step_BC = step(logits_BC, rows, any(needed), step is self.steps[-1])
                 loss_N[rows] += loss_B
                 gradient_BC = of_step_BC if gradient_BC is None or of_step_BC is None else gradient_BC.add_(of_step_BC)
             del logits_BC
@@ -219,17 +289,23 @@ class _Head(NamedTuple):
 
 
 class _LinearLoss(torch.autograd.Function):
-    """Losses (N,), or their sum, with which the gradients are computed at once."""
+    """Losses (N,), or their sum, with which the gradients can be computed at once."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_CD: Tensor, bias_C: Tensor | None, head: _Head, summed: bool
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_CD: Tensor,
+        bias_C: Tensor | None,
+        head: _Head,
+        summed: bool,
+        at_once: bool,
     ) -> Tensor:
-        needed = ctx.needs_input_grad[:3]
+        needed = ctx.needs_input_grad[:3] if at_once else (False, False, False)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            loss_N, gradients = head.losses(hidden_ND, weight_CD, bias_C, needed if summed else (False,) * 3, None)
+            loss_N, gradients = head.losses(hidden_ND, weight_CD, bias_C, needed, None)
         ctx.save_for_backward(hidden_ND, weight_CD, bias_C)
-        ctx.head, ctx.summed, ctx.gradients = head, summed, gradients if summed else None
+        ctx.head, ctx.summed, ctx.gradients = head, summed, gradients if at_once else None
         return loss_N.sum() if summed else loss_N
 
     @staticmethod
@@ -249,4 +325,4 @@ class _LinearLoss(torch.autograd.Function):
             gradient if gradient is None else gradient.to(like.dtype)
             for gradient, like in zip(gradients, inputs, strict=True)
         )
-        return (*as_given, None, None)
+        return (*as_given, None, None, None)

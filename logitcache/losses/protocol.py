@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, TypeVar, overload
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,15 @@ T = TypeVar("T")
 
 Reduction = Literal["none", "mean", "sum"]
 """What a loss function returns, as in torch: (B,) losses of the samples, or their mean or sum, a scalar."""
+
+
+class Term(NamedTuple):
+    """A part of a loss that needs one row of logits at a time, so that a head can compute it chunk by chunk."""
+
+    kind: Literal["kl", "soft_cross_entropy", "js", "cross_entropy", "teacher_argmax"]
+    """The last two are cross-entropies to the true label and to the teacher's most probable class."""
+    weight: float = 1.0
+    temperature: float = 1.0
 
 
 class Loss(ABC):
@@ -51,6 +60,17 @@ class Loss(ABC):
     def at(self, progress: float) -> Loss:
         """The loss at this share of training, 0 to 1; the same object if nothing in it is scheduled."""
         return settled(self, progress)
+
+    def terms(self) -> tuple[Term, ...]:
+        """The terms whose sum is the loss, if each can be computed chunk by chunk; call `at(progress)` first.
+
+        Raises:
+            UsageError: the loss needs the logits of all rows at once.
+        """
+        raise UsageError(
+            f"loss {self.name!r} can't be computed by chunks of rows; leave out `train.chunked_head`, or use kl, "
+            "soft_cross_entropy, js, cross_entropy, teacher_argmax or a weighted sum of them"
+        )
 
     @abstractmethod
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from logitcache.errors import UsageError
 from logitcache.losses.kernels import Kind, on_targets
-from logitcache.losses.protocol import Loss, Reduction, given, over_rows, same_shape, wide
+from logitcache.losses.protocol import Loss, Reduction, Term, given, over_rows, same_shape, wide
 from logitcache.losses.schedules import Scheduled, check_temperature, fixed, shown
 from logitcache.targets import DenseTargets, Targets
 
@@ -205,6 +205,9 @@ class KLDivergence(Loss):
     def takes_targets(self) -> bool:
         return True
 
+    def terms(self) -> tuple[Term, ...]:
+        return super().terms() if self.standardise else (Term("kl", temperature=fixed(self.temperature)),)
+
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
         return kl_divergence(
             student_BC, given(teacher_BC), temperature=fixed(self.temperature), standardise=self.standardise
@@ -228,6 +231,11 @@ class SoftCrossEntropy(Loss):
     def takes_targets(self) -> bool:
         return True
 
+    def terms(self) -> tuple[Term, ...]:
+        return (
+            super().terms() if self.standardise else (Term("soft_cross_entropy", temperature=fixed(self.temperature)),)
+        )
+
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
         return soft_cross_entropy(
             student_BC, given(teacher_BC), temperature=fixed(self.temperature), standardise=self.standardise
@@ -247,6 +255,9 @@ class JensenShannon(Loss):
     @property
     def takes_targets(self) -> bool:
         return True
+
+    def terms(self) -> tuple[Term, ...]:
+        return (Term("js", temperature=fixed(self.temperature)),)
 
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
         return jensen_shannon(student_BC, given(teacher_BC), temperature=fixed(self.temperature))

@@ -61,7 +61,7 @@ from logitcache.train.weighting import (
     teacher_weights,
     weights_from_config,
 )
-from logitcache.verify.fit import open_fitting_cache, open_fitting_caches
+from logitcache.verify.fit import open_fitting_cache, open_fitting_caches, views_of_cache
 
 # M samples of a run, N samples of a cache
 
@@ -269,9 +269,7 @@ class Experiment:
         caches, rows = self._open(ensemble)
         cache, num_views = caches[0], self.pipeline.views.count
         outputs = [name for name in outputs if name in cache.outputs]  # `Hints` refuses those that are missing
-        contents = None if cache.samples is None else cache.samples.contents
-        plan = replace(self.plan, num_samples=cache.num_samples, contents=contents, rows=cache.row_map)
-        views = ViewDataset(self.data.train, plan, preprocess=input_part(student, trust=self.trust), rows=rows)
+        views = views_of_cache(cache, self.data.train, self.plan, rows, input_part(student, trust=self.trust))
         cached = None if given is not None else self._cached_labels(ensemble, caches, views, outputs)
         window_blocks = None if cached is None else cached.window_blocks
         labels: dict[str, Any] = {"cache": cache.id, "window_blocks": window_blocks}

@@ -13,9 +13,8 @@ from logitcache.config.build import (
     teacher_identity,
 )
 from logitcache.config.schema import Pipeline
-from logitcache.data.views import ViewDataset
 from logitcache.verify.audit import Problem
-from logitcache.verify.fit import all_differences, open_fitting_cache
+from logitcache.verify.fit import all_differences, open_fitting_cache, views_of_cache
 from logitcache.verify.spot_check import spot_check
 
 
@@ -49,5 +48,5 @@ def verify_match(pipeline: Pipeline, *, recompute: int = 0, seed: int = 0, trust
     )
     outputs = [name for name in cache.extra_outputs if name in pipeline.cache.outputs]
     runner = build_runner(pipeline, teacher, build_context(pipeline, trust=trust), outputs)
-    views = ViewDataset(data.train, plan, rows=rows)
+    views = views_of_cache(cache, data.train, plan, rows)
     return spot_check(cache, views, runner, recompute, outputs=outputs, seed=seed)

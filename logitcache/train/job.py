@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.cache.outputs import Output
+from logitcache.catalog.language_models import check_head
 from logitcache.config.schema import TrainConfig
 from logitcache.data.packing import pack
 from logitcache.data.sequences import sequence_rows
 from logitcache.data.views import ViewDataset
+from logitcache.devices import to_device
 from logitcache.digest import json_digest
 from logitcache.errors import UsageError
-from logitcache.losses import Loss
+from logitcache.losses import Loss, Stage, Stages
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.hints import Hints
 from logitcache.train.labels import Labels
@@ -92,6 +94,8 @@ class Job(TrainingData):
             )
         if sequence_rows(self.views) is not None:
             self._check_sequences()
+        if self.config.chunked_head:
+            self._check_chunked_head()
 
     def _check_sequences(self) -> None:
         if self.hints is not None:
@@ -100,6 +104,20 @@ class Job(TrainingData):
             raise UsageError(
                 f"{self.name}: a packed batch can't be split; set train.accumulate to 1, or data.collate to pad"
             )
+
+    def _check_chunked_head(self) -> None:
+        """Check that loss and model can be computed by chunks of rows."""
+        if self.hints is not None or self.views.plan.mixing.active:
+            raise UsageError(f"{self.name}: train.chunked_head works without hints, mixup and CutMix only")
+        stages = self.loss.stages if isinstance(self.loss, Stages) else (Stage(loss=self.loss),)
+        for stage in stages:
+            for progress in (0.0, 1.0):  # schedules are monotonic
+                stage.loss.at(progress).terms()
+        inputs = self.views.batch([(self.first_view, int(self.indices[0]))])
+        if self.labels is not None and self.labels.needs_teacher_inputs:
+            inputs = inputs[0]
+        device = next((parameter.device for parameter in self.model.parameters()), self.device)
+        check_head(self.model, to_device(inputs, device))
 
     def description(self) -> dict[str, Any]:
         """The run's description for a tracker: its identity, and an `id` that is the same after an interruption."""

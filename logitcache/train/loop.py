@@ -35,7 +35,7 @@ from logitcache.train.job import Job
 from logitcache.train.optimizer import OptimizerStep, weight_average
 from logitcache.train.ranks import ALONE, Ranks
 from logitcache.train.runs import CHECKPOINT, FROM_START, RESOLVED, NullRunFolder, RunFolder
-from logitcache.train.step import losses
+from logitcache.train.step import chunked_loss, losses
 
 # B batch, C classes
 
@@ -233,15 +233,11 @@ class Run:
         num_rows = self._rows_of_step(index, share)
         loss = torch.zeros((), device=job.device)
         for number, (start, stop) in enumerate(parts):
-            batch = (part_of(value, start, stop) for value in (index, inputs, targets)) if len(parts) > 1 else None
-            loss_B = losses(job, self._net, state.step / self.total_steps, *(batch or (index, inputs, targets)))
+            batch = index, inputs, targets
+            if len(parts) > 1:
+                batch = tuple(part_of(value, start, stop) for value in batch)
             counted = min(max(share - start, 0), stop - start)
-            if num_rows is not None:
-                part_loss = loss_B[:counted].sum() / num_rows
-            elif counted == stop - start:
-                part_loss = loss_B.mean() * (counted / batch_size)
-            else:
-                part_loss = loss_B[:counted].sum() / batch_size
+            part_loss = self._part_loss(batch, counted, batch_size, num_rows)
             last = number + 1 == len(parts)
             with nullcontext() if last else self._without_exchange():
                 # The exchange averages over processes, but each one's loss is its part of the mean of the whole batch.
@@ -331,6 +327,25 @@ class Run:
             return None
         num_rows = torch.tensor(float(row_counts(index[:share], rows).sum()), device=self.job.device)
         return max(float(self.ranks.sum(num_rows)), 1.0)
+
+    def _part_loss(self, batch: tuple[Any, ...], counted: int, batch_size: int, num_rows: float | None) -> Tensor:
+        """The loss of a micro-batch as its part of the mean over the whole batch: over rows, or over samples.
+
+        Args:
+            batch: index, inputs and targets.
+            counted: samples that count, the first ones.
+            batch_size: samples of the whole batch, in all processes.
+            num_rows: rows of the whole batch; None with one row per sample.
+        """
+        progress = self.state.step / self.total_steps
+        if self.job.config.chunked_head:
+            return chunked_loss(self.job, self._net, progress, counted, *batch) / (num_rows or batch_size)
+        loss_B = losses(self.job, self._net, progress, *batch)
+        if num_rows is not None:
+            return loss_B[:counted].sum() / num_rows
+        if counted == len(loss_B):
+            return loss_B.mean() * (counted / batch_size)
+        return loss_B[:counted].sum() / batch_size
 
     def _micro_batches(self, size: int) -> list[tuple[int, int]]:
         """(start, stop) of each micro-batch, of nearly equal sizes for batch norm."""

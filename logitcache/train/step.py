@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from logitcache.cache.manifest import LOGITS
 from logitcache.catalog.calling import call_model, logits_of
+from logitcache.catalog.language_models import without_head
 from logitcache.data.index import split_index
 from logitcache.data.rows import RowMap
 from logitcache.data.sequences import batch_rows, sequence_rows
 from logitcache.devices import autocast, to_device
 from logitcache.losses import Loss
+from logitcache.losses.linear import linear_terms
 from logitcache.losses.protocol import teacher_for
 from logitcache.train.job import Job
 
@@ -32,11 +35,7 @@ def losses(job: Job, net: nn.Module, progress: float, index: Tensor, inputs: Any
         inputs: the student's, or (the student's, the teacher's) where the labels need both.
         targets: the true labels, int (B,), or float (B, C) where samples were mixed; of sequences (B, rows), padded.
     """
-    teacher_inputs = inputs
-    if job.labels is not None and job.labels.needs_teacher_inputs:
-        inputs, teacher_inputs = inputs
-    inputs = to_device(inputs, job.device, channels_last=job.config.channels_last)
-    targets = to_device(targets, job.device)
+    inputs, teacher_inputs, targets = _on_device(job, inputs, targets)
     loss = job.loss.at(progress)
     rows = sequence_rows(job.views)
     if rows is not None:
@@ -48,6 +47,62 @@ def losses(job: Job, net: nn.Module, progress: float, index: Tensor, inputs: Any
     if job.hints is not None:
         loss_B = loss_B + job.hints.losses(features, from_teacher, progress)
     return _weighted(job, loss_B, penalty, split_index(index)[1])
+
+
+def chunked_loss(
+    job: Job, net: nn.Module, progress: float, counted: int, index: Tensor, inputs: Any, targets: Any
+) -> Tensor:
+    """The sum of what `losses` returns, with the head and the loss computed by chunks of rows.
+
+    Args:
+        job: with `train.chunked_head`; `Job` has checked that loss and model allow it.
+        counted: samples that count, the first ones of the batch.
+        net, progress, index, inputs, targets: as for `losses`.
+    """
+    inputs, teacher_inputs, targets = _on_device(job, inputs, targets)
+    terms = job.loss.at(progress).terms()
+    with without_head(job.model) as head:
+        hidden, _, penalty = _forward(job, net, inputs)
+    rows = sequence_rows(job.views)
+    sample_B: Any = split_index(index)[1]
+    at, hidden_RD, targets_R, place_R = index, hidden, targets, torch.arange(len(index))
+    if rows is not None:
+        of_batch = batch_rows(index, rows, inputs, hidden)
+        at, hidden_RD = of_batch.index, of_batch.of_output(hidden)
+        targets_R = of_batch.of_targets(targets) if job.loss.needs_target else None
+        sample_B, place_R = rows.samples_of(sample_B.clamp(min=0)), torch.repeat_interleave(of_batch.counts)
+    factors_R = None
+    if counted < len(index) or job.sample_weights is not None:
+        factors_B = (torch.arange(len(index)) < counted).float()
+        if job.sample_weights is not None:
+            factors_B *= job.sample_weights[sample_B]
+        factors_R = factors_B[place_R].to(hidden.device)
+    teacher = None
+    if any(term.kind != "cross_entropy" for term in terms):
+        assert job.labels is not None
+        teacher = job.labels.targets(at, teacher_inputs, targets if targets_R is None else targets_R)
+    chunk_rows = job.config.chunked_head
+    with autocast(job.device, job.config.precision):
+        loss = linear_terms(
+            hidden_RD,
+            head.weight,
+            terms,
+            targets=teacher,
+            labels=targets_R,
+            bias=head.bias,
+            factors=factors_R,
+            chunk_rows=None if isinstance(chunk_rows, bool) else chunk_rows,
+        )
+    return loss if penalty is None else loss + penalty.expand(len(index))[:counted].sum()
+
+
+def _on_device(job: Job, inputs: Any, targets: Any) -> tuple[Any, Any, Any]:
+    """The student's input and the targets on the device, with the teacher's input between them."""
+    teacher_inputs = inputs
+    if job.labels is not None and job.labels.needs_teacher_inputs:
+        inputs, teacher_inputs = inputs
+    inputs = to_device(inputs, job.device, channels_last=job.config.channels_last)
+    return inputs, teacher_inputs, to_device(targets, job.device)
 
 
 def _weighted(job: Job, loss_B: Tensor, penalty: Tensor | None, samples_B: Any) -> Tensor:
@@ -63,11 +118,15 @@ def _losses_of_sequences(
     student, _, penalty = _forward(job, net, inputs)
     of_batch = batch_rows(index, rows, inputs, student)
     targets_R = of_batch.of_targets(targets) if loss.needs_target else targets
+    student_RC = of_batch.of_output(student)
     teacher = None
     if loss.needs_teacher:
         assert job.labels is not None
-        teacher = teacher_for(loss, job.labels.targets(of_batch.index, teacher_inputs, targets_R))
-    loss_R = loss(of_batch.of_output(student), teacher, targets_R)
+        of_teacher = job.labels.targets(of_batch.index, teacher_inputs, targets_R)
+        if student_RC.shape[1] < of_teacher.num_classes:  # see StudentConfig.vocab_size
+            of_teacher = of_teacher.of_classes(torch.arange(student_RC.shape[1]))
+        teacher = teacher_for(loss, of_teacher)
+    loss_R = loss(student_RC, teacher, targets_R)
     return of_batch.summed(loss_R), penalty
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -110,6 +110,26 @@ def open_fitting_caches(
         caches.append(cache)
     check_same_pixels(locations, caches, num_views)
     return caches, rows
+
+
+def views_of_cache(
+    cache: LogitCache,
+    dataset: Dataset,
+    plan: ViewPlan,
+    rows: np.ndarray | None,
+    preprocess: Callable[[Any], Any] | None = None,
+) -> ViewDataset:
+    """A dataset's views with the rows of a cache; each sample is compared with its content digest when it is loaded.
+
+    Args:
+        cache: has this view plan.
+        dataset, plan: what is rendered.
+        rows: from `open_fitting_cache`.
+        preprocess: of the model; the teacher's by default.
+    """
+    contents = None if cache.samples is None else cache.samples.contents
+    plan = replace(plan, num_samples=cache.num_samples, contents=contents, rows=cache.row_map)
+    return ViewDataset(dataset, plan, preprocess=preprocess, rows=rows)
 
 
 def _open_sealed(location: str, *, trust: bool) -> LogitCache:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -37,7 +36,7 @@ def spot_check(
 
     Args:
         cache: sealed.
-        views: of the training split, with rows of the cache.
+        views: of the training split, from `views_of_cache`.
         runner: the teacher, with hooks for the outputs.
         count: samples to draw, over all views.
         outputs: compared beside the logits.
@@ -51,10 +50,6 @@ def spot_check(
             f"{cache.storage.url} is the mean of several caches, for which no single teacher can be run again; check "
             "the caches that it was merged from"
         )
-    samples = cache.samples
-    contents = None if samples is None else samples.contents
-    plan = replace(views.plan, num_samples=cache.num_samples, contents=contents, rows=cache.row_map)
-    views = ViewDataset(views.dataset, plan, rows=views.rows)
     total = len(views) * len(cache.views)
     draws = {counter_seed("spot check", seed, number) % total for number in range(min(count, total))}
     places = sorted((cache.views[draw // len(views)], draw % len(views)) for draw in draws)

@@ -467,12 +467,15 @@ def test_plan_counts_the_outputs(tiny: Make) -> None:
     ("given", "message"),
     [
         ("{features: trnk}", "TwoHeads has no module 'trnk'; nearest: trunk"),
-        ("{features: {module: trunk, pool: 0}}", "cache.outputs: features: `pool` of 'trunk' must be an integer"),
+        (
+            "{features: {module: trunk, pool: 0}}",
+            "cache.outputs: features: the output: `pool` of 'trunk' must be an integer",
+        ),
         (
             "{features: {modul: trunk}}",
-            "features: a mapping of a module has no parameter 'modul'; did you mean 'module'",
+            "features: the output has no parameter 'modul'; did you mean 'module'",
         ),
-        ("{features: {pool: 3}}", "a mapping of a module lacks 'module'; its parameters are: module, key, pool"),
+        ("{features: {pool: 3}}", "the output lacks 'module'; its parameters are: module, key, pool"),
         ("{parity: {module: parity, pool: 2}}", "only .B, C, H, W. can be pooled"),
         ("{features: {module: trunk, key: out}}", "returns a tensor of float32, which has no 'out'"),
         ("{features: {module: trunk, encoding: dense}}", "needs the encoding Values"),

@@ -191,6 +191,19 @@ def test_students_are_measured_by_nll(text: Make) -> None:
     assert row.nll_mean == result["nll"] == pytest.approx(np.log(result["perplexity"]))
 
 
+def test_a_student_may_have_the_first_classes_of_a_padded_head_only(text: Make) -> None:
+    """The teacher's head has 264 classes, the tokenizer 260."""
+    args = ["data.args.vocab_size=264", "cache.encoding={name: topk, k: 8}"]
+    pipeline = text(*args, "students.small.vocab_size=260")
+    cache_teacher(pipeline)
+    train_students(pipeline)
+    weights = load_file(Path(pipeline.runs.path) / "small/seed-0/last.safetensors")
+
+    assert (264, 260) == (logitcache.open(pipeline.cache.path).num_classes, len(weights["head.weight"]))
+    with pytest.raises(LogitCacheError, match="vocab_size is 300; expected at most the 264 classes"):
+        train_students(text(*args, "students.small.vocab_size=300"))
+
+
 def changed(tmp_path: Path, line: int, text: str | None) -> None:
     lines = list(TRAIN)
     if text is None:

@@ -16,7 +16,7 @@ import logitcache
 from logitcache.catalog.calling import model_logits
 from logitcache.catalog.language_models import check_head, check_packing, head_of, transformers_model, without_head
 from logitcache.catalog.models import build_model, fingerprint_args, load_weights, model_fingerprint, save_weights
-from logitcache.config.build import resolve_data, resolve_plan, resolve_teacher
+from logitcache.config.build import resolve_collate, resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline
 from logitcache.data.batching import pad
 from logitcache.data.packing import pack
@@ -249,6 +249,15 @@ def _language(tiny: Make, tmp_path: Path) -> Make:
     return make
 
 
+def test_texts_are_padded_by_default(language: Make) -> None:
+    assert resolve_collate(language("data.collate=null"), trust=False) is pad
+
+
+def test_a_teacher_is_named_after_its_files(language: Make) -> None:
+    assert "transformers" == language().teacher_name
+    assert "Tiny-1M.Q4" == language("teacher.args={path: models/Tiny-1M.Q4.gguf}").teacher_name
+
+
 @pytest.mark.parametrize("collate", ["pad", "pack"])
 def test_a_language_model_teaches_a_smaller_one_from_its_cache(language: Make, collate: str) -> None:
     pipeline = language(f"data.collate={collate}")
@@ -262,6 +271,22 @@ def test_a_language_model_teaches_a_smaller_one_from_its_cache(language: Make, c
         alone = [model_logits(teacher, pad([data.train[i][0]]))[0, :-1] for i in range(len(data.train))]
     torch.testing.assert_close(cache.view(0).logits(np.arange(cache.num_rows)), torch.cat(alone), atol=1e-5, rtol=0)
     assert ["small", "labels"] == [row.name for row in rows]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["students.small.init={from: teacher, layers: {first: 1}}", "together=true"],
+        ["train.accumulate=2", "train.ema=0.9", "num_workers=1"],
+        ["cache.memory_budget_mb=0.01", "cache.encoding=TopK(k=8)"],
+    ],
+    ids=["initialised, together", "accumulated, averaged, with workers", "streamed"],
+)
+def test_the_ways_to_train_take_sequences(language: Make, overrides: list[str]) -> None:
+    pipeline = language("train.epochs=1", *overrides)
+    cache_teacher(pipeline)
+
+    assert all(row.nll_mean is not None for row in train_students(pipeline))
 
 
 def test_students_of_a_part_of_the_samples_keep_the_rows_of_each(language: Make) -> None:

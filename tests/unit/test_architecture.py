@@ -77,7 +77,6 @@ def test_importing_logitcache_loads_nothing_heavy_beside_torch_and_zarr() -> Non
         "typer",
         "albumentations",
         "timm",
-        "altair",
         "vl_convert",
         "jinja2",
         "PIL",

@@ -13,7 +13,7 @@ from torch import Tensor
 from logitcache import DenseTargets, Sampled, TopK
 from logitcache.errors import ShapeError, UsageError
 from logitcache.losses import cross_entropy, kl_divergence, linear_cross_entropy, linear_kl_divergence
-from logitcache.targets import Targets
+from logitcache.targets import FactoredTargets, Targets
 from logitcache.testing import teacher_like
 from tests.largest import largest_tensor
 from tests.unit.test_targets import CLASSES, factored, random, sparse
@@ -143,8 +143,22 @@ def test_what_needs_no_gradient_gets_none() -> None:
     assert weight.grad is not None
     (only_hidden,) = torch.autograd.grad(linear_kl_divergence(hidden, weight.detach(), sparse()), [hidden])
     torch.testing.assert_close(only_hidden, gradients(linear_kl_divergence(hidden, weight, sparse()), (hidden,))[1])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_without_gradients_none_are_computed(reduction: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def step(logits: Tensor, rows: slice, gradient: bool, overwrite: bool) -> tuple[Tensor, None]:
+        asked.append(gradient)
+        return logits.sum(dim=1), None
+
+    monkeypatch.setattr("logitcache.losses.linear.step_for", lambda *arguments, **options: step)
+    hidden, weight, _ = head()
     with torch.no_grad():
-        assert not linear_kl_divergence(hidden, weight, sparse()).requires_grad
+        assert not linear_kl_divergence(hidden, weight, sparse(), reduction=reduction).requires_grad
+
+    assert [False] == asked
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -177,13 +191,18 @@ def test_half_precision_is_accumulated_in_float32(how: str, reduction: Any) -> N
     torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("loss", ["kl", "kl and labels", "kl of sampled targets", "labels"])
+@pytest.mark.parametrize("loss", ["kl", "kl and labels", "kl of sampled targets", "kl of factored targets", "labels"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_no_tensor_of_rows_and_classes_exists(loss: str, reduction: Any) -> None:
     """Neither of the student's logits nor of the teacher's, forward or backward, at the vocabulary of Qwen 2."""
     rows, width, classes, chunk_rows = 12, 4, 151_936, 3
     encoding = Sampled(draws=50) if "sampled" in loss else TopK(k=64)
-    encoded = encoding.encode(teacher_like(rows, classes))
+    targets: Targets = encoding.targets(encoding.encode(teacher_like(rows, classes)), classes)
+    if "factored" in loss:
+        ids = torch.arange(rows)[:, None]
+        targets = FactoredTargets(
+            torch.ones(rows, 2), torch.randn(2, classes), torch.zeros(classes), ids, torch.ones(rows, 1)
+        )
     hidden = torch.randn(rows, width, requires_grad=True)
     weight = torch.randn(classes, width, requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
@@ -196,7 +215,7 @@ def test_no_tensor_of_rows_and_classes_exists(loss: str, reduction: Any) -> None
             value = linear_kl_divergence(
                 hidden,
                 weight,
-                encoding.targets(encoded, classes),
+                targets,
                 bias=bias,
                 temperature=2.0,
                 labels=labels if "labels" in loss else None,
@@ -247,6 +266,11 @@ def test_shapes_that_do_not_agree_are_refused(changes: dict[str, Any], message: 
     }
     with pytest.raises(ShapeError, match=message):
         linear_kl_divergence(**arguments)
+
+
+def test_a_chunk_of_no_rows_is_refused() -> None:
+    with pytest.raises(UsageError, match="chunk_rows is at least 1, not 0"):
+        linear_kl_divergence(torch.zeros(5, 3), torch.zeros(7, 3), sparse(), chunk_rows=0)
 
 
 def test_an_unknown_reduction_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Targets: what a distribution of few entries stands for."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -135,3 +136,33 @@ def test_shapes_that_do_not_agree_are_refused() -> None:
         DenseTargets(torch.zeros(3))
     with pytest.raises(ShapeError, match=r"\(5, 3\), \(2, 7\) and \(7,\)"):
         FactoredTargets(random(5, 3), random(2, CLASSES), random(CLASSES), ids[:0], log_probs[:0])
+
+
+@pytest.mark.parametrize("classes", [range(CLASSES - 2), [4, 0, 2], [1]], ids=["the first ones", "some", "one"])
+@pytest.mark.parametrize("targets", [DenseTargets(random(5, CLASSES)), sparse(), sparse(shaped=True), factored()])
+def test_targets_of_some_classes_are_the_distribution_given_these(targets: Targets, classes: Sequence[int]) -> None:
+    """As for a student whose vocabulary is a part of the teacher's; a row without mass there has no distribution."""
+    chosen = torch.tensor(list(classes))
+
+    found = targets.of_classes(chosen)
+
+    assert len(chosen) == found.num_classes
+    assert torch.allclose(
+        targets.dense()[:, chosen].log_softmax(dim=1), found.dense().log_softmax(dim=1), atol=1e-6, equal_nan=True
+    )
+    assert torch.equal(targets.dense()[:, chosen].argmax(dim=1), found.argmax())
+
+
+def test_entries_that_a_student_lacks_and_the_tail_leave_the_right_mass() -> None:
+    """Two of four entries are kept; the tail's three classes become one."""
+    targets = SparseTargets(
+        ids=torch.tensor([[0, 5, 2, -1]]),
+        log_probs=torch.tensor([[0.4, 0.2, 0.1, 0.0]]).log(),
+        tail=torch.tensor([0.3]).log(),
+        num_classes=6,
+    )
+
+    found = targets.of_classes(torch.tensor([2, 0, 1]))
+
+    assert [[1, -1, 0, -1]] == found.ids.tolist()
+    assert torch.allclose(torch.tensor([0.1]), found.tail.exp())

@@ -102,6 +102,16 @@ def test_json_lines_have_texts_classes_and_keys_in_fields(load: Load, tmp_path: 
     assert ["one", "two"] == texts_of(data.train, tmp_path)
 
 
+def test_a_class_that_only_the_test_split_has_is_refused(load: Load, tmp_path: Path) -> None:
+    for name in ("train/good/1.txt", "test/bad/2.txt"):
+        written(tmp_path / "corpus" / name, "text")
+
+    with pytest.raises(
+        UsageError, match="bad/2.txt has the label 'bad', which no training text has; expected one of: good"
+    ):
+        load(tmp_path / "corpus", task="classification")
+
+
 def test_numbers_are_classes_as_they_are(load: Load, tmp_path: Path) -> None:
     entries = [{"text": "one", "label": 2}, {"text": "two", "label": 0}]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -172,27 +172,14 @@ class _Reader:
         return None if batch is None else {INPUT: batch.numpy()}
 
 
-def _anonymise(model: Any) -> None:
-    """Remove torch's debugging information: stack traces contain paths of this machine."""
-
-    def clear(*entries: Any) -> None:
-        for entry in entries:
-            del entry.metadata_props[:]
-            entry.doc_string = ""
-
-    def clean(graph: Any) -> None:
-        clear(graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer)
-        for node in graph.node:
-            for attribute in node.attribute:
-                # Only where it is set: reading an unset field creates it.
-                inner = [attribute.g] if attribute.HasField("g") else []
-                for each in (*inner, *attribute.graphs):
-                    clean(each)
-
-    clean(model.graph)
-    for function in model.functions:
-        clear(function, *function.node)
-    clear(model)
+def _anonymise(message: Any) -> None:
+    """Remove torch's debugging information, at any depth: stack traces contain paths of this machine."""
+    for field, value in message.ListFields():
+        if field.name in ("metadata_props", "doc_string"):
+            message.ClearField(field.name)
+        elif field.message_type is not None:
+            for each in value if isinstance(value, Sequence) else [value]:
+                _anonymise(each)
 
 
 @contextmanager
