@@ -81,6 +81,8 @@ def chunked_loss(
     if any(term.kind != "cross_entropy" for term in terms):
         assert job.labels is not None
         teacher = job.labels.targets(at, teacher_inputs, targets if targets_R is None else targets_R)
+        if head.out_features < teacher.num_classes:  # see StudentConfig.vocab_size
+            teacher = teacher.of_classes(torch.arange(head.out_features))
     chunk_rows = job.config.chunked_head
     with autocast(job.device, job.config.precision):
         loss = linear_terms(

@@ -1,4 +1,4 @@
-"""Write the golden cache of the current format version: once, when the version is new.
+"""Write the golden caches of the current format version, one of samples and one of sequences: once, when it is new.
 
 python -m tests.golden
 """
@@ -14,19 +14,30 @@ from logitcache.cache.manifest import FORMAT_VERSION
 
 HERE = Path(__file__).parent
 VIEWS, SAMPLES, CLASSES = 2, 12, 40
+COUNTS = [3, 0, 1, 5, 2, 1]
+"""Rows of each sequence, as many as there are samples in the other cache."""
 
 
 def main() -> None:
-    path = HERE / f"format-{FORMAT_VERSION}.cache"
-    if path.exists():
-        raise SystemExit(f"{path} is there already; a format that was published is not written again")
     creation.provenance = dict  # type: ignore[assignment]  # no machine's name or path in a file that is kept
+    written = [write(f"format-{FORMAT_VERSION}.cache"), write(f"format-{FORMAT_VERSION}-sequences.cache", COUNTS)]
+    if not any(written):
+        raise SystemExit("the caches are there already; a format that was published is not written again")
+
+
+def write(name: str, rows_per_sample: list[int] | None = None) -> bool:
+    """Write a cache and its logits, unless it is there."""
+    path = HERE / name
+    if path.exists():
+        return False
     generator = torch.Generator().manual_seed(0)
     factors = torch.randn(6, CLASSES, generator=generator)
     logits = torch.randn(VIEWS, SAMPLES, 6, generator=generator) @ factors
     calibration = torch.randn(200, 6, generator=generator) @ factors
     encoding = logitcache.LowRank(rank=8, k=1)
-    settings = {"num_samples": SAMPLES, "num_classes": CLASSES, "num_views": VIEWS, "rows_per_block": 8}
+    num_samples = SAMPLES if rows_per_sample is None else len(rows_per_sample)
+    settings = {"num_samples": num_samples, "num_classes": CLASSES, "num_views": VIEWS, "rows_per_block": 8}
+    settings |= {"rows_per_sample": rows_per_sample}
     with logitcache.create(
         path, **settings, encoding=encoding, calibration=calibration, teacher="golden", dataset="golden"
     ) as writer:
@@ -35,6 +46,7 @@ def main() -> None:
     cache = logitcache.open(path)
     decoded = torch.stack([cache.view(view).logits(range(SAMPLES)) for view in range(VIEWS)])
     np.save(path.with_suffix(".npy"), decoded.numpy())
+    return True
 
 
 if __name__ == "__main__":
