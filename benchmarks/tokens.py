@@ -111,7 +111,9 @@ def main() -> None:
                 sections.append(part())
                 print(f"\n{sections[-1]}", flush=True)
     if arguments.write:
-        print(f"\nwritten to {write_result('tokens', chr(10).join(sections) + chr(10), device=pick_device('auto'))}")
+        subject = MODULE if arguments.only is None else f"{MODULE}-{arguments.only}"
+        path = write_result(subject, "\n\n".join(sections) + "\n", device=pick_device("auto"))
+        print(f"\nwritten to {path}")
 
 
 @dataclass(frozen=True)
