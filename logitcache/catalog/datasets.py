@@ -19,7 +19,7 @@ from logitcache.catalog.audio import SUFFIXES, AudioReader
 from logitcache.catalog.parts import PartConfig, samples_of_part
 from logitcache.catalog.text import text
 from logitcache.data.samples import Dataset, content_digest, load_sample, sample_key, sample_table
-from logitcache.data.tokens import CLASSIFICATION, TokenDataset
+from logitcache.data.tokens import TokenDataset
 from logitcache.entry_points import call_entry_point, is_entry_point
 from logitcache.errors import DatasetUnavailable, UsageError
 from logitcache.randomness import keyed_permutation
@@ -103,7 +103,7 @@ class ClassFolders:
 
 
 class Selection:
-    """Some samples of a dataset, in a given order, with their original keys."""
+    """Some samples of a dataset, in a given order, with their original keys and rows."""
 
     def __init__(self, dataset: Dataset, indices: np.ndarray) -> None:
         self.dataset = dataset
@@ -111,6 +111,8 @@ class Selection:
         self.keys = [sample_key(dataset, int(index)) for index in self.indices]
         self.targets = sample_table(dataset).targets[self.indices]
         self.in_memory = getattr(dataset, "in_memory", False)
+        self.tokenization = getattr(dataset, "tokenization", None)
+        self.rows_per_sample, self.row_positions = _selected_rows(dataset, self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -123,6 +125,19 @@ class Selection:
         source = int(self.indices[index])
         content = getattr(self.dataset, "content", None)
         return content(source) if content is not None else content_digest(self.dataset, source)
+
+
+def _selected_rows(dataset: Dataset, indices: np.ndarray) -> tuple[np.ndarray | None, list[np.ndarray] | None]:
+    """`rows_per_sample` and `row_positions` of some samples; None where the dataset has none."""
+    counts, positions = getattr(dataset, "rows_per_sample", None), getattr(dataset, "row_positions", None)
+    if counts is None:
+        return None, None
+    counts = np.asarray(counts)
+    if positions is None:
+        return counts[indices], None
+    if isinstance(positions, np.ndarray):
+        positions = np.split(positions, np.cumsum(counts)[:-1])
+    return counts[indices], [np.asarray(positions[index]) for index in indices]
 
 
 def load_data(
@@ -169,7 +184,7 @@ def load_data(
         data = replace(data, train=selected(data.train, kept), validation=selected(data.train, set_apart))
     if part is not None:
         if not _has_classes(data.train):
-            raise UsageError("data.part divides the samples of each class, and texts without classes have none")
+            raise UsageError("data.part divides the samples of each class, and samples with several rows have none")
         kept = samples_of_part(sample_table(data.train).targets, part, data.num_classes)
         data = replace(data, train=selected(data.train, kept))
     return data
@@ -376,13 +391,16 @@ def _checked(made: Any, name: str) -> Data:
                 split.targets = sample_table(split).targets
     class_names = getattr(train, "class_names", None) or getattr(train, "classes", None)
     num_classes = getattr(train, "num_classes", None) or (len(class_names) if class_names else None)
+    if num_classes is None and not _has_classes(train):
+        raise UsageError(f"{name}: samples with several rows have no classes to count; give the dataset `num_classes`")
     if num_classes is None:
         num_classes = max(2, int(sample_table(train).targets.max()) + 1)
     return Data(**splits, num_classes=int(num_classes), class_names=list(class_names) if class_names else None)
 
 
 def _has_classes(dataset: Dataset) -> bool:
-    return not isinstance(dataset, TokenDataset) or dataset.task == CLASSIFICATION
+    """Whether a sample has one class; otherwise each of its rows has one."""
+    return getattr(dataset, "rows_per_sample", None) is None
 
 
 def _check_targets(dataset: Dataset, num_classes: int) -> None:

@@ -104,7 +104,8 @@ class LogMel:
     """The log-mel spectrogram of a clip, float32 (1, M, F), as Whisper computes it (Radford et al. 2022, section 2.2).
 
     Power of a short-time Fourier transform with a Hann window, mel bands of the Slaney scale, the logarithm to base 10,
-    clamped to 8 below its maximum, plus 4, divided by 4.
+    clamped to 8 below its maximum, plus 4, divided by 4. A spectrogram is returned unchanged, so that a model's `input`
+    can have this step where only some views end with it.
 
     Args:
         sample_rate: of the clips, in Hz.
@@ -125,6 +126,8 @@ class LogMel:
         self.hop_length = hop_length
 
     def __call__(self, value: Any) -> Tensor:
+        if isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (1, self.n_mels):
+            return value
         clip_T = _clip("log_mel", value)
         if len(clip_T) <= self.n_fft // 2:
             raise UsageError(

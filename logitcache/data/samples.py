@@ -1,8 +1,8 @@
 """Identity of the samples of a dataset: keys, targets and content digests.
 
 A dataset is map-style: `dataset[i]` returns (input, target). Optional attributes are `keys` (one string per sample;
-default: the position), `targets` (default: read sample by sample) and `content(i) -> bytes` (the bytes that a sample's
-digest is computed from; default: the loaded input).
+default: the position), `targets` (default: read sample by sample; for samples with several rows, no class) and
+`content(i) -> bytes` (the bytes that a sample's digest is computed from; default: the loaded input).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from logitcache.data.packing import is_packed, packed_sequence
+from logitcache.data.tokens import NO_CLASS
 from logitcache.data.workers import end_with_parent
 from logitcache.digest import array_digest, json_digest
 from logitcache.errors import IdentityMismatch, LogitCacheError, SampleMismatch, UnreadableSample, UsageError
@@ -121,6 +122,8 @@ def sample_table(dataset: Dataset, *, contents: bool = False, num_workers: int =
     keys = getattr(dataset, "keys", None)
     keys = None if keys is None or callable(keys) else list(keys)
     targets = getattr(dataset, "targets", None)
+    if targets is None and getattr(dataset, "rows_per_sample", None) is not None:
+        targets = np.full(num_samples, NO_CLASS)
     if targets is None:
         targets = [load_sample(dataset, index)[1] for index in range(num_samples)]
     try:

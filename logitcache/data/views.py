@@ -238,6 +238,11 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
                     )
         if plan.mixing.active and plan.num_classes is None:
             raise UsageError("views with mixup or CutMix give targets as distributions: set ViewPlan(num_classes=...)")
+        if plan.mixing.active and plan.rows is not None and not plan.rows.one_each:
+            raise UsageError(
+                "mixup and CutMix need one row per sample, and these samples have several; set views.mixup=0 and "
+                "views.cutmix=0"
+            )
         self._shared = adapt_transform(plan.transform)
         self.preprocess = plan.preprocess if preprocess is None else preprocess
         self._preprocess = adapt_transform(self.preprocess)

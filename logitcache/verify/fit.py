@@ -157,7 +157,7 @@ def view_differences(cache: LogitCache, data: Data, plan: ViewPlan) -> list[str]
         current["class_names"] = data.class_names
     if cached.rows is None or plan.rows is None or plan.rows.one_each:
         current["rows"] = None if plan.rows is None else plan.rows.fingerprint()
-    current["tokenization"] = getattr(data.train, "tokenization", {})
+    current["tokenization"] = getattr(data.train, "tokenization", None) or {}
     return _differences(cache, current)
 
 

@@ -112,6 +112,12 @@ def test_log_mel_is_that_of_whisper() -> None:
     torch.testing.assert_close(build_transform(normalise_spec(MEL))(clip), expected, rtol=0, atol=1e-4)
 
 
+def test_a_spectrogram_is_not_transformed_again() -> None:
+    clip, _ = Tones()[0]
+
+    assert torch.equal(build_transform([{MEL: {}}])(clip), build_transform([{MEL: {}}, {MEL: {}}])(clip))
+
+
 def test_the_identity_of_audio_views_is_their_parameters() -> None:
     spec = normalise_spec([SHIFT, MEL, MASKS])
 

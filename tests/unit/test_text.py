@@ -278,7 +278,7 @@ def test_text_that_is_not_utf_8_is_refused(load: Load, tmp_path: Path) -> None:
 def test_texts_without_classes_are_not_divided_into_parts(load: Load, tmp_path: Path) -> None:
     from logitcache.catalog.parts import PartConfig
 
-    with pytest.raises(UsageError, match="data.part divides the samples of each class, and texts without classes"):
+    with pytest.raises(UsageError, match="data.part divides the samples of each class, and samples with several rows"):
         load_data(
             "text",
             root=written(tmp_path / "a.txt", "a\nb\n"),
