@@ -258,7 +258,7 @@ def losses_section(pipeline: Pipeline, student_name: str | None, device: torch.d
     assert isinstance(labels, CachedLabels)
     view = job.view_of(0)
     labels.start_view(view, None)
-    cuts = batches(epoch_order(job.indices, seed=0, epoch=0), config.batch_size)[:20]
+    cuts = batches(epoch_order(len(job.indices), seed=0, epoch=0), config.batch_size)[:20]
     places = [[(view, int(index)) for index in job.indices[cut]] for cut in cuts]
     rendered = [
         (rows, to_device(inputs, device, channels_last=config.channels_last), to_device(targets, device))
@@ -442,7 +442,7 @@ def measure_alone(pipeline: Pipeline, bench: Experiment, arms: dict[str, Student
     """Rendering by the workers, then the teacher, then the student's steps, over one epoch's batches in memory."""
     rendered, job = bench.job(arms[LABELS_ONLY], seed=repeat), bench.job(arms[LIVE], seed=repeat)
     device = job.device
-    cuts = batches(epoch_order(job.indices, seed=repeat, epoch=0), job.config.batch_size)
+    cuts = batches(epoch_order(len(job.indices), seed=repeat, epoch=0), job.config.batch_size)
     epochs = [[[(view, int(index)) for index in rendered.indices[cut]] for cut in cuts] for view in (0, 1)]
     loader = rendered_batches(rendered.views, [*epochs[0], *epochs[1]], num_workers=job.num_workers)
     for _ in epochs[0]:  # the workers' start is no part of it
