@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from logitcache.data.index import split_index as split_index
     from logitcache.data.sampler import ViewSampler as ViewSampler
     from logitcache.data.samples import sample_table as sample_table
-    from logitcache.data.tokens import position_index as position_index
+    from logitcache.data.sequences import position_index as position_index
     from logitcache.data.views import Mixing as Mixing
     from logitcache.data.views import ViewDataset as ViewDataset
     from logitcache.data.views import ViewPlan as ViewPlan
@@ -86,7 +86,7 @@ _HOMES = {
     "join_index": "data.index:join_index",
     "losses": "losses",
     "open": "cache.reader:open_cache",
-    "position_index": "data.tokens:position_index",
+    "position_index": "data.sequences:position_index",
     "sample_table": "data.samples:sample_table",
     "seal": "cache.sealing:seal",
     "split_index": "data.index:split_index",

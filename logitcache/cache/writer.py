@@ -59,14 +59,14 @@ from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import Encoding
 from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, InvalidLogits, ShapeError, UsageError
 from logitcache.storage import Storage
+from logitcache.targets import row_slices
 
 # B batch, C classes, N samples
 
+CPU = torch.device("cpu")
 WRITER_THREADS = 2
 BLOCKS_IN_FLIGHT = 4
 """Blocks that wait for a writer thread or are being written: bounds the memory."""
-COMPARED_ROWS = 1024
-"""Rows that are decoded at once for a comparison."""
 SHOWN_MISSING = 5
 """Missing blocks that an error message lists."""
 
@@ -230,7 +230,10 @@ class CacheWriter:
             opened.fill_encoded(row, piece)
 
         def compare(block: Block, row: int, piece: Mapping[str, Tensor], digests: Mapping[str, str]) -> None:
-            self._compare(block, row, {LOGITS: self.encoding.decode(piece, num_classes)}, digests)
+            num_rows = len(next(iter(piece.values())))
+            for part in row_slices(num_rows, num_classes, CPU):
+                entries = {name: values[part] for name, values in piece.items()}
+                self._compare(block, row + part.start, {LOGITS: self.encoding.decode(entries, num_classes)}, digests)
 
         with self._writing:
             self._write(view, start, encoded, fill, compare, inputs, input_digests or {})
@@ -305,17 +308,18 @@ class CacheWriter:
         for name, encoded in self._stored(block).items():
             values = parts[name]
             encoding = self._output_layouts[name].encoding
-            rows = {array: stored[first : first + len(values)] for array, stored in encoded.items()}
-            differing |= set(
-                differing_rows(
-                    encoding.decode(rows, values.shape[1]),
-                    values.cpu(),
-                    encoding,
-                    self.manifest.identity.precision,
-                    view=block.view,
-                    rows_B=list(range(start, start + len(values))),
+            for part in row_slices(len(values), values.shape[1], CPU):
+                rows = {array: stored[first + part.start : first + part.stop] for array, stored in encoded.items()}
+                differing |= set(
+                    differing_rows(
+                        encoding.decode(rows, values.shape[1]),
+                        values[part].cpu(),
+                        encoding,
+                        self.manifest.identity.precision,
+                        view=block.view,
+                        rows_B=list(range(start + part.start, start + part.stop)),
+                    )
                 )
-            )
         if differing:
             raise self._written_before(block, min(differing), what)
 
@@ -368,12 +372,7 @@ class CacheWriter:
         return self.manifest
 
     def _seal_records(self) -> None:
-        there = stored_manifest(self.storage)
-        if there.id != self.manifest.id:
-            raise IdentityMismatch(
-                f"{self.storage.url} holds another cache by now ({there.id[:12]}…, not {self.manifest.id[:12]}…); "
-                "nothing of it was changed. Choose another path, and build again"
-            )
+        there = self._manifest_there()
         if there.state == "sealed" and set(self.layout.views) <= set(there.layout.views):
             sealed = collect_receipts(self.storage, there)
             self._compare_sealed(sealed)
@@ -484,11 +483,11 @@ class CacheWriter:
         finally:
             self._slots.release()
 
-    def _receipt_of_another(self, block: Block) -> Receipt | None:
-        """The receipt of a block that another writer has committed since this one began; call it under the lock.
+    def _manifest_there(self) -> Manifest:
+        """The manifest as it is stored by now.
 
         Raises:
-            IdentityMismatch: another cache is there by now.
+            IdentityMismatch: it is another cache's.
         """
         there = stored_manifest(self.storage)
         if there.id != self.manifest.id:
@@ -496,6 +495,15 @@ class CacheWriter:
                 f"{self.storage.url} holds another cache by now ({there.id[:12]}…, not {self.manifest.id[:12]}…); "
                 "nothing of it was changed. Choose another path, and build again"
             )
+        return there
+
+    def _receipt_of_another(self, block: Block) -> Receipt | None:
+        """The receipt of a block that another writer has committed since this one began; call it under the lock.
+
+        Raises:
+            IdentityMismatch: another cache is there by now.
+        """
+        there = self._manifest_there()
         if (there.state, there.layout) != (self.manifest.state, self.manifest.layout):  # sealed or grown meanwhile
             return collect_receipts(self.storage, there).get(block.name)
         data = self.storage.get(receipt_key(block.name), limit=MAX_RECEIPT_BYTES)
@@ -524,8 +532,7 @@ class CacheWriter:
                 tensors = {array: torch.from_numpy(values[part]) for array, values in encoded.items()}
                 return layout.encoding.decode(tensors, layout.num_values)
 
-            for first in range(0, len(rows), COMPARED_ROWS):
-                part = slice(first, first + COMPARED_ROWS)
+            for part in row_slices(len(rows), layout.num_values, CPU):
                 differing = differing_rows(
                     decoded(stored, part),
                     decoded(ours, part),

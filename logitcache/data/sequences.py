@@ -14,9 +14,8 @@ from torch import Tensor
 from logitcache.data.index import NO_ROW, ROW_MASK, index_tensor
 from logitcache.data.packing import POSITION_IDS, is_packed
 from logitcache.data.rows import RowMap
-from logitcache.data.tokens import packed_index, position_index
 from logitcache.data.views import ViewDataset
-from logitcache.errors import ShapeError
+from logitcache.errors import ShapeError, UsageError
 
 # B batch, L positions of the longest sequence, R rows of the batch, C classes
 
@@ -28,12 +27,82 @@ def sequence_rows(views: ViewDataset) -> RowMap | None:
 
 
 def row_counts(index: Any, rows: RowMap) -> np.ndarray:
-    """The number of rows of each sequence of a batch, int64 (B,); `index` is that of `ViewDataset`."""
+    """The number of rows of each sequence of a batch, int64 (B,).
+
+    Args:
+        index: int (B,), from `ViewDataset`: the first row of each sequence; -1 for a sequence without rows.
+        rows: the row map of the cache.
+
+    Raises:
+        UsageError: plain row numbers, or the index of a row that is not the first of a sample.
+    """
     index_B = index_tensor(index).cpu().numpy()
-    samples = rows.samples_of(index_B & ROW_MASK)
-    samples[index_B == NO_ROW] = 0
-    counts: np.ndarray = rows.offsets[samples + 1] - rows.offsets[samples]
-    return np.where(index_B == NO_ROW, 0, counts)
+    has_rows_B = index_B != NO_ROW
+    first_B = np.where(has_rows_B, index_B & ROW_MASK, 0)
+    if bool((index_B[has_rows_B] == first_B[has_rows_B]).any()):
+        raise UsageError("plain row numbers name no view; pass the index that `ViewDataset` gives with each sample")
+    sample_B = rows.samples_of(np.minimum(first_B, rows.num_rows - 1))
+    is_first_B = rows.offsets[sample_B] == first_B
+    if not is_first_B[has_rows_B].all():
+        row = int(first_B[has_rows_B & ~is_first_B][0])
+        raise UsageError(f"row {row} is not the first one of a sample; pass the index that `ViewDataset` gives")
+    return np.where(has_rows_B, rows.offsets[sample_B + 1] - first_B, 0)
+
+
+def position_index(index: Any, rows: RowMap, length: int) -> Tensor:
+    """The index of each position of a padded batch, int64 (B, L); -1 where a position has no row.
+
+    `view.targets(at[at >= 0])` are then the labels of the rows `logits[at >= 0]` of a model's output, in this order.
+
+    Args:
+        index: view and first row of each sequence, int64 (B,), from `ViewDataset`; -1 if it has no rows.
+        rows: the row map of the cache.
+        length: L, counted from each sequence's first token.
+
+    Raises:
+        ShapeError: a row lies beyond L.
+        UsageError: an index that is not that of a sample's first row.
+    """
+    sequence_R, position_R, index_R = _row_places(index, rows)
+    if len(position_R) and int(position_R.max()) >= length:
+        raise ShapeError(
+            f"a row lies at position {int(position_R.max())} of its sample, and the batch has {length} positions; a "
+            "collate function must not shorten sequences"
+        )
+    at_BL = torch.full((len(index), length), NO_ROW, dtype=torch.int64)
+    at_BL[sequence_R, position_R] = index_R
+    return at_BL
+
+
+def packed_index(index: Any, rows: RowMap, position_ids: Tensor) -> Tensor:
+    """The index of each position of a packed batch, int64 (P, L); -1 where a position has no row.
+
+    Args:
+        index: view and first row of each sequence, int64 (B,), in the order of the batch; -1 if it has no rows.
+        rows: the row map of the cache.
+        position_ids: int (P, L) of `data.packing.pack`: each sequence starts at 0.
+
+    Raises:
+        ShapeError: another number of sequences than indices.
+        UsageError: an index that is not that of a sample's first row.
+    """
+    starts_B = torch.nonzero(position_ids.flatten() == 0).flatten()
+    if len(starts_B) != len(index):
+        raise ShapeError(f"the packed batch has {len(starts_B)} sequences, and {len(index)} indices; expected one each")
+    sequence_R, position_R, index_R = _row_places(index, rows)
+    at_PL = torch.full((position_ids.numel(),), NO_ROW, dtype=torch.int64)
+    at_PL[starts_B[sequence_R] + position_R] = index_R
+    return at_PL.reshape(position_ids.shape)
+
+
+def _row_places(index: Any, rows: RowMap) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row of a batch: its sequence's number in the batch, its position there, and its index; int64 (R,)."""
+    counts_B = row_counts(index, rows)
+    sequence_R = np.repeat(np.arange(len(counts_B)), counts_B)
+    within_R = np.arange(len(sequence_R)) - np.repeat(np.cumsum(counts_B) - counts_B, counts_B)
+    index_R = index_tensor(index).cpu().numpy()[sequence_R] + within_R
+    position_R = rows.positions_of(index_R & ROW_MASK).astype(np.int64)
+    return torch.from_numpy(sequence_R), torch.from_numpy(position_R), torch.from_numpy(index_R)
 
 
 def rows_of_output(output: Tensor, at_BL: Tensor) -> Tensor:

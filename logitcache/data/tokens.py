@@ -1,4 +1,4 @@
-"""Token sequences: a dataset of token ids, the rows of each sequence, and where each row lies in a batch.
+"""Token sequences: a dataset of token ids, the rows of each sequence, and batches of similar length.
 
 A row is one prediction. In a causal language model it is that of the next token, at the position before it; in a masked
 one it is that of the token at its own position.
@@ -7,14 +7,13 @@ one it is that of the token at its own position.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from logitcache.data.index import ROW_MASK, index_tensor
-from logitcache.errors import ShapeError, UsageError
+from logitcache.errors import UsageError
 
 # N samples, T tokens of all samples, R rows, B sequences of a batch, P rows of a packed batch, L length
 
@@ -24,18 +23,6 @@ CLASSIFICATION = "classification"
 TASKS = (CAUSAL, MASKED, CLASSIFICATION)
 NO_CLASS = -1
 """The target of a sample that has no class."""
-
-
-class RowPlaces(Protocol):
-    """The part of a row map that places rows in their samples."""
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """First row of each sample, and the number of rows at the end, int64 (N + 1,)."""
-
-    @property
-    def positions(self) -> np.ndarray | None:
-        """Position of each row in its sample, int32 (R,); None if it is 0, 1, 2, …"""
 
 
 class TokenDataset:
@@ -233,67 +220,3 @@ def length_batches(lengths: np.ndarray, batch_size: int, max_tokens: int | None 
         batches.append(order[start : start + size])
         start += size
     return batches
-
-
-def position_index(index: Any, rows: RowPlaces, length: int) -> Tensor:
-    """The index of each position of a padded batch, int64 (B, L); -1 where a position has no row.
-
-    Args:
-        index: view and first row of each sequence, int64 (B,), from `ViewDataset`; -1 if it has no rows.
-        rows: the row map of the cache.
-        length: L.
-
-    Raises:
-        ShapeError: a row lies beyond L.
-        UsageError: an index that is not that of a sample's first row.
-    """
-    sequence, position, found = _row_places(index, rows)
-    if len(position) and int(position.max()) >= length:
-        raise ShapeError(
-            f"a row lies at position {int(position.max())} of its sample, and the batch has {length} positions; a "
-            "collate function must not shorten sequences"
-        )
-    index_BL = torch.full((len(index), length), -1, dtype=torch.int64)
-    index_BL[sequence, position] = found
-    return index_BL
-
-
-def packed_index(index: Tensor, rows: RowPlaces, position_ids: Tensor) -> Tensor:
-    """The index of each position of a packed batch, int64 (P, L); -1 where a position has no row.
-
-    Args:
-        index: view and first row of each sequence, int64 (B,), in the order of the batch; -1 if it has no rows.
-        rows: the row map of the cache.
-        position_ids: int (P, L) of `data.packing.pack`: each sequence starts at 0.
-
-    Raises:
-        ShapeError: another number of sequences than indices.
-    """
-    starts = torch.nonzero(position_ids.flatten() == 0).flatten()
-    if len(starts) != len(index):
-        raise ShapeError(f"the packed batch has {len(starts)} sequences, and {len(index)} indices; expected one each")
-    sequence, position, found = _row_places(index, rows)
-    index_PL = torch.full((position_ids.numel(),), -1, dtype=torch.int64)
-    index_PL[starts[sequence] + position] = found
-    return index_PL.reshape(position_ids.shape)
-
-
-def _row_places(index: Any, rows: RowPlaces) -> tuple[Tensor, Tensor, Tensor]:
-    """For each row of a batch: its sequence's number in the batch, its position there, and its index; int64 (R,)."""
-    index_B = index_tensor(index).cpu().numpy()
-    if bool(((index_B >= 0) & (index_B <= ROW_MASK)).any()):
-        raise UsageError("plain row numbers name no view; pass the index that `ViewDataset` gives with each sample")
-    first_B = np.where(index_B < 0, 0, index_B & ROW_MASK)
-    sample_B = np.searchsorted(rows.offsets, first_B, side="right") - 1
-    is_first = rows.offsets[sample_B] == first_B
-    if not is_first[index_B >= 0].all():
-        row = int(first_B[(index_B >= 0) & ~is_first][0])
-        raise UsageError(f"row {row} is not the first one of a sample; pass the index that `ViewDataset` gives")
-    counts_B = np.where(index_B < 0, 0, rows.offsets[np.minimum(sample_B + 1, len(rows.offsets) - 1)] - first_B)
-    sequence_R = np.repeat(np.arange(len(index_B)), counts_B)
-    within_R = np.arange(len(sequence_R)) - np.repeat(np.cumsum(counts_B) - counts_B, counts_B)
-    position_R = within_R
-    if rows.positions is not None:
-        position_R = rows.positions[first_B[sequence_R] + within_R].astype(np.int64)
-    parts = (sequence_R, position_R, index_B[sequence_R] + within_R)
-    return tuple(torch.from_numpy(np.ascontiguousarray(part)) for part in parts)  # type: ignore[return-value]

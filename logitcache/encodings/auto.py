@@ -1,4 +1,4 @@
-"""A placeholder for an encoding that is chosen on a sample of the teacher's logits."""
+"""The request to choose an encoding on a sample of the teacher's logits."""
 
 from __future__ import annotations
 

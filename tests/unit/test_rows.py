@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from logitcache.data.index import join_index
 from logitcache.data.rows import RowMap, RowsOfSequences, make_row_map
-from logitcache.data.sequences import rows_of_output
-from logitcache.data.tokens import position_index
+from logitcache.data.sequences import position_index, rows_of_output
 from logitcache.errors import ShapeError, UsageError
 
 COUNTS = st.lists(st.integers(0, 9), min_size=1, max_size=30).filter(any)

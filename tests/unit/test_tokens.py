@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from logitcache.data.batching import collate, pad
 from logitcache.data.index import join_index
 from logitcache.data.packing import is_packed, pack, packed_sequence, packing_order
+from logitcache.data.rows import RowMap, rows_of_dataset
 from logitcache.data.samples import batch_item, content_digest, sample_table
-from logitcache.data.tokens import TokenDataset, length_batches, packed_index, position_index
+from logitcache.data.sequences import packed_index, position_index
+from logitcache.data.tokens import TokenDataset, length_batches
 from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.errors import ShapeError, UsageError
 
@@ -34,10 +35,8 @@ def tokens(lengths: Sequence[int], task: str = "causal", **options: Any) -> Toke
     )
 
 
-def row_map(dataset: TokenDataset) -> Any:
-    assert dataset.rows_per_sample is not None
-    offsets = np.concatenate([[0], np.cumsum(dataset.rows_per_sample)])
-    return SimpleNamespace(offsets=offsets, positions=dataset.row_positions)
+def row_map(dataset: TokenDataset) -> RowMap:
+    return rows_of_dataset(dataset)
 
 
 def first_indices(dataset: TokenDataset, samples: Sequence[int], view: int = 0) -> torch.Tensor:
@@ -180,6 +179,7 @@ def test_padding_and_packing_lead_to_the_same_rows(lengths: list[int], seed: int
     """Every row occurs once, at a position whose next token is the row's target, in any order of the samples."""
     draw = np.random.default_rng(seed)
     dataset = tokens(lengths, predicted=[draw.random(length) < 0.7 for length in lengths])
+    assume(any(dataset.rows_per_sample))  # type: ignore[arg-type]
     order = draw.permutation(len(lengths)).tolist()
     samples = [
         (int(first), dataset[i][0], -1) for first, i in zip(first_indices(dataset, order, view), order, strict=True)
