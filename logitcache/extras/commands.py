@@ -229,7 +229,7 @@ def demo_command(
     from logitcache.extras.demo import demo_report, run_demo
 
     if not as_json:
-        minutes = "about 4 minutes" if full else "about 90 seconds"
+        minutes = "about 5 minutes" if full else "about 2 minutes"
         typer.echo(f"Training a teacher, caching it and training students: {minutes} on two idle cores.", err=True)
     result = run_demo(folder, overrides or (), full=full)
     report = demo_report(result, folder / "report.html")
