@@ -183,10 +183,12 @@ def _rows_of(name: str, value: Any) -> list[tuple[str, Any]]:
 
 
 def print_rows(rows: list[Any]) -> None:
-    """The table of students; of sequences with the negative log-likelihood."""
+    """The table of students; of sequences with the negative log-likelihood, and the comparison with the teacher."""
     has_nll = any(row.nll_mean is not None for row in rows)
+    has_teacher = any(row.teacher_kl_mean is not None for row in rows)
     columns = ["student", "parameters", "samples", "seeds", *(["test NLL, nats"] if has_nll else [])]
-    table = Table(*columns, "test accuracy, %", "validation, %", "s/epoch")
+    of_teacher = ["KL to teacher, nats", "agreement, %"] if has_teacher else []
+    table = Table(*columns, *of_teacher, "test accuracy, %", "validation, %", "s/epoch")
     for row in rows:
         table.add_row(
             row.name,
@@ -194,6 +196,8 @@ def print_rows(rows: list[Any]) -> None:
             f"{row.samples:,}",
             str(len(row.seeds)),
             *([number(row.nll_mean, row.nll_sd, digits=4)] if has_nll else []),
+            *([number(row.teacher_kl_mean, row.teacher_kl_sd, digits=4)] if has_teacher else []),
+            *([percent(row.teacher_agreement_mean, row.teacher_agreement_sd)] if has_teacher else []),
             percent(row.accuracy_mean, row.accuracy_sd),
             percent(row.validation_accuracy_mean),
             number(row.epoch_seconds),

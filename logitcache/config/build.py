@@ -42,6 +42,7 @@ from logitcache.randomness import preserved_generators, seed_generators
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.finished import read_text
 from logitcache.train.inference import TeacherRunner
+from logitcache.train.labels import Labels
 from logitcache.train.runs import RESOLVED
 from logitcache.train.tracking import Tracker, load_tracker
 from logitcache.verify.fit import TeacherIdentity
@@ -283,11 +284,19 @@ def build_runner(
     return TeacherRunner(teacher, pipeline.teacher, context, taps_of(pipeline.cache.outputs, [LOGITS, *outputs]))
 
 
+def clean_plan(dataset: Dataset, config: ModelConfig, pipeline: Pipeline, *, trust: bool) -> ViewPlan:
+    """The plan of a split without augmentation, preprocessed for one model, for validation and test."""
+    return ViewPlan(
+        seed=pipeline.views.seed,
+        preprocess=input_part(config, trust=trust),
+        collate=resolve_collate(pipeline, trust=trust),
+        rows=rows_of_dataset(dataset),
+    )
+
+
 def clean_views(dataset: Dataset, config: ModelConfig, pipeline: Pipeline, *, trust: bool) -> ViewDataset:
     """A dataset without augmentation, preprocessed for one model, for validation and test."""
-    collate = resolve_collate(pipeline, trust=trust)
-    rows = rows_of_dataset(dataset)
-    return ViewDataset(dataset, ViewPlan(preprocess=input_part(config, trust=trust), collate=collate, rows=rows))
+    return ViewDataset(dataset, clean_plan(dataset, config, pipeline, trust=trust))
 
 
 def build_evaluation(
@@ -297,7 +306,12 @@ def build_evaluation(
     if dataset is None:
         return None
     views = clean_views(dataset, config, pipeline, trust=context.trust)
-    return Evaluation(views, batch_size=EVALUATION_BATCH_SIZE, num_workers=context.num_workers)
+    return evaluation_of(views, context)
+
+
+def evaluation_of(views: ViewDataset, context: Context, labels: Labels | None = None) -> Evaluation:
+    """Views of a split, ready to measure models on, and perhaps a teacher's labels for them."""
+    return Evaluation(views, batch_size=EVALUATION_BATCH_SIZE, num_workers=context.num_workers, labels=labels)
 
 
 def build_tracker(pipeline: Pipeline, *, trust: bool) -> Callable[[], Tracker] | None:

@@ -26,6 +26,17 @@ def sequence_rows(views: ViewDataset) -> RowMap | None:
     return None if rows is None or rows.one_each else rows
 
 
+def lengths(rows: RowMap) -> np.ndarray:
+    """Positions of each sample up to that of its last row, int64 (N,); 0 without rows."""
+    counts_N = np.diff(rows.offsets)
+    if rows.positions is None:
+        return counts_N
+    length_N = np.zeros_like(counts_N)
+    with_rows = counts_N > 0
+    length_N[with_rows] = rows.positions[rows.offsets[1:][with_rows] - 1].astype(np.int64) + 1
+    return length_N
+
+
 def row_counts(index: Any, rows: RowMap) -> np.ndarray:
     """The number of rows of each sequence of a batch, int64 (B,).
 
