@@ -33,6 +33,7 @@ from logitcache.data.rows import rows_of_dataset
 from logitcache.data.samples import Dataset
 from logitcache.data.sequences import sequence_rows
 from logitcache.data.text_views import complete_spec
+from logitcache.data.tokens import MASKED
 from logitcache.data.transforms import build_transform
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.devices import pick_device
@@ -85,9 +86,8 @@ def load_configured(config: DataConfig, *, trust: bool) -> Data:
 def resolve_plan(pipeline: Pipeline, data: Data, *, trust: bool) -> ViewPlan:
     """The view plan that teacher and students share."""
     views = pipeline.views
-    spec = None if views.transform is None else complete_spec(views.transform, data.train)
     return ViewPlan(
-        transform=None if spec is None else build_transform(spec, trust=trust),
+        transform=shared_transform(pipeline, data.train, trust=trust),
         seed=views.seed,
         mixing=Mixing(mixup=views.mixup, cutmix=views.cutmix, probability=views.mix_probability),
         preprocess=input_part(pipeline.teacher, trust=trust),
@@ -96,6 +96,12 @@ def resolve_plan(pipeline: Pipeline, data: Data, *, trust: bool) -> ViewPlan:
         collate=resolve_collate(pipeline, trust=trust),
         rows=rows_of_dataset(data.train, pipeline.cache.rows_per_block),
     )
+
+
+def shared_transform(pipeline: Pipeline, dataset: Dataset, *, trust: bool) -> Callable[[Any], Any] | None:
+    """The random transform of `views.transform`, with the token ids of the dataset's tokenizer that it leaves out."""
+    transform = pipeline.views.transform
+    return None if transform is None else build_transform(complete_spec(transform, dataset), trust=trust)
 
 
 def resolve_collate(pipeline: Pipeline, *, trust: bool) -> Collate | None:
@@ -285,8 +291,13 @@ def build_runner(
 
 
 def clean_plan(dataset: Dataset, config: ModelConfig, pipeline: Pipeline, *, trust: bool) -> ViewPlan:
-    """The plan of a split without augmentation, preprocessed for one model, for validation and test."""
+    """The plan of a split without augmentation, preprocessed for one model, for validation and test.
+
+    The texts of a masked model are masked as in view 0: it predicts nothing else.
+    """
+    masked = getattr(dataset, "task", None) == MASKED
     return ViewPlan(
+        transform=shared_transform(pipeline, dataset, trust=trust) if masked else None,
         seed=pipeline.views.seed,
         preprocess=input_part(config, trust=trust),
         collate=resolve_collate(pipeline, trust=trust),

@@ -24,6 +24,7 @@ from logitcache.data.batching import Batch, Collate, InputPerModel, as_tensors, 
 from logitcache.data.index import NO_ROW, join_index
 from logitcache.data.rows import RowMap
 from logitcache.data.samples import Dataset, content_digest, input_digest, load_sample, sample_key
+from logitcache.data.text_views import SELECTED
 from logitcache.data.transforms import adapt_transform, describe_transform
 from logitcache.data.workers import end_with_parent
 from logitcache.deprecation import RenamedAttribute, renamed_keyword
@@ -376,6 +377,11 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         if self._shared is not None:
             seed_generators(counter_seed("view", self.plan.seed, view, row))
             value = self._run(self._shared, value, index, "views.transform")
+        if isinstance(value, dict) and SELECTED in value:
+            value = dict(value)
+            selected = value.pop(SELECTED)
+            if hasattr(self.dataset, "target_of_view"):
+                target = self.dataset.target_of_view(index, target, selected)
         return to_float_image(value), target
 
     def _run(self, transform: Callable[[Any], Any], value: Any, index: int, name: str) -> Any:

@@ -297,6 +297,83 @@ def largest_of_an_evaluation(pipeline: Pipeline) -> int:
     return largest_tensor(lambda: evaluation.measure(job.model, torch.device("cpu")))
 
 
+MASKED = [
+    "views={count: 2, transform: [{token_masking: {p: 0.3, mask_id: 3}}]}",
+    "evaluation.teacher=live",
+]
+
+
+@pytest.fixture
+def masked(text: Make, tmp_path: Path) -> Make:
+    """The pipeline of a masked model, whose views mask other tokens."""
+    args = f"data.args={{tokenizer: {tmp_path / 'tokenizer.json'}, max_length: 32, task: masked}}"
+    return lambda *overrides: text(args, *MASKED, *overrides)
+
+
+def test_each_view_of_a_masked_model_is_cached_under_its_own_mask(masked: Make) -> None:
+    pipeline = masked("teacher.batch_size=1")
+    cache_teacher(pipeline)
+    cache = logitcache.open(pipeline.cache.path)
+    data = resolve_data(pipeline, trust=False)
+    plan = resolve_plan(pipeline, data, trust=False)
+    teacher, _ = resolve_teacher(pipeline, data, plan, trust=False)
+    views = ViewDataset(data.train, plan)
+    sample = int(np.argmax(data.train.lengths))
+    inputs = [views[(view, sample)][1]["input_ids"] for view in range(2)]
+    rows = cache.row_map.sample_rows(sample)
+
+    assert not torch.equal(*inputs)
+    for view, ids in enumerate(inputs):
+        with torch.inference_mode():
+            torch.testing.assert_close(cache.view(view).logits(rows), teacher(ids[None])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("chunked", ["false", "true"])
+def test_true_tokens_of_a_masked_model_count_where_the_view_masks_them(masked: Make, chunked: str) -> None:
+    """In training by the mean over the selected tokens, and in the evaluation."""
+    pipeline = masked(
+        "train={epochs: 2, batch_size: 64, lr: 1.0e-9}",
+        f"train.chunked_head={chunked}",
+        "students.small.loss=cross_entropy",
+    )
+    cache_teacher(pipeline)
+    [row] = train_students(pipeline)
+    job = Experiment(pipeline).job(pipeline.students[0], 0)
+    assert job.test is not None
+
+    for epoch, line in enumerate(json.loads(line)["train_loss"] for line in losses(pipeline, "small")):
+        assert line == pytest.approx(nll_of_masked(job.model, job.views, epoch), rel=1e-4)
+    assert row.nll_mean == pytest.approx(nll_of_masked(job.model, job.test._views, 0), rel=1e-4)
+    assert row.teacher_kl_mean is not None
+    assert row.bits_per_byte_mean is None  # the rows predict a part of the text
+
+
+def nll_of_masked(model: Any, views: ViewDataset, view: int) -> float:
+    """The mean negative log-likelihood of the tokens that a view selects, one sequence at a time."""
+    nll, count = 0.0, 0
+    for sample in range(len(views)):
+        _, inputs, targets = views[(view, sample)]
+        with torch.inference_mode():
+            log_p = model.eval()(inputs["input_ids"][None])[0].log_softmax(dim=1)
+        selected = torch.nonzero(targets != -100).flatten()
+        nll -= float(log_p[selected, targets[selected]].sum())
+        count += len(selected)
+    assert count < sum(int(length) for length in views.dataset.lengths)  # type: ignore[attr-defined]
+    return nll / count
+
+
+def test_a_masked_student_of_the_cache_is_that_of_the_live_teacher(masked: Make) -> None:
+    common = f"model: '{MODEL}', args: {{width: 8}}, loss: {{name: hard_plus_soft, weight: 0.5}}"
+    students = f"students=[{{name: small, {common}}}, {{name: live, {common}, labels: live}}]"
+    pipeline = masked(students, "teacher.batch_size=1", "train.batch_size=1")
+    cache_teacher(pipeline)
+
+    cached, of_teacher = train_students(pipeline)
+
+    assert losses(pipeline, "small") == losses(pipeline, "live")
+    assert (cached.nll_mean, cached.teacher_kl_mean) == (of_teacher.nll_mean, of_teacher.teacher_kl_mean)
+
+
 def test_a_student_may_have_the_first_classes_of_a_padded_head_only(text: Make) -> None:
     """The teacher's head has 264 classes, the tokenizer 260."""
     args = ["data.args.vocab_size=264", "cache.encoding={name: topk, k: 8}"]
