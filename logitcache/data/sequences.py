@@ -60,6 +60,17 @@ def row_counts(index: Any, rows: RowMap) -> np.ndarray:
     return np.where(has_rows_B, rows.offsets[sample_B + 1] - first_B, 0)
 
 
+def first_samples(index: Any, rows: RowMap) -> np.ndarray:
+    """The sample of each sequence of a batch, int64 (B,); 0 for a sequence without rows.
+
+    Args:
+        index: int (B,), from `ViewDataset`: the first row of each sequence; -1 for a sequence without rows.
+        rows: the row map of the cache.
+    """
+    index_B = index_tensor(index).cpu().numpy()
+    return rows.samples_of(np.where(index_B == NO_ROW, 0, index_B & ROW_MASK))
+
+
 def position_index(index: Any, rows: RowMap, length: int) -> Tensor:
     """The index of each position of a padded batch, int64 (B, L); -1 where a position has no row.
 

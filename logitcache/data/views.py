@@ -198,7 +198,8 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         dataset: map-style; `dataset[i]` returns (input, target).
         plan: how the views are made, such as `cache.view_plan`.
         preprocess: the model's deterministic preprocessing; by default the plan's, which is the teacher's.
-        rows: the row in the cache of each sample, from `cache.rows(keys)`, for a subset or another order.
+        rows: the number in the cache of each sample, for a subset or another order: `cache.rows(keys)`, or
+            `cache.samples.rows(keys)` where samples have several rows.
 
     Raises:
         UsageError: the dataset's length does not fit the plan, or a partner for mixing is not in the subset.
