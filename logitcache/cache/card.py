@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from logitcache.cache.card_fields import Card, card_from
+from logitcache.cache.cut_classes import cut_classes_of
 from logitcache.cache.ensemble import Part, merged_parts
 from logitcache.cache.layout import PER_CACHE, SAMPLE_ARRAYS
 from logitcache.cache.manifest import CARD
@@ -138,6 +139,9 @@ def _what_this_is(cache: LogitCache, stated: Card) -> Iterator[str]:
         lines.append("- Tokenization:")
         stated_fields = sorted(identity.tokenization.items())[:SHOWN_CLASSES]
         lines += [f"  - {code(name)}: {code(json.dumps(value))}" for name, value in stated_fields]
+    cut = cut_classes_of(cache.manifest)
+    if cut is not None:
+        lines.append(f"- Left out: {cut.text}")
     licensed = code(stated.license) if stated.license else "unknown: not stated"
     lines.append(f"- License: {licensed}")
     if stated.url:

@@ -13,12 +13,15 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Column, Table
 
+from logitcache.cache.cut_classes import cut_classes_of
+
 
 def cache_summary(summary: Any) -> dict[str, Any]:
     """The keys of `info`."""
     manifest, contents = summary.manifest, summary.contents
     outputs = {"outputs": summary.outputs} if summary.outputs else {}
     created = manifest.provenance.get("created")
+    cut = cut_classes_of(manifest)
     return {
         "id": manifest.id,
         "digest": manifest.digest,
@@ -38,6 +41,7 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         "views": f"{manifest.layout.first_view}:{manifest.layout.num_views}",
         "kl_mean": None if contents is None else contents.kl_mean,
         "created": created if isinstance(created, str) else None,
+        **({"cut_classes": cut.classes, "cut_mass_mean": cut.mass_mean, "cut_mass_max": cut.mass_max} if cut else {}),
         **({"encoding_packages": summary.packages} if summary.packages else {}),
         **outputs,
     }

@@ -72,6 +72,8 @@ AUTO, LIVE = "auto", "live"
 PROOF_SAMPLES = 4
 """Samples on which a choice of channels is checked."""
 CALIBRATION_BATCH = 64
+CUT_JSON = "cut_classes.json"
+"""File of a run folder: the probability of the teacher's classes that the student lacks."""
 INIT_JSON, INIT_TABLE = "init.json", "init.txt"
 """Files of a run folder that list where each initial parameter comes from."""
 
@@ -179,6 +181,7 @@ class Experiment:
         )
         documents = self._start_from_teacher(model, student, indices, seed, identity)
         data = self._training_data(student, indices, labels)
+        documents |= _left_out_classes(student, data)
         rows = data.views.rows
         return Job(
             **vars(data),
@@ -461,6 +464,14 @@ class Experiment:
         budget = pipeline.cache.memory_budget_mb
         labels = CachedLabels(cache, views, self.device, memory_budget=None if budget is None else int(budget * 2**20))
         return evaluation_of(views, self.context, labels)
+
+
+def _left_out_classes(student: StudentConfig, data: TrainingData) -> dict[str, str]:
+    """The probability of the teacher's classes that a student lacks, as a file of its run folder."""
+    if student.vocab_size is None or not isinstance(data.labels, CachedLabels):
+        return {}
+    left_out = data.labels.left_out(data.first_view, student.vocab_size)
+    return {} if left_out is None else {CUT_JSON: left_out.model_dump_json(indent=1) + "\n"}
 
 
 def _by_row(weights_M: np.ndarray | None, rows_M: np.ndarray) -> Tensor | None:

@@ -382,7 +382,13 @@ def test_a_student_may_have_the_first_classes_of_a_padded_head_only(text: Make) 
     train_students(pipeline)
     weights = load_file(Path(pipeline.runs.path) / "small/seed-0/last.safetensors")
 
-    assert (264, 260) == (logitcache.open(pipeline.cache.path).num_classes, len(weights["head.weight"]))
+    cache = logitcache.open(pipeline.cache.path)
+    p_RC = cache.view(0).logits(range(cache.num_rows)).softmax(dim=1)
+    cut = json.loads((Path(pipeline.runs.path) / "small/seed-0/cut_classes.json").read_text())
+
+    assert (264, 260) == (cache.num_classes, len(weights["head.weight"]))
+    assert (4, cache.num_rows) == (cut["classes"], cut["rows"])
+    assert cut["mass_mean"] == pytest.approx(float(p_RC[:, 260:].sum(dim=1).mean()), rel=1e-4)
     with pytest.raises(LogitCacheError, match="vocab_size is 300; expected at most the 264 classes"):
         train_students(text(*args, "students.small.vocab_size=300"))
 
