@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch.utils.data import DataLoader
 
 import logitcache
 from logitcache import losses
@@ -35,6 +36,7 @@ from logitcache.train.tracking import TRACKERS
 CHECKOUT = Path(__file__).parents[2]
 README = (CHECKOUT / "README.md").read_text()
 GETTING_STARTED = (CHECKOUT / "docs/getting-started.md").read_text()
+IN_PYTHON, ON_THE_COMMAND_LINE = GETTING_STARTED.split("## On the command line")
 KEYS = (CHECKOUT / "docs/pipeline.md").read_text()
 LOSS_GUIDE = (CHECKOUT / "docs/losses.md").read_text()
 API = (CHECKOUT / "docs/reference/logitcache.md").read_text()
@@ -76,7 +78,7 @@ def test_the_python_of_getting_started_distils(
 ) -> None:
     """All blocks in order, as one program."""
     monkeypatch.chdir(tmp_path)
-    program = "\n".join(blocks(GETTING_STARTED, "python"))
+    program = "\n".join(blocks(IN_PYTHON, "python"))
     exec(program, {"__name__": "__main__"})
     accuracies = dict(re.findall(r"(\w+): ([\d.]+)%", capsys.readouterr().out))
 
@@ -86,12 +88,20 @@ def test_the_python_of_getting_started_distils(
 
 def test_the_pipeline_of_getting_started_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("digits.yaml").write_text(blocks(GETTING_STARTED, "yaml")[0])
+    Path("digits.yaml").write_text(blocks(ON_THE_COMMAND_LINE, "yaml")[0])
     pipeline = load_pipeline(Path("digits.yaml"), ["train.epochs=2"])
     train_teacher(pipeline)
     cache_teacher(pipeline)
 
     assert ["small"] == [row.name for row in train_students(pipeline)]
+
+    namespace: dict[str, Any] = {}
+    exec("\n".join(blocks(ON_THE_COMMAND_LINE, "python")), namespace)
+    cache, views = namespace["cache"], namespace["views"]
+    batches = DataLoader(views, batch_size=500, sampler=logitcache.ViewSampler(views))
+
+    assert 0 < len(namespace["data"].validation)
+    assert [2, 2, 2] == [cache.check_batch(index, inputs) for index, inputs, _ in batches]
 
 
 def test_the_guide_to_plugins_has_every_registry_and_its_example_works(monkeypatch: pytest.MonkeyPatch) -> None:
