@@ -15,26 +15,15 @@ import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from measuring import conditions, fresh_folder, options, parse, table, write_result
 
 import logitcache
-from logitcache.catalog.models import load_weights
-from logitcache.config.build import (
-    build_context,
-    build_runner,
-    resolve_data,
-    resolve_model,
-    resolve_plan,
-    resolve_teacher,
-)
+from logitcache.config.build import resolve_data
 from logitcache.config.schema import Pipeline, load_pipeline
-from logitcache.data.rows import rows_of_dataset
-from logitcache.data.sequences import batch_rows
-from logitcache.data.views import ViewDataset
-from logitcache.losses import kl_divergence
 from logitcache.progress import silence
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
@@ -94,7 +83,9 @@ def main() -> None:
     source = folder / "dense.cache"
     teacher = load_pipeline(PIPELINE, [*common, f"cache.path={source}", "cache.encoding={name: dense, dtype: float32}"])
     cache_teacher(teacher)
-    held_out = HeldOut(teacher)
+    test = folder / "test.cache"
+    cache_teacher(with_path(teacher, test, root=folder / "text/test"))
+    common.append(f"evaluation.teacher={test}")
     paths = {DENSE: source}
     for name, encoding in (TINY_ENCODINGS if arguments.tiny else ENCODINGS).items():
         paths[name] = folder / f"{name}.cache"
@@ -106,15 +97,15 @@ def main() -> None:
         [row] = train_students(pipeline, [student])
         folders = [Path(pipeline.runs.path) / student / f"seed-{seed}" for seed in row.seeds]
         size = None if name == TOKENS else logitcache.open(path).target_bytes / logitcache.open(path).num_rows
-        nlls = [json.loads((each / RESULT).read_text())["nll"] for each in folders]
-        kls = [held_out.kl(pipeline, student, each / "last.safetensors") for each in folders]
+        results = [json.loads((each / RESULT).read_text()) for each in folders]
+        nlls, kls = ([result[key] for result in results] for key in ("nll", "teacher_kl"))
         measured.append(Measured(name, size, nlls, kls, row.epoch_seconds or 0.0))
         print(measured[-1], flush=True)
-    cache = logitcache.open(source)
+    cache, num_held_out = logitcache.open(source), logitcache.open(test).num_rows
     body = (
         f"# Language models: labels of equal size\n\n{stated}\n\n{cache.num_samples} training texts with "
-        f"{cache.num_rows:,} rows of {cache.num_classes:,} classes; {held_out.num_rows:,} held-out rows of other "
-        f"files, on which the teacher's NLL is {held_out.teacher_nll:.3f}. {arguments.epochs} epochs, "
+        f"{cache.num_rows:,} rows of {cache.num_classes:,} classes; {num_held_out:,} held-out rows of other "
+        f"files, on which the teacher's NLL is {teacher_nll(teacher, test):.3f}. {arguments.epochs} epochs, "
         f"{arguments.seeds} seeds: mean ± standard deviation between seeds. The loss is KL at T = 1, or cross-entropy "
         "to the true tokens. Bytes are those on disk, without the arrays that are stored once per cache.\n\n"
         + table(
@@ -195,39 +186,21 @@ def encode_again(source: logitcache.LogitCache, path: Path, encoding: logitcache
             writer.write(view=0, start=start, logits=view.logits(rows), input_digests=source.input_digests(0))
 
 
-class HeldOut:
-    """The teacher's logits on the test split, in memory."""
+def with_path(pipeline: Pipeline, path: Path, *, root: Path) -> Pipeline:
+    """The pipeline of a cache at another path, over other texts."""
+    data = pipeline.data.model_copy(update={"root": str(root)})
+    return pipeline.model_copy(update={"data": data, "cache": pipeline.cache.model_copy(update={"path": str(path)})})
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        data = resolve_data(pipeline, trust=False)
-        assert data.test is not None
-        plan = resolve_plan(pipeline, data, trust=False)
-        self._data, self._plan = data, plan
-        rows = rows_of_dataset(data.test)
-        self._views = ViewDataset(data.test, logitcache.ViewPlan(collate=plan.collate, rows=rows))
-        self._rows = rows
-        self.num_rows = rows.num_rows
-        teacher, _ = resolve_teacher(pipeline, data, plan, trust=False)
-        runner = build_runner(pipeline, teacher, build_context(pipeline, trust=False))
-        outputs = list(runner.run(self._views, ([(0, index)] for index in range(len(data.test)))))
-        self._logits = [output.logits.float() for output in outputs]
-        targets = torch.cat([torch.as_tensor(data.test[index][1]) for index in range(len(data.test))])
-        self.teacher_nll = float(torch.nn.functional.cross_entropy(torch.cat(self._logits), targets))
 
-    def kl(self, pipeline: Pipeline, student: str, weights: Path) -> float:
-        """Mean KL(teacher ‖ student) over the held-out rows, in nats at T = 1."""
-        model = resolve_model(pipeline.student(student), self._data, self._plan, weights=None, seed=0, trust=False)
-        load_weights(model, weights)
-        model.eval()
-        total = 0.0
-        with torch.inference_mode():
-            for sample, teacher_RC in enumerate(self._logits):
-                index, inputs, _ = self._views.collate(self._views.__getitems__([(0, sample)]))
-                output = model(**inputs)
-                logits = output if isinstance(output, torch.Tensor) else output.logits
-                student_RC = batch_rows(index, self._rows, inputs, logits).of_output(logits)
-                total += float(kl_divergence(student_RC, teacher_RC, reduction="sum"))
-        return total / self.num_rows
+def teacher_nll(pipeline: Pipeline, path: Path) -> float:
+    """The teacher's negative log-likelihood of the test split, in nats per row, from a cache of it."""
+    test: Any = resolve_data(pipeline, trust=False).test
+    view, total = logitcache.open(path).view(0, memory_budget=2**28), 0.0
+    for start in range(0, view.num_rows, ROWS_AT_ONCE):
+        rows = np.arange(start, min(start + ROWS_AT_ONCE, view.num_rows))
+        targets = torch.from_numpy(test.row_targets(rows))
+        total += float(torch.nn.functional.cross_entropy(view.logits(rows), targets, reduction="sum"))
+    return total / view.num_rows
 
 
 if __name__ == "__main__":
