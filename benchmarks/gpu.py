@@ -66,7 +66,7 @@ class Sizes:
     repeats: int
     classes: tuple[int, int]
     rows: tuple[int, int]
-    rank: int
+    ranks: tuple[int, int]
     positions: int
     width: int
     sequences: int
@@ -76,15 +76,15 @@ REAL = Sizes(
     teachers=("resnet50", "vit_b_16"),
     image=224,
     batch=256,
-    batches=24,
-    pictures=16_384,
-    repeats=5,
+    batches=16,
+    pictures=8192,
+    repeats=3,
     classes=(NUM_CLASSES, 151_936),
     rows=(65_536, 1024),
-    rank=128,
+    ranks=(128, 64),
     positions=8192,
     width=1024,
-    sequences=128,
+    sequences=256,
 )
 TINY = Sizes(
     teachers=("resnet18",),
@@ -95,7 +95,7 @@ TINY = Sizes(
     repeats=1,
     classes=(100, 400),
     rows=(64, 64),
-    rank=8,
+    ranks=(8, 8),
     positions=32,
     width=16,
     sequences=3,
@@ -216,12 +216,11 @@ def heads_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
 def encodings_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
     """Rows per second of each encoding, on the device."""
     rows = []
-    for num_classes, num_rows in zip(sizes.classes, sizes.rows, strict=True):
+    for num_classes, num_rows, rank in zip(sizes.classes, sizes.rows, sizes.ranks, strict=True):
         generator = torch.Generator(device).manual_seed(0)
         hidden_ND = torch.randn(num_rows, 256, generator=generator, device=device)
         head_DC = torch.randn(256, num_classes, generator=generator, device=device)
         logits_NC = hidden_ND @ head_DC / 4
-        rank = min(sizes.rank, num_classes // 4)
         encodings: list[logitcache.Encoding] = [
             logitcache.Dense(dtype="float16"),
             logitcache.Dense(dtype="uint8"),
@@ -303,7 +302,7 @@ def resident_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
                         writer.write(view=0, start=batch * sizes.batch, logits=logits)
 
             calibration = torch.randn(2000, 256) @ torch.randn(256, NUM_CLASSES)
-            lowrank = logitcache.LowRank(rank=sizes.rank, k=8).fit(calibration)
+            lowrank = logitcache.LowRank(rank=sizes.ranks[0], k=8).fit(calibration)
             arms: dict[str, Callable[[], object]] = {
                 "bare": bare,
                 "TopK(k=10)": lambda written=written: written(logitcache.TopK(k=10)),
@@ -316,7 +315,7 @@ def resident_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
                     [
                         name,
                         "yes" if compiled else "no",
-                        arm + (f" of rank {sizes.rank}" if arm == "LowRank" else ""),
+                        arm + (f" of rank {sizes.ranks[0]}" if arm == "LowRank" else ""),
                         f"{num_samples / found.reference_median:,.0f}",
                         f"{num_samples / found.median:,.0f}",
                         found,
@@ -402,11 +401,13 @@ def tokens_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
     num_classes, length = (300, 9) if sizes is TINY else (49_152, 257)
     given = tokens.Sizes(sizes.sequences, length, 16 if sizes is TINY else 256, tiny=sizes is TINY, batch=32)
     repeats = sizes.repeats
-    parts = [
-        tokens.stage1_section(given.pipeline(str(folder / "stage1"), num_classes), repeats),
-        tokens.epochs_section(given.pipeline(str(folder / "epochs"), num_classes), repeats),
-    ]
-    return "\n\n".join(part.replace("## ", "## Language model: ", 1) for part in parts)
+    parts = {}
+    for precision in ("float32", "bfloat16"):
+        pipeline = given.pipeline(str(folder / precision), num_classes)
+        teacher = pipeline.teacher.model_copy(update={"precision": precision})
+        parts[precision] = tokens.stage1_section(pipeline.model_copy(update={"teacher": teacher}), repeats)
+    parts["float32 students"] = tokens.epochs_section(given.pipeline(str(folder / "epochs"), num_classes), repeats)
+    return "\n\n".join(part.replace("## ", f"## Language model, {name}: ", 1) for name, part in parts.items())
 
 
 MEASUREMENTS: dict[str, Callable[[Sizes, torch.device, Path], str]] = {

@@ -50,7 +50,7 @@ from logitcache.data.loading import rendered_batches
 from logitcache.data.rows import rows_of_dataset
 from logitcache.data.tokens import TokenDataset
 from logitcache.data.views import ViewDataset
-from logitcache.devices import pick_device, to_device
+from logitcache.devices import autocast, pick_device, to_device
 from logitcache.progress import Meter, silence
 from logitcache.stages.cache_teacher import cache_teacher, teacher_batches
 from logitcache.stages.train_student import Experiment
@@ -181,8 +181,8 @@ def _built(num_classes: int, settings: str) -> nn.Module:
 
 
 def kept_model(num_classes: int, **settings: Any) -> nn.Module:
-    """A model that is built once in a process: reading a GGUF file takes longer than a run."""
-    return _built(num_classes, json.dumps(settings))
+    """A model that is built once in a process: reading a GGUF file takes longer than a run. On the CPU, as others."""
+    return _built(num_classes, json.dumps(settings)).cpu()
 
 
 def random_tokens(sequences: int, length: int, num_classes: int) -> TokenDataset:
@@ -388,7 +388,7 @@ def bare_loop(pipeline: Pipeline) -> None:
     views, teacher = setting_up(pipeline)
     device = pick_device(pipeline.device)
     teacher = teacher.to(device)
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast(device, pipeline.teacher.precision):
         for inputs in teacher_inputs(pipeline, views):
             teacher(**{name: values.to(device) for name, values in inputs.items()})
     if device.type == "cuda":
