@@ -27,7 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ REAL = Sizes(
     teachers=("resnet50", "vit_b_16"),
     image=224,
     batch=256,
-    batches=16,
+    batches=64,
     pictures=8192,
     repeats=3,
     classes=(NUM_CLASSES, 151_936),
@@ -84,7 +84,7 @@ REAL = Sizes(
     ranks=(128, 64),
     positions=8192,
     width=1024,
-    sequences=256,
+    sequences=768,
 )
 TINY = Sizes(
     teachers=("resnet18",),
@@ -106,12 +106,15 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS, help="some of the measurements")
     parser.add_argument("--repeats", type=int, help="measurements of each kind")
+    parser.add_argument("--teachers", nargs="+", help="of images")
     arguments = parse(parser)
     silence()
     device = pick_device("auto")
     sizes = TINY if arguments.tiny else REAL
     if arguments.repeats is not None:
-        sizes = Sizes(**{**vars(sizes), "repeats": arguments.repeats})
+        sizes = replace(sizes, repeats=arguments.repeats)
+    if arguments.teachers is not None:
+        sizes = replace(sizes, teachers=tuple(arguments.teachers))
     if device.type != "cuda" and not arguments.tiny:
         parser.error("there is no GPU; use --tiny to see that the script works")
     sections = ["# On a GPU", conditions()]

@@ -78,7 +78,7 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--documents", type=int, default=64, help="training files; a quarter as many test files")
+    parser.add_argument("--documents", type=int, default=64, help="training files; a sixth as many test files")
     parser.add_argument("--characters", type=int, default=1100, help="of each file; 0 for all")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8, help="sequences in a student's batch")
@@ -148,7 +148,7 @@ def difference(measured: Measured, reference: Measured) -> str:
 
 def real_pipeline(folder: Path, arguments: object) -> list[str]:
     """Overrides for the first characters of some files of the corpus."""
-    for split, count in (("train", arguments.documents), ("test", max(1, arguments.documents // 4))):  # type: ignore[attr-defined]
+    for split, count in (("train", arguments.documents), ("test", max(1, arguments.documents // 6))):  # type: ignore[attr-defined]
         files = sorted((arguments.brown / split).rglob("*.txt"))  # type: ignore[attr-defined]
         if len(files) < count:
             raise SystemExit(f"{arguments.brown} has {len(files)} {split} files; run pipelines/brown_smollm2.py")  # type: ignore[attr-defined]
@@ -211,7 +211,9 @@ class HeldOut:
         targets = torch.cat([torch.as_tensor(data.test[index][1]) for index in range(len(data.test))])
         nll = torch.nn.functional.cross_entropy
         parts = zip(self._logits, targets.split([len(logits) for logits in self._logits]), strict=True)
-        self.teacher_nll = sum(float(nll(logits.cpu(), ids, reduction="sum")) for logits, ids in parts) / len(targets)
+        self.teacher_nll = sum(
+            float(nll(logits, ids.to(logits.device), reduction="sum")) for logits, ids in parts
+        ) / len(targets)
 
     def kl(self, pipeline: Pipeline, student: str, weights: Path) -> float:
         """Mean KL(teacher ‖ student) over the held-out rows, in nats at T = 1."""
