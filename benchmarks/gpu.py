@@ -402,7 +402,9 @@ def students_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
 def tokens_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
     """Both stages of a language model."""
     num_classes, length = (300, 9) if sizes is TINY else (49_152, 257)
-    given = tokens.Sizes(sizes.sequences, length, 16 if sizes is TINY else 256, tiny=sizes is TINY, batch=32)
+    given = tokens.Sizes(
+        sizes.sequences, length, 16 if sizes is TINY else 256, tiny=sizes is TINY, batch=32, rows_per_block=16_384
+    )
     repeats = sizes.repeats
     parts = {}
     for precision in ("float32", "bfloat16"):

@@ -126,6 +126,7 @@ class Sizes:
     tiny: bool
     batch: int = 4
     """Sequences of the teacher's batches."""
+    rows_per_block: int = 4096
 
     def pipeline(self, folder: str, num_classes: int) -> Pipeline:
         """Random sequences of one length; SmolLM2 as the teacher, or a small one for its own number of classes."""
@@ -149,7 +150,7 @@ class Sizes:
                 "cache": {
                     "path": f"{folder}/{num_classes}.cache",
                     "encoding": f"TopK(k={K})",
-                    "rows_per_block": 4096,
+                    "rows_per_block": self.rows_per_block,
                 },
                 "train": {"batch_size": self.sequences, "chunked_head": True, "epochs": 100},
                 "students": [

@@ -16,22 +16,22 @@ GROUP = 32
 def largest(values_BC: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest values of each row and their classes, (B, K) each, largest first, as `torch.topk`.
 
-    `topk` passes over each row several times. With many classes it is faster to find the k groups of classes with the
-    largest maxima, which contain the k largest values, and to search only these.
+    On a CPU, `topk` copies each row. With many classes it is faster to find the k groups of classes with the largest
+    maxima, which contain the k largest values, and to search only these.
     """
-    num_classes, device = values_BC.shape[1], values_BC.device
+    num_classes = values_BC.shape[1]
     num_groups = num_classes // GROUP
-    if num_classes < MANY_CLASSES or k > num_groups // 4:
+    if values_BC.device.type != "cpu" or num_classes < MANY_CLASSES or k > num_groups // 4:
         return values_BC.topk(k, dim=1, sorted=True)
     in_groups = num_groups * GROUP
     groups_BGW = values_BC[:, :in_groups].reshape(-1, num_groups, GROUP)
     groups_BK = groups_BGW.amax(dim=2).topk(k, dim=1, sorted=False).indices
-    row_starts_B1 = torch.arange(len(values_BC), device=device)[:, None] * num_groups
+    row_starts_B1 = torch.arange(len(values_BC))[:, None] * num_groups
     found_BX = groups_BGW.flatten(0, 1).index_select(0, (row_starts_B1 + groups_BK).flatten()).view(-1, k * GROUP)
-    classes_BX = (groups_BK[:, :, None] * GROUP + torch.arange(GROUP, device=device)).flatten(1)
+    classes_BX = (groups_BK[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)
     if in_groups < num_classes:
         found_BX = torch.cat([found_BX, values_BC[:, in_groups:]], dim=1)
-        rest = torch.arange(in_groups, num_classes, device=device).expand(len(values_BC), -1)
+        rest = torch.arange(in_groups, num_classes).expand(len(values_BC), -1)
         classes_BX = torch.cat([classes_BX, rest], dim=1)
     largest_BK, places_BK = found_BX.topk(k, dim=1, sorted=True)
     return largest_BK, classes_BX.gather(1, places_BK)
