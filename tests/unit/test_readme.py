@@ -72,6 +72,12 @@ def test_the_loops_of_the_readme_distil(tmp_path: Path, monkeypatch: pytest.Monk
 
     assert distance() < before / 2
 
+    card = Path("mine.cache/README.md").read_text()
+    for rendered in re.findall(r"`(cache\.check_plan\(.*?\)|logitcache\.ViewDataset\(.*?\))`", card):
+        exec(rendered, namespace)
+    assert "cache.view_plan" not in card
+    assert "train-student" not in card, "no pipeline can have a transform that is a Python object"
+
 
 def test_the_python_of_getting_started_distils(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
