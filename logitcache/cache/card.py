@@ -166,8 +166,7 @@ def _how_to_load_it(cache: LogitCache) -> Iterator[str]:
     command = _training_command(cache)
     yield "On the command line" + (", with a pipeline for your copy of the data:\n" if command else ":\n")
     yield (
-        f"```\nlogitcache pull URL mine.cache --expect {cache.pin}\n"
-        f"logitcache verify mine.cache --deep\n{command}```\n"
+        f"```\nlogitcache pull URL mine.cache --expect {cache.pin}\nlogitcache verify mine.cache --deep\n{command}```\n"
     )
     yield "Any Zarr v3 reader, in any language, opens the encoded labels:\n"
     yield f'```python\nimport zarr\n\nprint(zarr.open_group("labels.zarr", mode="r")["{array}"].shape)\n```\n'
@@ -181,8 +180,8 @@ def _how_to_render_it(cache: LogitCache) -> Iterator[str]:
     checked = "`cache.verify_inputs` and `cache.check_batch` check that."
     if transform is None:
         yield (
-            "This cache has no recipe of its views: prepare the samples as for the teacher, and look up their labels by "
-            "row number.\n"
+            "This cache has no recipe of its views: prepare the samples as for the teacher, and look up their labels "
+            "by row number.\n"
         )
     elif _is_recorded(transform):
         yield (

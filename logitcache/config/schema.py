@@ -215,8 +215,7 @@ class CacheConfig(Section):
 
 
 class TeachersConfig(Section):
-    """Labels of named caches, whose teacher may be any: of one, or of several of the same views, combined for each
-    batch."""
+    """Labels of named caches of any teachers: of one, or of several of the same views, combined for each batch."""
 
     caches: list[str]
     """Paths or URLs; inputs are verified against the first one."""
@@ -366,9 +365,14 @@ class Pipeline(Section):
 
     @property
     def dataset_name(self) -> str:
-        """A readable name of the dataset, such as "mnist"; the folder's name if it holds the user's own files."""
+        """A readable name of the dataset, such as "mnist".
+
+        The folder's name if it holds the user's own files; the pipeline's if a function of the user loads it.
+        """
+        if is_entry_point(self.data.name):
+            return self.name
         own = self.data.name in ("image_folder", "audio_folder", "text")
-        return Path(self.data.root).stem if own else self.data.name.rpartition(":")[2]
+        return Path(self.data.root).stem if own else self.data.name
 
     def student(self, name: str) -> StudentConfig:
         """A student by name.

@@ -277,18 +277,21 @@ def test_students_of_a_serving_engines_cache_need_no_cache_of_the_pipelines_teac
     data = resolve_data(pipeline, trust=False)
     torch.manual_seed(0)
     model = NextToken(data.num_classes)
-    with logitcache.create(
-        engine,
-        num_samples=len(data.train),
-        num_classes=data.num_classes,
-        encoding=logitcache.TopK(k=4),
-        teacher="engine@1",
-        samples=logitcache.sample_table(data.train, contents=True),
-        view_plan=resolve_plan(pipeline, data, trust=False),
-        rows_per_sample=data.train.rows_per_sample,
-        row_positions=data.train.row_positions,
-        tokenization=data.train.tokenization,
-    ) as writer, torch.inference_mode():
+    with (
+        logitcache.create(
+            engine,
+            num_samples=len(data.train),
+            num_classes=data.num_classes,
+            encoding=logitcache.TopK(k=4),
+            teacher="engine@1",
+            samples=logitcache.sample_table(data.train, contents=True),
+            view_plan=resolve_plan(pipeline, data, trust=False),
+            rows_per_sample=data.train.rows_per_sample,
+            row_positions=data.train.row_positions,
+            tokenization=data.train.tokenization,
+        ) as writer,
+        torch.inference_mode(),
+    ):
         for index in range(len(data.train)):
             inputs, targets = data.train[index]
             if len(targets):

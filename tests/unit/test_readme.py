@@ -88,6 +88,7 @@ def test_the_python_of_getting_started_distils(
     exec(program, {"__name__": "__main__"})
     accuracies = dict(re.findall(r"(\w+): ([\d.]+)%", capsys.readouterr().out))
 
+    assert 6 == logitcache.open("digits.cache").num_views
     assert {"teacher", "student"} == accuracies.keys()
     assert all(float(accuracy) > 85 for accuracy in accuracies.values())
 
