@@ -208,7 +208,8 @@ def _training_command(cache: LogitCache) -> str:
     if tokenized_elsewhere or not (identity.transform is None or _is_recorded(identity.transform)):
         return ""
     # Any pipeline's teacher has a fingerprint; labels of named caches are of any teacher.
-    of_a_pipeline = re.search(r"@[0-9a-f]{64}$", identity.teacher) is not None or bool(_parts(cache))
+    teachers = [part.teacher for part in _parts(cache)] or [identity.teacher]
+    of_a_pipeline = all(re.search(r"@[0-9a-f]{64}$", teacher) for teacher in teachers)
     labels = "cache.path=mine.cache" if of_a_pipeline else "'students.NAME.labels={caches: [mine.cache]}'"
     return f"logitcache train-student PIPELINE {labels}\n"
 

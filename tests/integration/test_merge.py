@@ -140,7 +140,7 @@ def test_provenance_and_card_name_the_sources(three: list[str], tmp_path: Path) 
     ]
     card = (tmp_path / "m.cache/README.md").read_text()
     assert "  - `net@0`, weight 0.25\n  - `net@1`, weight 0.75\n- Dataset: `pictures`\n" in card
-    assert "# Logits of the mean of 2 teachers on tiny" in card
+    assert "# Logits of the mean of 2 teachers on pictures" in card
     assert str(tmp_path) not in card
 
 
