@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import itertools
 import json
 import os
 import pickle
+import re
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ import logitcache
 from logitcache.data.samples import SampleTable
 from logitcache.data.tokens import TokenDataset
 from logitcache.errors import InvalidLogits, InvalidSource, LogitCacheError, SampleMismatch, UsageError
-from logitcache.extras.importers import FORMATS, IMPORTERS, import_cache
+from logitcache.extras.importers import FORMATS, IMPORTERS, DenseRows, Importer, import_cache
 from logitcache.extras.importers.run import NOT_LOGITS
 from logitcache.targets import SparseTargets
 from tests.commands import logitcache as run
@@ -54,6 +57,17 @@ def log_probs_at(cache: logitcache.LogitCache, ids_RK: Any, view: int = 0) -> np
         logits = cache.view(view).logits(rows).double().log_softmax(dim=1)
         parts.append(logits.gather(1, ids_RK[start : start + 32]))
     return torch.cat(parts).numpy()
+
+
+def token_dataset(sequences: Any) -> TokenDataset:
+    ids = [np.asarray(each, dtype=np.int32) for each in sequences]
+    return TokenDataset(
+        ids,
+        keys=[str(number) for number in range(len(ids))],
+        task="causal",
+        tokenization={"task": "causal"},
+        vocab_size=VOCABULARY,
+    )
 
 
 def about(cache: logitcache.LogitCache) -> dict[str, Any]:
@@ -218,7 +232,8 @@ def test_tinyvit_epochs_are_views_and_rows_are_positions(tmp_path: Path) -> None
     seeds = np.load(details)["seeds"]
     assert (np.arange(7) == seeds[0]).all()
     assert (np.arange(7) + 100 == seeds[1]).all()
-    assert cache.view_plan is None
+    with pytest.raises(UsageError, match="was created without `view_plan`"):
+        _ = cache.view_plan
     assert "the transform is not stored" in about(cache)["missing"]["view"]
 
 
@@ -280,7 +295,7 @@ def test_axolotl_lines_arrive_with_the_identity_of_their_tokens(tmp_path: Path) 
     records = axolotl_records()
     (tmp_path / "kd.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     cache = imported(tmp_path / "a.cache", "axolotl", tmp_path / "kd.jsonl", num_classes=20)
-    tokens = TokenDataset([record["input_ids"] for record in records], vocab_size=20)
+    tokens = token_dataset([record["input_ids"] for record in records])
 
     assert [0, 4, 9, 15] == cache.row_offsets.tolist()
     flat = [row for record in records for row in record["logprobs"]]
@@ -375,6 +390,34 @@ def test_the_command_shows_bytes_before_and_after_and_what_is_missing(tmp_path: 
     assert "What they lack" in (tmp_path / "a.cache" / "README.md").read_text()
 
 
+class Lines(Importer):
+    """A plugin's format: a text file with a row of logits on each line."""
+
+    name = "lines"
+    tool = "Lines"
+
+    def __init__(self, source: Path, *, num_classes: int | None = None) -> None:
+        super().__init__(source, num_classes=num_classes)
+        self.files = [source]
+        self.rows = np.loadtxt(source, dtype=np.float32)
+        self.num_samples, self.num_classes = self.rows.shape
+        self.missing = {"view": "unknown"}
+
+    def batches(self) -> Iterator[DenseRows]:
+        yield DenseRows(0, 0, self.rows, self.source)
+
+
+def test_a_package_adds_a_format_by_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = EntryPoint("lines", f"{__name__}:Lines", IMPORTERS.group)
+    monkeypatch.setattr("logitcache.registry.offered", lambda group: {"lines": [entry]})
+    (tmp_path / "a.txt").write_text("1 2 3\n0 0 5\n")
+    cache = imported(tmp_path / "a.cache", "lines", tmp_path / "a.txt")
+
+    assert "logitcache.importers" == IMPORTERS.group
+    assert [2, 2] == cache.view(0).logits([0, 1]).argmax(dim=1).tolist()
+    assert {"view": "unknown"} == about(cache)["missing"]
+
+
 # Hostile and wrong files.
 
 
@@ -445,6 +488,12 @@ def negative_class(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:4] + b"\xff\xff" + path.read_bytes()[6:])
 
 
+def lost_key(folder: Path) -> None:
+    tinyvit(folder, ["a", "b"])
+    path = folder / "logits_top4_epoch1/rank0-keys.txt"
+    path.write_text(path.read_text().replace("a", "c"))
+
+
 def nan(folder: Path) -> None:
     tinyvit(folder, ["0", "1"])
     path = folder / "logits_top4_epoch0/rank0-values.bin"
@@ -489,11 +538,12 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], None], type[LogitCacheError], str
     "an array of objects": ("fkd", object_array, InvalidSource, "can't be read"),
     "a pickle with a huge memo": ("ml_dr", huge_memo, InvalidSource, "invalid memo"),
     "a zlib bomb": ("ml_dr", zlib_bomb, InvalidSource, "truncated or longer than 16,777,216 bytes"),
-    "truncated records": ("tinyvit", cut_values, InvalidSource, "has 37 bytes; expected 40"),
+    "truncated records": ("tinyvit", cut_values, InvalidSource, "has 37 bytes, no whole number of records of 20 bytes"),
+    "a key that an epoch lacks": ("tinyvit", lost_key, InvalidSource, "epoch1 lacks the key 'a'"),
     "a truncated archive": ("fkd", cut_fkd, InvalidSource, "a.tar can't be read"),
     "a zstd frame that claims to be huge": ("megatron", unpacked_frame, InvalidSource, "can't be read"),
     "an iteration twice": ("megatron", other_run, InvalidSource, "is also in|can't be read"),
-    "a class beyond the last": ("tinyvit", wrong_class, InvalidLogits, "values.bin, view 0: row . has class 999"),
+    "a class beyond the last": ("tinyvit", wrong_class, InvalidLogits, "epoch0, view 0: row . has class 999"),
     "a negative class": ("tinyvit", negative_class, InvalidLogits, "has class 32768; expected 0 to 19"),
     "NaN": ("tinyvit", nan, InvalidLogits, "NaN as the log-probability"),
     "probabilities above 1": ("tinyvit", too_probable, InvalidLogits, "expected"),
@@ -599,7 +649,7 @@ def test_files_of_distillkit(tmp_path: Path, which: str) -> None:
     normalised = values.reshape(rows, k) - np.log(np.maximum(total, 1.0))[:, None]
     assert np.allclose(found, normalised, atol=2e-5)
     assert int((total > 1.001).sum()) == result.normalised_rows <= int(above.sum())
-    tokens = TokenDataset(list(expected[f"{at}input_ids"]), vocab_size=VOCABULARY)
+    tokens = token_dataset(expected[f"{at}input_ids"])
     assert cache.samples is not None
     assert (logitcache.sample_table(tokens, contents=True).contents == cache.samples.contents).all()
 
@@ -674,5 +724,5 @@ def test_files_of_ml_dr(tmp_path: Path, which: str) -> None:
         np.put_along_axis(probs, ids, -1.0, 1)
         assert np.allclose(probs.max(axis=1), expected[f"{which}__tail_prob_smooth"][:, view], atol=1e-6)
         for sample in range(cache.num_samples):
-            stated = eval(expected[f"{which}__params_repr"][sample, view], {"np": np})
-            assert json.loads(json.dumps(stated, default=int)) == json.loads(parameters[view, sample])
+            stated = re.sub(r"np\.int64\((-?\d+)\)", r"\1", expected[f"{which}__params_repr"][sample, view])
+            assert json.loads(json.dumps(ast.literal_eval(stated))) == json.loads(parameters[view, sample])

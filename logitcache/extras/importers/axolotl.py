@@ -1,7 +1,7 @@
 """axolotl's columns for distillation, JSON lines or Parquet.
 
-`logprobs` is a list over positions: of lists of objects {"token": "token_id:<id>", "logprob": x}, or of lists of numbers
-with the ids in `target_token_ids`.
+`logprobs` is a list over positions: of lists of objects {"token": "token_id:<id>", "logprob": x}, or of lists of
+numbers with the ids in `target_token_ids`.
 """
 
 from __future__ import annotations

@@ -87,6 +87,8 @@ class Importer(ABC):
     """All files that are read."""
 
     def __init__(self, source: Path, *, num_classes: int | None = None) -> None:
+        if not source.exists():
+            raise UsageError(f"{source} does not exist; `import` reads local files and folders")
         self.source = source
         if num_classes is not None:
             self.num_classes = num_classes

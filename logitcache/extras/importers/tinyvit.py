@@ -20,6 +20,7 @@ from logitcache.extras.importers.protocol import NO_IDENTITY, ROWS_AT_ONCE, TAIL
 
 LAST_CLASS = 2**15
 """Classes are int16 in the files."""
+_FILES = r"rank\d{1,6}-(keys\.txt|values\.bin)"
 
 
 class TinyViT(Importer):
@@ -50,81 +51,103 @@ class TinyViT(Importer):
         self.num_views = len(folders)
         self._record = np.dtype([("seed", "<i4"), ("ids", "<i2", (self.k,)), ("probs", "<f2", (self.k,))])
         self._folders = [folders[epoch][1] for epoch in range(self.num_views)]
-        self.files = [
-            path for folder in self._folders for _, path in matching(folder, r"rank\d+-(keys\.txt|values\.bin)")
-        ]
-        places = [self._places(folder) for folder in self._folders]
-        names = set(places[0])
-        for folder, place in zip(self._folders, places, strict=True):
-            if set(place) != names:
-                odd = min(names ^ set(place))
-                raise UsageError(
-                    f"{folder} and {self._folders[0]} have other keys, such as {odd!r}; a view has all samples"
-                )
+        self.files = [path for folder in self._folders for _, path in matching(folder, _FILES)]
+        keys = list(self._numbered_keys(self._folders[0]))
         # Image folders have positions as keys: then rows are positions.
-        self.num_samples = len(names)
-        by_position = names == {str(number) for number in range(self.num_samples)}
-        order = [str(number) for number in range(self.num_samples)] if by_position else sorted(names)
-        self.keys = None if by_position else order
-        self._places_of = [[place[key] for key in order] for place in places]
+        by_position = set(keys) == {str(number) for number in range(len(keys))}
+        self._order = sorted(keys, key=int) if by_position else sorted(keys)
+        self.num_samples = len(keys)
+        self.keys = None if by_position else self._order
+        records = [self._num_records(folder) for folder in self._folders]
+        for folder, count in zip(self._folders, records, strict=True):
+            if count < self.num_samples:
+                raise UsageError(f"{folder} has {count} records; expected one for each of {self.num_samples} samples")
         self.missing = {
             "view": "the transform is not stored, only its seed for each sample and epoch; the cache has no view plan. "
             "With mixup or CutMix the partner is not stored either",
             "identity": NO_IDENTITY,
             "tail": TAIL_KNOWN,
         }
-        self.notes = {"k": self.k, "keys": "position" if by_position else "name", "repeated_keys": self._repeated}
+        self.notes = {
+            "k": self.k,
+            "keys": "position" if by_position else "name",
+            "repeated_keys": sum(records) - len(records) * self.num_samples,
+        }
 
-    _repeated = 0
-
-    def _places(self, folder: Path) -> dict[str, tuple[Path, int]]:
-        """File and record number of each key."""
-        places: dict[str, tuple[Path, int]] = {}
-        ranks = sorted((int(match[1]), path) for match, path in matching(folder, r"rank(\d{1,6})-keys\.txt"))
-        if not ranks:
+    def _ranks(self, folder: Path) -> list[tuple[Path, Path]]:
+        """The files of keys and of values of each rank."""
+        found = sorted((int(match[1]), path) for match, path in matching(folder, r"rank(\d{1,6})-keys\.txt"))
+        if not found:
             raise UsageError(f"{folder} has no rank0-keys.txt")
-        for rank, path in ranks:
-            values = folder / f"rank{rank}-values.bin"
+        return [(path, folder / f"rank{rank}-values.bin") for rank, path in found]
+
+    def _num_records(self, folder: Path) -> int:
+        """Records of an epoch, by the size of its files."""
+        count = 0
+        for _, values in self._ranks(folder):
+            with reading(values):
+                size = values.stat().st_size
+            if size % self._record.itemsize:
+                raise InvalidSource(
+                    f"{values} has {size:,} bytes, no whole number of records of {self._record.itemsize} bytes "
+                    f"({self.k} classes each)"
+                )
+            count += size // self._record.itemsize
+        return count
+
+    def _numbered_keys(self, folder: Path) -> dict[str, int]:
+        """The number of each key's record in an epoch, counted over all ranks; the first one of a repeated key."""
+        numbers: dict[str, int] = {}
+        first = 0
+        for path, values in self._ranks(folder):
             with reading(path):
                 keys = read_bytes(path).decode().splitlines()
             with reading(values):
-                found = values.stat().st_size
-            expected = len(keys) * self._record.itemsize
-            if found != expected:
+                size = values.stat().st_size
+            if size != len(keys) * self._record.itemsize:
                 raise InvalidSource(
-                    f"{values} has {found:,} bytes; expected {expected:,}, {len(keys)} records of {self.k} classes"
+                    f"{values} has {size:,} bytes; expected {len(keys) * self._record.itemsize:,}, {len(keys)} records "
+                    f"of {self.k} classes"
                 )
-            for number, key in enumerate(keys):
-                self._repeated += key in places
-                places.setdefault(key, (values, number))
-        return places
+            for number, key in enumerate(keys, first):
+                numbers.setdefault(key, number)
+            first += len(keys)
+        return numbers
+
+    def _numbers(self, folder: Path) -> np.ndarray:
+        """The number of the record of each row in an epoch, int64 (N,)."""
+        numbers = self._numbered_keys(folder)
+        for key in self._order:
+            if key not in numbers:
+                raise InvalidSource(f"{folder} lacks the key {key!r}, which {self._folders[0]} has")
+        return np.array([numbers[key] for key in self._order], dtype=np.int64)
+
+    def _records(self, folder: Path, numbers: np.ndarray) -> np.ndarray:
+        """Some records of an epoch."""
+        records = np.empty(len(numbers), dtype=self._record)
+        first = 0
+        for _, values in self._ranks(folder):
+            with reading(values):
+                stored = np.memmap(values, dtype=self._record, mode="r")
+                here = (numbers >= first) & (numbers < first + len(stored))
+                records[here] = stored[numbers[here] - first]
+                first += len(stored)
+        return records
 
     def select(self, order: np.ndarray) -> None:
-        self._places_of = [[places[number] for number in order] for places in self._places_of]
+        self._order = [self._order[number] for number in order]
         self.num_samples = len(order)
 
     def batches(self) -> Iterator[SparseRows]:
-        for view, places in enumerate(self._places_of):
+        for view, folder in enumerate(self._folders):
+            numbers = self._numbers(folder)
             for start in range(0, self.num_samples, ROWS_AT_ONCE):
-                part = places[start : start + ROWS_AT_ONCE]
-                records = self._records(part)
+                records = self._records(folder, numbers[start : start + ROWS_AT_ONCE])
                 with np.errstate(divide="ignore", invalid="ignore"):
                     log_probs = np.log(records["probs"].astype(np.float32))
-                # A negative id is class -32768 to -1 of int16, not an unused entry.
+                # A negative id is a class above 32 767 that int16 can't hold, not an unused entry.
                 ids = np.where(records["ids"] < 0, LAST_CLASS, records["ids"].astype(np.int64))
-                yield SparseRows(view, start, ids, log_probs, part[0][0])
-
-    def _records(self, places: list[tuple[Path, int]]) -> np.ndarray:
-        records = np.empty(len(places), dtype=self._record)
-        by_file: dict[Path, list[tuple[int, int]]] = {}
-        for number, (file, record) in enumerate(places):
-            by_file.setdefault(file, []).append((number, record))
-        for file, pairs in by_file.items():
-            with reading(file):
-                here, there = np.array(pairs).T
-                records[here] = np.memmap(file, dtype=self._record, mode="r")[there]
-        return records
+                yield SparseRows(view, start, ids, log_probs, folder)
 
     def details(self) -> dict[str, np.ndarray]:
-        seeds = np.stack([self._records(places)["seed"] for places in self._places_of])
-        return {"seeds": seeds}
+        return {"seeds": np.stack([self._records(each, self._numbers(each))["seed"] for each in self._folders])}
