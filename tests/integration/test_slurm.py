@@ -1,0 +1,77 @@
+"""The job scripts, run by Slurm itself on one node."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import logitcache
+from logitcache.config.schema import Pipeline
+from logitcache.stages.cache_teacher import cache_teacher
+from tests import servers
+
+SCRIPTS = Path(__file__).parents[2] / "pipelines/slurm"
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with servers.slurm(tmp_path_factory.mktemp("slurm")) as environment:
+        yield environment
+
+
+def submit(slurm: dict[str, str], folder: Path, *arguments: str) -> tuple[int, dict[str, str]]:
+    """Run a job to its end; its exit code, and the text of each log."""
+    environment = {
+        **os.environ,
+        **slurm,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(Path.cwd()),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        ["sbatch", "--wait", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
+    return done.returncode, {log.name: log.read_text() for log in folder.glob("*.log")}
+
+
+@pytest.fixture
+def digest(tiny: Callable[..., Pipeline], tmp_path: Path) -> str:
+    """Of the cache that a single process builds; jobs build it in `tiny.yaml`."""
+    (tmp_path / "tiny.yaml").write_text(tiny().as_yaml())
+    return str(cache_teacher(tiny(f"cache.path={tmp_path}/single.cache")).manifest.digest)
+
+
+def test_a_job_array_builds_the_cache_and_a_shard_that_was_left_out_is_added(
+    slurm: dict[str, str], digest: str, tmp_path: Path
+) -> None:
+    command = ["--export=ALL,SHARDS=3", str(SCRIPTS / "shards.sh"), "tiny.yaml"]
+    code, logs = submit(slurm, tmp_path, "--array=0-1", *command)
+    assert 0 == code, logs
+    assert not logitcache.open(tmp_path / "tiny.cache").sealed
+    assert "4 of 12 blocks are missing" in "".join(logs.values())
+
+    code, logs = submit(slurm, tmp_path, "--array=2", *command)
+    assert 0 == code, logs
+    assert digest == logitcache.open(tmp_path / "tiny.cache").digest
+
+
+def test_jobs_with_claims_build_the_cache(slurm: dict[str, str], digest: str, tmp_path: Path) -> None:
+    code, logs = submit(slurm, tmp_path, "--array=0-1", str(SCRIPTS / "claims.sh"), "tiny.yaml")
+
+    assert 0 == code, logs
+    assert digest == logitcache.open(tmp_path / "tiny.cache").digest
+
+
+def test_torchrun_in_a_job_builds_the_cache(slurm: dict[str, str], digest: str, tmp_path: Path) -> None:
+    rendezvous = f"--export=ALL,PROCESSES=2,RENDEZVOUS=127.0.0.1:{servers.free_port()}"
+    code, logs = submit(
+        slurm, tmp_path, "--nodes=1", rendezvous, str(SCRIPTS / "torchrun.sh"), "cache-teacher", "tiny.yaml"
+    )
+
+    assert 0 == code, logs
+    assert digest == logitcache.open(tmp_path / "tiny.cache").digest
