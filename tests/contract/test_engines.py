@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -100,6 +101,15 @@ def test_an_engine_of_ones_own_builds_the_same_cache(tiny: Make, tmp_path: Path)
     assert (7, 12, 5) == (len(first.computed_blocks), first.total_blocks, len(first.missing_blocks))
 
     assert digest == cache_teacher(tiny(), engine=Backwards()).manifest.digest
+
+
+def test_the_engine_of_the_guide_builds_the_cache(tiny: Make) -> None:
+    guide = (Path(__file__).parents[2] / "docs/clusters.md").read_text()
+    namespace: dict[str, Any] = {"__name__": __name__}
+    exec(re.findall(r"^```python\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)[-1], namespace)
+    result = cache_teacher(tiny(), engine=namespace["NewestViewFirst"]())
+
+    assert ("sealed", 12) == (result.manifest.state, len(result.computed_blocks))
 
 
 def test_an_engine_of_a_package_is_chosen_by_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

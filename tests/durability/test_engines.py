@@ -200,7 +200,7 @@ def test_shards_of_which_two_are_killed_and_run_again_build_the_cache_of_one_pro
     assert [] == list(open_storage(pipeline.cache.path).list_keys("claims"))
 
 
-@pytest.mark.parametrize(("store", "data"), [("folder", "images"), ("moto", "images"), ("moto", "tokens")])
+@pytest.mark.parametrize(("store", "data"), [("folder", "tokens"), ("moto", "images")])
 def test_claim_workers_of_which_three_are_killed_build_the_cache_of_one_process(
     store: str, data: str, tiny: Make, tmp_path: Path, forks: Any, on: On
 ) -> None:
