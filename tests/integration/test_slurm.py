@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,8 +25,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         yield environment
 
 
-def submit(slurm: dict[str, str], folder: Path, *arguments: str) -> tuple[int, dict[str, str]]:
-    """Run a job to its end; its exit code, and the text of each log."""
+def submit(slurm: dict[str, str], folder: Path, *arguments: str) -> tuple[bool, dict[str, str]]:
+    """Run a job to its end; whether it succeeded, and the text of each log."""
     environment = {
         **os.environ,
         **slurm,
@@ -33,10 +34,16 @@ def submit(slurm: dict[str, str], folder: Path, *arguments: str) -> tuple[int, d
         "PYTHONPATH": str(Path.cwd()),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
-        ["sbatch", "--wait", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
-    )
-    return done.returncode, {log.name: log.read_text() for log in folder.glob("*.log")}
+
+    def run(*command: str) -> str:
+        ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+        assert 0 == ended.returncode, ended.stderr
+        return ended.stdout
+
+    job = run("sbatch", "--parsable", *arguments).strip()
+    run("srun", "--quiet", f"--dependency=afterany:{job}", "true")  # `sbatch --wait` looks every half minute
+    states = re.findall(r"JobState=(\w+)", run("scontrol", "show", "job", job))
+    return {"COMPLETED"} == set(states), {log.name: log.read_text() for log in folder.glob("*.log")}
 
 
 @pytest.fixture
@@ -50,18 +57,18 @@ def test_a_job_array_builds_the_cache_and_a_shard_that_was_left_out_is_added(
     slurm: dict[str, str], digest: str, tmp_path: Path
 ) -> None:
     command = ["--export=ALL,SHARDS=2", str(SCRIPTS / "shards.sh"), "tiny.yaml"]
-    code, logs = submit(slurm, tmp_path, "--array=0", *command)
-    assert 0 == code, logs
+    succeeded, logs = submit(slurm, tmp_path, "--array=0", *command)
+    assert succeeded, logs
     assert not logitcache.open(tmp_path / "tiny.cache").sealed
     assert "6 of 12 blocks are missing" in "".join(logs.values())
 
-    code, logs = submit(slurm, tmp_path, "--array=1", *command)
-    assert 0 == code, logs
+    succeeded, logs = submit(slurm, tmp_path, "--array=1", *command)
+    assert succeeded, logs
     assert digest == logitcache.open(tmp_path / "tiny.cache").digest
 
 
 def test_a_job_with_claims_builds_the_cache(slurm: dict[str, str], digest: str, tmp_path: Path) -> None:
-    code, logs = submit(slurm, tmp_path, "--array=0", str(SCRIPTS / "claims.sh"), "tiny.yaml")
+    succeeded, logs = submit(slurm, tmp_path, "--array=0", str(SCRIPTS / "claims.sh"), "tiny.yaml")
 
-    assert 0 == code, logs
+    assert succeeded, logs
     assert digest == logitcache.open(tmp_path / "tiny.cache").digest
