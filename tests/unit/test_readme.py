@@ -256,6 +256,7 @@ def _sections() -> dict[str, Any]:
         "cache": schema.CacheConfig,
         "cache.card": schema.CacheConfig.model_fields["card"].annotation,
         "students": schema.StudentConfig,
+        "evaluation": schema.EvaluationConfig,
         "runs": schema.RunsConfig,
     }
 
