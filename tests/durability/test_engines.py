@@ -254,7 +254,7 @@ def test_workers_whose_claims_all_succeed_write_the_same_blocks(tiny: Make, tmp_
 def kill_at_seeded_instants(count: int, seed: int, folder: Path) -> int:
     """Three of four workers each time, with claims that expire after a second; how many were still running."""
     context, draw, killed = get_context("forkserver"), random.Random(seed), 0
-    context.set_forkserver_preload([__spec__.name if __spec__ else __name__])
+    context.set_forkserver_preload(["logitcache.stages.cache_teacher", "torchvision", "sklearn"])
 
     def tiny(name: str) -> Pipeline:
         raw = copy.deepcopy(TINY)
