@@ -25,7 +25,7 @@ OUTSIDE = (
     "pipelines/**/*.py",
     "pipelines/**/*.sh",
     "pipelines/README.md",
-    "tests/stranger.py",
+    "tests/independent_reader.py",
 )
 """Files outside of `docs/` that are part of the site."""
 
