@@ -23,7 +23,8 @@ from torch import Tensor
 from logitcache.data.batching import Batch, Collate, InputPerModel, as_tensors, collate
 from logitcache.data.index import NO_ROW, join_index
 from logitcache.data.rows import RowMap
-from logitcache.data.samples import Dataset, content_digest, input_digest, load_sample, sample_key
+from logitcache.data.samples import Dataset, content_digest, input_digest, load_sample, same_content, sample_key
+from logitcache.data.text_views import SELECTED
 from logitcache.data.transforms import adapt_transform, describe_transform
 from logitcache.data.workers import end_with_parent
 from logitcache.deprecation import RenamedAttribute, renamed_keyword
@@ -197,7 +198,8 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         dataset: map-style; `dataset[i]` returns (input, target).
         plan: how the views are made, such as `cache.view_plan`.
         preprocess: the model's deterministic preprocessing; by default the plan's, which is the teacher's.
-        rows: the row in the cache of each sample, from `cache.rows(keys)`, for a subset or another order.
+        rows: the number in the cache of each sample, for a subset or another order: `cache.rows(keys)`, or
+            `cache.samples.rows(keys)` where samples have several rows.
 
     Raises:
         UsageError: the dataset's length does not fit the plan, or a partner for mixing is not in the subset.
@@ -222,8 +224,9 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         self._index_of_row: dict[int, int] | None = None
         if rows is None and len(dataset) != self.num_samples:
             raise UsageError(
-                f"the dataset has {len(dataset)} samples, the cache {self.num_samples}; "
-                "pass rows=cache.rows(keys) to select samples of the cache"
+                f"the dataset has {len(dataset)} samples, the cache {self.num_samples}. The dataset of a pipeline's "
+                "cache is `logitcache.pipeline_data(PIPELINE).train`: validation samples are not in it. Of another "
+                "dataset, select samples of the cache (`cache.samples.keys`) and pass rows=cache.rows(keys)"
             )
         if rows is not None:
             if len(rows) != len(dataset):
@@ -376,6 +379,11 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         if self._shared is not None:
             seed_generators(counter_seed("view", self.plan.seed, view, row))
             value = self._run(self._shared, value, index, "views.transform")
+        if isinstance(value, dict) and SELECTED in value:
+            value = dict(value)
+            selected = value.pop(SELECTED)
+            if hasattr(self.dataset, "target_of_view"):
+                target = self.dataset.target_of_view(index, target, selected)
         return to_float_image(value), target
 
     def _run(self, transform: Callable[[Any], Any], value: Any, index: int, name: str) -> Any:
@@ -407,11 +415,12 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
     def _check_content(self, row: int, index: int, value: Any) -> None:
         assert self.plan.contents is not None
         found, expected = content_digest(self.dataset, index, value), self.plan.contents[row].tobytes()
-        if found != expected:
+        if not same_content(expected, found):
             raise SampleMismatch(
-                f"sample {row} ({sample_key(self.dataset, index)}) is not what the teacher saw: its content has the "
-                f"digest {found.hex()} here, {expected.hex()} in the cache.\n"
-                "Restore the sample, or build a new cache from this data."
+                f"sample {index} ({sample_key(self.dataset, index)}) is not what the teacher saw: its content has the "
+                f"digest {found.hex()} here, {expected.hex()} in row {row} of the cache.\n"
+                "Restore the sample; select the cache's samples in their order (`cache.samples.keys`), or pass "
+                "rows=cache.rows(keys); or build a new cache from this data."
             )
         self._checked[index] = True
 
