@@ -378,7 +378,10 @@ def _how_it_was_made(cache: LogitCache) -> Iterator[str]:
         lines.append(f"- Versions: {named}")
     yield "\n".join(lines) + "\n"
     if manifest.identity.transform is not None:
-        described = json.dumps(manifest.identity.transform, ensure_ascii=True, indent=1, sort_keys=True)
+        try:
+            described = json.dumps(manifest.identity.transform, ensure_ascii=True, indent=1, sort_keys=True)
+        except RecursionError:
+            described = "too deeply nested to be shown"
         cut = described[:LONGEST_TRANSFORM] + ("\n…" if len(described) > LONGEST_TRANSFORM else "")
         yield f"Views, each a pure function of sample, transform, seed and view number:\n\n{fenced(cut, 'json')}"
 
