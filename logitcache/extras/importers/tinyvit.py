@@ -143,10 +143,14 @@ class TinyViT(Importer):
             numbers = self._numbers(folder)
             for start in range(0, self.num_samples, ROWS_AT_ONCE):
                 records = self._records(folder, numbers[start : start + ROWS_AT_ONCE])
+                if (records["ids"] < 0).any():
+                    raise InvalidSource(
+                        f"{folder} has the class {records['ids'].min()}: the files hold classes as int16, which wraps "
+                        f"above {LAST_CLASS - 1}"
+                    )
                 with np.errstate(divide="ignore", invalid="ignore"):
                     log_probs = np.log(records["probs"].astype(np.float32))
-                # A negative id is a class above 32 767 that int16 can't hold, not an unused entry.
-                ids = np.where(records["ids"] < 0, LAST_CLASS, records["ids"].astype(np.int64))
+                ids = records["ids"].astype(np.int64)
                 yield SparseRows(view, start, ids, log_probs, folder)
 
     def details(self) -> dict[str, np.ndarray]:
