@@ -216,6 +216,48 @@ def distillkit(folder: Path, lengths: tuple[int, ...] = (3, 5)) -> tuple[np.ndar
     return ids, values
 
 
+def varint(number: int) -> bytes:
+    data = b""
+    while number > 127:
+        data, number = data + bytes([number & 127 | 128]), number >> 7
+    return data + bytes([number])
+
+
+def message(number: int, data: bytes) -> bytes:
+    """A field of a protocol buffer."""
+    return bytes([number << 3 | 2]) + varint(len(data)) + data
+
+
+def maxtext(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    need_package("array_record", "maxtext")
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    folder.mkdir()
+    ids = some_probabilities(8, 4)[0]
+    ids[0, 0] = 60_000
+    logits = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32) * 10
+    writer = ArrayRecordWriter(str(folder / "teacher_top_k_part_00000_host_000.array_record"), "group_size:1")
+    for rows in (slice(0, 3), slice(3, 8)):
+        numbers = {"inputs": list(range(rows.stop - rows.start)), "top_k_indices": ids[rows].ravel().tolist()}
+        lists = {name: message(3, message(1, b"".join(map(varint, values)))) for name, values in numbers.items()}
+        lists["top_k_logits"] = message(2, message(1, logits[rows].tobytes()))
+        features = [message(1, message(1, name.encode()) + message(2, data)) for name, data in lists.items()]
+        writer.write(message(1, b"".join(features)))
+    writer.close()
+    return ids, logits
+
+
+def test_maxtext_rows_are_normalised_over_their_classes_and_say_so(tmp_path: Path) -> None:
+    ids, logits = maxtext(tmp_path / "in")
+    cache = imported(tmp_path / "a.cache", "maxtext", tmp_path / "in", num_classes=70_000, dataset=None)
+
+    assert [0, 3, 8] == cache.row_offsets.tolist()
+    expected = torch.tensor(logits).double().log_softmax(dim=1).numpy()
+    assert np.allclose(log_probs_at(cache, ids), expected, atol=1e-5)
+    assert "overstate the teacher's confidence" in about(cache)["missing"]["normaliser"]
+    assert "overstate the teacher" in (tmp_path / "a.cache/README.md").read_text()
+
+
 def test_every_format_is_listed_by_the_command() -> None:
     shown = run("import", "--help").stdout
 
@@ -561,6 +603,12 @@ def fraction(folder: Path) -> None:
     (folder / "n01/a.tar").write_bytes(saved([np.zeros((2, 4)), np.zeros(2, bool), labels]))
 
 
+def cut_records(folder: Path) -> None:
+    maxtext(folder)
+    path = next(folder.iterdir())
+    path.write_bytes(path.read_bytes()[:50])
+
+
 def other_run(folder: Path) -> None:
     megatron(folder)
     megatron(folder, iterations=1)
@@ -581,6 +629,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], None], type[LogitCacheError], str
     "a key that an epoch lacks": ("tinyvit", lost_key, InvalidSource, "epoch1 lacks the key 'a'"),
     "a truncated archive": ("fkd", cut_fkd, InvalidSource, "a.tar can't be read"),
     "a zstd frame that claims to be huge": ("megatron", unpacked_frame, InvalidSource, "can't be read"),
+    "truncated records of a sequence": ("maxtext", cut_records, InvalidSource, "is damaged|can't be read"),
     "an iteration twice": ("megatron", other_run, InvalidSource, "is also in|can't be read"),
     "a class beyond the last": ("tinyvit", wrong_class, InvalidLogits, "epoch0, view 0: row . has class 999"),
     "a negative class": ("tinyvit", negative_class, InvalidSource, "has the class -1: .* int16"),
@@ -765,3 +814,16 @@ def test_files_of_ml_dr(tmp_path: Path, which: str) -> None:
         for sample in range(cache.num_samples):
             stated = re.sub(r"np\.int64\((-?\d+)\)", r"\1", expected[f"{which}__params_repr"][sample, view])
             assert json.loads(json.dumps(ast.literal_eval(stated))) == json.loads(parameters[view, sample])
+
+
+def test_files_of_maxtext(tmp_path: Path) -> None:
+    folder, expected = peers("maxtext")
+    need_package("array_record", "maxtext")
+    cache = imported(tmp_path / "a", "maxtext", folder, num_classes=VOCABULARY, dataset=None)
+    ids, logits = (expected[name].reshape(128, 32) for name in ("indices", "logits"))
+
+    assert [0, 64, 128] == cache.row_offsets.tolist()
+    assert np.allclose(log_probs_at(cache, ids), torch.tensor(logits).double().log_softmax(dim=1), atol=1e-5)
+    assert cache.samples is not None
+    table = logitcache.sample_table(token_dataset(expected["input_ids"]), contents=True)
+    assert (table.contents == cache.samples.contents).all()

@@ -26,6 +26,7 @@ FORMATS = {
     "megatron": "Megatron-LM's folder of cp{C}_dp{D}__{iteration}.tar",
     "fkd": "FKD's folder of soft labels, one .tar for each image",
     "ml_dr": "Apple ml-dr's folder of {index}.pth.tar",
+    "maxtext": "MaxText's folder of teacher_top_k_part_{n}_host_{n}.array_record",
 }
 """The built-in formats, and what SOURCE is for each."""
 _HOMES = {

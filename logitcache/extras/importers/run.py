@@ -24,6 +24,7 @@ from logitcache.extras.importers.arrays import NumpyArrays, ParquetLogits
 from logitcache.extras.importers.axolotl import Axolotl
 from logitcache.extras.importers.distillkit import DistillKit, OpenInstruct
 from logitcache.extras.importers.image_labels import FKD, MlDr
+from logitcache.extras.importers.maxtext import MaxText
 from logitcache.extras.importers.megatron import Megatron
 from logitcache.extras.importers.protocol import DenseRows, Importer, SparseRows
 from logitcache.extras.importers.tinyvit import TinyViT
@@ -46,6 +47,7 @@ IMPORTERS: Registry[type[Importer]] = Registry(
             Megatron,
             FKD,
             MlDr,
+            MaxText,
         )
     },
     plural="importers",
@@ -58,7 +60,6 @@ NOT_LOGITS = {
     "data_comp_dr": "DataCompDR stores embeddings of images and texts",
     "speculators": "speculators stores hidden states",
     "specforge": "SpecForge stores hidden states",
-    "maxtext": "MaxText stores raw logits of the k largest classes without their normaliser",
 }
 """Formats that can't become a cache, and why."""
 CALIBRATION_ROWS = 10_000
