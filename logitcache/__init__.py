@@ -14,15 +14,20 @@ if TYPE_CHECKING:
     from logitcache.cache.reader import LogitCache as LogitCache
     from logitcache.cache.reader import open_cache as open
     from logitcache.cache.sealing import seal as seal
+    from logitcache.cache.streams import StreamSummary as StreamSummary
+    from logitcache.cache.streams import StreamViews as StreamViews
     from logitcache.cache.writer import CacheWriter as CacheWriter
     from logitcache.data.index import join_index as join_index
     from logitcache.data.index import split_index as split_index
     from logitcache.data.sampler import ViewSampler as ViewSampler
     from logitcache.data.samples import sample_table as sample_table
     from logitcache.data.sequences import position_index as position_index
+    from logitcache.data.shards import TarShards as TarShards
+    from logitcache.data.shards import decode_image as decode_image
     from logitcache.data.views import Mixing as Mixing
     from logitcache.data.views import ViewDataset as ViewDataset
     from logitcache.data.views import ViewPlan as ViewPlan
+    from logitcache.data.views import render as render
     from logitcache.encodings import ArraySpec as ArraySpec
     from logitcache.encodings import Auto as Auto
     from logitcache.encodings import Dense as Dense
@@ -48,16 +53,21 @@ __all__ = [
     "Output",
     "Sampled",
     "SparseTargets",
+    "StreamSummary",
+    "StreamViews",
+    "TarShards",
     "TopK",
     "Values",
     "ViewDataset",
     "ViewPlan",
     "ViewSampler",
     "create",
+    "decode_image",
     "join_index",
     "losses",
     "open",
     "position_index",
+    "render",
     "sample_table",
     "seal",
     "split_index",
@@ -77,16 +87,21 @@ _HOMES = {
     "Output": "cache.outputs:Output",
     "Sampled": "encodings:Sampled",
     "SparseTargets": "targets:SparseTargets",
+    "StreamSummary": "cache.streams:StreamSummary",
+    "StreamViews": "cache.streams:StreamViews",
+    "TarShards": "data.shards:TarShards",
     "TopK": "encodings:TopK",
     "Values": "encodings:Values",
     "ViewDataset": "data.views:ViewDataset",
     "ViewPlan": "data.views:ViewPlan",
     "ViewSampler": "data.sampler:ViewSampler",
     "create": "cache.creation:create",
+    "decode_image": "data.shards:decode_image",
     "join_index": "data.index:join_index",
     "losses": "losses",
     "open": "cache.reader:open_cache",
     "position_index": "data.sequences:position_index",
+    "render": "data.views:render",
     "sample_table": "data.samples:sample_table",
     "seal": "cache.sealing:seal",
     "split_index": "data.index:split_index",

@@ -117,10 +117,8 @@ class ViewPlan:
     """Rows of each sample in the cache, for the index of samples with several rows; None is one row per sample."""
     views: range | None = None
     """View numbers that may be rendered, such as those that a cache has labels for; None is no limit."""
-    datasets: weakref.WeakSet[ViewDataset] = field(
-        default_factory=weakref.WeakSet, init=False, repr=False, compare=False
-    )
-    """The live `ViewDataset`s of this plan object, for `cache.check_batch`."""
+    datasets: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet, init=False, repr=False, compare=False)
+    """The live `ViewDataset`s and `StreamViews` of this plan object, for `cache.check_batch`."""
 
     model_input = RenamedAttribute("preprocess")
 
@@ -477,6 +475,10 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         assert self.plan.rows is not None
         samples = indices if self.rows is None else self.rows[indices]
         return self.plan.rows.blocks_of(self.plan.rows.offsets[samples])
+
+    def at_hand(self, numbers: Sequence[int]) -> Sequence[int]:
+        """The places of those samples, of some by number, that `batch` may render: all."""
+        return range(len(numbers))
 
     def index_of(self, row: int) -> int | None:
         """The index in this dataset of a row of the cache; None if a subset does not contain it."""
