@@ -59,6 +59,7 @@ from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import Encoding
 from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, InvalidLogits, ShapeError, UsageError
 from logitcache.storage import Storage
+from logitcache.storage.claims import remove_claims
 from logitcache.targets import row_slices
 
 # B batch, C classes, N samples
@@ -133,9 +134,34 @@ class CacheWriter:
             self.storage.delete(key)
         self._receipts = {}
 
-    def missing_blocks(self) -> list[Block]:
-        """The blocks that have no valid receipt, view by view."""
+    def missing_blocks(self, *, refresh: bool = False) -> list[Block]:
+        """The blocks that have no valid receipt, view by view.
+
+        Args:
+            refresh: read the receipts again, to see what other writers have committed since this one was opened.
+        """
+        if refresh:
+            self.flush()
+            self._receipts = self._stored_receipts()
         return [block for block in all_blocks(self.layout) if block.name not in self._receipts]
+
+    def _stored_receipts(self) -> dict[str, Receipt]:
+        there = self._manifest_there()
+        while True:
+            receipts = collect_receipts(self.storage, there)
+            # Another writer that seals deletes receipts while they are read here.
+            before, there = there, self._manifest_there()
+            if (before.state, before.layout) == (there.state, there.layout):
+                return receipts
+
+    def is_committed(self, block: Block, *, refresh: bool = False) -> bool:
+        """Whether a block has a valid receipt.
+
+        Args:
+            block: of this cache.
+            refresh: look at the store, for a block that another writer may have committed.
+        """
+        return block.name in self._receipts or (refresh and self._receipt_of_another(block) is not None)
 
     def write(
         self,
@@ -411,7 +437,8 @@ class CacheWriter:
                 )
 
     def _delete_receipts(self) -> None:
-        """Delete the receipts of single blocks, which `receipts.json` now contains."""
+        """Delete the receipts of single blocks, which `receipts.json` now contains, and the claims of workers."""
+        remove_claims(self.storage)
         for key in list(self.storage.list_keys("receipts")):
             of_view = re.fullmatch(r"receipts/v(\d+)/.*", key)
             # Receipts of later views belong to a writer that adds views and is not finished.

@@ -44,6 +44,7 @@ from logitcache.encodings import ENCODINGS, encoding_from_config
 from logitcache.errors import CorruptCache
 from logitcache.progress import track
 from logitcache.storage import Storage, open_storage
+from logitcache.storage.claims import CLAIMS
 
 MAX_MISSING = 2**16
 """The search for receipts ends after this many are missing: a hostile manifest may claim millions."""
@@ -107,7 +108,7 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
             problems.append(Problem("", path, "missing" if found is None else "wrong bytes"))
     expected = {MANIFEST, RECEIPTS, CARD, *metadata, *(each.key for each in objects)}
     expected |= {f"{GROUP}/{array}/zarr.json" for receipt in records.receipts.values() for array in receipt.objects}
-    strays = [path for path in sizes or () if path not in expected and not path.startswith("receipts/")]
+    strays = [path for path in sizes or () if path not in expected and not path.startswith(("receipts/", f"{CLAIMS}/"))]
     problems += [Problem("", path, "stray") for path in strays]
     if manifest.state == "sealed" and records.content_digest() != manifest.digest:
         problems.append(Problem("", MANIFEST, "wrong digest"))
