@@ -50,6 +50,9 @@ ROW_OFFSETS = "row_offsets"
 ROW_POSITIONS = "row_positions"
 """Per-cache array: the position of each row in its sample."""
 
+SAMPLE_CONTENTS = "sample_contents"
+"""Per-cache array: the digest of each sample's content."""
+
 LOGITS = "logits"
 """Name of the output that every cache has."""
 
@@ -154,6 +157,11 @@ class Layout(_Record):
     """Blocks of a view, if samples have any number of rows."""
 
     @property
+    def contents_pending(self) -> bool:
+        """Whether digests of the samples are still being taken: the cache is open, and its id is provisional."""
+        return "sample_targets" in self.fixed and SAMPLE_CONTENTS not in self.fixed
+
+    @property
     def num_rows(self) -> int:
         """Rows of a view."""
         return self.num_samples if self.sequence_rows is None else self.sequence_rows
@@ -249,6 +257,8 @@ class Manifest(_Record):
         names = self.identity.class_names
         if names is not None and len(names) != self.layout.num_classes:
             raise ValueError(f"{len(names)} class names for {self.layout.num_classes} classes")
+        if self.state == "sealed" and self.layout.contents_pending:
+            raise ValueError(f"{SAMPLE_CONTENTS} is missing from `fixed`")
         return self
 
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.agreement import differing_rows
+from logitcache.cache.contents import PendingContents, settled_manifest, settled_samples
 from logitcache.cache.layout import (
     PER_CACHE,
     Block,
@@ -35,14 +37,17 @@ from logitcache.cache.manifest import (
     LOGITS,
     MAX_RECEIPT_BYTES,
     RECEIPTS,
+    SAMPLE_CONTENTS,
     Manifest,
     Receipt,
     StoredObject,
     dump,
     read_receipt,
 )
+from logitcache.cache.objects import ObjectReader
 from logitcache.cache.openblock import OpenBlock
 from logitcache.cache.outputs import OutputLayout, output_layouts, outputs_of
+from logitcache.cache.per_cache import stored_samples
 from logitcache.cache.reader import LogitCache
 from logitcache.cache.records import (
     Records,
@@ -53,7 +58,7 @@ from logitcache.cache.records import (
     write_group_metadata,
 )
 from logitcache.data.rows import RowMap
-from logitcache.data.samples import batch_item, input_digest
+from logitcache.data.samples import SeenContents, batch_item, input_digest
 from logitcache.data.views import proof_rows
 from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import Encoding
@@ -85,6 +90,7 @@ class CacheWriter:
         rows: which rows belong to which sample.
         per_cache: the per-cache arrays, by name; written unless they are stored already.
         write_card: writes the card of a sealed cache that has none; called under the storage's lock.
+        seen: takes the content digests of the samples, if the layout has `contents_pending`.
     """
 
     def __init__(
@@ -96,6 +102,7 @@ class CacheWriter:
         rows: RowMap,
         per_cache: Mapping[str, np.ndarray],
         write_card: Callable[[LogitCache], None],
+        seen: SeenContents | None = None,
     ) -> None:
         self.storage = storage
         self.manifest = manifest
@@ -110,11 +117,17 @@ class CacheWriter:
         """Blocks committed by this writer, in the order of their receipts."""
         self._write_card = write_card
         self._output_layouts = output_layouts(encoding, self.layout.num_classes, self.outputs)
+        self._pending: PendingContents | None = None
+        if self.layout.contents_pending:
+            self._pending = PendingContents(storage, rows, seen or SeenContents(rows.num_samples))
+            self._pending.resume()
         self._receipts = collect_receipts(storage, manifest)
         self._open_blocks: dict[Block, OpenBlock] = {}
         self._submitted: set[Block] = set()
         self._lock = threading.Lock()
         self._writing = threading.RLock()
+        self._settled_ids: set[str] = set()
+        """Final ids of this cache, while its own is provisional."""
         self._stored_block: tuple[Block, dict[str, dict[str, Tensor]]] | None = None
         """The committed block that rows were compared with last."""
         self._commits: list[Future[None]] = []
@@ -399,6 +412,8 @@ class CacheWriter:
 
     def _seal_records(self) -> None:
         there = self._manifest_there()
+        if self._pending is not None:
+            self._settle_contents(self._pending, there)
         if there.state == "sealed" and set(self.layout.views) <= set(there.layout.views):
             sealed = collect_receipts(self.storage, there)
             self._compare_sealed(sealed)
@@ -421,6 +436,39 @@ class CacheWriter:
             write_group_metadata(self.storage, self.layout)
         replace_records(self.storage, self.manifest, gathered, replaces=there)
         self._delete_receipts()
+
+    def _settle_contents(self, pending: PendingContents, there: Manifest) -> None:
+        """Add the digests of all samples to the per-cache arrays, and the dataset's fingerprint to the identity.
+
+        Raises:
+            IncompleteCache: blocks, and so digests, are missing.
+            SampleMismatch: another writer has sealed the cache with other digests.
+        """
+        if there.layout.contents_pending:
+            missing = self.missing_blocks(refresh=True) if self.missing_blocks() else []
+            if missing:
+                raise IncompleteCache(self._describe_missing(missing))
+            samples = stored_samples(Records(self.manifest, self._receipts), ObjectReader(self.storage))
+            assert samples is not None
+            contents = pending.table()
+            self.manifest = settled_manifest(self.manifest, replace(samples, contents=contents))
+            self.layout = self.manifest.layout
+            encoded = self._encoded(PER_CACHE, {SAMPLE_CONTENTS: contents})
+            for array, (data, _) in encoded.items():
+                self.storage.put(object_key(self.layout, PER_CACHE, array), data)
+            stored = self._receipts[PER_CACHE]
+            objects = stored.objects | {array: each for array, (_, each) in encoded.items()}
+            receipt = stored.model_copy(update={"objects": objects})
+        else:  # another writer has sealed it
+            samples = settled_samples(self.storage, there, self.manifest.identity)
+            assert samples is not None
+            assert samples.contents is not None
+            pending.compare(samples.contents)
+            self.manifest = settled_manifest(self.manifest, samples)
+            self.layout = self.manifest.layout
+            receipt = collect_receipts(self.storage, there)[PER_CACHE]
+        self._receipts[PER_CACHE] = receipt
+        self._pending = None
 
     def _compare_sealed(self, sealed: Mapping[str, Receipt]) -> None:
         """Compare the blocks of this writer with those that another writer sealed.
@@ -492,6 +540,8 @@ class CacheWriter:
             # Compared and written under one lock: objects of two teachers must not end up under one receipt.
             with self.storage.lock():
                 receipt = self._receipt_of_another(block)
+                if self._pending is not None:
+                    self._pending.store(block.number)
                 if receipt is None:
                     receipt = self._store(
                         block.name,
@@ -517,12 +567,20 @@ class CacheWriter:
             IdentityMismatch: it is another cache's.
         """
         there = stored_manifest(self.storage)
-        if there.id != self.manifest.id:
+        if there.id != self.manifest.id and not self._is_settled(there):
             raise IdentityMismatch(
                 f"{self.storage.url} holds another cache by now ({there.id[:12]}…, not {self.manifest.id[:12]}…); "
                 "nothing of it was changed. Choose another path, and build again"
             )
         return there
+
+    def _is_settled(self, there: Manifest) -> bool:
+        """Whether a stored manifest is that of this cache, after another writer has sealed it with its final id."""
+        if self._pending is None:
+            return False
+        if there.id not in self._settled_ids and settled_samples(self.storage, there, self.manifest.identity):
+            self._settled_ids.add(there.id)
+        return there.id in self._settled_ids
 
     def _receipt_of_another(self, block: Block) -> Receipt | None:
         """The receipt of a block that another writer has committed since this one began; call it under the lock.

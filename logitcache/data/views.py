@@ -23,7 +23,14 @@ from torch import Tensor
 from logitcache.data.batching import Batch, Collate, InputPerModel, as_tensors, collate
 from logitcache.data.index import NO_ROW, join_index
 from logitcache.data.rows import RowMap
-from logitcache.data.samples import Dataset, content_digest, input_digest, load_sample, sample_key
+from logitcache.data.samples import (
+    Dataset,
+    SeenContents,
+    content_digest,
+    input_digest,
+    load_sample,
+    sample_key,
+)
 from logitcache.data.transforms import adapt_transform, describe_transform
 from logitcache.data.workers import end_with_parent
 from logitcache.deprecation import RenamedAttribute, renamed_keyword
@@ -108,8 +115,9 @@ class ViewPlan:
     """Required with mixing, where targets become distributions (C,)."""
     num_samples: int | None = None
     """Length of the whole dataset, if views are made of a subset; None takes the length of the dataset."""
-    contents: np.ndarray | None = None
-    """Content digests, uint8 (N, 16), that samples are checked against when first loaded; None checks nothing."""
+    contents: np.ndarray | SeenContents | None = None
+    """Content digests, uint8 (N, 16), that samples are checked against when first loaded; None checks nothing.
+    `SeenContents` records them instead, to create a cache in one pass."""
     collate: Collate | None = None
     """Builds a batch from a list of inputs, in order: `data.batching.pad` or your own; None stacks them. It is not part
     of the identity of the views, because a sample must not depend on its batch."""
@@ -466,6 +474,11 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
             if (row := self.row(index)) in proof_rows(self.plan.seed, view, self.num_samples)
         }
 
+    def take_digests(self, indices: Iterable[int]) -> None:
+        """Load samples only to record or check their content digests."""
+        for index in indices:
+            self._load(index)
+
     def row(self, index: int) -> int:
         """The row in the cache of sample `index` of this dataset."""
         return index if self.rows is None else int(self.rows[index])
@@ -519,8 +532,10 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         return str(row) if index is None else sample_key(self.dataset, index)
 
     def _check_content(self, row: int, index: int, value: Any) -> None:
-        assert self.plan.contents is not None
-        found, expected = content_digest(self.dataset, index, value), self.plan.contents[row].tobytes()
+        known = self.plan.contents
+        assert known is not None
+        found = content_digest(self.dataset, index, value)
+        expected = known.take(row, found) if isinstance(known, SeenContents) else known[row].tobytes()
         if found != expected:
             raise SampleMismatch(
                 f"sample {row} ({sample_key(self.dataset, index)}) is not what the teacher saw: its content has the "
