@@ -7,14 +7,14 @@ cache has `Layout.contents_pending` and a provisional id (docs/design/0013-one-p
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 
-from logitcache.cache.layout import Block
 from logitcache.cache.manifest import SAMPLE_CONTENTS, Identity, Manifest, PerCacheSpec
 from logitcache.cache.objects import ObjectReader
 from logitcache.cache.per_cache import stored_samples
@@ -25,6 +25,7 @@ from logitcache.errors import IncompleteCache, SampleMismatch, UsageError
 from logitcache.storage import Storage
 
 FOLDER = "receipts/contents"
+_NUMBER = re.compile(r"receipts/(contents|v[0-9]+)/b([0-9]+)[.](?:bin|json)")
 CHECKSUM_BYTES = 32
 
 
@@ -37,11 +38,13 @@ class PendingContents:
     Args:
         storage: the cache.
         rows: which samples belong to which block.
+        num_views: of the cache.
         seen: takes the digests.
     """
 
-    def __init__(self, storage: Storage, rows: RowMap, seen: SeenContents) -> None:
+    def __init__(self, storage: Storage, rows: RowMap, num_views: int, seen: SeenContents) -> None:
         self._storage = storage
+        self._num_views = num_views
         self._rows = rows
         self.seen = seen
         self._stored: set[int] = set()
@@ -49,21 +52,29 @@ class PendingContents:
     def resume(self) -> None:
         """Read the stored digests; samples are compared with them when they are loaded. Call it under the lock.
 
-        A block whose digests were lost loses its receipt too, so that it is computed again.
+        If digests were lost, one of the blocks that have these samples is computed again: it loses its receipt, if no
+        such block is missing anyway.
         """
-        blocks: dict[int, list[str]] = {}
+        receipts: Counter[int] = Counter()
+        first: dict[int, str] = {}
+        numbers = []
         for key in self._storage.list_keys("receipts"):
-            with suppress(ValueError):
-                block = Block.from_name(key.removeprefix("receipts/").removesuffix(".json"))
-                if block.name == key.removeprefix("receipts/").removesuffix(".json"):
-                    blocks.setdefault(block.number, []).append(key)
-        numbers = [number for number in sorted(blocks) if number < self._rows.blocks_per_view]
-        for number, digests in self._read_all(numbers):
-            if digests is None:
-                self._storage.delete(min(blocks[number]))
+            found = _NUMBER.fullmatch(key)
+            if found is None or int(found[2]) >= self._rows.blocks_per_view:
+                continue
+            number = int(found[2])
+            if found[1] == "contents":
+                numbers.append(number)
             else:
-                self.seen.add(self._rows.block_samples(number), digests)
+                receipts[number] += 1
+                first[number] = min(key, first.get(number, key))
+        for number, digests in self._read_all(numbers):
+            if digests is not None:
+                self.seen.add(self._rows.part(number), digests)
                 self._stored.add(number)
+        for number, count in receipts.items():
+            if number not in self._stored and count == self._num_views:
+                self._storage.delete(first[number])
 
     def store(self, number: int) -> None:
         """Store the digests of a block's samples, unless they are stored. Call it under the lock.
@@ -74,7 +85,7 @@ class PendingContents:
         """
         if number in self._stored:
             return
-        samples = self._rows.block_samples(number)
+        samples = self._rows.part(number)
         digests = self.seen.of(samples)
         if digests is None:
             raise UsageError(
@@ -97,7 +108,7 @@ class PendingContents:
             SampleMismatch: they differ; names the sample.
         """
         for number in range(self._rows.blocks_per_view):
-            samples = self._rows.block_samples(number)
+            samples = self._rows.part(number)
             digests = self.seen.of(samples)
             if digests is not None:
                 self._compare(samples, contents[samples.start : samples.stop], digests)
@@ -119,7 +130,7 @@ class PendingContents:
         """
         contents = np.empty((self._rows.num_samples, DIGEST_BYTES), dtype=np.uint8)
         for number, digests in self._read_all(range(self._rows.blocks_per_view)):
-            samples = self._rows.block_samples(number)
+            samples = self._rows.part(number)
             if digests is None:
                 raise IncompleteCache(
                     f"{self._storage.url}: the digests of samples {samples.start} to {samples.stop - 1} are missing; "
@@ -134,7 +145,7 @@ class PendingContents:
 
     def _read(self, number: int) -> np.ndarray | None:
         """The stored digests of a block's samples, uint8 (samples, 16); None if they are missing or damaged."""
-        length = len(self._rows.block_samples(number)) * DIGEST_BYTES
+        length = len(self._rows.part(number)) * DIGEST_BYTES
         data = self._storage.get(contents_key(number), limit=length + CHECKSUM_BYTES)
         if data is None or hashlib.sha256(data[:length]).digest() != data[length:]:
             return None

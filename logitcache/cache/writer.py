@@ -119,7 +119,8 @@ class CacheWriter:
         self._output_layouts = output_layouts(encoding, self.layout.num_classes, self.outputs)
         self._pending: PendingContents | None = None
         if self.layout.contents_pending:
-            self._pending = PendingContents(storage, rows, seen or SeenContents(rows.num_samples))
+            seen = seen or SeenContents(rows.num_samples)
+            self._pending = PendingContents(storage, rows, len(self.layout.views), seen)
             self._pending.resume()
         self._receipts = collect_receipts(storage, manifest)
         self._open_blocks: dict[Block, OpenBlock] = {}
