@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from logitcache.cache.streams import StreamSummary as StreamSummary
     from logitcache.cache.streams import StreamViews as StreamViews
     from logitcache.cache.writer import CacheWriter as CacheWriter
+    from logitcache.config.build import pipeline_data as pipeline_data
     from logitcache.data.index import join_index as join_index
     from logitcache.data.index import split_index as split_index
     from logitcache.data.sampler import ViewSampler as ViewSampler
@@ -71,6 +72,7 @@ __all__ = [
     "join_index",
     "losses",
     "open",
+    "pipeline_data",
     "plan_blocks",
     "position_index",
     "render",
@@ -108,6 +110,7 @@ _HOMES = {
     "join_index": "data.index:join_index",
     "losses": "losses",
     "open": "cache.reader:open_cache",
+    "pipeline_data": "config.build:pipeline_data",
     "plan_blocks": "stages.cache_teacher:plan_blocks",
     "position_index": "data.sequences:position_index",
     "render": "data.views:render",

@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from logitcache.cache.rendering import input_mismatch
 from logitcache.data.batching import Batch, collate
-from logitcache.data.samples import DIGEST_BYTES, SampleTable, input_digest
+from logitcache.data.samples import DIGEST_BYTES, SampleTable, input_digest, same_content
 from logitcache.data.views import Load, Renderer, ViewPlan, no_partner
 from logitcache.data.workers import end_with_parent
 from logitcache.errors import SampleMismatch, UsageError
@@ -245,7 +245,7 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
         expected = self._contents[number].tobytes()
         digest = hashlib.sha256(content).digest()[:DIGEST_BYTES] if content is not None else input_digest(value)
         # The teacher's dataset may have had no bytes of its own.
-        if digest != expected and (content is None or input_digest(value) != expected):
+        if not same_content(expected, digest) and (content is None or not same_content(expected, input_digest(value))):
             raise SampleMismatch(
                 f"sample {number} ({key}) is not what the teacher saw: its content has the digest {digest.hex()} here, "
                 f"{expected.hex()} in the cache.\nRestore the sample, or build a new cache from this data. If the "

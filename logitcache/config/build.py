@@ -5,6 +5,7 @@ This is where configuration ends: functions outside `config/` and `stages/` take
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from logitcache.catalog.models import (
     model_fingerprint,
 )
 from logitcache.catalog.outputs import sources_of, taps_of
-from logitcache.config.schema import DataConfig, ModelConfig, Pipeline, StudentConfig, parse_pipeline
+from logitcache.config.schema import DataConfig, ModelConfig, Pipeline, StudentConfig, load_pipeline, parse_pipeline
 from logitcache.context import Context
 from logitcache.data.batching import COLLATES, Collate, pad
 from logitcache.data.packing import pack
@@ -66,6 +67,27 @@ def build_context(pipeline: Pipeline, *, trust: bool) -> Context:
 def resolve_data(pipeline: Pipeline, *, trust: bool) -> Data:
     """The pipeline's dataset."""
     return load_configured(pipeline.data, trust=trust)
+
+
+def pipeline_data(pipeline: Pipeline | str | os.PathLike[str], *, trust: bool = False) -> Data:
+    """The dataset of a pipeline, divided into `train`, `validation` and `test` as in its stages.
+
+    `train` has the samples of the pipeline's cache in the cache's order, without those of `data.validation`. With
+    `cache.view_plan` it gives what the teacher saw: `ViewDataset(pipeline_data(file).train, cache.view_plan)`.
+
+    Args:
+        pipeline: a pipeline, or the path of its file.
+        trust: allow code from outside the working folder.
+
+    Returns:
+        The splits, map-style (`validation` and `test` may be None), `num_classes` and `class_names`.
+
+    Raises:
+        UsageError: the file is invalid, or names an unknown dataset.
+        DatasetUnavailable: files are missing; says how to get them.
+    """
+    loaded = pipeline if isinstance(pipeline, Pipeline) else load_pipeline(os.fspath(pipeline))
+    return resolve_data(loaded, trust=trust)
 
 
 def load_configured(config: DataConfig, *, trust: bool) -> Data:

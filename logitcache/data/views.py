@@ -29,6 +29,7 @@ from logitcache.data.samples import (
     content_digest,
     input_digest,
     load_sample,
+    same_content,
     sample_key,
 )
 from logitcache.data.transforms import adapt_transform, describe_transform
@@ -389,8 +390,9 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         self._index_of_row: dict[int, int] | None = None
         if rows is None and len(dataset) != self.num_samples:
             raise UsageError(
-                f"the dataset has {len(dataset)} samples, the cache {self.num_samples}; "
-                "pass rows=cache.rows(keys) to select samples of the cache"
+                f"the dataset has {len(dataset)} samples, the cache {self.num_samples}. The dataset of a pipeline's "
+                "cache is `logitcache.pipeline_data(PIPELINE).train`: validation samples are not in it. Of another "
+                "dataset, select samples of the cache (`cache.samples.keys`) and pass rows=cache.rows(keys)"
             )
         if rows is not None:
             if len(rows) != len(dataset):
@@ -536,11 +538,12 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         assert known is not None
         found = content_digest(self.dataset, index, value)
         expected = known.take(row, found) if isinstance(known, SeenContents) else known[row].tobytes()
-        if found != expected:
+        if not same_content(expected, found):
             raise SampleMismatch(
-                f"sample {row} ({sample_key(self.dataset, index)}) is not what the teacher saw: its content has the "
-                f"digest {found.hex()} here, {expected.hex()} in the cache.\n"
-                "Restore the sample, or build a new cache from this data."
+                f"sample {index} ({sample_key(self.dataset, index)}) is not what the teacher saw: its content has the "
+                f"digest {found.hex()} here, {expected.hex()} in row {row} of the cache.\n"
+                "Restore the sample; select the cache's samples in their order (`cache.samples.keys`), or pass "
+                "rows=cache.rows(keys); or build a new cache from this data."
             )
         self._checked[index] = True
 
