@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from logitcache.data.index import join_index as join_index
     from logitcache.data.index import split_index as split_index
     from logitcache.data.sampler import ViewSampler as ViewSampler
+    from logitcache.data.samples import SeenContents as SeenContents
     from logitcache.data.samples import sample_table as sample_table
     from logitcache.data.sequences import position_index as position_index
     from logitcache.data.shards import TarShards as TarShards
@@ -57,6 +58,7 @@ __all__ = [
     "Mixing",
     "Output",
     "Sampled",
+    "SeenContents",
     "SparseTargets",
     "StreamSummary",
     "StreamViews",
@@ -95,6 +97,7 @@ _HOMES = {
     "Mixing": "data.views:Mixing",
     "Output": "cache.outputs:Output",
     "Sampled": "encodings:Sampled",
+    "SeenContents": "data.samples:SeenContents",
     "SparseTargets": "targets:SparseTargets",
     "StreamSummary": "cache.streams:StreamSummary",
     "StreamViews": "cache.streams:StreamViews",

@@ -1,7 +1,7 @@
 """Content digests of samples that are taken while the teacher sees the samples, for a cache that is still open.
 
 Until the last digest is there, the dataset's fingerprint and so the cache's id are not known. The manifest of the open
-cache has `Layout.contents_pending` and a provisional id (docs/design/0013-one-pass.md).
+cache has `Manifest.contents_pending` and a provisional id (docs/design/0014-one-pass.md).
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def settled_samples(storage: Storage, manifest: Manifest, pending: Identity) -> 
         manifest: that is stored there, without pending contents.
         pending: the identity of this build.
     """
-    if manifest.layout.contents_pending or manifest.identity.differences(
+    if manifest.contents_pending or manifest.identity.differences(
         pending.model_copy(update={"dataset": manifest.identity.dataset})
     ):
         return None

@@ -518,7 +518,7 @@ def _open_manifest(
     identity = identity.model_copy(update={"format_version": manifest.identity.format_version})
     new = new.model_copy(update={"id": identity.cache_id, "identity": identity})
     same = identity
-    if layout.contents_pending and not fixed_stored:  # an earlier builder may have known the contents
+    if new.contents_pending and not fixed_stored:  # an earlier builder may have known the contents
         same = identity.model_copy(update={"dataset": manifest.identity.dataset})
     if not fixed_stored and not manifest.identity.differences(same):
         # An earlier builder was killed before it stored anything else.

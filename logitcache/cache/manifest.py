@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from logitcache.arrays import ArraySpec
-from logitcache.digest import json_digest
+from logitcache.digest import PENDING, json_digest
 from logitcache.errors import CorruptCache, NotACache, UnsupportedFormat, UsageError
 from logitcache.strict_json import parse_json
 
@@ -157,11 +157,6 @@ class Layout(_Record):
     """Blocks of a view, if samples have any number of rows."""
 
     @property
-    def contents_pending(self) -> bool:
-        """Whether digests of the samples are still being taken: the cache is open, and its id is provisional."""
-        return "sample_targets" in self.fixed and SAMPLE_CONTENTS not in self.fixed
-
-    @property
     def num_rows(self) -> int:
         """Rows of a view."""
         return self.num_samples if self.sequence_rows is None else self.sequence_rows
@@ -252,13 +247,17 @@ class Manifest(_Record):
     checksum: Sha256 | None = None
     """SHA-256 of the canonical JSON of all other fields; detects damage, not forgery. Only set on disk."""
 
+    @property
+    def contents_pending(self) -> bool:
+        """Whether digests of the samples are still being taken, so that the id is provisional."""
+        pending = self.identity.dataset.startswith(PENDING) and "sample_targets" in self.layout.fixed
+        return pending and self.state == "open" and SAMPLE_CONTENTS not in self.layout.fixed
+
     @model_validator(mode="after")
     def _has_a_name_for_each_class(self) -> Manifest:
         names = self.identity.class_names
         if names is not None and len(names) != self.layout.num_classes:
             raise ValueError(f"{len(names)} class names for {self.layout.num_classes} classes")
-        if self.state == "sealed" and self.layout.contents_pending:
-            raise ValueError(f"{SAMPLE_CONTENTS} is missing from `fixed`")
         return self
 
 

@@ -84,7 +84,7 @@ def samples_from_arrays(manifest: Manifest, arrays: Mapping[str, np.ndarray], *,
     """
     try:
         keys = arrays["sample_keys"].tobytes().decode().split("\n") if "sample_keys" in arrays else None
-        contents = None if manifest.layout.contents_pending else arrays[SAMPLE_CONTENTS]
+        contents = None if manifest.contents_pending else arrays[SAMPLE_CONTENTS]
         return SampleTable(manifest.layout.num_samples, keys, arrays["sample_targets"], contents)
     except (KeyError, UnicodeDecodeError, UsageError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error

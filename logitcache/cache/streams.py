@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # N samples
 
-CHUNK = 32
+CHUNK = 16
 """Samples that are rendered between two saves of the global generators, which the stream uses too."""
 MAX_WORKERS = 256
 NAME_BYTES = 1024
@@ -199,9 +199,10 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
         place = count.give()
         if place is not None:
             self._keep(f"{count.slot}-{place}", number, sample)
+        rendered = self._renderer.item(view, number, sample, self._partner, self.numbers.key)
         if number in self._proofs.get(view, {}):
-            self._prove(view, number, sample)
-        return self._renderer.item(view, number, sample, self._partner, self.numbers.key)
+            self._prove(view, number, sample, rendered[1])
+        return rendered
 
     def _parts(self, item: Any) -> tuple[str, Any, Any]:
         """Key, sample and target of an item of the stream."""
@@ -255,10 +256,11 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
         self._checked[number] = True
         return value
 
-    def _prove(self, view: int, number: int, sample: tuple[Any, Any]) -> None:
+    def _prove(self, view: int, number: int, sample: tuple[Any, Any], rendered: Any) -> None:
         """Compare a sample's view with the stored digest of the teacher's input."""
-        found = input_digest(self._teacher.item(view, number, sample, self._partner, self.numbers.key)[1]).hex()
-        expected = self._proofs[view][number]
+        if self._renderer.preprocess is not self.plan.preprocess:
+            rendered = self._teacher.item(view, number, sample, self._partner, self.numbers.key)[1]
+        found, expected = input_digest(rendered).hex(), self._proofs[view][number]
         if found != expected:
             raise input_mismatch(
                 view,

@@ -90,7 +90,7 @@ class CacheWriter:
         rows: which rows belong to which sample.
         per_cache: the per-cache arrays, by name; written unless they are stored already.
         write_card: writes the card of a sealed cache that has none; called under the storage's lock.
-        seen: takes the content digests of the samples, if the layout has `contents_pending`.
+        seen: takes the content digests of the samples, if the manifest has `contents_pending`.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class CacheWriter:
         self._write_card = write_card
         self._output_layouts = output_layouts(encoding, self.layout.num_classes, self.outputs)
         self._pending: PendingContents | None = None
-        if self.layout.contents_pending:
+        if manifest.contents_pending:
             seen = seen or SeenContents(rows.num_samples)
             self._pending = PendingContents(storage, rows, len(self.layout.views), seen)
             self._pending.resume()
@@ -445,7 +445,7 @@ class CacheWriter:
             IncompleteCache: blocks, and so digests, are missing.
             SampleMismatch: another writer has sealed the cache with other digests.
         """
-        if there.layout.contents_pending:
+        if there.contents_pending:
             missing = self.missing_blocks(refresh=True) if self.missing_blocks() else []
             if missing:
                 raise IncompleteCache(self._describe_missing(missing))

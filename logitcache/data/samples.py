@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from logitcache.data.packing import is_packed, packed_sequence
 from logitcache.data.tokens import NO_CLASS
 from logitcache.data.workers import end_with_parent
-from logitcache.digest import array_digest, json_digest
+from logitcache.digest import PENDING, array_digest, json_digest
 from logitcache.errors import IdentityMismatch, LogitCacheError, SampleMismatch, UnreadableSample, UsageError
 
 # N samples
@@ -66,7 +66,7 @@ class SampleTable:
 
     def pending_fingerprint(self) -> str:
         """The identity of the dataset while its contents are still being read: the SHA-256 of keys and targets."""
-        return f"pending:{json_digest([self.num_samples, self._keys_hash(), array_digest(self.targets)])}"
+        return f"{PENDING}{json_digest([self.num_samples, self._keys_hash(), array_digest(self.targets)])}"
 
     def _keys_hash(self) -> str | None:
         return None if self.keys is None else hashlib.sha256("\n".join(self.keys).encode()).hexdigest()

@@ -139,7 +139,7 @@ def test_an_open_cache_states_that_its_contents_are_pending(pipeline: Pipeline) 
     cache = logitcache.open(pipeline.cache.path)
     table = sample_table(Pictures())
 
-    assert cache.layout.contents_pending
+    assert cache.manifest.contents_pending
     assert table.pending_fingerprint() == cache.manifest.identity.dataset
     assert cache.samples is not None
     assert (table.keys, None) == (cache.samples.keys, cache.samples.contents)

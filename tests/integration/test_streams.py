@@ -286,10 +286,14 @@ def test_a_batch_that_changed_on_its_way_is_refused(cache: logitcache.LogitCache
         cache.check_batch(*changed(name)(index, inputs))
 
 
-def test_a_view_that_renders_differently_is_refused_when_a_proof_sample_arrives(cache: logitcache.LogitCache) -> None:
+@pytest.mark.parametrize("options", [{}, {"preprocess": v2.Resize(16)}], ids=["the teacher's input", "another input"])
+def test_a_view_that_renders_differently_is_refused_when_a_proof_sample_arrives(
+    cache: logitcache.LogitCache, options: dict[str, Any]
+) -> None:
     """As with another version of torchvision: data and description agree, pixels don't."""
-    views = views_of(cache)
-    views._teacher._shared = v2.RandomAffine(degrees=170)
+    views = views_of(cache, **options)
+    for renderer in (views._teacher, views._renderer):
+        renderer._shared = v2.RandomAffine(degrees=170)
 
     with pytest.raises(IdentityMismatch, match=r"view 0 of sample \d+ \(scan/\d+\) is not what the teacher saw"):
         list(views)
