@@ -256,8 +256,8 @@ def stage1_section(folder: Path, arguments: argparse.Namespace) -> str:
     ]
     about = (
         f"{arguments.images} JPEG files ({num_bytes / 2**20:.0f} MiB), one view of random crops, {arguments.workers} "
-        f"workers, {arguments.builds} pairs of builds. The teacher is a small MLP, so that reading and rendering are most "
-        "of the work, as with a fast GPU. Both caches have the same id and digest."
+        f"workers, {arguments.builds} pairs of builds. The teacher is a small MLP, so that reading and rendering are "
+        "most of the work, as with a fast GPU. Both caches have the same id and digest."
     )
     return f"## Stage 1 in one pass\n\n{about}\n\n{table(['', 'wall time', 'CPU time, with workers'], rows)}"
 

@@ -24,7 +24,7 @@ OUTSIDE = (
     "pipelines/**/*.yaml",
     "pipelines/**/*.py",
     "pipelines/README.md",
-    "tests/stranger.py",
+    "tests/independent_reader.py",
 )
 """Files outside of `docs/` that are part of the site."""
 

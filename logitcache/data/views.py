@@ -32,6 +32,7 @@ from logitcache.data.samples import (
     same_content,
     sample_key,
 )
+from logitcache.data.text_views import SELECTED
 from logitcache.data.transforms import adapt_transform, describe_transform
 from logitcache.data.workers import end_with_parent
 from logitcache.deprecation import RenamedAttribute, renamed_keyword
@@ -153,6 +154,12 @@ class ViewPlan:
         if self.views is None:
             object.__setattr__(self, "views", views)
 
+    def extend_limit(self, views: range) -> None:
+        """Allow these views too, where there is a limit; `create` calls it, which may add views to a cache."""
+        if self.views is not None:
+            both = range(min(self.views.start, views.start), max(self.views.stop, views.stop))
+            object.__setattr__(self, "views", both)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("datasets", "renderer")}
 
@@ -235,7 +242,13 @@ class Renderer:
         self._preprocess = adapt_transform(self.preprocess)
 
     def item(
-        self, view: int, number: int, sample: tuple[Any, Any], load: Load, key: Callable[[int], str]
+        self,
+        view: int,
+        number: int,
+        sample: tuple[Any, Any],
+        load: Load,
+        key: Callable[[int], str],
+        target_of_view: Callable[[Any, Any], Any] | None = None,
     ) -> tuple[int, Any, Any]:
         """(index, input, target) of one sample of a view.
 
@@ -245,9 +258,12 @@ class Renderer:
             sample: its (input, target).
             load: loads the partner, where the plan mixes samples.
             key: key of a sample by its number, for messages.
+            target_of_view: makes the target of the dataset's target and the positions that the transform selected.
         """
         value, target = sample
-        pixels = self._augmented(view, number, value, key)
+        pixels, selected = self._augmented(view, number, value, key)
+        if selected is not None and target_of_view is not None:
+            target = target_of_view(target, selected)
         if self.plan.mixing.active:
             pixels, target = self._mixed(view, number, pixels, int(target), load, key)
         if self._preprocess is not None:
@@ -261,11 +277,16 @@ class Renderer:
         rows = self.plan.rows.sample_rows(number)
         return join_index(view, rows.start) if rows else NO_ROW
 
-    def _augmented(self, view: int, number: int, value: Any, key: Callable[[int], str]) -> Any:
+    def _augmented(self, view: int, number: int, value: Any, key: Callable[[int], str]) -> tuple[Any, Any]:
+        """The sample after the shared transform, and the positions that the transform selected, else None."""
         if self._shared is not None:
             seed_generators(counter_seed("view", self.plan.seed, view, number))
             value = self._run(self._shared, value, number, "views.transform", key)
-        return to_float_image(value)
+        selected = None
+        if isinstance(value, dict) and SELECTED in value:
+            value = dict(value)
+            selected = value.pop(SELECTED)
+        return to_float_image(value), selected
 
     def _run(
         self, transform: Callable[[Any], Any], value: Any, number: int, name: str, key: Callable[[int], str]
@@ -292,7 +313,7 @@ class Renderer:
         weight = 1.0
         if mixture is not None:
             value, other_target = load(mixture.partner)
-            other = self._augmented(view, mixture.partner, value, key)
+            other, _ = self._augmented(view, mixture.partner, value, key)
             pixels, weight = _mix(pixels, _mixable(other), mixture)
             distribution[int(other_target)] += 1.0 - weight
         distribution[target] += weight
@@ -362,7 +383,8 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         dataset: map-style; `dataset[i]` returns (input, target).
         plan: how the views are made, such as `cache.view_plan`.
         preprocess: the model's deterministic preprocessing; by default the plan's, which is the teacher's.
-        rows: the row in the cache of each sample, from `cache.rows(keys)`, for a subset or another order.
+        rows: the number in the cache of each sample, for a subset or another order: `cache.rows(keys)`, or
+            `cache.samples.rows(keys)` where samples have several rows.
 
     Raises:
         UsageError: the dataset's length does not fit the plan, or a partner for mixing is not in the subset.
@@ -518,7 +540,15 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
                 f"there is no sample {index}: the dataset has {len(self.dataset)} samples, 0 to "
                 f"{len(self.dataset) - 1}. Make the sampler or the loader's batches of range(len(dataset))"
             )
-        return self._renderer.item(view, self.row(index), self._load(index), self._load_row, self._key_of_row)
+        of_view = getattr(self.dataset, "target_of_view", None)
+        return self._renderer.item(
+            view,
+            self.row(index),
+            self._load(index),
+            self._load_row,
+            self._key_of_row,
+            None if of_view is None else functools.partial(of_view, index),
+        )
 
     def _load(self, index: int) -> tuple[Any, Any]:
         sample = load_sample(self.dataset, index)
