@@ -23,6 +23,7 @@ OUTSIDE = (
     "logitcache/extras/soft_tree.py",
     "pipelines/**/*.yaml",
     "pipelines/**/*.py",
+    "pipelines/**/*.sh",
     "pipelines/README.md",
     "tests/independent_reader.py",
 )
