@@ -101,7 +101,9 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
     metadata = group_metadata(layout)
     expected = {MANIFEST, RECEIPTS, CARD, *metadata}
     records, parts = _receipts(storage, manifest, problems)
-    total = sum(1 for _ in records.objects()) if records is not None else num_blocks(layout) * len(layout.arrays)
+    # Those of a large cache are not read twice, to count them.
+    counted = None if records is None or manifest.receipts_by_view else records.objects()
+    total = num_blocks(layout) * len(layout.arrays) if counted is None else len(list(counted))
     with ThreadPoolExecutor(storage.concurrency) as threads, track("verifying", total, unit="objects") as meter:
         for receipts in parts:
             part = Records(manifest, receipts)
