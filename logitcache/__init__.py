@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from logitcache import losses as losses
     from logitcache.cache.creation import create as create
     from logitcache.cache.fidelity import Calibration as Calibration
+    from logitcache.cache.layout import Block as Block
     from logitcache.cache.outputs import Output as Output
     from logitcache.cache.reader import LogitCache as LogitCache
     from logitcache.cache.reader import open_cache as open
@@ -31,12 +32,15 @@ if TYPE_CHECKING:
     from logitcache.encodings import Sampled as Sampled
     from logitcache.encodings import TopK as TopK
     from logitcache.encodings import Values as Values
+    from logitcache.stages.cache_teacher import compute_blocks as compute_blocks
+    from logitcache.stages.cache_teacher import plan_blocks as plan_blocks
     from logitcache.targets import DenseTargets as DenseTargets
     from logitcache.targets import SparseTargets as SparseTargets
 
 __all__ = [
     "ArraySpec",
     "Auto",
+    "Block",
     "CacheWriter",
     "Calibration",
     "Dense",
@@ -53,10 +57,12 @@ __all__ = [
     "ViewDataset",
     "ViewPlan",
     "ViewSampler",
+    "compute_blocks",
     "create",
     "join_index",
     "losses",
     "open",
+    "plan_blocks",
     "position_index",
     "sample_table",
     "seal",
@@ -66,6 +72,7 @@ __all__ = [
 _HOMES = {
     "ArraySpec": "encodings:ArraySpec",
     "Auto": "encodings:Auto",
+    "Block": "cache.layout:Block",
     "CacheWriter": "cache.writer:CacheWriter",
     "Calibration": "cache.fidelity:Calibration",
     "Dense": "encodings:Dense",
@@ -82,10 +89,12 @@ _HOMES = {
     "ViewDataset": "data.views:ViewDataset",
     "ViewPlan": "data.views:ViewPlan",
     "ViewSampler": "data.sampler:ViewSampler",
+    "compute_blocks": "stages.cache_teacher:compute_blocks",
     "create": "cache.creation:create",
     "join_index": "data.index:join_index",
     "losses": "losses",
     "open": "cache.reader:open_cache",
+    "plan_blocks": "stages.cache_teacher:plan_blocks",
     "position_index": "data.sequences:position_index",
     "sample_table": "data.samples:sample_table",
     "seal": "cache.sealing:seal",

@@ -21,7 +21,7 @@ from logitcache.cache.card import write_card
 from logitcache.cache.card_fields import Card, card_from
 from logitcache.cache.destination import check_destination
 from logitcache.cache.fidelity import Calibration, candidates, choose, compare
-from logitcache.cache.layout import GROUP, PER_CACHE
+from logitcache.cache.layout import GROUP, PER_CACHE, receipt_key
 from logitcache.cache.manifest import (
     CARD,
     FORMAT_VERSION,
@@ -59,6 +59,7 @@ from logitcache.encodings.protocol import float_tensor
 from logitcache.errors import CorruptCache, IdentityMismatch, InvalidLogits, NotACache, UsageError
 from logitcache.progress import track
 from logitcache.storage import Storage, open_storage
+from logitcache.storage.claims import CLAIMS
 
 Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
 """A value that can be written as JSON."""
@@ -290,7 +291,7 @@ def _keys_to_replace(storage: Storage) -> list[str]:
         read_manifest(data, url=storage.url)
     keys = [key for key in storage.list_keys() if key != MANIFEST]
     for key in keys:
-        if key not in (RECEIPTS, CARD) and not key.startswith((f"{GROUP}/", "receipts/")):
+        if key not in (RECEIPTS, CARD) and not key.startswith((f"{GROUP}/", "receipts/", f"{CLAIMS}/")):
             raise NotACache(f"{storage.url} holds {key}, which is no part of a cache; move it, or choose another path")
     return [*keys, MANIFEST]
 
@@ -321,14 +322,35 @@ def _row_arrays(rows: RowMap) -> dict[str, np.ndarray]:
     return {ROW_OFFSETS: rows.offsets} | ({} if rows.positions is None else {ROW_POSITIONS: rows.positions})
 
 
+def is_created(storage: Storage) -> bool:
+    """Whether a cache is there with its per-cache arrays, so that another builder of it fits and hashes nothing.
+
+    Raises:
+        UsageError, NotACache: no cache can be created there.
+    """
+    if storage.size(MANIFEST) is None:
+        _check_free(storage)
+        return False
+    return storage.size(receipt_key(PER_CACHE)) is not None or storage.size(RECEIPTS) is not None
+
+
+def _check_free(storage: Storage) -> None:
+    """Refuse a location without a cache that no cache can be created in.
+
+    Raises:
+        UsageError, NotACache: it can't be written to, or holds something else.
+    """
+    check_destination(storage)
+    stranger = next((key for key in storage.list_keys() if not key.startswith(f"{CLAIMS}/")), None)
+    # Unless another builder began just now: of what it writes, the manifest comes first.
+    if stranger is not None and storage.size(MANIFEST) is None:
+        raise NotACache(f"{storage.url} is not empty and no logit cache (it holds {stranger}); choose another path")
+
+
 def _stored(storage: Storage) -> Records | None:
     """The records of a cache whose per-cache arrays are written; None where there is none."""
     if storage.size(MANIFEST) is None:
-        check_destination(storage)
-        stranger = next(iter(storage.list_keys()), None)
-        # Unless another builder began just now: of what it writes, the manifest comes first.
-        if stranger is not None and storage.size(MANIFEST) is None:
-            raise NotACache(f"{storage.url} is not empty and no logit cache (it holds {stranger}); choose another path")
+        _check_free(storage)
         return None
     manifest = stored_manifest(storage)
     records = Records(manifest, collect_receipts(storage, manifest))

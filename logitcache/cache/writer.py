@@ -24,6 +24,7 @@ from logitcache.cache.layout import (
     PER_CACHE,
     Block,
     encode_object,
+    is_receipt_name,
     num_blocks,
     object_key,
     receipt_key,
@@ -62,6 +63,7 @@ from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import Encoding
 from logitcache.errors import CorruptCache, IdentityMismatch, IncompleteCache, InvalidLogits, ShapeError, UsageError
 from logitcache.storage import Storage
+from logitcache.storage.claims import remove_claims
 from logitcache.targets import row_slices
 
 # B batch, C classes, N samples
@@ -138,9 +140,34 @@ class CacheWriter:
             self.storage.delete(key)
         self._receipts.clear()
 
-    def missing_blocks(self) -> list[Block]:
-        """The blocks that have no valid receipt, view by view."""
+    def missing_blocks(self, *, refresh: bool = False) -> list[Block]:
+        """The blocks that have no valid receipt, view by view.
+
+        Args:
+            refresh: read the receipts again, to see what other writers have committed since this one was opened.
+        """
+        if refresh:
+            self.flush()
+            self._receipts = WrittenReceipts(self.storage, self.manifest, self._stored_receipts())
         return list(self._receipts.missing())
+
+    def _stored_receipts(self) -> Mapping[str, Receipt]:
+        there = self._manifest_there()
+        while True:
+            receipts = collect_receipts(self.storage, there)
+            # Another writer that seals deletes receipts while they are read here.
+            before, there = there, self._manifest_there()
+            if (before.state, before.layout) == (there.state, there.layout):
+                return receipts
+
+    def is_committed(self, block: Block, *, refresh: bool = False) -> bool:
+        """Whether a block has a valid receipt.
+
+        Args:
+            block: of this cache.
+            refresh: look at the store, for a block that another writer may have committed.
+        """
+        return block.name in self._receipts or (refresh and self._receipt_of_another(block) is not None)
 
     def write(
         self,
@@ -418,7 +445,8 @@ class CacheWriter:
                 )
 
     def _delete_receipts(self, records: Records) -> None:
-        """Delete the receipts of single blocks, which `receipts.json` or the objects of the views now contain."""
+        """Delete the receipts of single blocks, which are gathered now, and the claims of workers."""
+        remove_claims(self.storage)
         kept = records.view_receipts_keys()
         for key in list(self.storage.list_keys("receipts")):
             view = view_of_receipts_key(key)
@@ -630,24 +658,25 @@ class WrittenReceipts:
     Args:
         storage: the cache.
         manifest: its manifest.
+        stored: the receipts in the storage, if they were read already; there may be some of other views.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+    def __init__(self, storage: Storage, manifest: Manifest, stored: Mapping[str, Receipt] | None = None) -> None:
         self._storage = storage
         self._manifest = manifest
         self._layout = manifest.layout
         self._added: OrderedDict[str, Receipt] = OrderedDict()
-        self._start(collect_receipts(storage, manifest))
+        self._start(collect_receipts(storage, manifest) if stored is None else stored)
 
     def _start(self, stored: Mapping[str, Receipt]) -> None:
         self.stored = stored
         """As they were read from the storage."""
         self._is_there = np.zeros((len(self._layout.views), self._layout.blocks_per_view), dtype=bool)
-        if isinstance(stored, ReceiptsByView) and self._manifest.state == "sealed":
-            self._is_there[:] = True
+        if isinstance(stored, ReceiptsByView) and stored.entries:  # of a sealed cache: nothing is read
+            self._is_there[[view in stored.entries for view in self._layout.views]] = True
             return
         for name in stored:
-            if name != PER_CACHE:
+            if name != PER_CACHE and is_receipt_name(self._layout, name):
                 self._mark(name)
 
     def _mark(self, name: str) -> None:

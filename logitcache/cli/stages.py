@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +20,9 @@ from logitcache.cli.printing import (
     print_rows,
 )
 from logitcache.errors import UsageError
+
+if TYPE_CHECKING:
+    from logitcache.engines import Engine
 
 
 @app.command("plan")
@@ -81,6 +86,20 @@ def train_teacher_command(
 def cache_teacher_command(
     pipeline: PipelineArgument,
     overrides: OverridesArgument = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="INDEX/COUNT", help="Compute one part of the blocks, such as 0/4, as one of a job array."),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="How the blocks are distributed: local, torchrun, claims, or one of a plugin; by default torchrun if "
+            "it started this process."
+        ),
+    ] = None,
+    engine_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of the engine; can be repeated.")
+    ] = None,
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -90,13 +109,43 @@ def cache_teacher_command(
     from logitcache.stages.cache_teacher import cache_teacher
     from logitcache.train.ranks import is_first_process
 
+    chosen = _engine(engine, engine_option or (), shard)
     loaded = load_pipeline(pipeline, overrides or ())
-    result = cache_teacher(loaded, trust=trust)
+    result = cache_teacher(loaded, engine=chosen, trust=trust)
     if not is_first_process():
         return
     summary = cache_summary(summarise(loaded.cache.path))
-    summary |= {"computed_blocks": len(result.computed_blocks), "total_blocks": result.total_blocks}
+    summary |= {
+        "computed_blocks": len(result.computed_blocks),
+        "total_blocks": result.total_blocks,
+        "missing_blocks": len(result.missing_blocks),
+    }
     show(summary, as_json, lambda: print_mapping(loaded.cache.path, summary))
+    if result.missing_blocks:
+        print(
+            f"{len(result.missing_blocks)} of {result.total_blocks} blocks are missing. The shard that finishes last "
+            f"seals the cache; if a shard failed, run it again. `logitcache seal {loaded.cache.path}` seals it, or "
+            "names the missing blocks",
+            file=sys.stderr,
+        )
+
+
+def _engine(name: str | None, options: Sequence[str], shard: str | None) -> Engine | None:
+    from logitcache.config.overrides import override
+    from logitcache.engines import Shard, engine_from_name
+
+    if shard is not None:
+        if name is not None:
+            raise UsageError(f"--shard {shard} and --engine {name} exclude each other: a shard runs by itself")
+        return Shard.parse(shard)
+    if name is None:
+        if options:
+            raise UsageError("--engine-option needs --engine")
+        return None
+    values: dict[str, Any] = {}
+    for option in options:
+        override(values, option)
+    return engine_from_name(name, values)
 
 
 @app.command("train-student")

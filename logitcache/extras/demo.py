@@ -21,9 +21,10 @@ from logitcache.config.schema import load_pipeline
 from logitcache.data.index import split_index
 from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.devices import pick_device
+from logitcache.engines import CacheResult
 from logitcache.errors import UsageError
 from logitcache.extras.student_export.cost import count_macs
-from logitcache.stages.cache_teacher import CacheResult, cache_teacher
+from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.matched_data import match_data
 from logitcache.stages.train_student import Experiment, Row, summarise
 from logitcache.stages.train_teacher import train_teacher

@@ -1,17 +1,20 @@
-"""Stage 1: runs the teacher over the missing blocks of a cache, then seals it.
+"""Stage 1: computes the missing blocks of a cache, and seals it. An engine distributes the blocks over processes.
 
 pipeline -> identity -> missing blocks -> for each batch: workers render the view -> teacher -> writer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from logitcache.cache.creation import create
+from logitcache.cache.creation import create, is_created
 from logitcache.cache.destination import check_destination
 from logitcache.cache.layout import Block, all_blocks
 from logitcache.cache.manifest import LOGITS, MANIFEST, Manifest
@@ -19,48 +22,147 @@ from logitcache.cache.reader import open_cache
 from logitcache.cache.writer import CacheWriter
 from logitcache.catalog.outputs import declared_outputs, sources_of, taps_of
 from logitcache.config.build import build_context, build_runner, resolve_data, resolve_plan, resolve_teacher
-from logitcache.config.schema import Pipeline
+from logitcache.config.schema import Pipeline, load_pipeline
 from logitcache.data.rows import RowMap
 from logitcache.data.samples import Dataset, SampleTable, compare_samples, content_table, sample_table
 from logitcache.data.tokens import length_batches
 from logitcache.data.views import ViewDataset
-from logitcache.errors import IdentityMismatch, NotACache
+from logitcache.engines import CacheResult, Engine, Job, Local, Shard, Torchrun, Worker
+from logitcache.engines.claims import open_once
+from logitcache.errors import IdentityMismatch, NotACache, UsageError
 from logitcache.progress import track
 from logitcache.storage import open_storage
+from logitcache.storage.claims import Claims
 from logitcache.train.inference import TeacherRunner, calibrate, output_shapes
-from logitcache.train.ranks import joined
+from logitcache.train.ranks import in_group
 
 
-@dataclass(frozen=True)
-class CacheResult:
-    """The cache, and the blocks that this run computed."""
-
-    manifest: Manifest
-    computed_blocks: list[Block]
-    total_blocks: int
-
-
-def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
+def cache_teacher(pipeline: Pipeline, *, engine: Engine | None = None, trust: bool = False) -> CacheResult:
     """Compute the missing blocks of a pipeline's cache, and seal it.
 
-    Safe to interrupt: run it again to resume. Under `torchrun` the first process creates and seals the cache, and
-    each process computes its share of the missing blocks.
+    Safe to interrupt: run it again to resume.
+
+    Args:
+        pipeline: names data, views, teacher and cache.
+        engine: distributes the blocks over processes; by default over those that `torchrun` started, or none.
+        trust: allow code from outside the working folder.
 
     Raises:
         LogitCacheError: data, teacher or an existing cache don't fit the pipeline; before the teacher runs.
+        UsageError: `torchrun` started this process, and another engine was chosen; or the other way around.
     """
-    place = open_storage(pipeline.cache.path)
-    if place.size(MANIFEST) is None:
-        check_destination(place)
-    data = resolve_data(pipeline, trust=trust)
-    plan = resolve_plan(pipeline, data, trust=trust)
-    context = build_context(pipeline, trust=trust)
-    teacher, fingerprint = resolve_teacher(pipeline, data, plan, trust=trust)
-    outputs = pipeline.cache.outputs
-    declared = declared_outputs(outputs, output_shapes(teacher, ViewDataset(data.train, plan), taps_of(outputs)))
-    with joined(context.device) as ranks:
-        if ranks.rank:
-            ranks.wait()  # until the first process has created the cache, with its per-cache arrays
+    if engine is None:
+        engine = Torchrun() if in_group() else Local()
+    elif in_group() != isinstance(engine, Torchrun):
+        raise UsageError(
+            f"the engine is {engine.name!r}, but torchrun started this process; start it without torchrun"
+            if in_group()
+            else "the engine 'torchrun' needs processes that torchrun started: "
+            "torchrun --nproc-per-node N -m logitcache.cli cache-teacher PIPELINE"
+        )
+    return engine.run(TeacherJob(pipeline, trust))
+
+
+def plan_blocks(
+    pipeline: Pipeline | str | os.PathLike[str], *, shard: str | None = None, trust: bool = False
+) -> list[Block]:
+    """The blocks of a pipeline's cache that are missing, view by view. The cache is created if it does not exist.
+
+    A block is a view and a range of its rows: the unit of work. Give each process some of the blocks, and
+    `compute_blocks` them there; when all are committed, `logitcache.seal` the cache.
+
+    Args:
+        pipeline: a pipeline, or the path of its file.
+        shard: such as "0/4": only the blocks of the first of four parts. A block belongs to the same part whatever is
+            missing, so each process can plan its own part.
+        trust: allow code from outside the working folder.
+
+    Raises:
+        LogitCacheError: data, teacher or an existing cache don't fit the pipeline.
+    """
+    part = Shard(index=0, count=1) if shard is None else Shard.parse(shard)
+    with closing(TeacherWorker(_loaded(pipeline), trust=trust)) as worker, Claims(worker.storage) as claims:
+        open_once(worker, claims)
+        missing = set(worker.missing_blocks())
+        return [block for block in part.share(worker.all_blocks()) if block in missing]
+
+
+def compute_blocks(
+    pipeline: Pipeline | str | os.PathLike[str], blocks: Iterable[Block], *, trust: bool = False
+) -> list[Block]:
+    """Run the teacher over blocks of a pipeline's cache, and commit them; blocks that are committed are left out.
+
+    Each call loads data and teacher, so pass many blocks at a time. Several processes may compute the same block: it
+    has the same values. The cache is not sealed: call `logitcache.seal`.
+
+    Args:
+        pipeline: a pipeline, or the path of its file.
+        blocks: from `plan_blocks`.
+        trust: allow code from outside the working folder.
+
+    Returns:
+        The blocks that were computed.
+
+    Raises:
+        UsageError: a block is not one of the cache.
+        LogitCacheError: data, teacher or the cache don't fit the pipeline.
+    """
+    requested = list(blocks)
+    with closing(TeacherWorker(_loaded(pipeline), trust=trust)) as worker, Claims(worker.storage) as claims:
+        open_once(worker, claims)
+        unknown = set(requested) - set(worker.all_blocks())
+        if unknown:
+            raise UsageError(
+                f"the cache has no block {min(unknown).name}; expected blocks of plan_blocks, of "
+                f"{worker.manifest.layout.num_views} views with {worker.manifest.layout.blocks_per_view} blocks each"
+            )
+        missing = set(worker.missing_blocks())
+        return worker.compute([block for block in dict.fromkeys(requested) if block in missing])
+
+
+def _loaded(pipeline: Pipeline | str | os.PathLike[str]) -> Pipeline:
+    return pipeline if isinstance(pipeline, Pipeline) else load_pipeline(os.fspath(pipeline))
+
+
+@dataclass(frozen=True)
+class TeacherJob(Job):
+    """Stage 1 of a pipeline, for an engine."""
+
+    pipeline: Pipeline
+    trust: bool
+
+    def load(self) -> TeacherWorker:
+        return TeacherWorker(self.pipeline, trust=self.trust)
+
+
+class TeacherWorker(Worker):
+    """The data and the teacher of a pipeline, and the writer of its cache.
+
+    Raises:
+        LogitCacheError: data or teacher are not available, or no cache can be written there.
+    """
+
+    def __init__(self, pipeline: Pipeline, *, trust: bool) -> None:
+        self.storage = open_storage(pipeline.cache.path)
+        if self.storage.size(MANIFEST) is None:
+            check_destination(self.storage)
+        self._pipeline = pipeline
+        self._data = resolve_data(pipeline, trust=trust)
+        self._plan = resolve_plan(pipeline, self._data, trust=trust)
+        self._context = build_context(pipeline, trust=trust)
+        self.device = self._context.device
+        self._teacher, self._fingerprint = resolve_teacher(pipeline, self._data, self._plan, trust=trust)
+        taps = taps_of(pipeline.cache.outputs)
+        shapes = output_shapes(self._teacher, ViewDataset(self._data.train, self._plan), taps)
+        self._outputs = declared_outputs(pipeline.cache.outputs, shapes)
+        self._opened: tuple[CacheWriter, ViewDataset] | None = None
+        self._runner: TeacherRunner | None = None
+
+    def is_created(self) -> bool:
+        return is_created(self.storage)
+
+    def open(self) -> None:
+        pipeline, data, plan = self._pipeline, self._data, self._plan
         samples = identify_samples(data.train, pipeline.cache.path, num_workers=pipeline.num_workers)
         views = ViewDataset(data.train, replace(plan, contents=samples.contents))
         writer = create(
@@ -69,15 +171,15 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
             num_classes=data.num_classes,
             num_views=pipeline.views.count,
             encoding=pipeline.cache.encoding,
-            outputs=declared,
-            logits_source=sources_of(outputs).get(LOGITS),
+            outputs=self._outputs,
+            logits_source=sources_of(pipeline.cache.outputs).get(LOGITS),
             calibration=lambda: calibrate(
-                build_runner(pipeline, teacher, context),
+                build_runner(pipeline, self._teacher, self._context),
                 views,
                 num_views=pipeline.views.count,
                 count=pipeline.cache.calibration,
             ),
-            teacher=fingerprint,
+            teacher=self._fingerprint,
             teacher_name=pipeline.teacher_name,
             dataset_name=pipeline.dataset_name,
             samples=samples,
@@ -90,28 +192,95 @@ def cache_teacher(pipeline: Pipeline, *, trust: bool = False) -> CacheResult:
             rows_per_block=pipeline.cache.rows_per_block,
             card=pipeline.cache.card if pipeline.cache.card.stated() else None,
         )
-        try:
-            if not ranks.rank:
-                ranks.wait()
-            missing = ranks.from_first(writer.missing_blocks)
-            ours = missing[ranks.rank :: ranks.size]
-            if ours:
-                run_blocks(build_runner(pipeline, teacher, context, list(writer.outputs)), writer, ours, views)
-            writer.flush()
-            ranks.wait()  # until all blocks are written
-            manifest = ranks.from_first(writer.seal)
-        finally:
-            writer.close()
-    return CacheResult(manifest, sorted(missing), total_blocks=sum(1 for _ in all_blocks(writer.layout)))
+        self._opened = writer, views
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._writer.manifest
+
+    def all_blocks(self) -> list[Block]:
+        return list(all_blocks(self._writer.layout))
+
+    def missing_blocks(self, *, refresh: bool = False) -> list[Block]:
+        return self._writer.missing_blocks(refresh=refresh)
+
+    def is_committed(self, block: Block) -> bool:
+        return self._writer.is_committed(block, refresh=True)
+
+    def compute(
+        self,
+        blocks: Iterable[Block],
+        *,
+        drawn_from: Sequence[Block] | None = None,
+        on_commit: Callable[[Block], None] | None = None,
+    ) -> list[Block]:
+        writer, views = self._open_cache()
+        drawn_from = list(blocks) if drawn_from is None else drawn_from
+        upcoming = iter(blocks)
+        first = next(upcoming, None)
+        if first is None:
+            return []  # no worker processes are started for nothing
+        if self._runner is None:
+            self._runner = build_runner(self._pipeline, self._teacher, self._context, list(writer.outputs))
+        computed: list[Block] = []
+        waiting: deque[Block] = deque()
+
+        def drawn() -> Iterator[Block]:
+            for block in itertools.chain([first], upcoming):
+                computed.append(block)
+                waiting.append(block)
+                yield block
+
+        def report_commits() -> None:
+            while waiting and writer.is_committed(waiting[0]):
+                block = waiting.popleft()
+                if on_commit is not None:
+                    on_commit(block)
+
+        total = sum(len(writer.row_map.block_rows(block.number)) for block in drawn_from)
+        run_blocks(self._runner, writer, drawn(), views, num_rows=total, after_batch=report_commits)
+        writer.flush()
+        report_commits()
+        return computed
+
+    def seal(self) -> Manifest:
+        return self._writer.seal()
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._writer.close()
+
+    @property
+    def _writer(self) -> CacheWriter:
+        return self._open_cache()[0]
+
+    def _open_cache(self) -> tuple[CacheWriter, ViewDataset]:
+        if self._opened is None:
+            raise UsageError("the cache is not open; call open() first")
+        return self._opened
 
 
-def run_blocks(runner: TeacherRunner, writer: CacheWriter, blocks: list[Block], views: ViewDataset) -> None:
-    """Run the teacher over the given blocks, and write its output."""
+def run_blocks(
+    runner: TeacherRunner,
+    writer: CacheWriter,
+    blocks: Iterable[Block],
+    views: ViewDataset,
+    *,
+    num_rows: int,
+    after_batch: Callable[[], None],
+) -> None:
+    """Run the teacher over blocks, and write its output.
+
+    Args:
+        runner, writer, views: the teacher, the cache, and the teacher's inputs.
+        blocks: read a few batches ahead of the teacher.
+        num_rows: in all blocks, for the progress.
+        after_batch: called when a batch is written.
+    """
     rows, num_views = writer.row_map, writer.layout.num_views
-    batches = list(teacher_batches(rows, blocks, runner.config.batch_size))
-    places = ([(view, sample) for sample in samples] for view, samples in batches)
-    total = sum(len(rows.block_rows(block.number)) for block in blocks)
-    with track("caching the teacher", total, unit="samples" if rows.one_each else "rows") as meter:
+    batches, ahead = itertools.tee(teacher_batches(rows, blocks, runner.config.batch_size))
+    places = ([(view, sample) for sample in samples] for view, samples in ahead)
+    with track("caching the teacher", num_rows, unit="samples" if rows.one_each else "rows") as meter:
         for (view, samples), output in zip(batches, runner.run(views, places), strict=True):
             start = 0
             for consecutive in _consecutive(rows, samples):
@@ -125,9 +294,10 @@ def run_blocks(runner: TeacherRunner, writer: CacheWriter, blocks: list[Block], 
                 )
                 start += len(consecutive)
             meter.advance(start, note=f"view {view + 1}/{num_views}")
+            after_batch()
 
 
-def teacher_batches(rows: RowMap, blocks: list[Block], batch_size: int) -> Iterator[tuple[int, Sequence[int]]]:
+def teacher_batches(rows: RowMap, blocks: Iterable[Block], batch_size: int) -> Iterator[tuple[int, Sequence[int]]]:
     """(view, samples) of each batch. A block is always split the same way, so that recomputing it gives the same bits.
 
     The sequences of a batch have similar lengths, so that it has little padding.

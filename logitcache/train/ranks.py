@@ -91,6 +91,11 @@ def launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def in_group() -> bool:
+    """Whether this process is one of several that are connected, or that `torchrun` started to be connected."""
+    return launched() or (dist.is_available() and dist.is_initialized())
+
+
 def is_first_process() -> bool:
     """Whether this process is the first, or the only one; only this one prints."""
     return not launched() or os.environ["RANK"] == "0"

@@ -56,6 +56,7 @@ from logitcache.encodings import ENCODINGS, encoding_from_config
 from logitcache.errors import CorruptCache
 from logitcache.progress import track
 from logitcache.storage import Storage, open_storage
+from logitcache.storage.claims import CLAIMS
 
 MAX_MISSING = 2**16
 """The search for receipts ends after this many are missing: a hostile manifest may claim millions."""
@@ -126,7 +127,8 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
         found = storage.get(path, limit=len(data))
         if found != data:
             problems.append(Problem("", path, "missing" if found is None else "wrong bytes"))
-    strays = [path for path in sizes or () if path not in expected and not path.startswith("receipts/")]
+    of_others = ("receipts/", f"{CLAIMS}/")
+    strays = [path for path in sizes or () if path not in expected and not path.startswith(of_others)]
     problems += [Problem("", path, "stray") for path in strays]
     if manifest.state == "sealed" and (records is None or records.content_digest() != manifest.digest):
         problems.append(Problem("", MANIFEST, "wrong digest"))

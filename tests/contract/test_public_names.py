@@ -28,7 +28,7 @@ PUBLIC = {
     "ViewPlan": """collate contents datasets describe limit_views mixes mixing mixture num_classes num_samples preprocess rows seed
         transform views""",
     "ViewSampler": "load_state_dict set_epoch state_dict view",
-    "CacheWriter": """close committed_blocks encoding flush layout manifest missing_blocks outputs row_map seal storage
+    "CacheWriter": """close committed_blocks encoding flush is_committed layout manifest missing_blocks outputs row_map seal storage
         write write_sparse""",
 }
 OLD = {

@@ -17,9 +17,10 @@ FLOOR = {
     "cache": 2,
     "share": 3, "catalog": 3, "testing": 3,
     "config": 4, "train": 4, "verify": 4,
-    "stages": 5,
-    "extras": 6, "cli": 6,
-    "__init__": 7,
+    "engines": 5,
+    "stages": 6,
+    "extras": 7, "cli": 7,
+    "__init__": 8,
 }  # fmt: skip
 
 

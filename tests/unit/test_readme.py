@@ -24,6 +24,7 @@ from logitcache.config.schema import Pipeline, load_pipeline
 from logitcache.data.batching import COLLATES
 from logitcache.data.transforms import TRANSFORMS
 from logitcache.encodings import ENCODINGS
+from logitcache.engines import ENGINES
 from logitcache.losses import FEATURE_LOSSES, LOSSES, loss_from_config
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
@@ -98,6 +99,7 @@ def test_the_guide_to_plugins_has_every_registry_and_its_example_works(monkeypat
         COLLATES,
         DATASETS,
         ENCODINGS,
+        ENGINES,
         FEATURE_LOSSES,
         INITIALISATIONS,
         LOSSES,

@@ -1,0 +1,83 @@
+"""Workers that come and go, such as spot machines: each claims a block, computes it, and claims the next.
+
+The workers share nothing but the store of the cache. The claims of a worker that was killed expire.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import ClassVar
+
+from logitcache.cache.layout import Block
+from logitcache.engines.protocol import CacheResult, Engine, Job, Worker
+from logitcache.errors import UsageError
+from logitcache.storage.claims import CLAIM_SECONDS, Claims
+
+CREATION = "creation"
+SEALING = "sealing"
+"""Claims of what one worker does for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claiming(Engine):
+    """Any number of these run at a time, on any machines, and may be started and killed at any moment."""
+
+    name: ClassVar[str] = "claims"
+    seconds: float = CLAIM_SECONDS
+    """Without a sign of life, after which the blocks of a worker are given to others."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seconds, int | float) or not self.seconds > 0:
+            raise UsageError(f"seconds is {self.seconds!r}; expected a number above 0")
+
+    def run(self, job: Job) -> CacheResult:
+        with closing(job.load()) as worker, Claims(worker.storage, seconds=self.seconds) as claims:
+            open_once(worker, claims)
+            computed: list[Block] = []
+            missing = worker.missing_blocks()
+            while missing:
+                free = _claimed(worker, claims, _from_own_place(missing, claims.owner))
+                done = worker.compute(free, drawn_from=missing, on_commit=lambda block: claims.release(block.name))
+                computed += done
+                missing = worker.missing_blocks(refresh=True)
+                if missing and not done:  # the rest is claimed by others
+                    claims.pause()
+            return seal_if_complete(worker, claims, computed)
+
+
+def _claimed(worker: Worker, claims: Claims, blocks: Iterable[Block]) -> Iterator[Block]:
+    """Claim one block after the other; leaves out those that others have claimed or committed."""
+    for block in blocks:
+        if not worker.is_committed(block) and claims.take(block.name):
+            # Its owner may have committed it and removed its claim after the first look.
+            if worker.is_committed(block):
+                claims.release(block.name)
+            else:
+                yield block
+
+
+def _from_own_place(blocks: list[Block], owner: str) -> list[Block]:
+    """The blocks from another place for each worker, so that workers rarely meet, even where claims do not work."""
+    start = zlib.crc32(owner.encode()) % len(blocks)
+    return blocks[start:] + blocks[:start]
+
+
+def open_once(worker: Worker, claims: Claims) -> None:
+    """Open the cache. One worker creates it, and the others wait: it hashes the data, and fits the encoding.
+
+    A second fit may differ in its last bits, and its arrays must not be mixed with those of the first.
+    """
+    with claims.wait_for(CREATION, done=worker.is_created):
+        worker.open()
+
+
+def seal_if_complete(worker: Worker, claims: Claims, computed: list[Block]) -> CacheResult:
+    """Seal the cache if no block is missing, one worker at a time."""
+    missing = worker.missing_blocks(refresh=True)
+    if not missing:
+        with claims.wait_for(SEALING, done=lambda: worker.manifest.state == "sealed"):
+            worker.seal()
+    return CacheResult(worker.manifest, computed, len(worker.all_blocks()), missing)
