@@ -72,7 +72,7 @@ CPU = torch.device("cpu")
 WRITER_THREADS = 2
 BLOCKS_IN_FLIGHT = 4
 """Blocks that wait for a writer thread or are being written: bounds the memory."""
-KEPT_RECEIPTS = 4096
+KEPT_RECEIPTS = 512
 """Receipts of a large cache that a writer keeps in memory."""
 SHOWN_MISSING = 5
 """Missing blocks that an error message lists."""

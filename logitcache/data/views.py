@@ -7,12 +7,14 @@ its student 224 px of the same crop.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import operator
 import random
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,6 +195,9 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
     Items are `views[i]`, of the view chosen by `set_view` (at first the first one), or `views[(view, i)]`, as
     `ViewSampler` chooses them. DataLoader workers end when the process that started them ends.
 
+    A sample that occurs several times in one batch, in several views, is loaded once; `ViewSampler(per_decode=4)` makes
+    such batches.
+
     Args:
         dataset: map-style; `dataset[i]` returns (input, target).
         plan: how the views are made, such as `cache.view_plan`.
@@ -283,8 +288,10 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
     def __getitems__(self, items: Iterable[int | tuple[int, int]]) -> list[tuple[int, Any, Any]]:
         end_with_parent()  # for loaders that the caller made
         current = int(self._view[0])
+        places = [item if isinstance(item, tuple) else (current, item) for item in items]
+        loaded = _LoadedOnce(self.dataset, [index for _, index in places])
         with preserved_generators():
-            return [self._render(*(item if isinstance(item, tuple) else (current, item))) for item in items]
+            return [self._render(view, index, loaded) for view, index in places]
 
     def collate(self, samples: Sequence[tuple[int, Any, Any]]) -> Batch:
         """Build a batch from samples with the plan's `collate`, for `DataLoader(collate_fn=views.collate)`.
@@ -346,7 +353,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
             raise UsageError(f"there is no view {view}; expected {expected}")
         return view
 
-    def _render(self, view: int, index: int) -> tuple[int, Any, Any]:
+    def _render(self, view: int, index: int, loaded: _LoadedOnce) -> tuple[int, Any, Any]:
         self.check_view(view)
         index = operator.index(index)
         if not 0 <= index < len(self.dataset):
@@ -355,9 +362,9 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
                 f"{len(self.dataset) - 1}. Make the sampler or the loader's batches of range(len(dataset))"
             )
         row = self.row(index)
-        pixels, target = self._augmented(view, row, index)
+        pixels, target = self._augmented(view, row, index, loaded)
         if self.plan.mixing.active:
-            pixels, target = self._mixed(view, row, pixels, int(target))
+            pixels, target = self._mixed(view, row, pixels, int(target), loaded)
         if self._preprocess is not None:
             pixels = self._run(self._preprocess, pixels, index, "input")
         return self._index(view, row), pixels, target
@@ -369,8 +376,10 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         rows = self.plan.rows.sample_rows(sample)
         return join_index(view, rows.start) if rows else NO_ROW
 
-    def _augmented(self, view: int, row: int, index: int) -> tuple[Any, Any]:
-        value, target = load_sample(self.dataset, index)
+    def _augmented(
+        self, view: int, row: int, index: int, loaded: _LoadedOnce, *, as_partner: bool = False
+    ) -> tuple[Any, Any]:
+        value, target = loaded.take(index, as_partner=as_partner)
         if self.plan.contents is not None and not self._checked[index]:
             self._check_content(row, index, value)
         if self._shared is not None:
@@ -390,7 +399,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
                 f"({type(value).__name__} of size {size and tuple(size)}): {type(error).__name__}: {error}"
             ) from error
 
-    def _mixed(self, view: int, row: int, pixels: Any, target: int) -> tuple[Any, Tensor]:
+    def _mixed(self, view: int, row: int, pixels: Any, target: int, loaded: _LoadedOnce) -> tuple[Any, Tensor]:
         assert self.plan.num_classes is not None
         pixels = _mixable(pixels)
         distribution = np.zeros(self.plan.num_classes, dtype=np.float32)
@@ -398,7 +407,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         weight = 1.0
         if mixture is not None:
             partner = mixture.partner if self._index_of_row is None else self._index_of_row[mixture.partner]
-            other, other_target = self._augmented(view, mixture.partner, partner)
+            other, other_target = self._augmented(view, mixture.partner, partner, loaded, as_partner=True)
             pixels, weight = _mix(pixels, _mixable(other), mixture)
             distribution[int(other_target)] += 1.0 - weight
         distribution[target] += weight
@@ -414,6 +423,56 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
                 "Restore the sample, or build a new cache from this data."
             )
         self._checked[index] = True
+
+
+class _LoadedOnce:
+    """Samples of a dataset for one batch; one that occurs several times in it is loaded once, and copied.
+
+    Args:
+        dataset: map-style.
+        indices: of all samples of the batch.
+    """
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
+        self._dataset = dataset
+        self._uses = {index: count for index, count in Counter(indices).items() if count > 1}
+        self._kept: dict[int, tuple[Any, Any]] = {}
+
+    def take(self, index: int, *, as_partner: bool = False) -> tuple[Any, Any]:
+        """The input and target of a sample, which the caller may change.
+
+        Args:
+            index: in the dataset.
+            as_partner: for another sample of the batch that is mixed with it; does not count as one of its uses.
+        """
+        left = self._uses.get(index, 0) - (not as_partner)
+        if not as_partner and index in self._uses:
+            self._uses[index] = left
+        if index in self._kept:
+            value, target = self._kept[index] if left > 0 else self._kept.pop(index)
+            return _copied(value), copy.deepcopy(target)
+        value, target = load_sample(self._dataset, index)
+        if left > 0 and not as_partner and _can_be_copied(value):
+            self._kept[index] = value, target
+            return _copied(value), copy.deepcopy(target)
+        return value, target
+
+
+def _can_be_copied(value: Any) -> bool:
+    """Whether a copy of a sample is as good as loading it again; not of files that are read later, or own classes."""
+    if isinstance(value, Mapping):
+        return all(map(_can_be_copied, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_can_be_copied, value))
+    is_image = type(value).__module__ == "PIL.Image" and type(value).__name__ == "Image"  # not one of an open file
+    return is_image or isinstance(value, np.ndarray | Tensor | str | bytes | int | float | None)
+
+
+def _copied(value: Any) -> Any:
+    """A copy that shares no memory with the value."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return value.copy() if hasattr(value, "mode") or isinstance(value, np.ndarray) else copy.deepcopy(value)
 
 
 @dataclass(frozen=True)

@@ -227,6 +227,7 @@ class Experiment:
         return TrainingData(
             views=ViewDataset(dataset, plan, preprocess=input_part(student, trust=self.trust)),
             indices=np.arange(len(dataset)),
+            per_decode=self.pipeline.views.per_decode,
             views_key=json_digest(["fresh", array_digest(indices)]),
             identity_of_labels={"num_views": None},
         )
@@ -257,6 +258,7 @@ class Experiment:
             labels=LiveLabels(
                 build_runner(pipeline, teacher, self.context, outputs), needs_teacher_inputs=not same_input
             ),
+            per_decode=pipeline.views.per_decode,
             num_views=pipeline.views.count,
             extra_outputs=extra_outputs,
         )
@@ -288,6 +290,7 @@ class Experiment:
             views_key=json_digest(["cache", None if rows is None else array_digest(rows)]),
             identity_of_labels=identity,
             labels=given or cached,
+            per_decode=1 if given is not None else self.pipeline.views.per_decode,
             num_views=num_views,
             first_view=cache.views.start,
             window_blocks=window_blocks,
@@ -298,7 +301,8 @@ class Experiment:
         self, ensemble: TeachersConfig | None, caches: list[LogitCache], views: ViewDataset, outputs: list[str]
     ) -> CachedLabels | EnsembleLabels:
         budget = self.pipeline.cache.memory_budget_mb
-        share = None if budget is None else int(budget * 2**20) // len(caches)
+        in_use = len(caches) * self.pipeline.views.per_decode
+        share = None if budget is None else int(budget * 2**20) // in_use
         members = [self._labels_of(cache, views, share, outputs, prove=cache is caches[0]) for cache in caches]
         if ensemble is None:
             return members[0]
