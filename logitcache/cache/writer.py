@@ -751,7 +751,8 @@ class WrittenReceipts:
 
         def read(view: int) -> dict[str, Receipt]:
             names = (block.name for block in view_blocks(self._layout, view))
-            return {name: changed[name] if name in changed else self[name] for name in names if name in self}
+            there = (name for name in names if name in changed or name in self)
+            return {name: changed[name] if name in changed else self[name] for name in there}
 
         per_cache = self._added.get(PER_CACHE) or self.stored.get(PER_CACHE)
         return ReceiptsByView(per_cache, views, read)

@@ -110,6 +110,8 @@ class ViewsConfig(Section):
     mix_probability: float = Field(default=1.0, ge=0, le=1)
     per_decode: int = Field(default=1, ge=1)
     """Views that are made from a sample each time it is loaded; at most `count`."""
+    on_device: bool = False
+    """Send images to the device as bytes, and mix and normalise them there."""
 
     @model_validator(mode="after")
     def _has_as_many_views(self) -> ViewsConfig:
@@ -125,7 +127,7 @@ class ViewsConfig(Section):
         Args:
             in_order: with `per_decode`, which changes the order of a student's samples, and nothing else.
         """
-        left_out = {"count"} if in_order and self.per_decode > 1 else {"count", "per_decode"}
+        left_out = {"count", "on_device"} | (set() if in_order and self.per_decode > 1 else {"per_decode"})
         return self.model_dump(exclude=left_out)
 
 

@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from logitcache.data.batching import Batch, Collate, InputPerModel, as_tensors, collate
+from logitcache.data.device_views import byte_image, device_steps, finished, mixed_bytes
 from logitcache.data.index import NO_ROW, join_index
 from logitcache.data.rows import RowMap
 from logitcache.data.samples import Dataset, content_digest, input_digest, load_sample, sample_key
@@ -203,6 +205,9 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         plan: how the views are made, such as `cache.view_plan`.
         preprocess: the model's deterministic preprocessing; by default the plan's, which is the teacher's.
         rows: the row in the cache of each sample, from `cache.rows(keys)`, for a subset or another order.
+        on_device: leave the last steps to `finish`: items are images as bytes, uint8 (C, H, W), so that fewer bytes
+            cross to the device; with mixing, a mapping of what is mixed. Needs a transform that gives PIL images or
+            bytes, and a `preprocess` of nothing but torchvision's `Normalize`.
 
     Raises:
         UsageError: the dataset's length does not fit the plan, or a partner for mixing is not in the subset.
@@ -219,6 +224,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         *,
         preprocess: Callable[[Any], Any] | None = None,
         rows: np.ndarray | None = None,
+        on_device: bool = False,
     ) -> None:
         self.dataset = dataset
         self.plan = plan
@@ -251,6 +257,9 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         self._shared = adapt_transform(plan.transform)
         self.preprocess = plan.preprocess if preprocess is None else preprocess
         self._preprocess = adapt_transform(self.preprocess)
+        self.on_device = on_device
+        """Whether batches need `finish`."""
+        self._device_steps = device_steps(self.preprocess) if on_device else []
         # In shared memory, so that persistent DataLoader workers see a new view, and share which samples are checked.
         first = torch.tensor([0 if plan.views is None else plan.views.start])
         self._view: Tensor = first.share_memory_()  # type: ignore[no-untyped-call]
@@ -306,6 +315,18 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         """The batched inputs of some (view, i), rendered as for training."""
         return self.collate(self.__getitems__(items))[1]
 
+    def finish(self, inputs: Any) -> Any:
+        """The inputs of a batch as the model takes them, where `on_device` has left steps to do; else unchanged.
+
+        Args:
+            inputs: of a batch from these views, on the device where the steps run.
+
+        Returns:
+            Images (B, C, H, W), float32, equal to those without `on_device`: exactly on the CPU, and up to 2^-23 in a
+            mixed image on another kind of device.
+        """
+        return finished(inputs, self._device_steps) if self.on_device else inputs
+
     def input_digests(self, view: int) -> dict[int, str]:
         """Digests of the inputs of a few rows of a view, by row, for `writer.write(input_digests=...)`.
 
@@ -318,8 +339,13 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
 
     def proofs(self, items: Iterable[tuple[int, int]], samples: Iterable[tuple[int, Any, Any]]) -> dict[int, str]:
         """Input digests, by row, of those rendered (view, i) that the cache stores digests for."""
+
+        def digest(value: Any) -> str:
+            whole = self.finish(default_collate([value]))[0] if self.on_device else value
+            return input_digest(whole).hex()
+
         return {
-            row: input_digest(value).hex()
+            row: digest(value)
             for (view, index), (_, value, _) in zip(items, samples, strict=True)
             if (row := self.row(index)) in proof_rows(self.plan.seed, view, self.num_samples)
         }
@@ -365,7 +391,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         pixels, target = self._augmented(view, row, index, loaded)
         if self.plan.mixing.active:
             pixels, target = self._mixed(view, row, pixels, int(target), loaded)
-        if self._preprocess is not None:
+        if self._preprocess is not None and not self.on_device:
             pixels = self._run(self._preprocess, pixels, index, "input")
         return self._index(view, row), pixels, target
 
@@ -385,7 +411,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         if self._shared is not None:
             seed_generators(counter_seed("view", self.plan.seed, view, row))
             value = self._run(self._shared, value, index, "views.transform")
-        return to_float_image(value), target
+        return byte_image(value) if self.on_device else to_float_image(value), target
 
     def _run(self, transform: Callable[[Any], Any], value: Any, index: int, name: str) -> Any:
         try:
@@ -401,14 +427,18 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
 
     def _mixed(self, view: int, row: int, pixels: Any, target: int, loaded: _LoadedOnce) -> tuple[Any, Tensor]:
         assert self.plan.num_classes is not None
-        pixels = _mixable(pixels)
+        pixels = pixels if self.on_device else _mixable(pixels)
         distribution = np.zeros(self.plan.num_classes, dtype=np.float32)
         mixture = self.plan.mixture(view, row, self.num_samples)
         weight = 1.0
+        if mixture is None and self.on_device:
+            pixels = mixed_bytes(pixels, None, weight, None)
         if mixture is not None:
             partner = mixture.partner if self._index_of_row is None else self._index_of_row[mixture.partner]
             other, other_target = self._augmented(view, mixture.partner, partner, loaded, as_partner=True)
-            pixels, weight = _mix(pixels, _mixable(other), mixture)
+            pixels, weight = (
+                _mix_later(pixels, other, mixture) if self.on_device else _mix(pixels, _mixable(other), mixture)
+            )
             distribution[int(other_target)] += 1.0 - weight
         distribution[target] += weight
         return pixels, torch.from_numpy(distribution)
@@ -526,14 +556,32 @@ def _mixable(value: Any) -> Any:
     )
 
 
-def _mix(pixels: Any, other: Any, mixture: Mixture) -> tuple[Tensor, float]:
-    """The mixed image, and the weight of the sample itself in it."""
+def _check_sizes(pixels: Any, other: Any) -> None:
+    """Refuse views of different sizes.
+
+    Raises:
+        ShapeError: they can't be mixed.
+    """
     if not isinstance(pixels, Tensor) or not isinstance(other, Tensor) or pixels.shape != other.shape:
         shapes = [tuple(getattr(value, "shape", ())) or type(value).__name__ for value in (pixels, other)]
         raise ShapeError(
             f"mixup and CutMix need views of one size, found {shapes[0]} and {shapes[1]}; "
             "end the shared transform with a crop or a resize to a fixed size"
         )
+
+
+def _mix_later(pixels: Tensor, other: Tensor, mixture: Mixture) -> tuple[dict[str, Tensor], float]:
+    """What `finish` mixes, and the weight of the sample itself in it."""
+    _check_sizes(pixels, other)
+    if mixture.box is None:
+        return mixed_bytes(pixels, other, mixture.weight, None), mixture.weight
+    height, width = pixels.shape[-2:]
+    return mixed_bytes(pixels, other, 1.0, mixture.patch(height, width)), mixture.weight_in(height, width)
+
+
+def _mix(pixels: Any, other: Any, mixture: Mixture) -> tuple[Tensor, float]:
+    """The mixed image, and the weight of the sample itself in it."""
+    _check_sizes(pixels, other)
     if mixture.box is None:
         return torch.lerp(other, pixels, mixture.weight), mixture.weight
     height, width = pixels.shape[-2:]

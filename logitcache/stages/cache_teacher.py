@@ -165,7 +165,8 @@ class TeacherWorker(Worker):
     def open(self) -> None:
         pipeline, data, plan = self._pipeline, self._data, self._plan
         samples = identify_samples(data.train, pipeline.cache.path, num_workers=pipeline.num_workers)
-        views = ViewDataset(data.train, replace(plan, contents=samples.contents))
+        plan_with_contents = replace(plan, contents=samples.contents)
+        views = ViewDataset(data.train, plan_with_contents, on_device=pipeline.views.on_device)
         writer = create(
             pipeline.cache.path,
             num_samples=len(data.train),

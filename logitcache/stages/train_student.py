@@ -219,13 +219,20 @@ class Experiment:
             return self._live_teacher(student, indices, sorted(outputs))
         return self._cached(student, indices, sorted(outputs), given)
 
+    @property
+    def _on_device(self) -> bool:
+        """Whether views are finished on the device; students that take turns share one rendering on the workers."""
+        return self.pipeline.views.on_device and not self.pipeline.together
+
     def _true_labels(self, student: StudentConfig, indices: np.ndarray) -> TrainingData:
         """True labels only. The student sees and mixes only its own samples, and every epoch is a new view."""
         everything = len(indices) == len(self.data.train)
         dataset = self.data.train if everything else selected(self.data.train, indices)
         plan = replace(self.plan, num_samples=len(dataset), rows=rows_of_dataset(dataset))
         return TrainingData(
-            views=ViewDataset(dataset, plan, preprocess=input_part(student, trust=self.trust)),
+            views=ViewDataset(
+                dataset, plan, preprocess=input_part(student, trust=self.trust), on_device=self._on_device
+            ),
             indices=np.arange(len(dataset)),
             per_decode=self.pipeline.views.per_decode,
             views_key=json_digest(["fresh", array_digest(indices)]),
@@ -251,6 +258,7 @@ class Experiment:
                 self.data.train,
                 self.plan,
                 preprocess=preprocess if same_input else BothInputs(preprocess, self.plan.preprocess),
+                on_device=self._on_device and same_input,
             ),
             indices=indices,
             views_key="live",
@@ -271,7 +279,8 @@ class Experiment:
         caches, rows = self._open(ensemble)
         cache, num_views = caches[0], self.pipeline.views.count
         outputs = [name for name in outputs if name in cache.outputs]  # `Hints` refuses those that are missing
-        views = views_of_cache(cache, self.data.train, self.plan, rows, input_part(student, trust=self.trust))
+        preprocess = input_part(student, trust=self.trust)
+        views = views_of_cache(cache, self.data.train, self.plan, rows, preprocess, on_device=self._on_device)
         cached = None if given is not None else self._cached_labels(ensemble, caches, views, outputs)
         window_blocks = None if cached is None else cached.window_blocks
         labels: dict[str, Any] = {"cache": cache.id, "window_blocks": window_blocks}

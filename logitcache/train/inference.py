@@ -117,6 +117,8 @@ class TeacherRunner:
         rows = sequence_rows(views)
         for (index, inputs, _), digests in loader:
             with torch.inference_mode():
+                if views.on_device:
+                    inputs = views.finish(to_device(inputs, context.device))
                 logits, outputs = self(inputs)
                 every, places = {LOGITS: logits, **outputs}, None
                 if rows is not None:

@@ -103,7 +103,7 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
     expected = {MANIFEST, RECEIPTS, CARD, *metadata}
     records, parts = _receipts(storage, manifest, problems)
     # Those of a large cache are not read twice, to count them.
-    counted = None if records is None or manifest.receipts_by_view else records.objects()
+    counted = None if records is None or records.by_view.entries else records.objects()
     total = num_blocks(layout) * len(layout.arrays) if counted is None else len(list(counted))
     with ThreadPoolExecutor(storage.concurrency) as threads, track("verifying", total, unit="objects") as meter:
         for receipts in parts:
@@ -142,7 +142,7 @@ def _receipts(
 
     Problems with receipts are added to `problems` when their part is read. Records are None where there is no index.
     """
-    if not manifest.receipts_by_view:
+    if manifest.state == "open" or not manifest.receipts_by_view:
         records = Records(manifest, _all_receipts(storage, manifest, problems))
         return records, iter([records.receipts])
     data, is_right = gathered_receipts(storage, manifest)

@@ -31,7 +31,7 @@ from logitcache.stages.cache_teacher import cache_teacher, grouped_batches, teac
 from logitcache.stages.train_student import Experiment
 from logitcache.train.labels import CachedLabels
 from logitcache.train.loop import Run, train
-from logitcache.train.runs import RunFolder
+from logitcache.train.runs import NullRunFolder, RunFolder
 
 SAMPLES, VIEWS, CLASSES = 12, 4, 3
 
@@ -176,10 +176,30 @@ def test_students_with_several_views_per_decode_resume_exactly(tiny: Make) -> No
         run.train_step(*batch)
     again = train(replace(experiment.job(student, seed=0), folder=job.folder))
 
-    views_of_epoch = [{view for batch in places[start : start + 2] for view, _ in batch} for start in (0, -2)]
-    assert [{0, 1}, {2}] == views_of_epoch
+    assert [{0, 1}, {2}] == [{view for view, _ in batch} for batch in (places[0], places[-1])]
     for name in ("accuracy", "epochs", "samples"):
         assert whole[name] == again[name]
+
+
+@pytest.mark.parametrize("mixup", [0, 0.5])
+def test_stages_have_the_same_results_with_views_that_are_finished_on_the_device(mixup: float, tiny: Make) -> None:
+    settings = ("views.count=2", f"views.mixup={mixup}", "teacher.input=[{Normalize: {mean: [0.5], std: [0.5]}}]")
+    results = []
+    for name in ("false", "true"):
+        pipeline = tiny(*settings, f"views.on_device={name}", f"cache.path={tiny().cache.path}-{name}")
+        digest = cache_teacher(pipeline).manifest.digest
+        student = pipeline.students[0].model_copy(update={"input": pipeline.teacher.input})
+        job = Experiment(pipeline, trust=False).job(student, seed=0)
+        run = Run(job, NullRunFolder())
+        run.begin_epoch()
+        for batch, _ in zip(rendered_batches(job.views, run.places(), num_workers=0), range(4), strict=False):
+            run.train_step(*batch)
+        results.append((digest, job.views.on_device, [p.detach().clone() for p in run.model.parameters()]))
+
+    (digest, on_device, weights), (other_digest, other_on_device, other_weights) = results
+    assert (False, True) == (on_device, other_on_device)
+    assert digest == other_digest
+    assert all(map(torch.equal, weights, other_weights))
 
 
 def test_more_views_per_decode_than_views_are_refused(tiny: Make) -> None:

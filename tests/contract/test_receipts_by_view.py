@@ -162,6 +162,26 @@ def test_rows_are_compared_with_blocks_whose_receipts_are_no_longer_in_memory(tm
             opened.write(view=0, start=0, logits=labels()[1])
 
 
+def test_two_writers_of_other_logits_never_mix(tmp_path: Path) -> None:
+    first = logitcache.create(tmp_path / "a.cache", num_views=VIEWS, **SETTINGS)
+    build(tmp_path / "a.cache")
+
+    with pytest.raises(IdentityMismatch, match="was written with other logits by another writer"), first:
+        first.write(view=0, start=0, logits=labels()[1])
+
+
+def test_a_cache_that_is_open_for_more_views_is_read_and_verified(tmp_path: Path) -> None:
+    build(tmp_path / "a.cache")
+    logitcache.create(tmp_path / "a.cache", num_views=4, **SETTINGS).close()
+    cache = logitcache.open(tmp_path / "a.cache")
+
+    assert not cache.sealed
+    assert logitcache.TopK(k=2) == cache.encoding
+    assert (SAMPLES, CLASSES) == tuple(cache.view(2).logits(range(SAMPLES)).shape)
+    problems = verify(str(tmp_path / "a.cache"), deep=True)
+    assert [("missing", f"v00003/b{number:05d}") for number in range(3)] == [(p.kind, p.block) for p in problems]
+
+
 def test_receipts_that_are_lost_before_sealing_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.cache"
     opened = logitcache.create(path, num_views=VIEWS, **SETTINGS)
