@@ -16,14 +16,15 @@ the imports: few and many samples, few and many views.
 
 from __future__ import annotations
 
-import json
 import math
+import multiprocessing
 import os
 import secrets
 import statistics
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -55,50 +56,78 @@ MAX_SECONDS, MAX_MEGABYTES = 0.5, 100
 KEY_BYTES = 24
 """Of a sample's key."""
 
-START = """
-import json, sys, time
-import logitcache, torch, torchvision
-import logitcache.cache.creation, logitcache.cache.reader, logitcache.storage.remote
-from logitcache.cache import receipts as by_view
-from logitcache.storage import open_storage
+Shape = Mapping[str, int]
+PROCESSES = multiprocessing.get_context("forkserver")
+"""Each measurement has a process of its own, forked from one that has only imported what is needed."""
+PROCESSES.set_forkserver_preload(["__main__", "logitcache.cache.reader", "logitcache.storage.remote", "torchvision"])
 
-def memory(name):
-    [kilobytes] = [line.split()[1] for line in open("/proc/self/status") if line.startswith(name)]
-    return int(kilobytes) / 1e3
 
-location, arguments = sys.argv[1], json.loads(sys.argv[2])
-open_storage(location).size("manifest.json")  # connections and credentials are not the cache's
-open("/proc/self/clear_refs", "w").write("5")
-before, start = memory("VmRSS:"), time.perf_counter()
-"""
-OPEN = """
-cache = logitcache.open(location)
-opened, seconds = memory("VmHWM:") - before, time.perf_counter() - start
-assert (arguments["views"], arguments["samples"]) == (cache.num_views, cache.num_samples)
-cache.input_digests(arguments["views"] // 2)
-print(json.dumps([seconds, opened, time.perf_counter() - start - seconds, memory("VmHWM:") - before]))
-"""
-BUILD = """
-import torch
-rows, classes = 4096, 10
-logits = torch.randn(rows, classes, generator=torch.Generator().manual_seed(0))
-samples, views = arguments["samples"], arguments["views"]
-with logitcache.create(location, num_samples=samples, num_classes=classes, num_views=views,
-                       encoding=logitcache.Dense(dtype="uint8"), teacher="noise", dataset="none") as writer:
-    for view in range(views):
-        for first in range(0, samples, rows):
-            writer.write(view=view, start=first, logits=logits[: samples - first])
-print(json.dumps([time.perf_counter() - start, memory("VmHWM:") - before]))
-"""
-READ = """
-samples, views = arguments["samples"], arguments["views"]
-cache = logitcache.open(location)
-for number in (0, views - 1):
-    view = cache.view(number, memory_budget=2**22)
-    for first in range(0, samples, 4096):
-        view.logits(range(first, min(first + 4096, samples)))
-print(json.dumps([time.perf_counter() - start, memory("VmHWM:") - before]))
-"""
+def measured(program: Callable[[str, Shape], list[float]], location: str, shape: Shape) -> list[float]:
+    """What a program measures in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=PROCESSES) as process:
+        return process.submit(begin, program, location, shape, dict(os.environ)).result()
+
+
+def begin(
+    program: Callable[[str, Shape], list[float]], location: str, shape: Shape, environment: dict[str, str]
+) -> list[float]:
+    os.environ.update(environment)
+    open_storage(location).size(MANIFEST)  # connections and credentials are not the cache's
+    return program(location, shape)
+
+
+class Usage:
+    """Seconds, and growth of the peak memory in MB, since it was made."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        self._memory, self._start = self._read("VmRSS"), time.perf_counter()
+
+    def measure(self) -> tuple[float, float]:
+        return time.perf_counter() - self._start, self._read("VmHWM") - self._memory
+
+    @staticmethod
+    def _read(name: str) -> float:
+        status = Path("/proc/self/status").read_text().splitlines()
+        [kilobytes] = [line.split()[1] for line in status if line.startswith(f"{name}:")]
+        return int(kilobytes) / 1e3
+
+
+def open_it(location: str, shape: Shape) -> list[float]:
+    """Seconds and MB of opening, and of the receipts of one view with it."""
+    usage = Usage()
+    cache = logitcache.open(location)
+    seconds, memory = usage.measure()
+    assert (shape["views"], shape["samples"]) == (cache.num_views, cache.num_samples)
+    cache.input_digests(shape["views"] // 2)
+    both, memory_of_both = usage.measure()
+    return [seconds, memory, both - seconds, memory_of_both]
+
+
+def build_it(location: str, shape: Shape) -> list[float]:
+    """Seconds and MB of a build."""
+    rows, classes = 4096, 10
+    logits = torch.randn(rows, classes, generator=torch.Generator().manual_seed(0))
+    usage = Usage()
+    with logitcache.create(
+        location, num_samples=shape["samples"], num_classes=classes, num_views=shape["views"],
+        encoding=logitcache.Dense(dtype="uint8"), teacher="noise", dataset="none",
+    ) as writer:  # fmt: skip
+        for view in range(shape["views"]):
+            for first in range(0, shape["samples"], rows):
+                writer.write(view=view, start=first, logits=logits[: shape["samples"] - first])
+    return list(usage.measure())
+
+
+def read_it(location: str, shape: Shape) -> list[float]:
+    """Seconds and MB of reading the first and the last view."""
+    usage = Usage()
+    cache = logitcache.open(location)
+    for number in (0, shape["views"] - 1):
+        view = cache.view(number, memory_budget=2**22)
+        for first in range(0, shape["samples"], 4096):
+            view.logits(range(first, min(first + 4096, shape["samples"])))
+    return list(usage.measure())
 
 
 def main() -> None:
@@ -108,7 +137,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs=2, default=[10_000, 10_000_000], help="few and many, for memory")
     parser.add_argument("--views", type=int, nargs=2, default=[8, 300], help="few and many, for memory")
     parser.add_argument("--repeats", type=int, default=7, help="of opening")
-    arguments = parse(parser, simulated=[200_000, 400], samples=[100, 20_000], views=[2, 3], repeats=2)
+    arguments = parse(parser, simulated=[200_000, 400], samples=[100, 20_000], views=[2, 3], repeats=1)
     folder = fresh_folder()
     sections = ["# Opening", conditions()]
     print(sections[-1], flush=True)
@@ -116,7 +145,7 @@ def main() -> None:
         sections.append(open_section(folder, *arguments.simulated, arguments.repeats))
         print(f"\n{sections[-1]}", flush=True)
     if arguments.only != "open":
-        sections.append(memory_section(folder, arguments.samples, arguments.views))
+        sections.append(memory_section(folder, arguments.samples, arguments.views, min(arguments.repeats, 3)))
         print(f"\n{sections[-1]}", flush=True)
     if arguments.write:
         name = "opening" if arguments.only is None else f"opening-{arguments.only}"
@@ -155,7 +184,7 @@ def open_section(folder: Path, num_samples: int, num_views: int, repeats: int) -
 
 
 def opening_row(name: str, location: str, shape: Mapping[str, int], repeats: int) -> list[str]:
-    found = np.array([measured(OPEN, location, shape) for _ in range(repeats)])
+    found = np.array([measured(open_it, location, shape) for _ in range(repeats)])
     seconds, view_seconds = np.median(found[:, 0]), np.median(found[:, 2])
     return [
         name, f"{seconds:.3f} s", f"{found[:, 1].max():.1f} MB", f"{view_seconds:.3f} s", f"{found[:, 3].max():.1f} MB"
@@ -206,28 +235,21 @@ def store(path: Path, manifest: Manifest, receipts: Mapping[str, Receipt]) -> No
     storage.put(MANIFEST, dump_manifest(records.manifest))
 
 
-def memory_section(folder: Path, samples: list[int], views: list[int]) -> str:
+def memory_section(folder: Path, samples: list[int], views: list[int], repeats: int) -> str:
     """Peak memory of builds and readers of several shapes."""
     rows = []
     for num_samples, num_views in ((samples[0], views[0]), (samples[1], views[0]), (samples[0], views[1])):
         path = folder / f"{num_samples}-{num_views}.cache"
         shape = {"samples": num_samples, "views": num_views}
-        seconds, building = measured(BUILD, str(path), shape)
-        readers = [measured(READ, str(path), shape)[1] for _ in range(3)]
+        seconds, building = measured(build_it, str(path), shape)
+        readers = [measured(read_it, str(path), shape)[1] for _ in range(repeats)]
         rows.append(
             [f"{num_samples:,}", num_views, f"{building:.0f} MB", f"{statistics.median(readers):.0f} MB",
              f"{seconds:.0f} s"]
         )  # fmt: skip
-    header = ["samples", "views", "build", "reader, median of 3", "time of the build"]
-    return f"## Memory\n\nGrowth of the peak memory over that of the imports.\n\n{table(header, rows)}"
-
-
-def measured(program: str, location: str, arguments: Mapping[str, int]) -> list[float]:
-    """What a program prints that runs in a process of its own."""
-    command = [sys.executable, "-c", START + program, location, json.dumps(arguments)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: list[float] = json.loads(ended.stdout)
-    return found
+    header = ["samples", "views", "build", "reader", "time of the build"]
+    about = f"Growth of the peak memory over that of the imports; of readers the median of {repeats}."
+    return f"## Memory\n\n{about}\n\n{table(header, rows)}"
 
 
 if __name__ == "__main__":
