@@ -71,7 +71,8 @@ def tiny_of(what: str) -> list[str]:
     """Overrides of a tiny run; only the twins of systems have a teacher and data that others can take the place of."""
     if what in ("pixels", "cross_modal"):
         training = [override for override in TINY if not override.startswith("data.name=")]
-        return [*tiny_places(), *training]
+        sizes = ["data.args={train: 40, validation: 8, test: 8}"] if what == "pixels" else []
+        return [*tiny_places(), *training, *sizes]
     return tiny_overrides(SMALL_TEACHER if what == TWINS else [])
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from logitcache.cache.reader import open_cache as open
     from logitcache.cache.sealing import seal as seal
     from logitcache.cache.writer import CacheWriter as CacheWriter
+    from logitcache.config.build import pipeline_data as pipeline_data
     from logitcache.data.index import join_index as join_index
     from logitcache.data.index import split_index as split_index
     from logitcache.data.sampler import ViewSampler as ViewSampler
@@ -62,6 +63,7 @@ __all__ = [
     "join_index",
     "losses",
     "open",
+    "pipeline_data",
     "plan_blocks",
     "position_index",
     "sample_table",
@@ -94,6 +96,7 @@ _HOMES = {
     "join_index": "data.index:join_index",
     "losses": "losses",
     "open": "cache.reader:open_cache",
+    "pipeline_data": "config.build:pipeline_data",
     "plan_blocks": "stages.cache_teacher:plan_blocks",
     "position_index": "data.sequences:position_index",
     "sample_table": "data.samples:sample_table",

@@ -7,22 +7,26 @@ transforms) is escaped or put into code spans, so that it is neither HTML nor a 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import yaml
 
 from logitcache.cache.card_fields import Card, card_from
+from logitcache.cache.cut_classes import cut_classes_of
 from logitcache.cache.ensemble import Part, merged_parts
 from logitcache.cache.layout import SAMPLE_ARRAYS
 from logitcache.cache.manifest import CARD
 from logitcache.cache.names import names_of, recorded_names
 from logitcache.cache.reader import LogitCache
 from logitcache.data.views import Mixing, ViewPlan
-from logitcache.encodings import Sampled
+from logitcache.encodings import Sampled, TopK
 from logitcache.errors import CorruptCache, UsageError
 from logitcache.markdown import LONGEST_NAME, code, escaped, fenced, one_line, table
+from logitcache.targets import SparseTargets, row_slices
 
 ACCURACY_ROWS = 65_536
 ACCURACY_LOGITS = 2**26
@@ -30,6 +34,8 @@ ACCURACY_LOGITS = 2**26
 ROWS_AT_ONCE = 1024
 TASK_CATEGORIES = {"causal": "text-generation", "masked": "fill-mask", "classification": "text-classification"}
 """Of the Hugging Face Hub, by the task of a tokenization."""
+ROW_NAMES = {"causal": "predicted tokens", "masked": "predicted tokens"}
+"""What the rows of a sample are, by the task of a tokenization."""
 SHOWN_CLASSES = 20
 LONGEST_TEXT, LONGEST_TRANSFORM = 10_000, 4_000
 """Maximum characters of the description and of the transform on a card."""
@@ -86,7 +92,7 @@ def _sections(cache: LogitCache, stated: Card) -> Iterator[str]:
     yield table(
         {
             "samples": f"{cache.num_samples:,}",
-            **({"rows per view": f"{cache.num_rows:,}"} if sequences else {}),
+            **(_rows_of_samples(cache) if sequences else {}),
             "views": _views(cache),
             "classes": f"{cache.num_classes:,}",
             "encoding": code(repr(cache.encoding)),
@@ -101,6 +107,10 @@ def _sections(cache: LogitCache, stated: Card) -> Iterator[str]:
     )
     yield "## Fidelity\n"
     yield _fidelity(cache)
+    distributions = _distributions(cache)
+    if distributions is not None:
+        yield "## Distributions\n"
+        yield distributions
     accuracy = _accuracy(cache)
     if accuracy is not None:
         yield "## Accuracy\n"
@@ -126,7 +136,12 @@ def _what_this_is(cache: LogitCache, stated: Card) -> Iterator[str]:
         more = cache.num_classes - SHOWN_CLASSES
         lines.append(f"- Classes: {shown}{f' and {more:,} more' if more > 0 else ''}")
     if identity.tokenization:
-        lines.append(f"- Tokenization: {code(json.dumps(identity.tokenization, sort_keys=True)[:LONGEST_TRANSFORM])}")
+        lines.append("- Tokenization:")
+        stated_fields = sorted(identity.tokenization.items())[:SHOWN_CLASSES]
+        lines += [f"  - {code(name)}: {code(json.dumps(value))}" for name, value in stated_fields]
+    cut = cut_classes_of(cache.manifest)
+    if cut is not None:
+        lines.append(f"- Left out: {cut.text}")
     licensed = code(stated.license) if stated.license else "unknown: not stated"
     lines.append(f"- License: {licensed}")
     if stated.url:
@@ -201,6 +216,43 @@ def _fidelity(cache: LogitCache) -> str:
             lines.append(f"{where} it is infinite: the encoding gives zero probability to classes that have some.")
         else:
             lines.append(f"{where} it is unknown: only some of the teacher's log-probabilities were available.")
+    return " ".join(lines) + "\n"
+
+
+def _rows_of_samples(cache: LogitCache) -> dict[str, str]:
+    """Rows of a view and of a sample, for samples with several."""
+    counts_N = np.diff(cache.row_offsets)
+    what = ROW_NAMES.get(str(cache.manifest.identity.tokenization.get("task")), "rows")
+    return {
+        "rows per view": f"{cache.num_rows:,}",
+        f"{what} per sample": f"{counts_N.mean():,.1f} on average, {counts_N.max():,} at most",
+    }
+
+
+def _distributions(cache: LogitCache) -> str | None:
+    """How concentrated the distributions of sequences are, measured on some rows; None with one row per sample.
+
+    Raises:
+        CorruptCache: the labels are damaged.
+    """
+    if cache.row_map.one_each:
+        return None
+    num_rows = min(cache.num_rows, ACCURACY_ROWS, max(1, ACCURACY_LOGITS // cache.num_classes))
+    view = cache.view(cache.views.start, memory_budget=1, ahead=False)
+    entropy, kept = 0.0, 0.0
+    for start in range(0, num_rows, ROWS_AT_ONCE):
+        targets = view.targets(range(start, min(start + ROWS_AT_ONCE, num_rows)))
+        for rows in row_slices(len(targets), cache.num_classes, targets.device):
+            entropy += float(targets[rows].entropy().sum())
+        if isinstance(targets, SparseTargets):
+            kept += float((1.0 - targets.softened().tail.exp()).sum())
+    mean = entropy / num_rows
+    lines = [f"On the first {num_rows:,} rows of view {cache.views.start}:"]
+    if isinstance(cache.encoding, TopK):
+        lines.append(f"the stored classes have {kept / num_rows:.2%} of the teacher's probability.")
+    lines.append(
+        f"The mean entropy of the stored distributions is {mean:.3f} nats, a perplexity of {math.exp(mean):,.2f}."
+    )
     return " ".join(lines) + "\n"
 
 

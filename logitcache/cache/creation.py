@@ -90,6 +90,7 @@ def create(
     tokenization: Mapping[str, Json] | None = None,
     rows_per_block: int | None = None,
     card: Card | Mapping[str, Json] | None = None,
+    notes: Mapping[str, Json] | None = None,
     overwrite: bool = False,
 ) -> CacheWriter:
     """Open a cache for writing: a new one, or an existing one of the same identity, to complete it or to add views.
@@ -121,6 +122,7 @@ def create(
             samples.
         card: fields of the cache's README.md, such as {"license": "cc-by-4.0"}. Can be changed later; None keeps those
             of an existing cache.
+        notes: JSON that is added to the provenance of a new cache; not part of its identity.
         overwrite: first delete the cache at the path, if there is one. Never deletes anything else.
 
     Raises:
@@ -160,6 +162,7 @@ def create(
         samples=samples,
         card=card,
         names={"teacher": teacher_name, "dataset": dataset_name},
+        notes=notes,
         overwrite=overwrite,
     )
 

@@ -121,7 +121,11 @@ class Selection:
         return load_sample(self.dataset, int(self.indices[index]))
 
     def content(self, index: int) -> bytes:
-        """The sample's content in the original dataset."""
+        """The sample's content in the original dataset; its digest where that has no `content`.
+
+        The digest of the latter is therefore a digest of a digest, which `samples.same_content` accepts. It is part of
+        the identity of existing caches.
+        """
         source = int(self.indices[index])
         content = getattr(self.dataset, "content", None)
         return content(source) if content is not None else content_digest(self.dataset, source)

@@ -13,12 +13,15 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Column, Table
 
+from logitcache.cache.cut_classes import cut_classes_of
+
 
 def cache_summary(summary: Any) -> dict[str, Any]:
     """The keys of `info`."""
     manifest, contents = summary.manifest, summary.contents
     outputs = {"outputs": summary.outputs} if summary.outputs else {}
     created = manifest.provenance.get("created")
+    cut = cut_classes_of(manifest)
     return {
         "id": manifest.id,
         "digest": manifest.digest,
@@ -38,6 +41,7 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         "views": f"{manifest.layout.first_view}:{manifest.layout.num_views}",
         "kl_mean": None if contents is None else contents.kl_mean,
         "created": created if isinstance(created, str) else None,
+        **({"cut_classes": cut.classes, "cut_mass_mean": cut.mass_mean, "cut_mass_max": cut.mass_max} if cut else {}),
         **({"encoding_packages": summary.packages} if summary.packages else {}),
         **outputs,
     }
@@ -183,10 +187,12 @@ def _rows_of(name: str, value: Any) -> list[tuple[str, Any]]:
 
 
 def print_rows(rows: list[Any]) -> None:
-    """The table of students; of sequences with the negative log-likelihood."""
+    """The table of students; of sequences with the negative log-likelihood, and the comparison with the teacher."""
     has_nll = any(row.nll_mean is not None for row in rows)
+    has_teacher = any(row.teacher_kl_mean is not None for row in rows)
     columns = ["student", "parameters", "samples", "seeds", *(["test NLL, nats"] if has_nll else [])]
-    table = Table(*columns, "test accuracy, %", "validation, %", "s/epoch")
+    of_teacher = ["KL to teacher, nats", "agreement, %"] if has_teacher else []
+    table = Table(*columns, *of_teacher, "test accuracy, %", "validation, %", "s/epoch")
     for row in rows:
         table.add_row(
             row.name,
@@ -194,6 +200,8 @@ def print_rows(rows: list[Any]) -> None:
             f"{row.samples:,}",
             str(len(row.seeds)),
             *([number(row.nll_mean, row.nll_sd, digits=4)] if has_nll else []),
+            *([number(row.teacher_kl_mean, row.teacher_kl_sd, digits=4)] if has_teacher else []),
+            *([percent(row.teacher_agreement_mean, row.teacher_agreement_sd)] if has_teacher else []),
             percent(row.accuracy_mean, row.accuracy_sd),
             percent(row.validation_accuracy_mean),
             number(row.epoch_seconds),

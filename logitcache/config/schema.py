@@ -323,6 +323,14 @@ class StudentConfig(ModelConfig):
         return {key: value for key, value in identity.items() if key not in unset or value != unset[key]}
 
 
+class EvaluationConfig(Section):
+    """How students are measured on the test split."""
+
+    teacher: str = "auto"
+    """The teacher that they are compared with: "live" runs it, "none" compares with none, and a path or URL names a
+    cache of the test split. "auto" is "live" for sequences where a student of the pipeline has `labels: live`."""
+
+
 class RunsConfig(Section):
     """Where runs are stored and logged."""
 
@@ -350,6 +358,7 @@ class Pipeline(Section):
     students: list[StudentConfig] = []
     together: bool = False
     """Render each batch once for all students whose batches are the same; results don't change."""
+    evaluation: EvaluationConfig = EvaluationConfig()
     runs: RunsConfig = RunsConfig()
     device: str = "auto"
     """"auto", "cpu", "cuda", "cuda:1", "mps"."""

@@ -27,7 +27,8 @@ from logitcache.data.batching import Batch, Collate, InputPerModel, as_tensors, 
 from logitcache.data.device_views import byte_image, device_steps, finished, mixed_bytes
 from logitcache.data.index import NO_ROW, join_index
 from logitcache.data.rows import RowMap
-from logitcache.data.samples import Dataset, content_digest, input_digest, load_sample, sample_key
+from logitcache.data.samples import Dataset, content_digest, input_digest, load_sample, same_content, sample_key
+from logitcache.data.text_views import SELECTED
 from logitcache.data.transforms import adapt_transform, describe_transform
 from logitcache.data.workers import end_with_parent
 from logitcache.deprecation import RenamedAttribute, renamed_keyword
@@ -204,7 +205,8 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         dataset: map-style; `dataset[i]` returns (input, target).
         plan: how the views are made, such as `cache.view_plan`.
         preprocess: the model's deterministic preprocessing; by default the plan's, which is the teacher's.
-        rows: the row in the cache of each sample, from `cache.rows(keys)`, for a subset or another order.
+        rows: the number in the cache of each sample, for a subset or another order: `cache.rows(keys)`, or
+            `cache.samples.rows(keys)` where samples have several rows.
         on_device: leave the last steps to `finish`: items are images as bytes, uint8 (C, H, W), so that fewer bytes
             cross to the device; with mixing, a mapping of what is mixed. Needs a transform that gives PIL images or
             bytes, and a `preprocess` of nothing but torchvision's `Normalize`.
@@ -233,8 +235,9 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         self._index_of_row: dict[int, int] | None = None
         if rows is None and len(dataset) != self.num_samples:
             raise UsageError(
-                f"the dataset has {len(dataset)} samples, the cache {self.num_samples}; "
-                "pass rows=cache.rows(keys) to select samples of the cache"
+                f"the dataset has {len(dataset)} samples, the cache {self.num_samples}. The dataset of a pipeline's "
+                "cache is `logitcache.pipeline_data(PIPELINE).train`: validation samples are not in it. Of another "
+                "dataset, select samples of the cache (`cache.samples.keys`) and pass rows=cache.rows(keys)"
             )
         if rows is not None:
             if len(rows) != len(dataset):
@@ -411,6 +414,11 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         if self._shared is not None:
             seed_generators(counter_seed("view", self.plan.seed, view, row))
             value = self._run(self._shared, value, index, "views.transform")
+        if isinstance(value, dict) and SELECTED in value:
+            value = dict(value)
+            selected = value.pop(SELECTED)
+            if hasattr(self.dataset, "target_of_view"):
+                target = self.dataset.target_of_view(index, target, selected)
         return byte_image(value) if self.on_device else to_float_image(value), target
 
     def _run(self, transform: Callable[[Any], Any], value: Any, index: int, name: str) -> Any:
@@ -446,11 +454,12 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
     def _check_content(self, row: int, index: int, value: Any) -> None:
         assert self.plan.contents is not None
         found, expected = content_digest(self.dataset, index, value), self.plan.contents[row].tobytes()
-        if found != expected:
+        if not same_content(expected, found):
             raise SampleMismatch(
-                f"sample {row} ({sample_key(self.dataset, index)}) is not what the teacher saw: its content has the "
-                f"digest {found.hex()} here, {expected.hex()} in the cache.\n"
-                "Restore the sample, or build a new cache from this data."
+                f"sample {index} ({sample_key(self.dataset, index)}) is not what the teacher saw: its content has the "
+                f"digest {found.hex()} here, {expected.hex()} in row {row} of the cache.\n"
+                "Restore the sample; select the cache's samples in their order (`cache.samples.keys`), or pass "
+                "rows=cache.rows(keys); or build a new cache from this data."
             )
         self._checked[index] = True
 

@@ -51,6 +51,11 @@ class RunResult(BaseModel):
     validation_accuracy: Share | None
     nll: Positive | None = None
     validation_nll: Positive | None = None
+    perplexity: Positive | None = None
+    bits_per_byte: Positive | None = None
+    teacher_kl: float | None = Field(default=None, ge=-1e-3, allow_inf_nan=False)
+    """Of a model that equals its teacher, rounding makes it slightly negative."""
+    teacher_agreement: Share | None = None
     epoch_seconds: Positive | None
     epochs: int = Field(ge=1)
     samples: int = Field(ge=1)

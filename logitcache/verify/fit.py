@@ -15,7 +15,14 @@ from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.catalog.datasets import Data
 from logitcache.data.rows import rows_of_dataset
-from logitcache.data.samples import Dataset, compare_samples, content_table, match_rows, sample_table
+from logitcache.data.samples import (
+    Dataset,
+    compare_samples,
+    content_table,
+    differing_contents,
+    match_rows,
+    sample_table,
+)
 from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.errors import IdentityMismatch, IncompleteCache, unsealed
 from logitcache.progress import track
@@ -189,7 +196,7 @@ def _sequence_differences(cache: LogitCache, dataset: Dataset, samples: np.ndarr
         differences += [f"{_named(cache, samples[index])} has rows at other positions" for index in others]
     contents = None if cache.samples is None else cache.samples.contents
     if contents is not None and getattr(dataset, "in_memory", False):
-        changed = (contents[samples] != content_table(dataset)).any(axis=1)
+        changed = differing_contents(contents[samples], content_table(dataset))
         differences += [f"{_named(cache, samples[index])} has other tokens" for index in np.flatnonzero(changed)]
     return differences
 

@@ -94,6 +94,35 @@ def test_the_starter_for_arrays_runs(tmp_path: Path) -> None:
     rows = logitcache(tmp_path, "run", "pipeline.yaml", *TINY, *small)["rows"]
     assert [(row["name"], row["samples"]) for row in rows] == [("distilled", 27), ("baseline", 27)]
 
+    ended = subprocess.run(
+        [sys.executable, "-c", PIPELINES_CACHE_IN_PYTHON],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout.split() == ["27", "27", "2"]
+
+
+PIPELINES_CACHE_IN_PYTHON = """
+import logitcache
+from my_data import load
+from torch.utils.data import Subset
+
+cache = logitcache.open("caches/starter.cache")
+everything = load("images.npz")["train"]
+kept = Subset(everything, [int(key) for key in cache.samples.keys])
+for dataset in (logitcache.pipeline_data("pipeline.yaml").train, kept):
+    views = logitcache.ViewDataset(dataset, cache.view_plan)
+    print(len([views[0, sample] for sample in range(len(views))]))  # each sample is compared with its digest
+half = Subset(everything, [int(key) for key in cache.samples.keys[::-2]])
+rows = cache.rows(cache.samples.keys[::-2])
+views = logitcache.ViewDataset(half, cache.view_plan, rows=rows)
+assert 14 == len([views[0, sample] for sample in range(len(views))])
+print(cache.check_batch(*views.collate([views[0, 0], views[0, 13]])[:2]))
+"""
+
 
 def test_the_starter_for_hugging_face_runs(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")

@@ -2,13 +2,17 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import logitcache
 
-PACKAGE = Path(__file__).parents[2] / "logitcache"
+CHECKOUT = Path(__file__).parents[2]
+PACKAGE = CHECKOUT / "logitcache"
 
 FLOOR = {
     "errors": 0, "strict_json": 0, "digest": 0, "randomness": 0, "progress": 0, "devices": 0, "entry_points": 0, "markdown": 0,
@@ -65,6 +69,24 @@ def annotated_names(module: ast.Module) -> set[str]:
         for name in ast.walk(annotation)
         if isinstance(name, ast.Name)
     }
+
+
+def test_no_tracked_text_file_has_conflict_markers() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("this is not a git checkout")
+    files = [CHECKOUT / name for name in listed.stdout.split("\0") if name]
+    marker = re.compile(rb"^(?:<{7} |={7}\r?$|>{7} )", re.MULTILINE)
+    found = [path.relative_to(CHECKOUT).as_posix() for path in files if path.is_file() and marker.search(text_of(path))]
+
+    assert len(files) > 100
+    assert [] == found
+
+
+def text_of(path: Path) -> bytes:
+    """The content of a text file; nothing of a binary one."""
+    content = path.read_bytes()
+    return b"" if b"\0" in content else content
 
 
 def test_importing_logitcache_loads_nothing_heavy_beside_torch_and_zarr() -> None:

@@ -32,7 +32,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_a_student_learns_from_a_cache_of_ones_own_sequences(names: dict[str, Any]) -> None:
     for program in PROGRAMS[:2]:
         exec(program, names)
-    rows = split_index(names["at"][names["at"] >= 0])[1].tolist()
+    rows = split_index(names["index"][names["has_row"]])[1].tolist()
     with torch.inference_mode():
         expected = torch.cat([names["teacher"](names["sequences"][sample][None])[0, :-1] for sample in (3, 0, 5)])
     stored = logitcache.TopK(k=64)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from logitcache.catalog.datasets import Selection
 from logitcache.data.samples import content_table, input_digest
 from logitcache.data.transforms import build_transform, describe_transform
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan, to_float_image
@@ -183,6 +184,20 @@ def test_a_changed_sample_is_named_when_it_is_first_loaded() -> None:
 
     with pytest.raises(SampleMismatch, match=r"sample 7 \(scan/0007.png\) is not what the teacher saw"):
         views[(0, 7)]
+
+
+def test_a_part_of_a_dataset_has_the_same_contents_as_its_pipeline_recorded() -> None:
+    """A pipeline hashes the digests of a dataset without `content` again."""
+    plain = [(torch.full((1, 2, 2), float(value)), 0) for value in range(6)]
+    recorded = content_table(Selection(plain, np.array([4, 1, 3])))
+    views = ViewDataset([plain[4], plain[1], plain[3]], ViewPlan(contents=recorded))
+    swapped = ViewDataset([plain[4], plain[3], plain[1]], ViewPlan(contents=recorded))
+
+    assert [0, 0, 0] == [views[(0, index)][2] for index in range(3)]
+    with pytest.raises(SampleMismatch, match=r"sample 1 \(1\) is not what the teacher saw.* in row 1 of the cache"):
+        swapped[(0, 1)]
+    reverse = ViewDataset(Selection(plain, np.array([0, 2])), ViewPlan(contents=content_table([plain[0], plain[2]])))
+    assert 2 == len([reverse[(0, index)] for index in range(2)])
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
