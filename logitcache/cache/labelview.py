@@ -67,7 +67,7 @@ class View(ABC):
     def _targets(self, rows_B: Tensor) -> Targets:
         """Targets of rows; the row numbers are checked already."""
 
-    def encoded(self) -> EncodedView:
+    def _encoded_logits(self) -> EncodedView:
         """The encoded logits."""
         assert isinstance(self, EncodedView)
         return self
@@ -125,9 +125,9 @@ class ViewOfOutputs(View):
             if name not in self._parts:
                 self._parts[name] = self._read(name)
 
-    def encoded(self) -> EncodedView:
+    def _encoded_logits(self) -> EncodedView:
         self.read([LOGITS])
-        return self._parts[LOGITS].encoded()
+        return self._parts[LOGITS]._encoded_logits()
 
     def _decoded(self, rows_B: Tensor) -> Tensor:
         return self.output(LOGITS, rows_B)
@@ -237,7 +237,7 @@ class MixedViews(EncodedView):
         first = next(iter(views.values()))
         self.number, self.num_classes, self.num_rows = -1, first.num_classes, first.num_rows
         self._views = views
-        self._encoding = first.encoded()._encoding
+        self._encoding = first._encoded_logits()._encoding
 
     def logits(self, index: Any) -> Tensor:
         return self._decoded(index_tensor(index))
@@ -252,7 +252,7 @@ class MixedViews(EncodedView):
 
     def _gathered(self, rows_B: Tensor) -> dict[str, Tensor]:
         def gathered(view: View, index_B: Tensor) -> dict[str, Tensor]:
-            encoded = view.encoded()
+            encoded = view._encoded_logits()
             return encoded._gathered(rows_of_view(index_B, encoded.number, encoded.num_rows))
 
         return self._joined(rows_B, gathered)
