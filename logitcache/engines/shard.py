@@ -17,7 +17,7 @@ from logitcache.storage.claims import Claims
 
 @dataclass(frozen=True, kw_only=True)
 class Shard(Engine):
-    """Blocks `index`, `index + count`, … of all blocks of the cache, whether they are written or not.
+    """Blocks `index`, `index + count`, … of all blocks of the cache (see `share`), whether they are written or not.
 
     So the division is the same in every job and at every restart, and the jobs do not communicate. The one that finds
     the cache complete seals it.

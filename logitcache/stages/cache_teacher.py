@@ -68,8 +68,9 @@ def cache_teacher(pipeline: Pipeline, *, engine: Engine | None = None, trust: bo
 def plan_blocks(
     pipeline: Pipeline | str | os.PathLike[str], *, shard: str | None = None, trust: bool = False
 ) -> list[Block]:
-    """The blocks of a pipeline's cache that are missing, view by view. The cache is created if it does not exist.
+    """The blocks of a pipeline's cache that are missing. The cache is created if it does not exist.
 
+    They are in the order of computation: view by view, or with `views.per_decode` blocks of the same samples in a row.
     A block is a view and a range of its rows: the unit of work. Give each process some of the blocks, and
     `compute_blocks` them there; when all are committed, `logitcache.seal` the cache.
 
