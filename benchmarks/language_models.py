@@ -97,6 +97,7 @@ def main() -> None:
         f"train.batch_size={arguments.batch}",
         f"train.lr={arguments.lr}",
         f"train.seeds={list(range(arguments.seeds))}",
+        "evaluation.teacher=none",  # `HeldOut` compares with the teacher
     ]
     measured: list[Measured] = []
     held_out: HeldOut | None = None

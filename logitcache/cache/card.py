@@ -22,6 +22,7 @@ from logitcache.cache.layout import SAMPLE_ARRAYS
 from logitcache.cache.manifest import CARD
 from logitcache.cache.names import names_of, recorded_names
 from logitcache.cache.reader import LogitCache
+from logitcache.data.transforms import entry_points_of
 from logitcache.data.views import Mixing, ViewPlan
 from logitcache.encodings import Sampled, TopK
 from logitcache.errors import CorruptCache, UsageError
@@ -176,19 +177,73 @@ def _how_to_load_it(cache: LogitCache) -> Iterator[str]:
         )
         + "```\n"
     )
-    if cache.manifest.identity.transform is not None:
-        yield (
-            "`logitcache.ViewDataset(dataset, cache.view_plan)` renders the views that the teacher saw; "
-            "`cache.verify_inputs` and `cache.check_batch` check that. On the command line, with a pipeline for your "
-            "copy of the data:\n"
-        )
+    yield from _how_to_render_it(cache)
+    command = _training_command(cache)
+    yield "On the command line" + (", with a pipeline for your copy of the data:\n" if command else ":\n")
     yield (
-        f"```\nlogitcache pull URL mine.cache --expect {cache.pin}\n"
-        "logitcache verify mine.cache --deep\n"
-        "logitcache train-student PIPELINE cache.path=mine.cache\n```\n"
+        f"```\nlogitcache pull URL mine.cache --expect {cache.pin}\nlogitcache verify mine.cache --deep\n{command}```\n"
     )
     yield "Any Zarr v3 reader, in any language, opens the encoded labels:\n"
     yield f'```python\nimport zarr\n\nprint(zarr.open_group("labels.zarr", mode="r")["{array}"].shape)\n```\n'
+
+
+def _how_to_render_it(cache: LogitCache) -> Iterator[str]:
+    """How the samples become what the teacher saw, in Python."""
+    transform = cache.manifest.identity.transform
+    samples = f"`dataset` has the {cache.num_samples:,} samples of the cache in its order"
+    samples += "." if cache.samples is None or cache.samples.keys is None else ": `cache.samples.keys`."
+    checked = "`cache.verify_inputs` and `cache.check_batch` check that."
+    if transform is None:
+        yield (
+            "This cache has no recipe of its views: prepare the samples as for the teacher, and look up their labels "
+            "by row number.\n"
+        )
+    elif _is_recorded(transform):
+        yield (
+            "`logitcache.ViewDataset(dataset, cache.view_plan)` renders the views that the teacher saw; "
+            f"{checked} Here {samples}\n"
+        )
+        named = _code_of_views(transform)
+        if named:
+            shown = ", ".join(map(code, named))
+            yield f"The views need code that is not here: {shown}. Review it, then open the cache with `trust=True`.\n"
+    else:
+        yield (
+            "The transform was a Python object, which can't be stored. Make the same plan from its description below, "
+            "`plan = logitcache.ViewPlan(transform=..., seed=...)`, and call `cache.check_plan(plan)`, which compares "
+            f"the two. Then `logitcache.ViewDataset(dataset, plan)` renders the views that the teacher saw; {checked} "
+            f"Here {samples}\n"
+        )
+
+
+def _training_command(cache: LogitCache) -> str:
+    """The line that trains students from the cache; empty where no pipeline can describe its views or tokenization."""
+    identity = cache.manifest.identity
+    tokenized_elsewhere = bool(identity.tokenization) and "task" not in identity.tokenization
+    if tokenized_elsewhere or not (identity.transform is None or _is_recorded(identity.transform)):
+        return ""
+    # Any pipeline's teacher has a fingerprint; labels of named caches are of any teacher.
+    teachers = [part.teacher for part in _parts(cache)] or [identity.teacher]
+    of_a_pipeline = all(re.search(r"@[0-9a-f]{64}$", teacher) for teacher in teachers)
+    labels = "cache.path=mine.cache" if of_a_pipeline else "'students.NAME.labels={caches: [mine.cache]}'"
+    return f"logitcache train-student PIPELINE {labels}\n"
+
+
+RECIPE = ("shared", "teacher_input")
+"""The parts of a recorded plan that are transforms."""
+
+
+def _code_of_views(transform: dict[str, Any]) -> list[str]:
+    """The `package.module:function` names in the recorded transforms."""
+    try:
+        return list(dict.fromkeys(name for part in RECIPE for name in entry_points_of(transform.get(part) or [])))
+    except UsageError:  # an untrusted manifest
+        return []
+
+
+def _is_recorded(transform: dict[str, Any]) -> bool:
+    """Whether `cache.view_plan` can build the transforms: they are lists of named transforms, or there is none."""
+    return all(transform.get(part) is None or isinstance(transform[part], list) for part in RECIPE)
 
 
 def _views(cache: LogitCache) -> str:

@@ -149,7 +149,7 @@ def create(
     _check_shape(num_samples, num_views, num_classes, rows_per_block)
     if rows_per_sample is not None and view_plan is not None and view_plan.mixing.active:
         raise UsageError("mixup and CutMix mix samples of one class each; remove them, or rows_per_sample")
-    return open_writer(
+    writer = open_writer(
         path,
         origin,
         rows=make_row_map(num_samples, rows_per_sample, row_positions, rows_per_block=rows_per_block),
@@ -165,6 +165,9 @@ def create(
         notes=notes,
         overwrite=overwrite,
     )
+    if view_plan is not None:
+        view_plan.extend_limit(writer.layout.views)
+    return writer
 
 
 @dataclass(frozen=True, kw_only=True)

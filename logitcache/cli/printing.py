@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -45,6 +47,23 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         **({"encoding_packages": summary.packages} if summary.packages else {}),
         **outputs,
     }
+
+
+def print_cache(title: str, summary: dict[str, Any]) -> None:
+    """The table of `info`, without values that repeat another one."""
+    repeated = {
+        "teacher_name": summary["teacher"].partition("@")[0] == summary["teacher_name"],
+        "dataset_name": summary["dataset"] == summary["dataset_name"],
+        "num_rows": summary["num_rows"] == summary["num_samples"],
+        "bytes_per_row": summary["num_rows"] == summary["num_samples"],
+        "views": summary["views"] == f"0:{summary['num_views']}",
+    }
+    print_mapping(title, {key: value for key, value in summary.items() if not repeated.get(key, False)})
+
+
+def print_next(command: str, pipeline: Any, overrides: Sequence[str] | None) -> None:
+    """The command of the next stage."""
+    say(f"Next: logitcache {command} {shlex.join([str(pipeline), *(overrides or ())])}")
 
 
 def print_caches(location: str, caches: list[dict[str, Any]], unreadable: list[dict[str, Any]]) -> None:
@@ -237,10 +256,16 @@ def print_checked(checked: list[Any]) -> None:
         for line in each.missing:
             indented = line.replace("\n", "\n  ")
             say(f"{each.file}: missing: {indented}")
+        if len(checked) == 1 and not each.missing and not each.error:
+            say(f"{each.file} is valid.")
         for line in each.unchecked:
-            say(f"{each.file}: not checked: {line}")
+            say(f"{each.file}: note: {line}")
         if each.error:
             print(f"error: {each.error}", file=sys.stderr, flush=True)
+
+
+DIFFERS = "differs"
+"""The kind of a problem whose path is a sentence about a difference."""
 
 
 def print_problems(cache: str, problems: list[Any]) -> None:
@@ -249,10 +274,17 @@ def print_problems(cache: str, problems: list[Any]) -> None:
         say(f"{cache}: no problems found")
         return
     title = plain(f"{cache}: {len(problems)} problem{'s' if len(problems) > 1 else ''}")
+    if all(problem.kind == DIFFERS for problem in problems):  # of `verify --data`: sentences instead of paths
+        say("\n  ".join([f"{cache} does not match the pipeline; they differ in", *map(_problem_line, problems)]))
+        return
     table = Table("block", "path", "kind", title=title, title_justify="left")
     for problem in problems:
         table.add_row(*map(plain, (problem.block, problem.path, problem.kind)))
     console().print(table)
+
+
+def _problem_line(problem: Any) -> str:
+    return _plain_line(problem.path)
 
 
 def print_repair(cache: str, result: Any) -> None:

@@ -134,6 +134,12 @@ class ViewPlan:
         if self.views is None:
             object.__setattr__(self, "views", views)
 
+    def extend_limit(self, views: range) -> None:
+        """Allow these views too, where there is a limit; `create` calls it, which may add views to a cache."""
+        if self.views is not None:
+            both = range(min(self.views.start, views.start), max(self.views.stop, views.stop))
+            object.__setattr__(self, "views", both)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "datasets"}
 

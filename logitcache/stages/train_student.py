@@ -320,7 +320,7 @@ class Experiment:
         in_use = len(caches) * self.pipeline.views.per_decode
         share = None if budget is None else int(budget * 2**20) // in_use
         members = [self._labels_of(cache, views, share, outputs, prove=cache is caches[0]) for cache in caches]
-        if ensemble is None:
+        if ensemble is None or len(members) == 1:
             return members[0]
         return EnsembleLabels(members, combination(ensemble.combine, ensemble.weights, len(caches)))
 
@@ -408,7 +408,7 @@ class Experiment:
                 self._caches[key] = [cache], rows
             else:
                 caches, rows = open_fitting_caches(ensemble.caches, self.data, self.plan, **needed)
-                if ensemble.combine == "logits":
+                if ensemble.combine == "logits" and len(caches) > 1:
                     refuse_sampled(ensemble.caches, caches)
                 self._caches[key] = caches, rows
         return self._caches[key]

@@ -76,6 +76,13 @@ class TeacherRunner:
     def __init__(
         self, teacher: nn.Module, config: TeacherConfig, context: Context, taps: Mapping[str, Tap] | None = None
     ) -> None:
+        training = next((name or "itself" for name, module in teacher.named_modules() if module.training), None)
+        if training is not None:
+            warnings.warn(
+                f"the teacher is in train mode (module {training}), so dropout and batch norm make its logits random; "
+                "call teacher.eval() first",
+                stacklevel=2,
+            )
         self.config = config
         self._context = context
         self._teacher = teacher

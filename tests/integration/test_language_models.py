@@ -460,6 +460,41 @@ def test_a_cache_written_by_hand_serves_the_same_students(text: Make, tmp_path: 
     assert rows.offsets.tolist() == logitcache.open(tmp_path / "own.cache").row_offsets.tolist()
 
 
+def test_students_of_a_serving_engines_cache_need_no_cache_of_the_pipelines_teacher(text: Make, tmp_path: Path) -> None:
+    engine = tmp_path / "engine.cache"
+    pipeline = text(f"students.small.labels={{caches: ['{engine}']}}", "train.chunked_head=true")
+    data = resolve_data(pipeline, trust=False)
+    torch.manual_seed(0)
+    model = NextToken(data.num_classes)
+    with (
+        logitcache.create(
+            engine,
+            num_samples=len(data.train),
+            num_classes=data.num_classes,
+            encoding=logitcache.TopK(k=4),
+            teacher="engine@1",
+            samples=logitcache.sample_table(data.train, contents=True),
+            view_plan=resolve_plan(pipeline, data, trust=False),
+            rows_per_sample=data.train.rows_per_sample,
+            row_positions=data.train.row_positions,
+            tokenization=data.train.tokenization,
+        ) as writer,
+        torch.inference_mode(),
+    ):
+        for index in range(len(data.train)):
+            inputs, targets = data.train[index]
+            if len(targets):
+                log_probs, ids = model(inputs["input_ids"][None])[0, : len(targets)].log_softmax(dim=1).topk(4)
+                start = writer.row_map.sample_rows(index).start
+                writer.write_sparse(view=0, start=start, ids=ids, log_probs=log_probs)
+
+    [row] = train_students(pipeline)
+
+    assert not Path(pipeline.cache.path).exists()
+    assert row.nll_mean is not None
+    assert 2 == len(losses(pipeline, "small"))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
