@@ -64,6 +64,11 @@ class ReceiptsByView(Mapping[str, Receipt]):
         self._read = read
         self._kept: OrderedDict[int, Mapping[str, Receipt]] = OrderedDict()
 
+    @property
+    def is_indexed(self) -> bool:
+        """Whether there is an entry for each view."""
+        return bool(self.entries) and len(self.entries) == len(self.views)
+
     def of_view(self, view: int) -> Mapping[str, Receipt]:
         """The receipts of one view, by name.
 
@@ -89,6 +94,14 @@ class ReceiptsByView(Mapping[str, Receipt]):
         if view not in self.views:
             raise KeyError(name)
         return self.of_view(view)[name]
+
+    def __eq__(self, other: object) -> bool:
+        """Compares the entries of two indexes, which state everything; otherwise all receipts."""
+        if isinstance(other, ReceiptsByView) and self.is_indexed and other.is_indexed:
+            return (self.per_cache, self.entries) == (other.per_cache, other.entries)
+        return super().__eq__(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __iter__(self) -> Iterator[str]:
         if self.per_cache is not None:

@@ -171,7 +171,7 @@ class Records:
     def contents(self) -> Contents:
         """Sizes and fidelity, summed over all receipts, or over the entries of the index."""
         receipts = self.by_view
-        if receipts.entries.keys() >= set(receipts.views) and receipts.per_cache is not None:
+        if receipts.is_indexed:
             return index_contents(receipts.per_cache, receipts.entries.values())
         total = rows = measured_rows = 0
         kl_sum = 0.0

@@ -367,7 +367,8 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         """The block of the cache that holds the labels of each sample, int64 (B,)."""
         assert self.plan.rows is not None
         samples = indices if self.rows is None else self.rows[indices]
-        return self.plan.rows.blocks_of(self.plan.rows.offsets[samples])
+        rows = self.plan.rows
+        return rows.blocks_of(samples if rows.one_each else rows.offsets[samples])
 
     def index_of(self, row: int) -> int | None:
         """The index in this dataset of a row of the cache; None if a subset does not contain it."""
