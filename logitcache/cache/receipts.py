@@ -24,8 +24,8 @@ from logitcache.digest import canonical_json, sha256_hex
 GATHERED_RECEIPTS = 4096
 """The most receipts that sealing gathers in `receipts.json`. Of more, each view's receipts become one object, which is
 read when the view is; to read this many takes a few tenths of a second."""
-KEPT_VIEWS = 2
-"""Views whose receipts stay in memory: the one in use and the next one."""
+KEPT_VIEWS, KEPT_RECEIPTS = 2, 2**13
+"""The receipts of the most recently read views stay in memory: of two views, and of more up to this number (40 MB)."""
 
 
 def is_large(layout: Layout) -> bool:
@@ -80,7 +80,7 @@ class ReceiptsByView(Mapping[str, Receipt]):
         if found is None:
             found = self._kept[view] = self._read(view)
             with suppress(KeyError):  # several threads may read
-                while len(self._kept) > KEPT_VIEWS:
+                while len(self._kept) > KEPT_VIEWS and sum(map(len, self._kept.values())) > KEPT_RECEIPTS:
                     self._kept.popitem(last=False)
         return found
 

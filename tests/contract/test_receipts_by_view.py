@@ -112,7 +112,8 @@ def test_opening_reads_the_index_and_a_view_reads_its_own_receipts(
     assert {"v00001"} == {key.split("/")[1] for key in keys if key.startswith("receipts/")}
 
 
-def test_receipts_of_few_views_stay_in_memory(split: logitcache.LogitCache) -> None:
+def test_receipts_of_few_views_stay_in_memory(split: logitcache.LogitCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receipts, "KEPT_RECEIPTS", 0)
     assert isinstance(split.receipts, ReceiptsByView)
     names = list(split.receipts)
 
