@@ -25,7 +25,12 @@ from tests.needs import need_package
 
 # B rows, C classes, D hidden size, K entries
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    # Of torch.compile itself, in some versions.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:(?s).*Online softmax.*:UserWarning"),
+]
 
 Make = Callable[..., Pipeline]
 ROWS, CLASSES, MANY = 300, 200, 9000
