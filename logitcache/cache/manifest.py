@@ -358,16 +358,16 @@ def read_manifest(data: bytes | None, *, url: str) -> Manifest:
     """
     if data is None:
         raise NotACache(
-            f"{url} is no logit cache: it has no {MANIFEST}. Check the path: `logitcache ls FOLDER` lists the caches "
-            "in a folder. `logitcache cache-teacher` builds a cache"
+            f"{url!r} is not a logit cache: it has no {MANIFEST}. Check the path: `logitcache ls FOLDER` lists the "
+            "caches in a folder. `logitcache cache-teacher` builds a cache"
         )
     try:
         raw = parse_json(data, max_bytes=MAX_MANIFEST_BYTES)
         is_ours = isinstance(raw, dict) and raw.get("format") == "logitcache"
     except ValueError as error:
-        raise NotACache(f"{url} is no logit cache: its {MANIFEST} is not JSON ({error})") from None
+        raise NotACache(f"{url!r} is not a logit cache: its {MANIFEST} is not JSON ({error})") from None
     if not is_ours:
-        raise NotACache(f"{url} is no logit cache: its {MANIFEST} was not written by logitcache")
+        raise NotACache(f"{url!r} is not a logit cache: its {MANIFEST} was not written by logitcache")
     identity = raw.get("identity")
     version = identity.get("format_version") if isinstance(identity, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:

@@ -114,6 +114,13 @@ class LogitCache:
                 f"{storage.url}: the receipts don't add up to the manifest's digest; run `logitcache verify` on it"
             )
 
+    def __repr__(self) -> str:
+        rows = "" if self.num_rows == self.num_samples else f", num_rows={self.num_rows}"
+        return (
+            f"LogitCache({self.storage.url!r}, num_samples={self.num_samples}{rows}, num_classes={self.num_classes}, "
+            f"views={self.views}, encoding={self.encoding!r}, sealed={self.sealed})"
+        )
+
     @property
     def id(self) -> str:
         """SHA-256 of the identity: dataset, teacher, views and encoding."""

@@ -646,7 +646,7 @@ class CacheWriter:
         return (
             f"{self.storage.url} is not complete: {len(missing)} of {num_blocks(self.layout)} blocks are missing.\n  "
             + "\n  ".join(lines)
-            + "\nCommitted blocks are kept; write the missing rows with a new writer."
+            + "\nComplete blocks are kept. Run the program again to write the missing ones (`writer.missing_blocks()`)."
         )
 
 

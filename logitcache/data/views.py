@@ -113,12 +113,12 @@ class ViewPlan:
     """Required with mixing, where targets become distributions (C,)."""
     num_samples: int | None = None
     """Length of the whole dataset, if views are made of a subset; None takes the length of the dataset."""
-    contents: np.ndarray | None = None
+    contents: np.ndarray | None = field(default=None, repr=False)
     """Content digests, uint8 (N, 16), that samples are checked against when first loaded; None checks nothing."""
     collate: Collate | None = None
     """Builds a batch from a list of inputs, in order: `data.batching.pad` or your own; None stacks them. It is not part
     of the identity of the views, because a sample must not depend on its batch."""
-    rows: RowMap | None = None
+    rows: RowMap | None = field(default=None, repr=False)
     """Rows of each sample in the cache, for the index of samples with several rows; None is one row per sample."""
     views: range | None = None
     """View numbers that may be rendered, such as those that a cache has labels for; None is no limit."""
