@@ -7,20 +7,24 @@ its student 224 px of the same crop.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import operator
 import random
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from logitcache.data.batching import Batch, Collate, InputPerModel, as_tensors, collate
+from logitcache.data.device_views import byte_image, device_steps, finished, mixed_bytes
 from logitcache.data.index import NO_ROW, join_index
 from logitcache.data.rows import RowMap
 from logitcache.data.samples import (
@@ -223,12 +227,15 @@ class Renderer:
     Args:
         plan: how the views are made.
         preprocess: the model's deterministic preprocessing; by default the plan's.
+        on_device: leave the last steps to `ViewDataset.finish`.
 
     Raises:
         UsageError: a plan that mixes samples without `num_classes`, or samples with several rows.
     """
 
-    def __init__(self, plan: ViewPlan, preprocess: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self, plan: ViewPlan, preprocess: Callable[[Any], Any] | None = None, *, on_device: bool = False
+    ) -> None:
         if plan.mixing.active and plan.num_classes is None:
             raise UsageError("views with mixup or CutMix give targets as distributions: set ViewPlan(num_classes=...)")
         if plan.mixing.active and plan.rows is not None and not plan.rows.one_each:
@@ -240,6 +247,7 @@ class Renderer:
         self.preprocess = plan.preprocess if preprocess is None else preprocess
         self._shared = adapt_transform(plan.transform)
         self._preprocess = adapt_transform(self.preprocess)
+        self._on_device = on_device
 
     def item(
         self,
@@ -266,7 +274,7 @@ class Renderer:
             target = target_of_view(target, selected)
         if self.plan.mixing.active:
             pixels, target = self._mixed(view, number, pixels, int(target), load, key)
-        if self._preprocess is not None:
+        if self._preprocess is not None and not self._on_device:
             pixels = self._run(self._preprocess, pixels, number, "input", key)
         return self._index(view, number), pixels, target
 
@@ -286,7 +294,7 @@ class Renderer:
         if isinstance(value, dict) and SELECTED in value:
             value = dict(value)
             selected = value.pop(SELECTED)
-        return to_float_image(value), selected
+        return byte_image(value) if self._on_device else to_float_image(value), selected
 
     def _run(
         self, transform: Callable[[Any], Any], value: Any, number: int, name: str, key: Callable[[int], str]
@@ -307,14 +315,18 @@ class Renderer:
     ) -> tuple[Any, Tensor]:
         assert self.plan.num_classes is not None
         assert self.plan.num_samples is not None
-        pixels = _mixable(pixels)
+        pixels = pixels if self._on_device else _mixable(pixels)
         distribution = np.zeros(self.plan.num_classes, dtype=np.float32)
         mixture = self.plan.mixture(view, number, self.plan.num_samples)
         weight = 1.0
+        if mixture is None and self._on_device:
+            pixels = mixed_bytes(pixels, None, weight, None)
         if mixture is not None:
             value, other_target = load(mixture.partner)
             other, _ = self._augmented(view, mixture.partner, value, key)
-            pixels, weight = _mix(pixels, _mixable(other), mixture)
+            pixels, weight = (
+                _mix_later(pixels, other, mixture) if self._on_device else _mix(pixels, _mixable(other), mixture)
+            )
             distribution[int(other_target)] += 1.0 - weight
         distribution[target] += weight
         return pixels, torch.from_numpy(distribution)
@@ -379,12 +391,18 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
     Items are `views[i]`, of the view chosen by `set_view` (at first the first one), or `views[(view, i)]`, as
     `ViewSampler` chooses them. DataLoader workers end when the process that started them ends.
 
+    A sample that occurs several times in one batch, in several views, is loaded once; `ViewSampler(per_decode=4)` makes
+    such batches.
+
     Args:
         dataset: map-style; `dataset[i]` returns (input, target).
         plan: how the views are made, such as `cache.view_plan`.
         preprocess: the model's deterministic preprocessing; by default the plan's, which is the teacher's.
         rows: the number in the cache of each sample, for a subset or another order: `cache.rows(keys)`, or
             `cache.samples.rows(keys)` where samples have several rows.
+        on_device: leave the last steps to `finish`: items are images as bytes, uint8 (C, H, W), so that fewer bytes
+            cross to the device; with mixing, a mapping of what is mixed. Needs a transform that gives PIL images or
+            bytes, and a `preprocess` of nothing but torchvision's `Normalize`.
 
     Raises:
         UsageError: the dataset's length does not fit the plan, or a partner for mixing is not in the subset.
@@ -401,13 +419,14 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         *,
         preprocess: Callable[[Any], Any] | None = None,
         rows: np.ndarray | None = None,
+        on_device: bool = False,
     ) -> None:
         self.dataset = dataset
         self.plan = plan
         self.num_samples = len(dataset) if plan.num_samples is None else plan.num_samples
         self.rows = rows
         sized = plan if plan.num_samples is not None else replace(plan, num_samples=self.num_samples)
-        self._renderer = Renderer(sized, preprocess)
+        self._renderer = Renderer(sized, preprocess, on_device=on_device)
         self.preprocess = self._renderer.preprocess
         self._index_of_row: dict[int, int] | None = None
         if rows is None and len(dataset) != self.num_samples:
@@ -427,6 +446,9 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
                         f"has {len(self._index_of_row)} of them.\nKeep the whole dataset at hand and choose what to "
                         "train on by index (`samples` in a pipeline), or build the cache without mixing."
                     )
+        self.on_device = on_device
+        """Whether batches need `finish`."""
+        self._device_steps = device_steps(self.preprocess) if on_device else []
         # In shared memory, so that persistent DataLoader workers see a new view, and share which samples are checked.
         first = torch.tensor([0 if plan.views is None else plan.views.start])
         self._view: Tensor = first.share_memory_()  # type: ignore[no-untyped-call]
@@ -464,8 +486,10 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
     def __getitems__(self, items: Iterable[int | tuple[int, int]]) -> list[tuple[int, Any, Any]]:
         end_with_parent()  # for loaders that the caller made
         current = int(self._view[0])
+        places = [item if isinstance(item, tuple) else (current, item) for item in items]
+        loaded = _LoadedOnce(self.dataset, [index for _, index in places])
         with preserved_generators():
-            return [self._render(*(item if isinstance(item, tuple) else (current, item))) for item in items]
+            return [self._render(view, index, loaded) for view, index in places]
 
     def collate(self, samples: Sequence[tuple[int, Any, Any]]) -> Batch:
         """Build a batch from samples with the plan's `collate`, for `DataLoader(collate_fn=views.collate)`.
@@ -480,6 +504,18 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         """The batched inputs of some (view, i), rendered as for training."""
         return self.collate(self.__getitems__(items))[1]
 
+    def finish(self, inputs: Any) -> Any:
+        """The inputs of a batch as the model takes them, where `on_device` has left steps to do; else unchanged.
+
+        Args:
+            inputs: of a batch from these views, on the device where the steps run.
+
+        Returns:
+            Images (B, C, H, W), float32, equal to those without `on_device`: exactly on the CPU, and up to 2^-23 in a
+            mixed image on another kind of device.
+        """
+        return finished(inputs, self._device_steps) if self.on_device else inputs
+
     def input_digests(self, view: int) -> dict[int, str]:
         """Digests of the inputs of a few rows of a view, by row, for `writer.write(input_digests=...)`.
 
@@ -492,16 +528,22 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
 
     def proofs(self, items: Iterable[tuple[int, int]], samples: Iterable[tuple[int, Any, Any]]) -> dict[int, str]:
         """Input digests, by row, of those rendered (view, i) that the cache stores digests for."""
+
+        def digest(value: Any) -> str:
+            whole = self.finish(default_collate([value]))[0] if self.on_device else value
+            return input_digest(whole).hex()
+
         return {
-            row: input_digest(value).hex()
+            row: digest(value)
             for (view, index), (_, value, _) in zip(items, samples, strict=True)
             if (row := self.row(index)) in proof_rows(self.plan.seed, view, self.num_samples)
         }
 
     def take_digests(self, indices: Iterable[int]) -> None:
         """Load samples only to record or check their content digests."""
+        loaded = _LoadedOnce(self.dataset, [])
         for index in indices:
-            self._load(index)
+            self._load(loaded, index)
 
     def row(self, index: int) -> int:
         """The row in the cache of sample `index` of this dataset."""
@@ -511,7 +553,8 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         """The block of the cache that holds the labels of each sample, int64 (B,)."""
         assert self.plan.rows is not None
         samples = indices if self.rows is None else self.rows[indices]
-        return self.plan.rows.blocks_of(self.plan.rows.offsets[samples])
+        rows = self.plan.rows
+        return rows.blocks_of(samples if rows.one_each else rows.offsets[samples])
 
     def at_hand(self, numbers: Sequence[int]) -> Sequence[int]:
         """The places of those samples, of some by number, that `batch` may render: all."""
@@ -532,7 +575,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         """
         return self.plan.check_view(view)
 
-    def _render(self, view: int, index: int) -> tuple[int, Any, Any]:
+    def _render(self, view: int, index: int, loaded: _LoadedOnce) -> tuple[int, Any, Any]:
         self.check_view(view)
         index = operator.index(index)
         if not 0 <= index < len(self.dataset):
@@ -544,20 +587,21 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         return self._renderer.item(
             view,
             self.row(index),
-            self._load(index),
-            self._load_row,
+            self._load(loaded, index),
+            functools.partial(self._load_partner, loaded),
             self._key_of_row,
             None if of_view is None else functools.partial(of_view, index),
         )
 
-    def _load(self, index: int) -> tuple[Any, Any]:
-        sample = load_sample(self.dataset, index)
+    def _load(self, loaded: _LoadedOnce, index: int, *, as_partner: bool = False) -> tuple[Any, Any]:
+        sample = loaded.take(index, as_partner=as_partner)
         if self.plan.contents is not None and not self._checked[index]:
             self._check_content(self.row(index), index, sample[0])
         return sample
 
-    def _load_row(self, row: int) -> tuple[Any, Any]:
-        return self._load(row if self._index_of_row is None else self._index_of_row[row])
+    def _load_partner(self, loaded: _LoadedOnce, row: int) -> tuple[Any, Any]:
+        index = row if self._index_of_row is None else self._index_of_row[row]
+        return self._load(loaded, index, as_partner=True)
 
     def _key_of_row(self, row: int) -> str:
         index = self.index_of(row)
@@ -576,6 +620,56 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
                 "rows=cache.rows(keys); or build a new cache from this data."
             )
         self._checked[index] = True
+
+
+class _LoadedOnce:
+    """Samples of a dataset for one batch; one that occurs several times in it is loaded once, and copied.
+
+    Args:
+        dataset: map-style.
+        indices: of all samples of the batch.
+    """
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
+        self._dataset = dataset
+        self._uses = {index: count for index, count in Counter(indices).items() if count > 1}
+        self._kept: dict[int, tuple[Any, Any]] = {}
+
+    def take(self, index: int, *, as_partner: bool = False) -> tuple[Any, Any]:
+        """The input and target of a sample, which the caller may change.
+
+        Args:
+            index: in the dataset.
+            as_partner: for another sample of the batch that is mixed with it; does not count as one of its uses.
+        """
+        left = self._uses.get(index, 0) - (not as_partner)
+        if not as_partner and index in self._uses:
+            self._uses[index] = left
+        if index in self._kept:
+            value, target = self._kept[index] if left > 0 else self._kept.pop(index)
+            return _copied(value), copy.deepcopy(target)
+        value, target = load_sample(self._dataset, index)
+        if left > 0 and not as_partner and _can_be_copied(value):
+            self._kept[index] = value, target
+            return _copied(value), copy.deepcopy(target)
+        return value, target
+
+
+def _can_be_copied(value: Any) -> bool:
+    """Whether a copy of a sample is as good as loading it again; not of files that are read later, or own classes."""
+    if isinstance(value, Mapping):
+        return all(map(_can_be_copied, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_can_be_copied, value))
+    is_image = type(value).__module__ == "PIL.Image" and type(value).__name__ == "Image"  # not one of an open file
+    return is_image or isinstance(value, np.ndarray | Tensor | str | bytes | int | float | None)
+
+
+def _copied(value: Any) -> Any:
+    """A copy that shares no memory with the value."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return value.copy() if hasattr(value, "mode") or isinstance(value, np.ndarray) else copy.deepcopy(value)
 
 
 @dataclass(frozen=True)
@@ -629,14 +723,32 @@ def _mixable(value: Any) -> Any:
     )
 
 
-def _mix(pixels: Any, other: Any, mixture: Mixture) -> tuple[Tensor, float]:
-    """The mixed image, and the weight of the sample itself in it."""
+def _check_sizes(pixels: Any, other: Any) -> None:
+    """Refuse views of different sizes.
+
+    Raises:
+        ShapeError: they can't be mixed.
+    """
     if not isinstance(pixels, Tensor) or not isinstance(other, Tensor) or pixels.shape != other.shape:
         shapes = [tuple(getattr(value, "shape", ())) or type(value).__name__ for value in (pixels, other)]
         raise ShapeError(
             f"mixup and CutMix need views of one size, found {shapes[0]} and {shapes[1]}; "
             "end the shared transform with a crop or a resize to a fixed size"
         )
+
+
+def _mix_later(pixels: Tensor, other: Tensor, mixture: Mixture) -> tuple[dict[str, Tensor], float]:
+    """What `finish` mixes, and the weight of the sample itself in it."""
+    _check_sizes(pixels, other)
+    if mixture.box is None:
+        return mixed_bytes(pixels, other, mixture.weight, None), mixture.weight
+    height, width = pixels.shape[-2:]
+    return mixed_bytes(pixels, other, 1.0, mixture.patch(height, width)), mixture.weight_in(height, width)
+
+
+def _mix(pixels: Any, other: Any, mixture: Mixture) -> tuple[Tensor, float]:
+    """The mixed image, and the weight of the sample itself in it."""
+    _check_sizes(pixels, other)
     if mixture.box is None:
         return torch.lerp(other, pixels, mixture.weight), mixture.weight
     height, width = pixels.shape[-2:]
