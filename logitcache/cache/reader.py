@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from logitcache.cache.labelview import ResidentView, StreamedView, View, ViewOfOutputs, no_output
-from logitcache.cache.layout import Block, decode_rows
+from logitcache.cache.layout import Block, decode_rows, view_blocks
 from logitcache.cache.manifest import LOGITS, Contents
 from logitcache.cache.objects import ObjectReader, Wanted
 from logitcache.cache.outputs import output_layouts, outputs_of
@@ -27,6 +27,7 @@ from logitcache.cache.packages import require_packages
 from logitcache.cache.per_cache import stored_encoding, stored_row_map, stored_samples
 from logitcache.cache.records import Records, description, read_records
 from logitcache.cache.rendering import check_arrived, check_rendered, recorded_digests, recorded_plan
+from logitcache.cache.streams import StreamViews
 from logitcache.data.index import split_index
 from logitcache.data.rows import RowMap
 from logitcache.data.samples import SampleTable
@@ -105,7 +106,7 @@ class LogitCache:
         self._loading: dict[tuple[int, str, str], Future[View]] = {}
         self._kept: OrderedDict[tuple[int, str, int], View] = OrderedDict()
         self._plans: list[ViewPlan] = []
-        self._verified: weakref.WeakKeyDictionary[ViewDataset, set[int]] = weakref.WeakKeyDictionary()
+        self._verified: weakref.WeakKeyDictionary[ViewDataset | StreamViews, set[int]] = weakref.WeakKeyDictionary()
         """The views of each dataset that `verify_inputs` has passed."""
         """Plans of this cache's views; `check_batch` renders from their datasets."""
         self._process = os.getpid()
@@ -255,11 +256,12 @@ class LogitCache:
         plan.limit_views(self.views)
         self._plans.append(plan)
 
-    def verify_inputs(self, views: ViewDataset, view: int) -> int:
+    def verify_inputs(self, views: ViewDataset | StreamViews, view: int) -> int:
         """Render a few rows of a view and compare them with digests of the teacher's inputs.
 
         Args:
-            views: the dataset; rows are rendered with the teacher's preprocessing, whatever the dataset's own is.
+            views: the dataset; rows are rendered with the teacher's preprocessing, whatever the dataset's own is. A
+                stream compares these rows itself when they arrive, and this method counts those that have arrived.
             view: a number in `cache.views`.
 
         Returns:
@@ -270,11 +272,13 @@ class LogitCache:
             IdentityMismatch: a row differs; names the sample and the library versions that may be the cause.
         """
         self._check_view(view)
+        if isinstance(views, StreamViews):
+            return views.verified(view)
         compared = check_rendered(views, view, self.input_digests(view), self.manifest, self.samples)
         self._verified.setdefault(views, set()).add(view)
         return compared
 
-    def check_batch(self, index: Any, inputs: Any, *, views: ViewDataset | None = None) -> int:
+    def check_batch(self, index: Any, inputs: Any, *, views: ViewDataset | StreamViews | None = None) -> int:
         """Compare a batch with its dataset, and its dataset with the cache.
 
         The first and the last sample of the batch are rendered again: this finds what a loader changes on the way
@@ -284,8 +288,8 @@ class LogitCache:
         Args:
             index: the batch's index from `ViewDataset`, int (B,).
             inputs: the batch's inputs from the loader, on any device.
-            views: the dataset of the batch; by default any live `ViewDataset` of `cache.view_plan`, or of a plan that
-                passed `check_plan`.
+            views: the dataset of the batch; by default any live `ViewDataset` or `StreamViews` of `cache.view_plan`, or
+                of a plan that passed `check_plan`. Of a stream, only samples of its first batches can be compared.
 
         Returns:
             The number of samples compared.
@@ -296,7 +300,7 @@ class LogitCache:
         """
         if views is None:
             plans = self._plans or [self.view_plan]
-            datasets = [each for plan in plans for each in plan.datasets]
+            datasets: list[ViewDataset | StreamViews] = [each for plan in plans for each in plan.datasets]
         else:
             datasets = [views]
         compared = check_arrived(datasets, index, inputs, self.manifest, self.samples, self.row_map)
@@ -431,7 +435,13 @@ class LogitCache:
         """
         blocks = [Block(view, number) for number in numbers]
         counts = [len(self.row_map.block_rows(number)) for number in numbers]
-        objects = self._objects.read_all([self._wanted(block, output) for block in blocks])
+        wanted = [self._wanted(block, output) for block in blocks]
+        for block, count in zip(blocks, counts, strict=True):
+            if self.receipts[block.name].rows != count:
+                raise CorruptCache(
+                    f"{self.storage.url}: the receipt of {block.name} and the row map differ in the rows"
+                )
+        objects = self._objects.read_all(wanted)
         arrays = {}
         stored = self._output_layouts[output]
         for position, (name, spec) in enumerate(stored.stored(self.layout.arrays).items()):
@@ -460,10 +470,15 @@ class LogitCache:
         sizes = self.contents.output_bytes or {LOGITS: self.contents.label_bytes}
         target_bytes = sum(sizes[output] for output in outputs) * len(views) // len(self.views)
         if nearby is not None and 2 * target_bytes <= nearby.max_bytes:
-            blocks = [Block(view, number) for view in views for number in range(self.layout.blocks_per_view)]
-            there = [block for block in blocks if block.name in self.receipts]
-            # One local entry per output, because outputs are read one at a time later.
-            self._objects.read_ahead([self._wanted(block, output) for block in there for output in outputs])
+            # One local entry per output, because outputs are read one at a time later. In the background, since the
+            # receipts of the next view may have to be read too.
+            self._objects.read_ahead(
+                self._wanted(block, output)
+                for view in views
+                for block in view_blocks(self.layout, view)
+                if block.name in self.receipts
+                for output in outputs
+            )
 
     def logits(
         self, index: Any, device: str | torch.device = "cpu", *, memory_budget: int = RESIDENT_BYTES
@@ -516,11 +531,11 @@ class LogitCache:
 
     def _check_complete(self, view: int) -> None:
         self._check_view(view)
-        names = (Block(view, number).name for number in range(self.layout.blocks_per_view))
+        names = (block.name for block in view_blocks(self.layout, view))
         missing = next((name for name in names if name not in self.receipts), None)
         if missing is not None:
             # Counts the receipts: an untrusted manifest may claim millions of blocks.
-            there = sum(name.startswith(f"v{view:05d}/") for name in self.receipts)
+            there = len(self.records.by_view.of_view(view)) if view in self.records.by_view.views else 0
             raise IncompleteCache(
                 f"{self.storage.url}: {self.layout.blocks_per_view - there} blocks of view {view} are missing, "
                 f"{missing} first; {REBUILD}"

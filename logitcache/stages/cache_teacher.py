@@ -26,7 +26,7 @@ from logitcache.catalog.outputs import declared_outputs, sources_of, taps_of
 from logitcache.config.build import build_context, build_runner, resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline, load_pipeline
 from logitcache.data.rows import RowMap
-from logitcache.data.samples import Dataset, SampleTable, compare_samples, content_table, sample_table
+from logitcache.data.samples import Dataset, SampleTable, SeenContents, compare_samples, sample_table
 from logitcache.data.tokens import length_batches
 from logitcache.data.views import ViewDataset
 from logitcache.engines import CacheResult, Engine, Job, Local, Shard, Torchrun, Worker
@@ -68,8 +68,9 @@ def cache_teacher(pipeline: Pipeline, *, engine: Engine | None = None, trust: bo
 def plan_blocks(
     pipeline: Pipeline | str | os.PathLike[str], *, shard: str | None = None, trust: bool = False
 ) -> list[Block]:
-    """The blocks of a pipeline's cache that are missing, view by view. The cache is created if it does not exist.
+    """The blocks of a pipeline's cache that are missing. The cache is created if it does not exist.
 
+    They are in the order of computation: view by view, or with `views.per_decode` blocks of the same samples in a row.
     A block is a view and a range of its rows: the unit of work. Give each process some of the blocks, and
     `compute_blocks` them there; when all are committed, `logitcache.seal` the cache.
 
@@ -86,7 +87,7 @@ def plan_blocks(
     with closing(TeacherWorker(_loaded(pipeline), trust=trust)) as worker, Claims(worker.storage) as claims:
         open_once(worker, claims)
         missing = set(worker.missing_blocks())
-        return [block for block in part.share(worker.all_blocks()) if block in missing]
+        return [block for block in part.share(worker.all_blocks(), together=worker.together) if block in missing]
 
 
 def compute_blocks(
@@ -149,6 +150,7 @@ class TeacherWorker(Worker):
         if self.storage.size(MANIFEST) is None:
             check_destination(self.storage)
         self._pipeline = pipeline
+        self.together = pipeline.views.per_decode
         self._data = resolve_data(pipeline, trust=trust)
         self._plan = resolve_plan(pipeline, self._data, trust=trust)
         self._context = build_context(pipeline, trust=trust)
@@ -165,8 +167,10 @@ class TeacherWorker(Worker):
 
     def open(self) -> None:
         pipeline, data, plan = self._pipeline, self._data, self._plan
-        samples = identify_samples(data.train, pipeline.cache.path, num_workers=pipeline.num_workers)
-        views = ViewDataset(data.train, replace(plan, contents=samples.contents))
+        samples = identify_samples(data.train, pipeline.cache.path)
+        contents = SeenContents(samples.num_samples) if samples.contents is None else samples.contents
+        plan = replace(plan, contents=contents)
+        views = ViewDataset(data.train, plan, on_device=pipeline.views.on_device)
         writer = create(
             pipeline.cache.path,
             num_samples=len(data.train),
@@ -209,10 +213,16 @@ class TeacherWorker(Worker):
         return self._writer.manifest
 
     def all_blocks(self) -> list[Block]:
-        return list(all_blocks(self._writer.layout))
+        return self._in_order(all_blocks(self._writer.layout))
 
     def missing_blocks(self, *, refresh: bool = False) -> list[Block]:
-        return self._writer.missing_blocks(refresh=refresh)
+        return self._in_order(self._writer.missing_blocks(refresh=refresh))
+
+    def _in_order(self, blocks: Iterable[Block]) -> list[Block]:
+        """View by view; with `views.per_decode`, the blocks of the same samples in that many views in a row."""
+        if self.together == 1:
+            return list(blocks)
+        return sorted(blocks, key=lambda block: (block.view // self.together, block.number, block.view))
 
     def is_committed(self, block: Block) -> bool:
         return self._writer.is_committed(block, refresh=True)
@@ -239,6 +249,9 @@ class TeacherWorker(Worker):
             for block in itertools.chain([first], upcoming):
                 computed.append(block)
                 waiting.append(block)
+                samples = writer.row_map.part(block.number)
+                if not writer.row_map.one_each:  # the teacher never sees samples without rows
+                    views.take_digests(sample for sample in samples if not writer.row_map.sample_rows(sample))
                 yield block
 
         def report_commits() -> None:
@@ -248,7 +261,8 @@ class TeacherWorker(Worker):
                     on_commit(block)
 
         total = sum(len(writer.row_map.block_rows(block.number)) for block in drawn_from)
-        run_blocks(self._runner, writer, drawn(), views, num_rows=total, after_batch=report_commits)
+        together = self.together
+        run_blocks(self._runner, writer, drawn(), views, num_rows=total, together=together, after_batch=report_commits)
         writer.flush()
         report_commits()
         return computed
@@ -277,6 +291,7 @@ def run_blocks(
     views: ViewDataset,
     *,
     num_rows: int,
+    together: int,
     after_batch: Callable[[], None],
 ) -> None:
     """Run the teacher over blocks, and write its output.
@@ -285,13 +300,15 @@ def run_blocks(
         runner, writer, views: the teacher, the cache, and the teacher's inputs.
         blocks: read a few batches ahead of the teacher.
         num_rows: in all blocks, for the progress.
+        together: consecutive blocks of the same samples, in different views, whose samples are loaded once.
         after_batch: called when a batch is written.
     """
     rows, num_views = writer.row_map, writer.layout.num_views
-    batches, ahead = itertools.tee(teacher_batches(rows, blocks, runner.config.batch_size))
-    places = ([(view, sample) for sample in samples] for view, samples in ahead)
+    groups, ahead = itertools.tee(grouped_batches(rows, blocks, runner.config.batch_size, together=together))
+    batches = itertools.chain.from_iterable(groups)
+    places = ([[(view, sample) for sample in samples] for view, samples in group] for group in ahead)
     with track("caching the teacher", num_rows, unit="samples" if rows.one_each else "rows") as meter:
-        for (view, samples), output in zip(batches, runner.run(views, places), strict=True):
+        for (view, samples), output in zip(batches, runner.run_groups(views, places, per_group=together), strict=True):
             start = 0
             for consecutive in _consecutive(rows, samples):
                 parts = output.rows(start, start + len(consecutive))
@@ -305,6 +322,30 @@ def run_blocks(
                 start += len(consecutive)
             meter.advance(start, note=f"view {view + 1}/{num_views}")
             after_batch()
+
+
+def grouped_batches(
+    rows: RowMap, blocks: Iterable[Block], batch_size: int, *, together: int
+) -> Iterator[list[tuple[int, Sequence[int]]]]:
+    """The batches of `teacher_batches`, grouped: those of the same samples in up to `together` consecutive blocks.
+
+    The batches are the same with any grouping, so the labels have the same bits.
+    """
+
+    def batches_of(group: list[Block]) -> Iterator[list[tuple[int, Sequence[int]]]]:
+        of_blocks = [teacher_batches(rows, [block], batch_size) for block in group]
+        return map(list, zip(*of_blocks, strict=True))
+
+    group: list[Block] = []
+    for block in blocks:
+        if group and block.number != group[0].number:
+            yield from batches_of(group)
+            group = []
+        group.append(block)
+        if len(group) == together:  # not later: the iterator may claim blocks
+            yield from batches_of(group)
+            group = []
+    yield from batches_of(group)
 
 
 def teacher_batches(rows: RowMap, blocks: Iterable[Block], batch_size: int) -> Iterator[tuple[int, Sequence[int]]]:
@@ -331,11 +372,11 @@ def _consecutive(rows: RowMap, samples: Sequence[int]) -> list[range]:
     return [rows.sample_rows(sample) for sample in samples]
 
 
-def identify_samples(dataset: Dataset, location: str, *, num_workers: int) -> SampleTable:
-    """Keys, targets and content digests of a dataset, from the cache where it exists.
+def identify_samples(dataset: Dataset, location: str) -> SampleTable:
+    """Keys and targets of a dataset, and its content digests if they are in the cache already.
 
-    Known samples are checked against their digests when they are loaded, so resuming or growing a cache needs no
-    second pass over the data.
+    Known samples are checked against their digests when they are loaded; of others the digests are taken then. So no
+    build needs a pass over the data that the teacher does not see.
 
     Raises:
         IdentityMismatch: the cache at this location has other samples; names the first difference.
@@ -348,11 +389,11 @@ def identify_samples(dataset: Dataset, location: str, *, num_workers: int) -> Sa
         differences = compare_samples(cached, current)
         if differences or cached.keys != current.keys:
             first = differences[0] if differences else "the order of the samples"
+            identity = cached.pending_fingerprint() if cached.contents is None else cached.fingerprint()
             raise IdentityMismatch(
-                f"{location} was built from dataset {cached.fingerprint()[:12]}… ({cached.num_samples} samples); this "
-                f"one has {current.num_samples} samples.\nFirst difference: {first}.\n"
+                f"{location} was built from dataset {identity[:12]}… ({cached.num_samples} samples); this one has "
+                f"{current.num_samples} samples.\nFirst difference: {first}.\n"
                 "Run `logitcache verify CACHE --data PIPELINE` for the whole list, or choose another `cache.path`."
             )
         return cached
-    with track("fingerprinting the data", current.num_samples, unit="samples") as meter:
-        return replace(current, contents=content_table(dataset, num_workers=num_workers, advance=meter.advance))
+    return current
