@@ -141,7 +141,7 @@ def difference(party: str, federated: list[float], by_itself: list[float]) -> st
     """What the federation gave a party, and whether the seeds show it."""
     points = 100 * (statistics.fmean(federated) - statistics.fmean(by_itself))
     error = 100 * math.sqrt(sum(statistics.variance(each) / len(each) for each in (federated, by_itself)))
-    verdict = "more than two standard errors" if abs(points) > 2 * error else "nothing shown"
+    verdict = "more than two standard errors" if abs(points) > 2 * error else "no significant difference"
     return f"{party}: {points:+.2f} points against alone, {verdict} (standard error {error:.2f})."
 
 

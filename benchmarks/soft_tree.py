@@ -51,7 +51,7 @@ def main() -> None:
     ]
     found = "\n".join(f"- {difference(rows[one], rows[other])}" for one, other in AGAINST)
     body = (
-        f"`logitcache run pipelines/soft_tree_mnist.yaml`. The teacher is right on {100 * teacher:.2f} %.\n\n"
+        f"`logitcache run pipelines/soft_tree_mnist.yaml`. Teacher top-1 accuracy: {100 * teacher:.2f} %.\n\n"
         f"{table(header, cells)}\n\n{found}"
     )
     print(body)

@@ -50,7 +50,7 @@ from logitcache.data.loading import rendered_batches
 from logitcache.data.rows import rows_of_dataset
 from logitcache.data.tokens import TokenDataset
 from logitcache.data.views import ViewDataset
-from logitcache.devices import pick_device
+from logitcache.devices import autocast, pick_device, to_device
 from logitcache.progress import Meter, silence
 from logitcache.stages.cache_teacher import cache_teacher, teacher_batches
 from logitcache.stages.train_student import Experiment
@@ -124,6 +124,9 @@ class Sizes:
     length: int
     width: int
     tiny: bool
+    batch: int = 4
+    """Sequences of the teacher's batches."""
+    rows_per_block: int = 4096
 
     def pipeline(self, folder: str, num_classes: int) -> Pipeline:
         """Random sequences of one length; SmolLM2 as the teacher, or a small one for its own number of classes."""
@@ -138,11 +141,16 @@ class Sizes:
                     "args": {"sequences": self.sequences, "length": self.length, "num_classes": num_classes},
                     "collate": "pad",
                 },
-                "teacher": {"model": f"{MODULE}:kept_model", "args": teacher, "weights": "random", "batch_size": 4},
+                "teacher": {
+                    "model": f"{MODULE}:kept_model",
+                    "args": teacher,
+                    "weights": "random",
+                    "batch_size": self.batch,
+                },
                 "cache": {
                     "path": f"{folder}/{num_classes}.cache",
                     "encoding": f"TopK(k={K})",
-                    "rows_per_block": 4096,
+                    "rows_per_block": self.rows_per_block,
                 },
                 "train": {"batch_size": self.sequences, "chunked_head": True, "epochs": 100},
                 "students": [
@@ -174,8 +182,8 @@ def _built(num_classes: int, settings: str) -> nn.Module:
 
 
 def kept_model(num_classes: int, **settings: Any) -> nn.Module:
-    """A model that is built once in a process: reading a GGUF file takes longer than a run."""
-    return _built(num_classes, json.dumps(settings))
+    """A model that is built once in a process: reading a GGUF file takes longer than a run. On the CPU, as others."""
+    return _built(num_classes, json.dumps(settings)).cpu()
 
 
 def random_tokens(sequences: int, length: int, num_classes: int) -> TokenDataset:
@@ -319,6 +327,8 @@ def timed(work: Callable[[], object]) -> Cost:
     gc.collect()
     start, cpu_start = time.perf_counter(), time.process_time()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return Cost(time.perf_counter() - start, time.process_time() - cpu_start)
 
 
@@ -345,7 +355,7 @@ def stage1_section(pipeline: Pipeline, repeats: int) -> str:
     data = pipeline.data.args
     about = (
         f"{data['sequences']} sequences of {data['length']} tokens, {data['num_classes']:,} classes, batches of "
-        f"{pipeline.teacher.batch_size}, TopK(k={K}); teacher {pipeline.teacher.args}; {repeats} pairs of runs."
+        f"{pipeline.teacher.batch_size}, TopK(k={K}); teacher {shown(pipeline.teacher.args)}; {repeats} pairs of runs."
     )
     rows = [
         ["`cache_teacher`, median", f"{wall.median:.2f} s", f"{cpu.median:.2f} s"],
@@ -362,6 +372,11 @@ def stage1_section(pipeline: Pipeline, repeats: int) -> str:
     return f"## Stage 1\n\n{about}\n\n{table(['', 'wall time', 'CPU time'], rows)}"
 
 
+def shown(args: dict[str, Any]) -> str:
+    """The teacher's arguments, without the folder of its file."""
+    return Path(args["path"]).name if "path" in args else str(args["config"])
+
+
 def setting_up(pipeline: Pipeline) -> tuple[ViewDataset, nn.Module]:
     data = resolve_data(pipeline, trust=True)
     plan = resolve_plan(pipeline, data, trust=True)
@@ -374,7 +389,7 @@ def bare_loop(pipeline: Pipeline) -> None:
     views, teacher = setting_up(pipeline)
     device = pick_device(pipeline.device)
     teacher = teacher.to(device)
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast(device, pipeline.teacher.precision):
         for inputs in teacher_inputs(pipeline, views):
             teacher(**{name: values.to(device) for name, values in inputs.items()})
     if device.type == "cuda":
@@ -412,7 +427,9 @@ def epochs_section(pipeline: Pipeline, repeats: int) -> str:
             if repeat >= 0:  # the first epoch of each warms up
                 costs[name].append(cost)
     views, teacher = setting_up(pipeline)
-    inputs = list(teacher_inputs(pipeline, views))
+    device = pick_device(pipeline.device)
+    teacher = teacher.to(device)
+    inputs = [to_device(batch, device) for batch in teacher_inputs(pipeline, views)]
 
     def teacher_alone() -> None:
         with torch.inference_mode():
@@ -447,7 +464,7 @@ def epochs_section(pipeline: Pipeline, repeats: int) -> str:
     data = pipeline.data.args
     about = (
         f"{data['sequences']} sequences of {data['length']} tokens, {data['num_classes']:,} classes, in one batch; "
-        f"student: Llama, {pipeline.students[0].args['config']}, loss kl; teacher {pipeline.teacher.args}. "
+        f"student: Llama, {pipeline.students[0].args['config']}, loss kl; teacher {shown(pipeline.teacher.args)}. "
         f"{len(costs[CACHED])} epochs of the first two, {repeats} with the live teacher; medians, and the range of "
         "neighbouring pairs."
     )

@@ -2,7 +2,7 @@
 
 Each kind of student gets a learning rate of its own, and the distilled ones a temperature, so that none is compared
 at another's best setting. Prints validation accuracy, mean ± standard deviation over seeds that the demo does not
-use; the pipeline file holds the winners, and `docs/demo.md` lists what was tried.
+use; the pipeline file holds the winners, and `docs/design/0013-demo-settings.md` lists what was tried.
 
     python benchmarks/tune_mnist5k.py --folder runs/tune
     python benchmarks/tune_mnist5k.py --pipeline pipelines/mnist5k.yaml --folder runs/tune-mnist5k

@@ -71,7 +71,8 @@ def tiny_of(what: str) -> list[str]:
     """Overrides of a tiny run; only the twins of systems have a teacher and data that others can take the place of."""
     if what in ("pixels", "cross_modal"):
         training = [override for override in TINY if not override.startswith("data.name=")]
-        return [*tiny_places(), *training]
+        sizes = ["data.args={train: 40, validation: 8, test: 8}"] if what == "pixels" else []
+        return [*tiny_places(), *training, *sizes]
     return tiny_overrides(SMALL_TEACHER if what == TWINS else [])
 
 
@@ -105,7 +106,7 @@ def section(file: Path, overrides: Sequence[str]) -> str:
     found = " ".join(difference(row, rows[-1]) for row in rows[:-1])
     return (
         f"### {file.stem.upper()}\n\n{about}\n\n`logitcache run {file.relative_to(PIPELINES.parent)}`. "
-        f"The teacher is right on {100 * teacher:.2f} %.\n\n{table(header, cells)}\n\n{found}"
+        f"Teacher top-1 accuracy: {100 * teacher:.2f} %.\n\n{table(header, cells)}\n\n{found}"
     )
 
 
@@ -116,7 +117,9 @@ def difference(row: Row, other: Row) -> str:
     points = 100 * (row.accuracy_mean - other.accuracy_mean)
     error = 100 * math.sqrt(sum((each.accuracy_sd or 0.0) ** 2 / len(each.seeds) for each in (row, other)))
     verdict = (
-        "more than two standard errors" if abs(points) > 2 * error else "within two standard errors: nothing shown"
+        "more than two standard errors"
+        if abs(points) > 2 * error
+        else "within two standard errors: no significant difference"
     )
     return f"{row.name} against {other.name}: {points:+.2f} points, {verdict} (standard error {error:.2f})."
 

@@ -23,8 +23,9 @@ OUTSIDE = (
     "logitcache/extras/soft_tree.py",
     "pipelines/**/*.yaml",
     "pipelines/**/*.py",
+    "pipelines/**/*.sh",
     "pipelines/README.md",
-    "tests/stranger.py",
+    "tests/independent_reader.py",
 )
 """Files outside of `docs/` that are part of the site."""
 

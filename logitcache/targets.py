@@ -66,6 +66,12 @@ class Targets(ABC):
                 is padded beyond the tokenizer these are `torch.arange(vocab_size)`.
         """
 
+    def entropy(self) -> Tensor:
+        """The entropy of each distribution at T = 1 in nats, float (B,)."""
+        log_p_BC = self.dense().float().log_softmax(dim=1)
+        entropy_B: Tensor = torch.special.entr(log_p_BC.exp()).sum(dim=1)
+        return entropy_B
+
     def argmax(self) -> Tensor:
         """The most probable class of each row, int64 (B,); of several equal ones, the first."""
         classes = [self[rows].dense().argmax(dim=1) for rows in row_slices(len(self), self.num_classes, self.device)]
@@ -202,6 +208,14 @@ class SparseTargets(Targets):
         total_B1 = torch.cat([log_probs_BK, tail_B[:, None]], dim=1).logsumexp(dim=1, keepdim=True)
         tail_B = tail_B - total_B1[:, 0]
         return SparseTargets(self.ids, log_probs_BK - total_B1, tail_B, self.num_classes, shape_C)
+
+    def entropy(self) -> Tensor:
+        if self.tail_shape is not None:
+            return super().entropy()
+        at_one = self.softened()
+        entries_B: Tensor = torch.special.entr(at_one.log_probs.exp()).sum(dim=1)
+        tail_B = at_one.tail.exp() * -at_one.log_each()
+        return entries_B + tail_B.nan_to_num(0.0)  # 0 * inf without a tail
 
     def log_each(self) -> Tensor:
         """The log-probability of each class of the tail, (B,); with a tail shape, less the class's own part of it."""

@@ -6,6 +6,7 @@ pip, npm or apt-get; but its XML API is S3's except for its headers, which nginx
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import shutil
@@ -16,10 +17,11 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,12 +82,16 @@ def running(
                 time.sleep(0.05)
             yield url
         finally:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end(process)
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def answers(url: str) -> bool:
@@ -337,3 +343,66 @@ def misbehaving(root: Path) -> Iterator[Misbehaving]:
             server_closed.set()
             listening.shutdown()
             thread.join()
+
+
+@contextmanager
+def slurm(folder: Path) -> Iterator[dict[str, str]]:
+    """Slurm with one node on the loopback interface, where four jobs run at once; the environment of its commands."""
+    how = "apt-get install slurmctld slurmd slurm-client munge"
+    controller, daemon, munged = (need(program, how) for program in ("slurmctld", "slurmd", "munged"))
+    subprocess.run([need("mungekey", how), "--create", f"--keyfile={folder}/key"], check=True)
+    (folder / "state").mkdir()
+    (folder / "spool").mkdir()
+    name, user = socket.gethostname().split(".")[0], getpass.getuser()
+    settings = {
+        "ClusterName": "test",
+        "SlurmctldHost": f"{name}(127.0.0.1)",
+        "SlurmctldPort": free_port(),
+        "SlurmdPort": free_port(),
+        "SlurmUser": user,
+        "SlurmdUser": user,
+        "AuthType": "auth/munge",
+        "AuthInfo": f"socket={folder}/munge.socket",
+        "StateSaveLocation": folder / "state",
+        "SlurmdSpoolDir": folder / "spool",
+        "SlurmctldPidFile": folder / "slurmctld.pid",
+        "SlurmdPidFile": folder / "slurmd.pid",
+        "SlurmdParameters": "config_overrides",
+        "ProctrackType": "proctrack/linuxproc",
+        "TaskPlugin": "task/none",
+        "JobAcctGatherType": "jobacct_gather/none",
+        "AccountingStorageType": "accounting_storage/none",
+        "MpiDefault": "none",
+        "SelectType": "select/cons_tres",
+        "SelectTypeParameters": "CR_CPU",
+        "SchedulerParameters": "sched_interval=1",
+    }
+    lines = [f"{key}={value}" for key, value in settings.items()]
+    lines += [
+        f"NodeName={name} NodeAddr=127.0.0.1 CPUs=4 RealMemory=100",
+        "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP",
+    ]
+    file = folder / "slurm.conf"
+    file.write_text("\n".join(lines) + "\n")
+    munge = [f"--{key}={folder}/{key}" for key in ("key-file", "pid-file", "log-file", "seed-file")]
+    munge[0] = f"--key-file={folder}/key"
+    commands = [
+        [munged, "--foreground", "--force", f"--socket={folder}/munge.socket", "--num-threads=1", *munge],
+        [controller, "-D", "-c", "-f", str(file)],
+        [daemon, "-D", "-f", str(file)],
+    ]
+    environment = {"SLURM_CONF": str(file)}
+    log = folder / "slurm.log"
+    with log.open("ab") as output, ExitStack() as processes:
+        for command in commands:
+            process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **environment})
+            processes.callback(end, process)
+        states = ["sinfo", "--noheader", "--format=%T"]
+        deadline = time.monotonic() + 60
+        while "idle" not in (
+            found := subprocess.run(states, capture_output=True, text=True, env={**os.environ, **environment}).stdout
+        ):
+            if time.monotonic() > deadline:
+                pytest.fail(f"the node is {found!r}:\n{log.read_text()[-2000:]}")
+            time.sleep(0.05)
+        yield environment

@@ -69,11 +69,14 @@ def best_by_label(logits: Sequence[Tensor], targets: Tensor) -> Tensor:
 
     Args:
         logits: of each teacher, (B, C).
-        targets: the true labels, int (B,), or distributions (B, C) where samples are mixed.
+        targets: the true labels, int (B,), or distributions (B, C) where samples are mixed; without a label, a
+            negative number, the first teacher is taken.
     """
     stacked_TBC = torch.stack(list(logits)).float()
     targets = targets.to(stacked_TBC.device)
-    target_p_BC = targets if targets.is_floating_point() else one_hot(targets.long(), stacked_TBC.shape[2]).float()
+    target_p_BC = targets
+    if not targets.is_floating_point():
+        target_p_BC = one_hot(targets.long().clamp_min(0), stacked_TBC.shape[2]).float() * (targets >= 0)[:, None]
     log_p_TBC = stacked_TBC.log_softmax(dim=2)
     # A masked class (log p = -inf) counts only where the label includes it.
     cost_TB = -torch.where(target_p_BC > 0, target_p_BC * log_p_TBC, 0.0).sum(dim=2)

@@ -7,22 +7,27 @@ transforms) is escaped or put into code spans, so that it is neither HTML nor a 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import yaml
 
 from logitcache.cache.card_fields import Card, card_from
+from logitcache.cache.cut_classes import cut_classes_of
 from logitcache.cache.ensemble import Part, merged_parts
 from logitcache.cache.layout import PER_CACHE, SAMPLE_ARRAYS
 from logitcache.cache.manifest import CARD
 from logitcache.cache.names import names_of, recorded_names
 from logitcache.cache.reader import LogitCache
+from logitcache.data.transforms import entry_points_of
 from logitcache.data.views import Mixing, ViewPlan
-from logitcache.encodings import Sampled
+from logitcache.encodings import Sampled, TopK
 from logitcache.errors import CorruptCache, UsageError
 from logitcache.markdown import LONGEST_NAME, code, escaped, fenced, one_line, table
+from logitcache.targets import SparseTargets, row_slices
 
 ACCURACY_ROWS = 65_536
 ACCURACY_LOGITS = 2**26
@@ -30,6 +35,8 @@ ACCURACY_LOGITS = 2**26
 ROWS_AT_ONCE = 1024
 TASK_CATEGORIES = {"causal": "text-generation", "masked": "fill-mask", "classification": "text-classification"}
 """Of the Hugging Face Hub, by the task of a tokenization."""
+ROW_NAMES = {"causal": "predicted tokens", "masked": "predicted tokens"}
+"""What the rows of a sample are, by the task of a tokenization."""
 SHOWN_CLASSES = 20
 LONGEST_TEXT, LONGEST_TRANSFORM = 10_000, 4_000
 """Maximum characters of the description and of the transform on a card."""
@@ -86,7 +93,7 @@ def _sections(cache: LogitCache, stated: Card) -> Iterator[str]:
     yield table(
         {
             "samples": f"{cache.num_samples:,}",
-            **({"rows per view": f"{cache.num_rows:,}"} if sequences else {}),
+            **(_rows_of_samples(cache) if sequences else {}),
             "views": _views(cache),
             "classes": f"{cache.num_classes:,}",
             "encoding": code(repr(cache.encoding)),
@@ -101,6 +108,10 @@ def _sections(cache: LogitCache, stated: Card) -> Iterator[str]:
     )
     yield "## Fidelity\n"
     yield _fidelity(cache)
+    distributions = _distributions(cache)
+    if distributions is not None:
+        yield "## Distributions\n"
+        yield distributions
     accuracy = _accuracy(cache)
     if accuracy is not None:
         yield "## Accuracy\n"
@@ -126,7 +137,12 @@ def _what_this_is(cache: LogitCache, stated: Card) -> Iterator[str]:
         more = cache.num_classes - SHOWN_CLASSES
         lines.append(f"- Classes: {shown}{f' and {more:,} more' if more > 0 else ''}")
     if identity.tokenization:
-        lines.append(f"- Tokenization: {code(json.dumps(identity.tokenization, sort_keys=True)[:LONGEST_TRANSFORM])}")
+        lines.append("- Tokenization:")
+        stated_fields = sorted(identity.tokenization.items())[:SHOWN_CLASSES]
+        lines += [f"  - {code(name)}: {code(json.dumps(value))}" for name, value in stated_fields]
+    cut = cut_classes_of(cache.manifest)
+    if cut is not None:
+        lines.append(f"- Left out: {cut.text}")
     licensed = code(stated.license) if stated.license else "unknown: not stated"
     lines.append(f"- License: {licensed}")
     if stated.url:
@@ -161,19 +177,73 @@ def _how_to_load_it(cache: LogitCache) -> Iterator[str]:
         )
         + "```\n"
     )
-    if cache.manifest.identity.transform is not None:
-        yield (
-            "`logitcache.ViewDataset(dataset, cache.view_plan)` renders the views that the teacher saw; "
-            "`cache.verify_inputs` and `cache.check_batch` check that. On the command line, with a pipeline for your "
-            "copy of the data:\n"
-        )
+    yield from _how_to_render_it(cache)
+    command = _training_command(cache)
+    yield "On the command line" + (", with a pipeline for your copy of the data:\n" if command else ":\n")
     yield (
-        f"```\nlogitcache pull URL mine.cache --expect {cache.pin}\n"
-        "logitcache verify mine.cache --deep\n"
-        "logitcache train-student PIPELINE cache.path=mine.cache\n```\n"
+        f"```\nlogitcache pull URL mine.cache --expect {cache.pin}\nlogitcache verify mine.cache --deep\n{command}```\n"
     )
     yield "Any Zarr v3 reader, in any language, opens the encoded labels:\n"
     yield f'```python\nimport zarr\n\nprint(zarr.open_group("labels.zarr", mode="r")["{array}"].shape)\n```\n'
+
+
+def _how_to_render_it(cache: LogitCache) -> Iterator[str]:
+    """How the samples become what the teacher saw, in Python."""
+    transform = cache.manifest.identity.transform
+    samples = f"`dataset` has the {cache.num_samples:,} samples of the cache in its order"
+    samples += "." if cache.samples is None or cache.samples.keys is None else ": `cache.samples.keys`."
+    checked = "`cache.verify_inputs` and `cache.check_batch` check that."
+    if transform is None:
+        yield (
+            "This cache has no recipe of its views: prepare the samples as for the teacher, and look up their labels "
+            "by row number.\n"
+        )
+    elif _is_recorded(transform):
+        yield (
+            "`logitcache.ViewDataset(dataset, cache.view_plan)` renders the views that the teacher saw; "
+            f"{checked} Here {samples}\n"
+        )
+        named = _code_of_views(transform)
+        if named:
+            shown = ", ".join(map(code, named))
+            yield f"The views need code that is not here: {shown}. Review it, then open the cache with `trust=True`.\n"
+    else:
+        yield (
+            "The transform was a Python object, which can't be stored. Make the same plan from its description below, "
+            "`plan = logitcache.ViewPlan(transform=..., seed=...)`, and call `cache.check_plan(plan)`, which compares "
+            f"the two. Then `logitcache.ViewDataset(dataset, plan)` renders the views that the teacher saw; {checked} "
+            f"Here {samples}\n"
+        )
+
+
+def _training_command(cache: LogitCache) -> str:
+    """The line that trains students from the cache; empty where no pipeline can describe its views or tokenization."""
+    identity = cache.manifest.identity
+    tokenized_elsewhere = bool(identity.tokenization) and "task" not in identity.tokenization
+    if tokenized_elsewhere or not (identity.transform is None or _is_recorded(identity.transform)):
+        return ""
+    # Any pipeline's teacher has a fingerprint; labels of named caches are of any teacher.
+    teachers = [part.teacher for part in _parts(cache)] or [identity.teacher]
+    of_a_pipeline = all(re.search(r"@[0-9a-f]{64}$", teacher) for teacher in teachers)
+    labels = "cache.path=mine.cache" if of_a_pipeline else "'students.NAME.labels={caches: [mine.cache]}'"
+    return f"logitcache train-student PIPELINE {labels}\n"
+
+
+RECIPE = ("shared", "teacher_input")
+"""The parts of a recorded plan that are transforms."""
+
+
+def _code_of_views(transform: dict[str, Any]) -> list[str]:
+    """The `package.module:function` names in the recorded transforms."""
+    try:
+        return list(dict.fromkeys(name for part in RECIPE for name in entry_points_of(transform.get(part) or [])))
+    except UsageError:  # an untrusted manifest
+        return []
+
+
+def _is_recorded(transform: dict[str, Any]) -> bool:
+    """Whether `cache.view_plan` can build the transforms: they are lists of named transforms, or there is none."""
+    return all(transform.get(part) is None or isinstance(transform[part], list) for part in RECIPE)
 
 
 def _views(cache: LogitCache) -> str:
@@ -199,6 +269,43 @@ def _fidelity(cache: LogitCache) -> str:
             lines.append(f"{where} it is infinite: the encoding gives zero probability to classes that have some.")
         else:
             lines.append(f"{where} it is unknown: only some of the teacher's log-probabilities were available.")
+    return " ".join(lines) + "\n"
+
+
+def _rows_of_samples(cache: LogitCache) -> dict[str, str]:
+    """Rows of a view and of a sample, for samples with several."""
+    counts_N = np.diff(cache.row_offsets)
+    what = ROW_NAMES.get(str(cache.manifest.identity.tokenization.get("task")), "rows")
+    return {
+        "rows per view": f"{cache.num_rows:,}",
+        f"{what} per sample": f"{counts_N.mean():,.1f} on average, {counts_N.max():,} at most",
+    }
+
+
+def _distributions(cache: LogitCache) -> str | None:
+    """How concentrated the distributions of sequences are, measured on some rows; None with one row per sample.
+
+    Raises:
+        CorruptCache: the labels are damaged.
+    """
+    if cache.row_map.one_each:
+        return None
+    num_rows = min(cache.num_rows, ACCURACY_ROWS, max(1, ACCURACY_LOGITS // cache.num_classes))
+    view = cache.view(cache.views.start, memory_budget=1, ahead=False)
+    entropy, kept = 0.0, 0.0
+    for start in range(0, num_rows, ROWS_AT_ONCE):
+        targets = view.targets(range(start, min(start + ROWS_AT_ONCE, num_rows)))
+        for rows in row_slices(len(targets), cache.num_classes, targets.device):
+            entropy += float(targets[rows].entropy().sum())
+        if isinstance(targets, SparseTargets):
+            kept += float((1.0 - targets.softened().tail.exp()).sum())
+    mean = entropy / num_rows
+    lines = [f"On the first {num_rows:,} rows of view {cache.views.start}:"]
+    if isinstance(cache.encoding, TopK):
+        lines.append(f"the stored classes have {kept / num_rows:.2%} of the teacher's probability.")
+    lines.append(
+        f"The mean entropy of the stored distributions is {mean:.3f} nats, a perplexity of {math.exp(mean):,.2f}."
+    )
     return " ".join(lines) + "\n"
 
 

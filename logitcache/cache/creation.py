@@ -89,6 +89,7 @@ def create(
     tokenization: Mapping[str, Json] | None = None,
     rows_per_block: int | None = None,
     card: Card | Mapping[str, Json] | None = None,
+    notes: Mapping[str, Json] | None = None,
     overwrite: bool = False,
 ) -> CacheWriter:
     """Open a cache for writing: a new one, or an existing one of the same identity, to complete it or to add views.
@@ -120,6 +121,7 @@ def create(
             samples.
         card: fields of the cache's README.md, such as {"license": "cc-by-4.0"}. Can be changed later; None keeps those
             of an existing cache.
+        notes: JSON that is added to the provenance of a new cache; not part of its identity.
         overwrite: first delete the cache at the path, if there is one. Never deletes anything else.
 
     Raises:
@@ -146,7 +148,7 @@ def create(
     _check_shape(num_samples, num_views, num_classes, rows_per_block)
     if rows_per_sample is not None and view_plan is not None and view_plan.mixing.active:
         raise UsageError("mixup and CutMix mix samples of one class each; remove them, or rows_per_sample")
-    return open_writer(
+    writer = open_writer(
         path,
         origin,
         rows=make_row_map(num_samples, rows_per_sample, row_positions, rows_per_block=rows_per_block),
@@ -159,8 +161,12 @@ def create(
         samples=samples,
         card=card,
         names={"teacher": teacher_name, "dataset": dataset_name},
+        notes=notes,
         overwrite=overwrite,
     )
+    if view_plan is not None:
+        view_plan.extend_limit(writer.layout.views)
+    return writer
 
 
 @dataclass(frozen=True, kw_only=True)

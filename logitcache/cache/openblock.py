@@ -21,7 +21,9 @@ from logitcache.targets import row_slices
 # B batch, C classes (for other outputs: values of a row)
 
 SLAB_LOGITS = 2**20
-"""Logits that are encoded at once (4 MB): enough to amortise small operations, few enough for the processor's cache."""
+"""Logits that a CPU encodes at once (4 MB): enough to amortise small operations, few enough for its cache."""
+DEVICE_SLAB_LOGITS = 2**24
+"""Logits that another device encodes at once (64 MB): enough to occupy it."""
 
 
 class OpenBlock:
@@ -118,7 +120,8 @@ class _OpenRows:
         self._encoding = output.encoding
         self._device = device
         self._num_classes = output.num_values
-        self._bounds = _slab_bounds(row_map, block, max(1, SLAB_LOGITS // self._num_classes))
+        slab_logits = SLAB_LOGITS if device.type == "cpu" else DEVICE_SLAB_LOGITS
+        self._bounds = _slab_bounds(row_map, block, max(1, slab_logits // self._num_classes))
         self._slabs: dict[int, Tensor] = {}
         """The logits of incomplete slabs, by number."""
         self.pinned = self._device.type == "cuda"
@@ -220,7 +223,8 @@ class _OpenRows:
         for name, values in encoded.items():
             self.buffers[self._output.stored_name(name)][span].copy_(values, non_blocking=self.pinned)
         if self._output.measures_kl:
-            if kl_B is None or bool(kl_B.isnan().any()):
+            # On a CPU only: on other devices the check would wait.
+            if kl_B is None or (kl_B.device.type == "cpu" and bool(kl_B.isnan().any())):
                 kl_B = fidelity_kl(self._encoding.decode(encoded, self._num_classes), logits_BC)
             self.kl[span].copy_(kl_B, non_blocking=self.pinned)
 

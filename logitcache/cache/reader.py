@@ -299,16 +299,20 @@ class LogitCache:
         return len(compared)
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
-        """Sample numbers of keys, int64 (len(keys),), for subsets and datasets in another order.
-
-        With one row per sample these are row numbers.
+        """Row numbers of keys, int64 (len(keys),), for subsets and datasets in another order.
 
         Raises:
             SampleMismatch: a key that is not in the cache.
-            UsageError: the cache was created without keys.
+            UsageError: the cache was created without keys, or its samples have several rows.
         """
         if self.samples is None:
             raise UsageError(f"{self.storage.url} was created without sample keys; pass row numbers instead")
+        if not self.row_map.one_each:
+            raise UsageError(
+                f"the samples have several rows in {self.storage.url}, so a key names no single row; "
+                "`cache.samples.rows(keys)` gives sample numbers, as `ViewDataset(rows=...)` takes them, and sample i "
+                "has the rows `cache.row_offsets[i]` to before `cache.row_offsets[i + 1]`"
+            )
         return self.samples.rows(keys)
 
     def view(

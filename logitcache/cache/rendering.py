@@ -14,6 +14,7 @@ from logitcache.data.rows import RowMap
 from logitcache.data.samples import SampleTable, batch_item, input_digest
 from logitcache.data.transforms import build_transform, entry_points_of
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan, proof_rows
+from logitcache.devices import one_thread
 from logitcache.errors import IdentityMismatch, ShapeError, UntrustedCode, UsageError
 
 
@@ -68,6 +69,7 @@ def recorded_digests(manifest: Manifest, receipts: Mapping[str, Receipt], rows: 
     return digests
 
 
+@one_thread()
 def check_rendered(
     views: ViewDataset, view: int, recorded: Mapping[int, str], manifest: Manifest, samples: SampleTable | None
 ) -> int:
@@ -106,6 +108,7 @@ def _possible_causes(knows_samples: bool) -> str:
     )
 
 
+@one_thread()
 def check_arrived(
     datasets: Iterable[ViewDataset],
     index: Any,

@@ -158,6 +158,32 @@ def check_head(model: nn.Module, inputs: Any) -> None:
         )
 
 
+def num_cut_classes(model: nn.Module) -> int:
+    """Classes that a head was cut by, such as those of a head that is padded beyond the tokenizer."""
+    return len(model.cut_head[0]) if hasattr(model, "cut_head") else 0  # type: ignore[index]
+
+
+@contextmanager
+def watched_cut_classes(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within, each call of a model whose head was cut appends the probability of the cut classes, float32 (B, L).
+
+    They are right for models that return the output of their head unchanged; see `check_head`.
+    """
+    weight, bias = model.cut_head  # type: ignore[misc]
+    masses: list[Tensor] = []
+
+    def watch(head: nn.Module, arguments: tuple[Tensor, ...], logits: Tensor) -> None:
+        hidden = arguments[0].float()
+        of_cut = F.linear(hidden, weight.to(hidden), None if bias is None else bias.to(hidden)).logsumexp(dim=-1)
+        masses.append((of_cut - logits.float().logsumexp(dim=-1)).sigmoid())
+
+    handle = head_of(model).register_forward_hook(watch)
+    try:
+        yield masses
+    finally:
+        handle.remove()
+
+
 def check_packing(model: nn.Module, vocab_size: int) -> None:
     """Check that a model gives the same logits for sequences that are packed into one row as for each alone.
 
@@ -270,4 +296,8 @@ def _fit_vocabulary(model: Any, num_classes: int) -> None:
             f"{known} in data.args if its tokens beyond are not used"
         )
     if known > num_classes:
+        head = model.get_output_embeddings()
+        if isinstance(head, nn.Linear):
+            bias = None if head.bias is None else head.bias.detach()[num_classes:].clone()
+            model.cut_head = head.weight.detach()[num_classes:].clone(), bias
         model.resize_token_embeddings(num_classes, mean_resizing=False)

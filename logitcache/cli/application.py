@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from logitcache.deprecation import warn_renamed
 from logitcache.errors import LogitCacheError, StorageError, UsageError
 
 INTERRUPTED = 130
@@ -35,6 +36,23 @@ TrustOption = Annotated[
     bool,
     typer.Option("--trust", help="Allow package.module:function code from outside the working folder."),
 ]
+
+
+OldOutputOption = Annotated[str | None, typer.Option("--out", hidden=True)]
+
+
+def chosen_output(output: str | None, old: str | None) -> str | None:
+    """The value of `--output`, or of `--out`, its old name; None without both.
+
+    Raises:
+        UsageError: both are given.
+    """
+    if old is None:
+        return output
+    if output is not None:
+        raise UsageError("--out is the old name of --output; give one of them")
+    warn_renamed("--out", "--output")
+    return old
 
 
 def pipeline_of(cache: str, file: Path | None, overrides: Sequence[str] | None) -> Any:

@@ -20,8 +20,8 @@ from logitcache.cli.application import (
 )
 from logitcache.cli.printing import (
     cache_summary,
+    print_cache,
     print_caches,
-    print_mapping,
     print_problems,
     print_repair,
     print_transfer,
@@ -36,13 +36,15 @@ def info_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
 
     found = summarise(cache)
     summary = cache_summary(found)
-    show(summary, as_json, lambda: print_mapping(f"{found.names.title} ({cache})", summary))
+    show(summary, as_json, lambda: print_cache(f"{found.names.title} ({cache})", summary))
     _note(found.missing_packages)
 
 
 @app.command("ls")
 def ls_command(
-    location: Annotated[str, typer.Argument(metavar="URL", help="Directory or URL to search, subfolders included.")],
+    location: Annotated[
+        str, typer.Argument(metavar="FOLDER|URL", help="Folder or URL to search, subfolders included.")
+    ] = ".",
     as_json: JsonOption = False,
 ) -> None:
     """List the caches in a folder or at a URL, subfolders included; exit 1 if one can't be read."""
@@ -73,7 +75,10 @@ def verify_command(
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a cache: receipts and sizes; --deep: every byte; --data: its match with a pipeline. Exit 1 on a problem."""
+    """Check a cache's receipts and sizes. Add --deep for every byte, or --data to compare it with a pipeline.
+
+    Exit 1 on a problem.
+    """
     from logitcache.cache.summary import missing_packages_of
     from logitcache.verify.audit import verify
 
@@ -133,7 +138,7 @@ def seal_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
 
     seal(cache)
     summary = cache_summary(summarise(cache))
-    show(summary, as_json, lambda: print_mapping(cache, summary))
+    show(summary, as_json, lambda: print_cache(cache, summary))
 
 
 @app.command("push")
@@ -161,7 +166,7 @@ def pull_command(
         typer.Option(metavar="FIRST:END", help="Copy only these views, such as 0:8 or 8:16; END is excluded."),
     ] = None,
     expect: Annotated[
-        str | None, typer.Option(metavar="DIGEST", help="Fail before copying if the content digest differs.")
+        str | None, typer.Option(metavar="DIGEST", help="Fail if the content digest differs, and leave no copy.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

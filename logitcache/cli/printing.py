@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,12 +15,15 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Column, Table
 
+from logitcache.cache.cut_classes import cut_classes_of
+
 
 def cache_summary(summary: Any) -> dict[str, Any]:
     """The keys of `info`."""
     manifest, contents = summary.manifest, summary.contents
     outputs = {"outputs": summary.outputs} if summary.outputs else {}
     created = manifest.provenance.get("created")
+    cut = cut_classes_of(manifest)
     return {
         "id": manifest.id,
         "digest": manifest.digest,
@@ -38,9 +43,27 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         "views": f"{manifest.layout.first_view}:{manifest.layout.num_views}",
         "kl_mean": None if contents is None else contents.kl_mean,
         "created": created if isinstance(created, str) else None,
+        **({"cut_classes": cut.classes, "cut_mass_mean": cut.mass_mean, "cut_mass_max": cut.mass_max} if cut else {}),
         **({"encoding_packages": summary.packages} if summary.packages else {}),
         **outputs,
     }
+
+
+def print_cache(title: str, summary: dict[str, Any]) -> None:
+    """The table of `info`, without values that repeat another one."""
+    repeated = {
+        "teacher_name": summary["teacher"].partition("@")[0] == summary["teacher_name"],
+        "dataset_name": summary["dataset"] == summary["dataset_name"],
+        "num_rows": summary["num_rows"] == summary["num_samples"],
+        "bytes_per_row": summary["num_rows"] == summary["num_samples"],
+        "views": summary["views"] == f"0:{summary['num_views']}",
+    }
+    print_mapping(title, {key: value for key, value in summary.items() if not repeated.get(key, False)})
+
+
+def print_next(command: str, pipeline: Any, overrides: Sequence[str] | None) -> None:
+    """The command of the next stage."""
+    say(f"Next: logitcache {command} {shlex.join([str(pipeline), *(overrides or ())])}")
 
 
 def print_caches(location: str, caches: list[dict[str, Any]], unreadable: list[dict[str, Any]]) -> None:
@@ -183,10 +206,12 @@ def _rows_of(name: str, value: Any) -> list[tuple[str, Any]]:
 
 
 def print_rows(rows: list[Any]) -> None:
-    """The table of students; of sequences with the negative log-likelihood."""
+    """The table of students; of sequences with the negative log-likelihood, and the comparison with the teacher."""
     has_nll = any(row.nll_mean is not None for row in rows)
+    has_teacher = any(row.teacher_kl_mean is not None for row in rows)
     columns = ["student", "parameters", "samples", "seeds", *(["test NLL, nats"] if has_nll else [])]
-    table = Table(*columns, "test accuracy, %", "validation, %", "s/epoch")
+    of_teacher = ["KL to teacher, nats", "agreement, %"] if has_teacher else []
+    table = Table(*columns, *of_teacher, "test accuracy, %", "validation, %", "s/epoch")
     for row in rows:
         table.add_row(
             row.name,
@@ -194,6 +219,8 @@ def print_rows(rows: list[Any]) -> None:
             f"{row.samples:,}",
             str(len(row.seeds)),
             *([number(row.nll_mean, row.nll_sd, digits=4)] if has_nll else []),
+            *([number(row.teacher_kl_mean, row.teacher_kl_sd, digits=4)] if has_teacher else []),
+            *([percent(row.teacher_agreement_mean, row.teacher_agreement_sd)] if has_teacher else []),
             percent(row.accuracy_mean, row.accuracy_sd),
             percent(row.validation_accuracy_mean),
             number(row.epoch_seconds),
@@ -229,10 +256,16 @@ def print_checked(checked: list[Any]) -> None:
         for line in each.missing:
             indented = line.replace("\n", "\n  ")
             say(f"{each.file}: missing: {indented}")
+        if len(checked) == 1 and not each.missing and not each.error:
+            say(f"{each.file} is valid.")
         for line in each.unchecked:
-            say(f"{each.file}: not checked: {line}")
+            say(f"{each.file}: note: {line}")
         if each.error:
             print(f"error: {each.error}", file=sys.stderr, flush=True)
+
+
+DIFFERS = "differs"
+"""The kind of a problem whose path is a sentence about a difference."""
 
 
 def print_problems(cache: str, problems: list[Any]) -> None:
@@ -241,10 +274,17 @@ def print_problems(cache: str, problems: list[Any]) -> None:
         say(f"{cache}: no problems found")
         return
     title = plain(f"{cache}: {len(problems)} problem{'s' if len(problems) > 1 else ''}")
+    if all(problem.kind == DIFFERS for problem in problems):  # of `verify --data`: sentences instead of paths
+        say("\n  ".join([f"{cache} does not match the pipeline; they differ in", *map(_problem_line, problems)]))
+        return
     table = Table("block", "path", "kind", title=title, title_justify="left")
     for problem in problems:
         table.add_row(*map(plain, (problem.block, problem.path, problem.kind)))
     console().print(table)
+
+
+def _problem_line(problem: Any) -> str:
+    return _plain_line(problem.path)
 
 
 def print_repair(cache: str, result: Any) -> None:

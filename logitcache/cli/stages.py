@@ -14,8 +14,10 @@ from logitcache.cli.application import JsonOption, OverridesArgument, PipelineAr
 from logitcache.cli.printing import (
     cache_summary,
     plan_summary,
+    print_cache,
     print_checked,
     print_mapping,
+    print_next,
     print_plan,
     print_rows,
 )
@@ -78,8 +80,13 @@ def train_teacher_command(
     from logitcache.train.ranks import is_first_process
 
     result = train_teacher(load_pipeline(pipeline, overrides or ()), trust=trust)
+
+    def print_result() -> None:
+        print_mapping("teacher", result)
+        print_next("cache-teacher", pipeline, overrides)
+
     if is_first_process():
-        show(result, as_json, lambda: print_mapping("teacher", result))
+        show(result, as_json, print_result)
 
 
 @app.command("cache-teacher")
@@ -120,7 +127,13 @@ def cache_teacher_command(
         "total_blocks": result.total_blocks,
         "missing_blocks": len(result.missing_blocks),
     }
-    show(summary, as_json, lambda: print_mapping(loaded.cache.path, summary))
+
+    def print_result() -> None:
+        print_cache(loaded.cache.path, summary)
+        if summary["sealed"] and loaded.students:
+            print_next("train-student", pipeline, overrides)
+
+    show(summary, as_json, print_result)
     if result.missing_blocks:
         print(
             f"{len(result.missing_blocks)} of {result.total_blocks} blocks are missing. The shard that finishes last "

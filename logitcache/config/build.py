@@ -34,6 +34,7 @@ from logitcache.data.rows import rows_of_dataset
 from logitcache.data.samples import Dataset
 from logitcache.data.sequences import sequence_rows
 from logitcache.data.text_views import complete_spec
+from logitcache.data.tokens import MASKED
 from logitcache.data.transforms import build_transform
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.devices import pick_device
@@ -43,6 +44,7 @@ from logitcache.randomness import preserved_generators, seed_generators
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.finished import read_text
 from logitcache.train.inference import TeacherRunner
+from logitcache.train.labels import Labels
 from logitcache.train.runs import RESOLVED
 from logitcache.train.tracking import Tracker, load_tracker
 from logitcache.verify.fit import TeacherIdentity
@@ -106,9 +108,8 @@ def load_configured(config: DataConfig, *, trust: bool) -> Data:
 def resolve_plan(pipeline: Pipeline, data: Data, *, trust: bool) -> ViewPlan:
     """The view plan that teacher and students share."""
     views = pipeline.views
-    spec = None if views.transform is None else complete_spec(views.transform, data.train)
     return ViewPlan(
-        transform=None if spec is None else build_transform(spec, trust=trust),
+        transform=shared_transform(pipeline, data.train, trust=trust),
         seed=views.seed,
         mixing=Mixing(mixup=views.mixup, cutmix=views.cutmix, probability=views.mix_probability),
         preprocess=input_part(pipeline.teacher, trust=trust),
@@ -117,6 +118,12 @@ def resolve_plan(pipeline: Pipeline, data: Data, *, trust: bool) -> ViewPlan:
         collate=resolve_collate(pipeline, trust=trust),
         rows=rows_of_dataset(data.train, pipeline.cache.rows_per_block),
     )
+
+
+def shared_transform(pipeline: Pipeline, dataset: Dataset, *, trust: bool) -> Callable[[Any], Any] | None:
+    """The random transform of `views.transform`, with the token ids of the dataset's tokenizer that it leaves out."""
+    transform = pipeline.views.transform
+    return None if transform is None else build_transform(complete_spec(transform, dataset), trust=trust)
 
 
 def resolve_collate(pipeline: Pipeline, *, trust: bool) -> Collate | None:
@@ -305,11 +312,24 @@ def build_runner(
     return TeacherRunner(teacher, pipeline.teacher, context, taps_of(pipeline.cache.outputs, [LOGITS, *outputs]))
 
 
+def clean_plan(dataset: Dataset, config: ModelConfig, pipeline: Pipeline, *, trust: bool) -> ViewPlan:
+    """The plan of a split without augmentation, preprocessed for one model, for validation and test.
+
+    The texts of a masked model are masked as in view 0: it predicts nothing else.
+    """
+    masked = getattr(dataset, "task", None) == MASKED
+    return ViewPlan(
+        transform=shared_transform(pipeline, dataset, trust=trust) if masked else None,
+        seed=pipeline.views.seed,
+        preprocess=input_part(config, trust=trust),
+        collate=resolve_collate(pipeline, trust=trust),
+        rows=rows_of_dataset(dataset),
+    )
+
+
 def clean_views(dataset: Dataset, config: ModelConfig, pipeline: Pipeline, *, trust: bool) -> ViewDataset:
     """A dataset without augmentation, preprocessed for one model, for validation and test."""
-    collate = resolve_collate(pipeline, trust=trust)
-    rows = rows_of_dataset(dataset)
-    return ViewDataset(dataset, ViewPlan(preprocess=input_part(config, trust=trust), collate=collate, rows=rows))
+    return ViewDataset(dataset, clean_plan(dataset, config, pipeline, trust=trust))
 
 
 def build_evaluation(
@@ -319,7 +339,12 @@ def build_evaluation(
     if dataset is None:
         return None
     views = clean_views(dataset, config, pipeline, trust=context.trust)
-    return Evaluation(views, batch_size=EVALUATION_BATCH_SIZE, num_workers=context.num_workers)
+    return evaluation_of(views, context)
+
+
+def evaluation_of(views: ViewDataset, context: Context, labels: Labels | None = None) -> Evaluation:
+    """Views of a split, ready to measure models on, and perhaps a teacher's labels for them."""
+    return Evaluation(views, batch_size=EVALUATION_BATCH_SIZE, num_workers=context.num_workers, labels=labels)
 
 
 def build_tracker(pipeline: Pipeline, *, trust: bool) -> Callable[[], Tracker] | None:

@@ -215,9 +215,9 @@ class CacheConfig(Section):
 
 
 class TeachersConfig(Section):
-    """Labels of several teachers: caches of the same views, combined for each batch."""
+    """Labels of named caches of any teachers: of one, or of several of the same views, combined for each batch."""
 
-    caches: list[str] = Field(min_length=2)
+    caches: list[str]
     """Paths or URLs; inputs are verified against the first one."""
     combine: Literal["logits", "probabilities", "best"] = "logits"
     """The mean of logits or probabilities, or for each sample the teacher with the lowest loss on its true label."""
@@ -226,6 +226,8 @@ class TeachersConfig(Section):
 
     @model_validator(mode="after")
     def _weights_fit(self) -> TeachersConfig:
+        if not self.caches:
+            raise ValueError("`caches` is empty; expected at least one path or URL of a cache")
         if self.weights is not None and self.combine == "best":
             raise ValueError("'best' selects one teacher for each sample and has no weights")
         if self.weights is not None and len(self.weights) != len(self.caches):
@@ -239,7 +241,7 @@ class StudentConfig(ModelConfig):
     name: str = Field(pattern=r"^\w[\w.-]*$")
     loss: LossConfig = {"name": "kl"}
     labels: Literal["cache", "live"] | TeachersConfig = "cache"
-    """Where the teacher's logits come from; "live" runs the teacher on every batch."""
+    """Where the teacher's logits come from: the pipeline's cache, other caches, or the teacher, run on every batch."""
     samples: float = Field(default=1.0, gt=0, le=1)
     """Fraction of the training samples that this student is trained on, stratified by class."""
     sample_weights: dict[str, Any] = {"name": "none"}
@@ -265,7 +267,7 @@ class StudentConfig(ModelConfig):
         if isinstance(value, Mapping):
             return TeachersConfig.model_validate(value)
         if value not in ("cache", "live") and not isinstance(value, TeachersConfig):
-            raise ValueError("expected 'cache', 'live', or a mapping such as {caches: [a.cache, b.cache]}")
+            raise ValueError("expected 'cache', 'live', or a mapping such as {caches: [a.cache]}")
         return value
 
     @field_validator("sample_weights", mode="before")
@@ -291,7 +293,7 @@ class StudentConfig(ModelConfig):
     def _fits_together(self) -> StudentConfig:
         if self.init is not None and self.weights is not None:
             raise ValueError("a student starts from `weights` or from its teacher (`init`); set only one of them")
-        if self.hints and isinstance(self.labels, TeachersConfig):
+        if self.hints and isinstance(self.labels, TeachersConfig) and len(self.labels.caches) > 1:
             raise ValueError("`hints` need the labels of one cache; several teachers give combined logits only")
         return self
 
@@ -304,6 +306,14 @@ class StudentConfig(ModelConfig):
         identity = self.model_dump(exclude={"train"})
         identity |= {"loss": recorded_loss(self.loss), "hints": recorded_loss(self.hints)}
         return {key: value for key, value in identity.items() if key not in unset or value != unset[key]}
+
+
+class EvaluationConfig(Section):
+    """How students are measured on the test split."""
+
+    teacher: str = "auto"
+    """The teacher that they are compared with: "live" runs it, "none" compares with none, and a path or URL names a
+    cache of the test split. "auto" is "live" for sequences where a student of the pipeline has `labels: live`."""
 
 
 class RunsConfig(Section):
@@ -333,6 +343,7 @@ class Pipeline(Section):
     students: list[StudentConfig] = []
     together: bool = False
     """Render each batch once for all students whose batches are the same; results don't change."""
+    evaluation: EvaluationConfig = EvaluationConfig()
     runs: RunsConfig = RunsConfig()
     device: str = "auto"
     """"auto", "cpu", "cuda", "cuda:1", "mps"."""
@@ -363,9 +374,14 @@ class Pipeline(Section):
 
     @property
     def dataset_name(self) -> str:
-        """A readable name of the dataset, such as "mnist"; the folder's name if it holds the user's own files."""
+        """A readable name of the dataset, such as "mnist".
+
+        The folder's name if it holds the user's own files; the pipeline's if a function of the user loads it.
+        """
+        if is_entry_point(self.data.name):
+            return self.name
         own = self.data.name in ("image_folder", "audio_folder", "text")
-        return Path(self.data.root).stem if own else self.data.name.rpartition(":")[2]
+        return Path(self.data.root).stem if own else self.data.name
 
     def student(self, name: str) -> StudentConfig:
         """A student by name.

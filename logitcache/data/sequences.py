@@ -26,6 +26,17 @@ def sequence_rows(views: ViewDataset) -> RowMap | None:
     return None if rows is None or rows.one_each else rows
 
 
+def lengths(rows: RowMap) -> np.ndarray:
+    """Positions of each sample up to that of its last row, int64 (N,); 0 without rows."""
+    counts_N = np.diff(rows.offsets)
+    if rows.positions is None:
+        return counts_N
+    length_N = np.zeros_like(counts_N)
+    with_rows = counts_N > 0
+    length_N[with_rows] = rows.positions[rows.offsets[1:][with_rows] - 1].astype(np.int64) + 1
+    return length_N
+
+
 def row_counts(index: Any, rows: RowMap) -> np.ndarray:
     """The number of rows of each sequence of a batch, int64 (B,).
 
@@ -47,6 +58,17 @@ def row_counts(index: Any, rows: RowMap) -> np.ndarray:
         row = int(first_B[has_rows_B & ~is_first_B][0])
         raise UsageError(f"row {row} is not the first one of a sample; pass the index that `ViewDataset` gives")
     return np.where(has_rows_B, rows.offsets[sample_B + 1] - first_B, 0)
+
+
+def first_samples(index: Any, rows: RowMap) -> np.ndarray:
+    """The sample of each sequence of a batch, int64 (B,); 0 for a sequence without rows.
+
+    Args:
+        index: int (B,), from `ViewDataset`: the first row of each sequence; -1 for a sequence without rows.
+        rows: the row map of the cache.
+    """
+    index_B = index_tensor(index).cpu().numpy()
+    return rows.samples_of(np.where(index_B == NO_ROW, 0, index_B & ROW_MASK))
 
 
 def position_index(index: Any, rows: RowMap, length: int) -> Tensor:

@@ -18,6 +18,8 @@ from logitcache.errors import UsageError
 # L length
 
 INPUT_IDS = "input_ids"
+SELECTED = "selected_tokens"
+"""Of a masked text: which tokens were selected, bool (L,). `ViewDataset` removes it and hides the targets of others."""
 
 
 class TokenDropout:
@@ -82,7 +84,9 @@ class TokenMasking:
         replacements = self._ordinary[(draws * len(self._ordinary)).astype(np.int64)]
         changed = np.where(selected & (decides < self.masked), self.mask_id, ids)
         at_random = selected & (decides >= self.masked) & (decides < self.masked + self.random)
-        return inputs | {INPUT_IDS: torch.from_numpy(np.where(at_random, replacements, changed))}
+        changed = np.where(at_random, replacements, changed)
+        selected |= np.asarray(inputs.get(SELECTED, False))  # by an earlier step
+        return inputs | {INPUT_IDS: torch.from_numpy(changed), SELECTED: torch.from_numpy(selected)}
 
 
 TEXT_VIEWS = {"token_dropout": TokenDropout, "token_masking": TokenMasking}

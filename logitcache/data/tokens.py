@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logitcache.data.batching import NO_TARGET
 from logitcache.errors import UsageError
 
 # N samples, T tokens of all samples, R rows, B sequences of a batch, P rows of a packed batch, L length
@@ -122,6 +123,22 @@ class TokenDataset:
             return int(self.targets[index])
         first, stop = np.searchsorted(self._row_tokens, self._starts[index : index + 2])
         return torch.from_numpy(self.row_targets(np.arange(first, stop)))
+
+    def target_of_view(self, index: int, target: Any, selected: Tensor) -> Any:
+        """A sample's target in a view that masks tokens: in a masked model, only the selected tokens have a class.
+
+        The others are visible in the input, so their class, -100, does not count in losses and measures.
+
+        Args:
+            index: of the sample.
+            target: from `dataset[index]`.
+            selected: the tokens that the view selected, bool (L,).
+        """
+        if self.task != MASKED or self._row_tokens is None:
+            return target
+        first, stop = np.searchsorted(self._row_tokens, self._starts[index : index + 2])
+        positions = torch.from_numpy(self._row_tokens[first:stop] - self._starts[index])
+        return target.masked_fill(~selected[positions], NO_TARGET)
 
     def ids(self, index: int) -> np.ndarray:
         """The token ids of a sample, int32 (L,)."""

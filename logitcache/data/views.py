@@ -24,6 +24,7 @@ from logitcache.data.batching import Batch, Collate, InputPerModel, as_tensors, 
 from logitcache.data.index import NO_ROW, join_index
 from logitcache.data.rows import RowMap
 from logitcache.data.samples import Dataset, content_digest, input_digest, load_sample, same_content, sample_key
+from logitcache.data.text_views import SELECTED
 from logitcache.data.transforms import adapt_transform, describe_transform
 from logitcache.data.workers import end_with_parent
 from logitcache.deprecation import RenamedAttribute, renamed_keyword
@@ -129,6 +130,12 @@ class ViewPlan:
         if self.views is None:
             object.__setattr__(self, "views", views)
 
+    def extend_limit(self, views: range) -> None:
+        """Allow these views too, where there is a limit; `create` calls it, which may add views to a cache."""
+        if self.views is not None:
+            both = range(min(self.views.start, views.start), max(self.views.stop, views.stop))
+            object.__setattr__(self, "views", both)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "datasets"}
 
@@ -197,7 +204,8 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         dataset: map-style; `dataset[i]` returns (input, target).
         plan: how the views are made, such as `cache.view_plan`.
         preprocess: the model's deterministic preprocessing; by default the plan's, which is the teacher's.
-        rows: the row in the cache of each sample, from `cache.rows(keys)`, for a subset or another order.
+        rows: the number in the cache of each sample, for a subset or another order: `cache.rows(keys)`, or
+            `cache.samples.rows(keys)` where samples have several rows.
 
     Raises:
         UsageError: the dataset's length does not fit the plan, or a partner for mixing is not in the subset.
@@ -377,6 +385,11 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         if self._shared is not None:
             seed_generators(counter_seed("view", self.plan.seed, view, row))
             value = self._run(self._shared, value, index, "views.transform")
+        if isinstance(value, dict) and SELECTED in value:
+            value = dict(value)
+            selected = value.pop(SELECTED)
+            if hasattr(self.dataset, "target_of_view"):
+                target = self.dataset.target_of_view(index, target, selected)
         return to_float_image(value), target
 
     def _run(self, transform: Callable[[Any], Any], value: Any, index: int, name: str) -> Any:

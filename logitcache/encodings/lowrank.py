@@ -38,7 +38,8 @@ FLIPS = 8
 """Coefficients that can change in one round of the search."""
 SQUARED_ERROR = 0.2
 """Weight of a row's mean squared error, which matters at high temperatures, relative to its KL at T = 1 in nats."""
-ROWS_AT_ONCE = 512
+ROWS_AT_ONCE, DEVICE_ROWS_AT_ONCE = 512, 4096
+"""Rows that are searched together, on a CPU and on other devices."""
 FORBIDDEN = 64.0
 """Cost of a step beyond the limit, in nats."""
 FITTED_DTYPES = {"basis": "float16", "mean": "float32", "limits": "uint16", "bit_costs": "float32"}
@@ -154,7 +155,7 @@ class LowRank(Encoding):
         fitted = self._fitted()
         on = fitted.on(logits_BC.device)
         parts: dict[str, list[Tensor]] = {}
-        for piece_BC in torch.split(logits_BC, ROWS_AT_ONCE):
+        for piece_BC in torch.split(logits_BC, _rows_at_once(logits_BC)):
             steps_BR, decoded_BC, p_BC = self._search(centred(piece_BC), on)
             encoded = {"coefficients": on.radix.pack(steps_BR)}
             if self.k:
@@ -187,7 +188,7 @@ class LowRank(Encoding):
     def _coefficients(self, logits_BC: Tensor) -> Tensor:
         """Coefficients as whole numbers of steps, float32 (B, R)."""
         on = self._fitted().on(logits_BC.device)
-        pieces = torch.split(logits_BC, ROWS_AT_ONCE)
+        pieces = torch.split(logits_BC, _rows_at_once(logits_BC))
         return torch.cat([self._search(centred(piece_BC), on)[0] for piece_BC in pieces])
 
     def _search(self, logits_BC: Tensor, on: _OnDevice) -> tuple[Tensor, Tensor, Tensor]:
@@ -298,6 +299,10 @@ class _OnDevice:
         """Of each component; all have about the same norm."""
         self.limit_R = torch.from_numpy(fitted.limits.astype(np.float32)).to(device)
         self.bit_costs_2R = torch.from_numpy(fitted.bit_costs).to(device)
+
+
+def _rows_at_once(logits_BC: Tensor) -> int:
+    return ROWS_AT_ONCE if logits_BC.device.type == "cpu" else DEVICE_ROWS_AT_ONCE
 
 
 def _kept_and_rest(p_BK: Tensor) -> tuple[Tensor, Tensor]:

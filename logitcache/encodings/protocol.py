@@ -108,7 +108,8 @@ class Encoding(ABC):
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """What `encode` returns, and KL(teacher ‖ decoded) of each row in nats, float32 (B,).
 
-        The divergence is None, or NaN in some rows, where an encoding has no faster way than to decode the rows.
+        The divergence is None where an encoding has no faster way than to decode the rows; on a CPU it can also be NaN
+        in some rows.
         """
         return self.encode(logits_BC, view=view, start=start), None
 

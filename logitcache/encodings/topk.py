@@ -24,8 +24,8 @@ DEEPEST = 64.0
 """Distance below the row's largest logit at which uint8 saturates."""
 MASKED = 255
 """Code of -inf."""
-SMALLEST_REST = 1e-30
-"""Mass of the tail, relative to the largest class, below which float32 exponentials are inexact."""
+LOWEST = -1e30
+"""In place of -inf where it would be multiplied with 0."""
 CODES_PER_E = 254 / math.log1p(DEEPEST)
 
 
@@ -71,25 +71,34 @@ class TopK(Encoding):
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         del view, start
         num_classes = logits_BC.shape[1]
-        values_BK, ids_BK = largest(logits_BC, self.k)
-        distances_BC, distances_BK = logits_BC - values_BK[:, :1], values_BK - values_BK[:, :1]
-        if num_classes < MANY_CLASSES or logits_BC.device.type != "cpu":
+        on_cpu = logits_BC.device.type == "cpu"
+        if on_cpu and num_classes < MANY_CLASSES:
+            values_BK, ids_BK = largest(logits_BC, self.k)
+            distances_BC, distances_BK = logits_BC - values_BK[:, :1], values_BK - values_BK[:, :1]
             tail_B = torch.logsumexp(distances_BC.scatter_(1, ids_BK, -math.inf), dim=1)
             return self._stored(ids_BK, distances_BK, tail_B, num_classes), None
-        # One pass of exponentials serves the tail and the divergence.
-        exp_BC = distances_BC.exp()
-        total_B, mean_B = exp_BC.sum(dim=1), torch.linalg.vecdot(exp_BC, distances_BC)
-        rest_B = exp_BC.scatter_(1, ids_BK, 0.0).sum(dim=1)
-        tail_B = rest_B.log()
-        underflown_B = rest_B < SMALLEST_REST
-        if bool(underflown_B.any()):
-            rest_RC = distances_BC[underflown_B].scatter(1, ids_BK[underflown_B], -math.inf)
-            tail_B[underflown_B] = rest_RC.logsumexp(dim=1)
+        values_BK, ids_BK = largest(logits_BC, self.k + 1)
+        max_B1, next_B1 = values_BK[:, :1], values_BK[:, -1:].clamp(min=LOWEST)
+        ids_BK, distances_BK = ids_BK[:, :-1], values_BK[:, :-1] - max_B1
+        # One pass of exponentials serves the tail and the divergence. They are relative to the largest logit of the
+        # tail, so that they don't underflow.
+        below_BC = logits_BC - next_B1
+        exp_BC = below_BC.exp().scatter_(1, ids_BK, 0.0)
+        if not on_cpu:
+            below_BC.clamp_(min=LOWEST)  # 0 * -inf is NaN; on a CPU masked rows are rare, and the caller finds them
+        rest_B = exp_BC.sum(dim=1)
+        mean_B = torch.bmm(exp_BC[:, None], below_BC[:, :, None])[:, 0, 0]  # `vecdot` would store all products
+        # From here on relative to the largest logit.
+        next_B = (next_B1 - max_B1)[:, 0]
+        tail_B = rest_B.log() + next_B
         encoded = self._stored(ids_BK, distances_BK, tail_B, num_classes)
         stored = self.targets(encoded, num_classes)
-        cross_BK = torch.where(distances_BK == -math.inf, 0.0, distances_BK.exp() * stored.log_probs)
-        of_rest_B = torch.where(rest_B == 0, 0.0, rest_B * stored.log_each())
-        kl_B = (mean_B - cross_BK.sum(dim=1) - of_rest_B) / total_B - total_B.log()
+        exp_BK, factor_B = distances_BK.exp(), next_B.exp()
+        rest_B, mean_B = rest_B * factor_B, (mean_B + rest_B * next_B) * factor_B
+        gain_BK = torch.where(exp_BK == 0, 0.0, exp_BK * (distances_BK - stored.log_probs))
+        of_rest_B = torch.where(rest_B == 0, 0.0, mean_B - rest_B * stored.log_each())
+        total_B = exp_BK.sum(dim=1) + rest_B
+        kl_B = (gain_BK.sum(dim=1) + of_rest_B) / total_B - total_B.log()
         return encoded, kl_B.clamp_(min=0.0)
 
     def encode_sparse(

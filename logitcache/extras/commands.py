@@ -12,9 +12,11 @@ import typer
 from logitcache.cli.application import (
     CacheArgument,
     JsonOption,
+    OldOutputOption,
     OverridesArgument,
     TrustOption,
     app,
+    chosen_output,
     pipeline_of,
     refuse_overrides,
     show,
@@ -49,7 +51,10 @@ class Weights(StrEnum):
 @app.command("merge")
 def merge_command(
     caches: Annotated[list[str], typer.Argument(metavar="CACHE", help="Two or more caches of the same views.")],
-    out: Annotated[str, typer.Option("--out", "-o", help="Directory of the merged cache.")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="CACHE", help="Directory of the merged cache; required.")
+    ] = None,
+    old_output: OldOutputOption = None,
     mean: Annotated[
         MeanOf, typer.Option(help="Average logits (a geometric mean, for any temperature) or probabilities (at T = 1).")
     ] = MeanOf.logits,
@@ -65,6 +70,9 @@ def merge_command(
     from logitcache.cache.summary import summarise
     from logitcache.extras.merge import merge
 
+    out = chosen_output(output, old_output)
+    if out is None:
+        raise UsageError("merge needs a directory for the merged cache: add --output CACHE")
     result = merge(caches, out, mean=mean.value, weights=weight or None, encoding=encoding)
     summary = cache_summary(summarise(out)) | {
         "mean": mean.value,
@@ -87,10 +95,13 @@ def export_command(
     to: Annotated[
         ExportFormat, typer.Option("--to", help="Output format: parquet for a cache; safetensors or onnx for a run.")
     ],
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="Output folder, new or empty; default for a run: RUN/product."),
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Output folder, new or empty; default for a run: RUN/product."
+        ),
     ] = None,
+    old_output: OldOutputOption = None,
     views: Annotated[str | None, typer.Option(help="Views of the cache, such as 0:2 or 3; default: all.")] = None,
     top: Annotated[
         int | None, typer.Option(help="Keep only the TOP largest logits of each row, and the tail mass.")
@@ -110,6 +121,8 @@ def export_command(
     """Export a cache's labels as Parquet, or a run's student as safetensors or ONNX with a card and measurements."""
     if data is None:
         refuse_overrides(overrides)
+    chosen = chosen_output(output, old_output)
+    out = None if chosen is None else Path(chosen)
     if to is ExportFormat.parquet:
         _check_is_cache(source, out, int8=int8, weights=weights, data=data)
         assert out is not None

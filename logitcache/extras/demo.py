@@ -46,9 +46,9 @@ TENTH, ALL, MISMATCHED, MATCHED, LIVE = (
 DESCRIPTIONS = {
     TENTH: "true labels of a tenth of the images",
     ALL: "true labels of all images",
-    MISMATCHED: "cached labels of one clean view",
-    MATCHED: "cached labels of the matching views",
-    LIVE: "labels of the live teacher",
+    MISMATCHED: "cached logits of the clean images",
+    MATCHED: "cached logits of the matching views",
+    LIVE: "logits of the live teacher",
 }
 """What each student is trained on."""
 

@@ -268,7 +268,7 @@ def _check_distinct(locations: Sequence[str], sources: Sequence[LogitCache], out
         there = open_cache(out).id
         for location, source in zip(locations, sources, strict=True):
             if source.id == there:
-                raise UsageError(f"--out {os.fspath(out)} is the source {location}; choose another path")
+                raise UsageError(f"--output {os.fspath(out)} is the source {location}; choose another path")
 
 
 def _common_samples(locations: Sequence[str], sources: Sequence[LogitCache]) -> SampleTable | None:

@@ -95,6 +95,8 @@ def find_suspects(location: str) -> LabelNoise:
     cache = open_cache(location)
     if not cache.sealed:
         raise unsealed(location)
+    if not cache.row_map.one_each:
+        raise UsageError(f"{location} has several rows per sample; suspects needs one, with the sample's class")
     targets_N = targets_of(cache)
     if targets_N is None or cache.samples is None:
         raise UsageError(

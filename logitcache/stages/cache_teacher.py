@@ -11,10 +11,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from logitcache.cache.creation import create, is_created
+from logitcache.cache.cut_classes import CUT_CLASSES
 from logitcache.cache.destination import check_destination
 from logitcache.cache.layout import Block, all_blocks
 from logitcache.cache.manifest import LOGITS, MANIFEST, Manifest
@@ -33,7 +35,7 @@ from logitcache.errors import IdentityMismatch, NotACache, UsageError
 from logitcache.progress import track
 from logitcache.storage import open_storage
 from logitcache.storage.claims import Claims
-from logitcache.train.inference import TeacherRunner, calibrate, output_shapes
+from logitcache.train.inference import TeacherRunner, calibrate, measure_cut_classes, output_shapes
 from logitcache.train.ranks import in_group
 
 
@@ -191,8 +193,16 @@ class TeacherWorker(Worker):
             tokenization=getattr(data.train, "tokenization", None),
             rows_per_block=pipeline.cache.rows_per_block,
             card=pipeline.cache.card if pipeline.cache.card.stated() else None,
+            notes=None if self.is_created() else self._cut_classes(views),
         )
         self._opened = writer, views
+
+    def _cut_classes(self, views: ViewDataset) -> dict[str, Any] | None:
+        """What the teacher's head was cut by, for the provenance of a new cache."""
+        eager = self._pipeline.teacher.model_copy(update={"compile": False})
+        runner = TeacherRunner(self._teacher, eager, self._context)
+        found = measure_cut_classes(self._teacher, runner, views)
+        return None if found is None else {CUT_CLASSES: found.model_dump()}
 
     @property
     def manifest(self) -> Manifest:

@@ -21,7 +21,9 @@ from logitcache.config.build import (
     build_evaluation,
     build_runner,
     build_tracker,
+    clean_plan,
     clean_views,
+    evaluation_of,
     has_teacher,
     input_part,
     resolve_data,
@@ -36,7 +38,7 @@ from logitcache.config.schema import Pipeline, StudentConfig, TeachersConfig
 from logitcache.context import Context
 from logitcache.data.order import batches, run_seed
 from logitcache.data.rows import rows_of_dataset
-from logitcache.data.samples import sample_table
+from logitcache.data.samples import Dataset, sample_table
 from logitcache.data.views import BothInputs, ViewDataset, ViewPlan
 from logitcache.devices import to_device
 from logitcache.digest import array_digest, json_digest
@@ -65,9 +67,13 @@ from logitcache.verify.fit import open_fitting_cache, open_fitting_caches, views
 
 # M samples of a run, N samples of a cache
 
+AUTO, LIVE = "auto", "live"
+"""Of `evaluation.teacher`; "live" is also the `labels` of a student."""
 PROOF_SAMPLES = 4
 """Samples on which a choice of channels is checked."""
 CALIBRATION_BATCH = 64
+CUT_JSON = "cut_classes.json"
+"""File of a run folder: the probability of the teacher's classes that the student lacks."""
 INIT_JSON, INIT_TABLE = "init.json", "init.txt"
 """Files of a run folder that list where each initial parameter comes from."""
 
@@ -175,6 +181,7 @@ class Experiment:
         )
         documents = self._start_from_teacher(model, student, indices, seed, identity)
         data = self._training_data(student, indices, labels)
+        documents |= _left_out_classes(student, data)
         rows = data.views.rows
         return Job(
             **vars(data),
@@ -215,7 +222,7 @@ class Experiment:
             outputs.add(LOGITS)
         if given is None and not outputs:
             return self._true_labels(student, indices)
-        if given is None and student.labels == "live":
+        if given is None and student.labels == LIVE:
             return self._live_teacher(student, indices, sorted(outputs))
         return self._cached(student, indices, sorted(outputs), given)
 
@@ -300,7 +307,7 @@ class Experiment:
         budget = self.pipeline.cache.memory_budget_mb
         share = None if budget is None else int(budget * 2**20) // len(caches)
         members = [self._labels_of(cache, views, share, outputs, prove=cache is caches[0]) for cache in caches]
-        if ensemble is None:
+        if ensemble is None or len(members) == 1:
             return members[0]
         return EnsembleLabels(members, combination(ensemble.combine, ensemble.weights, len(caches)))
 
@@ -388,7 +395,7 @@ class Experiment:
                 self._caches[key] = [cache], rows
             else:
                 caches, rows = open_fitting_caches(ensemble.caches, self.data, self.plan, **needed)
-                if ensemble.combine == "logits":
+                if ensemble.combine == "logits" and len(caches) > 1:
                     refuse_sampled(ensemble.caches, caches)
                 self._caches[key] = caches, rows
         return self._caches[key]
@@ -416,8 +423,55 @@ class Experiment:
         """A split as the student takes it; students with the same `input` share it."""
         key = (split, str(student.input))
         if key not in self._evaluations:
-            self._evaluations[key] = build_evaluation(self.pipeline, getattr(self.data, split), student, self.context)
+            dataset = getattr(self.data, split)
+            compared_with = NONE if dataset is None or split != "test" else self._compared_with(dataset)
+            if compared_with == NONE:
+                self._evaluations[key] = build_evaluation(self.pipeline, dataset, student, self.context)
+            elif compared_with == LIVE:
+                self._evaluations[key] = self._beside_the_teacher(dataset, student)
+            else:
+                self._evaluations[key] = self._beside_a_cache(dataset, student, compared_with)
         return self._evaluations[key]
+
+    def _compared_with(self, dataset: Dataset) -> str:
+        """`evaluation.teacher` of the pipeline: "none", "live" or the location of a cache."""
+        stated = self.pipeline.evaluation.teacher
+        if stated != AUTO:
+            return stated
+        has_live = any(student.labels == LIVE for student in self.pipeline.students)
+        sequences = not rows_of_dataset(dataset).one_each
+        return LIVE if has_live and sequences and has_teacher(self.pipeline) else NONE
+
+    def _beside_the_teacher(self, dataset: Dataset, student: StudentConfig) -> Evaluation:
+        """The test split, and the teacher that is run on it."""
+        teacher, _ = self._teacher()
+        of_teacher = clean_plan(dataset, self.pipeline.teacher, self.pipeline, trust=self.trust)
+        preprocess = input_part(student, trust=self.trust)
+        same_input = student.input == self.pipeline.teacher.input
+        inputs = preprocess if same_input else BothInputs(preprocess, of_teacher.preprocess)
+        labels = LiveLabels(build_runner(self.pipeline, teacher, self.context), needs_teacher_inputs=not same_input)
+        return evaluation_of(ViewDataset(dataset, of_teacher, preprocess=inputs), self.context, labels)
+
+    def _beside_a_cache(self, dataset: Dataset, student: StudentConfig, location: str) -> Evaluation:
+        """The test split, and the teacher's labels for it from a cache."""
+        pipeline = self.pipeline
+        plan = clean_plan(dataset, pipeline.teacher, pipeline, trust=self.trust)
+        identity = teacher_identity(pipeline, self._fingerprint() if has_teacher(pipeline) else None)
+        cache, rows = open_fitting_cache(
+            location, replace(self.data, train=dataset), plan, identity, num_views=1, trust=self.trust
+        )
+        views = views_of_cache(cache, dataset, plan, rows, input_part(student, trust=self.trust))
+        budget = pipeline.cache.memory_budget_mb
+        labels = CachedLabels(cache, views, self.device, memory_budget=None if budget is None else int(budget * 2**20))
+        return evaluation_of(views, self.context, labels)
+
+
+def _left_out_classes(student: StudentConfig, data: TrainingData) -> dict[str, str]:
+    """The probability of the teacher's classes that a student lacks, as a file of its run folder."""
+    if student.vocab_size is None or not isinstance(data.labels, CachedLabels):
+        return {}
+    left_out = data.labels.left_out(data.first_view, student.vocab_size)
+    return {} if left_out is None else {CUT_JSON: left_out.model_dump_json(indent=1) + "\n"}
 
 
 def _by_row(weights_M: np.ndarray | None, rows_M: np.ndarray) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,16 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from logitcache.cache.cut_classes import CutClasses
 from logitcache.cache.fidelity import Calibration
 from logitcache.cache.manifest import LOGITS
 from logitcache.catalog.calling import call_model, logits_of
 from logitcache.catalog.capture import Capture, Tap, captured_shapes
+from logitcache.catalog.language_models import check_head, head_of, num_cut_classes, watched_cut_classes
 from logitcache.config.schema import TeacherConfig
 from logitcache.context import Context
 from logitcache.data.loading import proven_batches
+from logitcache.data.order import batches as order_batches
 from logitcache.data.sequences import batch_rows, every_position, places_of_rows, sequence_rows
 from logitcache.data.views import ViewDataset
 from logitcache.devices import autocast, to_device
+from logitcache.errors import UsageError
 from logitcache.progress import track
 from logitcache.randomness import keyed_permutation
 
@@ -71,6 +76,13 @@ class TeacherRunner:
     def __init__(
         self, teacher: nn.Module, config: TeacherConfig, context: Context, taps: Mapping[str, Tap] | None = None
     ) -> None:
+        training = next((name or "itself" for name, module in teacher.named_modules() if module.training), None)
+        if training is not None:
+            warnings.warn(
+                f"the teacher is in train mode (module {training}), so dropout and batch norm make its logits random; "
+                "call teacher.eval() first",
+                stacklevel=2,
+            )
         self.config = config
         self._context = context
         self._teacher = teacher
@@ -118,6 +130,58 @@ def output_shapes(teacher: nn.Module, views: ViewDataset, taps: Mapping[str, Tap
     """
     device = next((parameter.device for parameter in teacher.parameters()), torch.device("cpu"))
     return captured_shapes(teacher, taps, to_device(views.batch([(0, 0)] * 2), device)) if taps else {}
+
+
+CUT_ROWS = 4_096
+"""Rows on which the mass of cut classes is measured, about."""
+CUT_MASS = 0.01
+"""Mean probability of cut classes from which on there is a warning."""
+
+
+def measure_cut_classes(teacher: nn.Module, runner: TeacherRunner, views: ViewDataset) -> CutClasses | None:
+    """The probability of the classes that the teacher's head was cut by, on some rows of view 0.
+
+    Args:
+        teacher: the model of the runner.
+        runner: not compiled.
+        views: of the training split.
+
+    Returns:
+        For the provenance of a cache; None where the head was not cut, or where the model changes the logits after it.
+    """
+    rows = sequence_rows(views)
+    if rows is None or not num_cut_classes(teacher):
+        return None
+    counts_N = np.diff(rows.offsets)
+    order = keyed_permutation(len(views), "cut classes", views.plan.seed)
+    order = order[counts_N[order] > 0]
+    samples = order[: int(np.searchsorted(counts_N[order].cumsum(), CUT_ROWS)) + 1]
+    batches = [[(0, int(sample)) for sample in part] for part in order_batches(samples, runner.config.batch_size)]
+    try:
+        check_head(teacher, to_device(views.batch(batches[0][:1]), next(teacher.parameters()).device))
+    except UsageError:
+        return None
+    masses = []
+    with watched_cut_classes(teacher) as watched, track("measuring cut classes", len(samples), unit="samples") as meter:
+        for batch, output in zip(batches, runner.run(views, batches), strict=True):
+            mass_P = watched.pop().flatten().cpu()
+            masses.append(mass_P if output.places is None else mass_P[output.places.cpu()])
+            meter.advance(len(batch))
+    mass_R = torch.cat(masses).double()
+    found = CutClasses(
+        classes=num_cut_classes(teacher),
+        rows=len(mass_R),
+        mass_mean=float(mass_R.mean()),
+        mass_max=float(mass_R.max()),
+    )
+    if found.mass_mean > CUT_MASS:
+        warnings.warn(
+            f"the teacher's head was cut to the {len(head_of(teacher).weight)} token ids of the data; the "
+            f"{found.classes} others have {found.mass_mean:.1%} of its probability on average: use the "
+            "tokenizer of the model, or set vocab_size in data.args to the size of the head",
+            stacklevel=2,
+        )
+    return found
 
 
 def calibrate(runner: TeacherRunner, views: ViewDataset, *, num_views: int, count: int) -> Calibration:

@@ -9,15 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from logitcache.cache.cut_classes import CutClasses
 from logitcache.cache.labelview import View
 from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache
 from logitcache.data.sequences import rows_of_output
 from logitcache.data.views import ViewDataset
-from logitcache.targets import DenseTargets, Targets
+from logitcache.targets import DenseTargets, Targets, row_slices
 from logitcache.train.inference import TeacherRunner
 
-# B batch, C classes
+# B batch, R rows, C classes
+
+MEASURED_ROWS, MEASURED_LOGITS = 4_096, 2**26
+"""Limits on the rows, and the logits of these rows, that the mass of left-out classes is measured on."""
 
 
 class Labels(ABC):
@@ -111,6 +115,24 @@ class CachedLabels(Labels):
             self._number = view
         if following is not None and following != view and self.window_blocks is None:
             self._cache.prefetch(following, self._device, self._expected[1])
+
+    def left_out(self, view: int, num_classes: int) -> CutClasses | None:
+        """The classes from a number on, and their probability on the first rows of a view; None if there are none."""
+        if num_classes >= self._cache.num_classes:
+            return None
+        num_rows = min(self._cache.num_rows, MEASURED_ROWS, max(1, MEASURED_LOGITS // self._cache.num_classes))
+        targets = self._cache.view(view, memory_budget=1, ahead=False).targets(range(num_rows))
+        masses = []
+        for rows in row_slices(num_rows, self._cache.num_classes, targets.device):
+            p_BC = targets[rows].dense().double().softmax(dim=1)
+            masses.append(p_BC[:, num_classes:].sum(dim=1).clamp(max=1.0))
+        mass_R = torch.cat(masses)
+        return CutClasses(
+            classes=self._cache.num_classes - num_classes,
+            rows=num_rows,
+            mass_mean=float(mass_R.mean()),
+            mass_max=float(mass_R.max()),
+        )
 
     def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:
         self._cache.check_batch(index, inputs, views=views)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from logitcache.cache.manifest import LOGITS
 from logitcache.catalog.models import load_state
-from logitcache.data.batching import Batch
+from logitcache.data.batching import NO_TARGET, Batch
 from logitcache.data.loading import part_of, rendered_batches
 from logitcache.data.order import batches, epoch_order, step_seed
 from logitcache.data.sequences import row_counts, sequence_rows
@@ -230,7 +230,7 @@ class Run:
         batch_size = self._batch_sizes[state.step % self.steps_per_epoch]
         share = len(self.ranks.share(np.arange(batch_size)))
         parts = self._micro_batches(len(index))
-        num_rows = self._rows_of_step(index, share)
+        num_rows = self._rows_of_step(index, targets, share)
         loss = torch.zeros((), device=job.device)
         for number, (start, stop) in enumerate(parts):
             batch = index, inputs, targets
@@ -315,18 +315,23 @@ class Run:
         self.folder.finish(result)
         return result
 
-    def _rows_of_step(self, index: Tensor, share: int) -> float | None:
-        """Rows of a batch of sequences, in all processes; None with one row per sample.
+    def _rows_of_step(self, index: Tensor, targets: Tensor, share: int) -> float | None:
+        """Rows that count in a batch of sequences, in all processes; None with one row per sample.
+
+        For a loss on true labels alone these are the rows that have one.
 
         Args:
             index: of this process's part of the batch, (B,).
+            targets: true classes, int (B, rows).
             share: how many of these samples count.
         """
         rows = sequence_rows(self.job.views)
         if rows is None:
             return None
-        num_rows = torch.tensor(float(row_counts(index[:share], rows).sum()), device=self.job.device)
-        return max(float(self.ranks.sum(num_rows)), 1.0)
+        count = float(row_counts(index[:share], rows).sum())
+        if not self.job.loss.at(self.state.step / self.total_steps).needs_teacher:
+            count = float((targets[:share] != NO_TARGET).sum())
+        return max(float(self.ranks.sum(torch.tensor(count, device=self.job.device))), 1.0)
 
     def _part_loss(self, batch: tuple[Any, ...], counted: int, batch_size: int, num_rows: float | None) -> Tensor:
         """The loss of a micro-batch as its part of the mean over the whole batch: over rows, or over samples.

@@ -51,6 +51,11 @@ class RunResult(BaseModel):
     validation_accuracy: Share | None
     nll: Positive | None = None
     validation_nll: Positive | None = None
+    perplexity: Positive | None = None
+    bits_per_byte: Positive | None = None
+    teacher_kl: float | None = Field(default=None, ge=-1e-3, allow_inf_nan=False)
+    """Of a model that equals its teacher, rounding makes it slightly negative."""
+    teacher_agreement: Share | None = None
     epoch_seconds: Positive | None
     epochs: int = Field(ge=1)
     samples: int = Field(ge=1)
@@ -95,10 +100,12 @@ class RunFolder:
                     f"{path / CONFIG} is damaged: {_first_line(error)}; delete {path} to start again"
                 ) from error
             if before != config:
-                keys = ", ".join(_different_keys(before, config))
+                keys = _different_keys(before, config)
+                remedy = "Choose another `runs.path`, or delete that folder to start again."
+                if keys == ["num_views"] and "student" in config:
+                    remedy = _remedy_for_views(config["student"]["name"], before["num_views"], config["num_views"])
                 raise UsageError(
-                    f"{path} contains a run of another configuration (differs in {keys}).\n"
-                    "Choose another `runs.path`, or delete that folder to start again."
+                    f"{path} contains a run of another configuration (differs in {', '.join(keys)}).\n{remedy}"
                 )
         self._events: Any = None
         self._tracker: Tracker | None = None
@@ -302,6 +309,14 @@ def _first_line(error: BaseException) -> str:
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _remedy_for_views(student: str, before: Any, now: Any) -> str:
+    return (
+        f"Its result is of {before} views, and stays valid; this run has {now}. To train on {now} views beside it, "
+        f"give the student another name: students.{student}.name={student}-{now}-views. To keep only the result, set "
+        f"views.count={before} again. To replace it, delete that folder."
+    )
 
 
 def _different_keys(before: Any, now: Any, prefix: str = "") -> list[str]:

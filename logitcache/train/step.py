@@ -12,7 +12,7 @@ from logitcache.catalog.calling import call_model, logits_of
 from logitcache.catalog.language_models import without_head
 from logitcache.data.index import split_index
 from logitcache.data.rows import RowMap
-from logitcache.data.sequences import batch_rows, sequence_rows
+from logitcache.data.sequences import BatchRows, batch_rows, first_samples, sequence_rows
 from logitcache.devices import autocast, to_device
 from logitcache.losses import Loss
 from logitcache.losses.linear import linear_terms
@@ -40,7 +40,7 @@ def losses(job: Job, net: nn.Module, progress: float, index: Tensor, inputs: Any
     rows = sequence_rows(job.views)
     if rows is not None:
         loss_B, penalty = _losses_of_sequences(job, net, loss, rows, index, inputs, teacher_inputs, targets)
-        return _weighted(job, loss_B, penalty, rows.samples_of(split_index(index)[1].clamp(min=0)))
+        return _weighted(job, loss_B, penalty, first_samples(index, rows))
     from_teacher = _from_teacher(job, progress, index, teacher_inputs, targets, logits=loss.needs_teacher)
     student_BC, features, penalty = _forward(job, net, inputs)
     loss_B = loss(student_BC, from_teacher.get(LOGITS) if loss.needs_teacher else None, targets)
@@ -69,8 +69,8 @@ def chunked_loss(
     if rows is not None:
         of_batch = batch_rows(index, rows, inputs, hidden)
         at, hidden_RD = of_batch.index, of_batch.of_output(hidden)
-        targets_R = of_batch.of_targets(targets) if job.loss.needs_target else None
-        sample_B, place_R = rows.samples_of(sample_B.clamp(min=0)), torch.repeat_interleave(of_batch.counts)
+        targets_R = _targets_of_rows(job.loss, of_batch, targets)
+        sample_B, place_R = first_samples(index, rows), torch.repeat_interleave(of_batch.counts)
     factors_R = None
     if counted < len(index) or job.sample_weights is not None:
         factors_B = (torch.arange(len(index)) < counted).float()
@@ -80,7 +80,7 @@ def chunked_loss(
     teacher = None
     if any(term.kind != "cross_entropy" for term in terms):
         assert job.labels is not None
-        teacher = job.labels.targets(at, teacher_inputs, targets if targets_R is None else targets_R)
+        teacher = job.labels.targets(at, teacher_inputs, targets_R)
         if head.out_features < teacher.num_classes:  # see StudentConfig.vocab_size
             teacher = teacher.of_classes(torch.arange(head.out_features))
     chunk_rows = job.config.chunked_head
@@ -119,7 +119,7 @@ def _losses_of_sequences(
     """The sum of the losses of each sequence's rows, (B,), and the model's penalty."""
     student, _, penalty = _forward(job, net, inputs)
     of_batch = batch_rows(index, rows, inputs, student)
-    targets_R = of_batch.of_targets(targets) if loss.needs_target else targets
+    targets_R = _targets_of_rows(loss, of_batch, targets)
     student_RC = of_batch.of_output(student)
     teacher = None
     if loss.needs_teacher:
@@ -130,6 +130,11 @@ def _losses_of_sequences(
         teacher = teacher_for(loss, of_teacher)
     loss_R = loss(student_RC, teacher, targets_R)
     return of_batch.summed(loss_R), penalty
+
+
+def _targets_of_rows(loss: Loss, of_batch: BatchRows, targets: Tensor) -> Tensor:
+    """The true class of each row, int64 (R,); the targets as they are, where they are none of rows and not used."""
+    return of_batch.of_targets(targets) if loss.needs_target or targets.ndim == 2 else targets
 
 
 def _from_teacher(

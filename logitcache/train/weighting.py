@@ -78,7 +78,8 @@ def teacher_weights(cache: LogitCache, name: str, views: range) -> np.ndarray:
     """The teacher's confidence or agreement for each sample, float64 (N,); NaN where every view of it is mixed.
 
     The teacher's probabilities at T = 1 are averaged over the views in which the sample is not mixed.
-    `teacher_confidence` is the largest mean probability, `teacher_agreement` that of the sample's true label.
+    `teacher_confidence` is the largest mean probability, of sequences its mean over the sample's rows;
+    `teacher_agreement` is the mean probability of the sample's true label.
 
     Raises:
         UsageError: every sample is mixed in every view, or the cache lacks true labels that are needed.
@@ -89,7 +90,7 @@ def teacher_weights(cache: LogitCache, name: str, views: range) -> np.ndarray:
         raise UsageError(
             f"{cache.storage.url} has no target for some samples; {AGREEMENT} needs a target for every sample"
         )
-    weights_N = np.full(cache.num_samples, np.nan)
+    totals_N, counts_N = np.zeros(cache.num_samples), np.zeros(cache.num_samples, dtype=np.int64)
     for piece in MeanProbabilities(cache, views):
         rows = np.arange(piece.rows.start, piece.rows.stop)
         p_B = (
@@ -97,8 +98,10 @@ def teacher_weights(cache: LogitCache, name: str, views: range) -> np.ndarray:
             if targets_N is None
             else piece.probabilities[np.arange(len(rows)), targets_N[rows]]
         )
-        weights_N[rows] = np.where(piece.num_views > 0, p_B, np.nan)
-    return weights_N
+        samples_B, is_known_B = cache.row_map.samples_of(rows), piece.num_views > 0
+        np.add.at(totals_N, samples_B, np.where(is_known_B, p_B, 0.0))
+        np.add.at(counts_N, samples_B, is_known_B)
+    return np.where(counts_N > 0, totals_N / np.maximum(counts_N, 1), np.nan)
 
 
 def of_mean_one(weights: np.ndarray) -> np.ndarray:

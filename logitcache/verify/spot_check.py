@@ -59,10 +59,13 @@ def spot_check(
     with track("running the teacher again", len(places), unit="samples") as meter:
         for batch, computed in zip(batches, runner.run(views, batches), strict=True):
             for view in sorted({view for view, _ in batch}):
-                of_samples = [np.array(cache.row_map.sample_rows(views.row(index))) for _, index in batch]
+                samples = [cache.row_map.sample_rows(views.row(index)) for _, index in batch]
+                of_samples = [np.arange(rows.start, rows.stop) for rows in samples]
                 in_view = [np.full(len(rows), place[0] == view) for place, rows in zip(batch, of_samples, strict=True)]
                 within = np.flatnonzero(np.concatenate(in_view))
                 rows_B = np.concatenate(of_samples)[within]
+                if not len(rows_B):  # sequences of one token
+                    continue
                 for name in (LOGITS, *outputs):
                     again = computed.logits if name == LOGITS else computed.outputs[name]
                     differing = differing_rows(

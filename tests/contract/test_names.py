@@ -89,7 +89,7 @@ def test_a_pipeline_gives_its_names(tiny: Callable[..., Pipeline]) -> None:
     cache_teacher(pipeline)
     manifest = logitcache.open(pipeline.cache.path, trust=True).manifest
 
-    assert {"teacher": "mlp", "dataset": "pictures"} == manifest.provenance[NAMES] == recorded_names(manifest)
+    assert {"teacher": "mlp", "dataset": "tiny"} == manifest.provenance[NAMES] == recorded_names(manifest)
     assert 64 == len(manifest.identity.dataset)
 
 
@@ -99,3 +99,13 @@ def test_whatever_an_untrusted_manifest_names_it_has_a_title(tmp_path: Path, nam
     provenance = json.loads(json.dumps(manifest.provenance)) | {NAMES: names, "card": names}
 
     assert "Logits of net on pictures-2026" == names_of(manifest.model_copy(update={"provenance": provenance})).title
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [("{name: 'my_data:load'}", "tiny"), ("{name: mnist5k}", "mnist5k"), ("{name: text, root: data/brown}", "brown")],
+)
+def test_the_dataset_of_a_function_is_named_after_the_pipeline(
+    tiny: Callable[..., Pipeline], data: str, name: str
+) -> None:
+    assert name == tiny(f"data={data}").dataset_name

@@ -342,7 +342,7 @@ def test_only_logits_are_merged_and_that_is_said(tmp_path: Path) -> None:
 
     assert {paths[0]: ["features", "parity"]} == result.left_out_outputs
     assert {"logits": (CLASSES,)} == logitcache.open(tmp_path / "m").outputs
-    printed = CliRunner().invoke(app, ["merge", *paths, "--out", str(tmp_path / "m")])
+    printed = CliRunner().invoke(app, ["merge", *paths, "--output", str(tmp_path / "m")])
     assert "Only logits are merged; omitted from" in printed.stdout
 
 

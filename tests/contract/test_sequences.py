@@ -107,7 +107,7 @@ def test_samples_in_any_order_give_the_same_digest(
 def test_a_stranger_reads_the_rows(tmp_path: Path, encoding: Any, reader: str) -> None:
     need_package(reader, "test")
     cache = build(tmp_path / "a", encoding=encoding)
-    program = str(Path(__file__).parents[1] / "stranger.py")
+    program = str(Path(__file__).parents[1] / "independent_reader.py")
     subprocess.run([sys.executable, program, str(tmp_path / "a"), reader, str(tmp_path / "out.npz")], check=True)
     with np.load(tmp_path / "out.npz") as found:
         decoded, digest = torch.from_numpy(found["decoded"]).float(), str(found["digest"])

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import logitcache
+from logitcache.data.rows import make_row_map
 from logitcache.progress import silence
 from logitcache.verify.audit import verify
 from logitcache.verify.repair import repair
@@ -48,8 +49,9 @@ COUNTS = [5, 0, 17, 3, 40, 1, 22, 8]
 """Tokens of each sequence."""
 
 
-def build_sequences(path: Path) -> str:
-    """A cache of sequences; only those of missing blocks are computed, one at a time."""
+def build_sequences(path: Path, computed: list[tuple[int, int]] | None = None) -> str:
+    """A cache of sequences; only those of missing blocks are computed, one at a time, as (view, sample)."""
+    computed = [] if computed is None else computed
     shape = {"num_samples": len(COUNTS), "num_classes": CLASSES, "num_views": VIEWS, "rows_per_block": 40}
     settings = {"teacher": "model", "dataset": "texts", "encoding": logitcache.TopK(k=4), "rows_per_sample": COUNTS}
     with logitcache.create(path, **shape, **settings) as writer:
@@ -57,6 +59,7 @@ def build_sequences(path: Path) -> str:
             for sample in writer.row_map.block_samples(block.number):
                 rows = writer.row_map.sample_rows(sample)
                 if rows:
+                    computed.append((block.view, sample))
                     writer.write(view=block.view, start=rows.start, logits=labels()[block.view, rows.start : rows.stop])
     return logitcache.open(path).digest or ""
 
@@ -89,6 +92,24 @@ class Bench:
         return build(path, VIEWS + (job == "grow"))
 
 
+def check_that_no_committed_sequence_is_computed_again(path: Path) -> None:
+    """A block is committed when its receipt is there."""
+    rows = make_row_map(len(COUNTS), COUNTS, None, rows_per_block=40)
+    committed = {
+        (int(receipt.parent.name[1:]), sample)
+        for receipt in path.glob("receipts/v*/b*.json")
+        for sample in rows.block_samples(int(receipt.stem[1:]))
+    }
+    if (path / "receipts.json").exists():  # killed after sealing had begun
+        committed = {(view, sample) for view in range(VIEWS) for sample in range(len(COUNTS))}
+    computed: list[tuple[int, int]] = []
+    build_sequences(path, computed)
+
+    assert set() == committed & set(computed)
+    missing = {(view, sample) for view in range(VIEWS) for sample, count in enumerate(COUNTS) if count} - committed
+    assert sorted(missing) == sorted(computed)
+
+
 def kill_at_seeded_instants(count: int, seed: int, folder: Path, jobs: Sequence[str] = JOBS) -> Counter[str]:
     """Kill until so many jobs were still running when they were killed; how many of each."""
     bench = Bench(folder)
@@ -113,6 +134,8 @@ def kill_at_seeded_instants(count: int, seed: int, folder: Path, jobs: Sequence[
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
         killed[job] += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        if job == "tokens":
+            check_that_no_committed_sequence_is_computed_again(path)
         assert bench.digests[job] == bench.run(job, path), f"{job} killed after {delay:.4f} s"
         assert [] == verify(str(path), deep=True)
     return killed

@@ -14,6 +14,8 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "\nif __name__ ==" in path.read_text())
+RUNS = [*SCRIPTS, "twins pixels", "twins cross_modal"]
+"""Each script alone, and the arguments that choose another pipeline."""
 NUMBER = re.compile(r"[-+]?\d")
 NOT_FINITE = re.compile(r"\b(nan|inf)\b")
 
@@ -29,17 +31,18 @@ def results(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Future[E
         yield running.__getitem__
 
 
-def run_tiny(script: str) -> Ended:
+def run_tiny(run: str) -> Ended:
+    script, *arguments = run.split()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LOGITCACHE")}
     return subprocess.run(
-        [sys.executable, str(FOLDER / f"{script}.py"), "--tiny"],
+        [sys.executable, str(FOLDER / f"{script}.py"), *arguments, "--tiny"],
         capture_output=True,
         text=True,
         env=environment | {"OMP_NUM_THREADS": "1"},
     )
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", RUNS)
 def test_a_benchmark_ends_well_and_prints_a_table_of_finite_numbers(
     script: str, results: Callable[[str], Future[Ended]]
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ import torch
 import yaml
 from huggingface_hub import DatasetCard
 from markdown_it import MarkdownIt
+from torchvision.transforms import v2
 
 import logitcache
 from logitcache.cache.card import first_class_accuracy
@@ -109,6 +112,64 @@ def test_the_python_of_a_card_runs_in_its_folder(tiny: Make) -> None:
     expected = logitcache.open(pipeline.cache.path).view(0).logits([0])
 
     assert [f"{expected}\n", "(2, 1295, 10)\n"] == printed
+
+
+@pytest.mark.parametrize("teacher", ["of the pipeline", "my-net"])
+def test_a_card_says_how_students_train_from_the_cache(tiny: Make, tmp_path: Path, teacher: str) -> None:
+    """Its expressions and its command work: for a pipeline's cache, and for one of logits from elsewhere."""
+    pipeline = tiny("train.epochs=1")
+    cache_teacher(pipeline)
+    path = pipeline.cache.path
+    data = logitcache.pipeline_data(pipeline)
+    if teacher != "of the pipeline":
+        views = logitcache.ViewDataset(data.train, logitcache.open(path).view_plan)
+        path = str(tmp_path / "own.cache")
+        with logitcache.create(
+            path,
+            num_samples=len(data.train),
+            num_classes=data.num_classes,
+            num_views=pipeline.views.count,
+            teacher=teacher,
+            samples=logitcache.sample_table(data.train, contents=True),
+            view_plan=views.plan,
+        ) as writer:
+            for view in range(pipeline.views.count):
+                writer.write(view=view, start=0, logits=torch.randn(len(data.train), data.num_classes))
+    text = card(path)
+    namespace = {"logitcache": logitcache, "dataset": data.train, "cache": logitcache.open(path)}
+    [rendering] = re.findall(r"`(logitcache\.ViewDataset\(.*?\))`", text)
+    views = eval(rendering, namespace)
+    [command] = re.findall(r"^logitcache (train-student .*)$", text, flags=re.MULTILINE)
+    (tmp_path / "pipeline.yaml").write_text(pipeline.as_yaml())
+    name = pipeline.students[0].name
+    words = shlex.split(command.replace("PIPELINE", "pipeline.yaml").replace("mine.cache", path).replace("NAME", name))
+    ended = subprocess.run(
+        [sys.executable, "-m", "logitcache.cli", *words, "--student", name],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert len(views) == len([views[0, sample] for sample in range(len(views))])
+    assert (0, "") == (ended.returncode, "".join(re.findall("error.*", ended.stderr)))
+    assert name in ended.stdout
+
+
+def test_a_card_recommends_only_what_the_recipe_of_its_views_allows(tmp_path: Path) -> None:
+    plain = card(build(tmp_path / "plain"))
+    by_hand = card(build(tmp_path / "own", view_plan=logitcache.ViewPlan(transform=v2.RandomCrop(4), seed=3)))
+    spec = {"shared": [{"tests.models:brighten": {}}], "mixing": None, "teacher_input": None}
+    plan = logitcache.ViewPlan()
+    object.__setattr__(plan, "describe", lambda: spec)
+    of_code = card(build(tmp_path / "code", view_plan=plan))
+
+    assert ["cache.view_plan" in text for text in (plain, by_hand, of_code)] == [False, False, True]
+    assert ["cache.check_plan(plan)" in text for text in (plain, by_hand, of_code)] == [False, True, False]
+    assert ["train-student PIPELINE" in text for text in (plain, by_hand, of_code)] == [True, False, True]
+    assert "`tests.models:brighten`" in of_code
+    assert "no recipe of its views" in plain
 
 
 def table(targets: np.ndarray) -> SampleTable:

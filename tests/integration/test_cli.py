@@ -58,6 +58,56 @@ def test_info_prints_the_keys_that_scripts_rely_on(folder: Path) -> None:
     assert 30 < info["bytes_per_sample"] < 44
 
 
+def test_info_and_cache_teacher_repeat_nothing_and_name_the_next_command(folder: Path) -> None:
+    shown = logitcache("info", folder / "tiny.cache").stdout
+    again = logitcache("cache-teacher", folder / "tiny.yaml", "views.count=2").stdout
+    by_hand = logitcache("cache-teacher", folder / "tiny.yaml", "views.count=2", "--json").stdout
+
+    labels = [line.split("│")[1].strip() for line in shown.splitlines() if line.count("│") > 1]
+    assert {"teacher", "dataset name", "dataset", "num samples", "num views", "bytes per sample"} <= set(labels)
+    assert set() == {"teacher name", "num rows", "bytes per row", "views"} & set(labels)
+    assert f"Next: logitcache train-student {folder / 'tiny.yaml'} views.count=2\n" in again
+    assert {"teacher_name", "num_rows", "bytes_per_row", "views"} < json.loads(by_hand).keys()
+
+
+def test_ls_lists_the_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+    assert ["tiny.cache"] == [
+        Path(each["url"]).name for each in json.loads(logitcache("ls", "--json").stdout)["caches"]
+    ]
+
+
+def test_a_dry_run_of_a_valid_pipeline_calls_it_valid(folder: Path) -> None:
+    shown = logitcache("run", "--dry-run", folder / "tiny.yaml").stdout
+    uncalled = logitcache("run", "--dry-run", CHECKOUT / "pipelines/s1_features.yaml").stdout
+
+    assert shown.endswith(f"{folder / 'tiny.yaml'} is valid.\n")
+    assert "s1_features.yaml is valid.\n" in uncalled
+    assert "note: pipelines.s1_features:random_rows was not called; --require-data calls it" in uncalled
+
+
+def test_verify_states_differences_from_a_pipeline_as_sentences(folder: Path) -> None:
+    found = logitcache("verify", folder / "tiny.cache", "views.seed=99", "--data", folder / "tiny.yaml")
+
+    expected = (
+        f"{folder}/tiny.cache does not match the pipeline; they differ in\n  view_seed: 3 in the cache, 99 here\n"
+    )
+    assert (1, expected) == (found.returncode, found.stdout)
+
+
+def test_out_is_the_old_name_of_output(folder: Path, tmp_path: Path) -> None:
+    export = ("export", folder / "tiny.cache", "--to", "parquet")
+    with pytest.warns(DeprecationWarning, match="`--out` is removed in the next release: use `--output`"):
+        assert 0 == logitcache(*export, "--out", tmp_path / "old").returncode
+    assert 0 == logitcache(*export, "--output", tmp_path / "new").returncode
+
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [path.name for path in (tmp_path / "old").iterdir()]
+    refused(logitcache(*export, "--out", "a", "-o", "b"), 2, "--out is the old name of --output; give one of them")
+    refused(logitcache("merge", folder / "tiny.cache"), 2, "add --output CACHE")
+    assert all("--out " not in logitcache(command, "--help").stdout for command in ("merge", "export"))
+
+
 def test_verify_prints_ok_and_no_problem(folder: Path) -> None:
     result = logitcache("verify", f"file://{folder}/tiny.cache", "--deep", "--data", folder / "tiny.yaml", "--json")
 

@@ -91,7 +91,7 @@ def test_the_demo_compares_cost_view_matching_and_few_labels(
         row["accuracy_standard_error"] for row in summary["rows"]
     ]
     assert COST_STUDENTS == summary["cost"]["students"]
-    assert "cached labels of the matching views" in printed
+    assert "cached logits of the matching views" in printed
     assert "±" in printed
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.commands import logitcache as run
 from tests.commands import refused, run_json
 
 CHECKOUT = Path(__file__).parents[2]
+README = (CHECKOUT / "README.md").read_text()
 TINY = ["views.count=1", "train.epochs=1", "cache.encoding=dense", "num_workers=0", "threads=1"]
 
 
@@ -80,8 +82,10 @@ def test_the_starter_for_folders_runs(tmp_path: Path) -> None:
         small += [f"{net}.model=mlp", f"{net}.args={{hidden: [8]}}", f"{net}.input=[{{Resize: {{size: [32, 32]}}}}]"]
     small += ["teacher.start_from=null", "teacher.train.epochs=1", "data.validation=0.25"]
 
-    rows = logitcache(tmp_path, "run", "pipeline.yaml", *TINY, *small)["rows"]
-    assert [row["name"] for row in rows] == ["distilled", "baseline"]
+    stages = re.findall(r"^logitcache (\S+) pipeline.yaml ", README, flags=re.MULTILINE)
+    assert stages == ["train-teacher", "cache-teacher", "train-student"]
+    *_, last = [logitcache(tmp_path, stage, "pipeline.yaml", *TINY, *small) for stage in stages]
+    assert [row["name"] for row in last["rows"]] == ["distilled", "baseline"]
 
 
 def test_the_starter_for_arrays_runs(tmp_path: Path) -> None:

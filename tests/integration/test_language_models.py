@@ -22,10 +22,13 @@ from logitcache.data.views import ViewDataset
 from logitcache.errors import IdentityMismatch, LogitCacheError
 from logitcache.stages.cache_teacher import cache_teacher, teacher_batches
 from logitcache.stages.train_student import Experiment, train_students
+from logitcache.train import evaluation as evaluation_module
+from logitcache.train.evaluation import Evaluation
 from logitcache.train.labels import Labels
 from logitcache.train.loop import train
 from logitcache.train.runs import RESULT
 from logitcache.verify.audit import verify
+from tests.largest import largest_tensor
 from tests.models import NextToken
 from tests.needs import need_package
 from tests.texts import byte_tokenizer
@@ -191,6 +194,186 @@ def test_students_are_measured_by_nll(text: Make) -> None:
     assert row.nll_mean == result["nll"] == pytest.approx(np.log(result["perplexity"]))
 
 
+def measured_one_by_one(pipeline: Pipeline, weights: Path) -> tuple[float, float]:
+    """KL(teacher ‖ student) per held-out row, and how often both have the same most probable token."""
+    data = resolve_data(pipeline, trust=False)
+    plan = resolve_plan(pipeline, data, trust=False)
+    teacher, _ = resolve_teacher(pipeline, data, plan, trust=False)
+    student = NextToken(data.num_classes, width=8).eval()
+    student.load_state_dict(load_file(weights))
+    assert data.test is not None
+    rows = []
+    for index in range(len(data.test)):
+        inputs, targets = data.test[index]
+        with torch.inference_mode():
+            both = [model(inputs["input_ids"][None])[0, : len(targets)] for model in (teacher, student)]
+        rows.append(torch.stack(both))
+    p_RC, q_RC = torch.cat(rows, dim=1).log_softmax(dim=2)
+    kl = (p_RC.exp() * (p_RC - q_RC)).sum(dim=1).mean()
+    return float(kl), float((p_RC.argmax(dim=1) == q_RC.argmax(dim=1)).float().mean())
+
+
+def held_out_cache(text: Make, tmp_path: Path, *overrides: str) -> str:
+    """A cache of the test split, made as the guide describes."""
+    path = str(tmp_path / "test.cache")
+    cache_teacher(text(f"data.root={tmp_path / 'text/test.txt'}", f"cache.path={path}", *overrides))
+    return path
+
+
+@pytest.mark.parametrize("source", ["live", "a cache", "a live student"])
+def test_students_are_compared_with_the_teacher_on_held_out_text(text: Make, tmp_path: Path, source: str) -> None:
+    live = f"students=[{{name: small, model: '{MODEL}', args: {{width: 8}}, loss: kl, labels: live}}]"
+    overrides = {
+        "live": ["evaluation.teacher=live"],
+        "a cache": [f"evaluation.teacher={held_out_cache(text, tmp_path)}", "cache.memory_budget_mb=0.001"],
+        "a live student": [live],
+    }
+    pipeline = text(*overrides[source])
+    cache_teacher(pipeline)
+    [row] = train_students(pipeline)
+    folder = Path(pipeline.runs.path) / "small/seed-0"
+    result = json.loads((folder / RESULT).read_text())
+
+    kl, agreement = measured_one_by_one(pipeline, folder / "last.safetensors")
+    assert kl > 0
+    assert (row.teacher_kl_mean, row.teacher_agreement_mean) == (result["teacher_kl"], result["teacher_agreement"])
+    assert row.teacher_kl_mean == pytest.approx(kl, rel=1e-3)
+    assert row.teacher_agreement_mean == pytest.approx(agreement)
+
+
+def test_without_a_live_teacher_students_are_not_compared(text: Make) -> None:
+    pipeline = text()
+    cache_teacher(pipeline)
+
+    [row] = train_students(pipeline)
+
+    assert (None, None) == (row.teacher_kl_mean, row.teacher_agreement_mean)
+
+
+def test_a_cache_of_other_held_out_text_is_refused_before_training(text: Make, tmp_path: Path) -> None:
+    path = held_out_cache(text, tmp_path)
+    pipeline = text(f"evaluation.teacher={path}")
+    cache_teacher(pipeline)
+    (tmp_path / "text/test.txt").write_text("\n".join([TEST[0], "One mare."]))
+
+    with pytest.raises(IdentityMismatch, match=r"test.cache was built from other sequences.*has other tokens"):
+        train_students(pipeline)
+
+
+def test_the_size_of_an_evaluation_batch_changes_nothing(text: Make, tmp_path: Path) -> None:
+    """Batches hold sequences of similar length; results don't depend on them, up to rounding."""
+    (tmp_path / "text/test.txt").write_text("\n".join(TRAIN))
+    pipeline = text("evaluation.teacher=live")
+    cache_teacher(pipeline)
+    job = Experiment(pipeline).job(pipeline.students[0], 0)
+    assert job.test is not None
+    found = []
+    for batch_size in (1, 3, 256):
+        evaluation = Evaluation(job.test._views, batch_size=batch_size, num_workers=0, labels=job.test._labels)
+        found.append(evaluation.measure(job.model, torch.device("cpu")))
+    dataset: Any = job.test._views.dataset
+    batches = Evaluation(job.test._views, batch_size=3, num_workers=0)._places
+    lengths = [int(dataset.lengths[index]) for batch in batches for _, index in batch]
+
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] == pytest.approx(found[2], rel=1e-5)
+    assert sorted(lengths, reverse=True) == lengths
+
+
+def test_an_evaluation_makes_no_tensor_of_all_rows_and_classes(text: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of the student nor of the teacher: what a batch may hold is bounded."""
+    pipeline = text("evaluation.teacher=live")
+    cache_teacher(pipeline)
+
+    assert largest_of_an_evaluation(pipeline) >= 2 * 27 * 260
+    monkeypatch.setattr(evaluation_module, "LOGITS_AT_ONCE", 2 * 32 * 260)
+    assert largest_of_an_evaluation(pipeline) <= 32 * 260
+
+
+def largest_of_an_evaluation(pipeline: Pipeline) -> int:
+    job = Experiment(pipeline).job(pipeline.students[0], 0)
+    evaluation = job.test
+    assert evaluation is not None
+    return largest_tensor(lambda: evaluation.measure(job.model, torch.device("cpu")))
+
+
+MASKED = [
+    "views={count: 2, transform: [{token_masking: {p: 0.3, mask_id: 3}}]}",
+    "evaluation.teacher=live",
+]
+
+
+@pytest.fixture
+def masked(text: Make, tmp_path: Path) -> Make:
+    """The pipeline of a masked model, whose views mask other tokens."""
+    args = f"data.args={{tokenizer: {tmp_path / 'tokenizer.json'}, max_length: 32, task: masked}}"
+    return lambda *overrides: text(args, *MASKED, *overrides)
+
+
+def test_each_view_of_a_masked_model_is_cached_under_its_own_mask(masked: Make) -> None:
+    pipeline = masked("teacher.batch_size=1")
+    cache_teacher(pipeline)
+    cache = logitcache.open(pipeline.cache.path)
+    data = resolve_data(pipeline, trust=False)
+    plan = resolve_plan(pipeline, data, trust=False)
+    teacher, _ = resolve_teacher(pipeline, data, plan, trust=False)
+    views = ViewDataset(data.train, plan)
+    sample = int(np.argmax(data.train.lengths))
+    inputs = [views[(view, sample)][1]["input_ids"] for view in range(2)]
+    rows = cache.row_map.sample_rows(sample)
+
+    assert not torch.equal(*inputs)
+    for view, ids in enumerate(inputs):
+        with torch.inference_mode():
+            torch.testing.assert_close(cache.view(view).logits(rows), teacher(ids[None])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("chunked", ["false", "true"])
+def test_true_tokens_of_a_masked_model_count_where_the_view_masks_them(masked: Make, chunked: str) -> None:
+    """In training by the mean over the selected tokens, and in the evaluation."""
+    pipeline = masked(
+        "train={epochs: 2, batch_size: 64, lr: 1.0e-9}",
+        f"train.chunked_head={chunked}",
+        "students.small.loss=cross_entropy",
+    )
+    cache_teacher(pipeline)
+    [row] = train_students(pipeline)
+    job = Experiment(pipeline).job(pipeline.students[0], 0)
+    assert job.test is not None
+
+    for epoch, line in enumerate(json.loads(line)["train_loss"] for line in losses(pipeline, "small")):
+        assert line == pytest.approx(nll_of_masked(job.model, job.views, epoch), rel=1e-4)
+    assert row.nll_mean == pytest.approx(nll_of_masked(job.model, job.test._views, 0), rel=1e-4)
+    assert row.teacher_kl_mean is not None
+    assert row.bits_per_byte_mean is None  # the rows predict a part of the text
+
+
+def nll_of_masked(model: Any, views: ViewDataset, view: int) -> float:
+    """The mean negative log-likelihood of the tokens that a view selects, one sequence at a time."""
+    nll, count = 0.0, 0
+    for sample in range(len(views)):
+        _, inputs, targets = views[(view, sample)]
+        with torch.inference_mode():
+            log_p = model.eval()(inputs["input_ids"][None])[0].log_softmax(dim=1)
+        selected = torch.nonzero(targets != -100).flatten()
+        nll -= float(log_p[selected, targets[selected]].sum())
+        count += len(selected)
+    assert count < sum(int(length) for length in views.dataset.lengths)  # type: ignore[attr-defined]
+    return nll / count
+
+
+def test_a_masked_student_of_the_cache_is_that_of_the_live_teacher(masked: Make) -> None:
+    common = f"model: '{MODEL}', args: {{width: 8}}, loss: {{name: hard_plus_soft, weight: 0.5}}"
+    students = f"students=[{{name: small, {common}}}, {{name: live, {common}, labels: live}}]"
+    pipeline = masked(students, "teacher.batch_size=1", "train.batch_size=1")
+    cache_teacher(pipeline)
+
+    cached, of_teacher = train_students(pipeline)
+
+    assert losses(pipeline, "small") == losses(pipeline, "live")
+    assert (cached.nll_mean, cached.teacher_kl_mean) == (of_teacher.nll_mean, of_teacher.teacher_kl_mean)
+
+
 def test_a_student_may_have_the_first_classes_of_a_padded_head_only(text: Make) -> None:
     """The teacher's head has 264 classes, the tokenizer 260."""
     args = ["data.args.vocab_size=264", "cache.encoding={name: topk, k: 8}"]
@@ -199,7 +382,13 @@ def test_a_student_may_have_the_first_classes_of_a_padded_head_only(text: Make) 
     train_students(pipeline)
     weights = load_file(Path(pipeline.runs.path) / "small/seed-0/last.safetensors")
 
-    assert (264, 260) == (logitcache.open(pipeline.cache.path).num_classes, len(weights["head.weight"]))
+    cache = logitcache.open(pipeline.cache.path)
+    p_RC = cache.view(0).logits(range(cache.num_rows)).softmax(dim=1)
+    cut = json.loads((Path(pipeline.runs.path) / "small/seed-0/cut_classes.json").read_text())
+
+    assert (264, 260) == (cache.num_classes, len(weights["head.weight"]))
+    assert (4, cache.num_rows) == (cut["classes"], cut["rows"])
+    assert cut["mass_mean"] == pytest.approx(float(p_RC[:, 260:].sum(dim=1).mean()), rel=1e-4)
     with pytest.raises(LogitCacheError, match="vocab_size is 300; expected at most the 264 classes"):
         train_students(text(*args, "students.small.vocab_size=300"))
 
@@ -269,6 +458,41 @@ def test_a_cache_written_by_hand_serves_the_same_students(text: Make, tmp_path: 
             writer.write(view=0, start=rows.sample_rows(index).start, logits=logits)
 
     assert rows.offsets.tolist() == logitcache.open(tmp_path / "own.cache").row_offsets.tolist()
+
+
+def test_students_of_a_serving_engines_cache_need_no_cache_of_the_pipelines_teacher(text: Make, tmp_path: Path) -> None:
+    engine = tmp_path / "engine.cache"
+    pipeline = text(f"students.small.labels={{caches: ['{engine}']}}", "train.chunked_head=true")
+    data = resolve_data(pipeline, trust=False)
+    torch.manual_seed(0)
+    model = NextToken(data.num_classes)
+    with (
+        logitcache.create(
+            engine,
+            num_samples=len(data.train),
+            num_classes=data.num_classes,
+            encoding=logitcache.TopK(k=4),
+            teacher="engine@1",
+            samples=logitcache.sample_table(data.train, contents=True),
+            view_plan=resolve_plan(pipeline, data, trust=False),
+            rows_per_sample=data.train.rows_per_sample,
+            row_positions=data.train.row_positions,
+            tokenization=data.train.tokenization,
+        ) as writer,
+        torch.inference_mode(),
+    ):
+        for index in range(len(data.train)):
+            inputs, targets = data.train[index]
+            if len(targets):
+                log_probs, ids = model(inputs["input_ids"][None])[0, : len(targets)].log_softmax(dim=1).topk(4)
+                start = writer.row_map.sample_rows(index).start
+                writer.write_sparse(view=0, start=start, ids=ids, log_probs=log_probs)
+
+    [row] = train_students(pipeline)
+
+    assert not Path(pipeline.cache.path).exists()
+    assert row.nll_mean is not None
+    assert 2 == len(losses(pipeline, "small"))
 
 
 @pytest.fixture(autouse=True)

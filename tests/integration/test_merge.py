@@ -279,7 +279,7 @@ REQUESTS: dict[str, tuple[Callable[[list[str], Path], object], type[Exception], 
     "the same twice": (
         lambda three, out: merge([three[0], three[1], f"file://{three[0]}"], out), UsageError, "are the same cache",
     ),
-    "a source as out": (lambda three, out: merge(three, three[1]), UsageError, r"--out \S+1.cache is the source \S+1.cache"),
+    "a source as out": (lambda three, out: merge(three, three[1]), UsageError, r"--output \S+1.cache is the source \S+1.cache"),
     "few weights": (lambda three, out: merge(three, out, weights=[1, 2]), UsageError, "2 weights for 3 caches"),
     "no weight": (lambda three, out: merge(three, out, weights=[1, 0, 2]), UsageError, "a positive number, not 0"),
     "NaN": (lambda three, out: merge(three, out, weights=[1, float("nan"), 2]), UsageError, "a positive number, not nan"),
@@ -469,15 +469,15 @@ def test_the_command_merges_and_says_what_it_left_out(three: list[str], tmp_path
     longer = built(tmp_path / "longer.cache", 7, num_views=3)
     out = tmp_path / "m.cache"
     options = ["--mean", "probabilities", "--weight", 1, "--weight", 3, "--encoding", "TopK(k=2)"]
-    result = json.loads(run("merge", longer, three[0], "--out", out, *options, "--json").stdout)
+    result = json.loads(run("merge", longer, three[0], "--output", out, *options, "--json").stdout)
 
     assert ("TopK(k=2, dtype='float16')", "probabilities", 2) == (
         result["encoding"], result["mean"], result["num_views"],
     )  # fmt: skip
     assert [0.25, 0.75] == [part["weight"] for part in result["parts"]]
     assert {longer: 1} == result["left_out_views"]
-    text = run("merge", longer, three[0], "--out", out, *options)
+    text = run("merge", longer, three[0], "--output", out, *options)
     assert (0, True) == (text.returncode, "longer.cache has 1 more." in text.stdout.replace("\n", " "))
-    refused = run("merge", three[0], three[0], "--out", tmp_path / "n.cache")
+    refused = run("merge", three[0], three[0], "--output", tmp_path / "n.cache")
     assert (2, "") == (refused.returncode, refused.stdout)
     assert "are the same cache" in refused.stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +21,13 @@ from logitcache.errors import IdentityMismatch, ShapeError, UsageError
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.run import run_pipeline
 from logitcache.stages.train_student import train_students
+from logitcache.stages.verify_match import verify_match
 from logitcache.verify.audit import verify
 from pipelines import cross_modal, pixels
 from tests.needs import need_package
 
 TWINS = Path(__file__).parents[2] / "pipelines/twins"
+GUIDE = (Path(__file__).parents[2] / "docs/pixels.md").read_text()
 TINY_TRAINING = ["train.epochs=1", "train.seeds=[0]", "teacher.train.epochs=1"]
 
 
@@ -79,6 +83,33 @@ def test_a_changed_mask_is_found(segmentation: Pipeline, monkeypatch: pytest.Mon
 
     with pytest.raises(IdentityMismatch, match="7"):
         train_students(random)
+
+
+def test_the_dataset_of_the_guide_trains_students_and_shows_a_changed_mask(
+    segmentation: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [program] = re.findall(r"^```python\n(.*?)^```", GUIDE, flags=re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    made = {
+        split: [torch.from_numpy(array) for array in (canvases.images[:, None] / np.float32(255), canvases.masks)]
+        for split, canvases in pixels.digits(train=12, validation=4, test=4).items()
+    }
+    monkeypatch.setattr(
+        pixels,
+        "digits",
+        lambda **_: {split: names["Canvases"](images, masks.long()) for split, (images, masks) in made.items()},
+    )
+    teacher = segmentation.teacher.model_copy(update={"weights": "random"})
+    pipeline = segmentation.model_copy(update={"teacher": teacher})
+    cache_teacher(pipeline)
+
+    assert 12 * 576 == logitcache.open(pipeline.cache.path).num_rows
+    assert all(row.nll_mean is not None and np.isfinite(row.nll_mean) for row in train_students(pipeline))
+    made["train"][1][7, 0, 0] = 3
+    differences = [problem.path for problem in verify_match(pipeline)]
+    assert 1 == len(differences)
+    assert "7" in differences[0]
 
 
 def test_a_selection_keeps_the_rows_of_its_samples() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.context import BaseContext
@@ -20,7 +21,7 @@ from torch import Tensor
 import logitcache
 import logitcache.config.build
 from logitcache.cache.layout import all_blocks
-from logitcache.config.build import resolve_data, resolve_plan, resolve_teacher
+from logitcache.config.build import build_context, build_runner, resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline
 from logitcache.data.batching import collate
 from logitcache.data.index import split_index
@@ -358,6 +359,32 @@ def test_a_finished_run_is_not_repeated_and_another_configuration_is_refused(tin
     assert first == train_students(tiny(), ["small"])
     with pytest.raises(UsageError, match=r"contains a run of another configuration \(differs in train.lr\)"):
         train_students(tiny("train.lr=0.5"), ["small"])
+
+
+def test_a_cache_that_gets_more_views_keeps_the_results_of_its_students(tiny: Make) -> None:
+    """The message's override trains another student beside the finished one."""
+    cache_teacher(tiny())
+    [before] = train_students(tiny(), ["small"])
+    assert 6 == len(cache_teacher(tiny("views.count=3")).computed_blocks)
+    with pytest.raises(UsageError, match="Its result is of 2 views, and stays valid; this run has 3") as error:
+        train_students(tiny("views.count=3"), ["small"])
+    [renamed] = re.findall(r"students\.\S+=\S+(?=\.)", str(error.value))
+
+    [after] = train_students(tiny("views.count=3", renamed), ["small-3-views"])
+
+    assert before == train_students(tiny("views.count=2"), ["small"])[0]
+    assert ("small", "small-3-views") == (before.name, after.name)
+
+
+def test_a_teacher_in_train_mode_is_reported(tiny: Make) -> None:
+    pipeline = tiny("teacher={model: 'tests.models:dropout_mlp', weights: random}")
+    data = resolve_data(pipeline, trust=False)
+    teacher, _ = resolve_teacher(pipeline, data, resolve_plan(pipeline, data, trust=False), trust=False)
+    context = build_context(pipeline, trust=False)
+    build_runner(pipeline, teacher, context)
+
+    with pytest.warns(UserWarning, match=r"the teacher is in train mode .*call teacher.eval\(\) first"):
+        build_runner(pipeline, teacher.train(), context)
 
 
 def test_a_view_larger_than_the_memory_budget_streams_in_training(tiny: Make, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_teachers_of_other_views_are_refused_before_the_first_step(
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ("{caches: [a]}", "at least 2"),
+        ("{caches: []}", "expected at least one path or URL"),
         ("{caches: [a, b], weights: [1]}", "1 weights for 2 caches"),
         ("{caches: [a, b], combine: best, weights: [1, 2]}", "no weights"),
         ("{caches: [a, b], wieghts: [1, 2]}", "did you mean 'weights'"),

@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 import torch
 
+import logitcache
 from logitcache.catalog.calling import model_logits
 from logitcache.catalog.datasets import load_data
 from logitcache.catalog.language_models import transformers_model
 from logitcache.catalog.models import fingerprint_args
 from logitcache.catalog.tokenization import gguf_digest, load_tokenizer
 from logitcache.data.batching import pad
-from logitcache.errors import UsageError
+from logitcache.data.rows import rows_of_dataset
+from logitcache.data.samples import sample_table
+from logitcache.data.views import ViewPlan
+from logitcache.errors import IdentityMismatch, UsageError
+from logitcache.verify.fit import open_fitting_cache
 from tests.needs import need_package
 from tests.texts import BYTE_TOKENS, BYTE_VOCABULARY, byte_tokenizer
 
@@ -95,6 +100,32 @@ def test_chats_are_rendered_by_the_template_which_is_part_of_the_identity(folder
     other.write_text("{{ nonsense(")
     with pytest.raises(UsageError, match=r"the chat template fails on a.jsonl:1"):
         load_data("text", root=tmp_path / "a.jsonl", args={"tokenizer": str(folder), "chat_template": str(other)})
+
+
+def test_a_cache_of_another_chat_template_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in ("Hi", "Hm", "Ho")))
+    other = tmp_path / "other.jinja"
+    other.write_text(TEMPLATE + "{# the same text #}")
+    own, changed = (
+        load_data("text", root=tmp_path / "a.jsonl", args={"tokenizer": str(folder), "chat_template": template})
+        for template in (True, str(other))
+    )
+    plan, rows = ViewPlan(rows=rows_of_dataset(own.train)), rows_of_dataset(own.train)
+    with logitcache.create(
+        tmp_path / "a.cache",
+        num_samples=3,
+        num_classes=own.num_classes,
+        teacher="model",
+        samples=sample_table(own.train, contents=True),
+        view_plan=plan,
+        rows_per_sample=np.diff(rows.offsets),
+        tokenization=own.train.tokenization,  # type: ignore[attr-defined]
+    ) as writer:
+        writer.write(view=0, start=0, logits=torch.zeros(rows.num_rows, own.num_classes))
+
+    open_fitting_cache(str(tmp_path / "a.cache"), own, plan, None, num_views=1, trust=False)
+    with pytest.raises(IdentityMismatch, match="tokenization.chat_template"):
+        open_fitting_cache(str(tmp_path / "a.cache"), changed, plan, None, num_views=1, trust=False)
 
 
 def written_gguf(path: Path, model: Any, *, name: str = "tiny", tokens: list[str] | None = None) -> Path:

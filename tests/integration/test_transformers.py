@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 import logitcache
+from logitcache.cache.card import render_card
 from logitcache.catalog.calling import model_logits
 from logitcache.catalog.language_models import check_head, check_packing, head_of, transformers_model, without_head
 from logitcache.catalog.models import build_model, fingerprint_args, load_weights, model_fingerprint, save_weights
@@ -23,6 +25,7 @@ from logitcache.data.packing import pack
 from logitcache.errors import DatasetUnavailable, UsageError
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
+from tests.commands import run_json
 from tests.needs import need_package
 from tests.texts import BYTE_VOCABULARY, byte_tokenizer
 
@@ -175,6 +178,38 @@ def test_a_padded_head_is_cut_to_the_vocabulary_of_the_data(tmp_path: Path) -> N
         torch.testing.assert_close(model_logits(cut, inputs), model_logits(wide, inputs)[..., :BYTE_VOCABULARY])
     with pytest.raises(UsageError, match=r"the model has 272 token ids, the data 300; use the tokenizer of the model"):
         transformers_model(300, task="causal", path=str(tmp_path))
+
+
+@pytest.mark.parametrize("collate", ["pad", "pack"])
+def test_the_mass_of_a_heads_padding_is_counted_and_shown(language: Make, tmp_path: Path, collate: str) -> None:
+    wide = transformers_model(BYTE_VOCABULARY + 12, task="causal", config=SMALL["llama"]).eval()
+    with torch.no_grad():
+        wide.lm_head.weight *= 20  # type: ignore[operator, union-attr]
+        wide.lm_head.weight[BYTE_VOCABULARY:] -= 5  # type: ignore[index, union-attr]
+    wide.save_pretrained(tmp_path / "wide")  # type: ignore[operator]
+    pipeline = language(f"teacher.args={{path: {tmp_path / 'wide'}}}", f"data.collate={collate}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cache_teacher(pipeline)
+    cache = logitcache.open(pipeline.cache.path)
+    dataset = resolve_data(pipeline, trust=False).train
+    with torch.inference_mode():
+        rows = [model_logits(wide, pad([dataset[i][0]]))[0, :-1] for i in range(len(dataset))]
+    mass_R = torch.cat(rows).softmax(dim=1)[:, BYTE_VOCABULARY:].sum(dim=1)
+    shown = run_json("info", pipeline.cache.path)
+
+    assert 12 == shown["cut_classes"]
+    assert shown["cut_mass_mean"] == pytest.approx(float(mass_R.mean()), rel=1e-3)
+    assert shown["cut_mass_max"] == pytest.approx(float(mass_R.max()), rel=1e-3)
+    assert "Left out: 12 classes of the teacher's head beyond the vocabulary" in render_card(cache)
+    assert (shown["cut_mass_mean"] > 0.01) == any("the 12 others have" in str(each.message) for each in caught)
+    assert "cut_classes" not in run_json("info", plain_cache(language))
+
+
+def plain_cache(language: Make) -> str:
+    pipeline = language("cache.path=" + str(Path(language().cache.path).with_name("plain.cache")))
+    cache_teacher(pipeline)
+    return pipeline.cache.path
 
 
 def test_weights_of_a_run_are_loaded_into_a_model_with_tied_embeddings(tmp_path: Path) -> None:

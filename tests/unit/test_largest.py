@@ -55,14 +55,16 @@ def test_divergence_and_tail_are_those_of_the_decoded_rows(dtype: str, scale: fl
 
 
 def test_a_tail_of_almost_no_mass_and_masked_classes_are_exact() -> None:
-    logits = torch.full((3, MANY), -300.0)
+    logits = torch.full((4, MANY), -300.0)
     logits[:, :20] = torch.arange(20.0)
     logits[1, 20:] = -math.inf
     logits[2, 15:] = -math.inf
+    logits[3, 20:30] = -1.0
+    logits[3, 30:] = -math.inf
     encoded, kl = TopK(k=20, dtype="float32").encode_with_kl(logits)
     rest = math.log(MANY - 20)
 
     assert kl is not None
-    assert encoded["tail"].tolist() == pytest.approx([-319 + rest, -math.inf, -math.inf])
-    assert 0 == pytest.approx(float(kl[0]), abs=1e-6)
-    assert kl[1:].isnan().all()  # the rows are decoded instead
+    assert encoded["tail"].tolist() == pytest.approx([-319 + rest, -math.inf, -math.inf, -20 + math.log(10)])
+    assert [0, 0, 0] == pytest.approx(kl[:3].tolist(), abs=1e-6)
+    assert bool(kl[3].isnan())  # the row is decoded instead

@@ -72,6 +72,12 @@ def test_the_loops_of_the_readme_distil(tmp_path: Path, monkeypatch: pytest.Monk
 
     assert distance() < before / 2
 
+    card = Path("mine.cache/README.md").read_text()
+    for rendered in re.findall(r"`(cache\.check_plan\(.*?\)|logitcache\.ViewDataset\(.*?\))`", card):
+        exec(rendered, namespace)
+    assert "cache.view_plan" not in card
+    assert "train-student" not in card, "no pipeline can have a transform that is a Python object"
+
 
 def test_the_python_of_getting_started_distils(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -79,9 +85,16 @@ def test_the_python_of_getting_started_distils(
     """All blocks in order, as one program."""
     monkeypatch.chdir(tmp_path)
     program = "\n".join(blocks(IN_PYTHON, "python"))
-    exec(program, {"__name__": "__main__"})
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    exec(program, namespace)
+    settings = {"num_samples": 1400, "num_classes": 10, "encoding": logitcache.Dense(dtype="float16")}
+    settings |= {"teacher": "mlp-256", "dataset": "digits-1400", "view_plan": namespace["plan"], "num_views": 6}
+    with logitcache.create("digits.cache", **settings) as writer:
+        missing = [block.view for block in writer.missing_blocks()]
+        namespace["write_missing_blocks"](writer)
     accuracies = dict(re.findall(r"(\w+): ([\d.]+)%", capsys.readouterr().out))
 
+    assert ([4, 5], True) == (missing, logitcache.open("digits.cache").sealed)
     assert {"teacher", "student"} == accuracies.keys()
     assert all(float(accuracy) > 85 for accuracy in accuracies.values())
 
@@ -256,6 +269,7 @@ def _sections() -> dict[str, Any]:
         "cache": schema.CacheConfig,
         "cache.card": schema.CacheConfig.model_fields["card"].annotation,
         "students": schema.StudentConfig,
+        "evaluation": schema.EvaluationConfig,
         "runs": schema.RunsConfig,
     }
 

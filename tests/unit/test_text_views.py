@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from logitcache.data.rows import rows_of_dataset
 from logitcache.data.text_views import complete_spec
 from logitcache.data.transforms import build_transform, describe_transform, normalise_spec
 from logitcache.data.views import ViewDataset, ViewPlan
@@ -107,3 +108,33 @@ def test_wrong_parameters_are_refused(spec: Any, message: str) -> None:
 def test_an_image_has_no_tokens() -> None:
     with pytest.raises(UsageError, match="text views change a mapping with 'input_ids', not a Tensor"):
         build_transform(DROPOUT)(torch.ones(3))
+
+
+def test_each_view_of_a_masked_model_has_targets_for_the_tokens_that_it_selects() -> None:
+    """Also for those that a view selects and leaves as they are; all others are visible, and have none."""
+    dataset = tokens([40], "masked", vocab_size=1000, predicted=[np.arange(40) > 1])
+    masking = {"token_masking": {"p": 0.5, "masked": 0.6, "random": 0.2, "mask_id": 4, "vocab_size": 1000}}
+    plan = ViewPlan(transform=build_transform([masking]), num_samples=1, rows=rows_of_dataset(dataset))
+    views = ViewDataset(dataset, plan)
+    original = dataset.ids(0)[2:]
+    found = []
+    for view in range(4):
+        _, inputs, target = views[(view, 0)]
+        changed = inputs["input_ids"].numpy()[2:] != original
+        has_target = target.numpy() != -100
+        found.append(tuple(has_target))
+
+        assert {"input_ids", "attention_mask"} == set(inputs)
+        assert has_target[changed].all()
+        assert (original == target.numpy())[has_target].all()
+        assert 0 < (has_target & ~changed).sum() < has_target.sum() < len(original)
+    assert 4 == len(set(found))
+
+
+def test_in_other_models_masking_leaves_the_targets() -> None:
+    for task, target in {"classification": {"targets": np.zeros(1, int)}, "causal": {}}.items():
+        dataset = tokens([40], task, vocab_size=1000, **target)
+        masked = ViewDataset(dataset, ViewPlan(transform=build_transform(MASKING)))[(0, 0)]
+
+        assert torch.equal(torch.as_tensor(dataset[0][1]), torch.as_tensor(masked[2]))
+        assert {"input_ids", "attention_mask"} == set(masked[1])

@@ -160,8 +160,10 @@ def _nearest_and_farthest(outputs: list[tuple[int, np.ndarray]]) -> list[tuple[i
 
 
 def sample_name(cache: LogitCache, row: int) -> str:
-    """The key of a row's sample; its number where the cache has no sample table."""
-    return str(row) if cache.samples is None else cache.samples.key(row)
+    """The key of a row's sample, or its number where the cache has no sample table; of sequences with the position."""
+    sample = int(cache.row_map.samples_of(row))
+    name = str(sample) if cache.samples is None else cache.samples.key(sample)
+    return name if cache.row_map.one_each else f"{name}, position {int(cache.row_map.positions_of(row))}"
 
 
 def top_classes(p_C: np.ndarray, limit: int) -> list[tuple[int, float]]:
@@ -172,8 +174,8 @@ def top_classes(p_C: np.ndarray, limit: int) -> list[tuple[int, float]]:
 def rendered_pictures(
     matched: MatchedData | None, views_of_row: dict[int, list[int]]
 ) -> dict[tuple[int, int], str | None]:
-    """A data URI for each (view, row) whose sample is in the local data."""
-    if matched is None:
+    """A data URI for each (view, row) whose sample is in the local data; none for rows of sequences."""
+    if matched is None or not matched.cache.row_map.one_each:
         return {}
     as_teacher, shared = matched.views(), matched.shared_views()
     pictures = {}

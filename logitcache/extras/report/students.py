@@ -90,8 +90,10 @@ class Student:
 
     @property
     def agreement_spread(self) -> tuple[float | None, float | None]:
-        """(mean, standard deviation between seeds) of the agreement."""
-        return spread(self.agreement or [])
+        """(mean, standard deviation between seeds) of the agreement; of sequences that of the runs' evaluation."""
+        if self.agreement is None:
+            return self.row.teacher_agreement_mean, self.row.teacher_agreement_sd
+        return spread(self.agreement)
 
     def headline(self) -> dict[str, Any]:
         """The main numbers, as JSON."""
@@ -102,6 +104,8 @@ class Student:
             "epoch_seconds": self.row.epoch_seconds,
             "latency_ms": self.latency_ms,
             "agreement_mean": self.agreement_spread[0],
+            **({} if self.row.nll_mean is None else {"nll_mean": self.row.nll_mean, "nll_sd": self.row.nll_sd}),
+            **({} if self.row.teacher_kl_mean is None else {"teacher_kl_mean": self.row.teacher_kl_mean}),
         }
 
 
@@ -169,8 +173,14 @@ def find_runs(folder: Path, cache: LogitCache) -> RunsFound:
         except UsageError as error:
             student.not_exported = str(error).splitlines()[0]
         found.students.append(student)
-    found.students.sort(key=lambda student: -(student.row.accuracy_mean or 0.0))
+    found.students.sort(key=_order)
     return found
+
+
+def _order(student: Student) -> float:
+    """Sorts the best student first: by likelihood for sequences, else by accuracy."""
+    row = student.row
+    return -(row.accuracy_mean or 0.0) if row.nll_mean is None else row.nll_mean
 
 
 def _labels(run: Run, cache: LogitCache) -> str:
@@ -208,6 +218,11 @@ def measure_students(
 
 
 def _measure(student: Student, matched: MatchedData, inputs_of: _SharedInputs, found: RunsFound) -> None:
+    if not matched.cache.row_map.one_each:
+        raise UsageError(
+            "their samples have several rows; `evaluation.teacher` of the pipeline compares such students with the "
+            "teacher on held-out data"
+        )
     config = StudentConfig.model_validate(student.runs[0].config.get("student"))
     rows, inputs = inputs_of(matched, config)
     teacher = np.array([found.teacher_predictions[row][0] for row in rows.tolist()])

@@ -1,6 +1,6 @@
 """Reads a cache as somebody would who has only its files and `docs/design/`: no logitcache, only NumPy and a Zarr reader.
 
-python tests/stranger.py CACHE zarr|tensorstore OUT.npz
+python tests/independent_reader.py CACHE zarr|tensorstore OUT.npz
 """
 
 from __future__ import annotations
