@@ -6,6 +6,7 @@ neither loads data nor teacher: it counts what is committed, and gives blocks th
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 import warnings
@@ -101,6 +102,14 @@ class Created(NamedTuple):
     missing_blocks: list[Block]
 
 
+class Item(NamedTuple):
+    """A block in the queue."""
+
+    block: Block
+    alone: bool = False
+    """Whether it is computed by itself, so that no other block can make it fail."""
+
+
 class Outcome(NamedTuple):
     """What an actor reports while it computes blocks."""
 
@@ -139,16 +148,15 @@ class BlockActor:
         worker = self._opened()
         return Created(worker.storage.url, worker.all_blocks(), worker.missing_blocks())
 
-    def compute(self, together: Any, alone: Any) -> Iterator[Outcome]:
-        """Compute blocks until both queues are empty.
+    def compute(self, queue: Any) -> Iterator[Outcome]:
+        """Compute blocks until the queue is empty.
 
         Args:
-            together: a queue of blocks that are rendered ahead of the teacher, so an error may belong to any of those
-                that were taken; it is reported for all that are not committed.
-            alone: a queue of blocks of which each is computed by itself.
+            queue: of `Item`. The blocks of consecutive items are rendered ahead of the teacher, so an error may belong
+                to any of those that were taken; it is reported for all that are not committed.
 
         Raises:
-            Exception: of the last error. The process should be replaced: a GPU, for example, may be unusable.
+            Exception: of the last error. The actor should be replaced: its GPU, for example, may be unusable.
         """
         if not self._is_open and not self._loaded().is_created():
             raise UsageError(
@@ -158,9 +166,10 @@ class BlockActor:
         worker = self._opened()
         silence()  # the driver shows the progress of all
         yield Outcome(_node())
-        yield from _computed(worker, _drained(together))
-        for block in _drained(alone):
-            yield from _computed(worker, [block])
+        for alone, items in itertools.groupby(_drained(queue), lambda item: item.alone):
+            blocks = (item.block for item in items)
+            for together in ([block] for block in blocks) if alone else [blocks]:
+                yield from _computed(worker, together)
 
     def _loaded(self) -> Worker:
         if self._worker is None:
@@ -205,16 +214,16 @@ def _node() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def _drained(queue: Any) -> Iterator[Block]:
-    """Take blocks until the queue is empty."""
+def _drained(queue: Any) -> Iterator[Item]:
+    """Take items until the queue is empty."""
     from ray.util.queue import Empty
 
     while True:
         try:
-            block = queue.get_nowait()
+            item: Item = queue.get_nowait()
         except Empty:
             return
-        yield block
+        yield item
 
 
 def _computed(worker: Worker, blocks: Iterable[Block]) -> Iterator[Outcome]:
@@ -275,9 +284,7 @@ class _Build:
                 "an autoscaler starts"
             )
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._together, self._alone = (
-            Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2)
-        )
+        self._queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
         self._refused = 0
         """Actors that could not load data or teacher, or open the cache."""
         self._running: dict[Any, Any] = {}
@@ -285,7 +292,7 @@ class _Build:
         self._node_of: dict[Any, str] = {}
         """The node of each running actor that has opened the cache, by its generator."""
         self._idle: list[Any] = []
-        """Actors that found both queues empty."""
+        """Actors that found the queue empty."""
         self._lost_on: dict[str, str] = {}
         """Why workers died that may have taken blocks, by node; until these blocks are given to others."""
         self._missing: set[Block] = set()
@@ -307,7 +314,7 @@ class _Build:
             ) from error
         rows = cache.row_map
         self._missing = set(created.missing_blocks)
-        self._together.put_nowait_batch(created.missing_blocks)
+        self._queue.put_nowait_batch([Item(block) for block in created.missing_blocks])
         total = sum(len(rows.block_rows(block.number)) for block in created.missing_blocks)
         with track("caching the teacher", total, unit="samples" if rows.one_each else "rows") as meter:
             for actor in self._actors:
@@ -329,7 +336,7 @@ class _Build:
         return CacheResult(seal(created.url).manifest, self._computed, len(created.all_blocks))
 
     def stop(self) -> None:
-        for actor in [*self._actors, self._together.actor, self._alone.actor]:
+        for actor in [*self._actors, self._queue.actor]:
             self._ray.kill(actor)
 
     def _create(self) -> Created:
@@ -371,7 +378,7 @@ class _Build:
             self._start(actor)
 
     def _start(self, actor: Any) -> None:
-        generator = actor.compute.options(num_returns="streaming").remote(self._together, self._alone)
+        generator = actor.compute.options(num_returns="streaming").remote(self._queue)
         self._running[generator] = actor
 
     def _next(self, generator: Any) -> Outcome | None:
@@ -395,11 +402,10 @@ class _Build:
             if node is None and not isinstance(error, errors.ActorUnavailableError):
                 self._refuse(actor, error.cause if failed else error)
                 return None
-            if failed:
-                self._ray.kill(actor, no_restart=False)
-            elif node is not None:
+            if node is not None and not failed:
                 self._lost_on[node] = " ".join(str(error).split())
-            if isinstance(error, errors.ActorDiedError):  # Ray does not start it again
+            if failed or isinstance(error, errors.ActorDiedError):  # its process may be unusable, or is gone for ever
+                self._ray.kill(actor)
                 self._actors.remove(actor)
                 actor = self._new_actor()
                 self._actors.append(actor)
@@ -434,29 +440,29 @@ class _Build:
 
     def _failed(self, block: Block, failure: _Failure) -> None:
         """Queue a block again, or give it up."""
-        failures = self._failures.setdefault(block, [])
-        failures.append(failure)
-        alive = self._nodes().keys()
-        counted = [each for each in failures if not each.nodes or each.nodes & alive]
         self._failing.add(block)
+        self._failures.setdefault(block, []).append(failure)
+        alive = self._nodes().keys()
+        counted = [each for each in self._failures[block] if not each.nodes or each.nodes & alive]
         if len(counted) > RETRIES:
             self._given_up[block] = failure.error
             self._missing.remove(block)
         else:
-            (self._alone if len(counted) == RETRIES else self._together).put_nowait(block)
+            self._queue.put_nowait(Item(block, alone=len(counted) == RETRIES))
             self._start_idle_actors()
 
     def _give_lost_blocks_to_others(self) -> None:
-        """No actor computes anything: blocks that are in no queue were lost with workers that died."""
-        queued = set[Block]()
-        for queue in (self._together, self._alone):
-            blocks = queue.get_nowait_batch(queue.qsize())
-            queue.put_nowait_batch(blocks)
-            queued |= set(blocks)
-        failure = _Failure(f"its worker died ({'; '.join(self._lost_on.values())})", frozenset(self._lost_on))
-        self._lost_on = {}
-        for block in sorted(self._missing - queued):
-            self._failed(block, failure)
+        """No actor computes anything: blocks that are not in the queue were lost with workers that stopped."""
+        queued = self._queue.get_nowait_batch(self._queue.qsize())
+        self._queue.put_nowait_batch(queued)
+        lost = self._missing - {item.block for item in queued}
+        if self._lost_on:
+            failure = _Failure(f"its worker died ({'; '.join(self._lost_on.values())})", frozenset(self._lost_on))
+            self._lost_on = {}
+            for block in sorted(lost):
+                self._failed(block, failure)
+        else:  # taken by a worker that then reported a failure of another block
+            self._queue.put_nowait_batch([Item(block) for block in sorted(lost)])
         self._start_idle_actors()
 
     def _start_idle_actors(self) -> None:

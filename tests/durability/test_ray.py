@@ -32,20 +32,13 @@ from logitcache.stages.cache_teacher import TeacherJob, TeacherWorker, cache_tea
 from logitcache.storage import LocalStorage
 from logitcache.verify.audit import verify
 from tests.commands import logitcache as command
+from tests.durability.test_engines import DATA
 from tests.dying import die
 from tests.needs import need_package
 
 Make = Callable[..., Pipeline]
 
 KILLS = int(os.environ.get("LOGITCACHE_RAY_KILLS", "3"))
-IMAGES = ["views.count=4", "cache.encoding='LowRank(rank=4, k=2)'", "cache.calibration=200"]
-TOKENS = [
-    "data={name: 'tests.texts:sentences', collate: pad}",
-    "views={count: 5, seed: 3}",
-    "teacher={model: 'tests.models:NextToken', weights: random, batch_size: 4}",
-    "cache.rows_per_block=40",
-    "cache.encoding='TopK(k=4)'",
-]
 
 
 @dataclass
@@ -127,7 +120,7 @@ class KilledNode(Job):
 @pytest.mark.parametrize("seed", range(KILLS))
 def test_a_killed_node_leaves_the_cache_of_one_process(seed: int, nodes: TwoNodes, tiny: Make, tmp_path: Path) -> None:
     """At a seeded object of the node: as the cache begins, in a block, or between a block and its receipt."""
-    data, draw = (TOKENS, IMAGES)[seed % 2], random.Random(seed)
+    data, draw = DATA["images" if seed % 2 else "tokens"], random.Random(seed)
     single = cache_teacher(tiny(*data, f"cache.path={tmp_path}/single.cache"))
     pipeline, node, news = tiny(*data), nodes.second(), TCPStore("127.0.0.1", 0, is_master=True)
     job = KilledNode(TeacherJob(pipeline, trust=False), node, draw.randint(1, 16), draw.randint(1, 4), news.port)
@@ -174,8 +167,7 @@ def test_blocks_that_fail_are_named_and_all_others_are_kept(nodes: TwoNodes, tin
     ]
     cache_teacher(tiny(*settings, "views.count=1"))
     damaged = tmp_path / "photos/1/22.png"
-    healthy = damaged.read_bytes()
-    damaged.write_bytes(healthy[:-20])
+    damaged.write_bytes(damaged.read_bytes()[:-20])
     pipeline = tiny(*settings, "views.count=2")
     position = sorted((tmp_path / "photos").rglob("*.png")).index(damaged)
     job = DeadlyBlock(TeacherJob(pipeline, trust=False), Block(1, 3))
@@ -190,15 +182,13 @@ def test_blocks_that_fail_are_named_and_all_others_are_kept(nodes: TwoNodes, tin
     assert f"v00001/b{position // 4:05d}: " in message
     assert "22.png" in message
     assert "v00001/b00003: its worker died" in message
-    damaged.write_bytes(healthy)
-    assert "sealed" == nodes.engine.run(job.job).manifest.state
 
 
 def test_the_command_builds_on_the_cluster_of_the_environment(
     nodes: TwoNodes, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Started in the user's folder, from which the pipeline takes code and the relative path of the cache."""
-    (tmp_path / "mine.py").write_text("def flipped():\n    return lambda image: image.flip(-1)\n")
+    (tmp_path / "mine.py").write_text("def flipped():\n    return lambda image: image.rotate(90)\n")
     settings = ["views.transform=[{'mine:flipped': {}}]", "cache.path=tiny.cache", "runs.path=runs"]
     (tmp_path / "tiny.yaml").write_text(tiny(*settings).as_yaml())
     monkeypatch.chdir(tmp_path)
