@@ -52,6 +52,7 @@ docs: $(VENV)/installed  ## The documentation site, in build/site
 
 bench: $(VENV)/installed  ## Measure on this machine, into benchmarks/results/; trust.py needs a commit to compare with
 	$(BIN)/python benchmarks/stage1.py --write
+	$(BIN)/python benchmarks/engines.py --write
 	$(BIN)/python benchmarks/stage2.py --write
 	$(BIN)/python benchmarks/tokens.py --write
 	$(BIN)/python benchmarks/share.py --write

@@ -57,6 +57,7 @@ from logitcache.progress import silence, track
 from logitcache.share.transfer import pull, push
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import Experiment
+from logitcache.storage import open_storage
 from logitcache.storage.local import fsync_path
 from logitcache.storage.remote import CONCURRENCY
 from logitcache.train.loop import Run as TrainingRun
@@ -330,7 +331,7 @@ def records_of_a_large_cache(path: Path, num_views: int, num_samples: int) -> No
         rows = len(row_map.block_rows(block.number))
         objects = {name: stored(spec, rows) for name, spec in manifest.layout.arrays.items()}
         receipts[block.name] = Receipt(rows=rows, objects=objects, kl_mean=0.0123456789, kl_max=1.23456789, inputs={})
-    sealed, gathered = Records(manifest, receipts).sealed()
+    sealed, gathered = Records(manifest, receipts).sealed(put=open_storage(path).put)
     (path / RECEIPTS).write_bytes(gathered)
     (path / MANIFEST).write_bytes(dump_manifest(sealed.manifest))
 

@@ -94,6 +94,59 @@ def content_digest(manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> s
     return digest(joined(lines))
 
 
+def read_receipts(cache: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Receipts by name: from one file, or from the objects of the views that the index names."""
+    gathered = (cache / "receipts.json").read_bytes()
+    check(digest(gathered) == manifest["receipts"], "receipts.json")
+    found: dict[str, Any] = json.loads(gathered)
+    if not manifest.get("receipts_by_view", False):
+        return found
+    layout = manifest["layout"]
+    views = [f"v{view:05d}" for view in range(layout.get("first_view", 0), layout["num_views"])]
+    receipts = {"fixed": found["fixed"]}
+    for view in views:
+        entry = found["views"][view]
+        data = (cache / "receipts" / view / f"{entry['object']['sha256']}.json").read_bytes()
+        check(digest(data) == entry["object"]["sha256"] and len(data) == entry["object"]["bytes"], view)
+        of_view = json.loads(data)
+        blocks = [of_view[name] for name in sorted(of_view)]
+        lines = [
+            f"{number} {name} {stored['values_sha256']}"
+            for number, block in enumerate(blocks)
+            for name, stored in sorted(block["objects"].items())
+        ]
+        check(digest(joined(lines)) == entry["object"]["values_sha256"], view)
+        check(sum(block["rows"] for block in blocks) == entry["rows"], view)
+        stored_bytes = sum(stored["bytes"] for block in blocks for stored in block["objects"].values())
+        check(stored_bytes == sum(entry["output_bytes"].values()), view)
+        measured = [block for block in blocks if block["kl_mean"] is not None]
+        check(sum(block["rows"] for block in measured) == entry["measured_rows"], view)
+        if measured:
+            mean = sum(block["rows"] * block["kl_mean"] for block in measured) / entry["measured_rows"]
+            check(math.isclose(mean, entry["kl_mean"]), view)
+        largest = [block["kl_max"] for block in blocks if block["kl_max"] is not None]
+        check((len(largest), max(largest, default=None)) == (entry["measured_blocks"], entry["kl_max"]), view)
+        receipts |= of_view
+    return receipts
+
+
+def check_values(receipts: dict[str, Any], layout: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Compare the value hashes of receipts with the values."""
+    size, counts = layout["rows_per_block"], rows_of_blocks(layout, arrays)
+    for name, receipt in receipts.items():
+        for array, stored in receipt["objects"].items():
+            values = arrays[array]
+            if name != "fixed":
+                view, number = (int(part[1:]) for part in name.split("/"))
+                values = values[view, number * size : number * size + counts[number]]
+            check(value_hash(values) == stored["values_sha256"], f"{name} {array}")
+
+
+def check(is_right: bool, what: str) -> None:
+    if not is_right:
+        raise SystemExit(f"{what} is not what the specification promises")
+
+
 def rows_of_blocks(layout: dict[str, Any], arrays: dict[str, np.ndarray]) -> list[int]:
     """Rows of each block of a view: of sequences, whole samples as long as they fit."""
     size = layout["rows_per_block"]
@@ -144,8 +197,11 @@ def main() -> None:
         name: values[:, rows] if name in manifest["layout"]["arrays"] else values for name, values in arrays.items()
     }
     decoded = decode(of_rows, identity["encoding"], identity["outputs"]["logits"][0])
+    receipts = read_receipts(cache, manifest)
+    check_values(receipts, manifest["layout"], arrays)
     np.savez(
         out,
+        receipts=sorted(receipts),
         decoded=decoded,
         digest=content_digest(manifest, arrays),
         **{f"array_{name}": values for name, values in arrays.items()},

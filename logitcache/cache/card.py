@@ -18,7 +18,7 @@ import yaml
 from logitcache.cache.card_fields import Card, card_from
 from logitcache.cache.cut_classes import cut_classes_of
 from logitcache.cache.ensemble import Part, merged_parts
-from logitcache.cache.layout import PER_CACHE, SAMPLE_ARRAYS
+from logitcache.cache.layout import SAMPLE_ARRAYS
 from logitcache.cache.manifest import CARD
 from logitcache.cache.names import names_of, recorded_names
 from logitcache.cache.reader import LogitCache
@@ -253,18 +253,20 @@ def _views(cache: LogitCache) -> str:
 
 
 def _fidelity(cache: LogitCache) -> str:
-    blocks = [receipt for name, receipt in cache.receipts.items() if name != PER_CACHE]
-    measured = [receipt.kl_max for receipt in blocks if receipt.kl_max is not None]
+    entries = [cache.records.view_entry(view) for view in cache.records.by_view.views]
+    num_blocks = len(entries) * cache.layout.blocks_per_view
+    measured = sum(entry.measured_blocks for entry in entries)
+    largest = max((entry.kl_max for entry in entries if entry.kl_max is not None), default=None)
     lines = []
     if measured and cache.kl_mean is not None:
         lines.append(
             f"KL(teacher ‖ cache) of the logits at T = 1, measured on every row at writing: mean {cache.kl_mean:.2g} "
-            f"nats, largest {max(measured):.2g} nats."
+            f"nats, largest {largest:.2g} nats."
         )
         if _parts(cache):
             lines.append("Here the teacher is the mean of the labels in the merged caches.")
-    if len(measured) < len(blocks):
-        where = f"In {len(blocks) - len(measured):,} of {len(blocks):,} blocks"
+    if measured < num_blocks:
+        where = f"In {num_blocks - measured:,} of {num_blocks:,} blocks"
         if isinstance(cache.encoding, Sampled):
             lines.append(f"{where} it is infinite: the encoding gives zero probability to classes that have some.")
         else:
@@ -378,7 +380,10 @@ def _how_it_was_made(cache: LogitCache) -> Iterator[str]:
         lines.append(f"- Versions: {named}")
     yield "\n".join(lines) + "\n"
     if manifest.identity.transform is not None:
-        described = json.dumps(manifest.identity.transform, ensure_ascii=True, indent=1, sort_keys=True)
+        try:
+            described = json.dumps(manifest.identity.transform, ensure_ascii=True, indent=1, sort_keys=True)
+        except RecursionError:
+            described = "too deeply nested to be shown"
         cut = described[:LONGEST_TRANSFORM] + ("\n…" if len(described) > LONGEST_TRANSFORM else "")
         yield f"Views, each a pure function of sample, transform, seed and view number:\n\n{fenced(cut, 'json')}"
 

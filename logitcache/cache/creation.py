@@ -21,7 +21,7 @@ from logitcache.cache.card import write_card
 from logitcache.cache.card_fields import Card, card_from
 from logitcache.cache.destination import check_destination
 from logitcache.cache.fidelity import Calibration, candidates, choose, compare
-from logitcache.cache.layout import GROUP, PER_CACHE, Block, receipt_key
+from logitcache.cache.layout import GROUP, PER_CACHE, receipt_key
 from logitcache.cache.manifest import (
     CARD,
     FORMAT_VERSION,
@@ -39,7 +39,7 @@ from logitcache.cache.manifest import (
     dump,
     dump_manifest,
     read_manifest,
-    read_receipts,
+    read_receipts_or_index,
     receipts_limit,
 )
 from logitcache.cache.names import NAMES, stated_names
@@ -47,6 +47,7 @@ from logitcache.cache.objects import ObjectReader
 from logitcache.cache.outputs import Output, checked_outputs, output_layouts, row_arrays
 from logitcache.cache.packages import ENCODING_PACKAGES
 from logitcache.cache.per_cache import stored_encoding
+from logitcache.cache.receipts import by_view
 from logitcache.cache.records import Records, collect_receipts, stored_manifest
 from logitcache.cache.writer import CacheWriter
 from logitcache.data.rows import RowMap, make_row_map
@@ -523,8 +524,9 @@ def _open_manifest(
 def _forget_views(storage: Storage, manifest: Manifest, layout: Layout) -> Manifest:
     """Remove views that were requested and never finished; views that were sealed before stay."""
     gathered = storage.get(RECEIPTS, limit=receipts_limit(manifest.layout))
-    names = read_receipts(gathered, url=storage.url).keys() - {PER_CACHE} if gathered is not None else set()
-    num_views = max([layout.num_views, *(Block.from_name(name).view + 1 for name in names)])
+    found = {} if gathered is None else read_receipts_or_index(gathered, url=storage.url)
+    sealed_views = by_view(found).views if isinstance(found, dict) else [int(name[1:]) for name in found.views]
+    num_views = max([layout.num_views, *(view + 1 for view in sealed_views)])
     kept = manifest.layout.model_copy(update={"num_views": num_views})
     for view in range(num_views, manifest.layout.num_views):
         for folder in (f"receipts/v{view:05d}", *(f"{GROUP}/{array}/c/{view}" for array in kept.arrays)):

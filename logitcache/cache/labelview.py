@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.manifest import LOGITS
-from logitcache.data.index import rows_of_view
+from logitcache.data.index import index_tensor, rows_of_view, split_index
 from logitcache.data.rows import RowMap
 from logitcache.encodings import Encoding
 from logitcache.errors import UsageError
@@ -67,6 +67,11 @@ class View(ABC):
     def _targets(self, rows_B: Tensor) -> Targets:
         """Targets of rows; the row numbers are checked already."""
 
+    def _encoded_logits(self) -> EncodedView:
+        """The encoded logits."""
+        assert isinstance(self, EncodedView)
+        return self
+
     def output(self, name: str, index: Any) -> Tensor:
         """One of the teacher's outputs for the given rows, float32 (B, *shape), on the view's device.
 
@@ -119,6 +124,10 @@ class ViewOfOutputs(View):
                 raise no_output(name, self._shapes)
             if name not in self._parts:
                 self._parts[name] = self._read(name)
+
+    def _encoded_logits(self) -> EncodedView:
+        self.read([LOGITS])
+        return self._parts[LOGITS]._encoded_logits()
 
     def _decoded(self, rows_B: Tensor) -> Tensor:
         return self.output(LOGITS, rows_B)
@@ -215,6 +224,51 @@ class StreamedView(EncodedView):
                 self._blocks.popitem(last=False)
         self._blocks.move_to_end(number)
         return block
+
+
+class MixedViews(EncodedView):
+    """Several views of one cache, for batches that have samples of any of them; the index names the view.
+
+    Args:
+        views: by number.
+    """
+
+    def __init__(self, views: Mapping[int, View]) -> None:
+        first = next(iter(views.values()))
+        self.number, self.num_classes, self.num_rows = -1, first.num_classes, first.num_rows
+        self._views = views
+        self._encoding = first._encoded_logits()._encoding
+
+    def logits(self, index: Any) -> Tensor:
+        return self._decoded(index_tensor(index))
+
+    def targets(self, index: Any) -> Targets:
+        return self._targets(index_tensor(index))
+
+    def output(self, name: str, index: Any) -> Tensor:
+        if name == LOGITS:
+            return self.logits(index)
+        return self._joined(index_tensor(index), lambda view, index_B: {name: view.output(name, index_B)})[name]
+
+    def _gathered(self, rows_B: Tensor) -> dict[str, Tensor]:
+        def gathered(view: View, index_B: Tensor) -> dict[str, Tensor]:
+            encoded = view._encoded_logits()
+            return encoded._gathered(rows_of_view(index_B, encoded.number, encoded.num_rows))
+
+        return self._joined(rows_B, gathered)
+
+    def _joined(self, index_B: Tensor, part_of: Callable[[View, Tensor], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What each view gives for its rows of a batch, in the order of the batch, by array or output."""
+        views_B = split_index(index_B)[0]
+        order = views_B.argsort(stable=True)
+        parts: dict[str, list[Tensor]] = {}
+        for number in sorted(set(views_B.tolist())):
+            if number not in self._views:
+                known = ", ".join(map(str, self._views))
+                raise UsageError(f"the batch has indices of view {number}; expected those of views {known}")
+            for name, values in part_of(self._views[number], index_B[views_B == number]).items():
+                parts.setdefault(name, []).append(values)
+        return {name: _rows(torch.cat(each), order.argsort().to(each[0].device)) for name, each in parts.items()}
 
 
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32}

@@ -46,7 +46,7 @@ class Block:
 
     @property
     def name(self) -> str:
-        return f"v{self.view:05d}/b{self.number:05d}"
+        return f"{view_name(self.view)}/b{self.number:05d}"
 
     @classmethod
     def from_name(cls, name: str) -> Block:
@@ -62,8 +62,13 @@ def num_blocks(layout: Layout) -> int:
 def all_blocks(layout: Layout) -> Iterator[Block]:
     """Every block of a complete cache, view by view."""
     for view in layout.views:
-        for number in range(layout.blocks_per_view):
-            yield Block(view, number)
+        yield from view_blocks(layout, view)
+
+
+def view_blocks(layout: Layout, view: int) -> Iterator[Block]:
+    """Every block of one view."""
+    for number in range(layout.blocks_per_view):
+        yield Block(view, number)
 
 
 def receipt_names(layout: Layout) -> Iterator[str]:
@@ -86,6 +91,16 @@ def is_receipt_name(layout: Layout, name: str) -> bool:
 def receipt_key(name: str) -> str:
     """Key of a receipt while the cache is open."""
     return f"receipts/{name}.json"
+
+
+def view_name(view: int) -> str:
+    """Name of a view in keys and in the index of receipts."""
+    return f"v{view:05d}"
+
+
+def view_receipts_key(view: int, sha256: str) -> str:
+    """Key of the object with all receipts of a view. It contains the hash, so that an object is never replaced."""
+    return f"receipts/{view_name(view)}/{sha256}.json"
 
 
 def has_right_rows(layout: Layout, name: str, num_rows: int) -> bool:

@@ -28,7 +28,7 @@ FORMAT_VERSION = 2
 """Of new caches. Caches of format 1 keep it; docs/format.md lists the differences."""
 MANIFEST = "manifest.json"
 RECEIPTS = "receipts.json"
-"""All receipts in one file, written at sealing."""
+"""All receipts in one file, or the index of the views' receipts; written at sealing."""
 CARD = "README.md"
 
 MAX_MANIFEST_BYTES = 2**24
@@ -228,6 +228,8 @@ class Contents(_Record):
 class Manifest(_Record):
     """`manifest.json`."""
 
+    left_out_if_empty = ("receipts_by_view",)
+
     format: Literal["logitcache"] = "logitcache"
     id: Sha256
     identity: Identity
@@ -239,6 +241,8 @@ class Manifest(_Record):
     """Host, time, versions, command; not part of identity or digest."""
     receipts: Sha256 | None = None
     """SHA-256 of `receipts.json`; set at sealing."""
+    receipts_by_view: bool = False
+    """Whether `receipts.json` is an index, and each view's receipts are one object; set at sealing."""
     contents: Contents | None = None
     """Set at sealing."""
     checksum: Sha256 | None = None
@@ -273,6 +277,32 @@ class Receipt(_Record):
     kl_max: float | None = Field(allow_inf_nan=False)
     inputs: dict[str, str]
     """Digest of the teacher's input, by row, for the view's proof rows in this block."""
+
+
+class ViewEntry(_Record):
+    """What the index states of one view, so that totals and digest need no other object."""
+
+    object: StoredObject
+    """The view's receipts as one object; the hash of its values is the view's digest."""
+    rows: int = Field(ge=0)
+    output_bytes: dict[str, Annotated[int, Field(ge=0)]]
+    """Of the labels, by output."""
+    measured_rows: int = Field(ge=0)
+    """Rows of the blocks that state a mean KL."""
+    measured_blocks: int = Field(ge=0)
+    """Blocks that state a largest KL."""
+    kl_mean: float | None = Field(allow_inf_nan=False)
+    """Over the measured rows."""
+    kl_max: float | None = Field(allow_inf_nan=False)
+
+
+class ReceiptIndex(_Record):
+    """`receipts.json` of a cache with very many receipts."""
+
+    fixed: Receipt
+    """Of the per-cache arrays."""
+    views: dict[Annotated[str, Field(pattern=r"^v[0-9]{5,8}$")], ViewEntry]
+    """By name, such as "v00003"."""
 
 
 def output_of(array: str) -> str:
@@ -328,16 +358,16 @@ def read_manifest(data: bytes | None, *, url: str) -> Manifest:
     """
     if data is None:
         raise NotACache(
-            f"{url} is no logit cache: it has no {MANIFEST}. Check the path: `logitcache ls FOLDER` lists the caches "
-            "in a folder. `logitcache cache-teacher` builds a cache"
+            f"{url!r} is not a logit cache: it has no {MANIFEST}. Check the path: `logitcache ls FOLDER` lists the "
+            "caches in a folder. `logitcache cache-teacher` builds a cache"
         )
     try:
         raw = parse_json(data, max_bytes=MAX_MANIFEST_BYTES)
         is_ours = isinstance(raw, dict) and raw.get("format") == "logitcache"
     except ValueError as error:
-        raise NotACache(f"{url} is no logit cache: its {MANIFEST} is not JSON ({error})") from None
+        raise NotACache(f"{url!r} is not a logit cache: its {MANIFEST} is not JSON ({error})") from None
     if not is_ours:
-        raise NotACache(f"{url} is no logit cache: its {MANIFEST} was not written by logitcache")
+        raise NotACache(f"{url!r} is not a logit cache: its {MANIFEST} was not written by logitcache")
     identity = raw.get("identity")
     version = identity.get("format_version") if isinstance(identity, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -373,28 +403,57 @@ def read_receipt(data: bytes, *, key: str) -> Receipt:
 
 
 def receipts_limit(layout: Layout) -> int:
-    """The most bytes that the `receipts.json` of a cache may have, about twice what logitcache writes.
+    """The most bytes that the receipts of a cache may have in one file, about twice what logitcache writes.
 
     A receipt takes at most 235 bytes for each of its arrays, and 700 more with all proof rows of a view.
     """
-    num_receipts = 1 + len(layout.views) * layout.blocks_per_view
+    return _limit(layout, 1 + len(layout.views) * layout.blocks_per_view)
+
+
+def view_receipts_limit(layout: Layout) -> int:
+    """The most bytes that the object with the receipts of one view may have."""
+    return _limit(layout, layout.blocks_per_view)
+
+
+def index_limit(layout: Layout) -> int:
+    """The most bytes that a `receipts.json` may have that is an index; an entry is no longer than a receipt."""
+    return _limit(layout, 1 + len(layout.views))
+
+
+def _limit(layout: Layout, num_receipts: int) -> int:
     num_arrays = max(len(layout.arrays), len(layout.fixed))
     return min((num_receipts + 16) * (1024 + 384 * num_arrays), MAX_RECEIPTS_BYTES)
 
 
-def read_receipts(data: bytes, *, url: str) -> dict[str, Receipt]:
-    """Receipts by name, from the bytes of `receipts.json`.
+def read_receipts(data: bytes | memoryview, *, url: str, key: str = RECEIPTS) -> dict[str, Receipt]:
+    """Receipts by name, from the bytes of an object that holds those of a view or of a cache.
+
+    Raises:
+        CorruptCache: the object is damaged.
+    """
+    found = read_receipts_or_index(data, url=url, key=key)
+    if isinstance(found, ReceiptIndex):
+        raise CorruptCache(f"{url}: {key} is damaged: it is an index of views; expected receipts")
+    return found
+
+
+def read_receipts_or_index(
+    data: bytes | memoryview, *, url: str, key: str = RECEIPTS
+) -> dict[str, Receipt] | ReceiptIndex:
+    """The content of `receipts.json`: receipts by name, or the index of the views' receipts.
 
     Raises:
         CorruptCache: the file is damaged.
     """
     try:
-        raw = parse_json(data, max_bytes=MAX_RECEIPTS_BYTES)
+        raw = parse_json(bytes(data), max_bytes=MAX_RECEIPTS_BYTES)
         if not isinstance(raw, dict):
             raise ValueError("expected a JSON object")
+        if "views" in raw:
+            return ReceiptIndex.model_validate(raw)
         return {name: Receipt.model_validate(receipt) for name, receipt in raw.items()}
     except ValueError as error:
-        raise CorruptCache(f"{url}: {RECEIPTS} is damaged: {_reason(error)}") from None
+        raise CorruptCache(f"{url}: {key} is damaged: {_reason(error)}") from None
 
 
 def _check_size(name: str, dtype: str, shape: tuple[int, ...]) -> None:

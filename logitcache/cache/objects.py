@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from logitcache.cache.manifest import StoredObject
@@ -100,7 +100,7 @@ class ObjectReader:
                 reading.cancel()
             raise
 
-    def read_ahead(self, groups: Sequence[tuple[Wanted, str]]) -> None:
+    def read_ahead(self, groups: Iterable[tuple[Wanted, str]]) -> None:
         """Fetch objects into the local directory in the background. Errors are ignored: reading raises them again."""
         if self.nearby is None or not self._keeps:
             return

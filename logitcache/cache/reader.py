@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from logitcache.cache.labelview import ResidentView, StreamedView, View, ViewOfOutputs, no_output
-from logitcache.cache.layout import Block, decode_rows
+from logitcache.cache.layout import Block, decode_rows, view_blocks
 from logitcache.cache.manifest import LOGITS, Contents
 from logitcache.cache.objects import ObjectReader, Wanted
 from logitcache.cache.outputs import output_layouts, outputs_of
@@ -113,6 +113,13 @@ class LogitCache:
             raise CorruptCache(
                 f"{storage.url}: the receipts don't add up to the manifest's digest; run `logitcache verify` on it"
             )
+
+    def __repr__(self) -> str:
+        rows = "" if self.num_rows == self.num_samples else f", num_rows={self.num_rows}"
+        return (
+            f"LogitCache({self.storage.url!r}, num_samples={self.num_samples}{rows}, num_classes={self.num_classes}, "
+            f"views={self.views}, encoding={self.encoding!r}, sealed={self.sealed})"
+        )
 
     @property
     def id(self) -> str:
@@ -424,7 +431,13 @@ class LogitCache:
         """
         blocks = [Block(view, number) for number in numbers]
         counts = [len(self.row_map.block_rows(number)) for number in numbers]
-        objects = self._objects.read_all([self._wanted(block, output) for block in blocks])
+        wanted = [self._wanted(block, output) for block in blocks]
+        for block, count in zip(blocks, counts, strict=True):
+            if self.receipts[block.name].rows != count:
+                raise CorruptCache(
+                    f"{self.storage.url}: the receipt of {block.name} and the row map differ in the rows"
+                )
+        objects = self._objects.read_all(wanted)
         arrays = {}
         stored = self._output_layouts[output]
         for position, (name, spec) in enumerate(stored.stored(self.layout.arrays).items()):
@@ -453,10 +466,15 @@ class LogitCache:
         sizes = self.contents.output_bytes or {LOGITS: self.contents.label_bytes}
         target_bytes = sum(sizes[output] for output in outputs) * len(views) // len(self.views)
         if nearby is not None and 2 * target_bytes <= nearby.max_bytes:
-            blocks = [Block(view, number) for view in views for number in range(self.layout.blocks_per_view)]
-            there = [block for block in blocks if block.name in self.receipts]
-            # One local entry per output, because outputs are read one at a time later.
-            self._objects.read_ahead([self._wanted(block, output) for block in there for output in outputs])
+            # One local entry per output, because outputs are read one at a time later. In the background, since the
+            # receipts of the next view may have to be read too.
+            self._objects.read_ahead(
+                self._wanted(block, output)
+                for view in views
+                for block in view_blocks(self.layout, view)
+                if block.name in self.receipts
+                for output in outputs
+            )
 
     def logits(
         self, index: Any, device: str | torch.device = "cpu", *, memory_budget: int = RESIDENT_BYTES
@@ -509,11 +527,11 @@ class LogitCache:
 
     def _check_complete(self, view: int) -> None:
         self._check_view(view)
-        names = (Block(view, number).name for number in range(self.layout.blocks_per_view))
+        names = (block.name for block in view_blocks(self.layout, view))
         missing = next((name for name in names if name not in self.receipts), None)
         if missing is not None:
             # Counts the receipts: an untrusted manifest may claim millions of blocks.
-            there = sum(name.startswith(f"v{view:05d}/") for name in self.receipts)
+            there = len(self.records.by_view.of_view(view)) if view in self.records.by_view.views else 0
             raise IncompleteCache(
                 f"{self.storage.url}: {self.layout.blocks_per_view - there} blocks of view {view} are missing, "
                 f"{missing} first; {REBUILD}"

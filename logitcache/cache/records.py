@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +27,9 @@ from logitcache.cache.layout import (
     object_limits,
     receipt_key,
     receipt_names,
+    view_blocks,
+    view_name,
+    view_receipts_key,
 )
 from logitcache.cache.manifest import (
     LOGITS,
@@ -36,19 +41,38 @@ from logitcache.cache.manifest import (
     Layout,
     Manifest,
     Receipt,
+    ReceiptIndex,
     Sha256,
     StoredObject,
+    ViewEntry,
     dump_manifest,
+    index_limit,
     output_of,
     read_manifest,
     read_receipt,
     read_receipts,
+    read_receipts_or_index,
     receipts_limit,
+    view_receipts_limit,
 )
-from logitcache.cache.objects import ATTEMPTS, PAUSE_SECONDS, ObjectReader
+from logitcache.cache.objects import ATTEMPTS, PAUSE_SECONDS, ObjectReader, read_object
 from logitcache.cache.outputs import output_layouts, outputs_of, row_arrays
 from logitcache.cache.packages import encoding_names, missing_packages, recorded_packages
-from logitcache.digest import array_digest, canonical_json, sha256_hex
+from logitcache.cache.receipts import (
+    ReceiptsByView,
+    by_view,
+    dump_index,
+    dump_receipts,
+    index_contents,
+    is_large,
+    lines_digest,
+    selected,
+    splits_receipts,
+    value_lines,
+    view_digest,
+    view_entry,
+)
+from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import ENCODINGS, encoding_from_config
 from logitcache.errors import CorruptCache, LogitCacheError
 from logitcache.storage import Storage
@@ -117,75 +141,128 @@ class Records:
         hashes = sorted(stored.values_sha256 for each in self.receipts.values() for stored in each.objects.values())
         return sha256_hex("\n".join(hashes).encode())
 
+    @cached_property
+    def by_view(self) -> ReceiptsByView:
+        """The receipts, grouped by view."""
+        return by_view(self.receipts)
+
     def pin(self) -> Sha256:
         """SHA-256 over the id and the values of each array in each block (docs/format.md)."""
-        by_view: dict[int, list[tuple[int, Receipt]]] = {}
-        for name, receipt in self.receipts.items():
-            if name != PER_CACHE:
-                block = Block.from_name(name)
-                by_view.setdefault(block.view, []).append((block.number, receipt))
         lines = [
             DIGEST_HEADER,
             f"id {self.manifest.id}",
             f"num_samples {self.layout.num_samples}",
             f"rows_per_block {self.layout.rows_per_block}",
         ]
-        if PER_CACHE in self.receipts:
-            lines += (f"fixed {line}" for line in _value_lines(self.receipts[PER_CACHE]))
-        for view in sorted(by_view):
-            blocks = sorted(by_view[view], key=lambda numbered: numbered[0])
-            digest = _lines_digest(f"{number} {line}" for number, receipt in blocks for line in _value_lines(receipt))
-            lines.append(f"view {view} {digest}")
-        return _lines_digest(lines)
+        if self.by_view.per_cache is not None:
+            lines += (f"fixed {line}" for line in value_lines(self.by_view.per_cache))
+        lines += (f"view {view} {self.view_digest(view)}" for view in self.by_view.views)
+        return lines_digest(lines)
+
+    def view_digest(self, view: int) -> Sha256:
+        """The digest of one view; from the index, if there is one."""
+        entry = self.by_view.entries.get(view)
+        return view_digest(self.by_view.of_view(view)) if entry is None else entry.object.values_sha256
+
+    def view_entry(self, view: int) -> ViewEntry:
+        """Sums over one view; from the index, if there is one. Only then `object` is that of its receipts."""
+        return self.by_view.entries.get(view) or view_entry(self.by_view.of_view(view), b"")
 
     def contents(self) -> Contents:
-        """Sizes and fidelity, summed over all receipts."""
-        total = sum(stored.bytes for receipt in self.receipts.values() for stored in receipt.objects.values())
-        blocks = [receipt for name, receipt in self.receipts.items() if name != PER_CACHE]
-        measured = [receipt for receipt in blocks if receipt.kl_mean is not None]
-        rows = sum(receipt.rows for receipt in measured)
-        kl_mean = sum(receipt.rows * (receipt.kl_mean or 0.0) for receipt in measured) / rows if rows else math.nan
+        """Sizes and fidelity, summed over all receipts, or over the entries of the index."""
+        receipts = self.by_view
+        if receipts.is_indexed:
+            return index_contents(receipts.per_cache, receipts.entries.values())
+        total = rows = measured_rows = 0
+        kl_sum = 0.0
         output_bytes: dict[str, int] = {}
-        for receipt in blocks:
+        for name, receipt in self.receipts.items():
+            total += sum(stored.bytes for stored in receipt.objects.values())
+            if name == PER_CACHE:
+                continue
+            rows += receipt.rows
+            if receipt.kl_mean is not None:
+                measured_rows += receipt.rows
+                kl_sum += receipt.rows * receipt.kl_mean
             for array, stored in receipt.objects.items():
                 output_bytes[output_of(array)] = output_bytes.get(output_of(array), 0) + stored.bytes
+        kl_mean = kl_sum / measured_rows if measured_rows else math.nan
         return Contents(
             bytes=total,
             label_bytes=sum(output_bytes.values()),
-            rows=sum(receipt.rows for receipt in blocks),
+            rows=rows,
             kl_mean=kl_mean if math.isfinite(kl_mean) else None,
             output_bytes=output_bytes if output_bytes.keys() - {LOGITS} else {},
         )
 
-    def sealed(self, **changes: Any) -> tuple[Records, bytes]:
+    def sealed(self, *, put: Callable[[str, bytes], None] | None = None, **changes: Any) -> tuple[Records, bytes]:
         """The same records with a sealed manifest, and the bytes of its `receipts.json`.
 
         Args:
+            put: stores the objects with the receipts of single views, of a cache that has them; `put_view_receipts`
+                stores them later.
             changes: fields of the manifest to replace, such as its layout or provenance.
         """
-        manifest = self.manifest.model_copy(update=changes)
-        gathered = dump_receipts(self.receipts)
-        records = Records(manifest, self.receipts)
+        records, gathered = Records(self.manifest.model_copy(update=changes), self.receipts).gathered(put=put)
         sealed = {
             "state": "sealed",
             "digest": records.content_digest(),
             "receipts": sha256_hex(gathered),
+            "receipts_by_view": splits_receipts(records.manifest),
             "contents": records.contents(),
         }
-        return Records(manifest.model_copy(update=sealed), self.receipts), gathered
+        return Records(records.manifest.model_copy(update=sealed), records.receipts), gathered
+
+    def gathered(self, *, put: Callable[[str, bytes], None] | None = None) -> tuple[Records, bytes]:
+        """The same records, with the entries of the index if there is one, and the bytes of `receipts.json`.
+
+        Args:
+            put: as in `sealed`.
+        """
+        if not splits_receipts(self.manifest):
+            return self, dump_receipts(self.receipts)
+        receipts = self.by_view
+        assert receipts.per_cache is not None
+        entries: dict[int, ViewEntry] = {}
+        for view in receipts.views:
+            entry = receipts.entries.get(view)
+            if entry is None:
+                of_view = receipts.of_view(view)
+                data = dump_receipts(of_view)
+                entry = view_entry(of_view, data)
+                if put is not None:
+                    put(view_receipts_key(view, entry.object.sha256), data)
+            entries[view] = entry
+        indexed = ReceiptsByView(receipts.per_cache, receipts.views, receipts.of_view, entries=entries)
+        named = {view_name(view): entry for view, entry in entries.items()}
+        return Records(self.manifest, indexed), dump_index(receipts.per_cache, named)
+
+    def view_receipts_keys(self) -> dict[str, int]:
+        """The keys of the objects with the receipts of single views, and the views; none of a small cache."""
+        return {view_receipts_key(view, each.object.sha256): view for view, each in self.by_view.entries.items()}
 
 
-def _value_lines(receipt: Receipt) -> list[str]:
-    return [f"{array} {stored.values_sha256}" for array, stored in sorted(receipt.objects.items())]
+def put_view_receipts(storage: Storage, records: Records, *, again: bool = False) -> None:
+    """Store the receipts of single views that are not there.
+
+    Args:
+        storage: the cache.
+        records: from `Records.sealed` or `Records.gathered`.
+        again: also those that are there, which may be damaged.
+    """
+    for key, view in records.view_receipts_keys().items():
+        stored = records.by_view.entries[view].object
+        if again or storage.size(key) != stored.bytes:
+            data = dump_receipts(records.by_view.of_view(view))
+            if sha256_hex(data) != stored.sha256:
+                raise CorruptCache(f"{key} is damaged: it is not canonical JSON (docs/format.md)")
+            storage.put(key, data)
 
 
-def _lines_digest(lines: Iterable[str]) -> Sha256:
-    return sha256_hex("".join(f"{line}\n" for line in lines).encode())
-
-
-def dump_receipts(receipts: Mapping[str, Receipt]) -> bytes:
-    """The bytes of `receipts.json`."""
-    return canonical_json({name: receipt.model_dump() for name, receipt in receipts.items()})
+def view_of_receipts_key(key: str) -> int | None:
+    """The view that an object below `receipts/` has receipts of; None for other keys."""
+    found = re.fullmatch(r"receipts/v(\d+)/.*", key)
+    return None if found is None else int(found[1])
 
 
 def stored_manifest(storage: Storage) -> Manifest:
@@ -253,37 +330,121 @@ def read_records(storage: Storage, objects: ObjectReader | None = None) -> Recor
     return Records(manifest, collect_receipts(storage, manifest, objects))
 
 
-def collect_receipts(storage: Storage, manifest: Manifest, objects: ObjectReader | None = None) -> dict[str, Receipt]:
+def collect_receipts(
+    storage: Storage, manifest: Manifest, objects: ObjectReader | None = None
+) -> Mapping[str, Receipt]:
     """Receipts by name: all of a sealed cache; of an open one, those whose objects are stored.
+
+    Those of a large cache are read view by view, when they are needed.
 
     Args:
         storage: the cache.
         manifest: its manifest.
-        objects: reads `receipts.json` of a remote cache, or its local copy.
+        objects: reads the receipts of a remote cache, or their local copy.
 
     Raises:
         CorruptCache: a sealed cache without its receipts.
     """
-    layout = manifest.layout
     if manifest.state == "sealed":
         return _sealed_receipts(storage, manifest, objects)
-    gathered = storage.get(RECEIPTS, limit=receipts_limit(layout))
-    receipts = {} if gathered is None else read_receipts(gathered, url=storage.url)
-    names = [key.removeprefix("receipts/").removesuffix(".json") for key in storage.list_keys("receipts")]
-    keys = {name: receipt_key(name) for name in names if is_receipt_name(layout, name)}
+    layout = manifest.layout
+    data = storage.get(RECEIPTS, limit=receipts_limit(layout))
+    gathered = {} if data is None else read_receipts_or_index(data, url=storage.url)
+    single = _single_receipts(storage, layout)
+    if isinstance(gathered, dict):
+        gathered = {name: receipt for name, receipt in gathered.items() if is_receipt_name(layout, name)}
+        if not is_large(layout):
+            names = [name for of_view in single.values() for name in of_view]
+            return in_place(storage, layout, gathered | read_single_receipts(storage, names))
+    receipts = _open_by_view(storage, layout, gathered, single)
+    return receipts if is_large(layout) else dict(receipts)
+
+
+def _open_by_view(
+    storage: Storage, layout: Layout, gathered: dict[str, Receipt] | ReceiptIndex, single: Mapping[str, list[str]]
+) -> ReceiptsByView:
+    """The receipts of an open cache, read view by view.
+
+    Args:
+        storage: the cache.
+        layout: its layout.
+        gathered: what `receipts.json` holds, if views were sealed before.
+        single: the names of the receipts of single blocks, by the name of the view.
+    """
+    per_cache = read_single_receipts(storage, [PER_CACHE]).get(PER_CACHE)
+    if isinstance(gathered, ReceiptIndex):
+        before = {int(name[1:]): entry for name, entry in gathered.views.items() if int(name[1:]) in layout.views}
+        per_cache = per_cache or gathered.fixed
+
+        def read_before(view: int) -> Mapping[str, Receipt]:
+            entry = before.get(view)
+            if entry is not None and entry.object.bytes <= view_receipts_limit(layout):
+                key = view_receipts_key(view, entry.object.sha256)
+                with suppress(CorruptCache):  # damaged receipts count as missing: the blocks are computed again
+                    return read_receipts(read_object(storage, key, entry.object), url=storage.url, key=key)
+            return {}
+
+        views = set(before)
+    else:
+        grouped = by_view(gathered)
+        per_cache = per_cache or grouped.per_cache
+        views = set(grouped.views)
+
+        def read_before(view: int) -> Mapping[str, Receipt]:
+            return grouped.of_view(view) if view in views else {}
+
+    def read(view: int) -> dict[str, Receipt]:
+        receipts = {**read_before(view), **read_single_receipts(storage, single.get(view_name(view), []))}
+        right = in_place(
+            storage, layout, {name: each for name, each in receipts.items() if _is_of(layout, view, name)}, view=view
+        )
+        return {name: right[name] for name in sorted(right, key=lambda name: Block.from_name(name).number)}
+
+    if per_cache is not None and _contradiction(layout, PER_CACHE, per_cache, object_limits(layout)) is not None:
+        per_cache = None
+    return ReceiptsByView(per_cache, {*views, *(int(name[1:]) for name in single if name != PER_CACHE)}, read)
+
+
+def _is_of(layout: Layout, view: int, name: str) -> bool:
+    return is_receipt_name(layout, name) and name.startswith(f"{view_name(view)}/")
+
+
+def _single_receipts(storage: Storage, layout: Layout) -> dict[str, list[str]]:
+    """The names of the receipts of single blocks in an open cache, by the name of the view."""
+    names: dict[str, list[str]] = {}
+    for key in storage.list_keys("receipts"):
+        name = key.removeprefix("receipts/").removesuffix(".json")
+        if is_receipt_name(layout, name):
+            names.setdefault(name.partition("/")[0], []).append(name)
+    return names
+
+
+def read_single_receipts(storage: Storage, names: Iterable[str]) -> dict[str, Receipt]:
+    """The receipts of single blocks that can be read; a damaged one counts as missing: its block is computed again."""
+    keys = {name: receipt_key(name) for name in names}
     with ThreadPoolExecutor(storage.concurrency) as threads:
         found = list(threads.map(lambda key: storage.get(key, limit=MAX_RECEIPT_BYTES), keys.values()))
+    receipts = {}
     for (name, key), data in zip(keys.items(), found, strict=True):
         if data is not None:
-            # A damaged receipt counts as missing: its block is computed again.
             with suppress(CorruptCache):
                 receipts[name] = read_receipt(data, key=key)
-    return in_place(storage, layout, {name: receipts[name] for name in receipts if is_receipt_name(layout, name)})
+    return receipts
 
 
-def in_place(storage: Storage, layout: Layout, receipts: Mapping[str, Receipt]) -> dict[str, Receipt]:
-    """The receipts that fit the layout, and whose objects are stored with the size that they state."""
-    sizes = dict(storage.sizes(GROUP)) if receipts else {}
+def in_place(
+    storage: Storage, layout: Layout, receipts: Mapping[str, Receipt], *, view: int | None = None
+) -> dict[str, Receipt]:
+    """The receipts that fit the layout, and whose objects are stored with the size that they state.
+
+    Args:
+        storage: the cache.
+        layout: its layout.
+        receipts: by name.
+        view: the one that all receipts belong to; None where they belong to several.
+    """
+    folders = [GROUP] if view is None else [f"{GROUP}/{array}/c/{view}" for array in layout.arrays]
+    sizes = {key: size for folder in folders for key, size in storage.sizes(folder)} if receipts else {}
     limits = object_limits(layout)
 
     def is_stored(name: str, receipt: Receipt) -> bool:
@@ -297,18 +458,26 @@ def in_place(storage: Storage, layout: Layout, receipts: Mapping[str, Receipt]) 
     return {name: receipt for name, receipt in receipts.items() if is_stored(name, receipt)}
 
 
-def _sealed_receipts(storage: Storage, manifest: Manifest, objects: ObjectReader | None) -> dict[str, Receipt]:
+def _sealed_receipts(storage: Storage, manifest: Manifest, objects: ObjectReader | None) -> Mapping[str, Receipt]:
     layout = manifest.layout
     expected = str(manifest.receipts)
     nearby = None if objects is None else objects.nearby
-    gathered = None if nearby is None else nearby.get(expected, limit=receipts_limit(layout))
-    if gathered is None or sha256_hex(gathered) != expected:
-        gathered, is_right = gathered_receipts(storage, manifest)
-        if gathered is not None and not is_right:
+    data = None if nearby is None else nearby.get(expected, limit=_gathered_limit(manifest))
+    if data is None or sha256_hex(data) != expected:
+        data, is_right = gathered_receipts(storage, manifest)
+        if data is not None and not is_right:
             raise CorruptCache(f"{storage.url}: {RECEIPTS} is damaged: its SHA-256 differs from the one in {MANIFEST}")
-        if gathered is not None and objects is not None:
-            objects.keep(expected, [gathered])
-    found = {} if gathered is None else read_receipts(gathered, url=storage.url)
+        if data is not None and objects is not None:
+            objects.keep(expected, [data])
+    found = {} if data is None else read_receipts_or_index(data, url=storage.url)
+    if data is not None and isinstance(found, ReceiptIndex) != manifest.receipts_by_view:
+        kinds = ("the receipts", "an index of views")
+        raise CorruptCache(
+            f"{storage.url}: {RECEIPTS} is damaged: {MANIFEST} describes it as {kinds[manifest.receipts_by_view]}, "
+            f"and it is {kinds[not manifest.receipts_by_view]}"
+        )
+    if isinstance(found, ReceiptIndex):
+        return indexed_receipts(storage, manifest, found, objects)
     # Ends at the first name that is missing: a manifest may claim more names than fit into memory.
     missing = next((name for name in receipt_names(layout) if name not in found), None)
     if missing is not None:
@@ -320,6 +489,57 @@ def _sealed_receipts(storage: Storage, manifest: Manifest, objects: ObjectReader
         if contradiction is not None:
             raise CorruptCache(f"{storage.url}: {RECEIPTS} {contradiction}")
     return receipts
+
+
+def indexed_receipts(
+    storage: Storage, manifest: Manifest, index: ReceiptIndex, objects: ObjectReader | None = None
+) -> ReceiptsByView:
+    """The receipts of a sealed cache whose `receipts.json` is an index; those of a view are read when they are needed.
+
+    Raises:
+        CorruptCache: index and manifest contradict each other. Reading a view raises it too.
+    """
+    layout, url = manifest.layout, storage.url
+    # Ends at the first view that is missing, as for receipts.
+    missing = next((view for view in layout.views if view_name(view) not in index.views), None)
+    if missing is not None:
+        raise CorruptCache(f"{url} is sealed, but {RECEIPTS} lacks view {missing}")
+    limits = object_limits(layout)
+    contradiction = _contradiction(layout, PER_CACHE, index.fixed, limits)
+    if contradiction is not None:
+        raise CorruptCache(f"{url}: {RECEIPTS} {contradiction}")
+    entries = {view: index.views[view_name(view)] for view in layout.views}
+    limit = view_receipts_limit(layout)
+    for view, entry in entries.items():
+        if entry.object.bytes > limit:
+            raise CorruptCache(
+                f"{url}: {RECEIPTS} states {entry.object.bytes} bytes for the receipts of view {view}; they take at "
+                f"most {limit}"
+            )
+
+    def read(view: int) -> dict[str, Receipt]:
+        stored = entries[view].object
+        key = view_receipts_key(view, stored.sha256)
+        why = f"view {view} ({RECEIPTS})"
+        data = (
+            read_object(storage, key, stored, why=why) if objects is None else objects.read({key: stored}, why=why)[0]
+        )
+        found = read_receipts(data, url=url, key=key)
+        missing = next((block.name for block in view_blocks(layout, view) if block.name not in found), None)
+        if missing is not None or len(found) > layout.blocks_per_view:
+            raise CorruptCache(
+                f"{url}: {key} is damaged: {f'it lacks {missing}' if missing else 'it has other blocks'}"
+            )
+        receipts = {block.name: found[block.name] for block in view_blocks(layout, view)}
+        for name, receipt in receipts.items():
+            contradiction = _contradiction(layout, name, receipt, limits)
+            if contradiction is not None:
+                raise CorruptCache(f"{url}: {key} {contradiction}")
+        if view_entry(receipts, data) != entries[view]:
+            raise CorruptCache(f"{url}: {key} doesn't add up to what {RECEIPTS} states of view {view}")
+        return receipts
+
+    return ReceiptsByView(index.fixed, layout.views, read, entries=entries)
 
 
 def _contradiction(layout: Layout, name: str, receipt: Receipt, limits: Mapping[str, int]) -> str | None:
@@ -334,12 +554,16 @@ def _contradiction(layout: Layout, name: str, receipt: Receipt, limits: Mapping[
     return None
 
 
+def _gathered_limit(manifest: Manifest) -> int:
+    return (index_limit if manifest.receipts_by_view else receipts_limit)(manifest.layout)
+
+
 def gathered_receipts(storage: Storage, manifest: Manifest) -> tuple[bytes | None, bool]:
     """The bytes of a sealed cache's `receipts.json`, and whether they have the SHA-256 that the manifest states.
 
     While the records are replaced, the right file may have its second key only.
     """
-    limit = receipts_limit(manifest.layout)
+    limit = _gathered_limit(manifest)
     other = None
     for key in (RECEIPTS, pinned_receipts_key(str(manifest.receipts))):
         found = storage.get(key, limit=limit)
@@ -386,9 +610,17 @@ def replace_records(storage: Storage, manifest: Manifest, gathered: bytes, *, re
     storage.delete(pinned)
 
 
-def matching_receipts(manifest: Manifest, receipts: Mapping[str, Receipt]) -> dict[str, Receipt] | None:
+def matching_receipts(manifest: Manifest, receipts: Mapping[str, Receipt]) -> Mapping[str, Receipt] | None:
     """The receipts of a sealed cache from those of a copy, which may have more views; None if the labels differ."""
-    if not all(name in receipts for name in receipt_names(manifest.layout)):
+    layout, there = manifest.layout, by_view(receipts)
+    if there.per_cache is None or not all(has_view(there, layout, view) for view in layout.views):
         return None
-    kept = {name: receipts[name] for name in receipt_names(manifest.layout)}
+    kept = selected(layout, there.per_cache, dict.fromkeys(layout.views, there))
     return kept if Records(manifest, kept).content_digest() == manifest.digest else None
+
+
+def has_view(receipts: ReceiptsByView, layout: Layout, view: int) -> bool:
+    """Whether there is a receipt of each block of a view."""
+    if view in receipts.entries:
+        return True
+    return view in receipts.views and all(block.name in receipts.of_view(view) for block in view_blocks(layout, view))

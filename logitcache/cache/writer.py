@@ -7,9 +7,9 @@ Its receipt is written last: a block without a receipt does not count.
 from __future__ import annotations
 
 import math
-import re
 import threading
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
@@ -23,12 +23,13 @@ from logitcache.cache.agreement import differing_rows
 from logitcache.cache.layout import (
     PER_CACHE,
     Block,
-    all_blocks,
     encode_object,
+    is_receipt_name,
     num_blocks,
     object_key,
     receipt_key,
     receipt_names,
+    view_blocks,
 )
 from logitcache.cache.manifest import (
     CARD,
@@ -44,12 +45,15 @@ from logitcache.cache.manifest import (
 from logitcache.cache.openblock import OpenBlock
 from logitcache.cache.outputs import OutputLayout, output_layouts, outputs_of
 from logitcache.cache.reader import LogitCache
+from logitcache.cache.receipts import ReceiptsByView, is_large
 from logitcache.cache.records import (
     Records,
     collect_receipts,
     in_place,
+    read_single_receipts,
     replace_records,
     stored_manifest,
+    view_of_receipts_key,
     write_group_metadata,
 )
 from logitcache.data.rows import RowMap
@@ -68,6 +72,8 @@ CPU = torch.device("cpu")
 WRITER_THREADS = 2
 BLOCKS_IN_FLIGHT = 4
 """Blocks that wait for a writer thread or are being written: bounds the memory."""
+KEPT_RECEIPTS = 512
+"""Receipts of a large cache that a writer keeps in memory."""
 SHOWN_MISSING = 5
 """Missing blocks that an error message lists."""
 
@@ -110,7 +116,7 @@ class CacheWriter:
         """Blocks committed by this writer, in the order of their receipts."""
         self._write_card = write_card
         self._output_layouts = output_layouts(encoding, self.layout.num_classes, self.outputs)
-        self._receipts = collect_receipts(storage, manifest)
+        self._receipts = WrittenReceipts(storage, manifest)
         self._open_blocks: dict[Block, OpenBlock] = {}
         self._submitted: set[Block] = set()
         self._lock = threading.Lock()
@@ -126,13 +132,13 @@ class CacheWriter:
             if PER_CACHE not in self._receipts:
                 if encoding.fitted_arrays and self._receipts:  # only what was seen under the lock
                     self._discard_blocks()
-                self._receipts[PER_CACHE] = self._store(PER_CACHE, self._encoded(PER_CACHE, per_cache))
+                self._receipts.add(PER_CACHE, self._store(PER_CACHE, self._encoded(PER_CACHE, per_cache)))
 
     def _discard_blocks(self) -> None:
         """Blocks are useless without the arrays that the encoding was fitted to: they are computed again."""
         for key in [*self.storage.list_keys("receipts"), RECEIPTS]:
             self.storage.delete(key)
-        self._receipts = {}
+        self._receipts.clear()
 
     def missing_blocks(self, *, refresh: bool = False) -> list[Block]:
         """The blocks that have no valid receipt, view by view.
@@ -142,10 +148,10 @@ class CacheWriter:
         """
         if refresh:
             self.flush()
-            self._receipts = self._stored_receipts()
-        return [block for block in all_blocks(self.layout) if block.name not in self._receipts]
+            self._receipts = WrittenReceipts(self.storage, self.manifest, self._stored_receipts())
+        return list(self._receipts.missing())
 
-    def _stored_receipts(self) -> dict[str, Receipt]:
+    def _stored_receipts(self) -> Mapping[str, Receipt]:
         there = self._manifest_there()
         while True:
             receipts = collect_receipts(self.storage, there)
@@ -400,27 +406,29 @@ class CacheWriter:
     def _seal_records(self) -> None:
         there = self._manifest_there()
         if there.state == "sealed" and set(self.layout.views) <= set(there.layout.views):
-            sealed = collect_receipts(self.storage, there)
-            self._compare_sealed(sealed)
-            self.manifest, self._receipts = there, sealed
-            self._delete_receipts()
+            self._compare_sealed(collect_receipts(self.storage, there))
+            self.manifest, self._receipts = there, WrittenReceipts(self.storage, there)
+            self._delete_receipts(Records(there, self._receipts.stored))
             return
         # Other writers may have removed blocks of this cache, and added others.
-        self._receipts = in_place(self.storage, self.layout, self._receipts)
-        if self.missing_blocks():
-            self._receipts |= collect_receipts(self.storage, self.manifest)
+        self._receipts.read_again()
         missing = self.missing_blocks()
         if missing:
             raise IncompleteCache(self._describe_missing(missing))
-        self._receipts = {name: self._receipts[name] for name in receipt_names(self.layout)}
         provenance = {name: value for name, value in there.provenance.items() if name != "repairing"}
-        records, gathered = Records(self.manifest, self._receipts).sealed(provenance=provenance)
+        complete = Records(self.manifest, self._receipts.complete())
+        records, gathered = complete.sealed(put=self.storage.put, provenance=provenance)
+        if records.contents().rows != len(self.layout.views) * self.row_map.num_rows:
+            self._receipts.read_again(count=True)  # of a large cache: receipts that were there before are gone
+            raise IncompleteCache(self._describe_missing(self.missing_blocks()))
         self.manifest = records.manifest
         self.storage.delete(CARD)  # it describes the records that are replaced; a missing card is written again
         if there.layout != self.layout:
             write_group_metadata(self.storage, self.layout)
         replace_records(self.storage, self.manifest, gathered, replaces=there)
-        self._delete_receipts()
+        self._delete_receipts(records)
+        if records.manifest.receipts_by_view:  # they were read from the receipts that are deleted now
+            self._receipts = WrittenReceipts(self.storage, self.manifest)
 
     def _compare_sealed(self, sealed: Mapping[str, Receipt]) -> None:
         """Compare the blocks of this writer with those that another writer sealed.
@@ -436,18 +444,19 @@ class CacheWriter:
                     "`logitcache verify --deep` lists them, and `logitcache repair` restores them."
                 )
 
-    def _delete_receipts(self) -> None:
-        """Delete the receipts of single blocks, which `receipts.json` now contains, and the claims of workers."""
+    def _delete_receipts(self, records: Records) -> None:
+        """Delete the receipts of single blocks, which are gathered now, and the claims of workers."""
         remove_claims(self.storage)
+        kept = records.view_receipts_keys()
         for key in list(self.storage.list_keys("receipts")):
-            of_view = re.fullmatch(r"receipts/v(\d+)/.*", key)
+            view = view_of_receipts_key(key)
             # Receipts of later views belong to a writer that adds views and is not finished.
-            if of_view is None or int(of_view[1]) < self.manifest.layout.num_views:
+            if key not in kept and (view is None or view < self.manifest.layout.num_views):
                 self.storage.delete(key)
 
-    def _cache(self) -> LogitCache:
+    def _cache(self, **changed: Receipt) -> LogitCache:
         """The cache with the records of this writer, which those in the storage may differ from."""
-        return LogitCache(self.storage, records=Records(self.manifest, dict(self._receipts)))
+        return LogitCache(self.storage, records=Records(self.manifest, self._receipts.snapshot(changed)))
 
     def flush(self) -> None:
         """Wait until every complete block is committed; raises the first error of a writer thread."""
@@ -506,7 +515,8 @@ class CacheWriter:
             ):
                 self._compare_with_another(block, receipt, arrays)
             with self._lock:
-                self._receipts[block.name] = receipt
+                self._receipts.add(block.name, receipt)
+                self._submitted.discard(block)
         finally:
             self._slots.release()
 
@@ -549,7 +559,7 @@ class CacheWriter:
         Raises:
             IdentityMismatch: they differ.
         """
-        cache = LogitCache(self.storage, records=Records(self.manifest, {**self._receipts, block.name: receipt}))
+        cache = self._cache(**{block.name: receipt})
         rows = self.row_map.block_rows(block.number)
         for name, layout in self._output_layouts.items():
             stored = cache.read_encoded(block.view, [block.number], output=name)
@@ -636,8 +646,116 @@ class CacheWriter:
         return (
             f"{self.storage.url} is not complete: {len(missing)} of {num_blocks(self.layout)} blocks are missing.\n  "
             + "\n  ".join(lines)
-            + "\nCommitted blocks are kept; write the missing rows with a new writer."
+            + "\nComplete blocks are kept. Run the program again to write the missing ones (`writer.missing_blocks()`)."
         )
+
+
+class WrittenReceipts:
+    """The receipts of a cache that is being written: those in the storage, and those of this writer.
+
+    Of a large cache only the names of all are kept, as one bit each, and the newest receipts; others are read again.
+
+    Args:
+        storage: the cache.
+        manifest: its manifest.
+        stored: the receipts in the storage, if they were read already; there may be some of other views.
+    """
+
+    def __init__(self, storage: Storage, manifest: Manifest, stored: Mapping[str, Receipt] | None = None) -> None:
+        self._storage = storage
+        self._manifest = manifest
+        self._layout = manifest.layout
+        self._added: OrderedDict[str, Receipt] = OrderedDict()
+        self._start(collect_receipts(storage, manifest) if stored is None else stored)
+
+    def _start(self, stored: Mapping[str, Receipt]) -> None:
+        self.stored = stored
+        """As they were read from the storage."""
+        self._is_there = np.zeros((len(self._layout.views), self._layout.blocks_per_view), dtype=bool)
+        if isinstance(stored, ReceiptsByView) and stored.entries:  # of a sealed cache: nothing is read
+            self._is_there[[view in stored.entries for view in self._layout.views]] = True
+            return
+        for name in stored:
+            if name != PER_CACHE and is_receipt_name(self._layout, name):
+                self._mark(name)
+
+    def _mark(self, name: str) -> None:
+        block = Block.from_name(name)
+        self._is_there[block.view - self._layout.first_view, block.number] = True
+
+    def __contains__(self, name: str) -> bool:
+        if name == PER_CACHE:
+            return name in self._added or name in self.stored
+        block = Block.from_name(name)
+        return bool(self._is_there[block.view - self._layout.first_view, block.number])
+
+    def __bool__(self) -> bool:
+        return bool(self._is_there.any()) or PER_CACHE in self
+
+    def __getitem__(self, name: str) -> Receipt:
+        for receipts in (self._added, self.stored):
+            if name in receipts:
+                return receipts[name]
+        # Written by this writer, and not kept in memory.
+        single = read_single_receipts(self._storage, [name])
+        return single[name] if single else collect_receipts(self._storage, stored_manifest(self._storage))[name]
+
+    def missing(self) -> Iterator[Block]:
+        """The blocks that have no receipt, view by view."""
+        for view, is_there in zip(self._layout.views, self._is_there, strict=True):
+            for number in np.flatnonzero(~is_there):
+                yield Block(view, int(number))
+
+    def add(self, name: str, receipt: Receipt) -> None:
+        """A receipt that is stored now."""
+        self._added[name] = receipt
+        if name != PER_CACHE:
+            self._mark(name)
+        if is_large(self._layout) and len(self._added) > KEPT_RECEIPTS:
+            self._added.popitem(last=False)
+
+    def clear(self) -> None:
+        """There are none any more."""
+        self._added.clear()
+        self._start({})
+
+    def read_again(self, *, count: bool = False) -> None:
+        """Leave out receipts whose objects are gone, and take those that other writers have added.
+
+        Args:
+            count: read those of all views, also if none was missing so far.
+        """
+        known = self.snapshot({})
+        self._added.clear()
+        if not is_large(self._layout):
+            self._start(in_place(self._storage, self._layout, known))
+            if next(self.missing(), None) is not None:
+                self._start({**self.stored, **collect_receipts(self._storage, self._manifest)})
+            return
+        found = collect_receipts(self._storage, self._manifest)
+        if count or next(self.missing(), None) is not None:
+            self._start(found)
+        self.stored = found
+
+    def complete(self) -> Mapping[str, Receipt]:
+        """All receipts of a cache without missing blocks, in order, after `read_again`."""
+        if isinstance(self.stored, ReceiptsByView):
+            return self.stored
+        return {name: self.stored[name] for name in receipt_names(self._layout)}
+
+    def snapshot(self, changed: Mapping[str, Receipt]) -> Mapping[str, Receipt]:
+        """The receipts now, with some that are not stored."""
+        if not is_large(self._layout):
+            return {**self.stored, **self._added, **changed}
+        views = range(self._layout.first_view, self._layout.num_views)
+
+        def read(view: int) -> dict[str, Receipt]:
+            names = (block.name for block in view_blocks(self._layout, view))
+            there = (name for name in names if name in changed or name in self)
+            return {name: changed[name] if name in changed else self[name] for name in there}
+
+        per_cache = self._added.get(PER_CACHE) or self.stored.get(PER_CACHE)
+        return ReceiptsByView(per_cache, views, read)
 
 
 SUM_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}

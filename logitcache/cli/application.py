@@ -25,16 +25,21 @@ app = typer.Typer(
     add_completion=False,
 )
 
+PIPELINES, CACHES, SHARING, MORE = "Pipelines", "Caches", "Sharing", "More"
+"""Groups of commands in `--help`, in this order."""
+
 PipelineArgument = Annotated[Path, typer.Argument(help="Pipeline file, such as pipeline.yaml.")]
 CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Directory or URL of a cache.")]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Keys to override: views.count=4 cache.encoding='TopK(k=5)'"),
+    typer.Argument(
+        metavar="KEY=VALUE", help="Keys of the pipeline to override: views.count=4 cache.encoding='TopK(k=5)'"
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else.")]
 TrustOption = Annotated[
     bool,
-    typer.Option("--trust", help="Allow package.module:function code from outside the working folder."),
+    typer.Option("--trust", help="Allow package.module:function code from outside the working directory."),
 ]
 
 

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from logitcache.cli.application import (
+    CACHES,
+    SHARING,
     CacheArgument,
     JsonOption,
     OverridesArgument,
@@ -29,7 +31,7 @@ from logitcache.cli.printing import (
 from logitcache.errors import UsageError
 
 
-@app.command("info")
+@app.command("info", rich_help_panel=CACHES)
 def info_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
     """Show a cache's metadata: shape, encoding, size, teacher, dataset and digest."""
     from logitcache.cache.summary import summarise
@@ -40,14 +42,14 @@ def info_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
     _note(found.missing_packages)
 
 
-@app.command("ls")
+@app.command("ls", rich_help_panel=CACHES)
 def ls_command(
     location: Annotated[
         str, typer.Argument(metavar="FOLDER|URL", help="Folder or URL to search, subfolders included.")
     ] = ".",
     as_json: JsonOption = False,
 ) -> None:
-    """List the caches in a folder or at a URL, subfolders included; exit 1 if one can't be read."""
+    """List the caches in a folder or at a URL, by default in the current folder; exit 1 if a cache is unreadable."""
     from logitcache.cache.summary import Summary, find_caches
 
     found = find_caches(location)
@@ -58,7 +60,7 @@ def ls_command(
         raise typer.Exit(1)
 
 
-@app.command("verify")
+@app.command("verify", rich_help_panel=CACHES)
 def verify_command(
     cache: CacheArgument,
     overrides: OverridesArgument = None,
@@ -102,7 +104,7 @@ def verify_command(
         raise typer.Exit(1)
 
 
-@app.command("repair")
+@app.command("repair", rich_help_panel=CACHES)
 def repair_command(
     cache: CacheArgument,
     overrides: OverridesArgument = None,
@@ -111,7 +113,7 @@ def repair_command(
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch or recompute the blocks that fail `verify --deep`, and no others; exit 1 if a problem remains."""
+    """Copy or recompute the damaged and missing blocks of a cache; exit 1 if a problem remains."""
     from logitcache.verify.repair import repair
 
     pipeline = pipeline_of(cache, data, overrides)
@@ -130,9 +132,9 @@ def repair_command(
         raise typer.Exit(1)
 
 
-@app.command("seal")
+@app.command("seal", rich_help_panel=CACHES)
 def seal_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
-    """Seal a cache whose blocks are all written, for example by several machines."""
+    """Mark a cache as complete, after several programs have written its blocks; names blocks that are missing."""
     from logitcache.cache.sealing import seal
     from logitcache.cache.summary import summarise
 
@@ -141,7 +143,7 @@ def seal_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
     show(summary, as_json, lambda: print_cache(cache, summary))
 
 
-@app.command("push")
+@app.command("push", rich_help_panel=SHARING)
 def push_command(
     cache: CacheArgument,
     url: Annotated[str, typer.Argument(metavar="URL", help="Destination: s3://, gs://, az:// or a directory.")],
@@ -157,7 +159,7 @@ def push_command(
     show(dataclasses.asdict(result), as_json, lambda: print_transfer(url, result))
 
 
-@app.command("pull")
+@app.command("pull", rich_help_panel=SHARING)
 def pull_command(
     url: Annotated[str, typer.Argument(metavar="URL", help="Source: s3://, gs://, az://, https:// or a directory.")],
     cache: Annotated[str, typer.Argument(metavar="CACHE", help="Destination directory.")],

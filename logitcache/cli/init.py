@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from logitcache.cli.application import JsonOption, app, show
+from logitcache.cli.application import PIPELINES, JsonOption, app, show
 from logitcache.cli.printing import say
 from logitcache.errors import UsageError
 
@@ -32,7 +32,7 @@ STARTERS = {
 """File to write -> file in `logitcache.cli.starters`."""
 
 
-@app.command("init")
+@app.command("init", rich_help_panel=PIPELINES)
 def init_command(
     folder: Annotated[Path, typer.Argument(help="Folder to write to.")] = Path(),
     data: Annotated[

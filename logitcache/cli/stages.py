@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from logitcache.cli.application import JsonOption, OverridesArgument, PipelineArgument, TrustOption, app, show
+from logitcache.cli.application import (
+    PIPELINES,
+    JsonOption,
+    OverridesArgument,
+    PipelineArgument,
+    TrustOption,
+    app,
+    show,
+)
 from logitcache.cli.printing import (
     cache_summary,
     plan_summary,
@@ -27,7 +35,7 @@ if TYPE_CHECKING:
     from logitcache.engines import Engine
 
 
-@app.command("plan")
+@app.command("plan", rich_help_panel=PIPELINES)
 def plan_command(
     pipeline: Annotated[Path | None, typer.Argument(help="Pipeline file; or use --logits.")] = None,
     overrides: OverridesArgument = None,
@@ -67,14 +75,14 @@ def plan_command(
     show(plan_summary(result), as_json, lambda: print_plan(result))
 
 
-@app.command("train-teacher")
+@app.command("train-teacher", rich_help_panel=PIPELINES)
 def train_teacher_command(
     pipeline: PipelineArgument,
     overrides: OverridesArgument = None,
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train or fine-tune the teacher on true labels; for pipelines with teacher.weights=trained."""
+    """Train the teacher on true labels, if the pipeline has `weights: trained`. Safe to interrupt: re-run to resume."""
     from logitcache.config.schema import load_pipeline
     from logitcache.stages.train_teacher import train_teacher
     from logitcache.train.ranks import is_first_process
@@ -89,7 +97,7 @@ def train_teacher_command(
         show(result, as_json, print_result)
 
 
-@app.command("cache-teacher")
+@app.command("cache-teacher", rich_help_panel=PIPELINES)
 def cache_teacher_command(
     pipeline: PipelineArgument,
     overrides: OverridesArgument = None,
@@ -110,7 +118,7 @@ def cache_teacher_command(
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Stage 1: compute the missing blocks of the cache and seal it. Safe to interrupt: re-run to resume."""
+    """Stage 1: run the teacher and write the cache. Safe to interrupt: re-run to resume."""
     from logitcache.cache.summary import summarise
     from logitcache.config.schema import load_pipeline
     from logitcache.stages.cache_teacher import cache_teacher
@@ -161,7 +169,7 @@ def _engine(name: str | None, options: Sequence[str], shard: str | None) -> Engi
     return engine_from_name(name, values)
 
 
-@app.command("train-student")
+@app.command("train-student", rich_help_panel=PIPELINES)
 def train_student_command(
     pipeline: PipelineArgument,
     overrides: OverridesArgument = None,
@@ -179,7 +187,7 @@ def train_student_command(
         show({"rows": [dataclasses.asdict(row) for row in rows]}, as_json, lambda: print_rows(rows))
 
 
-@app.command("run")
+@app.command("run", rich_help_panel=PIPELINES)
 def run_command(
     arguments: Annotated[
         list[str],

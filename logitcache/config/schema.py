@@ -108,10 +108,27 @@ class ViewsConfig(Section):
     mixup: float = Field(default=0.0, ge=0)
     cutmix: float = Field(default=0.0, ge=0)
     mix_probability: float = Field(default=1.0, ge=0, le=1)
+    per_decode: int = Field(default=1, ge=1)
+    """Views that are made from a sample each time it is loaded; at most `count`."""
+    on_device: bool = False
+    """Send images to the device as bytes, and mix and normalise them there."""
 
-    def identity(self) -> dict[str, Any]:
-        """The views' part of a run's identity."""
-        return self.model_dump(exclude={"count"})
+    @model_validator(mode="after")
+    def _has_as_many_views(self) -> ViewsConfig:
+        if self.per_decode > self.count:
+            raise ValueError(
+                f"per_decode is {self.per_decode}, and there are {self.count} views; expected at most {self.count}"
+            )
+        return self
+
+    def identity(self, *, in_order: bool = True) -> dict[str, Any]:
+        """The views' part of a run's identity.
+
+        Args:
+            in_order: with `per_decode`, which changes the order of a student's samples, and nothing else.
+        """
+        left_out = {"count", "on_device"} | (set() if in_order and self.per_decode > 1 else {"per_decode"})
+        return self.model_dump(exclude=left_out)
 
 
 class TrainConfig(Section):
@@ -403,7 +420,7 @@ class Pipeline(Section):
             "teacher" if isinstance(owner, TeacherConfig) else "student": owner.identity(),
             "train": self.train_config(owner).identity(seed),
             "data": self.data.identity(),
-            "views": self.views.identity(),
+            "views": self.views.identity(in_order=not isinstance(owner, TeacherConfig)),
         }
 
     def as_yaml(self) -> str:

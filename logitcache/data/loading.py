@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from logitcache.errors import LogitCacheError
 
 # B batch
 
+AHEAD = 4
+"""Batches that each worker renders ahead."""
 PIPE_BYTES = 2**20
 """A tensor no larger than this crosses from a worker through its pipe, a larger one in shared memory."""
 
@@ -29,15 +32,29 @@ def rendered_batches(
     Raises:
         LogitCacheError: what a worker met, as it was raised there: an unreadable or changed sample.
     """
-    loader = _loader(_Rendering(views, pipe=not pin_memory, prove=False), batches, num_workers, pin_memory)
+    groups = ([batch] for batch in batches)
+    loader = _loader(_Rendering(views, pipe=not pin_memory, prove=False), groups, num_workers, pin_memory)
     return (rendered.batch for rendered in loader)
 
 
 def proven_batches(
-    views: ViewDataset, batches: Iterable[list[tuple[int, int]]], *, num_workers: int, pin_memory: bool = False
+    views: ViewDataset,
+    groups: Iterable[list[list[tuple[int, int]]]],
+    *,
+    num_workers: int,
+    pin_memory: bool = False,
+    per_group: int = 1,
 ) -> Iterator[Rendered]:
-    """As `rendered_batches`, with the digest of each proof row's input: of the sample alone, before any padding."""
-    return _loader(_Rendering(views, pipe=not pin_memory, prove=True), batches, num_workers, pin_memory)
+    """As `rendered_batches`, with the digest of each proof row's input: of the sample alone, before any padding.
+
+    Args:
+        views: to render.
+        groups: batches that one worker renders together, so that each sample in them is loaded once.
+        num_workers, pin_memory: of the loader.
+        per_group: the most batches of a group; as many samples are rendered ahead as without groups.
+    """
+    rendering = _Rendering(views, pipe=not pin_memory, prove=True)
+    return _loader(rendering, groups, num_workers, pin_memory, ahead=max(1, AHEAD // per_group))
 
 
 class Rendered(NamedTuple):
@@ -48,16 +65,21 @@ class Rendered(NamedTuple):
 
 
 def _loader(
-    rendering: _Rendering, batches: Iterable[list[tuple[int, int]]], num_workers: int, pin_memory: bool
+    rendering: _Rendering,
+    groups: Iterable[list[list[tuple[int, int]]]],
+    num_workers: int,
+    pin_memory: bool,
+    *,
+    ahead: int = AHEAD,
 ) -> Iterator[Rendered]:
     loader: DataLoader[Any] = DataLoader(
         rendering,
-        batch_sampler=batches,
+        batch_sampler=groups,
         num_workers=num_workers,
         worker_init_fn=end_with_parent,
         collate_fn=_as_rendered,
         pin_memory=pin_memory,
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=ahead if num_workers else None,
         # Its own, since DataLoader draws a number at every start: from the global one, a resumed run would differ.
         generator=torch.Generator(),
     )
@@ -67,10 +89,11 @@ def _loader(
 
 def _checked(loader: Iterator[Any]) -> Iterator[Rendered]:
     try:
-        for rendered in loader:
-            if isinstance(rendered, LogitCacheError):
-                raise rendered
-            yield Rendered(_from_pipe(rendered.batch), rendered.digests)
+        for group in loader:
+            if isinstance(group, LogitCacheError):
+                raise group
+            for rendered in group:
+                yield Rendered(_from_pipe(rendered.batch), rendered.digests)
     except RuntimeError as error:
         if "DataLoader worker" in str(error) and not isinstance(error, LogitCacheError):
             raise LogitCacheError(
@@ -80,7 +103,7 @@ def _checked(loader: Iterator[Any]) -> Iterator[Rendered]:
 
 
 class _Rendering(Dataset[Any]):
-    """Whole batches at a time; an error travels as a value, since DataLoader would rewrite its message."""
+    """Groups of whole batches at a time; an error travels as a value, since DataLoader would rewrite its message."""
 
     def __init__(self, views: ViewDataset, *, pipe: bool, prove: bool) -> None:
         self._views = views
@@ -90,14 +113,17 @@ class _Rendering(Dataset[Any]):
     def __len__(self) -> int:
         return len(self._views)
 
-    def __getitems__(self, items: list[tuple[int, int]]) -> Rendered | LogitCacheError:
+    def __getitems__(self, group: list[list[tuple[int, int]]]) -> list[Rendered] | LogitCacheError:
         try:
-            samples = self._views.__getitems__(items)
-            digests = self._views.proofs(items, samples) if self._prove else {}
-            batch = self._views.collate(samples)
-            return Rendered(_for_pipe(batch) if self._pipe else batch, digests)
+            rendered = iter(self._views.__getitems__(itertools.chain.from_iterable(group)))
+            return [self._rendered(items, list(itertools.islice(rendered, len(items)))) for items in group]
         except LogitCacheError as error:
             return error
+
+    def _rendered(self, items: list[tuple[int, int]], samples: list[tuple[int, Any, Any]]) -> Rendered:
+        digests = self._views.proofs(items, samples) if self._prove else {}
+        batch = self._views.collate(samples)
+        return Rendered(_for_pipe(batch) if self._pipe else batch, digests)
 
 
 def part_of(value: Any, start: int, stop: int) -> Any:

@@ -43,6 +43,33 @@ def epoch_order(
     return shuffled[np.argsort(window, kind="stable")]
 
 
+def views_of_group(group: int, *, per_decode: int, num_epochs: int | None = None) -> range:
+    """The epochs whose views are mixed in each epoch of a group; the last group may have fewer.
+
+    Args:
+        group: of epochs, from 0.
+        per_decode: epochs of a group.
+        num_epochs: of the whole run; None is without end.
+    """
+    start = group * per_decode
+    return range(start, start + per_decode if num_epochs is None else min(start + per_decode, num_epochs))
+
+
+def pairs_of_epoch(order: np.ndarray, num_views: int, turn: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in an order, int64 (M,), and numbers of views, int64 (M,), of one epoch of a group.
+
+    The group's epochs together have every sample once in each of the group's views, and the views of a sample follow
+    one another, so that a batch of B has about B / num_views samples (Shen and Xing 2022, arXiv:2112.01528).
+
+    Args:
+        order: the positions 0..M-1 in the order of the group.
+        num_views: views, and epochs, of the group.
+        turn: of the epoch in the group, from 0.
+    """
+    pairs = np.arange(turn * len(order), (turn + 1) * len(order))
+    return order[pairs // num_views], pairs % num_views
+
+
 def balanced_choice(classes: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
     """M of the positions 0..M-1 with all classes equally frequent (up to 1), int64 (M,), sorted by class.
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch.distributed
 from torch.utils.data import Sampler
 
-from logitcache.data.order import epoch_order
+from logitcache.data.order import epoch_order, pairs_of_epoch, views_of_group
 from logitcache.data.views import ViewDataset
 from logitcache.errors import UsageError
 
@@ -41,6 +41,9 @@ class ViewSampler(Sampler[tuple[int, int]]):
         seed: of the order; the same on every replica.
         num_replicas, rank: as in `DistributedSampler`; by default those of the process group, if there is one.
         drop_last: leave out samples that can't be divided evenly, instead of repeating some.
+        per_decode: views of each sample in a row, so that a batch loads it once for all of them. As many epochs form a
+            group, which has each sample once in each of the views `cycle[e % len(cycle)]` of its epochs `e`. Use a
+            batch size that is a multiple of it. At most the length of the cycle.
 
     Raises:
         UsageError: no samples, a view that the plan does not have, or a rank outside the replicas.
@@ -57,6 +60,7 @@ class ViewSampler(Sampler[tuple[int, int]]):
         num_replicas: int | None = None,
         rank: int | None = None,
         drop_last: bool = False,
+        per_decode: int = 1,
     ) -> None:
         grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._num_replicas = num_replicas or (torch.distributed.get_world_size() if grouped else 1)
@@ -67,6 +71,10 @@ class ViewSampler(Sampler[tuple[int, int]]):
         for view in [] if self._cycle is None else self._cycle:
             views.check_view(view)
         self._indices = np.arange(len(views)) if indices is None else np.asarray(indices, dtype=np.int64)
+        most = per_decode if self._cycle is None else len(self._cycle)
+        if not 1 <= per_decode <= most:
+            raise UsageError(f"per_decode is {per_decode}; expected 1 to {most}, the number of views")
+        self._per_decode = per_decode
         self._shuffle = shuffle
         self._seed = seed
         self._length = len(self._indices) // self._num_replicas
@@ -80,8 +88,11 @@ class ViewSampler(Sampler[tuple[int, int]]):
 
     @property
     def view(self) -> int:
-        """The view of the current epoch."""
-        return self._epoch if self._cycle is None else self._cycle[self._epoch % len(self._cycle)]
+        """The view of the current epoch; with `per_decode`, batches have those of all epochs of the group."""
+        return self._view_of(self._epoch)
+
+    def _view_of(self, epoch: int) -> int:
+        return epoch if self._cycle is None else self._cycle[epoch % len(self._cycle)]
 
     def __len__(self) -> int:
         """Samples per epoch and replica."""
@@ -99,16 +110,18 @@ class ViewSampler(Sampler[tuple[int, int]]):
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        view, share = self.view, self._share()
+        group, turn = divmod(self._epoch, self._per_decode)
+        views = [self._view_of(epoch) for epoch in views_of_group(group, per_decode=self._per_decode)]
+        samples, numbers = pairs_of_epoch(self._share(group), len(views), turn)
         start, self._start = self._start, 0
-        for self._position in range(start + 1, len(share) + 1):
-            yield view, int(share[self._position - 1])
+        for self._position in range(start + 1, len(samples) + 1):
+            yield views[numbers[self._position - 1]], int(samples[self._position - 1])
 
-    def _share(self) -> np.ndarray:
-        """This replica's samples of the current epoch, in order."""
+    def _share(self, group: int) -> np.ndarray:
+        """This replica's samples of a group of epochs, in order; without `per_decode` a group is one epoch."""
         order = self._indices
         if self._shuffle:
-            order = order[epoch_order(len(order), seed=self._seed, epoch=self._epoch)]
+            order = order[epoch_order(len(order), seed=self._seed, epoch=group)]
         return np.resize(order, self._length * self._num_replicas)[self._rank :: self._num_replicas]
 
     def state_dict(self) -> dict[str, int]:

@@ -225,10 +225,10 @@ class SpecifiedTransform:
 
     def __init__(self, spec: list[dict[str, Any]], steps: list[Callable[[Any], Any]]) -> None:
         self.spec = spec
-        self._steps = steps
+        self.steps = steps
 
     def __call__(self, value: Any) -> Any:
-        for step in self._steps:
+        for step in self.steps:
             value = step(value)
         return value
 

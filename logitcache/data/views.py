@@ -7,20 +7,24 @@ its student 224 px of the same crop.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import operator
 import random
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from logitcache.data.batching import Batch, Collate, InputPerModel, as_tensors, collate
+from logitcache.data.device_views import byte_image, device_steps, finished, mixed_bytes
 from logitcache.data.index import NO_ROW, join_index
 from logitcache.data.rows import RowMap
 from logitcache.data.samples import Dataset, content_digest, input_digest, load_sample, same_content, sample_key
@@ -109,12 +113,12 @@ class ViewPlan:
     """Required with mixing, where targets become distributions (C,)."""
     num_samples: int | None = None
     """Length of the whole dataset, if views are made of a subset; None takes the length of the dataset."""
-    contents: np.ndarray | None = None
+    contents: np.ndarray | None = field(default=None, repr=False)
     """Content digests, uint8 (N, 16), that samples are checked against when first loaded; None checks nothing."""
     collate: Collate | None = None
     """Builds a batch from a list of inputs, in order: `data.batching.pad` or your own; None stacks them. It is not part
     of the identity of the views, because a sample must not depend on its batch."""
-    rows: RowMap | None = None
+    rows: RowMap | None = field(default=None, repr=False)
     """Rows of each sample in the cache, for the index of samples with several rows; None is one row per sample."""
     views: range | None = None
     """View numbers that may be rendered, such as those that a cache has labels for; None is no limit."""
@@ -200,12 +204,18 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
     Items are `views[i]`, of the view chosen by `set_view` (at first the first one), or `views[(view, i)]`, as
     `ViewSampler` chooses them. DataLoader workers end when the process that started them ends.
 
+    A sample that occurs several times in one batch, in several views, is loaded once; `ViewSampler(per_decode=4)` makes
+    such batches.
+
     Args:
         dataset: map-style; `dataset[i]` returns (input, target).
         plan: how the views are made, such as `cache.view_plan`.
         preprocess: the model's deterministic preprocessing; by default the plan's, which is the teacher's.
         rows: the number in the cache of each sample, for a subset or another order: `cache.rows(keys)`, or
             `cache.samples.rows(keys)` where samples have several rows.
+        on_device: leave the last steps to `finish`: items are images as bytes, uint8 (C, H, W), so that fewer bytes
+            cross to the device; with mixing, a mapping of what is mixed. Needs a transform that gives PIL images or
+            bytes, and a `preprocess` of nothing but torchvision's `Normalize`.
 
     Raises:
         UsageError: the dataset's length does not fit the plan, or a partner for mixing is not in the subset.
@@ -222,6 +232,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         *,
         preprocess: Callable[[Any], Any] | None = None,
         rows: np.ndarray | None = None,
+        on_device: bool = False,
     ) -> None:
         self.dataset = dataset
         self.plan = plan
@@ -255,6 +266,9 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         self._shared = adapt_transform(plan.transform)
         self.preprocess = plan.preprocess if preprocess is None else preprocess
         self._preprocess = adapt_transform(self.preprocess)
+        self.on_device = on_device
+        """Whether batches need `finish`."""
+        self._device_steps = device_steps(self.preprocess) if on_device else []
         # In shared memory, so that persistent DataLoader workers see a new view, and share which samples are checked.
         first = torch.tensor([0 if plan.views is None else plan.views.start])
         self._view: Tensor = first.share_memory_()  # type: ignore[no-untyped-call]
@@ -292,8 +306,10 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
     def __getitems__(self, items: Iterable[int | tuple[int, int]]) -> list[tuple[int, Any, Any]]:
         end_with_parent()  # for loaders that the caller made
         current = int(self._view[0])
+        places = [item if isinstance(item, tuple) else (current, item) for item in items]
+        loaded = _LoadedOnce(self.dataset, [index for _, index in places])
         with preserved_generators():
-            return [self._render(*(item if isinstance(item, tuple) else (current, item))) for item in items]
+            return [self._render(view, index, loaded) for view, index in places]
 
     def collate(self, samples: Sequence[tuple[int, Any, Any]]) -> Batch:
         """Build a batch from samples with the plan's `collate`, for `DataLoader(collate_fn=views.collate)`.
@@ -308,6 +324,18 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         """The batched inputs of some (view, i), rendered as for training."""
         return self.collate(self.__getitems__(items))[1]
 
+    def finish(self, inputs: Any) -> Any:
+        """The inputs of a batch as the model takes them, where `on_device` has left steps to do; else unchanged.
+
+        Args:
+            inputs: of a batch from these views, on the device where the steps run.
+
+        Returns:
+            Images (B, C, H, W), float32, equal to those without `on_device`: exactly on the CPU, and up to 2^-23 in a
+            mixed image on another kind of device.
+        """
+        return finished(inputs, self._device_steps) if self.on_device else inputs
+
     def input_digests(self, view: int) -> dict[int, str]:
         """Digests of the inputs of a few rows of a view, by row, for `writer.write(input_digests=...)`.
 
@@ -320,8 +348,13 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
 
     def proofs(self, items: Iterable[tuple[int, int]], samples: Iterable[tuple[int, Any, Any]]) -> dict[int, str]:
         """Input digests, by row, of those rendered (view, i) that the cache stores digests for."""
+
+        def digest(value: Any) -> str:
+            whole = self.finish(default_collate([value]))[0] if self.on_device else value
+            return input_digest(whole).hex()
+
         return {
-            row: input_digest(value).hex()
+            row: digest(value)
             for (view, index), (_, value, _) in zip(items, samples, strict=True)
             if (row := self.row(index)) in proof_rows(self.plan.seed, view, self.num_samples)
         }
@@ -334,7 +367,8 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         """The block of the cache that holds the labels of each sample, int64 (B,)."""
         assert self.plan.rows is not None
         samples = indices if self.rows is None else self.rows[indices]
-        return self.plan.rows.blocks_of(self.plan.rows.offsets[samples])
+        rows = self.plan.rows
+        return rows.blocks_of(samples if rows.one_each else rows.offsets[samples])
 
     def index_of(self, row: int) -> int | None:
         """The index in this dataset of a row of the cache; None if a subset does not contain it."""
@@ -355,7 +389,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
             raise UsageError(f"there is no view {view}; expected {expected}")
         return view
 
-    def _render(self, view: int, index: int) -> tuple[int, Any, Any]:
+    def _render(self, view: int, index: int, loaded: _LoadedOnce) -> tuple[int, Any, Any]:
         self.check_view(view)
         index = operator.index(index)
         if not 0 <= index < len(self.dataset):
@@ -364,10 +398,10 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
                 f"{len(self.dataset) - 1}. Make the sampler or the loader's batches of range(len(dataset))"
             )
         row = self.row(index)
-        pixels, target = self._augmented(view, row, index)
+        pixels, target = self._augmented(view, row, index, loaded)
         if self.plan.mixing.active:
-            pixels, target = self._mixed(view, row, pixels, int(target))
-        if self._preprocess is not None:
+            pixels, target = self._mixed(view, row, pixels, int(target), loaded)
+        if self._preprocess is not None and not self.on_device:
             pixels = self._run(self._preprocess, pixels, index, "input")
         return self._index(view, row), pixels, target
 
@@ -378,8 +412,10 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         rows = self.plan.rows.sample_rows(sample)
         return join_index(view, rows.start) if rows else NO_ROW
 
-    def _augmented(self, view: int, row: int, index: int) -> tuple[Any, Any]:
-        value, target = load_sample(self.dataset, index)
+    def _augmented(
+        self, view: int, row: int, index: int, loaded: _LoadedOnce, *, as_partner: bool = False
+    ) -> tuple[Any, Any]:
+        value, target = loaded.take(index, as_partner=as_partner)
         if self.plan.contents is not None and not self._checked[index]:
             self._check_content(row, index, value)
         if self._shared is not None:
@@ -390,7 +426,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
             selected = value.pop(SELECTED)
             if hasattr(self.dataset, "target_of_view"):
                 target = self.dataset.target_of_view(index, target, selected)
-        return to_float_image(value), target
+        return byte_image(value) if self.on_device else to_float_image(value), target
 
     def _run(self, transform: Callable[[Any], Any], value: Any, index: int, name: str) -> Any:
         try:
@@ -404,16 +440,20 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
                 f"({type(value).__name__} of size {size and tuple(size)}): {type(error).__name__}: {error}"
             ) from error
 
-    def _mixed(self, view: int, row: int, pixels: Any, target: int) -> tuple[Any, Tensor]:
+    def _mixed(self, view: int, row: int, pixels: Any, target: int, loaded: _LoadedOnce) -> tuple[Any, Tensor]:
         assert self.plan.num_classes is not None
-        pixels = _mixable(pixels)
+        pixels = pixels if self.on_device else _mixable(pixels)
         distribution = np.zeros(self.plan.num_classes, dtype=np.float32)
         mixture = self.plan.mixture(view, row, self.num_samples)
         weight = 1.0
+        if mixture is None and self.on_device:
+            pixels = mixed_bytes(pixels, None, weight, None)
         if mixture is not None:
             partner = mixture.partner if self._index_of_row is None else self._index_of_row[mixture.partner]
-            other, other_target = self._augmented(view, mixture.partner, partner)
-            pixels, weight = _mix(pixels, _mixable(other), mixture)
+            other, other_target = self._augmented(view, mixture.partner, partner, loaded, as_partner=True)
+            pixels, weight = (
+                _mix_later(pixels, other, mixture) if self.on_device else _mix(pixels, _mixable(other), mixture)
+            )
             distribution[int(other_target)] += 1.0 - weight
         distribution[target] += weight
         return pixels, torch.from_numpy(distribution)
@@ -429,6 +469,56 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
                 "rows=cache.rows(keys); or build a new cache from this data."
             )
         self._checked[index] = True
+
+
+class _LoadedOnce:
+    """Samples of a dataset for one batch; one that occurs several times in it is loaded once, and copied.
+
+    Args:
+        dataset: map-style.
+        indices: of all samples of the batch.
+    """
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
+        self._dataset = dataset
+        self._uses = {index: count for index, count in Counter(indices).items() if count > 1}
+        self._kept: dict[int, tuple[Any, Any]] = {}
+
+    def take(self, index: int, *, as_partner: bool = False) -> tuple[Any, Any]:
+        """The input and target of a sample, which the caller may change.
+
+        Args:
+            index: in the dataset.
+            as_partner: for another sample of the batch that is mixed with it; does not count as one of its uses.
+        """
+        left = self._uses.get(index, 0) - (not as_partner)
+        if not as_partner and index in self._uses:
+            self._uses[index] = left
+        if index in self._kept:
+            value, target = self._kept[index] if left > 0 else self._kept.pop(index)
+            return _copied(value), copy.deepcopy(target)
+        value, target = load_sample(self._dataset, index)
+        if left > 0 and not as_partner and _can_be_copied(value):
+            self._kept[index] = value, target
+            return _copied(value), copy.deepcopy(target)
+        return value, target
+
+
+def _can_be_copied(value: Any) -> bool:
+    """Whether a copy of a sample is as good as loading it again; not of files that are read later, or own classes."""
+    if isinstance(value, Mapping):
+        return all(map(_can_be_copied, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_can_be_copied, value))
+    is_image = type(value).__module__ == "PIL.Image" and type(value).__name__ == "Image"  # not one of an open file
+    return is_image or isinstance(value, np.ndarray | Tensor | str | bytes | int | float | None)
+
+
+def _copied(value: Any) -> Any:
+    """A copy that shares no memory with the value."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return value.copy() if hasattr(value, "mode") or isinstance(value, np.ndarray) else copy.deepcopy(value)
 
 
 @dataclass(frozen=True)
@@ -482,14 +572,32 @@ def _mixable(value: Any) -> Any:
     )
 
 
-def _mix(pixels: Any, other: Any, mixture: Mixture) -> tuple[Tensor, float]:
-    """The mixed image, and the weight of the sample itself in it."""
+def _check_sizes(pixels: Any, other: Any) -> None:
+    """Refuse views of different sizes.
+
+    Raises:
+        ShapeError: they can't be mixed.
+    """
     if not isinstance(pixels, Tensor) or not isinstance(other, Tensor) or pixels.shape != other.shape:
         shapes = [tuple(getattr(value, "shape", ())) or type(value).__name__ for value in (pixels, other)]
         raise ShapeError(
             f"mixup and CutMix need views of one size, found {shapes[0]} and {shapes[1]}; "
             "end the shared transform with a crop or a resize to a fixed size"
         )
+
+
+def _mix_later(pixels: Tensor, other: Tensor, mixture: Mixture) -> tuple[dict[str, Tensor], float]:
+    """What `finish` mixes, and the weight of the sample itself in it."""
+    _check_sizes(pixels, other)
+    if mixture.box is None:
+        return mixed_bytes(pixels, other, mixture.weight, None), mixture.weight
+    height, width = pixels.shape[-2:]
+    return mixed_bytes(pixels, other, 1.0, mixture.patch(height, width)), mixture.weight_in(height, width)
+
+
+def _mix(pixels: Any, other: Any, mixture: Mixture) -> tuple[Tensor, float]:
+    """The mixed image, and the weight of the sample itself in it."""
+    _check_sizes(pixels, other)
     if mixture.box is None:
         return torch.lerp(other, pixels, mixture.weight), mixture.weight
     height, width = pixels.shape[-2:]

@@ -5,13 +5,14 @@ The workers share nothing but the store of the cache. The claims of a worker tha
 
 from __future__ import annotations
 
+import posixpath
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import ClassVar
 
-from logitcache.cache.layout import Block
+from logitcache.cache.layout import Block, receipt_key
 from logitcache.engines.protocol import CacheResult, Engine, Job, Worker
 from logitcache.errors import UsageError
 from logitcache.storage.claims import CLAIM_SECONDS, Claims
@@ -39,24 +40,44 @@ class Claiming(Engine):
             computed: list[Block] = []
             missing = worker.missing_blocks()
             while missing:
-                free = _claimed(worker, claims, _from_own_place(missing, claims.owner))
-                done = worker.compute(free, drawn_from=missing, on_commit=lambda block: claims.release(block.name))
-                computed += done
-                missing = worker.missing_blocks(refresh=True)
-                if missing and not done:  # the rest is claimed by others
-                    claims.pause()
+                computed += _work_through(worker, claims, missing)
+                missing = worker.missing_blocks(refresh=True)  # reads every receipt, so not more often
             return seal_if_complete(worker, claims, computed)
 
 
-def _claimed(worker: Worker, claims: Claims, blocks: Iterable[Block]) -> Iterator[Block]:
-    """Claim one block after the other; leaves out those that others have claimed or committed."""
+def _work_through(worker: Worker, claims: Claims, missing: list[Block]) -> list[Block]:
+    """Compute what this worker can claim, and wait until others have committed the rest; returns what it computed."""
+    computed: list[Block] = []
+    while missing:
+        of_others: list[Block] = []
+        free = _claimed(worker, claims, _from_own_place(missing, claims.owner), of_others)
+        done = worker.compute(free, drawn_from=missing, on_commit=lambda block: claims.release(block.name))
+        computed += done
+        missing = [block for block in of_others if not worker.is_committed(block)]
+        if missing and not done:
+            claims.pause()
+    return computed
+
+
+def _claimed(worker: Worker, claims: Claims, blocks: Iterable[Block], of_others: list[Block]) -> Iterator[Block]:
+    """Claim one block after the other; adds those that others have claimed to `of_others`."""
+    committed: set[str] = set()
     for block in blocks:
-        if not worker.is_committed(block) and claims.take(block.name):
-            # Its owner may have committed it and removed its claim after the first look.
-            if worker.is_committed(block):
-                claims.release(block.name)
-            else:
-                yield block
+        if receipt_key(block.name) in committed:
+            continue
+        if worker.is_committed(block):
+            # Others have been here: one listing in place of a look at each of their blocks.
+            listed = set(worker.storage.list_keys(posixpath.dirname(receipt_key(block.name))))
+            if not listed:
+                return  # sealed meanwhile
+            committed |= listed
+        elif not claims.take(block.name):
+            of_others.append(block)
+        # Its owner may have committed it and removed its claim after the first look.
+        elif worker.is_committed(block):
+            claims.release(block.name)
+        else:
+            yield block
 
 
 def _from_own_place(blocks: list[Block], owner: str) -> list[Block]:

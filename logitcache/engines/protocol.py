@@ -33,6 +33,8 @@ class Worker(Protocol):
     """Where the teacher runs."""
     storage: Storage
     """Of the cache."""
+    together: int
+    """Blocks in a row that are computed faster by the same worker, since they are of the same samples."""
 
     @property
     def manifest(self) -> Manifest:
@@ -45,10 +47,10 @@ class Worker(Protocol):
         """Open the cache for writing; create it if it does not exist. Call it before any of the methods below."""
 
     def all_blocks(self) -> list[Block]:
-        """Every block of the cache, view by view, whether it is written or not."""
+        """Every block of the cache, in the order of computation, whether it is written or not."""
 
     def missing_blocks(self, *, refresh: bool = False) -> list[Block]:
-        """The blocks that are not committed, view by view.
+        """The blocks that are not committed, in the order of computation.
 
         Args:
             refresh: read all receipts again, to see what other workers have committed since this one opened the cache.
@@ -84,6 +86,18 @@ class Worker(Protocol):
 
     def close(self) -> None:
         """Finish running commits, and stop the threads."""
+
+
+def share(blocks: Sequence[Block], index: int, count: int, *, together: int) -> list[Block]:
+    """The part of blocks that belongs to one of `count` processes: every `count`-th, or runs of `together` blocks.
+
+    Args:
+        blocks: in the order of computation.
+        index: of the process, from 0.
+        count: of processes.
+        together: as a worker states it.
+    """
+    return [block for place, block in enumerate(blocks) if place // together % count == index]
 
 
 class Job(Protocol):

@@ -10,14 +10,14 @@ from typing import ClassVar
 
 from logitcache.cache.layout import Block
 from logitcache.engines.claims import open_once, seal_if_complete
-from logitcache.engines.protocol import CacheResult, Engine, Job
+from logitcache.engines.protocol import CacheResult, Engine, Job, Worker, share
 from logitcache.errors import UsageError
 from logitcache.storage.claims import Claims
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard(Engine):
-    """Blocks `index`, `index + count`, … of all blocks of the cache, whether they are written or not.
+    """Blocks `index`, `index + count`, … of all blocks of the cache (see `share`), whether they are written or not.
 
     So the division is the same in every job and at every restart, and the jobs do not communicate. The one that finds
     the cache complete seals it.
@@ -48,13 +48,16 @@ class Shard(Engine):
             raise UsageError(f"{text!r} is not a shard; expected INDEX/COUNT, such as 0/4 for the first of four")
         return cls(index=int(found[1]), count=int(found[2]))
 
-    def share(self, blocks: Sequence[Block]) -> list[Block]:
+    def share(self, blocks: Sequence[Block], *, together: int = 1) -> list[Block]:
         """The part of all blocks of a cache that belongs to this shard."""
-        return list(blocks[self.index :: self.count])
+        return share(blocks, self.index, self.count, together=together)
+
+    def _share_of(self, worker: Worker) -> list[Block]:
+        return self.share(worker.all_blocks(), together=worker.together)
 
     def run(self, job: Job) -> CacheResult:
         with closing(job.load()) as worker, Claims(worker.storage) as claims:
             open_once(worker, claims)
             missing = set(worker.missing_blocks())
-            computed = worker.compute([block for block in self.share(worker.all_blocks()) if block in missing])
+            computed = worker.compute([block for block in self._share_of(worker) if block in missing])
             return seal_if_complete(worker, claims, computed)

@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import ClassVar
 
-from logitcache.engines.protocol import CacheResult, Engine, Job
+from logitcache.engines.protocol import CacheResult, Engine, Job, share
 from logitcache.train.ranks import joined
 
 
@@ -24,6 +24,6 @@ class Torchrun(Engine):
             if not ranks.rank:
                 ranks.wait()
             missing = ranks.from_first(worker.missing_blocks)
-            worker.compute(missing[ranks.rank :: ranks.size])
+            worker.compute(share(missing, ranks.rank, ranks.size, together=worker.together))
             ranks.wait()  # until all blocks are written
             return CacheResult(ranks.from_first(worker.seal), missing, len(worker.all_blocks()))

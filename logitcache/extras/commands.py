@@ -10,6 +10,9 @@ from typing import Annotated
 import typer
 
 from logitcache.cli.application import (
+    CACHES,
+    MORE,
+    PIPELINES,
     CacheArgument,
     JsonOption,
     OldOutputOption,
@@ -48,7 +51,7 @@ class Weights(StrEnum):
     best = "best"
 
 
-@app.command("merge")
+@app.command("merge", rich_help_panel=CACHES)
 def merge_command(
     caches: Annotated[list[str], typer.Argument(metavar="CACHE", help="Two or more caches of the same views.")],
     output: Annotated[
@@ -85,7 +88,7 @@ def merge_command(
     show(summary, as_json, lambda: printing.print_merge(out, summary))
 
 
-@app.command("export")
+@app.command("export", rich_help_panel=CACHES)
 def export_command(
     source: Annotated[
         str, typer.Argument(metavar="CACHE|RUN", help="A cache (parquet), or a run's folder (safetensors, onnx).")
@@ -159,7 +162,7 @@ def _check_is_run(source: str, to: str, *, views: str | None, top: int | None) -
         raise UsageError("--views and --top apply to caches, not to runs")
 
 
-@app.command("suspects")
+@app.command("suspects", rich_help_panel=MORE)
 def suspects_command(
     cache: CacheArgument,
     top: Annotated[
@@ -170,7 +173,7 @@ def suspects_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List samples whose label is probably wrong, by confident learning on the cached logits."""
+    """List samples whose true label is probably wrong, found by confident learning on the cached logits."""
     from logitcache.extras.noise import CAUTION, find_suspects, write_suspects
 
     noise = find_suspects(cache)
@@ -180,7 +183,7 @@ def suspects_command(
     show(shown, as_json, lambda: printing.print_suspects(cache, shown, CAUTION))
 
 
-@app.command("report")
+@app.command("report", rich_help_panel=MORE)
 def report_command(
     cache: CacheArgument,
     overrides: OverridesArgument = None,
@@ -208,7 +211,7 @@ def report_command(
     show(summary, as_json, lambda: printing.print_report(written))
 
 
-@app.command("federate")
+@app.command("federate", rich_help_panel=MORE)
 def federate_command(
     file: Annotated[Path, typer.Argument(metavar="FEDERATION", help="Federation file, such as federation.yaml.")],
     overrides: OverridesArgument = None,
@@ -229,16 +232,16 @@ def federate_command(
     show({"turns": [dataclasses.asdict(each) for each in outcomes]}, as_json, lambda: printing.print_turns(outcomes))
 
 
-@app.command("demo")
+@app.command("demo", rich_help_panel=PIPELINES)
 def demo_command(
     overrides: OverridesArgument = None,
     folder: Annotated[Path, typer.Option(help="Where runs and caches go.")] = Path("runs/demo"),
     full: Annotated[
-        bool, typer.Option("--full", help="More seeds, and a student on all true labels: the documentation's table.")
+        bool, typer.Option("--full", help="More seeds, and a student on all true labels, as in the documentation.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a cache saves and gains, on embedded data. Safe to interrupt: re-run to resume."""
+    """Compare students of a cache with other students, on embedded images. Safe to interrupt: re-run to resume."""
     from logitcache.extras.demo import demo_report, run_demo
 
     if not as_json:

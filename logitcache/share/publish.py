@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from logitcache.cache.ensemble import MERGED
-from logitcache.cache.layout import PER_CACHE, Block
+from logitcache.cache.layout import PER_CACHE
 from logitcache.cache.manifest import MANIFEST, RECEIPTS, Manifest, Receipt, Sha256, dump_manifest
 from logitcache.cache.names import NAMES
 from logitcache.cache.packages import ENCODING_PACKAGES
+from logitcache.cache.receipts import selected
 from logitcache.cache.records import (
     Records,
     matching_receipts,
     pinned_receipts_key,
+    put_view_receipts,
     read_records,
     replace_records,
     stored_manifest,
@@ -109,7 +112,7 @@ def target_records(target: Storage, source: Records) -> Records | None:
             f"{target.url} holds this cache, incomplete; nothing was changed. To complete it, {REBUILD}. "
             "To replace it by a copy, delete it first"
         )
-    for name in found.receipts.keys() & receipts.keys():
+    for name in _differing(found, source):
         if _values(found.receipts[name]) != _values(receipts[name]):
             raise IdentityMismatch(
                 f"{target.url} holds a cache of the same identity with other labels: {name} differs (digest "
@@ -117,6 +120,16 @@ def target_records(target: Storage, source: Records) -> Records | None:
                 "The teacher ran twice, with different rounding. Choose another destination, or delete that cache"
             )
     return found
+
+
+def _differing(found: Records, source: Records) -> Iterator[str]:
+    """Receipts that may state other values: those of the per-cache arrays, and of each view with another digest."""
+    if PER_CACHE in found.receipts and PER_CACHE in source.receipts:
+        yield PER_CACHE
+    there = set(found.by_view.views)
+    for view in source.by_view.views:
+        if view in there and found.view_digest(view) != source.view_digest(view):
+            yield from (name for name in found.by_view.of_view(view) if name in source.receipts)
 
 
 def _values(receipt: Receipt) -> dict[str, str]:
@@ -138,14 +151,17 @@ def plan_records(url: str, source: Records, copied: range, target_url: str, exis
     """
     manifest = source.manifest
     views = copied if existing is None else _joined(copied, existing.layout.views, target_url)
-    available = {**source.receipts, **({} if existing is None else existing.receipts)}
-    kept = {
-        name: available[name] for name in sorted(available) if name == PER_CACHE or Block.from_name(name).view in views
-    }
+    held = set() if existing is None else set(existing.layout.views)
     provenance = manifest.provenance
     if views != manifest.layout.views:
         provenance = provenance | {"copied_from": {"url": url, "digest": manifest.digest}}
     layout = manifest.layout.model_copy(update={"first_view": views.start, "num_views": views.stop})
+    first = source if existing is None else existing
+    kept = selected(
+        layout,
+        first.receipts[PER_CACHE],
+        {view: existing.receipts if existing and view in held else source.receipts for view in views},
+    )
     records, gathered = Records(manifest, kept).sealed(layout=layout, provenance=provenance)
     return PlannedRecords(records, gathered, existing)
 
@@ -169,6 +185,7 @@ def publish(target: Storage, planned: PlannedRecords, *, anonymous: bool) -> boo
     """
     manifest, gathered = planned.records.manifest, planned.gathered
     write_group_metadata(target, manifest.layout)
+    put_view_receipts(target, planned.records)
     if planned.existing is None:
         pinned = pinned_receipts_key(str(manifest.receipts))
         # In an object store, `receipts.json` may belong to another process already.
@@ -185,4 +202,7 @@ def publish(target: Storage, planned: PlannedRecords, *, anonymous: bool) -> boo
         replace_records(target, manifest, gathered, replaces=replaced)
         if anonymous and replaced.provenance != manifest.provenance:
             target.put(MANIFEST, dump_manifest(manifest))  # an earlier push was not anonymous
+    if planned.existing is not None and not target.is_remote:
+        for key in planned.existing.view_receipts_keys().keys() - planned.records.view_receipts_keys().keys():
+            target.delete(key)
     return not target.is_remote or stored_manifest(target).receipts == manifest.receipts

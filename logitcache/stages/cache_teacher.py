@@ -68,8 +68,9 @@ def cache_teacher(pipeline: Pipeline, *, engine: Engine | None = None, trust: bo
 def plan_blocks(
     pipeline: Pipeline | str | os.PathLike[str], *, shard: str | None = None, trust: bool = False
 ) -> list[Block]:
-    """The blocks of a pipeline's cache that are missing, view by view. The cache is created if it does not exist.
+    """The blocks of a pipeline's cache that are missing. The cache is created if it does not exist.
 
+    They are in the order of computation: view by view, or with `views.per_decode` blocks of the same samples in a row.
     A block is a view and a range of its rows: the unit of work. Give each process some of the blocks, and
     `compute_blocks` them there; when all are committed, `logitcache.seal` the cache.
 
@@ -86,7 +87,7 @@ def plan_blocks(
     with closing(TeacherWorker(_loaded(pipeline), trust=trust)) as worker, Claims(worker.storage) as claims:
         open_once(worker, claims)
         missing = set(worker.missing_blocks())
-        return [block for block in part.share(worker.all_blocks()) if block in missing]
+        return [block for block in part.share(worker.all_blocks(), together=worker.together) if block in missing]
 
 
 def compute_blocks(
@@ -149,6 +150,7 @@ class TeacherWorker(Worker):
         if self.storage.size(MANIFEST) is None:
             check_destination(self.storage)
         self._pipeline = pipeline
+        self.together = pipeline.views.per_decode
         self._data = resolve_data(pipeline, trust=trust)
         self._plan = resolve_plan(pipeline, self._data, trust=trust)
         self._context = build_context(pipeline, trust=trust)
@@ -166,7 +168,8 @@ class TeacherWorker(Worker):
     def open(self) -> None:
         pipeline, data, plan = self._pipeline, self._data, self._plan
         samples = identify_samples(data.train, pipeline.cache.path, num_workers=pipeline.num_workers)
-        views = ViewDataset(data.train, replace(plan, contents=samples.contents))
+        plan_with_contents = replace(plan, contents=samples.contents)
+        views = ViewDataset(data.train, plan_with_contents, on_device=pipeline.views.on_device)
         writer = create(
             pipeline.cache.path,
             num_samples=len(data.train),
@@ -209,10 +212,16 @@ class TeacherWorker(Worker):
         return self._writer.manifest
 
     def all_blocks(self) -> list[Block]:
-        return list(all_blocks(self._writer.layout))
+        return self._in_order(all_blocks(self._writer.layout))
 
     def missing_blocks(self, *, refresh: bool = False) -> list[Block]:
-        return self._writer.missing_blocks(refresh=refresh)
+        return self._in_order(self._writer.missing_blocks(refresh=refresh))
+
+    def _in_order(self, blocks: Iterable[Block]) -> list[Block]:
+        """View by view; with `views.per_decode`, the blocks of the same samples in that many views in a row."""
+        if self.together == 1:
+            return list(blocks)
+        return sorted(blocks, key=lambda block: (block.view // self.together, block.number, block.view))
 
     def is_committed(self, block: Block) -> bool:
         return self._writer.is_committed(block, refresh=True)
@@ -248,7 +257,8 @@ class TeacherWorker(Worker):
                     on_commit(block)
 
         total = sum(len(writer.row_map.block_rows(block.number)) for block in drawn_from)
-        run_blocks(self._runner, writer, drawn(), views, num_rows=total, after_batch=report_commits)
+        together = self.together
+        run_blocks(self._runner, writer, drawn(), views, num_rows=total, together=together, after_batch=report_commits)
         writer.flush()
         report_commits()
         return computed
@@ -277,6 +287,7 @@ def run_blocks(
     views: ViewDataset,
     *,
     num_rows: int,
+    together: int,
     after_batch: Callable[[], None],
 ) -> None:
     """Run the teacher over blocks, and write its output.
@@ -285,13 +296,15 @@ def run_blocks(
         runner, writer, views: the teacher, the cache, and the teacher's inputs.
         blocks: read a few batches ahead of the teacher.
         num_rows: in all blocks, for the progress.
+        together: consecutive blocks of the same samples, in different views, whose samples are loaded once.
         after_batch: called when a batch is written.
     """
     rows, num_views = writer.row_map, writer.layout.num_views
-    batches, ahead = itertools.tee(teacher_batches(rows, blocks, runner.config.batch_size))
-    places = ([(view, sample) for sample in samples] for view, samples in ahead)
+    groups, ahead = itertools.tee(grouped_batches(rows, blocks, runner.config.batch_size, together=together))
+    batches = itertools.chain.from_iterable(groups)
+    places = ([[(view, sample) for sample in samples] for view, samples in group] for group in ahead)
     with track("caching the teacher", num_rows, unit="samples" if rows.one_each else "rows") as meter:
-        for (view, samples), output in zip(batches, runner.run(views, places), strict=True):
+        for (view, samples), output in zip(batches, runner.run_groups(views, places, per_group=together), strict=True):
             start = 0
             for consecutive in _consecutive(rows, samples):
                 parts = output.rows(start, start + len(consecutive))
@@ -305,6 +318,30 @@ def run_blocks(
                 start += len(consecutive)
             meter.advance(start, note=f"view {view + 1}/{num_views}")
             after_batch()
+
+
+def grouped_batches(
+    rows: RowMap, blocks: Iterable[Block], batch_size: int, *, together: int
+) -> Iterator[list[tuple[int, Sequence[int]]]]:
+    """The batches of `teacher_batches`, grouped: those of the same samples in up to `together` consecutive blocks.
+
+    The batches are the same with any grouping, so the labels have the same bits.
+    """
+
+    def batches_of(group: list[Block]) -> Iterator[list[tuple[int, Sequence[int]]]]:
+        of_blocks = [teacher_batches(rows, [block], batch_size) for block in group]
+        return map(list, zip(*of_blocks, strict=True))
+
+    group: list[Block] = []
+    for block in blocks:
+        if group and block.number != group[0].number:
+            yield from batches_of(group)
+            group = []
+        group.append(block)
+        if len(group) == together:  # not later: the iterator may claim blocks
+            yield from batches_of(group)
+            group = []
+    yield from batches_of(group)
 
 
 def teacher_batches(rows: RowMap, blocks: Iterable[Block], batch_size: int) -> Iterator[tuple[int, Sequence[int]]]:

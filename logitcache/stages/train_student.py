@@ -226,14 +226,22 @@ class Experiment:
             return self._live_teacher(student, indices, sorted(outputs))
         return self._cached(student, indices, sorted(outputs), given)
 
+    @property
+    def _on_device(self) -> bool:
+        """Whether views are finished on the device; students that take turns share one rendering on the workers."""
+        return self.pipeline.views.on_device and not self.pipeline.together
+
     def _true_labels(self, student: StudentConfig, indices: np.ndarray) -> TrainingData:
         """True labels only. The student sees and mixes only its own samples, and every epoch is a new view."""
         everything = len(indices) == len(self.data.train)
         dataset = self.data.train if everything else selected(self.data.train, indices)
         plan = replace(self.plan, num_samples=len(dataset), rows=rows_of_dataset(dataset))
         return TrainingData(
-            views=ViewDataset(dataset, plan, preprocess=input_part(student, trust=self.trust)),
+            views=ViewDataset(
+                dataset, plan, preprocess=input_part(student, trust=self.trust), on_device=self._on_device
+            ),
             indices=np.arange(len(dataset)),
+            per_decode=self.pipeline.views.per_decode,
             views_key=json_digest(["fresh", array_digest(indices)]),
             identity_of_labels={"num_views": None},
         )
@@ -257,6 +265,7 @@ class Experiment:
                 self.data.train,
                 self.plan,
                 preprocess=preprocess if same_input else BothInputs(preprocess, self.plan.preprocess),
+                on_device=self._on_device and same_input,
             ),
             indices=indices,
             views_key="live",
@@ -264,6 +273,7 @@ class Experiment:
             labels=LiveLabels(
                 build_runner(pipeline, teacher, self.context, outputs), needs_teacher_inputs=not same_input
             ),
+            per_decode=pipeline.views.per_decode,
             num_views=pipeline.views.count,
             extra_outputs=extra_outputs,
         )
@@ -276,7 +286,8 @@ class Experiment:
         caches, rows = self._open(ensemble)
         cache, num_views = caches[0], self.pipeline.views.count
         outputs = [name for name in outputs if name in cache.outputs]  # `Hints` refuses those that are missing
-        views = views_of_cache(cache, self.data.train, self.plan, rows, input_part(student, trust=self.trust))
+        preprocess = input_part(student, trust=self.trust)
+        views = views_of_cache(cache, self.data.train, self.plan, rows, preprocess, on_device=self._on_device)
         cached = None if given is not None else self._cached_labels(ensemble, caches, views, outputs)
         window_blocks = None if cached is None else cached.window_blocks
         labels: dict[str, Any] = {"cache": cache.id, "window_blocks": window_blocks}
@@ -295,6 +306,7 @@ class Experiment:
             views_key=json_digest(["cache", None if rows is None else array_digest(rows)]),
             identity_of_labels=identity,
             labels=given or cached,
+            per_decode=1 if given is not None else self.pipeline.views.per_decode,
             num_views=num_views,
             first_view=cache.views.start,
             window_blocks=window_blocks,
@@ -305,7 +317,8 @@ class Experiment:
         self, ensemble: TeachersConfig | None, caches: list[LogitCache], views: ViewDataset, outputs: list[str]
     ) -> CachedLabels | EnsembleLabels:
         budget = self.pipeline.cache.memory_budget_mb
-        share = None if budget is None else int(budget * 2**20) // len(caches)
+        in_use = len(caches) * self.pipeline.views.per_decode
+        share = None if budget is None else int(budget * 2**20) // in_use
         members = [self._labels_of(cache, views, share, outputs, prove=cache is caches[0]) for cache in caches]
         if ensemble is None or len(members) == 1:
             return members[0]

@@ -49,7 +49,7 @@ def train_teacher(pipeline: Pipeline, *, trust: bool = False) -> dict[str, Any]:
             Job(
                 name="teacher",
                 model=model,
-                views=ViewDataset(data.train, plan),
+                views=ViewDataset(data.train, plan, on_device=pipeline.views.on_device),
                 indices=np.arange(len(data.train)),
                 loss=CrossEntropy(),
                 config=settings,

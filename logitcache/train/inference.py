@@ -106,13 +106,31 @@ class TeacherRunner:
 
     def run(self, views: ViewDataset, batches: Iterable[list[tuple[int, int]]]) -> Iterator[TeacherOutput]:
         """The teacher's output for batches of (view, index), in order."""
+        return self.run_groups(views, ([batch] for batch in batches), per_group=1)
+
+    def run_groups(
+        self, views: ViewDataset, groups: Iterable[list[list[tuple[int, int]]]], *, per_group: int
+    ) -> Iterator[TeacherOutput]:
+        """The teacher's output for the batches of groups, in order; the batches of a group share loaded samples.
+
+        Args:
+            views: the teacher's inputs.
+            groups: lists of batches of (view, index).
+            per_group: the most batches of a group.
+        """
         context = self._context
         loader = proven_batches(
-            views, batches, num_workers=context.num_workers, pin_memory=context.device.type == "cuda"
+            views,
+            groups,
+            num_workers=context.num_workers,
+            pin_memory=context.device.type == "cuda",
+            per_group=per_group,
         )
         rows = sequence_rows(views)
         for (index, inputs, _), digests in loader:
             with torch.inference_mode():
+                if views.on_device:
+                    inputs = views.finish(to_device(inputs, context.device))
                 logits, outputs = self(inputs)
                 every, places = {LOGITS: logits, **outputs}, None
                 if rows is not None:

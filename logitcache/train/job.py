@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from logitcache.cache.outputs import Output
 from logitcache.catalog.language_models import check_head
 from logitcache.config.schema import TrainConfig
+from logitcache.data.order import views_of_group
 from logitcache.data.packing import pack
 from logitcache.data.sequences import sequence_rows
 from logitcache.data.views import ViewDataset
@@ -43,6 +44,8 @@ class TrainingData:
     """View of epoch 0; not 0 where the cache is a partial copy without the first views."""
     window_blocks: int | None = None
     """Set where views are streamed: each batch then stays within this many blocks."""
+    per_decode: int = 1
+    """Views of a sample in each batch; the epochs then come in groups of as many, see `data.order.pairs_of_epoch`."""
     extra_outputs: Mapping[str, Output] = field(default_factory=dict)
     """The teacher's outputs beside the logits, which hints may use."""
     views_key: str = ""
@@ -96,6 +99,11 @@ class Job(TrainingData):
             self._check_sequences()
         if self.config.chunked_head:
             self._check_chunked_head()
+
+    def views_of(self, epoch: int) -> list[int]:
+        """The views that are in the batches of an epoch."""
+        group = views_of_group(epoch // self.per_decode, per_decode=self.per_decode, num_epochs=self.config.epochs)
+        return [self.view_of(each) for each in group]
 
     def _check_sequences(self) -> None:
         if self.hints is not None:

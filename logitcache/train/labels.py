@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.cut_classes import CutClasses
-from logitcache.cache.labelview import View
+from logitcache.cache.labelview import MixedViews, View
 from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import LogitCache
 from logitcache.data.sequences import rows_of_output
@@ -35,6 +35,11 @@ class Labels(ABC):
 
     def start_view(self, view: int, following: int | None) -> None:  # noqa: B027
         """Load a view, and start to load the next one."""
+
+    def start_views(self, views: Sequence[int], following: Sequence[int]) -> None:
+        """Load the views of an epoch, and start to load those of the next one; one view each, unless overridden."""
+        [view] = views
+        self.start_view(view, following[0] if following else None)
 
     def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:  # noqa: B027
         """Compare a batch with the same samples, rendered again from `views`.
@@ -93,8 +98,8 @@ class CachedLabels(Labels):
         self._device = device
         self._memory_budget = memory_budget
         self._proven: set[int] = set()
-        self._view: View | None = None
-        self._number: int | None = None
+        self._current: dict[int, View] = {}
+        self._mixed: MixedViews | None = None
 
     @property
     def window_blocks(self) -> int | None:
@@ -105,16 +110,32 @@ class CachedLabels(Labels):
         self._expected = outputs, following
 
     def start_view(self, view: int, following: int | None) -> None:
-        if self._prove and view not in self._proven:
-            self._cache.verify_inputs(self._views, view)
-            self._proven.add(view)
-        if view != self._number:
-            self._view = self._cache.view(
-                view, self._device, memory_budget=self._memory_budget, outputs=self._expected[0]
-            )
-            self._number = view
-        if following is not None and following != view and self.window_blocks is None:
-            self._cache.prefetch(following, self._device, self._expected[1])
+        self.start_views([view], [] if following is None else [following])
+
+    def start_views(self, views: Sequence[int], following: Sequence[int]) -> None:
+        for view in views:
+            if self._prove and view not in self._proven:
+                self._cache.verify_inputs(self._views, view)
+                self._proven.add(view)
+        # Views that are not needed any more are dropped before others are loaded.
+        self._current = {view: loaded for view, loaded in self._current.items() if view in views}
+        for view in views:
+            if view not in self._current:
+                self._current[view] = self._cache.view(
+                    view, self._device, memory_budget=self._memory_budget, outputs=self._expected[0]
+                )
+        self._mixed = MixedViews(self._current) if len(views) > 1 else None
+        if self.window_blocks is None:
+            for view in following:
+                if view not in views:
+                    self._cache.prefetch(view, self._device, self._expected[1])
+
+    @property
+    def _labels(self) -> View:
+        if self._mixed is not None:
+            return self._mixed
+        [view] = self._current.values()
+        return view
 
     def left_out(self, view: int, num_classes: int) -> CutClasses | None:
         """The classes from a number on, and their probability on the first rows of a view; None if there are none."""
@@ -138,14 +159,12 @@ class CachedLabels(Labels):
         self._cache.check_batch(index, inputs, views=views)
 
     def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
-        view = self._view
-        assert view is not None
+        view = self._labels
         index = index if index.ndim == 1 else index[index >= 0]
         return {name: view.output(name, index) for name in names}
 
     def targets(self, index: Tensor, teacher_inputs: Any, targets: Tensor) -> Targets:
-        assert self._view is not None
-        return self._view.targets(index if index.ndim == 1 else index[index >= 0])
+        return self._labels.targets(index if index.ndim == 1 else index[index >= 0])
 
 
 class EnsembleLabels(Labels):
@@ -167,8 +186,11 @@ class EnsembleLabels(Labels):
         return min((window for window in windows if window is not None), default=None)
 
     def start_view(self, view: int, following: int | None) -> None:
+        self.start_views([view], [] if following is None else [following])
+
+    def start_views(self, views: Sequence[int], following: Sequence[int]) -> None:
         for member in self._members:
-            member.start_view(view, following)
+            member.start_views(views, following)
 
     def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:
         self._members[0].check_batch(index, inputs, views)  # all members have the same views
@@ -179,6 +201,9 @@ class EnsembleLabels(Labels):
 
 class LiveLabels(Labels):
     """Labels from the teacher, run on every batch."""
+
+    def start_views(self, views: Sequence[int], following: Sequence[int]) -> None:
+        """Nothing to load."""
 
     def __init__(self, teacher: TeacherRunner, *, needs_teacher_inputs: bool) -> None:
         self.needs_teacher_inputs = needs_teacher_inputs

@@ -24,7 +24,7 @@ from logitcache.cache.manifest import LOGITS
 from logitcache.catalog.models import load_state
 from logitcache.data.batching import NO_TARGET, Batch
 from logitcache.data.loading import part_of, rendered_batches
-from logitcache.data.order import batches, epoch_order, step_seed
+from logitcache.data.order import batches, epoch_order, pairs_of_epoch, step_seed
 from logitcache.data.sequences import row_counts, sequence_rows
 from logitcache.devices import seed_device
 from logitcache.errors import CorruptRun, InvalidLogits
@@ -176,21 +176,23 @@ class Run:
         blocks = None if job.window_blocks is None else job.views.blocks_of(job.indices)
         first_epoch, skipped = divmod(self.state.step, self.steps_per_epoch)
         for epoch in range(first_epoch, job.config.epochs):
+            group, turn = divmod(epoch, job.per_decode)
             order = epoch_order(
                 len(job.indices),
                 seed=job.seed,
-                epoch=epoch,
+                epoch=group,
                 blocks=blocks,
                 window_blocks=job.window_blocks,
                 classes=job.classes,
             )
-            view = job.view_of(epoch)
-            for batch in batches(order, job.config.batch_size)[skipped:]:
+            views = np.array(job.views_of(epoch))
+            positions, numbers = pairs_of_epoch(order, len(views), turn)
+            for batch in batches(np.arange(len(order)), job.config.batch_size)[skipped:]:
                 share = self.ranks.share(batch)
                 # Every process takes part in every gradient exchange, and batch norm needs two samples: smaller shares
                 # are padded with samples of other processes, which get weight 0.
                 filled = np.concatenate([share, np.setdiff1d(batch, share)[: max(2 - len(share), 0)]])
-                yield [(view, int(index)) for index in job.indices[filled]]
+                yield list(zip(views[numbers[filled]].tolist(), job.indices[positions[filled]].tolist(), strict=True))
             skipped = 0
 
     def begin_epoch(self) -> None:
@@ -203,8 +205,7 @@ class Run:
         needed, next_needed = self._needed(self._epoch), self._needed(self._epoch + 1)
         if job.labels is not None and needed:
             job.labels.expect(needed, next_needed)
-            following = job.view_of(self._epoch + 1) if next_needed else None
-            job.labels.start_view(job.view_of(self._epoch), following)
+            job.labels.start_views(job.views_of(self._epoch), job.views_of(self._epoch + 1) if next_needed else [])
 
     def train_step(self, index: Tensor, inputs: Any, targets: Any) -> None:
         """Train on one rendered batch, or this process's share of it.
@@ -219,7 +220,7 @@ class Run:
             InvalidLogits: the loss became NaN or infinite.
         """
         job, state = self.job, self.state
-        view = job.view_of(self._epoch)
+        view = job.views_of(self._epoch)[0]
         if job.labels is not None and view not in self._checked_views and self._needed(self._epoch):
             job.labels.check_batch(index, inputs, job.views)
             self._checked_views.add(view)

@@ -100,6 +100,8 @@ def chunked_loss(
 
 def _on_device(job: Job, inputs: Any, targets: Any) -> tuple[Any, Any, Any]:
     """The student's input and the targets on the device, with the teacher's input between them."""
+    if job.views.on_device:
+        inputs = job.views.finish(to_device(inputs, job.device))
     teacher_inputs = inputs
     if job.labels is not None and job.labels.needs_teacher_inputs:
         inputs, teacher_inputs = inputs

@@ -128,5 +128,6 @@ def _batches_of(job: Job) -> str:
             "seed": job.seed,
             "batch_size": job.config.batch_size,
             "window": job.window_blocks,
+            "per_decode": job.per_decode,
         }
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -19,9 +19,12 @@ from logitcache.cache.layout import (
     group_metadata,
     has_right_rows,
     is_receipt_name,
+    num_blocks,
     object_key,
     receipt_key,
     receipt_names,
+    view_blocks,
+    view_receipts_key,
 )
 from logitcache.cache.manifest import (
     CARD,
@@ -30,15 +33,24 @@ from logitcache.cache.manifest import (
     RECEIPTS,
     Manifest,
     Receipt,
+    ReceiptIndex,
     output_of,
     read_receipt,
-    read_receipts,
+    read_receipts_or_index,
     receipts_limit,
 )
 from logitcache.cache.outputs import OutputLayout, output_layouts, outputs_of
 from logitcache.cache.packages import require_packages
 from logitcache.cache.per_cache import fitted_encoding, row_map_from_arrays, samples_from_arrays
-from logitcache.cache.records import CacheObject, Records, gathered_receipts, stored_manifest
+from logitcache.cache.receipts import ReceiptsByView
+from logitcache.cache.records import (
+    CacheObject,
+    Records,
+    collect_receipts,
+    gathered_receipts,
+    indexed_receipts,
+    stored_manifest,
+)
 from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import ENCODINGS, encoding_from_config
 from logitcache.errors import CorruptCache
@@ -84,35 +96,88 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
         require_packages(manifest, ENCODINGS, url=storage.url)
     layout = manifest.layout
     problems: list[Problem] = []
-    records = Records(manifest, _all_receipts(storage, manifest, problems))
-    for name, receipt in records.receipts.items():
-        if not has_right_rows(layout, name, receipt.rows):
-            problems.append(Problem(name, RECEIPTS, "wrong rows"))
-        unknown = receipt.objects.keys() - array_specs(layout, name).keys()
-        problems += [Problem(name, array, "damaged") for array in sorted(unknown)]
-    objects = list(records.objects())
-
     # Listed once where the store can: a request for each size would be slow.
     sizes = dict(storage.sizes()) if storage.can_list else None
     check = _Check(storage, manifest, sizes, deep=deep)
-    with ThreadPoolExecutor(storage.concurrency) as threads, track("verifying", len(objects), unit="objects") as meter:
-        for checked, kind in zip(objects, threads.map(check, objects), strict=True):
-            problems += [] if kind is None else [Problem(checked.receipt, checked.key, kind)]
-            meter.advance()
+    metadata = group_metadata(layout)
+    expected = {MANIFEST, RECEIPTS, CARD, *metadata}
+    records, parts = _receipts(storage, manifest, problems)
+    # Those of a large cache are not read twice, to count them.
+    counted = None if records is None or records.by_view.entries else records.objects()
+    total = num_blocks(layout) * len(layout.arrays) if counted is None else len(list(counted))
+    with ThreadPoolExecutor(storage.concurrency) as threads, track("verifying", total, unit="objects") as meter:
+        for receipts in parts:
+            part = Records(manifest, receipts)
+            for name, receipt in receipts.items():
+                if not has_right_rows(layout, name, receipt.rows):
+                    problems.append(Problem(name, RECEIPTS, "wrong rows"))
+                unknown = receipt.objects.keys() - array_specs(layout, name).keys()
+                problems += [Problem(name, array, "damaged") for array in sorted(unknown)]
+                expected |= {f"{GROUP}/{array}/zarr.json" for array in receipt.objects}
+            objects = list(part.objects())
+            for checked, kind in zip(objects, threads.map(check, objects), strict=True):
+                problems += [] if kind is None else [Problem(checked.receipt, checked.key, kind)]
+                meter.advance()
+            if sizes is not None:  # what remains is part of nothing
+                for checked in objects:
+                    sizes.pop(checked.key, None)
     problems += [Problem(PER_CACHE, path, "damaged") for path in check.invalid_per_cache_arrays()]
 
-    metadata = group_metadata(layout)
     for path, data in metadata.items():
         found = storage.get(path, limit=len(data))
         if found != data:
             problems.append(Problem("", path, "missing" if found is None else "wrong bytes"))
-    expected = {MANIFEST, RECEIPTS, CARD, *metadata, *(each.key for each in objects)}
-    expected |= {f"{GROUP}/{array}/zarr.json" for receipt in records.receipts.values() for array in receipt.objects}
-    strays = [path for path in sizes or () if path not in expected and not path.startswith(("receipts/", f"{CLAIMS}/"))]
+    of_others = ("receipts/", f"{CLAIMS}/")
+    strays = [path for path in sizes or () if path not in expected and not path.startswith(of_others)]
     problems += [Problem("", path, "stray") for path in strays]
-    if manifest.state == "sealed" and records.content_digest() != manifest.digest:
+    if manifest.state == "sealed" and (records is None or records.content_digest() != manifest.digest):
         problems.append(Problem("", MANIFEST, "wrong digest"))
     return problems
+
+
+def _receipts(
+    storage: Storage, manifest: Manifest, problems: list[Problem]
+) -> tuple[Records | None, Iterator[Mapping[str, Receipt]]]:
+    """The records of a cache as far as they can be read, and its receipts in parts: each view's, if there are many.
+
+    Problems with receipts are added to `problems` when their part is read. Records are None where there is no index.
+    """
+    if manifest.state == "open" or not manifest.receipts_by_view:
+        records = Records(manifest, _all_receipts(storage, manifest, problems))
+        return records, iter([records.receipts])
+    data, is_right = gathered_receipts(storage, manifest)
+    if not is_right:
+        problems.append(Problem("", RECEIPTS, "missing" if data is None else "wrong bytes"))
+    indexed: ReceiptsByView | None = None
+    if data is not None:
+        try:
+            index = read_receipts_or_index(data, url=storage.url)
+            if isinstance(index, ReceiptIndex):
+                indexed = indexed_receipts(storage, manifest, index)
+        except CorruptCache:
+            indexed = None
+        if indexed is None:
+            problems.append(Problem("", RECEIPTS, "damaged"))
+    if indexed is None:
+        return None, iter([_single_receipts(storage, manifest, {}, receipt_names(manifest.layout), problems)])
+    return Records(manifest, indexed), _parts(storage, manifest, indexed, problems)
+
+
+def _parts(
+    storage: Storage, manifest: Manifest, indexed: ReceiptsByView, problems: list[Problem]
+) -> Iterator[Mapping[str, Receipt]]:
+    """The receipts of the per-cache arrays, then those of each view, one view in memory at a time."""
+    assert indexed.per_cache is not None
+    yield {PER_CACHE: indexed.per_cache}
+    for view in indexed.views:
+        try:
+            of_view = indexed.of_view(view)
+        except CorruptCache:
+            key = view_receipts_key(view, indexed.entries[view].object.sha256)
+            problems.append(Problem("", key, "missing" if storage.size(key) is None else "damaged"))
+            names = (block.name for block in view_blocks(manifest.layout, view))
+            of_view = _single_receipts(storage, manifest, {}, names, problems)
+        yield of_view
 
 
 def _all_receipts(storage: Storage, manifest: Manifest, problems: list[Problem]) -> dict[str, Receipt]:
@@ -127,11 +192,24 @@ def _all_receipts(storage: Storage, manifest: Manifest, problems: list[Problem])
         gathered = storage.get(RECEIPTS, limit=receipts_limit(layout))
     if gathered is not None:
         try:
-            receipts = read_receipts(gathered, url=storage.url)
+            found = read_receipts_or_index(gathered, url=storage.url)
+            # Of an open cache that was sealed before: the receipts that its index names.
+            receipts = found if isinstance(found, dict) else dict(collect_receipts(storage, manifest))
         except CorruptCache:
             problems.append(Problem("", RECEIPTS, "damaged"))
-    missing = 0
-    for name in receipt_names(layout):
+    return _single_receipts(storage, manifest, receipts, receipt_names(layout), problems)
+
+
+def _single_receipts(
+    storage: Storage,
+    manifest: Manifest,
+    receipts: dict[str, Receipt],
+    names: Iterable[str],
+    problems: list[Problem],
+) -> dict[str, Receipt]:
+    """Receipts, with those of single blocks where they lack a name; what is missing is added to `problems`."""
+    missing = sum(problem.kind == "missing" for problem in problems)
+    for name in names if missing < MAX_MISSING else ():
         if name in receipts:
             continue
         data = storage.get(receipt_key(name), limit=MAX_RECEIPT_BYTES)
@@ -145,7 +223,7 @@ def _all_receipts(storage: Storage, manifest: Manifest, problems: list[Problem])
             receipts[name] = read_receipt(data, key=receipt_key(name))
         except CorruptCache:
             problems.append(Problem(name, receipt_key(name), "damaged"))
-    return {name: receipt for name, receipt in receipts.items() if is_receipt_name(layout, name)}
+    return {name: receipt for name, receipt in receipts.items() if is_receipt_name(manifest.layout, name)}
 
 
 class _Check:

@@ -125,6 +125,8 @@ def views_of_cache(
     plan: ViewPlan,
     rows: np.ndarray | None,
     preprocess: Callable[[Any], Any] | None = None,
+    *,
+    on_device: bool = False,
 ) -> ViewDataset:
     """A dataset's views with the rows of a cache; each sample is compared with its content digest when it is loaded.
 
@@ -133,10 +135,11 @@ def views_of_cache(
         dataset, plan: what is rendered.
         rows: from `open_fitting_cache`.
         preprocess: of the model; the teacher's by default.
+        on_device: as `ViewDataset` takes it.
     """
     contents = None if cache.samples is None else cache.samples.contents
     plan = replace(plan, num_samples=cache.num_samples, contents=contents, rows=cache.row_map)
-    return ViewDataset(dataset, plan, preprocess=preprocess, rows=rows)
+    return ViewDataset(dataset, plan, preprocess=preprocess, rows=rows, on_device=on_device)
 
 
 def _open_sealed(location: str, *, trust: bool) -> LogitCache:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from logitcache.cache.ensemble import merged_parts
-from logitcache.cache.layout import GROUP, PER_CACHE, receipt_key
-from logitcache.cache.manifest import MANIFEST, RECEIPTS, Manifest, dump_manifest
+from logitcache.cache.layout import GROUP, PER_CACHE, Block, receipt_key
+from logitcache.cache.manifest import MANIFEST, RECEIPTS, Manifest, Receipt, dump_manifest
+from logitcache.cache.receipts import ReceiptsByView, by_view, splits_receipts
 from logitcache.cache.records import (
     Records,
     collect_receipts,
-    dump_receipts,
     matching_receipts,
+    put_view_receipts,
     stored_manifest,
     write_group_metadata,
 )
@@ -123,14 +124,21 @@ def _restore_records(storage: Storage, copy: Storage) -> None:
             storage.put(MANIFEST, dump_manifest(theirs))
             ours = theirs
         try:
-            collect_receipts(storage, ours)
+            there = by_view(collect_receipts(storage, ours))
+            for view in there.entries:
+                there.of_view(view)
         except CorruptCache:
             receipts = collect_receipts(copy, theirs)
             known = (matching_receipts(ours, receipts) if ours.state == "sealed" else None) or receipts
-            gathered = dump_receipts(known)
+            records, gathered = Records(ours, known).gathered()
+            put_view_receipts(storage, records, again=True)
             storage.put(RECEIPTS, gathered)
             if ours.state == "sealed" and ours.receipts != sha256_hex(gathered):  # the same values in other bytes
-                changes = {"receipts": sha256_hex(gathered), "contents": Records(ours, known).contents()}
+                changes = {
+                    "receipts": sha256_hex(gathered),
+                    "receipts_by_view": splits_receipts(ours),
+                    "contents": records.contents(),
+                }
                 storage.put(MANIFEST, dump_manifest(ours.model_copy(update=changes)))
 
 
@@ -142,7 +150,10 @@ def _is_copy(ours: Manifest, theirs: Manifest, copy: Storage) -> bool:
 
 def _fetch(storage: Storage, copy: Storage, records: Records, name: str) -> bool:
     """Take the objects of a block from a copy; False, and nothing is stored, unless all fit the receipt."""
-    if name not in records.receipts:
+    try:
+        if name not in records.receipts:
+            return False
+    except CorruptCache:  # the receipts of its view are damaged
         return False
     fetched = {}
     for wanted in records.objects([name]):
@@ -160,11 +171,25 @@ def _reopen(storage: Storage, records: Records, damaged: list[str]) -> None:
     """Open a cache again without some blocks; its provenance states the digest that it must have afterwards."""
     manifest = records.manifest
     provenance = manifest.provenance | ({} if manifest.digest is None else {"repairing": manifest.digest})
-    kept = {name: receipt for name, receipt in records.receipts.items() if name not in damaged}
+    lacking = set(damaged)
+    receipts = records.by_view
+
+    def read(view: int) -> dict[str, Receipt]:
+        try:
+            of_view = receipts.of_view(view)
+        except CorruptCache:  # all its blocks are computed again
+            return {}
+        return {name: receipt for name, receipt in of_view.items() if name not in lacking}
+
+    # Entries of untouched views stay; the others are made anew.
+    touched = {Block.from_name(name).view for name in damaged}
+    entries = {view: entry for view, entry in receipts.entries.items() if view not in touched}
+    kept = ReceiptsByView(receipts.per_cache, receipts.views, read, entries=entries)
     opened = manifest.model_copy(update={"state": "open", "digest": None, "provenance": provenance})
     with storage.lock():
         # The manifest first: a sealed cache that lacks a receipt is damaged, an open one is only incomplete.
         storage.put(MANIFEST, dump_manifest(opened))
-        storage.put(RECEIPTS, dump_receipts(kept))
+        _, gathered = Records(opened, kept).gathered(put=storage.put)
+        storage.put(RECEIPTS, gathered)
         for name in damaged:
             storage.delete(receipt_key(name))

@@ -17,7 +17,7 @@ import pytest
 import logitcache
 from logitcache import registry
 from logitcache.config.schema import Pipeline
-from logitcache.engines import CacheResult, Engine, Job, Local, Shard, Torchrun, engine_from_name
+from logitcache.engines import CacheResult, Claiming, Engine, Job, Local, Shard, Torchrun, engine_from_name
 from logitcache.errors import IncompleteCache, NotACache, UsageError
 from logitcache.stages.cache_teacher import TeacherJob, cache_teacher
 from tests.commands import logitcache as command
@@ -101,6 +101,21 @@ def test_an_engine_of_ones_own_builds_the_same_cache(tiny: Make, tmp_path: Path)
     assert (7, 12, 5) == (len(first.computed_blocks), first.total_blocks, len(first.missing_blocks))
 
     assert digest == cache_teacher(tiny(), engine=Backwards()).manifest.digest
+
+
+def test_workers_with_claims_compute_damaged_blocks_again(tiny: Make, tmp_path: Path) -> None:
+    """Blocks with a receipt that can't be read, or with one whose objects are lost."""
+    digest = cache_teacher(tiny(f"cache.path={tmp_path}/single.cache")).manifest.digest
+    pipeline, cache = tiny(), tmp_path / "tiny.cache"
+    logitcache.compute_blocks(pipeline, logitcache.plan_blocks(pipeline)[:6])
+    (cache / "receipts/v00000/b00001.json").write_text("{")
+    (cache / "labels.zarr/logits/c/0/3/0").unlink()
+    result = cache_teacher(pipeline, engine=Claiming())
+
+    assert {(0, 1), (0, 3), *((1, number) for number in range(6))} == {
+        (block.view, block.number) for block in result.computed_blocks
+    }
+    assert ("sealed", digest) == (result.manifest.state, result.manifest.digest)
 
 
 def test_the_engine_of_the_guide_builds_the_cache(tiny: Make) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +80,20 @@ def test_a_stranger_reads_every_array_and_every_logit(tmp_path: Path, encoding: 
         np.testing.assert_array_equal(ours, found[f"array_{name}"])
     assert keys == found["array_sample_keys"].tobytes().decode().split("\n")
     assert cache.digest == str(found["digest"])
+    assert sorted(cache.receipts) == found["receipts"].tolist()
     decoded = torch.stack([cache.view(view).logits(range(SAMPLES)) for view in range(VIEWS)])
     np.testing.assert_allclose(found["decoded"], decoded.numpy(), rtol=2e-6, atol=2e-5)
     if "step=0.004" in repr(encoding):
         assert int(found["array_limits"].max()) > 127
+
+
+@pytest.mark.parametrize("name", ["format-2", "format-2-by-view"])
+def test_a_stranger_reads_the_receipts(tmp_path: Path, name: str) -> None:
+    """From one file, or from the objects of the views."""
+    path = tmp_path / "a"
+    shutil.copytree(Path(__file__).parents[1] / f"golden/{name}.cache", path)
+    found = read(path, "zarr")
+    cache = logitcache.open(path)
+
+    assert sorted(cache.receipts) == found["receipts"].tolist()
+    assert cache.digest == str(found["digest"])

@@ -16,6 +16,7 @@ import torch
 
 import logitcache
 from logitcache.arrays import ArraySpec
+from logitcache.cache import receipts as receipts_module
 from logitcache.cache import records, summary
 from logitcache.cache.layout import PER_CACHE, all_blocks, decode_object, decode_rows
 from logitcache.cache.manifest import (
@@ -69,7 +70,7 @@ def claim(path: Path, *, state: str = "sealed", **shape: int) -> Manifest:
 
 def seal(path: Path, receipts: dict[str, Receipt]) -> None:
     """Receipts as somebody who knows the format would put them there."""
-    sealed, gathered = Records(manifest_of(path), receipts).sealed()
+    sealed, gathered = Records(manifest_of(path), receipts).sealed(put=open_storage(path).put)
     (path / RECEIPTS).write_bytes(gathered)
     (path / MANIFEST).write_bytes(dump_manifest(sealed.manifest))
 
@@ -103,8 +104,12 @@ def run_within(megabytes: int, program: str, *arguments: object) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_cache_of_24_000_blocks_opens_in_little_address_space(whole: Path) -> None:
+@pytest.mark.parametrize("gathered", [2**20, 4096], ids=["in one file", "by view"])
+def test_a_cache_of_24_000_blocks_opens_in_little_address_space(
+    whole: Path, gathered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It took 3 GB for 15 MB of receipts: as much as they might at most have been."""
+    monkeypatch.setattr(receipts_module, "GATHERED_RECEIPTS", gathered)
     simulated(whole, num_views=300, num_samples=640, rows_per_block=8)
 
     assert "24001" == run_within(300, "print(len(logitcache.open(sys.argv[1]).receipts))", whole)

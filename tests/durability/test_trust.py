@@ -597,6 +597,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 DIGESTS = {
     "format-1": "0b341abd1ddded030fa4e221eeb0d8662f9441bd4feafeeda62c9f605743b3f9",
     "format-2": "145b7eb8d9327ca237f007453c3d0fb190a45c1c8e98ff3818690b5ba0640371",
+    "format-2-by-view": "145b7eb8d9327ca237f007453c3d0fb190a45c1c8e98ff3818690b5ba0640371",
     "format-2-sequences": "3ba4377d02e04583b1618b8c40ea860f82fb06b9f64e0f5d00fde018308b94de",
 }
 

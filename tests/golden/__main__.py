@@ -1,4 +1,5 @@
-"""Write the golden caches of the current format version, one of samples and one of sequences: once, when it is new.
+"""Write the golden caches of the current format version, each once, when it is new: of samples, of sequences, and of
+samples with receipts by view.
 
 python -m tests.golden
 """
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 import logitcache
-from logitcache.cache import creation
+from logitcache.cache import creation, receipts
 from logitcache.cache.manifest import FORMAT_VERSION
 
 HERE = Path(__file__).parent
@@ -21,6 +22,8 @@ COUNTS = [3, 0, 1, 5, 2, 1]
 def main() -> None:
     creation.provenance = dict  # type: ignore[assignment]  # no machine's name or path in a file that is kept
     written = [write(f"format-{FORMAT_VERSION}.cache"), write(f"format-{FORMAT_VERSION}-sequences.cache", COUNTS)]
+    receipts.GATHERED_RECEIPTS = 0
+    written.append(write(f"format-{FORMAT_VERSION}-by-view.cache"))
     if not any(written):
         raise SystemExit("the caches are there already; a format that was published is not written again")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from logitcache import open as opened
 from tests.commands import logitcache, refused
 from tests.conftest import TINY
 
@@ -68,6 +69,15 @@ def test_info_and_cache_teacher_repeat_nothing_and_name_the_next_command(folder:
     assert set() == {"teacher name", "num rows", "bytes per row", "views"} & set(labels)
     assert f"Next: logitcache train-student {folder / 'tiny.yaml'} views.count=2\n" in again
     assert {"teacher_name", "num_rows", "bytes_per_row", "views"} < json.loads(by_hand).keys()
+
+
+def test_a_cache_and_its_plan_are_shown_in_one_line(folder: Path) -> None:
+    cache = opened(folder / "tiny.cache")
+    shape = "num_samples=1295, num_classes=10, views=range(0, 2), encoding=Dense(dtype='float32'), sealed=True"
+
+    assert f"LogitCache('{folder}/tiny.cache', {shape})" == repr(cache)
+    assert "array" not in repr(cache.view_plan)
+    assert "num_samples=1295" in repr(cache.view_plan)
 
 
 def test_ls_lists_the_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +244,7 @@ def test_a_dry_run_that_requires_data_exits_with_one_where_some_is_missing() -> 
 def test_the_installed_command_runs_in_a_process_of_its_own(folder: Path) -> None:
     result = logitcache("info", folder / "gone", limit_file_bytes=10**6)
 
-    refused(result, 2, "error: ", "is no logit cache")
+    refused(result, 2, "error: ", "is not a logit cache")
 
 
 @pytest.mark.usefixtures("intact")
@@ -284,7 +294,7 @@ def test_the_installed_command_runs_in_a_process_of_its_own(folder: Path) -> Non
         ),
         pytest.param("cache-teacher", "device=cuda:7", 2, "device 'cuda:7' is not available", id="device"),
         pytest.param("cache-teacher", "cache.path=ftp://team/x.cache", 2, "s3://", id="scheme"),
-        pytest.param("train-student", "cache.path=gone.cache", 2, "is no logit cache", id="no cache"),
+        pytest.param("train-student", "cache.path=gone.cache", 2, "is not a logit cache", id="no cache"),
         pytest.param("train-student", "views.seed=8", 1, "view_seed: 3 in the cache, 8 here", id="other views"),
         pytest.param("train-student", "students.small.loss.T=8", 2, "loss 'kl' has no parameter 'T'", id="loss"),
     ],
@@ -324,8 +334,8 @@ def test_no_cache_there_and_a_newer_one(folder: Path, tmp_path: Path) -> None:
     text = (folder / "tiny.cache" / "manifest.json").read_text()
     (newer / "manifest.json").write_text(text.replace('"format_version": 2', '"format_version": 7'))
 
-    refused(logitcache("info", tmp_path), 2, "is no logit cache: it has no manifest.json")
-    refused(logitcache("verify", CHECKOUT / "README.md"), 2, "is no logit cache")
+    refused(logitcache("info", tmp_path), 2, "is not a logit cache: it has no manifest.json")
+    refused(logitcache("verify", CHECKOUT / "README.md"), 2, "is not a logit cache")
     refused(logitcache("info", newer), 2, "format version 7; this logitcache reads up to 2: upgrade logitcache")
 
 

@@ -933,7 +933,7 @@ def test_wrong_requests_are_refused_and_what_was_there_stays(built: Any, tmp_pat
 
     refused(command("report", cache, "-o", tmp_path), 2, "is a directory; name the file to write")
     refused(command("report", cache, "-o", tmp_path / "gone" / "r.html"), 2, "there is no folder")
-    refused(command("report", tmp_path, "-o", old), 2, "is no logit cache")
+    refused(command("report", tmp_path, "-o", old), 2, "is not a logit cache")
     refused(command("report", cache, "-o", old, "--runs", tmp_path / "gone"), 2, "there is no such folder")
     (tmp_path / "empty").mkdir()
     refused(command("report", cache, "-o", old, "--runs", tmp_path / "empty"), 2, "contains no run")

@@ -124,23 +124,23 @@ def fidelity_figures(cache: LogitCache) -> dict[str, Figure]:
 
 def _divergence_rows(cache: LogitCache) -> list[dict[str, Any]]:
     """The divergence in the receipts, by view or by group of consecutive views; empty where it is not finite."""
-    by_view: dict[int, list[Any]] = defaultdict(list)
+    # Numbers rather than receipts: a cache may have hundreds of thousands.
+    by_view: dict[int, list[tuple[int, float, float | None]]] = defaultdict(list)
     for name, receipt in cache.receipts.items():
         if name != PER_CACHE and receipt.kl_mean is not None and receipt.rows:
-            by_view[Block.from_name(name).view].append(receipt)
+            by_view[Block.from_name(name).view].append((receipt.rows, receipt.kl_mean, receipt.kl_max))
     views = sorted(by_view) if cache.kl_mean is not None else []
     step = -(-len(views) // MAX_POINTS) or 1
     rows = []
     for group in (views[start : start + step] for start in range(0, len(views), step)):
-        receipts = [receipt for view in group for receipt in by_view[view]]
-        means = [receipt.kl_mean for receipt in receipts]
+        row_counts, means, largest = zip(*(block for view in group for block in by_view[view]), strict=True)
         rows.append(
             {
                 "views": str(group[0]) if len(group) == 1 else f"{group[0]}–{group[-1]}",
-                "mean": float(np.average(means, weights=[receipt.rows for receipt in receipts])),
+                "mean": float(np.average(means, weights=row_counts)),
                 "low": min(means),
                 "high": max(means),
-                "largest": max((receipt.kl_max for receipt in receipts if receipt.kl_max is not None), default=None),
+                "largest": max((each for each in largest if each is not None), default=None),
             }
         )
     return rows
