@@ -27,7 +27,7 @@ from tests.servers import free_port
 Make = Callable[..., Pipeline]
 On = Callable[[str], str]
 DIES_IN_STEP = 7
-"""Of 16: after a checkpoint, and before the next one."""
+"""Of 20: after a checkpoint, and before the next one."""
 RESTARTS = "3"
 UNSHARED_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """Without it, torch 2.15 does not tell a new node the address of the first one that is still there: the node waits in
