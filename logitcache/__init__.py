@@ -15,16 +15,22 @@ if TYPE_CHECKING:
     from logitcache.cache.reader import LogitCache as LogitCache
     from logitcache.cache.reader import open_cache as open
     from logitcache.cache.sealing import seal as seal
+    from logitcache.cache.streams import StreamSummary as StreamSummary
+    from logitcache.cache.streams import StreamViews as StreamViews
     from logitcache.cache.writer import CacheWriter as CacheWriter
     from logitcache.config.build import pipeline_data as pipeline_data
     from logitcache.data.index import join_index as join_index
     from logitcache.data.index import split_index as split_index
     from logitcache.data.sampler import ViewSampler as ViewSampler
+    from logitcache.data.samples import SeenContents as SeenContents
     from logitcache.data.samples import sample_table as sample_table
     from logitcache.data.sequences import position_index as position_index
+    from logitcache.data.shards import TarShards as TarShards
+    from logitcache.data.shards import decode_image as decode_image
     from logitcache.data.views import Mixing as Mixing
     from logitcache.data.views import ViewDataset as ViewDataset
     from logitcache.data.views import ViewPlan as ViewPlan
+    from logitcache.data.views import render as render
     from logitcache.encodings import ArraySpec as ArraySpec
     from logitcache.encodings import Auto as Auto
     from logitcache.encodings import Dense as Dense
@@ -52,7 +58,11 @@ __all__ = [
     "Mixing",
     "Output",
     "Sampled",
+    "SeenContents",
     "SparseTargets",
+    "StreamSummary",
+    "StreamViews",
+    "TarShards",
     "TopK",
     "Values",
     "ViewDataset",
@@ -60,12 +70,14 @@ __all__ = [
     "ViewSampler",
     "compute_blocks",
     "create",
+    "decode_image",
     "join_index",
     "losses",
     "open",
     "pipeline_data",
     "plan_blocks",
     "position_index",
+    "render",
     "sample_table",
     "seal",
     "split_index",
@@ -85,7 +97,11 @@ _HOMES = {
     "Mixing": "data.views:Mixing",
     "Output": "cache.outputs:Output",
     "Sampled": "encodings:Sampled",
+    "SeenContents": "data.samples:SeenContents",
     "SparseTargets": "targets:SparseTargets",
+    "StreamSummary": "cache.streams:StreamSummary",
+    "StreamViews": "cache.streams:StreamViews",
+    "TarShards": "data.shards:TarShards",
     "TopK": "encodings:TopK",
     "Values": "encodings:Values",
     "ViewDataset": "data.views:ViewDataset",
@@ -93,12 +109,14 @@ _HOMES = {
     "ViewSampler": "data.sampler:ViewSampler",
     "compute_blocks": "stages.cache_teacher:compute_blocks",
     "create": "cache.creation:create",
+    "decode_image": "data.shards:decode_image",
     "join_index": "data.index:join_index",
     "losses": "losses",
     "open": "cache.reader:open_cache",
     "pipeline_data": "config.build:pipeline_data",
     "plan_blocks": "stages.cache_teacher:plan_blocks",
     "position_index": "data.sequences:position_index",
+    "render": "data.views:render",
     "sample_table": "data.samples:sample_table",
     "seal": "cache.sealing:seal",
     "split_index": "data.index:split_index",

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+PENDING = "pending:"
+"""Before the hash that identifies a dataset whose contents are still being read."""
+
 
 def canonical_json(value: Any) -> bytes:
     """The one UTF-8 spelling of a JSON value: keys sorted, no spaces, no NaN.

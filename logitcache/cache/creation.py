@@ -8,7 +8,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeAlias
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from logitcache.cache.card import write_card
 from logitcache.cache.card_fields import Card, card_from
+from logitcache.cache.contents import settled_samples
 from logitcache.cache.destination import check_destination
 from logitcache.cache.fidelity import Calibration, candidates, choose, compare
 from logitcache.cache.layout import GROUP, PER_CACHE, receipt_key
@@ -31,6 +32,7 @@ from logitcache.cache.manifest import (
     RECEIPTS,
     ROW_OFFSETS,
     ROW_POSITIONS,
+    SAMPLE_CONTENTS,
     Identity,
     Layout,
     Manifest,
@@ -51,7 +53,7 @@ from logitcache.cache.receipts import by_view
 from logitcache.cache.records import Records, collect_receipts, stored_manifest
 from logitcache.cache.writer import CacheWriter
 from logitcache.data.rows import RowMap, make_row_map
-from logitcache.data.samples import SampleTable
+from logitcache.data.samples import SampleTable, SeenContents
 from logitcache.data.views import ViewPlan
 from logitcache.digest import canonical_json
 from logitcache.encodings import ENCODINGS, Auto, Dense, Encoding, encoding_or_auto
@@ -107,7 +109,9 @@ def create(
         dataset: identity of the dataset: a name. Pass either `dataset` or `samples`.
         teacher_name, dataset_name: readable names, for listings, cards and reports; not part of the identity, so they
             can be changed later. By default `teacher` up to its "@", and `dataset`.
-        samples: keys, targets and content digests; their fingerprint is the identity of the dataset.
+        samples: keys, targets and content digests; their fingerprint is the identity of the dataset. Without content
+            digests, `view_plan.contents` must be a `SeenContents`, with which a `ViewDataset` takes them when it loads
+            the samples. The cache's id is then provisional until it is sealed.
         view_plan: how the views are made; without one the cache has no `view_plan`.
         precision: arithmetic of the teacher, such as "bfloat16".
         class_names: one for each class.
@@ -137,8 +141,12 @@ def create(
         )
     if samples is not None and samples.num_samples != num_samples:
         raise UsageError(f"num_samples is {num_samples}, but the sample table has {samples.num_samples}")
+    contents = None if view_plan is None else view_plan.contents
+    seen = contents if samples is not None and samples.contents is None and isinstance(contents, SeenContents) else None
+    if samples is not None:
+        dataset = samples.fingerprint() if seen is None else samples.pending_fingerprint()
     origin = Origin(
-        dataset=samples.fingerprint() if samples is not None else str(dataset),
+        dataset=str(dataset),
         teacher=teacher,
         precision=precision,
         transform=None if view_plan is None else view_plan.describe(),
@@ -160,6 +168,7 @@ def create(
         logits_source=logits_source,
         calibration=calibration,
         samples=samples,
+        seen=seen,
         card=card,
         names={"teacher": teacher_name, "dataset": dataset_name},
         notes=notes,
@@ -205,12 +214,15 @@ def open_writer(
     logits_source: Json = None,
     calibration: Calibration | Logits | Callable[[], Calibration | Logits] | None = None,
     samples: SampleTable | None = None,
+    seen: SeenContents | None = None,
     card: Card | Mapping[str, Json] | None = None,
     names: Mapping[str, str | None] | None = None,
     notes: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> CacheWriter:
     """Like `create`, with the origin as one object; `notes` are added to the provenance of a new cache.
+
+    Args: as of `create`. `seen` takes the digests of `samples`, if these have no contents.
 
     Raises:
         UsageError, NotACache, IdentityMismatch: as `create` does.
@@ -238,11 +250,21 @@ def open_writer(
         settled, choice = _settle(requested, calibration, num_classes)
         notes |= {"encoding": choice} if choice else {}
     notes |= _encoding_packages([settled, *(output.encoding for output in others.values())])
-    table = _sample_arrays(samples) | _row_arrays(rows)
+
+    def settle_contents(stored: Records | None, settled: Encoding) -> None:
+        """Take over the contents from a cache that another builder has sealed."""
+        nonlocal origin, samples
+        if seen is None or stored is None or samples is None or samples.contents is not None:
+            return
+        ours = make_identity(origin, settled, num_classes, others, logits_source, rows)
+        known = settled_samples(storage, stored.manifest, ours)
+        if known is not None and known.contents is not None:
+            samples, origin = known, replace(origin, dataset=known.fingerprint())
+            seen.add(range(known.num_samples), known.contents)
 
     def shape(stored: Records | None, settled: Encoding) -> tuple[Layout, dict[str, np.ndarray]]:
         # Still unfitted if the existing cache has another encoding; `_open_manifest` then raises.
-        fixed = (settled.fitted_values() if settled.is_fitted else {}) | table
+        fixed = (settled.fitted_values() if settled.is_fitted else {}) | _sample_arrays(samples) | _row_arrays(rows)
         try:
             return Layout(
                 num_samples=rows.num_samples,
@@ -264,6 +286,7 @@ def open_writer(
                 f"a cache can't have this shape: {error.errors()[0]['msg']}; try a smaller rows_per_block"
             ) from None
 
+    settle_contents(stored, settled)
     layout, fixed = shape(stored, settled)
     with storage.lock():
         for key in _keys_to_replace(storage) if overwrite else []:
@@ -272,6 +295,7 @@ def open_writer(
             stored = _stored(storage)
             if stored is not None:  # another builder has begun the cache meanwhile and fitted its encoding
                 settled = _encoding_of(storage, stored, requested)
+                settle_contents(stored, settled)
                 layout, fixed = shape(stored, settled)
         identity = make_identity(origin, settled, num_classes, others, logits_source, rows)
         manifest = _open_manifest(storage, identity, layout, fixed_stored=stored is not None, notes=notes)
@@ -279,7 +303,7 @@ def open_writer(
             changeable[NAMES] = stated_names(manifest.provenance.get(NAMES)) | changeable[NAMES]
         if any(manifest.provenance.get(key) != value for key, value in changeable.items()):
             manifest = _change_provenance(storage, manifest, changeable)
-        return CacheWriter(storage, manifest, settled, rows=rows, per_cache=fixed, write_card=write_card)
+        return CacheWriter(storage, manifest, settled, rows=rows, per_cache=fixed, write_card=write_card, seen=seen)
 
 
 def _keys_to_replace(storage: Storage) -> list[str]:
@@ -314,8 +338,9 @@ def _sample_arrays(samples: SampleTable | None) -> dict[str, np.ndarray]:
     """The sample table as it is stored."""
     if samples is None:
         return {}
-    assert samples.contents is not None
-    arrays = {"sample_targets": samples.targets, "sample_contents": samples.contents}
+    arrays = {"sample_targets": samples.targets}
+    if samples.contents is not None:
+        arrays[SAMPLE_CONTENTS] = samples.contents
     if samples.keys is not None:
         arrays["sample_keys"] = np.frombuffer("\n".join(samples.keys).encode(), dtype=np.uint8)
     return arrays
@@ -499,7 +524,10 @@ def _open_manifest(
     # An existing cache keeps its format.
     identity = identity.model_copy(update={"format_version": manifest.identity.format_version})
     new = new.model_copy(update={"id": identity.cache_id, "identity": identity})
-    if not fixed_stored and not manifest.identity.differences(identity):
+    same = identity
+    if new.contents_pending and not fixed_stored:  # an earlier builder may have known the contents
+        same = identity.model_copy(update={"dataset": manifest.identity.dataset})
+    if not fixed_stored and not manifest.identity.differences(same):
         # An earlier builder was killed before it stored anything else.
         storage.put(MANIFEST, dump_manifest(new))
         return new

@@ -23,7 +23,7 @@ from zarr.codecs import BytesCodec, TransposeCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from logitcache.arrays import ArraySpec
-from logitcache.cache.manifest import ROW_OFFSETS, ROW_POSITIONS, Layout, PerCacheSpec
+from logitcache.cache.manifest import ROW_OFFSETS, ROW_POSITIONS, SAMPLE_CONTENTS, Layout, PerCacheSpec
 from logitcache.errors import UsageError
 
 # V views, N samples
@@ -31,7 +31,7 @@ from logitcache.errors import UsageError
 GROUP = "labels.zarr"
 PER_CACHE = "fixed"
 """Name of the receipt of the per-cache arrays: sample table, row map, and what the encoding was fitted to."""
-SAMPLE_ARRAYS = ("sample_keys", "sample_targets", "sample_contents")
+SAMPLE_ARRAYS = ("sample_keys", "sample_targets", SAMPLE_CONTENTS)
 """The per-cache arrays of the sample table."""
 ROW_ARRAYS = (ROW_OFFSETS, ROW_POSITIONS)
 """The per-cache arrays of the row map; all others belong to the encoding."""

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from logitcache.arrays import ArraySpec
-from logitcache.digest import json_digest
+from logitcache.digest import PENDING, json_digest
 from logitcache.errors import CorruptCache, NotACache, UnsupportedFormat, UsageError
 from logitcache.strict_json import parse_json
 
@@ -49,6 +49,9 @@ ROW_OFFSETS = "row_offsets"
 """Per-cache array: the first row of each sample, and the number of rows at the end."""
 ROW_POSITIONS = "row_positions"
 """Per-cache array: the position of each row in its sample."""
+
+SAMPLE_CONTENTS = "sample_contents"
+"""Per-cache array: the digest of each sample's content."""
 
 LOGITS = "logits"
 """Name of the output that every cache has."""
@@ -247,6 +250,12 @@ class Manifest(_Record):
     """Set at sealing."""
     checksum: Sha256 | None = None
     """SHA-256 of the canonical JSON of all other fields; detects damage, not forgery. Only set on disk."""
+
+    @property
+    def contents_pending(self) -> bool:
+        """Whether digests of the samples are still being taken, so that the id is provisional."""
+        pending = self.identity.dataset.startswith(PENDING) and "sample_targets" in self.layout.fixed
+        return pending and self.state == "open" and SAMPLE_CONTENTS not in self.layout.fixed
 
     @model_validator(mode="after")
     def _has_a_name_for_each_class(self) -> Manifest:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from logitcache.cache.layout import GROUP, PER_CACHE, ROW_ARRAYS, SAMPLE_ARRAYS, Block
-from logitcache.cache.manifest import LOGITS, MANIFEST, ROW_OFFSETS, ROW_POSITIONS, Manifest
+from logitcache.cache.manifest import LOGITS, MANIFEST, ROW_OFFSETS, ROW_POSITIONS, SAMPLE_CONTENTS, Manifest
 from logitcache.cache.objects import ObjectReader
 from logitcache.cache.outputs import output_layouts
 from logitcache.cache.receipts import ReceiptsByView
@@ -85,7 +85,7 @@ def samples_from_arrays(manifest: Manifest, arrays: Mapping[str, np.ndarray], *,
     """
     try:
         keys = arrays["sample_keys"].tobytes().decode().split("\n") if "sample_keys" in arrays else None
-        contents = arrays["sample_contents"]
+        contents = None if manifest.contents_pending else arrays[SAMPLE_CONTENTS]
         return SampleTable(manifest.layout.num_samples, keys, arrays["sample_targets"], contents)
     except (KeyError, UnicodeDecodeError, UsageError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error

@@ -27,6 +27,7 @@ from logitcache.cache.packages import require_packages
 from logitcache.cache.per_cache import stored_encoding, stored_row_map, stored_samples
 from logitcache.cache.records import Records, description, read_records
 from logitcache.cache.rendering import check_arrived, check_rendered, recorded_digests, recorded_plan
+from logitcache.cache.streams import StreamViews
 from logitcache.data.index import split_index
 from logitcache.data.rows import RowMap
 from logitcache.data.samples import SampleTable
@@ -105,7 +106,7 @@ class LogitCache:
         self._loading: dict[tuple[int, str, str], Future[View]] = {}
         self._kept: OrderedDict[tuple[int, str, int], View] = OrderedDict()
         self._plans: list[ViewPlan] = []
-        self._verified: weakref.WeakKeyDictionary[ViewDataset, set[int]] = weakref.WeakKeyDictionary()
+        self._verified: weakref.WeakKeyDictionary[ViewDataset | StreamViews, set[int]] = weakref.WeakKeyDictionary()
         """The views of each dataset that `verify_inputs` has passed."""
         """Plans of this cache's views; `check_batch` renders from their datasets."""
         self._process = os.getpid()
@@ -255,11 +256,12 @@ class LogitCache:
         plan.limit_views(self.views)
         self._plans.append(plan)
 
-    def verify_inputs(self, views: ViewDataset, view: int) -> int:
+    def verify_inputs(self, views: ViewDataset | StreamViews, view: int) -> int:
         """Render a few rows of a view and compare them with digests of the teacher's inputs.
 
         Args:
-            views: the dataset; rows are rendered with the teacher's preprocessing, whatever the dataset's own is.
+            views: the dataset; rows are rendered with the teacher's preprocessing, whatever the dataset's own is. A
+                stream compares these rows itself when they arrive, and this method counts those that have arrived.
             view: a number in `cache.views`.
 
         Returns:
@@ -270,11 +272,13 @@ class LogitCache:
             IdentityMismatch: a row differs; names the sample and the library versions that may be the cause.
         """
         self._check_view(view)
+        if isinstance(views, StreamViews):
+            return views.verified(view)
         compared = check_rendered(views, view, self.input_digests(view), self.manifest, self.samples)
         self._verified.setdefault(views, set()).add(view)
         return compared
 
-    def check_batch(self, index: Any, inputs: Any, *, views: ViewDataset | None = None) -> int:
+    def check_batch(self, index: Any, inputs: Any, *, views: ViewDataset | StreamViews | None = None) -> int:
         """Compare a batch with its dataset, and its dataset with the cache.
 
         The first and the last sample of the batch are rendered again: this finds what a loader changes on the way
@@ -284,8 +288,8 @@ class LogitCache:
         Args:
             index: the batch's index from `ViewDataset`, int (B,).
             inputs: the batch's inputs from the loader, on any device.
-            views: the dataset of the batch; by default any live `ViewDataset` of `cache.view_plan`, or of a plan that
-                passed `check_plan`.
+            views: the dataset of the batch; by default any live `ViewDataset` or `StreamViews` of `cache.view_plan`, or
+                of a plan that passed `check_plan`. Of a stream, only samples of its first batches can be compared.
 
         Returns:
             The number of samples compared.
@@ -296,7 +300,7 @@ class LogitCache:
         """
         if views is None:
             plans = self._plans or [self.view_plan]
-            datasets = [each for plan in plans for each in plan.datasets]
+            datasets: list[ViewDataset | StreamViews] = [each for plan in plans for each in plan.datasets]
         else:
             datasets = [views]
         compared = check_arrived(datasets, index, inputs, self.manifest, self.samples, self.row_map)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -88,15 +88,21 @@ def check_rendered(
         found = input_digest(views[(view, index)][1]).hex()
         if found != expected:
             key = samples.key(row) if samples is not None else str(row)
-            raise IdentityMismatch(
-                f"view {view} of sample {row} ({key}) is not what the teacher saw: rendered here its digest is "
-                f"{found}, in the cache {expected}.\n"
-                f"{_possible_causes(samples is not None)} The cache was built with "
-                f"{_versions(manifest) or 'unknown library versions'} on "
-                f"{manifest.provenance.get('platform', 'unknown')}."
-            )
+            raise input_mismatch(view, row, key, found, expected, manifest, knows_samples=samples is not None)
         compared += 1
     return compared
+
+
+def input_mismatch(
+    view: int, sample: int, key: str, found: str, expected: str, manifest: Manifest, *, knows_samples: bool
+) -> IdentityMismatch:
+    """The error for a rendered input whose digest is not that of the teacher's input."""
+    return IdentityMismatch(
+        f"view {view} of sample {sample} ({key}) is not what the teacher saw: rendered here its digest is {found}, in "
+        f"the cache {expected}.\n"
+        f"{_possible_causes(knows_samples)} The cache was built with "
+        f"{_versions(manifest) or 'unknown library versions'} on {manifest.provenance.get('platform', 'unknown')}."
+    )
 
 
 def _possible_causes(knows_samples: bool) -> str:
@@ -108,16 +114,34 @@ def _possible_causes(knows_samples: bool) -> str:
     )
 
 
+class RendersAgain(Protocol):
+    """Views that can render samples of a batch again: a `ViewDataset`, or a stream that keeps a few samples."""
+
+    def at_hand(self, numbers: Sequence[int]) -> Sequence[int]:
+        """The places of those samples, of some by number, that may be rendered."""
+
+    def index_of(self, row: int) -> int | None:
+        """The index of a sample for `batch`, by its number in the cache; None if it is not available."""
+
+    def batch(self, items: Iterable[tuple[int, int]]) -> Any:
+        """The batched inputs of some (view, index)."""
+
+
+Views = TypeVar("Views", bound=RendersAgain)
+
+
 @one_thread()
 def check_arrived(
-    datasets: Iterable[ViewDataset],
+    datasets: Iterable[Views],
     index: Any,
     inputs: Any,
     manifest: Manifest,
     samples: SampleTable | None,
     rows: RowMap,
-) -> list[tuple[int, ViewDataset]]:
+) -> list[tuple[int, Views]]:
     """Render the first and the last sample of a batch again and compare them with the batch.
+
+    Of a batch of a stream, the first and the last of those that the stream has kept.
 
     Args:
         datasets: the views that the batch may come from; one that renders the same inputs is enough.
@@ -138,13 +162,17 @@ def check_arrived(
     index_B = index_tensor(index)
     views_B, rows_B = (part.tolist() for part in split_index(index_B))
     with_rows = torch.nonzero(index_B.cpu() != NO_ROW).flatten().tolist()
-    places = sorted({with_rows[0], with_rows[-1]}) if with_rows else []
+    datasets = list(datasets)
+    numbers = [int(number) for number in rows.samples_of([rows_B[place] for place in with_rows])] if with_rows else []
+    at_hand = [found for views in datasets if (found := views.at_hand(numbers))]
+    # A stream has few samples at hand, a dataset all.
+    chosen = [with_rows[place] for place in min(at_hand, key=len, default=range(len(with_rows)))]
+    places = sorted({chosen[0], chosen[-1]}) if chosen else []
     if any(views_B[place] < 0 for place in places):
         raise UsageError(
             "the batch has plain row numbers, which name no view; pass the index that `ViewDataset` gives with each "
             "sample"
         )
-    datasets = list(datasets)
     alike = []
     for place in places:
         view, row = views_B[place], int(rows.samples_of(rows_B[place]))
@@ -165,7 +193,7 @@ def check_arrived(
         if not reasons:
             raise UsageError(
                 f"no ViewDataset of this cache has sample {row} of this batch; create `ViewDataset(dataset, "
-                "cache.view_plan)` first, or pass it as `views=`"
+                "cache.view_plan)` first, or pass it as `views=`. With `StreamViews`, check the first batch of an epoch"
             )
         if None not in reasons:
             key = samples.key(row) if samples is not None else str(row)

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.agreement import differing_rows
+from logitcache.cache.contents import PendingContents, settled_manifest, settled_samples
 from logitcache.cache.layout import (
     PER_CACHE,
     Block,
@@ -36,14 +38,17 @@ from logitcache.cache.manifest import (
     LOGITS,
     MAX_RECEIPT_BYTES,
     RECEIPTS,
+    SAMPLE_CONTENTS,
     Manifest,
     Receipt,
     StoredObject,
     dump,
     read_receipt,
 )
+from logitcache.cache.objects import ObjectReader
 from logitcache.cache.openblock import OpenBlock
 from logitcache.cache.outputs import OutputLayout, output_layouts, outputs_of
+from logitcache.cache.per_cache import stored_samples
 from logitcache.cache.reader import LogitCache
 from logitcache.cache.receipts import ReceiptsByView, is_large
 from logitcache.cache.records import (
@@ -57,7 +62,7 @@ from logitcache.cache.records import (
     write_group_metadata,
 )
 from logitcache.data.rows import RowMap
-from logitcache.data.samples import batch_item, input_digest
+from logitcache.data.samples import SeenContents, batch_item, input_digest
 from logitcache.data.views import proof_rows
 from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import Encoding
@@ -91,6 +96,7 @@ class CacheWriter:
         rows: which rows belong to which sample.
         per_cache: the per-cache arrays, by name; written unless they are stored already.
         write_card: writes the card of a sealed cache that has none; called under the storage's lock.
+        seen: takes the content digests of the samples, if the manifest has `contents_pending`.
     """
 
     def __init__(
@@ -102,6 +108,7 @@ class CacheWriter:
         rows: RowMap,
         per_cache: Mapping[str, np.ndarray],
         write_card: Callable[[LogitCache], None],
+        seen: SeenContents | None = None,
     ) -> None:
         self.storage = storage
         self.manifest = manifest
@@ -116,11 +123,18 @@ class CacheWriter:
         """Blocks committed by this writer, in the order of their receipts."""
         self._write_card = write_card
         self._output_layouts = output_layouts(encoding, self.layout.num_classes, self.outputs)
+        self._pending: PendingContents | None = None
+        if manifest.contents_pending:
+            seen = seen or SeenContents(rows.num_samples)
+            self._pending = PendingContents(storage, rows, len(self.layout.views), seen)
+            self._pending.resume()
         self._receipts = WrittenReceipts(storage, manifest)
         self._open_blocks: dict[Block, OpenBlock] = {}
         self._submitted: set[Block] = set()
         self._lock = threading.Lock()
         self._writing = threading.RLock()
+        self._settled_ids: set[str] = set()
+        """Final ids of this cache, while its own is provisional."""
         self._stored_block: tuple[Block, dict[str, dict[str, Tensor]]] | None = None
         """The committed block that rows were compared with last."""
         self._commits: list[Future[None]] = []
@@ -405,6 +419,8 @@ class CacheWriter:
 
     def _seal_records(self) -> None:
         there = self._manifest_there()
+        if self._pending is not None:
+            self._settle_contents(self._pending, there)
         if there.state == "sealed" and set(self.layout.views) <= set(there.layout.views):
             self._compare_sealed(collect_receipts(self.storage, there))
             self.manifest, self._receipts = there, WrittenReceipts(self.storage, there)
@@ -429,6 +445,39 @@ class CacheWriter:
         self._delete_receipts(records)
         if records.manifest.receipts_by_view:  # they were read from the receipts that are deleted now
             self._receipts = WrittenReceipts(self.storage, self.manifest)
+
+    def _settle_contents(self, pending: PendingContents, there: Manifest) -> None:
+        """Add the digests of all samples to the per-cache arrays, and the dataset's fingerprint to the identity.
+
+        Raises:
+            IncompleteCache: blocks, and so digests, are missing.
+            SampleMismatch: another writer has sealed the cache with other digests.
+        """
+        if there.contents_pending:
+            missing = self.missing_blocks(refresh=True) if self.missing_blocks() else []
+            if missing:
+                raise IncompleteCache(self._describe_missing(missing))
+            samples = stored_samples(Records(self.manifest, self._receipts.snapshot({})), ObjectReader(self.storage))
+            assert samples is not None
+            contents = pending.table()
+            self.manifest = settled_manifest(self.manifest, replace(samples, contents=contents))
+            self.layout = self.manifest.layout
+            encoded = self._encoded(PER_CACHE, {SAMPLE_CONTENTS: contents})
+            for array, (data, _) in encoded.items():
+                self.storage.put(object_key(self.layout, PER_CACHE, array), data)
+            stored = self._receipts[PER_CACHE]
+            objects = stored.objects | {array: each for array, (_, each) in encoded.items()}
+            receipt = stored.model_copy(update={"objects": objects})
+        else:  # another writer has sealed it
+            samples = settled_samples(self.storage, there, self.manifest.identity)
+            assert samples is not None
+            assert samples.contents is not None
+            pending.compare(samples.contents)
+            self.manifest = settled_manifest(self.manifest, samples)
+            self.layout = self.manifest.layout
+            receipt = collect_receipts(self.storage, there)[PER_CACHE]
+        self._receipts.settle(self.manifest, receipt)
+        self._pending = None
 
     def _compare_sealed(self, sealed: Mapping[str, Receipt]) -> None:
         """Compare the blocks of this writer with those that another writer sealed.
@@ -501,6 +550,8 @@ class CacheWriter:
             # Compared and written under one lock: objects of two teachers must not end up under one receipt.
             with self.storage.lock():
                 receipt = self._receipt_of_another(block)
+                if self._pending is not None:
+                    self._pending.store(block.number)
                 if receipt is None:
                     receipt = self._store(
                         block.name,
@@ -527,12 +578,20 @@ class CacheWriter:
             IdentityMismatch: it is another cache's.
         """
         there = stored_manifest(self.storage)
-        if there.id != self.manifest.id:
+        if there.id != self.manifest.id and not self._is_settled(there):
             raise IdentityMismatch(
                 f"{self.storage.url} holds another cache by now ({there.id[:12]}…, not {self.manifest.id[:12]}…); "
                 "nothing of it was changed. Choose another path, and build again"
             )
         return there
+
+    def _is_settled(self, there: Manifest) -> bool:
+        """Whether a stored manifest is that of this cache, after another writer has sealed it with its final id."""
+        if self._pending is None:
+            return False
+        if there.id not in self._settled_ids and settled_samples(self.storage, there, self.manifest.identity):
+            self._settled_ids.add(there.id)
+        return there.id in self._settled_ids
 
     def _receipt_of_another(self, block: Block) -> Receipt | None:
         """The receipt of a block that another writer has committed since this one began; call it under the lock.
@@ -666,11 +725,26 @@ class WrittenReceipts:
         self._manifest = manifest
         self._layout = manifest.layout
         self._added: OrderedDict[str, Receipt] = OrderedDict()
+        self._settled: Receipt | None = None
+        self.stored: Mapping[str, Receipt] = {}
+        """As they were read from the storage."""
         self._start(collect_receipts(storage, manifest) if stored is None else stored)
 
+    def settle(self, manifest: Manifest, per_cache: Receipt) -> None:
+        """Take the final manifest, and the receipt of the per-cache arrays that only `receipts.json` will have."""
+        self._manifest, self._layout, self._settled = manifest, manifest.layout, per_cache
+        self._added.pop(PER_CACHE, None)
+        self.stored = self._with_settled(self.stored)
+
+    def _with_settled(self, stored: Mapping[str, Receipt]) -> Mapping[str, Receipt]:
+        if self._settled is None:
+            return stored
+        if isinstance(stored, ReceiptsByView):
+            return ReceiptsByView(self._settled, stored.views, stored.of_view, entries=stored.entries)
+        return {**stored, PER_CACHE: self._settled}
+
     def _start(self, stored: Mapping[str, Receipt]) -> None:
-        self.stored = stored
-        """As they were read from the storage."""
+        self.stored = self._with_settled(stored)
         self._is_there = np.zeros((len(self._layout.views), self._layout.blocks_per_view), dtype=bool)
         if isinstance(stored, ReceiptsByView) and stored.entries:  # of a sealed cache: nothing is read
             self._is_there[[view in stored.entries for view in self._layout.views]] = True
@@ -735,7 +809,7 @@ class WrittenReceipts:
         found = collect_receipts(self._storage, self._manifest)
         if count or next(self.missing(), None) is not None:
             self._start(found)
-        self.stored = found
+        self.stored = self._with_settled(found)
 
     def complete(self) -> Mapping[str, Receipt]:
         """All receipts of a cache without missing blocks, in order, after `read_again`."""

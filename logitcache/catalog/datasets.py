@@ -17,6 +17,7 @@ import numpy as np
 
 from logitcache.catalog.audio import SUFFIXES, AudioReader
 from logitcache.catalog.parts import PartConfig, samples_of_part
+from logitcache.catalog.shards import huggingface, parquet, webdataset
 from logitcache.catalog.text import text
 from logitcache.data.samples import Dataset, content_digest, load_sample, sample_key, sample_table
 from logitcache.data.tokens import TokenDataset
@@ -365,6 +366,9 @@ DATASETS: Registry[Callable[..., Any]] = Registry(
         "image_folder": _image_folder,
         "audio_folder": _audio_folder,
         "text": text,
+        "webdataset": webdataset,
+        "parquet": parquet,
+        "huggingface": huggingface,
     },
     allows_code=True,
 )

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from logitcache.data.packing import is_packed, packed_sequence
 from logitcache.data.tokens import NO_CLASS
 from logitcache.data.workers import end_with_parent
-from logitcache.digest import array_digest, json_digest
+from logitcache.digest import PENDING, array_digest, json_digest
 from logitcache.errors import IdentityMismatch, LogitCacheError, SampleMismatch, UnreadableSample, UsageError
 
 # N samples
@@ -64,6 +64,13 @@ class SampleTable:
         if self.keys is not None:
             _check_keys(self.keys, self.num_samples)
 
+    def pending_fingerprint(self) -> str:
+        """The identity of the dataset while its contents are still being read: the SHA-256 of keys and targets."""
+        return f"{PENDING}{json_digest([self.num_samples, self._keys_hash(), array_digest(self.targets)])}"
+
+    def _keys_hash(self) -> str | None:
+        return None if self.keys is None else hashlib.sha256("\n".join(self.keys).encode()).hexdigest()
+
     def fingerprint(self) -> str:
         """SHA-256 of keys, targets and contents in order: the identity of the dataset.
 
@@ -75,8 +82,9 @@ class SampleTable:
                 "the sample table has no content digests, which the identity of the dataset needs; set "
                 "contents=content_table(dataset) of logitcache.data.samples"
             )
-        keys = None if self.keys is None else hashlib.sha256("\n".join(self.keys).encode()).hexdigest()
-        return json_digest([self.num_samples, keys, array_digest(self.targets), array_digest(self.contents)])
+        return json_digest(
+            [self.num_samples, self._keys_hash(), array_digest(self.targets), array_digest(self.contents)]
+        )
 
     def key(self, row: int) -> str:
         """The key of a row."""
@@ -350,6 +358,38 @@ class _ContentDigests(torch.utils.data.Dataset[bytes]):
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+class SeenContents:
+    """Content digests that `ViewDataset` takes when it first loads a sample, in memory that workers share.
+
+    Later loads, also by other workers, are compared with them. Pass it as `ViewPlan(contents=...)`, to create a cache
+    without a pass over the data in advance.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        self._digests = torch.zeros((num_samples, DIGEST_BYTES), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+        self._taken = torch.zeros(num_samples, dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
+
+    def take(self, number: int, digest: bytes) -> bytes:
+        """Record the digest of a sample if it has none, and return the recorded one."""
+        if self._taken[number]:
+            return bytes(self._digests[number].numpy())
+        self._digests[number] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        self._taken[number] = True
+        return digest
+
+    def add(self, samples: range, digests: np.ndarray) -> None:
+        """Record the digests of consecutive samples, uint8 (M, 16)."""
+        self._digests[samples.start : samples.stop] = torch.from_numpy(digests.copy())
+        self._taken[samples.start : samples.stop] = True
+
+    def of(self, samples: range) -> np.ndarray | None:
+        """The digests of consecutive samples, uint8 (M, 16); None if some are not taken yet."""
+        if not bool(self._taken[samples.start : samples.stop].all()):
+            return None
+        digests: np.ndarray = self._digests[samples.start : samples.stop].numpy().copy()
+        return digests
 
 
 def compare_samples(cached: SampleTable, here: SampleTable) -> list[str]:

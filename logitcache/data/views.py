@@ -15,7 +15,7 @@ import random
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,15 @@ from logitcache.data.batching import Batch, Collate, InputPerModel, as_tensors, 
 from logitcache.data.device_views import byte_image, device_steps, finished, mixed_bytes
 from logitcache.data.index import NO_ROW, join_index
 from logitcache.data.rows import RowMap
-from logitcache.data.samples import Dataset, content_digest, input_digest, load_sample, same_content, sample_key
+from logitcache.data.samples import (
+    Dataset,
+    SeenContents,
+    content_digest,
+    input_digest,
+    load_sample,
+    same_content,
+    sample_key,
+)
 from logitcache.data.text_views import SELECTED
 from logitcache.data.transforms import adapt_transform, describe_transform
 from logitcache.data.workers import end_with_parent
@@ -113,8 +121,9 @@ class ViewPlan:
     """Required with mixing, where targets become distributions (C,)."""
     num_samples: int | None = None
     """Length of the whole dataset, if views are made of a subset; None takes the length of the dataset."""
-    contents: np.ndarray | None = field(default=None, repr=False)
-    """Content digests, uint8 (N, 16), that samples are checked against when first loaded; None checks nothing."""
+    contents: np.ndarray | SeenContents | None = field(default=None, repr=False)
+    """Content digests, uint8 (N, 16), that samples are checked against when first loaded; None checks nothing.
+    `SeenContents` records them instead, to create a cache in one pass."""
     collate: Collate | None = None
     """Builds a batch from a list of inputs, in order: `data.batching.pad` or your own; None stacks them. It is not part
     of the identity of the views, because a sample must not depend on its batch."""
@@ -122,12 +131,27 @@ class ViewPlan:
     """Rows of each sample in the cache, for the index of samples with several rows; None is one row per sample."""
     views: range | None = None
     """View numbers that may be rendered, such as those that a cache has labels for; None is no limit."""
-    datasets: weakref.WeakSet[ViewDataset] = field(
-        default_factory=weakref.WeakSet, init=False, repr=False, compare=False
-    )
-    """The live `ViewDataset`s of this plan object, for `cache.check_batch`."""
+    datasets: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet, init=False, repr=False, compare=False)
+    """The live `ViewDataset`s and `StreamViews` of this plan object, for `cache.check_batch`."""
 
     model_input = RenamedAttribute("preprocess")
+
+    def check_view(self, view: int) -> int:
+        """The view number, checked.
+
+        Raises:
+            UsageError: there is no such view.
+        """
+        if view < 0 or (self.views is not None and view not in self.views):
+            known = self.views
+            expected = "at least 0" if known is None else f"{known.start} to {known.stop - 1}, those of the cache"
+            raise UsageError(f"there is no view {view}; expected {expected}")
+        return view
+
+    @functools.cached_property
+    def renderer(self) -> Renderer:
+        """Renders samples with the plan's own preprocessing."""
+        return Renderer(self)
 
     def limit_views(self, views: range) -> None:
         """Refuse other views from now on, unless a limit is set already; `cache.check_plan` calls it."""
@@ -141,7 +165,7 @@ class ViewPlan:
             object.__setattr__(self, "views", both)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "datasets"}
+        return {name: value for name, value in vars(self).items() if name not in ("datasets", "renderer")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, datasets=weakref.WeakSet())
@@ -193,6 +217,169 @@ def proof_rows(seed: int, view: int, num_samples: int) -> tuple[int, ...]:
     return tuple(sorted(rows))
 
 
+Load = Callable[[int], tuple[Any, Any]]
+"""Returns (input, target) of a sample, by its number in the cache."""
+
+
+class Renderer:
+    """Renders samples as a plan describes; uses the global generators, which the caller preserves.
+
+    Args:
+        plan: how the views are made.
+        preprocess: the model's deterministic preprocessing; by default the plan's.
+        on_device: leave the last steps to `ViewDataset.finish`.
+
+    Raises:
+        UsageError: a plan that mixes samples without `num_classes`, or samples with several rows.
+    """
+
+    def __init__(
+        self, plan: ViewPlan, preprocess: Callable[[Any], Any] | None = None, *, on_device: bool = False
+    ) -> None:
+        if plan.mixing.active and plan.num_classes is None:
+            raise UsageError("views with mixup or CutMix give targets as distributions: set ViewPlan(num_classes=...)")
+        if plan.mixing.active and plan.rows is not None and not plan.rows.one_each:
+            raise UsageError(
+                "mixup and CutMix need one row per sample, and these samples have several; set views.mixup=0 and "
+                "views.cutmix=0"
+            )
+        self.plan = plan
+        self.preprocess = plan.preprocess if preprocess is None else preprocess
+        self._shared = adapt_transform(plan.transform)
+        self._preprocess = adapt_transform(self.preprocess)
+        self._on_device = on_device
+
+    def item(
+        self,
+        view: int,
+        number: int,
+        sample: tuple[Any, Any],
+        load: Load,
+        key: Callable[[int], str],
+        target_of_view: Callable[[Any, Any], Any] | None = None,
+    ) -> tuple[int, Any, Any]:
+        """(index, input, target) of one sample of a view.
+
+        Args:
+            view: a view of the plan.
+            number: of the sample in the cache.
+            sample: its (input, target).
+            load: loads the partner, where the plan mixes samples.
+            key: key of a sample by its number, for messages.
+            target_of_view: makes the target of the dataset's target and the positions that the transform selected.
+        """
+        value, target = sample
+        pixels, selected = self._augmented(view, number, value, key)
+        if selected is not None and target_of_view is not None:
+            target = target_of_view(target, selected)
+        if self.plan.mixing.active:
+            pixels, target = self._mixed(view, number, pixels, int(target), load, key)
+        if self._preprocess is not None and not self._on_device:
+            pixels = self._run(self._preprocess, pixels, number, "input", key)
+        return self._index(view, number), pixels, target
+
+    def _index(self, view: int, number: int) -> int:
+        """The index of a sample's first row; -1 if it has no rows."""
+        if self.plan.rows is None:
+            return join_index(view, number)
+        rows = self.plan.rows.sample_rows(number)
+        return join_index(view, rows.start) if rows else NO_ROW
+
+    def _augmented(self, view: int, number: int, value: Any, key: Callable[[int], str]) -> tuple[Any, Any]:
+        """The sample after the shared transform, and the positions that the transform selected, else None."""
+        if self._shared is not None:
+            seed_generators(counter_seed("view", self.plan.seed, view, number))
+            value = self._run(self._shared, value, number, "views.transform", key)
+        selected = None
+        if isinstance(value, dict) and SELECTED in value:
+            value = dict(value)
+            selected = value.pop(SELECTED)
+        return byte_image(value) if self._on_device else to_float_image(value), selected
+
+    def _run(
+        self, transform: Callable[[Any], Any], value: Any, number: int, name: str, key: Callable[[int], str]
+    ) -> Any:
+        try:
+            return transform(value)
+        except LogitCacheError:
+            raise
+        except Exception as error:
+            size = getattr(value, "size", None) if hasattr(value, "mode") else getattr(value, "shape", None)
+            raise UsageError(
+                f"the transform of `{name}` fails on sample {key(number)!r} "
+                f"({type(value).__name__} of size {size and tuple(size)}): {type(error).__name__}: {error}"
+            ) from error
+
+    def _mixed(
+        self, view: int, number: int, pixels: Any, target: int, load: Load, key: Callable[[int], str]
+    ) -> tuple[Any, Tensor]:
+        assert self.plan.num_classes is not None
+        assert self.plan.num_samples is not None
+        pixels = pixels if self._on_device else _mixable(pixels)
+        distribution = np.zeros(self.plan.num_classes, dtype=np.float32)
+        mixture = self.plan.mixture(view, number, self.plan.num_samples)
+        weight = 1.0
+        if mixture is None and self._on_device:
+            pixels = mixed_bytes(pixels, None, weight, None)
+        if mixture is not None:
+            value, other_target = load(mixture.partner)
+            other, _ = self._augmented(view, mixture.partner, value, key)
+            pixels, weight = (
+                _mix_later(pixels, other, mixture) if self._on_device else _mix(pixels, _mixable(other), mixture)
+            )
+            distribution[int(other_target)] += 1.0 - weight
+        distribution[target] += weight
+        return pixels, torch.from_numpy(distribution)
+
+
+def render(
+    plan: ViewPlan,
+    view: int,
+    index: int,
+    sample: tuple[Any, Any],
+    *,
+    preprocess: Callable[[Any], Any] | None = None,
+    partner: Load | None = None,
+) -> tuple[int, Any, Any]:
+    """One sample of a view, as `ViewDataset` gives it: (index, input, target), bit for bit.
+
+    For samples that don't come from a map-style dataset. `StreamViews` does it for a whole stream. The sample's content
+    is not compared with the cache.
+
+    Args:
+        plan: how the views are made, such as `cache.view_plan`.
+        view: the view number.
+        index: the sample's number in the cache, such as one of `cache.rows(keys)`.
+        sample: (input, target), as the teacher's dataset returns it, without augmentation.
+        preprocess: the model's deterministic preprocessing; by default the plan's, which is the teacher's.
+        partner: returns (input, target) of another sample by its number; required where the plan mixes samples.
+
+    Raises:
+        UsageError: no such view or sample; a plan that mixes samples, and no `partner`.
+    """
+    plan.check_view(view)
+    index = operator.index(index)
+    if index < 0 or (plan.num_samples is not None and index >= plan.num_samples):
+        raise UsageError(f"there is no sample {index}; expected 0 to {(plan.num_samples or 2**40) - 1}")
+    if plan.mixing.active and (partner is None or plan.num_samples is None):
+        raise no_partner()
+    renderer = plan.renderer if preprocess is None else Renderer(plan, preprocess)
+    with preserved_generators():
+        return renderer.item(view, index, sample, partner or _no_load, str)
+
+
+def no_partner() -> UsageError:
+    """The error for a plan that mixes samples where no other sample can be loaded."""
+    return UsageError(
+        "views with mixup or CutMix need another sample of the dataset for each one: pass "
+        "partner=(function from a sample's number to its (input, target)), and a plan with num_samples"
+    )
+
+
+def _no_load(number: int) -> tuple[Any, Any]:
+    raise no_partner()
+
+
 class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
     """A dataset as the teacher saw it: item i of the current view is (index, input, target).
 
@@ -238,6 +425,9 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         self.plan = plan
         self.num_samples = len(dataset) if plan.num_samples is None else plan.num_samples
         self.rows = rows
+        sized = plan if plan.num_samples is not None else replace(plan, num_samples=self.num_samples)
+        self._renderer = Renderer(sized, preprocess, on_device=on_device)
+        self.preprocess = self._renderer.preprocess
         self._index_of_row: dict[int, int] | None = None
         if rows is None and len(dataset) != self.num_samples:
             raise UsageError(
@@ -256,16 +446,6 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
                         f"has {len(self._index_of_row)} of them.\nKeep the whole dataset at hand and choose what to "
                         "train on by index (`samples` in a pipeline), or build the cache without mixing."
                     )
-        if plan.mixing.active and plan.num_classes is None:
-            raise UsageError("views with mixup or CutMix give targets as distributions: set ViewPlan(num_classes=...)")
-        if plan.mixing.active and plan.rows is not None and not plan.rows.one_each:
-            raise UsageError(
-                "mixup and CutMix need one row per sample, and these samples have several; set views.mixup=0 and "
-                "views.cutmix=0"
-            )
-        self._shared = adapt_transform(plan.transform)
-        self.preprocess = plan.preprocess if preprocess is None else preprocess
-        self._preprocess = adapt_transform(self.preprocess)
         self.on_device = on_device
         """Whether batches need `finish`."""
         self._device_steps = device_steps(self.preprocess) if on_device else []
@@ -359,6 +539,12 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
             if (row := self.row(index)) in proof_rows(self.plan.seed, view, self.num_samples)
         }
 
+    def take_digests(self, indices: Iterable[int]) -> None:
+        """Load samples only to record or check their content digests."""
+        loaded = _LoadedOnce(self.dataset, [])
+        for index in indices:
+            self._load(loaded, index)
+
     def row(self, index: int) -> int:
         """The row in the cache of sample `index` of this dataset."""
         return index if self.rows is None else int(self.rows[index])
@@ -369,6 +555,10 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         samples = indices if self.rows is None else self.rows[indices]
         rows = self.plan.rows
         return rows.blocks_of(samples if rows.one_each else rows.offsets[samples])
+
+    def at_hand(self, numbers: Sequence[int]) -> Sequence[int]:
+        """The places of those samples, of some by number, that `batch` may render: all."""
+        return range(len(numbers))
 
     def index_of(self, row: int) -> int | None:
         """The index in this dataset of a row of the cache; None if a subset does not contain it."""
@@ -383,11 +573,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         Raises:
             UsageError: the plan does not have this view.
         """
-        if view < 0 or (self.plan.views is not None and view not in self.plan.views):
-            known = self.plan.views
-            expected = "at least 0" if known is None else f"{known.start} to {known.stop - 1}, those of the cache"
-            raise UsageError(f"there is no view {view}; expected {expected}")
-        return view
+        return self.plan.check_view(view)
 
     def _render(self, view: int, index: int, loaded: _LoadedOnce) -> tuple[int, Any, Any]:
         self.check_view(view)
@@ -397,70 +583,35 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
                 f"there is no sample {index}: the dataset has {len(self.dataset)} samples, 0 to "
                 f"{len(self.dataset) - 1}. Make the sampler or the loader's batches of range(len(dataset))"
             )
-        row = self.row(index)
-        pixels, target = self._augmented(view, row, index, loaded)
-        if self.plan.mixing.active:
-            pixels, target = self._mixed(view, row, pixels, int(target), loaded)
-        if self._preprocess is not None and not self.on_device:
-            pixels = self._run(self._preprocess, pixels, index, "input")
-        return self._index(view, row), pixels, target
+        of_view = getattr(self.dataset, "target_of_view", None)
+        return self._renderer.item(
+            view,
+            self.row(index),
+            self._load(loaded, index),
+            functools.partial(self._load_partner, loaded),
+            self._key_of_row,
+            None if of_view is None else functools.partial(of_view, index),
+        )
 
-    def _index(self, view: int, sample: int) -> int:
-        """The index of a sample's first row; -1 if it has no rows."""
-        if self.plan.rows is None:
-            return join_index(view, sample)
-        rows = self.plan.rows.sample_rows(sample)
-        return join_index(view, rows.start) if rows else NO_ROW
-
-    def _augmented(
-        self, view: int, row: int, index: int, loaded: _LoadedOnce, *, as_partner: bool = False
-    ) -> tuple[Any, Any]:
-        value, target = loaded.take(index, as_partner=as_partner)
+    def _load(self, loaded: _LoadedOnce, index: int, *, as_partner: bool = False) -> tuple[Any, Any]:
+        sample = loaded.take(index, as_partner=as_partner)
         if self.plan.contents is not None and not self._checked[index]:
-            self._check_content(row, index, value)
-        if self._shared is not None:
-            seed_generators(counter_seed("view", self.plan.seed, view, row))
-            value = self._run(self._shared, value, index, "views.transform")
-        if isinstance(value, dict) and SELECTED in value:
-            value = dict(value)
-            selected = value.pop(SELECTED)
-            if hasattr(self.dataset, "target_of_view"):
-                target = self.dataset.target_of_view(index, target, selected)
-        return byte_image(value) if self.on_device else to_float_image(value), target
+            self._check_content(self.row(index), index, sample[0])
+        return sample
 
-    def _run(self, transform: Callable[[Any], Any], value: Any, index: int, name: str) -> Any:
-        try:
-            return transform(value)
-        except LogitCacheError:
-            raise
-        except Exception as error:
-            size = getattr(value, "size", None) if hasattr(value, "mode") else getattr(value, "shape", None)
-            raise UsageError(
-                f"the transform of `{name}` fails on sample {sample_key(self.dataset, index)!r} "
-                f"({type(value).__name__} of size {size and tuple(size)}): {type(error).__name__}: {error}"
-            ) from error
+    def _load_partner(self, loaded: _LoadedOnce, row: int) -> tuple[Any, Any]:
+        index = row if self._index_of_row is None else self._index_of_row[row]
+        return self._load(loaded, index, as_partner=True)
 
-    def _mixed(self, view: int, row: int, pixels: Any, target: int, loaded: _LoadedOnce) -> tuple[Any, Tensor]:
-        assert self.plan.num_classes is not None
-        pixels = pixels if self.on_device else _mixable(pixels)
-        distribution = np.zeros(self.plan.num_classes, dtype=np.float32)
-        mixture = self.plan.mixture(view, row, self.num_samples)
-        weight = 1.0
-        if mixture is None and self.on_device:
-            pixels = mixed_bytes(pixels, None, weight, None)
-        if mixture is not None:
-            partner = mixture.partner if self._index_of_row is None else self._index_of_row[mixture.partner]
-            other, other_target = self._augmented(view, mixture.partner, partner, loaded, as_partner=True)
-            pixels, weight = (
-                _mix_later(pixels, other, mixture) if self.on_device else _mix(pixels, _mixable(other), mixture)
-            )
-            distribution[int(other_target)] += 1.0 - weight
-        distribution[target] += weight
-        return pixels, torch.from_numpy(distribution)
+    def _key_of_row(self, row: int) -> str:
+        index = self.index_of(row)
+        return str(row) if index is None else sample_key(self.dataset, index)
 
     def _check_content(self, row: int, index: int, value: Any) -> None:
-        assert self.plan.contents is not None
-        found, expected = content_digest(self.dataset, index, value), self.plan.contents[row].tobytes()
+        known = self.plan.contents
+        assert known is not None
+        found = content_digest(self.dataset, index, value)
+        expected = known.take(row, found) if isinstance(known, SeenContents) else known[row].tobytes()
         if not same_content(expected, found):
             raise SampleMismatch(
                 f"sample {index} ({sample_key(self.dataset, index)}) is not what the teacher saw: its content has the "

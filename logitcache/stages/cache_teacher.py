@@ -26,7 +26,7 @@ from logitcache.catalog.outputs import declared_outputs, sources_of, taps_of
 from logitcache.config.build import build_context, build_runner, resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline, load_pipeline
 from logitcache.data.rows import RowMap
-from logitcache.data.samples import Dataset, SampleTable, compare_samples, content_table, sample_table
+from logitcache.data.samples import Dataset, SampleTable, SeenContents, compare_samples, sample_table
 from logitcache.data.tokens import length_batches
 from logitcache.data.views import ViewDataset
 from logitcache.engines import CacheResult, Engine, Job, Local, Shard, Torchrun, Worker
@@ -167,9 +167,10 @@ class TeacherWorker(Worker):
 
     def open(self) -> None:
         pipeline, data, plan = self._pipeline, self._data, self._plan
-        samples = identify_samples(data.train, pipeline.cache.path, num_workers=pipeline.num_workers)
-        plan_with_contents = replace(plan, contents=samples.contents)
-        views = ViewDataset(data.train, plan_with_contents, on_device=pipeline.views.on_device)
+        samples = identify_samples(data.train, pipeline.cache.path)
+        contents = SeenContents(samples.num_samples) if samples.contents is None else samples.contents
+        plan = replace(plan, contents=contents)
+        views = ViewDataset(data.train, plan, on_device=pipeline.views.on_device)
         writer = create(
             pipeline.cache.path,
             num_samples=len(data.train),
@@ -248,6 +249,9 @@ class TeacherWorker(Worker):
             for block in itertools.chain([first], upcoming):
                 computed.append(block)
                 waiting.append(block)
+                samples = writer.row_map.part(block.number)
+                if not writer.row_map.one_each:  # the teacher never sees samples without rows
+                    views.take_digests(sample for sample in samples if not writer.row_map.sample_rows(sample))
                 yield block
 
         def report_commits() -> None:
@@ -368,11 +372,11 @@ def _consecutive(rows: RowMap, samples: Sequence[int]) -> list[range]:
     return [rows.sample_rows(sample) for sample in samples]
 
 
-def identify_samples(dataset: Dataset, location: str, *, num_workers: int) -> SampleTable:
-    """Keys, targets and content digests of a dataset, from the cache where it exists.
+def identify_samples(dataset: Dataset, location: str) -> SampleTable:
+    """Keys and targets of a dataset, and its content digests if they are in the cache already.
 
-    Known samples are checked against their digests when they are loaded, so resuming or growing a cache needs no
-    second pass over the data.
+    Known samples are checked against their digests when they are loaded; of others the digests are taken then. So no
+    build needs a pass over the data that the teacher does not see.
 
     Raises:
         IdentityMismatch: the cache at this location has other samples; names the first difference.
@@ -385,11 +389,11 @@ def identify_samples(dataset: Dataset, location: str, *, num_workers: int) -> Sa
         differences = compare_samples(cached, current)
         if differences or cached.keys != current.keys:
             first = differences[0] if differences else "the order of the samples"
+            identity = cached.pending_fingerprint() if cached.contents is None else cached.fingerprint()
             raise IdentityMismatch(
-                f"{location} was built from dataset {cached.fingerprint()[:12]}… ({cached.num_samples} samples); this "
-                f"one has {current.num_samples} samples.\nFirst difference: {first}.\n"
+                f"{location} was built from dataset {identity[:12]}… ({cached.num_samples} samples); this one has "
+                f"{current.num_samples} samples.\nFirst difference: {first}.\n"
                 "Run `logitcache verify CACHE --data PIPELINE` for the whole list, or choose another `cache.path`."
             )
         return cached
-    with track("fingerprinting the data", current.num_samples, unit="samples") as meter:
-        return replace(current, contents=content_table(dataset, num_workers=num_workers, advance=meter.advance))
+    return current

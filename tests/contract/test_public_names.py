@@ -23,11 +23,10 @@ PUBLIC = {
         view_bytes view_plan
         views window_blocks num_rows""",
     "View": "logits num_classes num_rows number output targets",
-    "ViewDataset": """batch blocks_of check_view collate dataset finish index_of input_digests num_samples on_device plan preprocess
-        proofs row rows set_view""",
-    "ViewPlan": """collate contents datasets describe extend_limit limit_views mixes mixing mixture num_classes num_samples preprocess
-        rows seed
-        transform views""",
+    "ViewDataset": """at_hand batch blocks_of check_view collate dataset finish index_of input_digests num_samples on_device plan
+        preprocess proofs row rows set_view take_digests""",
+    "ViewPlan": """check_view collate contents datasets describe extend_limit limit_views mixes mixing mixture num_classes
+        num_samples preprocess renderer rows seed transform views""",
     "ViewSampler": "load_state_dict set_epoch state_dict view",
     "CacheWriter": """close committed_blocks encoding flush is_committed layout manifest missing_blocks outputs row_map seal storage
         write write_sparse""",
