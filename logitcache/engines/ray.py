@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -58,7 +59,8 @@ class Ray(Engine):
             raise UsageError(f"num_gpus is {self.num_gpus!r}; expected 0 or more")
 
     def run(self, job: Job) -> CacheResult:
-        with _connected(self.address) as ray:
+        # Ray prints what nodes and workers print; standard output is for the result of a command.
+        with redirect_stdout(sys.stderr), _connected(self.address) as ray:
             build = _Build(ray, self, job)
             try:
                 return build.run()
