@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 -m tests.dying RANK STEP train-student PIPELINE
 
-is `logitcache train-student PIPELINE` with two processes, of which one dies in a step.
+is `logitcache train-student PIPELINE` with two processes, of which one dies in a step. With `node` in place of a rank
+it is the process of whatever rank that dies, and its `torchrun` with it.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_in_step(kill_at: int) -> None:
+def die_in_step(kill_at: int, *, with_parent: bool = False) -> None:
     """Between the gradients of a step and what becomes of them."""
     apply = OptimizerStep.apply
 
     def dying(updates: OptimizerStep, step: int) -> None:
         if step == kill_at:
+            if with_parent:
+                os.kill(os.getppid(), signal.SIGKILL)
             die()
         apply(updates, step)
 
@@ -46,8 +49,8 @@ def die_at_put(pattern: str) -> None:
 
 if __name__ == "__main__":
     victim, step, *sys.argv[1:] = sys.argv[1:]
-    if os.environ["RANK"] == victim:
-        die_in_step(int(step))
+    if victim in ("node", os.environ["RANK"]):
+        die_in_step(int(step), with_parent=victim == "node")
     from logitcache.cli import main
 
     main()

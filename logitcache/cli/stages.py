@@ -108,8 +108,8 @@ def cache_teacher_command(
     engine: Annotated[
         str | None,
         typer.Option(
-            help="How the blocks are distributed: local, torchrun, claims, or one of a plugin; by default torchrun if "
-            "it started this process."
+            help="How the blocks are distributed: local, torchrun, claims, ray, or one of a plugin; by default "
+            "torchrun if it started this process."
         ),
     ] = None,
     engine_option: Annotated[

@@ -14,12 +14,13 @@ from logitcache.engines.protocol import CacheResult as CacheResult
 from logitcache.engines.protocol import Engine as Engine
 from logitcache.engines.protocol import Job as Job
 from logitcache.engines.protocol import Worker as Worker
+from logitcache.engines.ray import Ray as Ray
 from logitcache.engines.shard import Shard as Shard
 from logitcache.engines.torchrun import Torchrun as Torchrun
 from logitcache.registry import Registry, configured
 
 ENGINES: Registry[type[Engine]] = Registry(
-    "engine", {engine.name: engine for engine in (Local, Torchrun, Shard, Claiming)}, base=Engine
+    "engine", {engine.name: engine for engine in (Local, Torchrun, Shard, Claiming, Ray)}, base=Engine
 )
 
 

@@ -156,6 +156,9 @@ def test_a_shard_states_what_is_missing_and_the_last_one_seals(file: Path) -> No
         (["--engine", "claims", "--engine-option", "second=3"], "no parameter 'second'; did you mean 'seconds'?"),
         (["--engine", "claims", "--engine-option", "seconds=0"], "seconds is 0; expected a number above 0"),
         (["--engine", "claims", "--engine-option", "seconds"], "expected KEY=VALUE"),
+        (["--engine", "ray", "--engine-option", "workers=0"], "workers is 0; expected a number of 1 or more"),
+        (["--engine", "ray", "--engine-option", "num_cpus=0"], "num_cpus is 0; expected a number above 0"),
+        (["--engine", "ray", "--engine-option", "num_gpus=-1"], "num_gpus is -1; expected 0 or more"),
         (["--engine", "torchrun"], "needs processes that torchrun started: torchrun --nproc-per-node"),
     ],
 )

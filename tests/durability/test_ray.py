@@ -1,0 +1,201 @@
+"""A Ray cluster of two nodes with one CPU each, of which one is killed: the digest of a single process.
+
+Ten builds, each with a node killed at another seeded instant (some minutes):
+
+    LOGITCACHE_RAY_KILLS=10 python -m pytest tests/durability/test_ray.py -k killed_node
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from torch.distributed import TCPStore
+
+import logitcache
+from logitcache.cache.layout import Block
+from logitcache.cache.openblock import OpenBlock
+from logitcache.config.schema import Pipeline
+from logitcache.engines import Job
+from logitcache.engines.ray import Ray
+from logitcache.errors import LogitCacheError
+from logitcache.stages.cache_teacher import TeacherJob, TeacherWorker, cache_teacher
+from logitcache.storage import LocalStorage
+from logitcache.verify.audit import verify
+from tests.commands import logitcache as command
+from tests.durability.test_engines import DATA
+from tests.dying import die
+from tests.needs import need_package
+
+Make = Callable[..., Pipeline]
+
+KILLS = int(os.environ.get("LOGITCACHE_RAY_KILLS", "3"))
+
+
+@dataclass
+class TwoNodes:
+    """The cluster. The driver is on its first node."""
+
+    cluster: Any
+    doomed: list[Any] = field(default_factory=list)
+    """The second node, if it is there."""
+
+    @property
+    def engine(self) -> Ray:
+        return Ray(address=self.cluster.address)
+
+    def second(self) -> str:
+        """Start the second node if it is not there; Ray's id of it."""
+        if not self.doomed:
+            self.doomed.append(self.cluster.add_node(num_cpus=1, object_store_memory=2**27))
+        return str(self.doomed[0].node_id)
+
+    def forget_second(self) -> None:
+        """Remove what is left of a node that was killed."""
+        self.cluster.remove_node(self.doomed.pop(), allow_graceful=False)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[TwoNodes]:
+    need_package("ray", "ray")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(Path.cwd()))
+        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        from ray.cluster_utils import Cluster
+
+        nodes = TwoNodes(Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 2**27}))
+        try:
+            yield nodes
+        finally:
+            nodes.cluster.shutdown()
+
+
+@dataclass(frozen=True)
+class KilledNode(Job):
+    """A job whose worker on one node kills this node as it stores an object; workers elsewhere wait for that."""
+
+    job: TeacherJob
+    node: str
+    dies_at: int
+    """Objects that the worker has stored, and one more."""
+    others_wait_at: int
+    """A block that they begin: so they are at work as well, and don't do everything alone."""
+    port: int
+    """Of a store of torch, for the news of the death."""
+
+    def load(self) -> TeacherWorker:
+        import ray
+
+        news, numbers = TCPStore("127.0.0.1", self.port), itertools.count(1)
+        put, begin = LocalStorage.put, OpenBlock.__init__
+
+        def dying(*arguments: Any, **options: Any) -> None:
+            if next(numbers) == self.dies_at:
+                news.set("dead", "")
+                os.kill(os.getppid(), signal.SIGKILL)  # the node's raylet, which starts its processes
+                die()
+            put(*arguments, **options)
+
+        def waiting(*arguments: Any, **options: Any) -> None:
+            if next(numbers) >= self.others_wait_at:
+                news.get("dead")
+            begin(*arguments, **options)
+
+        if ray.get_runtime_context().get_node_id() == self.node:
+            LocalStorage.put = dying  # type: ignore[method-assign]
+        else:
+            OpenBlock.__init__ = waiting  # type: ignore[method-assign]
+        return self.job.load()
+
+
+@pytest.mark.parametrize("seed", range(KILLS))
+def test_a_killed_node_leaves_the_cache_of_one_process(seed: int, nodes: TwoNodes, tiny: Make, tmp_path: Path) -> None:
+    """At a seeded object of the node: as the cache begins, in a block, or between a block and its receipt."""
+    data, draw = DATA["images" if seed % 2 else "tokens"], random.Random(seed)
+    single = cache_teacher(tiny(*data, f"cache.path={tmp_path}/single.cache"))
+    pipeline, node, news = tiny(*data), nodes.second(), TCPStore("127.0.0.1", 0, is_master=True)
+    job = KilledNode(TeacherJob(pipeline, trust=False), node, draw.randint(1, 16), draw.randint(1, 4), news.port)
+    result = nodes.engine.run(job)
+    died = not nodes.doomed[0].remaining_processes_alive()
+    nodes.forget_second()
+
+    assert died
+    assert single.manifest.digest == result.manifest.digest
+    assert set(single.computed_blocks) == set(result.computed_blocks), "each block is reported by a worker"
+    assert [] == verify(pipeline.cache.path, deep=True)
+
+
+@dataclass(frozen=True)
+class DeadlyBlock(Job):
+    """A job with a block that kills its worker, as one does that needs more memory than there is."""
+
+    job: TeacherJob
+    block: Block
+
+    def load(self) -> TeacherWorker:
+        begin = OpenBlock.__init__
+
+        def beginning(opened: OpenBlock, block: Block, *arguments: Any, **options: Any) -> None:
+            if block == self.block:
+                die()
+            begin(opened, block, *arguments, **options)
+
+        OpenBlock.__init__ = beginning  # type: ignore[method-assign]
+        return self.job.load()
+
+
+def test_blocks_that_fail_are_named_and_all_others_are_kept(nodes: TwoNodes, tiny: Make, tmp_path: Path) -> None:
+    """An image that is damaged after its first view, and a block that kills its worker; both are tried three times."""
+    for number in range(48):
+        folder = tmp_path / f"photos/{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (5 * number, 255 - 5 * number, 7)).save(folder / f"{number:02d}.png")
+    settings = [
+        f"data={{name: image_folder, root: '{tmp_path}/photos'}}",
+        "views.transform=[{ToImage: {}}, {ToDtype: {dtype: float32, scale: true}}]",
+        "cache.rows_per_block=4",
+        "teacher.batch_size=4",
+    ]
+    cache_teacher(tiny(*settings, "views.count=1"))
+    damaged = tmp_path / "photos/1/22.png"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    pipeline = tiny(*settings, "views.count=2")
+    position = sorted((tmp_path / "photos").rglob("*.png")).index(damaged)
+    job = DeadlyBlock(TeacherJob(pipeline, trust=False), Block(1, 3))
+    nodes.second()
+    with pytest.raises(LogitCacheError) as failed:
+        nodes.engine.run(job)
+
+    assert {Block(1, 3), Block(1, position // 4)} == set(logitcache.plan_blocks(pipeline))
+    message = str(failed.value)
+    assert "2 blocks are not computed; a block is tried 3 times" in message
+    assert "The 10 blocks that were computed are kept" in message
+    assert f"v00001/b{position // 4:05d}: " in message
+    assert "22.png" in message
+    assert "v00001/b00003: its worker died" in message
+
+
+def test_the_command_builds_on_the_cluster_of_the_environment(
+    nodes: TwoNodes, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started in the user's folder, from which the pipeline takes code and the relative path of the cache."""
+    (tmp_path / "mine.py").write_text("def flipped():\n    return lambda image: image.rotate(90)\n")
+    settings = ["views.transform=[{'mine:flipped': {}}]", "cache.path=tiny.cache", "runs.path=runs"]
+    (tmp_path / "tiny.yaml").write_text(tiny(*settings).as_yaml())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", nodes.cluster.address)
+    nodes.second()
+    ended = command("cache-teacher", "tiny.yaml", "--engine", "ray", "--json")
+
+    assert 0 == ended.returncode, ended.stderr
+    told = json.loads(ended.stdout)
+    assert (12, True) == (told["computed_blocks"], told["sealed"])
