@@ -573,7 +573,7 @@ def test_what_the_guide_says_of_outputs_is_so(tmp_path: Path, monkeypatch: pytes
     exec(section.split("```python", 1)[1].split("```", 1)[0], {"logitcache": logitcache, **given})
     read = logitcache.open("caches/mine.cache").view(0).output("features", [7, 0, 42])
 
-    assert ["features", "maps", "colour"] == list(outputs_config(configured["cache"]["outputs"]))
+    assert ["features", "maps", "color"] == list(outputs_config(configured["cache"]["outputs"]))
     assert 3 == len(hints_config(configured["students"][0]["hints"]))
     torch.testing.assert_close(read, given["features"][[7, 0, 42]], atol=1e-2, rtol=1e-3)
 
