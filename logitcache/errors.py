@@ -76,6 +76,10 @@ class InvalidLogits(LogitCacheError, ValueError):
     """Logits that define no distribution: NaN, +inf, or a row with only -inf."""
 
 
+class InvalidSource(LogitCacheError, ValueError):
+    """A file of another tool can't be imported: it is damaged, malicious, or not of its format."""
+
+
 class IndexBeyondEnd(UsageError, IndexError):
     """The dataset has no sample with this index; like IndexError, it ends a `for` loop."""
 

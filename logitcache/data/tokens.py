@@ -26,6 +26,11 @@ NO_CLASS = -1
 """The target of a sample that has no class."""
 
 
+def content_of_ids(ids: np.ndarray) -> bytes:
+    """The bytes that the digest of a sequence of token ids is computed from."""
+    return b"token ids, int32, little-endian\n" + ids.astype("<i4").tobytes()
+
+
 class TokenDataset:
     """Sequences of token ids. Item i is ({"input_ids", "attention_mask"}, target), both tensors int64 (L,).
 
@@ -148,7 +153,7 @@ class TokenDataset:
 
     def content(self, index: int) -> bytes:
         """The token ids, which are all that a model is given."""
-        return b"token ids, int32, little-endian\n" + self.ids(index).astype("<i4").tobytes()
+        return content_of_ids(self.ids(index))
 
     def row_targets(self, rows: Any) -> np.ndarray:
         """The true token of each row, int64 (B,), whatever a view does to the inputs.

@@ -27,6 +27,7 @@ from logitcache.cli.application import (
 from logitcache.cli.printing import cache_summary
 from logitcache.errors import UsageError
 from logitcache.extras import printing
+from logitcache.extras.importers import FORMATS
 
 
 class MeanOf(StrEnum):
@@ -160,6 +161,75 @@ def _check_is_run(source: str, to: str, *, views: str | None, top: int | None) -
         raise UsageError(f"{source} is a cache: use --to parquet; --to {to} needs a run, such as runs/STUDENT/seed-0")
     if views is not None or top is not None:
         raise UsageError("--views and --top apply to caches, not to runs")
+
+
+@app.command(
+    "import", rich_help_panel=CACHES, epilog="\n\n".join(f"{name}: {source}" for name, source in FORMATS.items())
+)
+def import_command(
+    format: Annotated[
+        str, typer.Argument(metavar="FORMAT", help=f"One of {', '.join(FORMATS)}, or a format of a plugin.")
+    ],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Local file or folder, as listed below.")],
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="Directory or URL of the cache to write.")],
+    *,
+    teacher: Annotated[
+        str, typer.Option(metavar="NAME", help="Identity of the teacher, best with a version; formats don't record it.")
+    ],
+    dataset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Identity of the dataset. Not needed with --data, or for token ids."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="PIPELINE", help="Pipeline with your copy of the dataset; rows are matched by key."),
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=2, help="All classes of the teacher; most formats don't record them.")
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help='Such as "TopK(k=20)" or auto; default: float32, with the source\'s k.')
+    ] = None,
+    details: Annotated[
+        Path | None,
+        typer.Option(metavar="NPZ", help="Also write keys, and the seeds or crop boxes that the format stores."),
+    ] = None,
+    overrides: OverridesArgument = None,
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Import the labels of another tool as a cache. Safe to interrupt: re-run to resume."""
+    from logitcache.cache.summary import summarise
+    from logitcache.extras.importers import import_cache
+
+    samples = None
+    pipeline = pipeline_of(cache, data, overrides)
+    if pipeline is not None:
+        from logitcache.config.build import pipeline_data
+        from logitcache.data.samples import sample_table
+
+        samples = sample_table(pipeline_data(pipeline, trust=trust).train, contents=True)
+    result = import_cache(
+        format,
+        source,
+        cache,
+        teacher=teacher,
+        dataset=dataset,
+        samples=samples,
+        num_classes=num_classes,
+        encoding=encoding,
+        details=details,
+    )
+    summary = cache_summary(summarise(cache)) | {
+        "format": format,
+        "source_files": result.source_files,
+        "source_bytes": result.source_bytes,
+        "missing": result.missing,
+        "tail_mean": result.tail_mean,
+        "normalised_rows": result.normalised_rows,
+        "details": result.details,
+    }
+    show(summary, as_json, lambda: printing.print_import(cache, summary))
 
 
 @app.command("suspects", rich_help_panel=MORE)

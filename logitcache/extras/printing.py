@@ -10,7 +10,7 @@ from typing import Any
 from rich.filesize import decimal
 from rich.table import Table
 
-from logitcache.cli.printing import console, number, percent, plain, print_mapping, say
+from logitcache.cli.printing import console, number, percent, plain, print_cache, print_mapping, say
 
 
 def demo_summary(result: Any, report: Path | None) -> dict[str, Any]:
@@ -136,6 +136,21 @@ def print_merge(out: str, summary: dict[str, Any]) -> None:
         say(f"The merged cache has the {summary['num_views']} views that all inputs have; {location} has {count} more.")
     for location, outputs in summary["left_out_outputs"].items():
         say(f"Only logits are merged; omitted from {location}: {', '.join(outputs)}.")
+
+
+def print_import(cache: str, summary: dict[str, Any]) -> None:
+    """An imported cache, its bytes before and after, and what the source lacks."""
+    rest = ("missing", "source_files", "source_bytes", "tail_mean", "normalised_rows", "details")
+    print_cache(cache, {name: value for name, value in summary.items() if name not in rest})
+    tail = summary["tail_mean"]
+    say(
+        f"{summary['source_files']:,} files, {decimal(summary['source_bytes'])} before, {decimal(summary['bytes'])} "
+        f"after{'' if tail is None else f'; classes without entry have {tail:.2%} of the probability on average'}"
+    )
+    if summary["normalised_rows"]:
+        say(f"{summary['normalised_rows']:,} rows had probabilities with a sum above 1 and were normalised.")
+    for name, text in summary["missing"].items():
+        say(f"Not in the source: {name}: {text}.")
 
 
 def noise_summary(noise: Any, top: int | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from logitcache.data.batching import COLLATES
 from logitcache.data.transforms import TRANSFORMS
 from logitcache.encodings import ENCODINGS
 from logitcache.engines import ENGINES
+from logitcache.extras.importers import IMPORTERS
 from logitcache.losses import FEATURE_LOSSES, LOSSES, loss_from_config
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
@@ -124,6 +125,7 @@ def test_the_guide_to_plugins_has_every_registry_and_its_example_works(monkeypat
         ENCODINGS,
         ENGINES,
         FEATURE_LOSSES,
+        IMPORTERS,
         INITIALISATIONS,
         LOSSES,
         MODELS,

@@ -1,0 +1,45 @@
+"""Caches of other tools, read and written as caches of logitcache. One module for each format.
+
+Names are imported on first use, so that `logitcache --help` starts without torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from logitcache.extras.importers.protocol import DenseRows as DenseRows
+    from logitcache.extras.importers.protocol import Importer as Importer
+    from logitcache.extras.importers.protocol import SparseRows as SparseRows
+    from logitcache.extras.importers.run import IMPORTERS as IMPORTERS
+    from logitcache.extras.importers.run import ImportResult as ImportResult
+    from logitcache.extras.importers.run import import_cache as import_cache
+
+__all__ = ["FORMATS", "IMPORTERS", "DenseRows", "ImportResult", "Importer", "SparseRows", "import_cache"]
+
+FORMATS = {
+    "numpy": "logits in .npy or .npz files, one file or a folder with one file per view",
+    "parquet": "a Parquet file with a column of logits, or with columns of classes and logits",
+    "tinyvit": "TinyViT's saved teacher logits: the folder that holds logits_top{K}_epoch{E}",
+    "distillkit": "DistillKit's folder of data_{n}.parquet and compression_config.yaml",
+    "open_instruct": "open-instruct's folder, in the form of DistillKit's",
+    "axolotl": "axolotl's data with the column logprobs: a .jsonl or .parquet file",
+    "megatron": "Megatron-LM's folder of cp{C}_dp{D}__{iteration}.tar",
+    "fkd": "FKD's folder of soft labels, one .tar for each image",
+    "ml_dr": "Apple ml-dr's folder of {index}.pth.tar",
+    "maxtext": "MaxText's folder of teacher_top_k_part_{n}_host_{n}.array_record",
+}
+"""The built-in formats, and what SOURCE is for each."""
+_HOMES = {
+    "DenseRows": "protocol",
+    "IMPORTERS": "run",
+    "ImportResult": "run",
+    "Importer": "protocol",
+    "SparseRows": "protocol",
+    "import_cache": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,315 @@
+"""Write the cache of another tool as a cache of logitcache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from logitcache.cache.card_fields import Card, card_from
+from logitcache.cache.creation import create
+from logitcache.cache.fidelity import Calibration
+from logitcache.cache.manifest import Manifest
+from logitcache.cache.writer import CacheWriter
+from logitcache.data.samples import SampleTable
+from logitcache.data.tokens import NO_CLASS
+from logitcache.encodings import Auto, Dense, Encoding, TopK, encoding_or_auto
+from logitcache.errors import InvalidLogits, SampleMismatch, StorageError, UsageError
+from logitcache.extras.importers.arrays import NumpyArrays, ParquetLogits
+from logitcache.extras.importers.axolotl import Axolotl
+from logitcache.extras.importers.distillkit import DistillKit, OpenInstruct
+from logitcache.extras.importers.image_labels import FKD, MlDr
+from logitcache.extras.importers.maxtext import MaxText
+from logitcache.extras.importers.megatron import Megatron
+from logitcache.extras.importers.protocol import DenseRows, Importer, SparseRows
+from logitcache.extras.importers.tinyvit import TinyViT
+from logitcache.progress import track
+from logitcache.registry import Registry, unknown_name
+
+# B batch, K entries, N samples
+
+IMPORTERS: Registry[type[Importer]] = Registry(
+    "format",
+    {
+        each.name: each
+        for each in (
+            NumpyArrays,
+            ParquetLogits,
+            TinyViT,
+            DistillKit,
+            OpenInstruct,
+            Axolotl,
+            Megatron,
+            FKD,
+            MlDr,
+            MaxText,
+        )
+    },
+    plural="importers",
+    base=Importer,
+)
+"""The formats by name: those of logitcache and of installed packages."""
+IMPORTED = "imported"
+"""Key of the provenance that describes the source of an imported cache."""
+NOT_LOGITS = {
+    "data_comp_dr": "DataCompDR stores embeddings of images and texts",
+    "speculators": "speculators stores hidden states",
+    "specforge": "SpecForge stores hidden states",
+}
+"""Formats that can't become a cache, and why."""
+CALIBRATION_ROWS = 10_000
+ROUNDING = 1e-3
+"""By how much probabilities exceed 1 from rounding alone; as `write_sparse` allows."""
+
+
+@dataclass(frozen=True)
+class ImportResult:
+    """The result of an import."""
+
+    manifest: Manifest
+    source_files: int
+    source_bytes: int
+    missing: dict[str, str]
+    """What the format lacks, and the consequence."""
+    tail_mean: float | None
+    """Mean probability of the classes without entry, of sparse rows; None if no row was read."""
+    normalised_rows: int
+    """Rows whose probabilities exceeded 1 and were normalised."""
+    details: str | None
+    """The file with seeds, boxes or parameters of the views."""
+
+
+def import_cache(
+    format: str,
+    source: str | os.PathLike[str],
+    cache: str | os.PathLike[str],
+    *,
+    teacher: str,
+    dataset: str | None = None,
+    samples: SampleTable | None = None,
+    num_classes: int | None = None,
+    encoding: Encoding | Auto | str | Mapping[str, Any] | None = None,
+    details: str | os.PathLike[str] | None = None,
+    card: Card | Mapping[str, Any] | None = None,
+) -> ImportResult:
+    """Read the cache of another tool, write it as a cache, and seal it.
+
+    Idempotent; safe to interrupt: run it again to resume. What the format lacks is stated in the manifest's provenance
+    (`imported`) and on the card.
+
+    Args:
+        format: a name of `IMPORTERS`.
+        source: a local file or folder.
+        cache: a directory or URL.
+        teacher: identity of the teacher, such as "convnext_large@3f9c"; formats do not record it.
+        dataset: identity of the dataset: a name. Not needed with `samples`, or if the format stores token ids.
+        samples: the samples of your copy of the dataset, from `sample_table(dataset, contents=True)`. Rows get their
+            order, matched by key; without keys in the format, or with token ids, the order must be the same.
+        num_classes: all classes of the teacher, for formats that don't state it.
+        encoding: by default float32 (or float16, as the source): `Dense`, or `TopK` with the source's k.
+        details: an .npz file to write: keys, and the seeds, crop boxes or parameters that the format stores of views.
+        card: as in `create`.
+
+    Raises:
+        UsageError: an unknown format, a source of another format, a missing argument or package.
+        InvalidSource: a file is damaged or malicious. Nothing of it is executed.
+        InvalidLogits: labels that define no distribution; names file and row.
+        SampleMismatch: the samples differ from those of the source.
+        IdentityMismatch: the path holds another cache.
+    """
+    if format not in IMPORTERS and format in NOT_LOGITS:
+        raise UsageError(
+            f"{NOT_LOGITS[format]}, from which no distribution over all classes can be made; a cache needs logits. "
+            f"Formats that can be imported: {', '.join(IMPORTERS)}"
+        )
+    if format not in IMPORTERS:
+        raise UsageError(unknown_name("format", format, [*IMPORTERS]))
+    importer = IMPORTERS[format](Path(source), num_classes=num_classes)
+    table = _sample_table(importer, samples)
+    if table is None and dataset is None:
+        raise UsageError(
+            f"{importer.tool} files do not record the dataset; add --dataset NAME (dataset=), or your copy of it "
+            "(--data, samples=)"
+        )
+    notes: dict[str, Any] = {
+        "format": format,
+        "tool": importer.tool,
+        "files": len(importer.files),
+        "bytes": sum(file.stat().st_size for file in importer.files),
+        "missing": importer.missing,
+        "notes": importer.notes,
+    }
+    if details is not None:
+        notes["details_sha256"] = _write_details(importer, table, Path(details))
+    chosen = _encoding(importer, encoding)
+    with create(
+        cache,
+        num_samples=importer.num_samples,
+        num_classes=importer.num_classes,
+        num_views=importer.num_views,
+        encoding=chosen,
+        calibration=lambda: _calibration(importer),
+        teacher=teacher,
+        dataset=dataset if table is None else None,
+        dataset_name=dataset,
+        samples=table,
+        precision="unknown",
+        rows_per_sample=importer.rows_per_sample,
+        rows_per_block=importer.rows_per_block,
+        card=_card(importer, card),
+        notes={IMPORTED: notes},
+    ) as writer:
+        tails, normalised = _write(writer, importer) if writer.missing_blocks() else ([], 0)
+        manifest = writer.seal()
+    return ImportResult(
+        manifest=manifest,
+        source_files=len(importer.files),
+        source_bytes=notes["bytes"],
+        missing=importer.missing,
+        tail_mean=float(np.concatenate(tails).mean()) if tails else None,
+        normalised_rows=normalised,
+        details=None if details is None else os.fspath(details),
+    )
+
+
+def _sample_table(importer: Importer, samples: SampleTable | None) -> SampleTable | None:
+    """The sample table of the cache: the given one, or that of the token ids in the source."""
+    if samples is None:
+        if importer.contents is None:
+            return None
+        targets = np.full(importer.num_samples, NO_CLASS, dtype=np.int64)
+        return SampleTable(importer.num_samples, None, targets, importer.contents)
+    if importer.keys is not None:
+        importer.select(_order(importer.keys, samples))
+    elif samples.num_samples != importer.num_samples:
+        raise SampleMismatch(
+            f"{importer.source} has labels of {importer.num_samples} samples, the dataset has {samples.num_samples}; "
+            f"{importer.tool} identifies samples by position, so expected the same dataset"
+        )
+    elif importer.contents is not None and samples.contents is not None:
+        differing = np.flatnonzero((importer.contents != samples.contents).any(axis=1))
+        if len(differing):
+            raise SampleMismatch(
+                f"{len(differing)} of {importer.num_samples} sequences of {importer.source} have other token ids than "
+                f"the dataset, the first being number {differing[0]}. Use the same tokenizer, truncation and order"
+            )
+    return samples
+
+
+def _order(keys: Any, samples: SampleTable) -> np.ndarray:
+    """For each sample of a dataset its number among the keys of the source, int64 (N,).
+
+    A dataset's key may have folders and a file extension that the source's lacks.
+
+    Raises:
+        SampleMismatch: a sample has no labels in the source.
+    """
+    place = {key: number for number, key in enumerate(keys)}
+    if len(place) < len(keys):
+        raise UsageError("keys of the source repeat; import its splits one by one")
+    order = np.empty(samples.num_samples, dtype=np.int64)
+    for number in range(samples.num_samples):
+        key = samples.key(number)
+        path = PurePosixPath(key)
+        stem = path.name.partition(".")[0]
+        found = [place[each] for each in (key, f"{path.parent.name}/{stem}", path.stem, stem) if each in place]
+        if not found:
+            raise SampleMismatch(
+                f"the source has no labels of sample {number} ({key}); its keys are such as {keys[0]!r}"
+            )
+        order[number] = found[0]
+    if len(np.unique(order)) < len(order):
+        raise SampleMismatch("several samples of the dataset have the same key in the source")
+    return order
+
+
+def _encoding(importer: Importer, encoding: Any) -> Encoding | Auto:
+    if encoding is not None:
+        chosen = encoding_or_auto(encoding)
+        if importer.k is not None and not isinstance(chosen, TopK):
+            raise UsageError(
+                f"{importer.tool} stores at most {importer.k} classes of each row, which needs the encoding TopK, not "
+                f"{chosen.name}"
+            )
+        return chosen
+    if importer.k is None:
+        return Dense(dtype=importer.dtype)
+    return TopK(k=min(importer.k, importer.num_classes - 1), dtype=importer.dtype)
+
+
+def _calibration(importer: Importer) -> Calibration:
+    """Up to 10 000 rows over all views, at equal distances."""
+    rows = importer.num_samples if importer.rows_per_sample is None else int(importer.rows_per_sample.sum())
+    stride = max(1, rows * importer.num_views // CALIBRATION_ROWS)
+    parts, done = [], 0
+    for batch in importer.batches():
+        assert isinstance(batch, DenseRows)
+        parts.append(batch.logits[-done % stride :: stride])
+        done += len(batch.logits)
+    return Calibration(np.concatenate(parts).astype(np.float32))
+
+
+def _write(writer: CacheWriter, importer: Importer) -> tuple[list[np.ndarray], int]:
+    """Write all rows; the probability of the classes without entry, by batch, and the number of normalised rows."""
+    tails, normalised = [], 0
+    with track("importing", writer.row_map.num_rows * importer.num_views, unit="rows") as meter:
+        for batch in importer.batches():
+            note = f"view {batch.view + 1}/{importer.num_views}"
+            try:
+                if isinstance(batch, DenseRows):
+                    writer.write(view=batch.view, start=batch.start, logits=batch.logits)
+                    meter.advance(len(batch.logits), note=note)
+                else:
+                    log_probs, tail, above = _normalised(batch, importer.excess)
+                    writer.write_sparse(view=batch.view, start=batch.start, ids=batch.ids, log_probs=log_probs)
+                    tails.append(tail)
+                    normalised += above
+                    meter.advance(len(log_probs), note=note)
+            except InvalidLogits as error:
+                raise InvalidLogits(f"{batch.file}, view {batch.view}: {error}") from None
+    return tails, normalised
+
+
+def _normalised(batch: SparseRows, excess: float) -> tuple[np.ndarray, np.ndarray, int]:
+    """Log-probabilities whose sum is at most 1, the mass that they lack, and the number of rows that were changed."""
+    log_probs = batch.log_probs.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        total = np.where(batch.ids < 0, 0.0, np.exp(log_probs)).sum(axis=1)
+        above = (total > 1.0 + ROUNDING) & (total <= 1.0 + excess)
+        log_probs[above] -= np.log(total[above])[:, None]
+    return log_probs, np.clip(1.0 - total, 0.0, 1.0), int(above.sum())
+
+
+def _write_details(importer: Importer, table: SampleTable | None, path: Path) -> str:
+    """Write keys and view parameters to an .npz file; its SHA-256."""
+    arrays = importer.details()
+    if table is not None and table.keys is not None:
+        arrays["keys"] = np.array(table.keys)
+    elif table is None and importer.keys is not None:
+        arrays["keys"] = np.array(importer.keys)
+    if not arrays:
+        raise UsageError(f"{importer.tool} files have no keys and no parameters of views; leave out --details")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        digest = hashlib.sha256(partial.read_bytes()).hexdigest()
+        partial.replace(path)
+    except OSError as error:
+        raise StorageError(f"can't write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return digest
+
+
+def _card(importer: Importer, card: Card | Mapping[str, Any] | None) -> dict[str, Any]:
+    """The card's fields, with what the format lacks in the description."""
+    stated = card_from(card or {}).stated()
+    lacks = "\n\n".join(f"{name.capitalize()}: {text}." for name, text in importer.missing.items())
+    text = f"Imported from files of {importer.tool}. What they lack:\n\n{lacks}"
+    return stated | {"description": "\n\n".join([*filter(None, [stated.get("description")]), text])}
