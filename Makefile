@@ -33,7 +33,7 @@ $(VENV)/quick/installed: pyproject.toml $(CONSTRAINTS)
 	$(VENV)/quick/bin/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test-core]'
 	touch $@
 
-quick: $(QUICK_VENV)/installed  ## Unit and contract tests, in about two minutes
+quick: $(QUICK_VENV)/installed  ## Unit and contract tests: no servers, no processes that are killed
 	$(QUICK_VENV)/bin/python -m pytest tests/unit tests/contract
 
 lint: $(VENV)/installed

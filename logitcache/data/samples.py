@@ -8,6 +8,7 @@ default: the position), `targets` (default: read sample by sample; for samples w
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -368,28 +369,47 @@ class SeenContents:
     """
 
     def __init__(self, num_samples: int) -> None:
-        self._digests = torch.zeros((num_samples, DIGEST_BYTES), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
-        self._taken = torch.zeros(num_samples, dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
+        self._shared: torch.Tensor | None = None
+        # Workers that are forked inherit it. It is limited neither by the size of /dev/shm nor by that of files.
+        self._use(np.frombuffer(mmap.mmap(-1, max(1, num_samples) * (DIGEST_BYTES + 1)), dtype=np.uint8))
+
+    def _use(self, memory: np.ndarray) -> None:
+        """Keep digests, uint8 (N, 16), and whether they are taken, bool (N,), in memory of N * 17 bytes."""
+        rows = memory.reshape(-1, DIGEST_BYTES + 1)
+        self._digests, self._taken = rows[:, :DIGEST_BYTES], rows[:, DIGEST_BYTES]
+
+    def __getstate__(self) -> torch.Tensor:
+        """For a worker that is not forked: the memory moves once to where all processes find it."""
+        if self._shared is None:
+            shared = torch.zeros((len(self._taken), DIGEST_BYTES + 1), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+            shared[:, :DIGEST_BYTES] = torch.from_numpy(self._digests)
+            shared[:, DIGEST_BYTES] = torch.from_numpy(self._taken)
+            self.__setstate__(shared)
+        assert self._shared is not None
+        return self._shared
+
+    def __setstate__(self, shared: torch.Tensor) -> None:
+        self._shared = shared
+        self._use(shared.numpy())
 
     def take(self, number: int, digest: bytes) -> bytes:
         """Record the digest of a sample if it has none, and return the recorded one."""
         if self._taken[number]:
-            return bytes(self._digests[number].numpy())
-        self._digests[number] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
-        self._taken[number] = True
+            return bytes(self._digests[number])
+        self._digests[number] = np.frombuffer(digest, dtype=np.uint8)
+        self._taken[number] = 1
         return digest
 
     def add(self, samples: range, digests: np.ndarray) -> None:
         """Record the digests of consecutive samples, uint8 (M, 16)."""
-        self._digests[samples.start : samples.stop] = torch.from_numpy(digests.copy())
-        self._taken[samples.start : samples.stop] = True
+        self._digests[samples.start : samples.stop] = digests
+        self._taken[samples.start : samples.stop] = 1
 
     def of(self, samples: range) -> np.ndarray | None:
         """The digests of consecutive samples, uint8 (M, 16); None if some are not taken yet."""
-        if not bool(self._taken[samples.start : samples.stop].all()):
+        if not self._taken[samples.start : samples.stop].all():
             return None
-        digests: np.ndarray = self._digests[samples.start : samples.stop].numpy().copy()
-        return digests
+        return self._digests[samples.start : samples.stop].copy()
 
 
 def compare_samples(cached: SampleTable, here: SampleTable) -> list[str]:

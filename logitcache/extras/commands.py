@@ -122,7 +122,7 @@ def export_command(
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Export a cache's labels as Parquet, or a run's student as safetensors or ONNX with a card and measurements."""
+    """Export a cache's logits as Parquet, or a run's student as safetensors or ONNX with a card and measurements."""
     if data is None:
         refuse_overrides(overrides)
     chosen = chosen_output(output, old_output)

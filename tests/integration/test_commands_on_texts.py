@@ -221,7 +221,7 @@ def test_two_teachers_are_merged_and_other_rows_are_refused(
     _, first = built
     second, shorter, split = (str(tmp_path / name) for name in ("second.cache", "shorter.cache", "split.cache"))
     run_json("cache-teacher", text(f"cache.path={second}", "teacher.args={width: 24}", "cache.rows_per_block=64"))
-    merged = run_json("merge", first, second, "--out", tmp_path / "mean.cache", "--mean", "probabilities")
+    merged = run_json("merge", first, second, "--output", tmp_path / "mean.cache", "--mean", "probabilities")
     caches = [logitcache.open(path) for path in (first, second, tmp_path / "mean.cache")]
     for view in range(2):
         p, q, mean = (cache.view(view).logits(range(ROWS)).softmax(dim=1) for cache in caches)
@@ -230,11 +230,11 @@ def test_two_teachers_are_merged_and_other_rows_are_refused(
     assert (ROWS, 6) == (merged["num_rows"], merged["num_samples"])
     assert caches[0].row_offsets.tolist() == caches[2].row_offsets.tolist()
     assert run_json("verify", tmp_path / "mean.cache", "--deep")["ok"]
-    again = run_json("merge", first, second, "--out", tmp_path / "mean.cache", "--mean", "probabilities")
+    again = run_json("merge", first, second, "--output", tmp_path / "mean.cache", "--mean", "probabilities")
     assert (0, merged["digest"]) == (again["computed_blocks"], again["digest"])
 
     run_json("cache-teacher", text(f"cache.path={shorter}", "teacher.args={width: 24}", "data.args.max_length=20"))
-    ended = run("merge", first, shorter, "--out", tmp_path / "none.cache")
+    ended = run("merge", first, shorter, "--output", tmp_path / "none.cache")
     refused(ended, 1, "not of the same views", "tokenization.max_length: 32", "rows: ")
     flat = logitcache.open(first)
     with logitcache.create(
@@ -250,7 +250,7 @@ def test_two_teachers_are_merged_and_other_rows_are_refused(
     ) as writer:
         for view in range(2):
             writer.write(view=view, start=0, logits=torch.zeros(ROWS, 260))
-    refused(run("merge", first, split, "--out", tmp_path / "none.cache"), 1, "rows: ")
+    refused(run("merge", first, split, "--output", tmp_path / "none.cache"), 1, "rows: ")
     assert not (tmp_path / "none.cache").exists()
 
 

@@ -279,7 +279,7 @@ def test_mixing_texts_is_refused_before_any_work(
     tiny: Make, mixing: str, kind: str, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "logitcache.stages.cache_teacher.content_table", lambda *given, **options: pytest.fail("long work")
+        "logitcache.stages.cache_teacher.create", lambda *given, **options: pytest.fail("long work")
     )
     pipeline = bag(tiny, f"data.args.kind={kind}", mixing, "views.mix_probability=0.01")
 
