@@ -388,11 +388,17 @@ def _stored(storage: Storage) -> Records | None:
     return records if PER_CACHE in records.receipts else None
 
 
+def other_choice(manifest: Manifest, requested: Auto) -> Any:
+    """The configuration of the `Auto` that chose a cache's encoding, if it is another one; else None."""
+    choice = manifest.provenance.get("encoding")
+    chosen_by = choice.get("chosen_by") if isinstance(choice, dict) else None
+    return None if chosen_by == requested.config() else chosen_by
+
+
 def _encoding_of(storage: Storage, stored: Records, requested: Encoding | Auto) -> Encoding:
     """The cache's fitted encoding if it is the requested one; else the requested one, which is rejected later."""
-    choice = stored.manifest.provenance.get("encoding")
-    chosen_by = choice.get("chosen_by") if isinstance(choice, dict) else None
-    if isinstance(requested, Auto) and chosen_by is not None and chosen_by != requested.config():
+    chosen_by = other_choice(stored.manifest, requested) if isinstance(requested, Auto) else None
+    if chosen_by is not None:
         raise IdentityMismatch(
             f"{storage.url} has an encoding that was chosen by {chosen_by}, not by {requested.config()}.\n"
             "Request the same, name the encoding itself, or choose another `cache.path`; nothing was changed."

@@ -295,11 +295,12 @@ class LogitCache:
             The number of samples compared.
 
         Raises:
-            UsageError: plain row numbers, or samples that none of the datasets has.
+            UsageError: plain row numbers, samples that none of the datasets has, or a plan that the cache can't make
+                and `check_plan` has not seen.
             IdentityMismatch: a sample differs; names it and the difference.
         """
         if views is None:
-            plans = self._plans or [self.view_plan]
+            plans = self._plans or [self._plan_for_check()]
             datasets: list[ViewDataset | StreamViews] = [each for plan in plans for each in plan.datasets]
         else:
             datasets = [views]
@@ -308,6 +309,15 @@ class LogitCache:
             if view not in self._verified.setdefault(dataset, set()):
                 self.verify_inputs(dataset, view)
         return len(compared)
+
+    def _plan_for_check(self) -> ViewPlan:
+        try:
+            return self.view_plan
+        except UsageError as error:
+            raise UsageError(
+                "check_batch does not know the dataset of this batch: pass it as `views=`, or call "
+                f"`cache.check_plan(plan)` first, with the ViewPlan of your ViewDataset. {error}"
+            ) from error
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
         """Row numbers of keys, int64 (len(keys),), for subsets and datasets in another order.

@@ -17,6 +17,9 @@ from logitcache.data.views import Mixing, ViewDataset, ViewPlan, proof_rows
 from logitcache.devices import one_thread
 from logitcache.errors import IdentityMismatch, ShapeError, UntrustedCode, UsageError
 
+PARTS = {"shared": "`transform`", "teacher_input": "`preprocess`"}
+"""The argument of `ViewPlan` that each part of a recorded transform comes from."""
+
 
 def recorded_plan(manifest: Manifest, samples: SampleTable | None, rows: RowMap, *, url: str, trust: bool) -> ViewPlan:
     """The plan of a cache's views; it checks samples against their content digests.
@@ -35,8 +38,8 @@ def recorded_plan(manifest: Manifest, samples: SampleTable | None, rows: RowMap,
     for part, spec in specs.items():
         if spec is not None and not isinstance(spec, list):
             raise UsageError(
-                f"{url} was made with a transform given as a Python object ({part}): make the same ViewPlan again, and "
-                "check it with `cache.check_plan(plan)`"
+                f"the views of {url} were made with a Python object as {PARTS[part]}, which can't be made from the "
+                "cache: make the same ViewPlan again, and check it with `cache.check_plan(plan)`"
             )
     named = list(dict.fromkeys(name for spec in specs.values() for name in entry_points_of(spec or [])))
     if named and not trust:

@@ -53,6 +53,8 @@ def init_command(
 
     def print_written() -> None:
         enter = "" if folder == Path() else f"cd {folder} && "
-        say(f"Wrote {', '.join(names)}.\nEdit, then check: {enter}logitcache run --dry-run pipeline.yaml")
+        # Its `load` downloads; the others only read.
+        check = "run --dry-run" if data is DataKind.huggingface else "run --dry-run --require-data"
+        say(f"Wrote {', '.join(names)}.\nEdit, then check: {enter}logitcache {check} pipeline.yaml")
 
     show({"files": names}, as_json, print_written)

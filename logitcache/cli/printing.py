@@ -58,7 +58,20 @@ def print_cache(title: str, summary: dict[str, Any]) -> None:
         "bytes_per_row": summary["num_rows"] == summary["num_samples"],
         "views": summary["views"] == f"0:{summary['num_views']}",
     }
-    print_mapping(title, {key: value for key, value in summary.items() if not repeated.get(key, False)})
+    labels = {
+        "bytes_per_sample": "bytes of labels per sample and view",
+        "bytes_per_row": "bytes of labels per row",
+        "kl_mean": "kl mean, nats",
+        "dataset": "dataset" if repeated["dataset_name"] else "dataset hash",
+    }
+    shown: dict[str, Any] = {}
+    for key, value in summary.items():
+        if not repeated.get(key, False):
+            shown[labels.get(key, key)] = value
+        if key == "bytes" and summary["sealed"]:
+            of_labels = round(summary["bytes_per_row"] * summary["num_rows"] * summary["num_views"])
+            shown |= {"bytes of labels": of_labels, "bytes stored once (samples, encoding)": value - of_labels}
+    print_mapping(title, shown)
 
 
 def print_next(command: str, pipeline: Any, overrides: Sequence[str] | None) -> None:
@@ -245,23 +258,37 @@ def print_checked(checked: list[Any]) -> None:
     if len(checked) == 1:
         table = Table("stage", "what", "state")
         for step in checked[0].steps:
-            table.add_row(step.stage, plain(step.what), "done" if step.done else "to do")
+            state = "conflict" if step.conflict else "done" if step.done else "to do"
+            table.add_row(step.stage, plain(step.what), state)
     else:
         table = Table("pipeline", "stages", "state")
         for each in checked:
-            state = "invalid" if each.error else "valid, not ready" if each.missing else "valid"
-            table.add_row(plain(each.file), str(len(each.steps)), state)
+            table.add_row(plain(each.file), str(len(each.steps)), "invalid" if each.error else _readiness(each))
     console().print(table)
     for each in checked:
-        for line in each.missing:
-            indented = line.replace("\n", "\n  ")
-            say(f"{each.file}: missing: {indented}")
-        if len(checked) == 1 and not each.missing and not each.error:
-            say(f"{each.file} is valid.")
         for line in each.unchecked:
             say(f"{each.file}: note: {line}")
+        for line in each.missing:
+            _say_indented(f"{each.file}: not ready: {line}")
+        for step in each.steps:
+            if step.conflict:
+                _say_indented(f"{each.file}: conflict: {step.stage}: {step.conflict}")
         if each.error:
             print(f"error: {each.error}", file=sys.stderr, flush=True)
+        elif len(checked) == 1:
+            missing = f"; missing data: {', '.join(each.missing_data)}" if each.missing_data else ""
+            say(f"{each.file} is {_readiness(each) if not missing or each.exit_code else 'valid'}{missing}.")
+
+
+def _readiness(checked: Any) -> str:
+    """The state of a valid pipeline."""
+    if checked.exit_code:
+        return "valid, but in conflict with existing results"
+    return "valid, not ready" if checked.missing else "valid"
+
+
+def _say_indented(text: str) -> None:
+    say(text.replace("\n", "\n  "))
 
 
 DIFFERS = "differs"

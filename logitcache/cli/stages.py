@@ -197,7 +197,11 @@ def run_command(
         ),
     ],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the files and list their stages; run and download nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check the files, and the cache and runs that exist; list the stages. Runs and downloads nothing.",
+        ),
     ] = False,
     require_data: Annotated[
         bool, typer.Option("--require-data", help="With --dry-run: load all data; exit 1 if anything is missing.")
@@ -234,5 +238,8 @@ def _dry_run(files: list[Path], overrides: list[str], *, require_data: bool, tru
     show(summary, as_json, lambda: print_checked(checked))
     if any(each.error for each in checked):
         raise typer.Exit(UsageError.exit_code)
+    in_conflict = next((each.exit_code for each in checked if each.exit_code), 0)
+    if in_conflict:
+        raise typer.Exit(in_conflict)
     if require_data and any(each.missing for each in checked):
         raise typer.Exit(1)

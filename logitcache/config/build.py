@@ -111,13 +111,19 @@ def resolve_plan(pipeline: Pipeline, data: Data, *, trust: bool) -> ViewPlan:
     return ViewPlan(
         transform=shared_transform(pipeline, data.train, trust=trust),
         seed=views.seed,
-        mixing=Mixing(mixup=views.mixup, cutmix=views.cutmix, probability=views.mix_probability),
+        mixing=mixing_of(pipeline),
         preprocess=input_part(pipeline.teacher, trust=trust),
         num_classes=data.num_classes,
         num_samples=len(data.train),
         collate=resolve_collate(pipeline, trust=trust),
         rows=rows_of_dataset(data.train, pipeline.cache.rows_per_block),
     )
+
+
+def mixing_of(pipeline: Pipeline) -> Mixing:
+    """How the views mix samples."""
+    views = pipeline.views
+    return Mixing(mixup=views.mixup, cutmix=views.cutmix, probability=views.mix_probability)
 
 
 def shared_transform(pipeline: Pipeline, dataset: Dataset, *, trust: bool) -> Callable[[Any], Any] | None:

@@ -324,6 +324,11 @@ class StudentConfig(ModelConfig):
         identity |= {"loss": recorded_loss(self.loss), "hints": recorded_loss(self.hints)}
         return {key: value for key, value in identity.items() if key not in unset or value != unset[key]}
 
+    def ensemble_identity(self) -> dict[str, Any]:
+        """`identity` of a student of several caches, without their locations: a run resumes with copies of them."""
+        assert isinstance(self.labels, TeachersConfig)
+        return self.identity() | {"labels": self.labels.model_dump(exclude={"caches"})}
+
 
 class EvaluationConfig(Section):
     """How students are measured on the test split."""

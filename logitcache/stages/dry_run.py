@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from logitcache.cache.reader import open_cache
+from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.catalog.datasets import Data
 from logitcache.catalog.models import check_model_name
 from logitcache.config.build import (
@@ -22,8 +24,14 @@ from logitcache.config.schema import DataConfig, ModelConfig, Pipeline, ViewsCon
 from logitcache.data.transforms import build_transform
 from logitcache.encodings import encoding_or_auto
 from logitcache.entry_points import is_entry_point, load_entry_point
-from logitcache.errors import DatasetUnavailable, NotACache, UntrustedCode, UsageError
+from logitcache.errors import DatasetUnavailable, LogitCacheError, NotACache, UntrustedCode, UsageError
+from logitcache.stages.conflicts import check_cache, check_student_runs, check_teacher_run
 from logitcache.train.runs import RESULT
+
+FILE_SUFFIX = re.compile(
+    r"\.(arrow|csv|feather|gz|h5|hdf5|json|jsonl|npy|npz|parquet|pkl|pt|pth|tar|tsv|txt|zip)", re.IGNORECASE
+)
+"""Of arguments of a user's dataset function that name a file."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,10 @@ class Step:
     stage: str
     what: str
     done: bool
+    conflict: str | None = None
+    """Why the stage will refuse the cache or the run that exists."""
+    exit_code: int = 0
+    """Exit code of the stage then."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +55,17 @@ class RunPlan:
     steps: list[Step] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     """Data, weights, packages and code that are not on this machine or not trusted, one message each."""
+    missing_data: list[str] = field(default_factory=list)
+    """The files, folders and dataset names of the data that is missing."""
     unchecked: list[str] = field(default_factory=list)
     """What was not checked, one message each."""
     error: str | None = None
     """Why the file is invalid."""
+
+    @property
+    def exit_code(self) -> int:
+        """Of the first stage that will refuse what exists; 0 if there is none."""
+        return next((step.exit_code for step in self.steps if step.conflict), 0)
 
 
 class Inspection:
@@ -62,17 +81,27 @@ class Inspection:
         self.trust = trust
         self.load_all = load_all
         self.missing: list[str] = []
+        self.missing_data: list[str] = []
         self.unchecked: list[str] = []
 
     def data(self, config: DataConfig) -> Data | None:
         """Load a dataset without downloading it; None if it is missing or not loaded."""
+        own = is_entry_point(config.name)
+        files = {key: value for key, value in config.args.items() if _is_missing_file(value)} if own else {}
         with self.collect():
-            if is_entry_point(config.name):
+            if own:
                 load_entry_point(config.name, trust=self.trust)
                 if not self.load_all:
                     self.unchecked.append(f"{config.name} was not called; --require-data calls it")
+                    self.missing += [f"data.args.{key}: {value} does not exist" for key, value in files.items()]
+                    self.missing_data += files.values()
                     return None
-            return load_configured(config.model_copy(update={"download": False}), trust=self.trust)
+            try:
+                return load_configured(config.model_copy(update={"download": False}), trust=self.trust)
+            except UsageError as error:
+                if isinstance(error, DatasetUnavailable) or isinstance(error.__cause__, OSError):
+                    self.missing_data += files.values() if files else [config.name if own else config.root]
+                raise
         return None
 
     def views(self, config: ViewsConfig) -> None:
@@ -96,8 +125,9 @@ class Inspection:
 
     def plan(self, steps: list[Step]) -> RunPlan:
         """The steps with everything that was found."""
-        missing, unchecked = list(dict.fromkeys(self.missing)), list(dict.fromkeys(self.unchecked))
-        return RunPlan(steps=steps, missing=missing, unchecked=unchecked)
+        found = (list(dict.fromkeys(each)) for each in (self.missing, self.missing_data, self.unchecked))
+        missing, missing_data, unchecked = found
+        return RunPlan(steps=steps, missing=missing, missing_data=missing_data, unchecked=unchecked)
 
     @contextmanager
     def collect(self) -> Iterator[None]:
@@ -112,8 +142,18 @@ class Inspection:
             self.missing.append(str(error))
 
 
+def _is_missing_file(argument: object) -> bool:
+    """Whether an argument of a dataset function looks like the path of a file, and there is none."""
+    if not isinstance(argument, str) or "://" in argument:
+        return False
+    return FILE_SUFFIX.fullmatch(Path(argument).suffix) is not None and not Path(argument).exists()
+
+
 def plan_run(pipeline: Pipeline, *, trust: bool = False, load_all: bool = True) -> RunPlan:
-    """Check the names in a pipeline and list its stages.
+    """Check the names in a pipeline, compare it with the cache and the runs that exist, and list its stages.
+
+    Of the cache, what it records is compared: views, teacher, encoding, and its shape where the data is loaded. Of the
+    runs, their configurations. Contents of samples and weights of the teacher are compared when a stage starts.
 
     Args:
         pipeline: its schema, losses and encodings were checked when it was read, but no code was imported.
@@ -128,7 +168,8 @@ def plan_run(pipeline: Pipeline, *, trust: bool = False, load_all: bool = True) 
     with inspection.collect():
         resolve_collate(pipeline, trust=trust)
     inspection.views(pipeline.views)
-    cached = _cached(pipeline)
+    cache = _existing_cache(pipeline)
+    cached = cache is not None and cache.sealed and cache.views.stop >= pipeline.views.count
     # A sealed cache needs no teacher, and `trained` weights come from train-teacher.
     teacher = pipeline.teacher
     inspection.model(teacher.model_copy(update={"weights": None}) if cached else teacher)
@@ -138,20 +179,42 @@ def plan_run(pipeline: Pipeline, *, trust: bool = False, load_all: bool = True) 
         inspection.model(student)
         with inspection.collect():
             resolve_loss(student, trust=trust)
-    return inspection.plan(_steps(pipeline, data, cached=cached))
+    return inspection.plan(_steps(pipeline, data, cache, inspection, cached=cached))
 
 
-def _steps(pipeline: Pipeline, data: Data | None, *, cached: bool) -> list[Step]:
+def _steps(
+    pipeline: Pipeline, data: Data | None, cache: LogitCache | None, inspection: Inspection, *, cached: bool
+) -> list[Step]:
     steps = []
+
+    def add(stage: str, what: str, done: bool, check: Callable[[], None]) -> bool:
+        """Add a stage; returns whether it accepts what exists."""
+        try:
+            with inspection.collect():
+                check()
+            steps.append(Step(stage, what, done))
+        except LogitCacheError as error:
+            steps.append(Step(stage, what, done=False, conflict=str(error), exit_code=error.exit_code))
+        return steps[-1].conflict is None
+
+    def check_existing_cache() -> None:
+        if cache is not None:
+            not_compared = check_cache(cache, pipeline, data, trust=inspection.trust)
+            inspection.unchecked.append(f"not compared with {pipeline.cache.path}: {', '.join(not_compared)}")
+
     if pipeline.teacher.weights == TRAINED:
-        steps.append(Step("train-teacher", pipeline.teacher.model, (teacher_folder(pipeline) / RESULT).is_file()))
+        done = (teacher_folder(pipeline) / RESULT).is_file()
+        add("train-teacher", pipeline.teacher.model, done, lambda: check_teacher_run(pipeline))
     samples = "" if data is None else f" of {len(data.train):,} samples"
     what = f"{_counted(pipeline.views.count, 'view')}{samples}, {encoding_or_auto(pipeline.cache.encoding)!r}"
-    steps.append(Step("cache-teacher", f"{what} -> {pipeline.cache.path}", cached))
+    fits = add("cache-teacher", f"{what} -> {pipeline.cache.path}", cached, check_existing_cache)
+    fitting = cache if fits and cached else None
     for student in pipeline.students:
         seeds = pipeline.train_config(student).seeds
         done = all((student_folder(pipeline, student.name, seed) / RESULT).is_file() for seed in seeds)
-        steps.append(Step("train-student", f"{student.name} ({student.model}), {_counted(len(seeds), 'seed')}", done))
+        what = f"{student.name} ({student.model}), {_counted(len(seeds), 'seed')}"
+        check = partial(check_student_runs, pipeline, student, fitting, trust=inspection.trust)
+        add("train-student", what, done, check)
     return steps
 
 
@@ -159,8 +222,7 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _cached(pipeline: Pipeline) -> bool:
+def _existing_cache(pipeline: Pipeline) -> LogitCache | None:
     with suppress(NotACache):
-        cache = open_cache(pipeline.cache.path)
-        return cache.sealed and cache.views.stop >= pipeline.views.count
-    return False
+        return open_cache(pipeline.cache.path)
+    return None

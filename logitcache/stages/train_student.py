@@ -295,8 +295,7 @@ class Experiment:
             labels["given"] = type(given).__name__
         identity: dict[str, Any] = {"labels": labels, "num_views": num_views}
         if ensemble is not None:
-            # Ids, not locations: a run resumes with copies of the same caches.
-            identity["student"] = student.identity() | {"labels": ensemble.model_dump(exclude={"caches"})}
+            identity["student"] = student.ensemble_identity()
             labels["caches"] = [each.id for each in caches]
         if cache.views.start:
             identity["first_view"] = cache.views.start

@@ -87,26 +87,11 @@ class RunFolder:
             self._storage.remove_leftovers()
         except OSError as error:
             raise UsageError(f"can't write to {path}: {error.strerror}; choose another `runs.path`") from error
-        existing = self._read(CONFIG)
-        if existing is None:
+        before = recorded_configuration(path)
+        if before is None:
             self.write(CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         else:
-            try:
-                before = yaml.safe_load(existing)
-                if not isinstance(before, dict):
-                    raise ValueError("expected a mapping")
-            except (yaml.YAMLError, ValueError, RecursionError) as error:
-                raise CorruptRun(
-                    f"{path / CONFIG} is damaged: {_first_line(error)}; delete {path} to start again"
-                ) from error
-            if before != config:
-                keys = _different_keys(before, config)
-                remedy = "Choose another `runs.path`, or delete that folder to start again."
-                if keys == ["num_views"] and "student" in config:
-                    remedy = _remedy_for_views(config["student"]["name"], before["num_views"], config["num_views"])
-                raise UsageError(
-                    f"{path} contains a run of another configuration (differs in {', '.join(keys)}).\n{remedy}"
-                )
+            check_configuration(path, before, config)
         self._events: Any = None
         self._tracker: Tracker | None = None
         self._epochs: list[dict[str, float]] = []
@@ -276,21 +261,62 @@ class RunFolder:
         self._storage.put(name, text.encode())
 
     def _read(self, name: str) -> str | None:
-        data = self._get(name, limit=MAX_FILE_BYTES)
-        try:
-            if data is not None and len(data) > MAX_FILE_BYTES:
-                raise ValueError(f"expected at most {MAX_FILE_BYTES} bytes")
-            return None if data is None else data.decode()
-        except ValueError as error:
-            raise CorruptRun(
-                f"{self.path / name} is damaged: {_first_line(error)}; delete {self.path} to train from the start"
-            ) from error
+        return _read_text(self.path, name)
 
     def _get(self, name: str, *, limit: int | None = None) -> bytes | None:
-        try:
-            return self._storage.get(name, limit=limit)
-        except CorruptCache as error:
-            raise CorruptRun(f"{error}; delete it to train from the start") from error
+        return _read_bytes(self.path, name, limit=limit)
+
+
+def recorded_configuration(path: Path) -> dict[str, Any] | None:
+    """The identity of the run in a folder, from its `run.yaml`; None if there is no run.
+
+    Raises:
+        CorruptRun: `run.yaml` is damaged.
+    """
+    text = _read_text(path, CONFIG)
+    if text is None:
+        return None
+    try:
+        recorded = yaml.safe_load(text)
+        if not isinstance(recorded, dict):
+            raise ValueError("expected a mapping")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise CorruptRun(f"{path / CONFIG} is damaged: {_first_line(error)}; delete {path} to start again") from error
+    return recorded
+
+
+def check_configuration(path: Path, before: dict[str, Any], config: dict[str, Any]) -> None:
+    """Refuse a folder whose run has another identity, as plain data.
+
+    Raises:
+        UsageError: names the keys that differ.
+    """
+    if before == config:
+        return
+    keys = _different_keys(before, config)
+    remedy = "Choose another `runs.path`, or delete that folder to start again."
+    if keys == ["num_views"] and "student" in config:
+        remedy = _remedy_for_views(config["student"]["name"], before["num_views"], config["num_views"])
+    raise UsageError(f"{path} contains a run of another configuration (differs in {', '.join(keys)}).\n{remedy}")
+
+
+def _read_text(folder: Path, name: str) -> str | None:
+    data = _read_bytes(folder, name, limit=MAX_FILE_BYTES)
+    try:
+        if data is not None and len(data) > MAX_FILE_BYTES:
+            raise ValueError(f"expected at most {MAX_FILE_BYTES} bytes")
+        return None if data is None else data.decode()
+    except ValueError as error:
+        raise CorruptRun(
+            f"{folder / name} is damaged: {_first_line(error)}; delete {folder} to train from the start"
+        ) from error
+
+
+def _read_bytes(folder: Path, name: str, *, limit: int | None = None) -> bytes | None:
+    try:
+        return LocalStorage(folder).get(name, limit=limit)
+    except CorruptCache as error:
+        raise CorruptRun(f"{error}; delete it to train from the start") from error
 
 
 class NullRunFolder:

@@ -157,18 +157,26 @@ def _check_views(cache: LogitCache, location: str, count: int) -> None:
         )
 
 
+def plan_differences(cache: LogitCache, plan: ViewPlan) -> list[str]:
+    """The fields of the cache's identity that differ from a view plan; those of the data are not compared."""
+    return identity_differences(cache, _plan_fields(cache, plan))
+
+
+def _plan_fields(cache: LogitCache, plan: ViewPlan) -> dict[str, Any]:
+    recorded = cache.manifest.identity.transform is not None
+    return {"view_seed": plan.seed, **({"transform": plan.describe()} if recorded else {})}
+
+
 def view_differences(cache: LogitCache, data: Data, plan: ViewPlan) -> list[str]:
     """The fields of the cache's identity that differ from the views here; samples are compared separately."""
     cached = cache.manifest.identity
-    current: dict[str, Any] = {"view_seed": plan.seed, "outputs": cached.outputs | {LOGITS: [data.num_classes]}}
-    if cached.transform is not None:
-        current["transform"] = plan.describe()
+    current = _plan_fields(cache, plan) | {"outputs": cached.outputs | {LOGITS: [data.num_classes]}}
     if cached.class_names is not None and data.class_names is not None:
         current["class_names"] = data.class_names
     if cached.rows is None or plan.rows is None or plan.rows.one_each:
         current["rows"] = None if plan.rows is None else plan.rows.fingerprint()
     current["tokenization"] = getattr(data.train, "tokenization", None) or {}
-    return _differences(cache, current)
+    return identity_differences(cache, current)
 
 
 def _sequence_differences(cache: LogitCache, dataset: Dataset, samples: np.ndarray) -> list[str]:
@@ -221,7 +229,7 @@ def teacher_differences(cache: LogitCache, teacher: TeacherIdentity) -> list[str
         del current["precision"]
     if part is None and not teacher.computed(cached.teacher):
         current["teacher"] = teacher.name
-    differences = _differences(cache, current)
+    differences = identity_differences(cache, current)
     if parts and part is None:
         teachers = ", ".join(part.teacher for part in parts)
         differences.append(f"teacher: the cache is the mean of {teachers}, none of which is {teacher.name}")
@@ -265,6 +273,7 @@ def all_differences(
     return differences
 
 
-def _differences(cache: LogitCache, current: dict[str, Any]) -> list[str]:
+def identity_differences(cache: LogitCache, current: Mapping[str, Any]) -> list[str]:
+    """The given fields of an identity that differ from those of a cache, one line each."""
     cached = cache.manifest.identity
-    return cached.differences(type(cached).model_validate(cached.model_dump() | json.loads(json.dumps(current))))
+    return cached.differences(type(cached).model_validate(cached.model_dump() | json.loads(json.dumps(dict(current)))))

@@ -326,6 +326,19 @@ def test_a_batch_of_the_right_data_passes_in_a_loop_of_ones_own(tmp_path: Path) 
         assert 2 == cache.check_batch(index, inputs)
 
 
+def test_checking_a_batch_of_an_unknown_plan_says_what_to_call_first(tmp_path: Path) -> None:
+    cache = own_cache(tmp_path / "a", ViewPlan(transform=v2.RandomAffine(degrees=20), seed=3), Pictures())
+    views = ViewDataset(Pictures(), ViewPlan(transform=v2.RandomAffine(degrees=20), seed=3))
+    index, inputs, _ = next(iter(DataLoader(views, batch_size=8)))
+    cache = logitcache.open(cache.storage.url)
+
+    with pytest.raises(UsageError, match=r"pass it as `views=`, or call `cache.check_plan\(plan\)` first"):
+        cache.check_batch(index, inputs)
+    assert 2 == cache.check_batch(index, inputs, views=views)
+    cache.check_plan(views.plan)
+    assert 2 == cache.check_batch(index, inputs)
+
+
 def test_a_plan_of_ones_own_knows_the_cache_s_views_once_it_was_checked(tmp_path: Path) -> None:
     plan = ViewPlan(seed=3)
     own_cache(tmp_path / "a", plan, Pictures())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -65,10 +66,22 @@ def test_info_and_cache_teacher_repeat_nothing_and_name_the_next_command(folder:
     by_hand = logitcache("cache-teacher", folder / "tiny.yaml", "views.count=2", "--json").stdout
 
     labels = [line.split("│")[1].strip() for line in shown.splitlines() if line.count("│") > 1]
-    assert {"teacher", "dataset name", "dataset", "num samples", "num views", "bytes per sample"} <= set(labels)
+    assert {"teacher", "dataset name", "dataset hash", "num samples", "num views", "kl mean, nats"} <= set(labels)
     assert set() == {"teacher name", "num rows", "bytes per row", "views"} & set(labels)
     assert f"Next: logitcache train-student {folder / 'tiny.yaml'} views.count=2\n" in again
     assert {"teacher_name", "num_rows", "bytes_per_row", "views"} < json.loads(by_hand).keys()
+
+
+def test_the_sizes_that_info_shows_add_up(folder: Path) -> None:
+    shown = logitcache("info", folder / "tiny.cache").stdout
+    cells = [[cell.strip() for cell in line.split("│")] for line in shown.splitlines() if line.count("│") > 1]
+    found = {label: value.replace(",", "") for _, label, value, _ in cells}
+    labels, once = int(found["bytes of labels"]), int(found["bytes stored once (samples, encoding)"])
+
+    assert int(found["bytes"]) == labels + once
+    assert labels > once > 0
+    assert float(found["bytes of labels per sample and view"]) == pytest.approx(labels / (1295 * 2), rel=1e-3)
+    assert not {"bytes per sample", "bytes_of_labels"} & found.keys()
 
 
 def test_a_cache_and_its_plan_are_shown_in_one_line(folder: Path) -> None:
@@ -208,6 +221,88 @@ def test_a_dry_run_prints_what_would_be_done_and_does_nothing(folder: Path, tmp_
         (step["stage"], step["done"]) for step in steps
     ]
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("views.seed=4", "view_seed: 3 in the cache, 4 here"),
+        ("views.transform=clean", "transform.shared: "),
+        ("views.mixup=0.2", "transform.mixing: "),
+        ("teacher.model=cnn", "teacher: mlp@"),
+        ("teacher.precision=bfloat16", "precision: float32 in the cache, bfloat16 here"),
+        ("cache.encoding={name: topk, k: 5}", "encoding.dtype: float32 in the cache, "),
+        ("cache.outputs={hidden: '1'}", "output_encodings.hidden: "),
+        ("cache.rows_per_block=128", "rows_per_block: 256 in the cache, 128 here"),
+        ("data.validation=0.2", "num_samples: 1295 in the cache, "),
+    ],
+)
+def test_a_dry_run_finds_that_the_cache_is_another_one(folder: Path, override: str, difference: str) -> None:
+    """With the exit code of the command that then fails."""
+    result = logitcache("run", "--dry-run", folder / "tiny.yaml", override, "--json")
+    step = json.loads(result.stdout)["steps"][0]
+
+    assert ("cache-teacher", False) == (step["stage"], step["done"])
+    assert f"{folder}/tiny.cache holds another cache" in step["conflict"]
+    assert f"  {difference}" in step["conflict"]
+    assert 1 == result.returncode
+
+
+def test_what_a_dry_run_states_of_a_cache_is_what_the_stage_states(folder: Path) -> None:
+    dry = logitcache("run", "--dry-run", folder / "tiny.yaml", "views.seed=4")
+    real = logitcache("cache-teacher", folder / "tiny.yaml", "views.seed=4")
+
+    assert (1, 1) == (dry.returncode, real.returncode)
+    assert "differs in\n    view_seed: 3 in the cache, 4 here\n" in dry.stdout
+    assert "differs in\n  view_seed: 3 in the cache, 4 here\n" in real.stderr
+    assert dry.stdout.endswith("tiny.yaml is valid, but in conflict with existing results.\n")
+    assert 1 == logitcache("run", "--dry-run", folder / "tiny.yaml", folder / "tiny.yaml", "views.seed=4").returncode
+
+
+def test_a_dry_run_finds_runs_of_other_settings(folder: Path, tmp_path: Path) -> None:
+    pipeline = (folder / "tiny.yaml", f"runs.path={tmp_path}/runs", "train.epochs=1")
+    other = f"cache.path={tmp_path}/other.cache"
+    assert 0 == logitcache("train-student", *pipeline).returncode
+    assert 0 == logitcache("cache-teacher", *pipeline, other, "cache.encoding={name: dense, dtype: float16}").returncode
+
+    def conflicts(*overrides: str) -> tuple[int, list[str]]:
+        result = logitcache("run", "--dry-run", *pipeline, *overrides, "--json")
+        found = [step["conflict"] for step in json.loads(result.stdout)["steps"] if step["conflict"]]
+        return result.returncode, [re.findall(r"differs in (.*)\)", each)[0] for each in found]
+
+    assert (0, []) == conflicts()
+    assert (2, ["train.epochs", "train.epochs"]) == conflicts("train.epochs=2")
+    assert (2, ["student.loss.temperature"]) == conflicts("students.small.loss.temperature=3.0")
+    assert (2, ["num_views"]) == conflicts("views.count=1")  # a student on true labels sees new views
+    assert (2, ["labels.cache"]) == conflicts(other, "cache.encoding={name: dense, dtype: float16}")
+    refused(logitcache("train-student", *pipeline, "train.epochs=2"), 2, "differs in train.epochs")
+
+
+def test_a_dry_run_lists_a_damaged_run_with_the_exit_code_of_the_stage(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "small/seed-0"
+    run.mkdir(parents=True)
+    (run / "run.yaml").write_text("[")
+    result = logitcache("run", "--dry-run", folder / "tiny.yaml", f"runs.path={tmp_path}")
+
+    assert 1 == result.returncode
+    assert f"conflict: train-student: {run}/run.yaml is damaged" in result.stdout
+
+
+def test_a_dry_run_names_a_data_file_that_is_missing(folder: Path, tmp_path: Path) -> None:
+    """Although the function that reads it is not called."""
+    raw = yaml.safe_load((folder / "tiny.yaml").read_text())
+    raw["data"] = {"name": "tests.models:pictures", "args": {"file": f"{tmp_path}/images.npz"}}
+    raw["cache"]["path"] = f"{tmp_path}/a.cache"
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(raw))
+    shown = logitcache("run", "--dry-run", tmp_path / "own.yaml")
+    folders = logitcache("run", "--dry-run", CHECKOUT / "pipelines/s4_imagenet.yaml")
+
+    assert 0 == shown.returncode
+    assert f"not ready: data.args.file: {tmp_path}/images.npz does not exist" in shown.stdout
+    assert shown.stdout.endswith(f"own.yaml is valid; missing data: {tmp_path}/images.npz.\n")
+    assert (0, True) == (folders.returncode, "s4_imagenet.yaml is valid; missing data: " in folders.stdout)
+    (tmp_path / "images.npz").touch()
+    assert logitcache("run", "--dry-run", tmp_path / "own.yaml").stdout.endswith("own.yaml is valid.\n")
 
 
 def test_a_dry_run_checks_any_number_of_files_without_their_data(tmp_path: Path) -> None:

@@ -278,9 +278,7 @@ def test_an_unknown_collate_names_what_there_is(tiny: Make) -> None:
 def test_mixing_texts_is_refused_before_any_work(
     tiny: Make, mixing: str, kind: str, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "logitcache.stages.cache_teacher.create", lambda *given, **options: pytest.fail("long work")
-    )
+    monkeypatch.setattr("logitcache.stages.cache_teacher.create", lambda *given, **options: pytest.fail("long work"))
     pipeline = bag(tiny, f"data.args.kind={kind}", mixing, "views.mix_probability=0.01")
 
     with pytest.raises(UsageError, match=rf"the samples are {found}; expected float images.*views.mixup=0"):

@@ -154,8 +154,10 @@ def test_the_starter_for_logits_trains_on_them(tmp_path: Path) -> None:
 
     rows = logitcache(tmp_path, "train-student", "pipeline.yaml", "train.epochs=1", "num_workers=0")["rows"]
     assert [(row["name"], row["samples"]) for row in rows] == [("distilled", 30), ("baseline", 30)]
-    [found] = logitcache(tmp_path, "run", "--dry-run", "pipeline.yaml")["pipelines"]
+    check = ("run", "--dry-run", "--require-data", "pipeline.yaml", "train.epochs=1")
+    [found] = logitcache(tmp_path, *check)["pipelines"]
     assert found["missing"] == []
+    assert [(step["done"], step["conflict"]) for step in found["steps"]] == [(True, None)] * 3
 
 
 @pytest.fixture(scope="module")
