@@ -432,9 +432,9 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         if rows is None and len(dataset) != self.num_samples:
             raise UsageError(
                 f"the dataset has {len(dataset)} samples, the cache {self.num_samples}. The dataset of a pipeline's "
-                "cache is `logitcache.pipeline_data(PIPELINE).train`: validation samples are not in it. If "
-                "you use another dataset, keep only the samples whose keys are in `cache.samples.keys`, and pass "
-                "`rows=cache.rows(keys)`"
+                "cache is `logitcache.pipeline_data(PIPELINE).train`: validation samples are not in it. If you use "
+                "another dataset, keep only the samples whose keys are in the cache (`cache.samples.keys`), and pass "
+                "rows=cache.rows(keys)"
             )
         if rows is not None:
             if len(rows) != len(dataset):
