@@ -41,8 +41,9 @@ def load_entry_point(name: str, *, trust: bool) -> Any:
     own = _is_own_module(module_name, folder)
     if not own and not trust:
         raise UntrustedCode(
-            f"{name} would run code from outside the working folder, or from a Python environment or a cache inside of "
-            "it; review it and re-run with --trust (in Python: trust=True), or copy the module into the working folder"
+            f"{name} would run code from outside the working folder, or from a Python environment or a cache that is "
+            "in that folder; review it and re-run with --trust (in Python: trust=True), or copy the module into the "
+            "working folder"
         )
     if own and sys.path[:1] != [str(folder)]:
         sys.path.insert(0, str(folder))

@@ -318,7 +318,7 @@ class _Build:
         self._missing = set(created.missing_blocks)
         self._queue.put_nowait_batch([Item(block) for block in created.missing_blocks])
         total = sum(len(rows.block_rows(block.number)) for block in created.missing_blocks)
-        with track("caching the teacher", total, unit="samples" if rows.one_each else "rows") as meter:
+        with track("caching the teacher", total, unit="rows") as meter:
             for actor in self._actors:
                 self._start(actor)
             next_look = 0.0

@@ -307,7 +307,7 @@ def run_blocks(
     groups, ahead = itertools.tee(grouped_batches(rows, blocks, runner.config.batch_size, together=together))
     batches = itertools.chain.from_iterable(groups)
     places = ([[(view, sample) for sample in samples] for view, samples in group] for group in ahead)
-    with track("caching the teacher", num_rows, unit="samples" if rows.one_each else "rows") as meter:
+    with track("caching the teacher", num_rows, unit="rows") as meter:
         for (view, samples), output in zip(batches, runner.run_groups(views, places, per_group=together), strict=True):
             start = 0
             for consecutive in _consecutive(rows, samples):

@@ -230,7 +230,7 @@ def calibrate(runner: TeacherRunner, views: ViewDataset, *, num_views: int, coun
         [(int(view), int(row)) for view, row in places[start : start + size]] for start in range(0, number, size)
     ]
     parts = []
-    with track("calibrating", number, unit="samples") as meter:
+    with track("calibrating", number, unit="inputs") as meter:
         for batch, output in zip(batches, runner.run(views, batches), strict=True):
             parts.append(output.logits.float().cpu().numpy())
             meter.advance(len(batch))

@@ -160,6 +160,34 @@ def test_the_starter_for_logits_trains_on_them(tmp_path: Path) -> None:
     assert [(step["done"], step["conflict"]) for step in found["steps"]] == [(True, None)] * 3
 
 
+def test_the_starter_for_arrays_names_the_array_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_data", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    run("init", "--data", "arrays")
+    np.savez(tmp_path / "images.npz", images=np.zeros((2, 8, 8)), labels=np.arange(2))
+
+    refused(
+        run("run", "--dry-run", "--require-data", "pipeline.yaml"),
+        2,
+        "images.npz has no array train_images; it has: images, labels",
+    )
+    monkeypatch.delitem(sys.modules, "my_data")
+
+
+@pytest.mark.parametrize("spelled", ["LowRank()", "TopK(k=5)", "Dense()"])
+def test_the_encodings_that_the_starters_name_are_valid(
+    spelled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("init", "--data", "folders")
+
+    [found] = run_json("run", "--dry-run", "pipeline.yaml", f"cache.encoding={spelled}")["pipelines"]
+    assert spelled.partition("(")[0] in found["steps"][1]["what"]
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel's files, installed into a folder; without hatchling the tests are skipped, but in CI they fail."""

@@ -28,6 +28,9 @@ def load(file: str) -> dict[str, Images]:
         np.savez("images.npz", train_images=..., train_labels=..., test_images=..., test_labels=...)
     """
     with np.load(file) as arrays:
+        for name in ("train_images", "train_labels"):
+            if name not in arrays:
+                raise ValueError(f"{file} has no array {name}; it has: {', '.join(arrays)}")
         splits = {"train": Images(arrays["train_images"], arrays["train_labels"])}
         if "test_images" in arrays:
             splits["test"] = Images(arrays["test_images"], arrays["test_labels"])
