@@ -547,7 +547,7 @@ def test_a_web_server_shares_a_folder(
             push(str(whole), f"{url}/b.cache")
         with pytest.raises(UsageError, match="read-only"):
             cache_teacher(tiny(f"cache.path={url}/new.cache"))
-        with pytest.raises(NotACache, match="no logit cache"):
+        with pytest.raises(NotACache, match="is not a logit cache"):
             logitcache.open(f"{url}/nothing.cache")
 
 
