@@ -38,7 +38,7 @@ from tests.needs import need_package
 
 Make = Callable[..., Pipeline]
 
-KILLS = int(os.environ.get("LOGITCACHE_RAY_KILLS", "3"))
+KILLS = int(os.environ.get("LOGITCACHE_RAY_KILLS", "1"))
 
 
 @dataclass

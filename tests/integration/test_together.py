@@ -70,9 +70,9 @@ def test_batches_are_rendered_once_for_all_that_share_them(five: Make, monkeypat
     rendered: Counter[tuple[int, int]] = Counter()
     really_render = ViewDataset._render
 
-    def render(views: ViewDataset, view: int, index: int) -> Any:
+    def render(views: ViewDataset, view: int, index: int, *loaded: Any) -> Any:
         rendered[(view, index)] += 1
-        return really_render(views, view, index)
+        return really_render(views, view, index, *loaded)
 
     monkeypatch.setattr(ViewDataset, "_render", render)
     pipeline = five("together", "together=true", "train.seeds=[0]")
