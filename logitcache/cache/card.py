@@ -22,7 +22,7 @@ from logitcache.cache.layout import SAMPLE_ARRAYS
 from logitcache.cache.manifest import CARD
 from logitcache.cache.names import names_of, recorded_names
 from logitcache.cache.reader import LogitCache
-from logitcache.data.transforms import entry_points_of
+from logitcache.cache.rendering import has_recipe, named_code
 from logitcache.data.views import Mixing, ViewPlan
 from logitcache.encodings import Sampled, TopK
 from logitcache.errors import CorruptCache, UsageError
@@ -198,7 +198,7 @@ def _how_to_render_it(cache: LogitCache) -> Iterator[str]:
             "This cache has no recipe of its views: prepare the samples as for the teacher, and look up their labels "
             "by row number.\n"
         )
-    elif _is_recorded(transform):
+    elif has_recipe(transform):
         yield (
             "`logitcache.ViewDataset(dataset, cache.view_plan)` renders the views that the teacher saw; "
             f"{checked} Here {samples}\n"
@@ -220,7 +220,7 @@ def _training_command(cache: LogitCache) -> str:
     """The line that trains students from the cache; empty where no pipeline can describe its views or tokenization."""
     identity = cache.manifest.identity
     tokenized_elsewhere = bool(identity.tokenization) and "task" not in identity.tokenization
-    if tokenized_elsewhere or not (identity.transform is None or _is_recorded(identity.transform)):
+    if tokenized_elsewhere or not (identity.transform is None or has_recipe(identity.transform)):
         return ""
     # Any pipeline's teacher has a fingerprint; labels of named caches are of any teacher.
     teachers = [part.teacher for part in _parts(cache)] or [identity.teacher]
@@ -229,21 +229,11 @@ def _training_command(cache: LogitCache) -> str:
     return f"logitcache train-student PIPELINE {labels}\n"
 
 
-RECIPE = ("shared", "teacher_input")
-"""The parts of a recorded plan that are transforms."""
-
-
 def _code_of_views(transform: dict[str, Any]) -> list[str]:
-    """The `package.module:function` names in the recorded transforms."""
     try:
-        return list(dict.fromkeys(name for part in RECIPE for name in entry_points_of(transform.get(part) or [])))
+        return named_code(transform)
     except UsageError:  # an untrusted manifest
         return []
-
-
-def _is_recorded(transform: dict[str, Any]) -> bool:
-    """Whether `cache.view_plan` can build the transforms: they are lists of named transforms, or there is none."""
-    return all(transform.get(part) is None or isinstance(transform[part], list) for part in RECIPE)
 
 
 def _views(cache: LogitCache) -> str:
