@@ -29,9 +29,9 @@ from logitcache.errors import CorruptCache, UsageError
 from logitcache.markdown import LONGEST_NAME, code, escaped, fenced, one_line, table
 from logitcache.targets import SparseTargets, row_slices
 
-ACCURACY_ROWS = 65_536
-ACCURACY_LOGITS = 2**26
-"""Limits on the rows, and the logits of these rows, that the accuracy is measured on, to keep sealing cheap."""
+MEASURED_ROWS = 65_536
+MEASURED_LOGITS = 2**26
+"""Limits on the rows, and the logits of these rows, that a card is measured on, to keep sealing cheap."""
 ROWS_AT_ONCE = 1024
 TASK_CATEGORIES = {"causal": "text-generation", "masked": "fill-mask", "classification": "text-classification"}
 """Of the Hugging Face Hub, by the task of a tokenization."""
@@ -282,7 +282,7 @@ def _distributions(cache: LogitCache) -> str | None:
     """
     if cache.row_map.one_each:
         return None
-    num_rows = min(cache.num_rows, ACCURACY_ROWS, max(1, ACCURACY_LOGITS // cache.num_classes))
+    num_rows = _num_measured(cache)
     view = cache.view(cache.views.start, memory_budget=1, ahead=False)
     entropy, kept = 0.0, 0.0
     for start in range(0, num_rows, ROWS_AT_ONCE):
@@ -327,7 +327,7 @@ def first_class_accuracy(cache: LogitCache) -> tuple[int, int, int] | None:
         return None
     if bool((cache.samples.targets < 0).any()):  # samples without a class
         return None
-    looked_at = min(cache.num_samples, ACCURACY_ROWS, max(1, ACCURACY_LOGITS // cache.num_classes))
+    looked_at = _num_measured(cache)
     rows = _unmixed_rows(cache, looked_at)
     if not rows:
         return None
@@ -339,6 +339,11 @@ def first_class_accuracy(cache: LogitCache) -> tuple[int, int, int] | None:
         batch = rows[start : start + ROWS_AT_ONCE]
         right += int((view.logits(batch).argmax(dim=1).numpy() == targets[batch]).sum())
     return right, len(rows), looked_at
+
+
+def _num_measured(cache: LogitCache) -> int:
+    """How many rows of the first view a card is measured on."""
+    return min(cache.num_rows, MEASURED_ROWS, max(1, MEASURED_LOGITS // cache.num_classes))
 
 
 def _unmixed_rows(cache: LogitCache, count: int) -> list[int]:

@@ -366,7 +366,7 @@ def is_created(storage: Storage) -> bool:
 
 
 def _check_free(storage: Storage) -> None:
-    """Refuse a location without a cache that no cache can be created in.
+    """Refuse a location that has no cache, and where none can be created.
 
     Raises:
         UsageError, NotACache: it can't be written to, or holds something else.
