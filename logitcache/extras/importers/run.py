@@ -29,7 +29,7 @@ from logitcache.extras.importers.megatron import Megatron
 from logitcache.extras.importers.protocol import DenseRows, Importer, SparseRows
 from logitcache.extras.importers.tinyvit import TinyViT
 from logitcache.progress import track
-from logitcache.registry import Registry, unknown_name
+from logitcache.registry import Registry
 
 # B batch, K entries, N samples
 
@@ -127,8 +127,6 @@ def import_cache(
             f"{NOT_LOGITS[format]}, from which no distribution over all classes can be made; a cache needs logits. "
             f"Formats that can be imported: {', '.join(IMPORTERS)}"
         )
-    if format not in IMPORTERS:
-        raise UsageError(unknown_name("format", format, [*IMPORTERS]))
     importer = IMPORTERS[format](Path(source), num_classes=num_classes)
     table = _sample_table(importer, samples)
     if table is None and dataset is None:
