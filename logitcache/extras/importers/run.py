@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +18,9 @@ from logitcache.cache.manifest import Manifest
 from logitcache.cache.writer import CacheWriter
 from logitcache.data.samples import SampleTable
 from logitcache.data.tokens import NO_CLASS
+from logitcache.digest import sha256_hex
 from logitcache.encodings import Auto, Dense, Encoding, TopK, encoding_or_auto
-from logitcache.errors import InvalidLogits, SampleMismatch, StorageError, UsageError
+from logitcache.errors import InvalidLogits, SampleMismatch, UsageError
 from logitcache.extras.importers.arrays import NumpyArrays, ParquetLogits
 from logitcache.extras.importers.axolotl import Axolotl
 from logitcache.extras.importers.distillkit import DistillKit, OpenInstruct
@@ -30,6 +31,7 @@ from logitcache.extras.importers.protocol import DenseRows, Importer, SparseRows
 from logitcache.extras.importers.tinyvit import TinyViT
 from logitcache.progress import track
 from logitcache.registry import Registry
+from logitcache.storage.local import LocalStorage
 
 # B batch, K entries, N samples
 
@@ -292,17 +294,10 @@ def _write_details(importer: Importer, table: SampleTable | None, path: Path) ->
         arrays["keys"] = np.array(importer.keys)
     if not arrays:
         raise UsageError(f"{importer.tool} files have no keys and no parameters of views; leave out --details")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-        partial.replace(path)
-    except OSError as error:
-        raise StorageError(f"can't write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return digest
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
+    LocalStorage(path.parent).put(path.name, content.getbuffer())
+    return sha256_hex(content.getbuffer())
 
 
 def _card(importer: Importer, card: Card | Mapping[str, Any] | None) -> dict[str, Any]:
