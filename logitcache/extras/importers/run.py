@@ -65,6 +65,7 @@ NOT_LOGITS = {
 }
 """Formats that can't become a cache, and why."""
 CALIBRATION_ROWS = 10_000
+"""The fewest rows that an encoding is fitted to, unless the source has fewer."""
 ROUNDING = 1e-3
 """By how much probabilities exceed 1 from rounding alone; as `write_sparse` allows."""
 
@@ -243,7 +244,7 @@ def _encoding(importer: Importer, encoding: Any) -> Encoding | Auto:
 
 
 def _calibration(importer: Importer) -> Calibration:
-    """Up to 10 000 rows over all views, at equal distances."""
+    """10 000 to 20 000 rows of all views, at equal distances; all rows if there are fewer."""
     rows = importer.num_samples if importer.rows_per_sample is None else int(importer.rows_per_sample.sum())
     stride = max(1, rows * importer.num_views // CALIBRATION_ROWS)
     parts, done = [], 0
