@@ -67,7 +67,7 @@ from logitcache.verify.fit import open_fitting_cache, open_fitting_caches, views
 
 # M samples of a run, N samples of a cache
 
-AUTO, LIVE = "auto", "live"
+AUTO, LIVE, NOT_COMPARED = "auto", "live", "none"
 """Of `evaluation.teacher`; "live" is also the `labels` of a student."""
 PROOF_SAMPLES = 4
 """Samples on which a choice of channels is checked."""
@@ -436,8 +436,8 @@ class Experiment:
         key = (split, str(student.input))
         if key not in self._evaluations:
             dataset = getattr(self.data, split)
-            compared_with = NONE if dataset is None or split != "test" else self._compared_with(dataset)
-            if compared_with == NONE:
+            compared_with = NOT_COMPARED if dataset is None or split != "test" else self._compared_with(dataset)
+            if compared_with == NOT_COMPARED:
                 self._evaluations[key] = build_evaluation(self.pipeline, dataset, student, self.context)
             elif compared_with == LIVE:
                 self._evaluations[key] = self._beside_the_teacher(dataset, student)
@@ -452,7 +452,7 @@ class Experiment:
             return stated
         has_live = any(student.labels == LIVE for student in self.pipeline.students)
         sequences = not rows_of_dataset(dataset).one_each
-        return LIVE if has_live and sequences and has_teacher(self.pipeline) else NONE
+        return LIVE if has_live and sequences and has_teacher(self.pipeline) else NOT_COMPARED
 
     def _beside_the_teacher(self, dataset: Dataset, student: StudentConfig) -> Evaluation:
         """The test split, and the teacher that is run on it."""
