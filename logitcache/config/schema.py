@@ -223,6 +223,11 @@ class CacheConfig(Section):
     card: Card = Card()
     """Additional text of the cache's README.md, such as its license."""
 
+    @property
+    def memory_budget(self) -> int | None:
+        """`memory_budget_mb` in bytes."""
+        return None if self.memory_budget_mb is None else int(self.memory_budget_mb * 2**20)
+
     @field_validator("outputs", mode="before")
     @classmethod
     def _known_outputs(cls, value: Any) -> Any:

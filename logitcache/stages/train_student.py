@@ -315,9 +315,9 @@ class Experiment:
     def _cached_labels(
         self, ensemble: TeachersConfig | None, caches: list[LogitCache], views: ViewDataset, outputs: list[str]
     ) -> CachedLabels | EnsembleLabels:
-        budget = self.pipeline.cache.memory_budget_mb
+        budget = self.pipeline.cache.memory_budget
         in_use = len(caches) * self.pipeline.views.per_decode
-        share = None if budget is None else int(budget * 2**20) // in_use
+        share = None if budget is None else budget // in_use
         members = [self._labels_of(cache, views, share, outputs, prove=cache is caches[0]) for cache in caches]
         if ensemble is None or len(members) == 1:
             return members[0]
@@ -473,8 +473,7 @@ class Experiment:
             location, replace(self.data, train=dataset), plan, identity, num_views=1, trust=self.trust
         )
         views = views_of_cache(cache, dataset, plan, rows, input_part(student, trust=self.trust))
-        budget = pipeline.cache.memory_budget_mb
-        labels = CachedLabels(cache, views, self.device, memory_budget=None if budget is None else int(budget * 2**20))
+        labels = CachedLabels(cache, views, self.device, memory_budget=pipeline.cache.memory_budget)
         return evaluation_of(views, self.context, labels)
 
 
