@@ -5,6 +5,7 @@ Importing it is cheap: what checks a value is imported when there is one, since 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -462,6 +463,11 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     if "parties" in raw:
         raise UsageError(f"{path} has `parties`, so it describes a federation: run `logitcache federate {path}`")
     return parse_pipeline(raw, source=str(path))
+
+
+def as_pipeline(pipeline: Pipeline | str | os.PathLike[str]) -> Pipeline:
+    """A pipeline as it is, or read from its file."""
+    return pipeline if isinstance(pipeline, Pipeline) else load_pipeline(os.fspath(pipeline))
 
 
 def parse_pipeline(raw: Mapping[str, Any], *, source: str) -> Pipeline:
