@@ -331,7 +331,7 @@ class StudentConfig(ModelConfig):
         return {key: value for key, value in identity.items() if key not in unset or value != unset[key]}
 
     def ensemble_identity(self) -> dict[str, Any]:
-        """`identity` of a student of several caches, without their locations: a run resumes with copies of them."""
+        """`identity` of a student of named caches, without their locations: a run resumes with copies of them."""
         assert isinstance(self.labels, TeachersConfig)
         return self.identity() | {"labels": self.labels.model_dump(exclude={"caches"})}
 

@@ -28,7 +28,7 @@ class Claiming(Engine):
 
     name: ClassVar[str] = "claims"
     seconds: float = CLAIM_SECONDS
-    """Without a sign of life, after which the blocks of a worker are given to others."""
+    """After which the claims of a worker that does not renew them expire, and others take its blocks."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.seconds, int | float) or not self.seconds > 0:

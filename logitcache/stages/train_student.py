@@ -392,7 +392,7 @@ class Experiment:
         return {INIT_JSON: report.as_json(), INIT_TABLE: report.as_table()}
 
     def _open(self, ensemble: TeachersConfig | None) -> tuple[list[LogitCache], np.ndarray | None]:
-        """The pipeline's cache or the caches of several teachers, checked against data, views and teacher."""
+        """The pipeline's cache, or the caches that a student names; they are checked against data and views."""
         key = "" if ensemble is None else str(ensemble)
         if key not in self._caches:
             pipeline = self.pipeline
