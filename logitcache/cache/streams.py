@@ -279,8 +279,8 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
         unfinished.replace(self._kept / name)
 
     def _kept_samples(self) -> dict[int, tuple[Any, Any]]:
-        # Written by workers of this process, in a folder that no other user can write to: no data from elsewhere, and no
-        # cache. DataLoader's pipes carry the same samples in the same form.
+        # Written by workers of this process, in a folder that no other user can write to: no data from elsewhere, and
+        # no cache. DataLoader's pipes carry the same samples in the same form.
         paths = (path for path in self._kept.iterdir() if not path.suffix)
         return dict(pickle.loads(path.read_bytes()) for path in paths)
 
