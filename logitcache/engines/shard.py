@@ -58,4 +58,4 @@ class Shard(Engine):
             missing = set(worker.missing_blocks())
             own = self.share(worker.all_blocks(), together=worker.together)
             computed = worker.compute([block for block in own if block in missing])
-            return seal_if_complete(worker, claims, computed)
+            return seal_if_complete(worker, claims, computed, worker.missing_blocks(refresh=True))
