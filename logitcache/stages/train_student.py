@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ from logitcache.train.weighting import (
     teacher_weights,
     weights_from_config,
 )
-from logitcache.verify.fit import open_fitting_cache, open_fitting_caches, views_of_cache
+from logitcache.verify.fit import TeacherIdentity, open_fitting_cache, open_fitting_caches, views_of_cache
 
 # M samples of a run, N samples of a cache
 
@@ -402,8 +403,9 @@ class Experiment:
                 "trust": self.trust,
             }
             if ensemble is None:
-                identity = teacher_identity(pipeline, self._fingerprint() if has_teacher(pipeline) else None)
-                cache, rows = open_fitting_cache(pipeline.cache.path, self.data, self.plan, identity, **needed)
+                cache, rows = open_fitting_cache(
+                    pipeline.cache.path, self.data, self.plan, self._teacher_identity, **needed
+                )
                 self._caches[key] = [cache], rows
             else:
                 caches, rows = open_fitting_caches(ensemble.caches, self.data, self.plan, **needed)
@@ -417,10 +419,13 @@ class Experiment:
             self._teacher_and_fingerprint = resolve_teacher(self.pipeline, self.data, self.plan, trust=self.trust)
         return self._teacher_and_fingerprint
 
-    def _fingerprint(self) -> str:
-        """The teacher's fingerprint; a teacher that is built only for it is not kept."""
+    @cached_property
+    def _teacher_identity(self) -> TeacherIdentity:
+        """The teacher's identity, for comparison with caches; a teacher that is built only for it is not kept."""
+        if not has_teacher(self.pipeline):
+            return teacher_identity(self.pipeline, None)
         built = self._teacher_and_fingerprint or resolve_teacher(self.pipeline, self.data, self.plan, trust=self.trust)
-        return built[1]
+        return teacher_identity(self.pipeline, built[1])
 
     def _targets(self) -> np.ndarray:
         return sample_table(self.data.train).targets
@@ -468,10 +473,8 @@ class Experiment:
         """The test split, and the teacher's labels for it from a cache."""
         pipeline = self.pipeline
         plan = clean_plan(dataset, pipeline.teacher, pipeline, trust=self.trust)
-        identity = teacher_identity(pipeline, self._fingerprint() if has_teacher(pipeline) else None)
-        cache, rows = open_fitting_cache(
-            location, replace(self.data, train=dataset), plan, identity, num_views=1, trust=self.trust
-        )
+        data = replace(self.data, train=dataset)
+        cache, rows = open_fitting_cache(location, data, plan, self._teacher_identity, num_views=1, trust=self.trust)
         views = views_of_cache(cache, dataset, plan, rows, input_part(student, trust=self.trust))
         labels = CachedLabels(cache, views, self.device, memory_budget=pipeline.cache.memory_budget)
         return evaluation_of(views, self.context, labels)
