@@ -371,8 +371,8 @@ def _consecutive(rows: RowMap, samples: Sequence[int]) -> list[range]:
 def identify_samples(dataset: Dataset, location: str) -> SampleTable:
     """Keys and targets of a dataset, and its content digests if they are in the cache already.
 
-    Known samples are checked against their digests when they are loaded; of others the digests are taken then. So no
-    build needs a pass over the data that the teacher does not see.
+    Samples with a digest are compared with it when the teacher loads them; for the others it is computed then. So a
+    build needs no pass over the data before the teacher's.
 
     Raises:
         IdentityMismatch: the cache at this location has other samples; names the first difference.
