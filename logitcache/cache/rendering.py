@@ -121,7 +121,7 @@ class RendersAgain(Protocol):
     """Views that can render samples of a batch again: a `ViewDataset`, or a stream that keeps a few samples."""
 
     def at_hand(self, numbers: Sequence[int]) -> Sequence[int]:
-        """The places of those samples, of some by number, that may be rendered."""
+        """The places of those samples, of some by number, that can be rendered; called before the others."""
 
     def index_of(self, row: int) -> int | None:
         """The index of a sample for `batch`, by its number in the cache; None if it is not available."""

@@ -138,6 +138,7 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
         self._tally = _Tally(samples.num_samples)
         self._checked = _shared(torch.zeros(samples.num_samples, dtype=torch.bool))
         self._kept = Path(tempfile.mkdtemp(prefix="logitcache-stream-"))
+        self._at_hand: dict[int, tuple[Any, Any]] = {}
         weakref.finalize(self, _remove, self._kept, os.getpid())
         self._tally.start(self.cycle[0])
         plan.datasets.add(self)
@@ -279,26 +280,26 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
         unfinished.replace(self._kept / name)
 
     def _kept_samples(self) -> dict[int, tuple[Any, Any]]:
-        # Written by workers of this process, in a folder that no other user can write to: no data from elsewhere, and
-        # no cache. DataLoader's pipes carry the same samples in the same form.
+        # Written by workers of this process, in a folder that no other user can write to: never data from elsewhere.
+        # DataLoader's pipes carry the same samples in the same form.
         paths = (path for path in self._kept.iterdir() if not path.suffix)
         return dict(pickle.loads(path.read_bytes()) for path in paths)
 
     def at_hand(self, numbers: Sequence[int]) -> list[int]:
         """The places of those samples, of some of a batch, that `batch` can render: a few that arrived lately."""
-        kept = self._kept_samples()
-        return [place for place, number in enumerate(numbers) if number in kept]
+        # Read once for the calls that follow: running workers replace samples at any moment.
+        self._at_hand = self._kept_samples()
+        return [place for place, number in enumerate(numbers) if number in self._at_hand]
 
     def index_of(self, row: int) -> int | None:
-        """The number of a sample that `batch` can render, else None."""
-        return row if row in self._kept_samples() else None
+        """The number of a sample if `at_hand` has found it, else None."""
+        return row if row in self._at_hand else None
 
     def batch(self, items: Iterable[tuple[int, int]]) -> Any:
-        """The batched inputs of some (view, sample number), rendered again."""
-        kept = self._kept_samples()
+        """The batched inputs of some (view, sample number) that `at_hand` has found, rendered again."""
         with preserved_generators():
             rendered = [
-                self._renderer.item(view, number, kept[number], self._partner, self.numbers.key)
+                self._renderer.item(view, number, self._at_hand[number], self._partner, self.numbers.key)
                 for view, number in items
             ]
         return self.collate(rendered)[1]

@@ -169,6 +169,24 @@ def test_students_of_a_stream_have_the_weights_of_students_of_the_files(
     assert torch.equal(expected_weights, weights)
 
 
+def test_a_batch_is_checked_while_workers_replace_the_samples_that_are_kept(
+    cache: logitcache.LogitCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views = views_of(cache)
+    index, inputs, _ = next(iter(DataLoader(views, batch_size=8)))
+    read = views._kept_samples
+
+    def read_and_replace() -> Any:
+        kept = read()
+        for path in views._kept.iterdir():
+            path.unlink()
+        return kept
+
+    monkeypatch.setattr(views, "_kept_samples", read_and_replace)
+
+    assert 2 == cache.check_batch(index, inputs, views=views)
+
+
 def test_rendering_leaves_the_shuffle_of_the_stream_as_it_was(cache: logitcache.LogitCache) -> None:
     random.seed(0)
     expected = [key for key, *_ in Samples(samples())]
