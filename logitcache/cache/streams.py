@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from logitcache.cache.rendering import input_mismatch
 from logitcache.data.batching import Batch, collate
-from logitcache.data.samples import DIGEST_BYTES, SampleTable, input_digest, same_content
+from logitcache.data.samples import SampleTable, bytes_digest, input_digest, same_content
 from logitcache.data.views import Load, Renderer, ViewPlan, no_partner
 from logitcache.data.workers import end_with_parent
 from logitcache.errors import SampleMismatch, UsageError
@@ -245,7 +245,7 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
         if self._contents is None or self._checked[number]:
             return value
         expected = self._contents[number].tobytes()
-        digest = hashlib.sha256(content).digest()[:DIGEST_BYTES] if content is not None else input_digest(value)
+        digest = bytes_digest(content) if content is not None else input_digest(value)
         # The teacher's dataset may have had no bytes of its own.
         if not same_content(expected, digest) and (content is None or not same_content(expected, input_digest(value))):
             raise SampleMismatch(

@@ -239,7 +239,7 @@ def content_digest(dataset: Dataset, index: int, loaded: Any = None) -> bytes:
     content = getattr(dataset, "content", None)
     if content is not None:
         try:
-            return _short_digest(content(index))
+            return bytes_digest(content(index))
         except OSError as error:
             raise UnreadableSample(
                 f"sample {sample_key(dataset, index)!r} (number {index}) can't be read: {error}"
@@ -247,6 +247,11 @@ def content_digest(dataset: Dataset, index: int, loaded: Any = None) -> bytes:
     if loaded is None:
         loaded = load_sample(dataset, index)[0]
     return input_digest(loaded)
+
+
+def bytes_digest(content: bytes) -> bytes:
+    """The first 16 bytes of SHA-256."""
+    return hashlib.sha256(content).digest()[:DIGEST_BYTES]
 
 
 def input_digest(value: Any) -> bytes:
@@ -310,11 +315,7 @@ def differing_contents(recorded: np.ndarray, found: np.ndarray) -> np.ndarray:
 
 def same_content(recorded: bytes, found: bytes) -> bool:
     """Whether two content digests are of the same content; see `differing_contents`."""
-    return recorded == found or _short_digest(found) == recorded or _short_digest(recorded) == found
-
-
-def _short_digest(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()[:DIGEST_BYTES]
+    return recorded == found or bytes_digest(found) == recorded or bytes_digest(recorded) == found
 
 
 def content_table(

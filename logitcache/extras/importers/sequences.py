@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from logitcache.data.samples import DIGEST_BYTES
+from logitcache.data.samples import DIGEST_BYTES, bytes_digest
 from logitcache.data.tokens import content_of_ids
 
 
@@ -21,5 +20,5 @@ def content_digests(sequences: Sequence[np.ndarray]) -> np.ndarray:
     for number, ids in enumerate(sequences):
         if len(ids) and (ids.dtype.kind not in "iu" or int(ids.min()) < 0 or int(ids.max()) >= 2**31):
             raise ValueError("token ids that are no numbers from 0 to 2**31 - 1")
-        digests[number] = np.frombuffer(hashlib.sha256(content_of_ids(ids)).digest()[:DIGEST_BYTES], np.uint8)
+        digests[number] = np.frombuffer(bytes_digest(content_of_ids(ids)), np.uint8)
     return digests
