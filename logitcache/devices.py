@@ -60,7 +60,10 @@ def _keep_freed_buffers() -> None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute with one CPU thread: small operations wait long for others where workers occupy all cores."""
+    """Limit torch to one CPU thread.
+
+    Small operations on several threads are slow while worker processes occupy all cores.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -245,7 +245,7 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
         if self._contents is None or self._checked[number]:
             return value
         expected = self._contents[number].tobytes()
-        digest = input_digest(value) if content is None else bytes_digest(content)
+        digest = bytes_digest(content) if content is not None else input_digest(value)
         # The teacher's dataset may have had no bytes of its own.
         if not same_content(expected, digest) and (content is None or not same_content(expected, input_digest(value))):
             raise SampleMismatch(

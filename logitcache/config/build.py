@@ -26,7 +26,7 @@ from logitcache.catalog.models import (
     model_fingerprint,
 )
 from logitcache.catalog.outputs import sources_of, taps_of
-from logitcache.config.schema import DataConfig, ModelConfig, Pipeline, StudentConfig, load_pipeline, parse_pipeline
+from logitcache.config.schema import DataConfig, ModelConfig, Pipeline, StudentConfig, as_pipeline, parse_pipeline
 from logitcache.context import Context
 from logitcache.data.batching import COLLATES, Collate, pad
 from logitcache.data.packing import pack
@@ -88,8 +88,7 @@ def pipeline_data(pipeline: Pipeline | str | os.PathLike[str], *, trust: bool = 
         UsageError: the file is invalid, or names an unknown dataset.
         DatasetUnavailable: files are missing; says how to get them.
     """
-    loaded = pipeline if isinstance(pipeline, Pipeline) else load_pipeline(os.fspath(pipeline))
-    return resolve_data(loaded, trust=trust)
+    return resolve_data(as_pipeline(pipeline), trust=trust)
 
 
 def load_configured(config: DataConfig, *, trust: bool) -> Data:

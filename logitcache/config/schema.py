@@ -5,6 +5,7 @@ Importing it is cheap: what checks a value is imported when there is one, since 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -223,6 +224,11 @@ class CacheConfig(Section):
     card: Card = Card()
     """Additional text of the cache's README.md, such as its license."""
 
+    @property
+    def memory_budget(self) -> int | None:
+        """`memory_budget_mb` in bytes."""
+        return None if self.memory_budget_mb is None else int(self.memory_budget_mb * 2**20)
+
     @field_validator("outputs", mode="before")
     @classmethod
     def _known_outputs(cls, value: Any) -> Any:
@@ -325,7 +331,7 @@ class StudentConfig(ModelConfig):
         return {key: value for key, value in identity.items() if key not in unset or value != unset[key]}
 
     def ensemble_identity(self) -> dict[str, Any]:
-        """`identity` of a student of several caches, without their locations: a run resumes with copies of them."""
+        """`identity` of a student of named caches, without their locations: a run resumes with copies of them."""
         assert isinstance(self.labels, TeachersConfig)
         return self.identity() | {"labels": self.labels.model_dump(exclude={"caches"})}
 
@@ -457,6 +463,11 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     if "parties" in raw:
         raise UsageError(f"{path} has `parties`, so it describes a federation: run `logitcache federate {path}`")
     return parse_pipeline(raw, source=str(path))
+
+
+def as_pipeline(pipeline: Pipeline | str | os.PathLike[str]) -> Pipeline:
+    """A pipeline as it is, or read from its file."""
+    return pipeline if isinstance(pipeline, Pipeline) else load_pipeline(os.fspath(pipeline))
 
 
 def parse_pipeline(raw: Mapping[str, Any], *, source: str) -> Pipeline:

@@ -249,6 +249,11 @@ def content_digest(dataset: Dataset, index: int, loaded: Any = None) -> bytes:
     return input_digest(loaded)
 
 
+def bytes_digest(content: bytes) -> bytes:
+    """The first 16 bytes of SHA-256."""
+    return hashlib.sha256(content).digest()[:DIGEST_BYTES]
+
+
 def input_digest(value: Any) -> bytes:
     """The first 16 bytes of SHA-256 of an input's type, dtype, shape and values.
 
@@ -311,11 +316,6 @@ def differing_contents(recorded: np.ndarray, found: np.ndarray) -> np.ndarray:
 def same_content(recorded: bytes, found: bytes) -> bool:
     """Whether two content digests are of the same content; see `differing_contents`."""
     return recorded == found or bytes_digest(found) == recorded or bytes_digest(recorded) == found
-
-
-def bytes_digest(content: bytes) -> bytes:
-    """The digest of a content, 16 bytes."""
-    return hashlib.sha256(content).digest()[:DIGEST_BYTES]
 
 
 def content_table(

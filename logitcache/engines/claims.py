@@ -28,7 +28,7 @@ class Claiming(Engine):
 
     name: ClassVar[str] = "claims"
     seconds: float = CLAIM_SECONDS
-    """Without a sign of life, after which the blocks of a worker are given to others."""
+    """After which the claims of a worker that does not renew them expire, and others take its blocks."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.seconds, int | float) or not self.seconds > 0:
@@ -42,7 +42,7 @@ class Claiming(Engine):
             while missing:
                 computed += _work_through(worker, claims, missing)
                 missing = worker.missing_blocks(refresh=True)  # reads every receipt, so not more often
-            return seal_if_complete(worker, claims, computed)
+            return seal_if_complete(worker, claims, computed, missing)
 
 
 def _work_through(worker: Worker, claims: Claims, missing: list[Block]) -> list[Block]:
@@ -95,9 +95,8 @@ def open_once(worker: Worker, claims: Claims) -> None:
         worker.open()
 
 
-def seal_if_complete(worker: Worker, claims: Claims, computed: list[Block]) -> CacheResult:
-    """Seal the cache if no block is missing, one worker at a time."""
-    missing = worker.missing_blocks(refresh=True)
+def seal_if_complete(worker: Worker, claims: Claims, computed: list[Block], missing: list[Block]) -> CacheResult:
+    """Seal the cache if no block is missing by now, one worker at a time."""
     if not missing:
         with claims.wait_for(SEALING, done=lambda: worker.manifest.state == "sealed"):
             worker.seal()

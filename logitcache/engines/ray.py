@@ -27,7 +27,7 @@ from logitcache.errors import LogitCacheError, NotACache, UsageError
 from logitcache.progress import Meter, silence, track
 
 RETRIES = 2
-"""After the first failure of a block. Before the last one, other blocks may have caused the failure: see `compute`."""
+"""Further attempts after the first failure of a block. The last one computes it alone (`Item.alone`)."""
 FAILING_BLOCKS = 100
 """Different blocks that fail without a commit in between, after which the build ends: the store fails, for example."""
 SHOWN_BLOCKS = 5

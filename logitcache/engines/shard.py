@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from logitcache.cache.layout import Block
 from logitcache.engines.claims import open_once, seal_if_complete
-from logitcache.engines.protocol import CacheResult, Engine, Job, Worker, share
+from logitcache.engines.protocol import CacheResult, Engine, Job, share
 from logitcache.errors import UsageError
 from logitcache.storage.claims import Claims
 
@@ -52,12 +52,10 @@ class Shard(Engine):
         """The part of all blocks of a cache that belongs to this shard."""
         return share(blocks, self.index, self.count, together=together)
 
-    def _share_of(self, worker: Worker) -> list[Block]:
-        return self.share(worker.all_blocks(), together=worker.together)
-
     def run(self, job: Job) -> CacheResult:
         with closing(job.load()) as worker, Claims(worker.storage) as claims:
             open_once(worker, claims)
             missing = set(worker.missing_blocks())
-            computed = worker.compute([block for block in self._share_of(worker) if block in missing])
-            return seal_if_complete(worker, claims, computed)
+            own = self.share(worker.all_blocks(), together=worker.together)
+            computed = worker.compute([block for block in own if block in missing])
+            return seal_if_complete(worker, claims, computed, worker.missing_blocks(refresh=True))

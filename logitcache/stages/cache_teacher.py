@@ -24,7 +24,7 @@ from logitcache.cache.reader import open_cache
 from logitcache.cache.writer import CacheWriter
 from logitcache.catalog.outputs import declared_outputs, sources_of, taps_of
 from logitcache.config.build import build_context, build_runner, resolve_data, resolve_plan, resolve_teacher
-from logitcache.config.schema import Pipeline, load_pipeline
+from logitcache.config.schema import Pipeline, as_pipeline
 from logitcache.data.rows import RowMap
 from logitcache.data.samples import Dataset, SampleTable, SeenContents, compare_samples, sample_table
 from logitcache.data.tokens import length_batches
@@ -84,7 +84,7 @@ def plan_blocks(
         LogitCacheError: data, teacher or an existing cache don't fit the pipeline.
     """
     part = Shard(index=0, count=1) if shard is None else Shard.parse(shard)
-    with closing(TeacherWorker(_loaded(pipeline), trust=trust)) as worker, Claims(worker.storage) as claims:
+    with closing(TeacherWorker(as_pipeline(pipeline), trust=trust)) as worker, Claims(worker.storage) as claims:
         open_once(worker, claims)
         missing = set(worker.missing_blocks())
         return [block for block in part.share(worker.all_blocks(), together=worker.together) if block in missing]
@@ -111,7 +111,7 @@ def compute_blocks(
         LogitCacheError: data, teacher or the cache don't fit the pipeline.
     """
     requested = list(blocks)
-    with closing(TeacherWorker(_loaded(pipeline), trust=trust)) as worker, Claims(worker.storage) as claims:
+    with closing(TeacherWorker(as_pipeline(pipeline), trust=trust)) as worker, Claims(worker.storage) as claims:
         open_once(worker, claims)
         unknown = set(requested) - set(worker.all_blocks())
         if unknown:
@@ -121,10 +121,6 @@ def compute_blocks(
             )
         missing = set(worker.missing_blocks())
         return worker.compute([block for block in dict.fromkeys(requested) if block in missing])
-
-
-def _loaded(pipeline: Pipeline | str | os.PathLike[str]) -> Pipeline:
-    return pipeline if isinstance(pipeline, Pipeline) else load_pipeline(os.fspath(pipeline))
 
 
 @dataclass(frozen=True)
@@ -375,8 +371,8 @@ def _consecutive(rows: RowMap, samples: Sequence[int]) -> list[range]:
 def identify_samples(dataset: Dataset, location: str) -> SampleTable:
     """Keys and targets of a dataset, and its content digests if they are in the cache already.
 
-    Known samples are checked against their digests when they are loaded; of others the digests are taken then. So no
-    build needs a pass over the data that the teacher does not see.
+    Samples with a digest are compared with it when the teacher loads them; for the others it is computed then. So a
+    build needs no pass over the data before the teacher's.
 
     Raises:
         IdentityMismatch: the cache at this location has other samples; names the first difference.

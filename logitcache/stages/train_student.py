@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,11 +64,11 @@ from logitcache.train.weighting import (
     teacher_weights,
     weights_from_config,
 )
-from logitcache.verify.fit import open_fitting_cache, open_fitting_caches, views_of_cache
+from logitcache.verify.fit import TeacherIdentity, open_fitting_cache, open_fitting_caches, views_of_cache
 
 # M samples of a run, N samples of a cache
 
-AUTO, LIVE = "auto", "live"
+AUTO, LIVE, NOT_COMPARED = "auto", "live", "none"
 """Of `evaluation.teacher`; "live" is also the `labels` of a student."""
 PROOF_SAMPLES = 4
 """Samples on which a choice of channels is checked."""
@@ -315,9 +316,9 @@ class Experiment:
     def _cached_labels(
         self, ensemble: TeachersConfig | None, caches: list[LogitCache], views: ViewDataset, outputs: list[str]
     ) -> CachedLabels | EnsembleLabels:
-        budget = self.pipeline.cache.memory_budget_mb
+        budget = self.pipeline.cache.memory_budget
         in_use = len(caches) * self.pipeline.views.per_decode
-        share = None if budget is None else int(budget * 2**20) // in_use
+        share = None if budget is None else budget // in_use
         members = [self._labels_of(cache, views, share, outputs, prove=cache is caches[0]) for cache in caches]
         if ensemble is None or len(members) == 1:
             return members[0]
@@ -392,7 +393,7 @@ class Experiment:
         return {INIT_JSON: report.as_json(), INIT_TABLE: report.as_table()}
 
     def _open(self, ensemble: TeachersConfig | None) -> tuple[list[LogitCache], np.ndarray | None]:
-        """The pipeline's cache or the caches of several teachers, checked against data, views and teacher."""
+        """The pipeline's cache, or the caches that a student names; they are checked against data and views."""
         key = "" if ensemble is None else str(ensemble)
         if key not in self._caches:
             pipeline = self.pipeline
@@ -402,8 +403,9 @@ class Experiment:
                 "trust": self.trust,
             }
             if ensemble is None:
-                identity = teacher_identity(pipeline, self._fingerprint() if has_teacher(pipeline) else None)
-                cache, rows = open_fitting_cache(pipeline.cache.path, self.data, self.plan, identity, **needed)
+                cache, rows = open_fitting_cache(
+                    pipeline.cache.path, self.data, self.plan, self._teacher_identity, **needed
+                )
                 self._caches[key] = [cache], rows
             else:
                 caches, rows = open_fitting_caches(ensemble.caches, self.data, self.plan, **needed)
@@ -417,10 +419,13 @@ class Experiment:
             self._teacher_and_fingerprint = resolve_teacher(self.pipeline, self.data, self.plan, trust=self.trust)
         return self._teacher_and_fingerprint
 
-    def _fingerprint(self) -> str:
-        """The teacher's fingerprint; a teacher that is built only for it is not kept."""
+    @cached_property
+    def _teacher_identity(self) -> TeacherIdentity:
+        """The teacher's identity, for comparison with caches; a teacher that is built only for it is not kept."""
+        if not has_teacher(self.pipeline):
+            return teacher_identity(self.pipeline, None)
         built = self._teacher_and_fingerprint or resolve_teacher(self.pipeline, self.data, self.plan, trust=self.trust)
-        return built[1]
+        return teacher_identity(self.pipeline, built[1])
 
     def _targets(self) -> np.ndarray:
         return sample_table(self.data.train).targets
@@ -436,8 +441,8 @@ class Experiment:
         key = (split, str(student.input))
         if key not in self._evaluations:
             dataset = getattr(self.data, split)
-            compared_with = NONE if dataset is None or split != "test" else self._compared_with(dataset)
-            if compared_with == NONE:
+            compared_with = NOT_COMPARED if dataset is None or split != "test" else self._compared_with(dataset)
+            if compared_with == NOT_COMPARED:
                 self._evaluations[key] = build_evaluation(self.pipeline, dataset, student, self.context)
             elif compared_with == LIVE:
                 self._evaluations[key] = self._beside_the_teacher(dataset, student)
@@ -452,7 +457,7 @@ class Experiment:
             return stated
         has_live = any(student.labels == LIVE for student in self.pipeline.students)
         sequences = not rows_of_dataset(dataset).one_each
-        return LIVE if has_live and sequences and has_teacher(self.pipeline) else NONE
+        return LIVE if has_live and sequences and has_teacher(self.pipeline) else NOT_COMPARED
 
     def _beside_the_teacher(self, dataset: Dataset, student: StudentConfig) -> Evaluation:
         """The test split, and the teacher that is run on it."""
@@ -468,13 +473,10 @@ class Experiment:
         """The test split, and the teacher's labels for it from a cache."""
         pipeline = self.pipeline
         plan = clean_plan(dataset, pipeline.teacher, pipeline, trust=self.trust)
-        identity = teacher_identity(pipeline, self._fingerprint() if has_teacher(pipeline) else None)
-        cache, rows = open_fitting_cache(
-            location, replace(self.data, train=dataset), plan, identity, num_views=1, trust=self.trust
-        )
+        data = replace(self.data, train=dataset)
+        cache, rows = open_fitting_cache(location, data, plan, self._teacher_identity, num_views=1, trust=self.trust)
         views = views_of_cache(cache, dataset, plan, rows, input_part(student, trust=self.trust))
-        budget = pipeline.cache.memory_budget_mb
-        labels = CachedLabels(cache, views, self.device, memory_budget=None if budget is None else int(budget * 2**20))
+        labels = CachedLabels(cache, views, self.device, memory_budget=pipeline.cache.memory_budget)
         return evaluation_of(views, self.context, labels)
 
 

@@ -30,6 +30,11 @@ from logitcache.randomness import keyed_permutation
 
 # B batch, C classes, M calibration rows
 
+CUT_ROWS = 4_096
+"""Rows on which the mass of cut classes is measured, about."""
+CUT_MASS = 0.01
+"""Mean probability of cut classes from which on there is a warning."""
+
 
 @dataclass(frozen=True)
 class TeacherOutput:
@@ -148,12 +153,6 @@ def output_shapes(teacher: nn.Module, views: ViewDataset, taps: Mapping[str, Tap
     """
     device = next((parameter.device for parameter in teacher.parameters()), torch.device("cpu"))
     return captured_shapes(teacher, taps, to_device(views.batch([(0, 0)] * 2), device)) if taps else {}
-
-
-CUT_ROWS = 4_096
-"""Rows on which the mass of cut classes is measured, about."""
-CUT_MASS = 0.01
-"""Mean probability of cut classes from which on there is a warning."""
 
 
 def measure_cut_classes(teacher: nn.Module, runner: TeacherRunner, views: ViewDataset) -> CutClasses | None:

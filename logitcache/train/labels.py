@@ -202,12 +202,12 @@ class EnsembleLabels(Labels):
 class LiveLabels(Labels):
     """Labels from the teacher, run on every batch."""
 
-    def start_views(self, views: Sequence[int], following: Sequence[int]) -> None:
-        """Nothing to load."""
-
     def __init__(self, teacher: TeacherRunner, *, needs_teacher_inputs: bool) -> None:
         self.needs_teacher_inputs = needs_teacher_inputs
         self._teacher = teacher
+
+    def start_views(self, views: Sequence[int], following: Sequence[int]) -> None:
+        """Nothing to load."""
 
     def outputs(self, names: Sequence[str], index: Tensor, teacher_inputs: Any, targets: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():

@@ -103,7 +103,7 @@ class RunFolder:
             CorruptRun: it is damaged, or of another name or seed.
         """
         path = self.path / RESULT
-        text = self._read(RESULT)
+        text = _read_text(self.path, RESULT)
         if text is None:
             return None
         for file in (self.path / CONFIG, path):  # the configuration too: a result of another one has other checksums
@@ -260,11 +260,8 @@ class RunFolder:
         """Write a file atomically."""
         self._storage.put(name, text.encode())
 
-    def _read(self, name: str) -> str | None:
-        return _read_text(self.path, name)
-
-    def _get(self, name: str, *, limit: int | None = None) -> bytes | None:
-        return _read_bytes(self.path, name, limit=limit)
+    def _get(self, name: str) -> bytes | None:
+        return _read_bytes(self.path, name)
 
 
 def recorded_configuration(path: Path) -> dict[str, Any] | None:

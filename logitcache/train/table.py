@@ -44,35 +44,32 @@ class Row:
 def summarise(name: str, results: Sequence[dict[str, Any]]) -> Row:
     """A row of the table, from the result of each seed."""
 
-    def of_seeds(key: str) -> list[float]:
-        return [result[key] for result in results if result.get(key) is not None]
+    def of_seeds(key: str) -> tuple[float | None, float | None]:
+        return spread([result.get(key) for result in results])
 
-    accuracies, nlls, seconds = of_seeds("accuracy"), of_seeds("nll"), of_seeds("epoch_seconds")
-    kls, agreements = of_seeds("teacher_kl"), of_seeds("teacher_agreement")
+    accuracy, nll, teacher_kl, teacher_agreement = map(of_seeds, ("accuracy", "nll", "teacher_kl", "teacher_agreement"))
+    seconds = [result["epoch_seconds"] for result in results if result["epoch_seconds"] is not None]
     return Row(
         name=name,
-        accuracy_mean=_mean(accuracies),
-        accuracy_sd=_deviation(accuracies),
+        accuracy_mean=accuracy[0],
+        accuracy_sd=accuracy[1],
         epoch_seconds=statistics.median(seconds) if seconds else None,
-        validation_accuracy_mean=_mean(of_seeds("validation_accuracy")),
+        validation_accuracy_mean=of_seeds("validation_accuracy")[0],
         samples=results[0]["samples"],
         parameters=results[0]["parameters"],
         seeds=[result["seed"] for result in results],
-        nll_mean=_mean(nlls),
-        nll_sd=_deviation(nlls),
-        perplexity_mean=_mean(of_seeds("perplexity")),
-        bits_per_byte_mean=_mean(of_seeds("bits_per_byte")),
-        teacher_kl_mean=_mean(kls),
-        teacher_kl_sd=_deviation(kls),
-        teacher_agreement_mean=_mean(agreements),
-        teacher_agreement_sd=_deviation(agreements),
+        nll_mean=nll[0],
+        nll_sd=nll[1],
+        perplexity_mean=of_seeds("perplexity")[0],
+        bits_per_byte_mean=of_seeds("bits_per_byte")[0],
+        teacher_kl_mean=teacher_kl[0],
+        teacher_kl_sd=teacher_kl[1],
+        teacher_agreement_mean=teacher_agreement[0],
+        teacher_agreement_sd=teacher_agreement[1],
     )
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    """The standard deviation between seeds; None for a single seed."""
-    return statistics.stdev(values) if len(values) > 1 else None
+def spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """(mean, standard deviation) of the known values; None where there are too few."""
+    known = [value for value in values if value is not None]
+    return (statistics.fmean(known) if known else None), (statistics.stdev(known) if len(known) > 1 else None)

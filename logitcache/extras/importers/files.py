@@ -9,6 +9,7 @@ import pickle
 import pickletools
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,8 +99,6 @@ def inflate(data: bytes, limit: int = MAX_PICKLE_BYTES) -> bytes:
     Raises:
         ValueError: truncated, or longer than the limit.
     """
-    import zlib
-
     stream = zlib.decompressobj()
     content = stream.decompress(data, limit)
     if not stream.eof:

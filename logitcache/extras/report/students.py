@@ -29,12 +29,13 @@ from logitcache.extras.report.trees import node_use
 from logitcache.extras.soft_tree import SoftTree
 from logitcache.extras.student_export.cost import median_seconds
 from logitcache.extras.student_export.metadata import StudentMetadata
-from logitcache.extras.student_export.source import exported_metadata, label_source, spread
+from logitcache.extras.student_export.source import exported_metadata, label_source
 from logitcache.progress import track
 from logitcache.stages.matched_data import MatchedData
 from logitcache.stages.train_student import Row, summarise
 from logitcache.train.finished import Run, read_run
 from logitcache.train.runs import CONFIG, RESULT
+from logitcache.train.table import spread
 
 # B batch, I inner nodes, L leaves, M rows, S seeds
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from logitcache.devices import one_thread
 
 LATENCY_PASSES = 200
 LATENCY_SECONDS = 2.0
@@ -42,7 +44,7 @@ def median_seconds(passes: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     """
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     end = time.perf_counter() + LATENCY_SECONDS * len(passes)
-    with _one_thread(), torch.inference_mode():
+    with one_thread(), torch.inference_mode():
         for number in range(WARM_UP + LATENCY_PASSES):
             for name, forward in passes.items():
                 before = time.perf_counter()
@@ -60,13 +62,3 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

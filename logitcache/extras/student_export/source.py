@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from logitcache.extras.student_export.metadata import (
 from logitcache.stages.finished_student import FinishedStudent, Weights
 from logitcache.train.finished import Run, read_run
 from logitcache.train.runs import CONFIG, RESULT
+from logitcache.train.table import spread
 
 DEFAULT_FOLDER = "product"
 """Inside the run; the report looks for exports there."""
@@ -84,12 +83,6 @@ def seeds_of(run: Run) -> Seeds:
 def _without_seed(config: dict[str, Any]) -> dict[str, Any]:
     train = config.get("train")
     return config if not isinstance(train, dict) else {**config, "train": {**train, "seed": None}}
-
-
-def spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """(mean, standard deviation) of the known values; None where there are too few."""
-    known = [value for value in values if value is not None]
-    return (statistics.fmean(known) if known else None), (statistics.stdev(known) if len(known) > 1 else None)
 
 
 def label_source(run: Run) -> tuple[str, str]:
