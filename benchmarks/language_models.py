@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import conditions, fresh_folder, options, parse, table, write_result
+from measuring import byte_tokenizer, conditions, fresh_folder, options, parse, table, write_result
 
 import logitcache
 from logitcache.catalog.models import load_weights
@@ -167,12 +167,6 @@ def real_pipeline(folder: Path, arguments: object) -> list[str]:
 
 def tiny_pipeline(folder: Path) -> list[str]:
     """Overrides for a few lines as bytes, and models of a few thousand parameters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.save(str(folder / "tokenizer.json"))
     for split in ("train", "test"):
         (folder / "text" / split).mkdir(parents=True)
         for number in range(8):
@@ -185,7 +179,7 @@ def tiny_pipeline(folder: Path) -> list[str]:
     )
     return [
         f"data.root={folder / 'text'}",
-        f"data.args={{tokenizer: {folder / 'tokenizer.json'}, max_length: 48}}",
+        f"data.args={{tokenizer: {byte_tokenizer(folder)}, max_length: 48}}",
         f"teacher={{model: transformers, weights: random, batch_size: 4, args: {model}}}",
         *(f"students.{name}.args={model}" for name in ("distilled", "live-teacher", "true-tokens")),
     ]

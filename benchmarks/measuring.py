@@ -62,6 +62,18 @@ def fresh_folder() -> Path:
     return Path(folder.name)
 
 
+def byte_tokenizer(folder: Path) -> Path:
+    """A tokenizer with one token per byte, for tiny runs; returns the path of its file."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
 def num_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import TINY, conditions, fresh_folder, options, parse, table, write_result
+from measuring import TINY, byte_tokenizer, conditions, fresh_folder, options, parse, table, write_result
 
 from logitcache.catalog.calling import model_logits
 from logitcache.catalog.models import load_weights
@@ -238,12 +238,6 @@ def tiny(folder: Path) -> list[str]:
 
 def tiny_text(folder: Path) -> list[str]:
     """Overrides for lines of two classes as bytes, and a random BERT as the teacher."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.save(str(folder / "tokenizer.json"))
     for split in ("train", "val", "test"):
         lines = [
             {"key": f"{split}-{number}", "text": f"{'aaa' if number % 2 else 'bbb'} {number}", "label": number % 2}
@@ -257,7 +251,7 @@ def tiny_text(folder: Path) -> list[str]:
     )
     return [
         f"data.root={folder / 'text'}",
-        f"data.args.tokenizer={folder / 'tokenizer.json'}",
+        f"data.args.tokenizer={byte_tokenizer(folder)}",
         "teacher.model=transformers",
         f"teacher.args={model}",
         *tiny(folder),

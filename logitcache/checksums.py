@@ -1,4 +1,4 @@
-"""The SHA-256 of each file that a finished run left, in a `SHA256SUMS` that `sha256sum -c` reads too."""
+"""The SHA-256 of each file of a finished run, in a file `SHA256SUMS` that `sha256sum -c` reads too."""
 
 from __future__ import annotations
 

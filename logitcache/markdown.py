@@ -1,4 +1,4 @@
-"""Text that somebody else may have chosen, as Markdown that shows just that: no HTML, link, image or front matter."""
+"""Untrusted text as Markdown that shows the text itself: no HTML, link, image or front matter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON from strangers: one meaning or none."""
+"""Parses untrusted JSON. Whatever two parsers might read differently is an error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def parse_json(data: bytes, *, max_bytes: int) -> Any:
-    """A JSON value; what two parsers might read differently, or one not at all, is refused.
+    """A JSON value.
 
     Raises:
         ValueError: too long, too deep, no UTF-8, no JSON, a key twice in one object, NaN or an infinite number.

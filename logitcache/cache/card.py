@@ -1,4 +1,4 @@
-"""The card of a cache: a `README.md` that tells a visitor of a data hub what the cache is and how to load it.
+"""The card of a cache: a `README.md` for data hubs, with what the cache is and how to load it.
 
 The front matter has the fields of data cards (license, tags, task, size). Untrusted text (names, class names,
 transforms) is escaped or put into code spans, so that it is neither HTML nor a link.

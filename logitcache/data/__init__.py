@@ -1,1 +1,1 @@
-"""Samples, transforms and views: the same pixels for everyone who asks, in an order that the seed gives."""
+"""Samples, transforms and views: the same pixels on every machine, in an order that the seed determines."""

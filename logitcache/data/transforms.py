@@ -1,4 +1,4 @@
-"""Transforms as things with an identity: what they are, told so that two machines agree.
+"""Descriptions of transforms, for the identity of a cache: they are equal on all machines for the same transform.
 
 No transform library is imported here; each is met by its own protocol.
 """

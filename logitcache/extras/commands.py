@@ -315,8 +315,7 @@ def demo_command(
     from logitcache.extras.demo import demo_report, run_demo
 
     if not as_json:
-        minutes = "about 5 minutes" if full else "about 2 minutes"
-        typer.echo(f"Training a teacher, caching it and training students: {minutes} on two idle cores.", err=True)
+        typer.echo("Training a teacher, caching it and training students. This takes a few minutes.", err=True)
     result = run_demo(folder, overrides or (), full=full)
     report = demo_report(result, folder / "report.html")
     show(printing.demo_summary(result, report), as_json, lambda: printing.print_demo(result, report))

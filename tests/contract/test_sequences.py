@@ -310,7 +310,7 @@ def test_entries_may_be_written_again_and_other_entries_are_refused(tmp_path: Pa
     with writer(tmp_path / "a", encoding=SPARSE, num_views=1) as cache:
         cache.write_sparse(view=0, start=0, ids=ids[:10], log_probs=log_probs[:10])
         cache.write_sparse(view=0, start=5, ids=ids[5:10], log_probs=log_probs[5:10])
-        with pytest.raises(IdentityMismatch, match="row 8 of view 0 was written before|row 8 of view 0 differs"):
+        with pytest.raises(IdentityMismatch, match="row 8 of view 0 was written before"):
             cache.write_sparse(view=0, start=8, ids=ids[3:5], log_probs=log_probs[3:5])
         cache.write_sparse(view=0, start=10, ids=ids[10:], log_probs=log_probs[10:])
         with pytest.raises(IdentityMismatch, match="row 3 of view 0 differs"):

@@ -91,7 +91,7 @@ def test_a_build_that_stopped_goes_on_only_with_the_same_logits(tmp_path: Path) 
 @pytest.mark.parametrize("first", [5, BLOCK, 50], ids=["a part of a block", "a block", "more than a block"])
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=repr)
 def test_rows_that_come_twice_with_other_values_are_refused(tmp_path: Path, encoding: Encoding, first: int) -> None:
-    with pytest.raises(IdentityMismatch, match=r"row 3 of view 0|row 3 of view 0 differs") as caught:
+    with pytest.raises(IdentityMismatch, match="row 3 of view 0") as caught:
         with writer(tmp_path / "a", encoding) as cache:
             cache.write(view=0, start=0, logits=some_logits()[:first])
             cache.write(view=0, start=0, logits=some_logits()[:3])

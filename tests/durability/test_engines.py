@@ -275,7 +275,7 @@ def kill_at_seeded_instants(count: int, seed: int, folder: Path) -> int:
             child.start()
         barrier.wait()
         for child, delay in zip(children[1:], sorted(draw.uniform(0, duration) for _ in range(3)), strict=True):
-            time.sleep(delay / 3)
+            child.join(delay / 3)  # returns early if the worker ends
             child.kill()
             child.join()
             killed += child.exitcode == -signal.SIGKILL
