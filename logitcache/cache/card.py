@@ -22,16 +22,16 @@ from logitcache.cache.layout import SAMPLE_ARRAYS
 from logitcache.cache.manifest import CARD
 from logitcache.cache.names import names_of, recorded_names
 from logitcache.cache.reader import LogitCache
-from logitcache.data.transforms import entry_points_of
+from logitcache.cache.rendering import has_recipe, named_code
 from logitcache.data.views import Mixing, ViewPlan
 from logitcache.encodings import Sampled, TopK
 from logitcache.errors import CorruptCache, UsageError
 from logitcache.markdown import LONGEST_NAME, code, escaped, fenced, one_line, table
 from logitcache.targets import SparseTargets, row_slices
 
-ACCURACY_ROWS = 65_536
-ACCURACY_LOGITS = 2**26
-"""Limits on the rows, and the logits of these rows, that the accuracy is measured on, to keep sealing cheap."""
+MEASURED_ROWS = 65_536
+MEASURED_LOGITS = 2**26
+"""Limits on the rows, and the logits of these rows, that a card is measured on, to keep sealing cheap."""
 ROWS_AT_ONCE = 1024
 TASK_CATEGORIES = {"causal": "text-generation", "masked": "fill-mask", "classification": "text-classification"}
 """Of the Hugging Face Hub, by the task of a tokenization."""
@@ -198,7 +198,7 @@ def _how_to_render_it(cache: LogitCache) -> Iterator[str]:
             "This cache has no recipe of its views: prepare the samples as for the teacher, and look up their labels "
             "by row number.\n"
         )
-    elif _is_recorded(transform):
+    elif has_recipe(transform):
         yield (
             "`logitcache.ViewDataset(dataset, cache.view_plan)` renders the views that the teacher saw; "
             f"{checked} Here {samples}\n"
@@ -220,7 +220,7 @@ def _training_command(cache: LogitCache) -> str:
     """The line that trains students from the cache; empty where no pipeline can describe its views or tokenization."""
     identity = cache.manifest.identity
     tokenized_elsewhere = bool(identity.tokenization) and "task" not in identity.tokenization
-    if tokenized_elsewhere or not (identity.transform is None or _is_recorded(identity.transform)):
+    if tokenized_elsewhere or not (identity.transform is None or has_recipe(identity.transform)):
         return ""
     # Any pipeline's teacher has a fingerprint; labels of named caches are of any teacher.
     teachers = [part.teacher for part in _parts(cache)] or [identity.teacher]
@@ -229,21 +229,11 @@ def _training_command(cache: LogitCache) -> str:
     return f"logitcache train-student PIPELINE {labels}\n"
 
 
-RECIPE = ("shared", "teacher_input")
-"""The parts of a recorded plan that are transforms."""
-
-
 def _code_of_views(transform: dict[str, Any]) -> list[str]:
-    """The `package.module:function` names in the recorded transforms."""
     try:
-        return list(dict.fromkeys(name for part in RECIPE for name in entry_points_of(transform.get(part) or [])))
+        return named_code(transform)
     except UsageError:  # an untrusted manifest
         return []
-
-
-def _is_recorded(transform: dict[str, Any]) -> bool:
-    """Whether `cache.view_plan` can build the transforms: they are lists of named transforms, or there is none."""
-    return all(transform.get(part) is None or isinstance(transform[part], list) for part in RECIPE)
 
 
 def _views(cache: LogitCache) -> str:
@@ -292,7 +282,7 @@ def _distributions(cache: LogitCache) -> str | None:
     """
     if cache.row_map.one_each:
         return None
-    num_rows = min(cache.num_rows, ACCURACY_ROWS, max(1, ACCURACY_LOGITS // cache.num_classes))
+    num_rows = _num_measured(cache)
     view = cache.view(cache.views.start, memory_budget=1, ahead=False)
     entropy, kept = 0.0, 0.0
     for start in range(0, num_rows, ROWS_AT_ONCE):
@@ -337,7 +327,7 @@ def first_class_accuracy(cache: LogitCache) -> tuple[int, int, int] | None:
         return None
     if bool((cache.samples.targets < 0).any()):  # samples without a class
         return None
-    looked_at = min(cache.num_samples, ACCURACY_ROWS, max(1, ACCURACY_LOGITS // cache.num_classes))
+    looked_at = _num_measured(cache)
     rows = _unmixed_rows(cache, looked_at)
     if not rows:
         return None
@@ -349,6 +339,11 @@ def first_class_accuracy(cache: LogitCache) -> tuple[int, int, int] | None:
         batch = rows[start : start + ROWS_AT_ONCE]
         right += int((view.logits(batch).argmax(dim=1).numpy() == targets[batch]).sum())
     return right, len(rows), looked_at
+
+
+def _num_measured(cache: LogitCache) -> int:
+    """How many rows of the first view a card is measured on."""
+    return min(cache.num_rows, MEASURED_ROWS, max(1, MEASURED_LOGITS // cache.num_classes))
 
 
 def _unmixed_rows(cache: LogitCache, count: int) -> list[int]:

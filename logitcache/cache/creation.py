@@ -22,7 +22,7 @@ from logitcache.cache.card_fields import Card, card_from
 from logitcache.cache.contents import settled_samples
 from logitcache.cache.destination import check_destination
 from logitcache.cache.fidelity import Calibration, candidates, choose, compare
-from logitcache.cache.layout import GROUP, PER_CACHE, receipt_key
+from logitcache.cache.layout import GROUP, PER_CACHE, receipt_key, view_number
 from logitcache.cache.manifest import (
     CARD,
     FORMAT_VERSION,
@@ -366,7 +366,7 @@ def is_created(storage: Storage) -> bool:
 
 
 def _check_free(storage: Storage) -> None:
-    """Refuse a location without a cache that no cache can be created in.
+    """Refuse a location that has no cache, and where none can be created.
 
     Raises:
         UsageError, NotACache: it can't be written to, or holds something else.
@@ -559,7 +559,7 @@ def _forget_views(storage: Storage, manifest: Manifest, layout: Layout) -> Manif
     """Remove views that were requested and never finished; views that were sealed before stay."""
     gathered = storage.get(RECEIPTS, limit=receipts_limit(manifest.layout))
     found = {} if gathered is None else read_receipts_or_index(gathered, url=storage.url)
-    sealed_views = by_view(found).views if isinstance(found, dict) else [int(name[1:]) for name in found.views]
+    sealed_views = by_view(found).views if isinstance(found, dict) else list(map(view_number, found.views))
     num_views = max([layout.num_views, *(view + 1 for view in sealed_views)])
     kept = manifest.layout.model_copy(update={"num_views": num_views})
     for view in range(num_views, manifest.layout.num_views):

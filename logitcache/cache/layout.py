@@ -51,7 +51,7 @@ class Block:
     @classmethod
     def from_name(cls, name: str) -> Block:
         view, number = name.split("/")
-        return cls(int(view[1:]), int(number[1:]))
+        return cls(view_number(view), int(number[1:]))
 
 
 def num_blocks(layout: Layout) -> int:
@@ -96,6 +96,11 @@ def receipt_key(name: str) -> str:
 def view_name(view: int) -> str:
     """Name of a view in keys and in the index of receipts."""
     return f"v{view:05d}"
+
+
+def view_number(name: str) -> int:
+    """The view of a name from `view_name`."""
+    return int(name[1:])
 
 
 def view_receipts_key(view: int, sha256: str) -> str:

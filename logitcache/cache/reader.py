@@ -106,9 +106,9 @@ class LogitCache:
         self._loading: dict[tuple[int, str, str], Future[View]] = {}
         self._kept: OrderedDict[tuple[int, str, int], View] = OrderedDict()
         self._plans: list[ViewPlan] = []
+        """Plans of this cache's views; `check_batch` renders from their datasets."""
         self._verified: weakref.WeakKeyDictionary[ViewDataset | StreamViews, set[int]] = weakref.WeakKeyDictionary()
         """The views of each dataset that `verify_inputs` has passed."""
-        """Plans of this cache's views; `check_batch` renders from their datasets."""
         self._process = os.getpid()
         if self.sealed and self.records.content_digest() != self.manifest.digest:
             raise CorruptCache(

@@ -130,7 +130,7 @@ def by_view(receipts: Mapping[str, Receipt]) -> ReceiptsByView:
     return ReceiptsByView(receipts.get(PER_CACHE), grouped, of_view)
 
 
-def selected(layout: Layout, per_cache: Receipt, sources: Mapping[int, Mapping[str, Receipt]]) -> Mapping[str, Receipt]:
+def selected(layout: Layout, per_cache: Receipt, sources: Mapping[int, ReceiptsByView]) -> Mapping[str, Receipt]:
     """The receipts of a layout, each view's from one source.
 
     Args:
@@ -138,11 +138,9 @@ def selected(layout: Layout, per_cache: Receipt, sources: Mapping[int, Mapping[s
         per_cache: the receipt of the per-cache arrays.
         sources: the receipts of one or more caches, by view.
     """
-    parts = {id(source): by_view(source) for source in sources.values()}
-    of_view = {view: parts[id(source)] for view, source in sources.items()}
-    entries = {view: part.entries[view] for view, part in of_view.items() if view in part.entries}
-    chosen = ReceiptsByView(per_cache, layout.views, lambda view: of_view[view].of_view(view), entries=entries)
-    return chosen if is_large(layout) else dict(chosen)
+    entries = {view: source.entries[view] for view, source in sources.items() if view in source.entries}
+    receipts = ReceiptsByView(per_cache, layout.views, lambda view: sources[view].of_view(view), entries=entries)
+    return receipts if is_large(layout) else dict(receipts)
 
 
 def view_digest(receipts: Mapping[str, Receipt]) -> Sha256:

@@ -29,6 +29,7 @@ from logitcache.cache.layout import (
     receipt_names,
     view_blocks,
     view_name,
+    view_number,
     view_receipts_key,
 )
 from logitcache.cache.manifest import (
@@ -369,11 +370,12 @@ def _open_by_view(
         storage: the cache.
         layout: its layout.
         gathered: what `receipts.json` holds, if views were sealed before.
-        single: the names of the receipts of single blocks, by the name of the view.
+        single: the names of single receipts, by the name of the view; that of the per-cache arrays by its own.
     """
-    per_cache = read_single_receipts(storage, [PER_CACHE]).get(PER_CACHE)
+    per_cache = read_single_receipts(storage, single.get(PER_CACHE, [])).get(PER_CACHE)
     if isinstance(gathered, ReceiptIndex):
-        before = {int(name[1:]): entry for name, entry in gathered.views.items() if int(name[1:]) in layout.views}
+        indexed = {view_number(name): entry for name, entry in gathered.views.items()}
+        before = {view: entry for view, entry in indexed.items() if view in layout.views}
         per_cache = per_cache or gathered.fixed
 
         def read_before(view: int) -> Mapping[str, Receipt]:
@@ -402,7 +404,7 @@ def _open_by_view(
 
     if per_cache is not None and _contradiction(layout, PER_CACHE, per_cache, object_limits(layout)) is not None:
         per_cache = None
-    return ReceiptsByView(per_cache, {*views, *(int(name[1:]) for name in single if name != PER_CACHE)}, read)
+    return ReceiptsByView(per_cache, views | {view_number(name) for name in single if name != PER_CACHE}, read)
 
 
 def _is_of(layout: Layout, view: int, name: str) -> bool:
@@ -410,7 +412,7 @@ def _is_of(layout: Layout, view: int, name: str) -> bool:
 
 
 def _single_receipts(storage: Storage, layout: Layout) -> dict[str, list[str]]:
-    """The names of the receipts of single blocks in an open cache, by the name of the view."""
+    """The names of single receipts in an open cache, by the name of the view; of the per-cache arrays by its own."""
     names: dict[str, list[str]] = {}
     for key in storage.list_keys("receipts"):
         name = key.removeprefix("receipts/").removesuffix(".json")

@@ -34,14 +34,14 @@ def recorded_plan(manifest: Manifest, samples: SampleTable | None, rows: RowMap,
             f"{url} was created without `view_plan`, so its views can't be rendered from it; make the same ViewPlan "
             "yourself"
         )
-    specs = {part: transform[part] for part in ("shared", "teacher_input")}
+    specs = {part: transform[part] for part in PARTS}
     for part, spec in specs.items():
-        if spec is not None and not isinstance(spec, list):
+        if not _is_recipe(spec):
             raise UsageError(
                 f"the views of {url} were made with a Python object as {PARTS[part]}, which can't be made from the "
                 "cache: make the same ViewPlan again, and check it with `cache.check_plan(plan)`"
             )
-    named = list(dict.fromkeys(name for spec in specs.values() for name in entry_points_of(spec or [])))
+    named = named_code(transform)
     if named and not trust:
         raise UntrustedCode(
             f"the views of {url} are made by code that the cache names: {', '.join(named)}.\nReview this code, even if "
@@ -60,6 +60,24 @@ def recorded_plan(manifest: Manifest, samples: SampleTable | None, rows: RowMap,
         views=manifest.layout.views,
         rows=rows,
     )
+
+
+def has_recipe(transform: Mapping[str, Any]) -> bool:
+    """Whether `recorded_plan` can build a recorded transform: named transforms or none, not Python objects."""
+    return all(_is_recipe(transform.get(part)) for part in PARTS)
+
+
+def _is_recipe(spec: Any) -> bool:
+    return spec is None or isinstance(spec, list)
+
+
+def named_code(transform: Mapping[str, Any]) -> list[str]:
+    """The `package.module:function` names in a recorded transform that `has_recipe`.
+
+    Raises:
+        UsageError: a list that does not name transforms.
+    """
+    return list(dict.fromkeys(name for part in PARTS for name in entry_points_of(transform.get(part) or [])))
 
 
 def recorded_digests(manifest: Manifest, receipts: Mapping[str, Receipt], rows: RowMap, view: int) -> dict[int, str]:

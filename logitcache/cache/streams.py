@@ -128,7 +128,7 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
         self._decode = decode
         self._missing = missing
         self._repeated = repeated
-        self._partner = partner or _no_partner
+        self._partner = partner
         self._contents = samples.contents if check_contents else None
         self._targets = samples.targets
         # Of the teacher's inputs, which a student's preprocessing doesn't change.
@@ -540,10 +540,6 @@ def _shared(tensor: Tensor) -> Tensor:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
-
-
-def _no_partner(number: int) -> tuple[Any, Any]:
-    raise no_partner()
 
 
 def _remove(folder: Path, process: int) -> None:

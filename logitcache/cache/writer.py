@@ -503,9 +503,13 @@ class CacheWriter:
             if key not in kept and (view is None or view < self.manifest.layout.num_views):
                 self.storage.delete(key)
 
-    def _cache(self, **changed: Receipt) -> LogitCache:
-        """The cache with the records of this writer, which those in the storage may differ from."""
-        return LogitCache(self.storage, records=Records(self.manifest, self._receipts.snapshot(changed)))
+    def _cache(self, others: Mapping[str, Receipt] | None = None) -> LogitCache:
+        """The cache with the records of this writer, which those in the storage may differ from.
+
+        Args:
+            others: receipts that replace those of this writer.
+        """
+        return LogitCache(self.storage, records=Records(self.manifest, self._receipts.snapshot(others or {})))
 
     def flush(self) -> None:
         """Wait until every complete block is committed; raises the first error of a writer thread."""
@@ -618,7 +622,7 @@ class CacheWriter:
         Raises:
             IdentityMismatch: they differ.
         """
-        cache = self._cache(**{block.name: receipt})
+        cache = self._cache({block.name: receipt})
         rows = self.row_map.block_rows(block.number)
         for name, layout in self._output_layouts.items():
             stored = cache.read_encoded(block.view, [block.number], output=name)
@@ -817,19 +821,18 @@ class WrittenReceipts:
             return self.stored
         return {name: self.stored[name] for name in receipt_names(self._layout)}
 
-    def snapshot(self, changed: Mapping[str, Receipt]) -> Mapping[str, Receipt]:
-        """The receipts now, with some that are not stored."""
+    def snapshot(self, others: Mapping[str, Receipt]) -> Mapping[str, Receipt]:
+        """The receipts now; `others` replace those of the same blocks."""
         if not is_large(self._layout):
-            return {**self.stored, **self._added, **changed}
-        views = range(self._layout.first_view, self._layout.num_views)
+            return {**self.stored, **self._added, **others}
 
         def read(view: int) -> dict[str, Receipt]:
             names = (block.name for block in view_blocks(self._layout, view))
-            there = (name for name in names if name in changed or name in self)
-            return {name: changed[name] if name in changed else self[name] for name in there}
+            there = (name for name in names if name in others or name in self)
+            return {name: others[name] if name in others else self[name] for name in there}
 
         per_cache = self._added.get(PER_CACHE) or self.stored.get(PER_CACHE)
-        return ReceiptsByView(per_cache, views, read)
+        return ReceiptsByView(per_cache, self._layout.views, read)
 
 
 SUM_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}

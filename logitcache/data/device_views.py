@@ -22,8 +22,6 @@ from logitcache.errors import UsageError
 PIXELS, PARTNER, WEIGHT, PATCH = "pixels", "partner", "weight", "patch"
 """Entries of a mixed sample: its image and its partner's, uint8 (C, H, W); the weight of mixup, float32; the patch of
 CutMix as top, bottom, left, right, int64 (4,)."""
-TOLERANCE = 2.0**-23
-"""Between the pixels of different kinds of devices, in units of a float image before it is normalised."""
 
 
 def device_steps(preprocess: Callable[[Any], Any] | None) -> list[Callable[[Tensor], Tensor]]:

@@ -43,8 +43,8 @@ def epoch_order(
     return shuffled[np.argsort(window, kind="stable")]
 
 
-def views_of_group(group: int, *, per_decode: int, num_epochs: int | None = None) -> range:
-    """The epochs whose views are mixed in each epoch of a group; the last group may have fewer.
+def epochs_of_group(group: int, *, per_decode: int, num_epochs: int | None = None) -> range:
+    """The epochs of a group, each of which has samples in the views of all; the last group may have fewer.
 
     Args:
         group: of epochs, from 0.

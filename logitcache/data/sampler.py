@@ -8,7 +8,7 @@ import numpy as np
 import torch.distributed
 from torch.utils.data import Sampler
 
-from logitcache.data.order import epoch_order, pairs_of_epoch, views_of_group
+from logitcache.data.order import epoch_order, epochs_of_group, pairs_of_epoch
 from logitcache.data.views import ViewDataset
 from logitcache.errors import UsageError
 
@@ -111,7 +111,7 @@ class ViewSampler(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         group, turn = divmod(self._epoch, self._per_decode)
-        views = [self._view_of(epoch) for epoch in views_of_group(group, per_decode=self._per_decode)]
+        views = [self._view_of(epoch) for epoch in epochs_of_group(group, per_decode=self._per_decode)]
         samples, numbers = pairs_of_epoch(self._share(group), len(views), turn)
         start, self._start = self._start, 0
         for self._position in range(start + 1, len(samples) + 1):

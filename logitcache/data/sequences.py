@@ -60,7 +60,7 @@ def row_counts(index: Any, rows: RowMap) -> np.ndarray:
     return np.where(has_rows_B, rows.offsets[sample_B + 1] - first_B, 0)
 
 
-def first_samples(index: Any, rows: RowMap) -> np.ndarray:
+def samples_of_sequences(index: Any, rows: RowMap) -> np.ndarray:
     """The sample of each sequence of a batch, int64 (B,); 0 for a sequence without rows.
 
     Args:

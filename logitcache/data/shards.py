@@ -274,7 +274,7 @@ def _members(path: Path, num_bytes: int, label: str) -> Iterator[tuple[tarfile.T
         raise
     except Exception as error:  # tarfile raises many types for damaged headers
         with path.open("rb") as file:
-            compressed = file.read(4)[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
+            compressed = file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
         hint = "it is compressed, and random access needs it uncompressed" if compressed else f"{error}. Copy it again"
         raise DatasetUnavailable(f"{path} is no complete tar file: {hint}") from error
     # tarfile also ends quietly at the end of the file, or at the first header that it can't read.

@@ -26,7 +26,7 @@ from torch.utils.data import default_collate
 from logitcache.data.batching import Batch, Collate, InputPerModel, as_tensors, collate
 from logitcache.data.device_views import byte_image, device_steps, finished, mixed_bytes
 from logitcache.data.index import NO_ROW, join_index
-from logitcache.data.rows import RowMap
+from logitcache.data.rows import MAX_ROWS, RowMap
 from logitcache.data.samples import (
     Dataset,
     SeenContents,
@@ -254,7 +254,7 @@ class Renderer:
         view: int,
         number: int,
         sample: tuple[Any, Any],
-        load: Load,
+        load: Load | None,
         key: Callable[[int], str],
         target_of_view: Callable[[Any, Any], Any] | None = None,
     ) -> tuple[int, Any, Any]:
@@ -264,7 +264,7 @@ class Renderer:
             view: a view of the plan.
             number: of the sample in the cache.
             sample: its (input, target).
-            load: loads the partner, where the plan mixes samples.
+            load: loads the partner; required where the plan mixes samples.
             key: key of a sample by its number, for messages.
             target_of_view: makes the target of the dataset's target and the positions that the transform selected.
         """
@@ -311,8 +311,9 @@ class Renderer:
             ) from error
 
     def _mixed(
-        self, view: int, number: int, pixels: Any, target: int, load: Load, key: Callable[[int], str]
+        self, view: int, number: int, pixels: Any, target: int, load: Load | None, key: Callable[[int], str]
     ) -> tuple[Any, Tensor]:
+        assert load is not None
         assert self.plan.num_classes is not None
         assert self.plan.num_samples is not None
         pixels = pixels if self._on_device else _mixable(pixels)
@@ -359,13 +360,14 @@ def render(
     """
     plan.check_view(view)
     index = operator.index(index)
-    if index < 0 or (plan.num_samples is not None and index >= plan.num_samples):
-        raise UsageError(f"there is no sample {index}; expected 0 to {(plan.num_samples or 2**40) - 1}")
+    num_samples = MAX_ROWS if plan.num_samples is None else plan.num_samples
+    if not 0 <= index < num_samples:
+        raise UsageError(f"there is no sample {index}; expected 0 to {num_samples - 1}")
     if plan.mixing.active and (partner is None or plan.num_samples is None):
         raise no_partner()
     renderer = plan.renderer if preprocess is None else Renderer(plan, preprocess)
     with preserved_generators():
-        return renderer.item(view, index, sample, partner or _no_load, str)
+        return renderer.item(view, index, sample, partner, str)
 
 
 def no_partner() -> UsageError:
@@ -374,10 +376,6 @@ def no_partner() -> UsageError:
         "views with mixup or CutMix need another sample of the dataset for each one: pass "
         "partner=(function from a sample's number to its (input, target)), and a plan with num_samples"
     )
-
-
-def _no_load(number: int) -> tuple[Any, Any]:
-    raise no_partner()
 
 
 class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):

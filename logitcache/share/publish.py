@@ -151,17 +151,15 @@ def plan_records(url: str, source: Records, copied: range, target_url: str, exis
     """
     manifest = source.manifest
     views = copied if existing is None else _joined(copied, existing.layout.views, target_url)
-    held = set() if existing is None else set(existing.layout.views)
     provenance = manifest.provenance
     if views != manifest.layout.views:
         provenance = provenance | {"copied_from": {"url": url, "digest": manifest.digest}}
     layout = manifest.layout.model_copy(update={"first_view": views.start, "num_views": views.stop})
+    sources = dict.fromkeys(views, source.by_view)
+    if existing is not None:
+        sources |= dict.fromkeys(existing.layout.views, existing.by_view)
     first = source if existing is None else existing
-    kept = selected(
-        layout,
-        first.receipts[PER_CACHE],
-        {view: existing.receipts if existing and view in held else source.receipts for view in views},
-    )
+    kept = selected(layout, first.receipts[PER_CACHE], sources)
     records, gathered = Records(manifest, kept).sealed(layout=layout, provenance=provenance)
     return PlannedRecords(records, gathered, existing)
 

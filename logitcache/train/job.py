@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from logitcache.cache.outputs import Output
 from logitcache.catalog.language_models import check_head
 from logitcache.config.schema import TrainConfig
-from logitcache.data.order import views_of_group
+from logitcache.data.order import epochs_of_group
 from logitcache.data.packing import pack
 from logitcache.data.sequences import sequence_rows
 from logitcache.data.views import ViewDataset
@@ -102,7 +102,7 @@ class Job(TrainingData):
 
     def views_of(self, epoch: int) -> list[int]:
         """The views that are in the batches of an epoch."""
-        group = views_of_group(epoch // self.per_decode, per_decode=self.per_decode, num_epochs=self.config.epochs)
+        group = epochs_of_group(epoch // self.per_decode, per_decode=self.per_decode, num_epochs=self.config.epochs)
         return [self.view_of(each) for each in group]
 
     def _check_sequences(self) -> None:

@@ -12,7 +12,7 @@ from logitcache.catalog.calling import call_model, logits_of
 from logitcache.catalog.language_models import without_head
 from logitcache.data.index import split_index
 from logitcache.data.rows import RowMap
-from logitcache.data.sequences import BatchRows, batch_rows, first_samples, sequence_rows
+from logitcache.data.sequences import BatchRows, batch_rows, samples_of_sequences, sequence_rows
 from logitcache.devices import autocast, to_device
 from logitcache.losses import Loss
 from logitcache.losses.linear import linear_terms
@@ -40,7 +40,7 @@ def losses(job: Job, net: nn.Module, progress: float, index: Tensor, inputs: Any
     rows = sequence_rows(job.views)
     if rows is not None:
         loss_B, penalty = _losses_of_sequences(job, net, loss, rows, index, inputs, teacher_inputs, targets)
-        return _weighted(job, loss_B, penalty, first_samples(index, rows))
+        return _weighted(job, loss_B, penalty, samples_of_sequences(index, rows))
     from_teacher = _from_teacher(job, progress, index, teacher_inputs, targets, logits=loss.needs_teacher)
     student_BC, features, penalty = _forward(job, net, inputs)
     loss_B = loss(student_BC, from_teacher.get(LOGITS) if loss.needs_teacher else None, targets)
@@ -70,7 +70,7 @@ def chunked_loss(
         of_batch = batch_rows(index, rows, inputs, hidden)
         at, hidden_RD = of_batch.index, of_batch.of_output(hidden)
         targets_R = _targets_of_rows(job.loss, of_batch, targets)
-        sample_B, place_R = first_samples(index, rows), torch.repeat_interleave(of_batch.counts)
+        sample_B, place_R = samples_of_sequences(index, rows), torch.repeat_interleave(of_batch.counts)
     factors_R = None
     if counted < len(index) or job.sample_weights is not None:
         factors_B = (torch.arange(len(index)) < counted).float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,14 +108,13 @@ def verify(location: str, *, deep: bool = False) -> list[Problem]:
     total = num_blocks(layout) * len(layout.arrays) if counted is None else len(list(counted))
     with ThreadPoolExecutor(storage.concurrency) as threads, track("verifying", total, unit="objects") as meter:
         for receipts in parts:
-            part = Records(manifest, receipts)
             for name, receipt in receipts.items():
                 if not has_right_rows(layout, name, receipt.rows):
                     problems.append(Problem(name, RECEIPTS, "wrong rows"))
                 unknown = receipt.objects.keys() - array_specs(layout, name).keys()
                 problems += [Problem(name, array, "damaged") for array in sorted(unknown)]
                 expected |= {f"{GROUP}/{array}/zarr.json" for array in receipt.objects}
-            objects = list(part.objects())
+            objects = list(Records(manifest, receipts).objects())
             for checked, kind in zip(objects, threads.map(check, objects), strict=True):
                 problems += [] if kind is None else [Problem(checked.receipt, checked.key, kind)]
                 meter.advance()
@@ -150,12 +150,10 @@ def _receipts(
         problems.append(Problem("", RECEIPTS, "missing" if data is None else "wrong bytes"))
     indexed: ReceiptsByView | None = None
     if data is not None:
-        try:
+        with suppress(CorruptCache):
             index = read_receipts_or_index(data, url=storage.url)
             if isinstance(index, ReceiptIndex):
                 indexed = indexed_receipts(storage, manifest, index)
-        except CorruptCache:
-            indexed = None
         if indexed is None:
             problems.append(Problem("", RECEIPTS, "damaged"))
     if indexed is None:

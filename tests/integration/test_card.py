@@ -207,7 +207,7 @@ def test_where_every_row_is_mixed_no_accuracy_is_stated(tmp_path: Path) -> None:
 
 def test_the_accuracy_looks_at_a_bounded_number_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = build(tmp_path / "a", dataset=None, samples=table(logits().argmax(dim=1).numpy()))
-    monkeypatch.setattr("logitcache.cache.card.ACCURACY_LOGITS", 20 * CLASSES)
+    monkeypatch.setattr("logitcache.cache.card.MEASURED_LOGITS", 20 * CLASSES)
     cache = logitcache.open(path)
     read: list[int] = []
     whole = type(cache).read_blocks

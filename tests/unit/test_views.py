@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from logitcache.catalog.datasets import Selection
 from logitcache.data.samples import content_table, input_digest
 from logitcache.data.transforms import build_transform, describe_transform
-from logitcache.data.views import Mixing, ViewDataset, ViewPlan, to_float_image
+from logitcache.data.views import Mixing, ViewDataset, ViewPlan, render, to_float_image
 from logitcache.errors import SampleMismatch, ShapeError, UnreadableSample, UntrustedCode, UsageError
 from tests.models import Pictures
 
@@ -57,6 +57,20 @@ def transform(request: pytest.FixtureRequest) -> Any:
 
 def pixels(views: ViewDataset, *items: tuple[int, int]) -> list[bytes]:
     return [input_digest(views[item][1]) for item in items]
+
+
+REFUSED = {
+    "negative": (-1, ViewPlan(), "there is no sample -1; expected 0 to 1099511627775"),
+    "beyond the plan": (8, ViewPlan(num_samples=8), "there is no sample 8; expected 0 to 7"),
+    "beyond an index": (2**40, ViewPlan(), "there is no sample 1099511627776; expected 0 to 1099511627775"),
+    "mixed, without a partner": (0, ViewPlan(mixing=Mixing(mixup=1.0), num_classes=2, num_samples=8), "pass partner="),
+}
+
+
+@pytest.mark.parametrize(("number", "plan", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_sample_that_cannot_be_rendered_alone_is_refused(number: int, plan: ViewPlan, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        render(plan, 0, number, (torch.zeros(1, 2, 2), 0))
 
 
 def test_a_view_does_not_depend_on_what_was_rendered_before(transform: Any) -> None:
