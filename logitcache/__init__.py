@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from logitcache.encodings import Dense as Dense
     from logitcache.encodings import Encoding as Encoding
     from logitcache.encodings import LowRank as LowRank
+    from logitcache.encodings import PackedTopK as PackedTopK
     from logitcache.encodings import Sampled as Sampled
     from logitcache.encodings import TopK as TopK
     from logitcache.encodings import Values as Values
@@ -57,6 +58,7 @@ __all__ = [
     "LowRank",
     "Mixing",
     "Output",
+    "PackedTopK",
     "Sampled",
     "SeenContents",
     "SparseTargets",
@@ -96,6 +98,7 @@ _HOMES = {
     "LowRank": "encodings:LowRank",
     "Mixing": "data.views:Mixing",
     "Output": "cache.outputs:Output",
+    "PackedTopK": "encodings:PackedTopK",
     "Sampled": "encodings:Sampled",
     "SeenContents": "data.samples:SeenContents",
     "SparseTargets": "targets:SparseTargets",

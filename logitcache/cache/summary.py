@@ -96,8 +96,9 @@ def _spelled(encoding: Mapping[str, Any]) -> str:
 SPELLINGS = {
     "dense": ("Dense", ("dtype",)),
     "topk": ("TopK", ("k", "dtype")),
+    "packedtopk": ("PackedTopK", ("k", "most", "prior", "step")),
     "lowrank": ("LowRank", ("rank", "k", "step", "bit_price", "search")),
-    "sampled": ("Sampled", ("draws",)),
+    "sampled": ("Sampled", ("draws", "seed", "packed")),
     "values": ("Values", ("dtype",)),
 }
 """Class and parameter order of each encoding, to spell it without importing torch; a test compares with the classes."""
