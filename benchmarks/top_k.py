@@ -74,9 +74,9 @@ def main() -> None:
             print(split, repr(encoding), result, flush=True)
     about = (
         f"{arguments.splits} splits by file, each with {arguments.rows:,} measured rows, fitted to at most "
-        f"{arguments.fit_rows:,} rows of other files: means, and the range of the splits. KL(teacher ‖ decoded) in nats; "
-        "infinite where a class is left out. Bytes are those of the files of one block on disk; what is stored once per "
-        "cache is a column of its own. Rates: medians."
+        f"{arguments.fit_rows:,} rows of other files: means, and the range of the splits. KL(teacher ‖ decoded) in "
+        "nats; infinite where a class is left out. Bytes are those of the files of one block on disk; what is stored "
+        "once per cache is a column of its own. Rates: medians."
     )
     body = f"# Top-k encodings of tokens\n\n{stated}\n\n{about}\n\n{results_table(results)}\n"
     print(body)
@@ -115,6 +115,8 @@ def teacher_states(path: Path) -> States:
 
         from logitcache.catalog.language_models import transformers_model, without_head
 
+        if not Path("data/smollm2").exists() or not Path("data/brown").exists():
+            raise SystemExit("the teacher and the texts are missing: run `python pipelines/brown_smollm2.py` first")
         gguf = Path("data/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = transformers_model(49_152, task="causal", path=str(gguf)).eval()
@@ -126,10 +128,10 @@ def teacher_states(path: Path) -> States:
                 path,
                 hidden=hidden.flatten(0, 1).numpy(),
                 weight=head.weight.numpy(),
-                file=np.repeat(np.arange(len(ids)), LENGTH),
+                files=np.repeat(np.arange(len(ids)), LENGTH),
             )
     found = np.load(path)
-    return States(torch.from_numpy(found["hidden"]), torch.from_numpy(found["weight"]), found["file"])
+    return States(torch.from_numpy(found["hidden"]), torch.from_numpy(found["weight"]), found["files"])
 
 
 def split_by_file(states: States, split: int, arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
