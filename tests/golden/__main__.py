@@ -35,9 +35,7 @@ def main() -> None:
         raise SystemExit("the caches are there already; a format that was published is not written again")
 
 
-def write(
-    name: str, rows_per_sample: list[int] | None = None, *, encoding: logitcache.Encoding = LOW_RANK
-) -> bool:
+def write(name: str, rows_per_sample: list[int] | None = None, *, encoding: logitcache.Encoding = LOW_RANK) -> bool:
     """Write a cache and its logits, unless it is there."""
     path = HERE / name
     if path.exists():
