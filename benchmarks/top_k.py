@@ -34,10 +34,8 @@ TEMPERATURES = (1.0, 2.0, 4.0)
 LENGTH = 256
 BATCH = 256
 ENCODINGS: list[Encoding] = [
-    TopK(k=64),
     TopK(k=64, dtype="uint8"),
     PackedTopK(k=64),
-    PackedTopK(k=64, prior=True),
     PackedTopK(k=64, prior=True, step=0.5),
     PackedTopK(k=80, prior=True, step=0.5),
     PackedTopK(k=100, prior=True, step=0.5),
@@ -134,10 +132,10 @@ def teacher_states(path: Path) -> States:
 def split_by_file(states: States, split: int, arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Logits of some files to fit to, and of others to measure on."""
     files = np.random.default_rng(split).permutation(np.unique(states.file))
-    order = np.argsort(np.argsort(files)[np.searchsorted(np.sort(files), states.file)], kind="stable")
-    measured, rest = order[: arguments.rows], order[arguments.rows :]
-    rest = rest[~np.isin(states.file[rest], states.file[measured])]
-    return states.logits(rest[: arguments.fit_rows]), states.logits(measured)
+    is_measured = np.isin(states.file, files[: len(files) // 4])
+    draw = np.random.default_rng(split)
+    measured, rest = (draw.permutation(np.flatnonzero(each)) for each in (is_measured, ~is_measured))
+    return states.logits(rest[: arguments.fit_rows]), states.logits(measured[: arguments.rows])
 
 
 @dataclass(frozen=True)
