@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from logitcache.data.views import render as render
     from logitcache.encodings import ArraySpec as ArraySpec
     from logitcache.encodings import Auto as Auto
+    from logitcache.encodings import Components as Components
     from logitcache.encodings import Dense as Dense
     from logitcache.encodings import Encoding as Encoding
     from logitcache.encodings import LowRank as LowRank
@@ -51,6 +52,7 @@ __all__ = [
     "Block",
     "CacheWriter",
     "Calibration",
+    "Components",
     "Dense",
     "DenseTargets",
     "Encoding",
@@ -91,6 +93,7 @@ _HOMES = {
     "Block": "cache.layout:Block",
     "CacheWriter": "cache.writer:CacheWriter",
     "Calibration": "cache.fidelity:Calibration",
+    "Components": "encodings:Components",
     "Dense": "encodings:Dense",
     "DenseTargets": "targets:DenseTargets",
     "Encoding": "encodings:Encoding",

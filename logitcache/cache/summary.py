@@ -100,6 +100,7 @@ SPELLINGS = {
     "lowrank": ("LowRank", ("rank", "k", "step", "bit_price", "search")),
     "sampled": ("Sampled", ("draws", "seed", "packed")),
     "values": ("Values", ("dtype",)),
+    "components": ("Components", ("error",)),
 }
 """Class and parameter order of each encoding, to spell it without importing torch; a test compares with the classes."""
 

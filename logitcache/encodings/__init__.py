@@ -12,6 +12,7 @@ from typing import Any
 
 from logitcache.arrays import ArraySpec as ArraySpec
 from logitcache.encodings.auto import Auto as Auto
+from logitcache.encodings.components import Components as Components
 from logitcache.encodings.dense import Dense as Dense
 from logitcache.encodings.lowrank import LowRank as LowRank
 from logitcache.encodings.packedtopk import PackedTopK as PackedTopK
@@ -23,7 +24,9 @@ from logitcache.errors import UsageError
 from logitcache.registry import Registry, configured
 
 ENCODINGS: Registry[type[Encoding]] = Registry(
-    "encoding", {kind.name: kind for kind in (Dense, TopK, PackedTopK, LowRank, Sampled, Values)}, base=Encoding
+    "encoding",
+    {kind.name: kind for kind in (Dense, TopK, PackedTopK, LowRank, Sampled, Values, Components)},
+    base=Encoding,
 )
 
 

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logitcache.cache.fidelity import fidelity_kl
-from logitcache.encodings import Dense, Encoding, LowRank, PackedTopK, Sampled, TopK, Values, encoding_from_config
+from logitcache.encodings import (
+    Components,
+    Dense,
+    Encoding,
+    LowRank,
+    PackedTopK,
+    Sampled,
+    TopK,
+    Values,
+    encoding_from_config,
+)
 from logitcache.encodings.basis import principal_components
 from logitcache.encodings.packing import LARGEST, MixedRadix
 from logitcache.errors import UsageError
@@ -71,6 +81,102 @@ class TestValuesFloat16(EncodingContract):
 class TestValuesUint8(EncodingContract):
     encoding = Values(dtype="uint8")
     largest_kl = 1e-3
+
+
+def features(rows: int, seed: int, num_values: int = 60, scale: float = 1.0) -> Tensor:
+    """Rows in which a few of many directions vary most, around a mean."""
+    draw = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(num_values, num_values, generator=draw))[0]
+    sizes = 0.9 ** torch.arange(num_values)
+    mean = torch.randn(num_values, generator=draw)
+    return scale * (mean + torch.randn(rows, num_values, generator=draw.manual_seed(seed)) * sizes @ directions)
+
+
+class TestComponents(EncodingContract):
+    encoding = Components(error=0.02)
+    largest_kl = 5e-3
+    class_counts = (22, 300)
+
+    def test_a_row_does_not_depend_on_its_batch(self) -> None:
+        """But for the rounding of matrix products, which the writer's fixed slabs keep from showing."""
+        rows = features(9, seed=1)
+        encoding = Components(error=0.1).fit(features(500, seed=2))
+        whole, alone = (encoding.decode(encoding.encode(part), 60) for part in (rows, rows[4:5]))
+
+        torch.testing.assert_close(whole[4:5], alone, atol=0.2, rtol=0)
+
+    def test_a_constant_per_row_changes_nothing_but_rounding(self) -> None:
+        """Not for logits: it is one of the values."""
+
+    @pytest.mark.parametrize(
+        "row",
+        [
+            pytest.param([0.0] * 60, id="zeros"),
+            pytest.param([1e4] + [0.0] * 59, id="one huge value"),
+            pytest.param([-200.0] * 60, id="far below zero"),
+            pytest.param([2.0**59] * 60, id="the largest values"),
+        ],
+    )
+    def test_odd_rows_keep_their_distribution(self, row: list[float]) -> None:
+        """As far as features have one: rows unlike those that were fitted to lose more, but not all."""
+        fitted_to = features(500, seed=2)
+        encoding = Components(error=0.02).fit(fitted_to)
+        decoded = encoding.decode(encoding.encode(torch.tensor([row])), 60)
+
+        assert (decoded - torch.tensor([row])).norm() < 0.8 * (torch.tensor(row) - fitted_to.mean(dim=0)).norm()
+
+    @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+    @pytest.mark.parametrize("error", [0.02, 0.1, 0.3])
+    def test_unseen_rows_have_the_wanted_error(self, error: float, scale: float) -> None:
+        encoding = Components(error=error).fit(features(2000, seed=1, scale=scale))
+        rows = features(500, seed=2, scale=scale)
+        off = encoding.decode(encoding.encode(rows), 60) - rows
+
+        assert error == pytest.approx(float(off.norm() / (rows - rows.mean(dim=0)).norm()), rel=0.15)
+
+    def test_a_larger_error_takes_fewer_components_and_bytes(self) -> None:
+        rows = features(500, seed=2)
+        bits, ranks = [], []
+        for error in (0.05, 0.3):
+            encoding = Components(error=error).fit(features(2000, seed=1))
+            bits.append(sum(entropy(column) for column in encoding.encode(rows)["coefficients"].T))
+            ranks.append(len(encoding.fitted_values()["basis"]))
+
+        assert bits[1] < 0.5 * bits[0]
+        assert ranks[1] < ranks[0]
+
+    def test_rows_with_more_values_than_there_are_rows_are_fitted(self) -> None:
+        few = torch.randn(5, 400, generator=torch.Generator().manual_seed(0))
+        rows, unseen = (torch.randn(n, 5, generator=torch.Generator().manual_seed(n)) @ few for n in (100, 20))
+        encoding = Components(error=0.1).fit(rows)
+        off = encoding.decode(encoding.encode(unseen), 400) - unseen
+
+        assert off.norm() < 0.15 * unseen.norm()
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            pytest.param(torch.randn(20, 5), "at least 32 calibration rows, not 20", id="few rows"),
+            pytest.param(torch.ones(50, 5), "all are equal. Give more and different", id="equal rows"),
+            pytest.param(torch.randn(50, 400), "their components leave an error of 0.9", id="noise"),
+            pytest.param(torch.full((50, 5), math.nan), "contain NaN", id="NaN"),
+        ],
+    )
+    def test_rows_that_can_not_be_fitted_to_are_refused(self, rows: Tensor, message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            Components(error=0.1).fit(rows)
+
+    def test_any_bytes_decode_to_finite_values(self) -> None:
+        encoding = Components(error=0.05).fit(features(500, seed=2))
+        draw = torch.Generator().manual_seed(0)
+        encoded = {
+            name: torch.randint(0, 256, (50, *spec.row_shape), generator=draw)
+            .to(torch.uint8)
+            .view(getattr(torch, spec.dtype))
+            for name, spec in encoding.arrays(60).items()
+        }
+
+        assert torch.isfinite(encoding.decode(encoded, 60)).all()
 
 
 class TestTopK(EncodingContract):
@@ -290,7 +396,7 @@ def entropy(symbols: Tensor) -> float:
         pytest.param({"name": "dense", "bits": 8}, "no parameter 'bits'", id="unknown parameter"),
         pytest.param(
             "zip",
-            "unknown encoding 'zip'; expected one of: dense, topk, packedtopk, lowrank, sampled, values, auto",
+            "unknown encoding 'zip'; expected one of: dense, topk, packedtopk, lowrank, sampled, values, components, auto",
             id="unknown encoding",
         ),
         pytest.param("__import__('os').system('true')", "can't read the encoding", id="code"),
@@ -302,6 +408,7 @@ def entropy(symbols: Tensor) -> float:
         pytest.param("PackedTopK(k=5, most=5)", "most is a whole number of classes above k=5", id="most"),
         pytest.param("PackedTopK(k=5, most=9)", "set prior=True", id="most without prior"),
         pytest.param("PackedTopK(k=5, step=0)", "step is between 0.1 and 4", id="step"),
+        pytest.param("Components(error=1)", "error is a relative error between 0.005 and 0.9", id="error"),
         pytest.param("Auto(max_kl=0)", "max_kl is a positive number", id="max_kl"),
         pytest.param("auto", "still to be chosen", id="auto"),
     ],
@@ -413,6 +520,22 @@ def test_what_was_fitted_must_fit_together(part: str) -> None:
 )
 def test_a_prior_of_other_classes_or_values_is_refused(change: dict[str, np.ndarray], message: str) -> None:
     encoding = PackedTopK(k=5, prior=True).fit(teacher_like(50, 100))
+
+    with pytest.raises(ValueError, match=message):
+        encoding.with_fitted(encoding.fitted_values() | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"basis": np.zeros((3, 60), dtype=np.float16)}, "don't agree", id="components"),
+        pytest.param({"mean": np.full(60, np.inf, dtype=np.float32)}, "NaN or infinity", id="infinite"),
+        pytest.param({"step": np.zeros(1, dtype=np.float32)}, "not positive", id="step"),
+        pytest.param({"limits": np.zeros(60, dtype=np.int8)}, "limits is int8", id="dtype"),
+    ],
+)
+def test_components_that_make_no_sense_are_refused(change: dict[str, np.ndarray], message: str) -> None:
+    encoding = Components(error=0.02).fit(features(500, seed=1))
 
     with pytest.raises(ValueError, match=message):
         encoding.with_fitted(encoding.fitted_values() | change)
