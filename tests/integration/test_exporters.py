@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "every class": (sequences, {"top": VOCABULARY}, "--top keeps 1 to 39 of 40 classes, not 40"),
     "other tokens": (sequences, {"tokens": tokens()[::-1]}, "sample 0 has 2 rows in the cache, which do not belong"),
     "fewer samples": (sequences, {"tokens": tokens()[1:]}, "the cache has 5 samples, the dataset has 4"),
-    "no list": (sequences, {"tokens": list("abcde")}, "sample 0 of the dataset is no list of token ids"),
+    "no list": (sequences, {"tokens": list("abcde")}, "sample 0 of the dataset is not a list of token ids"),
 }
 
 
