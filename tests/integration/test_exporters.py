@@ -79,6 +79,17 @@ def test_sequences_come_back_with_their_distributions_and_tokens(tmp_path: Path,
     assert np.array_equal(first.samples.contents, again.samples.contents)
 
 
+@pytest.mark.parametrize("format", ["distillkit", "axolotl"])
+def test_samples_without_rows_are_left_out(tmp_path: Path, format: str) -> None:
+    lengths = [length - 1 for length in LENGTHS]
+    first = sequences(tmp_path / "a.cache", rows_per_sample=[0, *lengths[1:3], 0, lengths[4]])
+    export_cache(format, str(tmp_path / "a.cache"), tmp_path / "out", views="0", tokens=tokens())
+    again = imported(tmp_path / "b.cache", format, tmp_path / "out")
+
+    assert [lengths[1], lengths[2], lengths[4]] == list(np.diff(again.row_offsets))
+    assert torch.allclose(distributions(first), distributions(again), atol=1e-7)
+
+
 def test_axolotl_columns_name_the_samples_by_key(tmp_path: Path) -> None:
     import datasets
 
@@ -164,10 +175,6 @@ def gaps(path: Path) -> None:
     sequences(path, row_positions=positions)
 
 
-def one_token(path: Path) -> None:
-    sequences(path, rows_per_sample=[0, *(length - 1 for length in LENGTHS[1:])])
-
-
 def dense(path: Path) -> None:
     sequences(path, encoding="Dense(dtype='float32')")
 
@@ -176,7 +183,6 @@ REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "one row per sample": (images, {}, "stores sequences of tokens, and this cache has one row per sample.*parquet"),
     "a masked model": (masked, {}, "stores rows of causal models, and this cache is of a masked model"),
     "positions left out": (gaps, {}, "stores a row for each position, and sample 0 lacks some"),
-    "a sample without rows": (one_token, {}, "can't store a sequence without rows, and sample 0 has none"),
     "two views": (sequences, {"views": None}, "has no views, and 2 are to be exported: choose one with --views"),
     "dense logits": (dense, {}, "stores the largest classes of each row; choose how many with --top"),
     "a view that is not there": (sequences, {"views": "2"}, "the cache holds 0:2"),

@@ -25,7 +25,9 @@ from logitcache.storage.hub import HubCommit, HubStorage
 from logitcache.verify.audit import verify
 from tests import servers
 from tests.commands import run_json
-from tests.integration.test_share import VIEWS, build, read
+from tests.integration.test_share import build, read
+
+VIEWS = 2
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a running server; `mirrors/datasets/OWNER/NAME` are its repositories."""
     folder = tmp_path_factory.mktemp("hub")
     whole = folder / "whole.cache"
-    build(whole)
+    build(whole, num_views=VIEWS)
     repository(folder, "pictures", {"": whole})
     repository(folder, "several", {"a/one.cache": whole, "a/two.cache": whole})
     with servers.olah(folder) as url:
@@ -134,7 +136,7 @@ def test_a_repository_is_read_as_a_cache(hub: Path, tmp_path: Path) -> None:
     assert VIEWS == run_json("info", url)["num_views"]
     assert [] == verify(url, deep=True)
     assert logitcache.open(whole).digest == pull(url, str(tmp_path / "here.cache")).digest
-    assert "1:3" == pull(url, str(tmp_path / "part.cache"), views="1:3").views
+    assert "1:2" == pull(url, str(tmp_path / "part.cache"), views="1").views
     assert (whole / "README.md").read_bytes() == (tmp_path / "here.cache/README.md").read_bytes()
 
 
@@ -204,26 +206,25 @@ def test_a_cache_that_has_grown_is_pushed_again_without_the_blocks_that_are_ther
 
 
 def test_another_cache_or_other_files_are_not_written_over(hub: Path, tmp_path: Path) -> None:
-    build(tmp_path / "other.cache", teacher="another@1")
+    build(tmp_path / "other.cache", num_views=VIEWS, teacher="another@1")
     with pytest.raises(IdentityMismatch, match="holds another cache"):
         push(str(tmp_path / "other.cache"), "hf://datasets/team/pictures")
     with pytest.raises(NotACache, match=r"a/one\.cache/.* is not part of this cache"):
         push(str(tmp_path / "other.cache"), "hf://datasets/team/several")
 
 
-def test_other_views_than_those_that_are_there_are_joined_before_a_push(hub: Path, tmp_path: Path) -> None:
-    url = "hf://datasets/team/part"
-    for views in ("0:2", "2:4"):
-        pull(str(hub / "whole.cache"), str(tmp_path / views), views=views)
-    folder = repository(hub, "part", {"": tmp_path / "0:2"})
+def test_views_are_added_after_those_that_are_there(hub: Path, tmp_path: Path) -> None:
+    for view in ("0", "1"):
+        pull(str(hub / "whole.cache"), str(tmp_path / view), views=view)
+    folder = repository(hub, "part", {"": tmp_path / "0"})
+    repository(hub, "later", {"": tmp_path / "1"})
+    apply(staged(tmp_path / "1", "hf://datasets/team/part"), folder)
+
+    assert logitcache.open(hub / "whole.cache").digest == logitcache.open("hf://datasets/team/part").digest
     with pytest.raises(
         UsageError, match="holds other views of this cache .* Pull it into the folder of the cache first"
     ):
-        push(str(tmp_path / "2:4"), url)
-    pull(url, str(tmp_path / "2:4"))
-    apply(staged(tmp_path / "2:4", url), folder)
-
-    assert logitcache.open(hub / "whole.cache").digest == logitcache.open(url).digest
+        push(str(tmp_path / "0"), "hf://datasets/team/later")
 
 
 @pytest.mark.parametrize("name", ["readonly", "absent"])

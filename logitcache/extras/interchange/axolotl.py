@@ -161,7 +161,7 @@ def export_axolotl(
     sequences = exported_sequences(cache, tool=Axolotl.tool, views=views, top=top, tokens=tokens)
 
     def part(number: int) -> Part:
-        samples = cache.row_map.block_samples(number)
+        samples = sequences.samples(number)
         rows = int(sequences.lengths(samples).sum())
         about = metadata(cache, sequences.view, sequences.k, block=number, input_ids=tokens is not None)
         return Part(f"data-{number:05d}.parquet", about, len(samples), rows, lambda: _tables(sequences, number))

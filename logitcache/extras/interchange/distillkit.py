@@ -287,7 +287,7 @@ def export_distillkit(
     codec = Codec(d=cache.num_classes, k=sequences.k, exact_k=sequences.k, delta_encoding=False)
 
     def part(number: int) -> Part:
-        samples = cache.row_map.block_samples(number)
+        samples = sequences.samples(number)
         rows = int(sequences.lengths(samples).sum())
         about = metadata(cache, sequences.view, sequences.k, block=number)
         return Part(f"data_{number}.parquet", about, len(samples), rows, lambda: _tables(sequences, codec, number))

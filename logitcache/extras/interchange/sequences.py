@@ -41,7 +41,10 @@ def content_digests(sequences: Sequence[np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sequences:
-    """One view of a cache of sequences whose rows are consecutive positions, each with its k most probable classes."""
+    """One view of a cache of sequences whose rows are consecutive positions, each with its k most probable classes.
+
+    Samples without rows, such as texts of one token, are left out.
+    """
 
     cache: LogitCache
     view: int
@@ -54,37 +57,47 @@ class Sequences:
         """Blocks of the view; one file each."""
         return self.cache.layout.blocks_per_view
 
-    def groups(self, block: int) -> Iterator[range]:
-        """The samples of a block, some at a time."""
+    def samples(self, block: int) -> np.ndarray:
+        """The samples of a block that have rows, int64 (N,)."""
+        return self._with_rows(self.cache.row_map.block_samples(block))
+
+    def _with_rows(self, samples: range) -> np.ndarray:
+        has_rows = np.diff(self.cache.row_offsets[samples.start : samples.stop + 1]) > 0
+        return np.arange(samples.start, samples.stop)[has_rows]
+
+    def groups(self, block: int) -> Iterator[np.ndarray]:
+        """The samples of a block that have rows, some at a time."""
         offsets = self.cache.row_offsets
         samples = self.cache.row_map.block_samples(block)
         start = samples.start
         while start < samples.stop:
             stop = int(np.searchsorted(offsets, offsets[start] + ROWS_AT_ONCE, side="right")) - 1
             stop = min(max(stop, start + 1), samples.stop)
-            yield range(start, stop)
+            group = self._with_rows(range(start, stop))
+            if len(group):
+                yield group
             start = stop
 
     def labels(self) -> View:
         """The view, with one or two blocks in memory."""
         return self.cache.view(self.view, memory_budget=1)
 
-    def lengths(self, samples: range) -> np.ndarray:
+    def lengths(self, samples: np.ndarray) -> np.ndarray:
         """Rows of each sample, int64 (N,)."""
-        lengths: np.ndarray = np.diff(self.cache.row_offsets[samples.start : samples.stop + 1])
+        lengths: np.ndarray = self.cache.row_offsets[samples + 1] - self.cache.row_offsets[samples]
         return lengths
 
-    def entries(self, labels: View, samples: range) -> tuple[np.ndarray, np.ndarray]:
+    def entries(self, labels: View, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Classes, int64, and log-probabilities, float32, of all rows of some samples, (B, K), largest first.
 
         Raises:
             UsageError: a row has fewer classes with a probability above 0.
         """
-        offsets = self.cache.row_offsets
+        first, stop = (int(self.cache.row_offsets[sample]) for sample in (samples[0], samples[-1] + 1))
         size = max(1, PIECE_LOGITS // self.cache.num_classes)
         parts = []
-        for start in range(int(offsets[samples.start]), int(offsets[samples.stop]), size):
-            rows = range(start, min(start + size, int(offsets[samples.stop])))
+        for start in range(first, stop, size):
+            rows = range(start, min(start + size, stop))
             targets = labels.targets(rows)
             if isinstance(targets, SparseTargets) and targets.ids.shape[1] == self.k and bool((targets.ids >= 0).all()):
                 all_ids_BK, all_BK = targets.ids, targets.softened().log_probs
@@ -113,13 +126,14 @@ class Sequences:
         given = self.tokens.ids(sample) if isinstance(self.tokens, TokenDataset) else self.tokens[sample]
         try:
             ids = np.asarray(given, dtype=np.int64).reshape(-1)
+            [content] = content_digests([ids])
         except (TypeError, ValueError):
             raise UsageError(
                 f"sample {sample} of the dataset is not a list of token ids; use the cache's own"
             ) from None
         table = self.cache.samples
-        rows = int(self.lengths(range(sample, sample + 1))[0])
-        same = table is None or table.contents is None or (content_digests([ids])[0] == table.contents[sample]).all()
+        [rows] = self.lengths(np.array([sample]))
+        same = table is None or table.contents is None or (content == table.contents[sample]).all()
         if not same or len(ids) < rows:
             raise SampleMismatch(
                 f"sample {sample} has {rows} rows in the cache, which do not belong to these {len(ids)} token ids. Use "
@@ -140,18 +154,14 @@ def exported_sequences(
     instead = "Export to parquet or huggingface, which store every cache"
     if cache.row_map.one_each:
         raise UsageError(f"{tool} stores sequences of tokens, and this cache has one row per sample. {instead}")
-    task = cache.manifest.identity.tokenization.get("task", CAUSAL) if cache.manifest.identity.tokenization else CAUSAL
+    task = (cache.manifest.identity.tokenization or {}).get("task", CAUSAL)
     if task != CAUSAL:
         raise UsageError(f"{tool} stores rows of causal models, and this cache is of a {task} model. {instead}")
     numbers = parse_views(views, cache.views)
     if len(numbers) != 1:
         raise UsageError(f"{tool} has no views, and {len(numbers)} are to be exported: choose one with --views")
-    offsets = cache.row_offsets
-    empty = np.flatnonzero(np.diff(offsets) == 0)
-    if len(empty):
-        raise UsageError(f"{tool} can't store a sequence without rows, and sample {empty[0]} has none. {instead}")
     rows = np.arange(cache.num_rows)
-    gaps = np.flatnonzero(cache.row_map.positions_of(rows) != rows - offsets[cache.row_map.samples_of(rows)])
+    gaps = np.flatnonzero(cache.row_map.positions_of(rows) != rows - cache.row_offsets[cache.row_map.samples_of(rows)])
     if len(gaps):
         sample = int(cache.row_map.samples_of(gaps[:1])[0])
         raise UsageError(f"{tool} stores a row for each position, and sample {sample} lacks some. {instead}")
