@@ -245,7 +245,7 @@ class TeacherWorker(Worker):
             for block in itertools.chain([first], upcoming):
                 computed.append(block)
                 waiting.append(block)
-                samples = writer.row_map.part(block.number)
+                samples = writer.row_map.covered_samples(block.number)
                 if not writer.row_map.one_each:  # the teacher never sees samples without rows
                     views.take_digests(sample for sample in samples if not writer.row_map.sample_rows(sample))
                 yield block
