@@ -24,7 +24,7 @@ from logitcache.data.samples import (
     sample_table,
 )
 from logitcache.data.views import ViewDataset, ViewPlan
-from logitcache.errors import IdentityMismatch, IncompleteCache, unsealed
+from logitcache.errors import IdentityMismatch, IncompleteCache, UsageError, unsealed
 from logitcache.progress import track
 
 
@@ -117,6 +117,68 @@ def open_fitting_caches(
         caches.append(cache)
     check_same_pixels(locations, caches, num_views)
     return caches, rows
+
+
+def matched_views(
+    cache: LogitCache,
+    dataset: Dataset,
+    plan: ViewPlan | None = None,
+    *,
+    preprocess: Callable[[Any], Any] | None = None,
+) -> ViewDataset:
+    """The views of a dataset, after it is compared with a cache: samples, labels, tokens, and view plan.
+
+    For training loops without a pipeline. Samples are matched by key, so they may be a part of the cache's, in any
+    order. Each one's content is compared with the cache when it is first loaded. `cache.check_batch` compares rendered
+    inputs.
+
+    Args:
+        cache: sealed.
+        dataset: map-style, or a `ViewDataset` of it; the plan and preprocessing of the latter are the defaults.
+        plan: how the views are made; by default `cache.view_plan`.
+        preprocess: the model's deterministic preprocessing; by default the teacher's.
+
+    Raises:
+        IdentityMismatch: something differs; names the field or the sample.
+        IncompleteCache: the cache is not sealed.
+        UsageError: no plan is given, and the cache can't make one; or views of a cache that has none recorded.
+    """
+    rows = None
+    if isinstance(dataset, ViewDataset):
+        plan, rows = plan or dataset.plan, dataset.rows
+        dataset, preprocess = dataset.dataset, preprocess or dataset.preprocess
+    if not cache.sealed:
+        raise unsealed(cache.storage.url)
+    plan = cache.view_plan if plan is None else plan
+    if cache.manifest.identity.transform is None and any(plan.describe().values()):
+        raise UsageError(
+            f"{cache.storage.url} was created without `view_plan`, so the views of this plan can't be compared with "
+            "it; use a plan without transform, mixing and preprocess, or create the cache with view_plan=plan"
+        )
+    if plan.rows is None:
+        plan = replace(plan, rows=rows_of_dataset(dataset, cache.layout.rows_per_block))
+    data = Data(train=dataset, num_classes=cache.num_classes, class_names=getattr(dataset, "class_names", None))
+    _refuse(cache, view_differences(cache, data, plan), "this dataset and view plan")
+    if cache.samples is None:
+        if rows is None and cache.num_samples != len(dataset):
+            raise IdentityMismatch(
+                f"cache {cache.id[:12]}… has {cache.num_samples} samples; this dataset has {len(dataset)}"
+            )
+    else:
+        rows = match_rows(cache.samples, sample_table(dataset), cache_id=cache.id, subset=True)
+    samples = np.arange(len(dataset)) if rows is None else rows
+    _refuse(cache, _sequence_differences(cache, dataset, samples), "these sequences")
+    return views_of_cache(cache, dataset, plan, rows, preprocess)
+
+
+def _refuse(cache: LogitCache, differences: Sequence[str], what: str) -> None:
+    if differences:
+        shown = [*differences[:10], *([f"and {len(differences) - 10} more"] if len(differences) > 10 else [])]
+        raise IdentityMismatch(
+            f"cache {cache.id[:12]}… at {cache.storage.url} doesn't match {what}; they differ in\n  "
+            + "\n  ".join(shown)
+            + "\nUse what the teacher saw, or build a cache of this data."
+        )
 
 
 def views_of_cache(

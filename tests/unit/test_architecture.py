@@ -23,8 +23,9 @@ FLOOR = {
     "config": 4, "train": 4, "verify": 4,
     "engines": 5,
     "stages": 6,
-    "extras": 7, "cli": 7,
-    "__init__": 8,
+    "integrations": 7,
+    "extras": 8, "cli": 8,
+    "__init__": 9,
 }  # fmt: skip
 
 
