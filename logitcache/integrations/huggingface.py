@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -166,7 +167,8 @@ class TokenLabels:
         inputs, target = self._dataset[index]
         rows = self._rows.sample_rows(index)
         labels = torch.full((len(inputs[INPUT_IDS]),), NO_TARGET)
-        labels[torch.as_tensor(self._rows.positions_of(range(rows.start, rows.stop))) + 1] = torch.as_tensor(target)
+        positions = self._rows.positions_of(np.arange(rows.start, rows.stop))
+        labels[torch.from_numpy(positions.astype(np.int64)) + 1] = torch.as_tensor(target)
         return inputs, labels
 
 
@@ -218,6 +220,7 @@ class Distillation:
         self._cache = cache
         self._loss = KLDivergence() if loss is None else loss
         self._view: int | None = None
+        self._other_names = False
         super().__init__(  # type: ignore[call-arg]
             *arguments,
             train_dataset=self._dataset_for_setup(),
@@ -279,6 +282,39 @@ class Distillation:
 
     def _get_train_sampler(self, train_dataset: Any = None) -> ViewSampler:
         return self._sampler
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        self._load_other_names(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()  # type: ignore[misc]
+        self._load_other_names(self.state.best_model_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        self._other_names = bool(load_result.missing_keys or load_result.unexpected_keys)
+
+    def _load_other_names(self, checkpoint: str) -> None:
+        """Load weights that a checkpoint has under other names than the model.
+
+        transformers saves the layers of some models, such as ViT, under older names. Its Trainer does not convert them
+        back: it logs a warning, and continues with weights that were never trained.
+
+        Raises:
+            UsageError: the checkpoint is that of another model.
+        """
+        if not self._other_names:
+            return
+        self._other_names = False
+        loaded, found = type(self.model).from_pretrained(
+            checkpoint, config=self.model.config, output_loading_info=True
+        )
+        if found["missing_keys"] or found["unexpected_keys"]:
+            raise UsageError(
+                f"the weights in {checkpoint} are those of another model: missing are {sorted(found['missing_keys'])}, "
+                f"unknown {sorted(found['unexpected_keys'])}"
+            )
+        self.model.load_state_dict(loaded.state_dict())
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
