@@ -32,7 +32,7 @@ if dist.get_rank() == 0:  # stage 1; a nearest-centre teacher keeps this example
         for view in range(4):
             views.set_view(view)
             for batch, (_, inputs, _) in enumerate(DataLoader(views, batch_size=200)):
-                logits = -torch.cdist(inputs.flatten(1), centres.flatten(1)) ** 2
+                logits = -(torch.cdist(inputs.flatten(1), centres.flatten(1)) ** 2)
                 writer.write(view=view, start=200 * batch, logits=logits, inputs=inputs)
 dist.barrier()
 

@@ -1,6 +1,6 @@
-"""Distils a ResNet into a smaller one with the Trainer of transformers, from cached logits of augmented digits.
+"""Distils a ResNet into a smaller one with the Trainer of transformers: python examples/trainer_images.py [FOLDER].
 
-python examples/trainer_images.py [FOLDER]        pip install 'logitcache[hf]' scikit-learn; a minute on two cores
+Needs `pip install 'logitcache[hf]' scikit-learn`, and a minute on a CPU.
 """
 
 import sys
@@ -12,7 +12,7 @@ from PIL.Image import fromarray
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
-from transformers import Trainer, TrainingArguments, ResNetConfig, ResNetForImageClassification
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
 import logitcache
 from logitcache.integrations.huggingface import DistillationTrainer, image_dataset
@@ -26,26 +26,23 @@ train, test = (image_dataset(split[name], image="image", label="label", key="id"
 
 
 def resnet(*widths: int) -> ResNetForImageClassification:
-    sizes = {"embedding_size": 16, "hidden_sizes": widths, "depths": [1] * len(widths), "layer_type": "basic"}
+    sizes = {"embedding_size": 16, "hidden_sizes": widths, "depths": [1, 1], "layer_type": "basic"}
     return ResNetForImageClassification(ResNetConfig(num_labels=10, **sizes))
-
-
-def arguments(epochs: int) -> TrainingArguments:
-    common = {"per_device_train_batch_size": 64, "learning_rate": 3e-3, "report_to": "none", "disable_tqdm": True}
-    return TrainingArguments(folder / "trainer", num_train_epochs=epochs, logging_strategy="epoch", **common)
 
 
 def accuracy(prediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(axis=1) == prediction.label_ids).mean())}
 
 
-preprocess = v2.Compose([v2.Resize(16), v2.Normalize([0.3], [0.4])])
-plan = logitcache.ViewPlan(transform=v2.RandomAffine(8, translate=(0.1, 0.1)), preprocess=preprocess)
+common = {"learning_rate": 3e-3, "report_to": "none", "save_strategy": "no", "dataloader_pin_memory": False}
+arguments = TrainingArguments(folder / "trainer", num_train_epochs=5, per_device_train_batch_size=64, **common)
+
+plan = logitcache.ViewPlan(transform=v2.RandomAffine(8, translate=(0.1, 0.1)), preprocess=v2.Resize(16))
 views = logitcache.ViewDataset(train, plan)
 torch.manual_seed(0)
 teacher, student = resnet(32, 64), resnet(16, 32)
 features = [{"pixel_values": pixels, "labels": label} for _, pixels, label in map(views.__getitem__, range(len(views)))]
-Trainer(teacher, arguments(epochs=6), train_dataset=features).train()
+Trainer(teacher, arguments, train_dataset=features).train()
 
 samples = logitcache.sample_table(train, contents=True)  # keys, labels and hashes of the images
 about = {"num_samples": len(train), "num_classes": 10, "num_views": 4, "teacher": "resnet-32-64", "samples": samples}
@@ -57,7 +54,7 @@ with logitcache.create(folder / "digits.cache", view_plan=plan, **about) as writ
             writer.write(view=view, start=256 * batch, logits=teacher(pixel_values=pixels).logits, inputs=pixels)
 
 cache, loss = logitcache.open(folder / "digits.cache"), logitcache.losses.Blend(alpha=0.8, temperature=2.0)
-trained = {"train_dataset": train, "eval_dataset": test, "compute_metrics": accuracy}
-trainer = DistillationTrainer(student, arguments(epochs=6), cache=cache, plan=plan, loss=loss, **trained)
+options = {"eval_dataset": test, "compute_metrics": accuracy}
+trainer = DistillationTrainer(student, arguments, train_dataset=train, cache=cache, plan=plan, loss=loss, **options)
 trainer.train()
 print(f"student: {trainer.evaluate()['eval_accuracy']:.1%}")

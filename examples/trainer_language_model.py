@@ -1,7 +1,6 @@
-"""Distils a small Llama into a smaller one with the Trainer of transformers, from its 32 most probable tokens.
+"""Distils a Llama into a smaller one with the Trainer: python examples/trainer_language_model.py [FOLDER] [TEXTS].
 
-python examples/trainer_language_model.py [CACHE] [TEXTS]    TEXTS: a folder of .txt files, such as the Brown corpus;
-pip install 'logitcache[hf]' scikit-learn                    by default descriptions of data in scikit-learn
+TEXTS is a folder of .txt files; by default, descriptions of data in scikit-learn. Needs `pip install 'logitcache[hf]'`.
 """
 
 import math
@@ -18,7 +17,7 @@ from transformers import DataCollatorForLanguageModeling as Collator
 import logitcache
 from logitcache.integrations.huggingface import DistillationTrainer, text_dataset
 
-location = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/trainer_language_model/text.cache")
+folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/trainer_language_model")
 pages = [getattr(sklearn.datasets, f"load_{name}")().DESCR for name in ("iris", "wine", "digits", "breast_cancer")]
 if len(sys.argv) > 2:
     pages = [path.read_text() for path in sorted(Path(sys.argv[2]).rglob("*.txt"))]
@@ -38,26 +37,24 @@ def llama(layers: int) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config)
 
 
-def arguments(epochs: int) -> TrainingArguments:
-    common = {"per_device_train_batch_size": 16, "learning_rate": 3e-3, "report_to": "none", "disable_tqdm": True}
-    return TrainingArguments(location.parent / "trainer", num_train_epochs=epochs, logging_strategy="epoch", **common)
-
+common = {"learning_rate": 3e-3, "report_to": "none", "save_strategy": "no", "dataloader_pin_memory": False}
+arguments = TrainingArguments(folder / "trainer", num_train_epochs=6, per_device_train_batch_size=16, **common)
 
 torch.manual_seed(0)
 teacher, student = llama(layers=3), llama(layers=1)
 tokens = [{"input_ids": train.ids(number)} for number in range(len(train))]
-Trainer(teacher, arguments(8), Collator(tokenizer, mlm=False), train_dataset=tokens).train()
+Trainer(teacher, arguments, Collator(tokenizer, mlm=False), train_dataset=tokens).train()
 
 about = {"num_samples": len(train), "num_classes": train.vocab_size, "encoding": logitcache.TopK(k=32), "teacher": "3"}
 about |= {"samples": logitcache.sample_table(train, contents=True), "view_plan": logitcache.ViewPlan()}
-rows = {"rows_per_sample": train.rows_per_sample, "tokenization": train.tokenization}
-with logitcache.create(location, **about, **rows) as writer, torch.no_grad():
+about |= {"rows_per_sample": train.rows_per_sample, "tokenization": train.tokenization}
+with logitcache.create(folder / "text.cache", **about) as writer, torch.no_grad():
     teacher.eval()
     for sample, start in enumerate(writer.row_map.offsets[:-1]):
         logits = teacher(train[sample][0]["input_ids"][None]).logits[0, :-1]  # row t predicts token t + 1
         writer.write(view=0, start=int(start), logits=logits)
 
-data = {"train_dataset": train, "eval_dataset": test}
-trainer = DistillationTrainer(student, arguments(8), cache=logitcache.open(location), **data)
+cache = logitcache.open(folder / "text.cache")
+trainer = DistillationTrainer(student, arguments, cache=cache, train_dataset=train, eval_dataset=test)
 trainer.train()
 print(f"student: perplexity {math.exp(trainer.evaluate()['eval_loss']):.1f} per token")

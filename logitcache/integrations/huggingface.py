@@ -306,9 +306,7 @@ class Distillation:
         if not self._other_names:
             return
         self._other_names = False
-        loaded, found = type(self.model).from_pretrained(
-            checkpoint, config=self.model.config, output_loading_info=True
-        )
+        loaded, found = type(self.model).from_pretrained(checkpoint, config=self.model.config, output_loading_info=True)
         if found["missing_keys"] or found["unexpected_keys"]:
             raise UsageError(
                 f"the weights in {checkpoint} are those of another model: missing are {sorted(found['missing_keys'])}, "

@@ -59,7 +59,9 @@ def plan() -> logitcache.ViewPlan:
     return logitcache.ViewPlan(transform=v2.RandomAffine(10, translate=(0.1, 0.1)), seed=1)
 
 
-def write(path: Path, dataset: Any, plan: logitcache.ViewPlan, num_classes: int, num_views: int = 1, **about: Any) -> Any:
+def write(
+    path: Path, dataset: Any, plan: logitcache.ViewPlan, num_classes: int, num_views: int = 1, **about: Any
+) -> Any:
     """A cache of random logits over a dataset, with the hashes of samples and inputs."""
     samples = logitcache.sample_table(dataset, contents=True)
     rows = getattr(dataset, "rows_per_sample", None)
@@ -141,8 +143,7 @@ def test_a_trainer_that_resumes_gives_the_weights_of_an_uninterrupted_one(
     """Three steps per epoch; each epoch has another view. The model has dropout."""
     arguments = settings(tmp_path, save_strategy="steps", save_steps=1)
     whole, resumed = (
-        trainer(seeded(dropping), tmp_path, Pictures(), pictures, arguments, plan=plan(), loss=BLEND)
-        for _ in range(2)
+        trainer(seeded(dropping), tmp_path, Pictures(), pictures, arguments, plan=plan(), loss=BLEND) for _ in range(2)
     )
     whole.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / f"trainer/checkpoint-{last}"))
@@ -263,7 +264,9 @@ def rendering(factor: float) -> Callable[..., Any]:
 
 
 def test_an_open_cache_and_a_head_of_another_size_are_refused(pictures: Any, tmp_path: Path) -> None:
-    logitcache.create(tmp_path / "open.cache", num_samples=40, num_classes=10, teacher="t", dataset="d", view_plan=plan()).close()
+    logitcache.create(
+        tmp_path / "open.cache", num_samples=40, num_classes=10, teacher="t", dataset="d", view_plan=plan()
+    ).close()
 
     with pytest.raises(IncompleteCache, match=r"open.cache is not sealed yet"):
         trainer(vit(10), tmp_path, Pictures(), logitcache.open(tmp_path / "open.cache"), plan=plan())
@@ -409,7 +412,9 @@ def test_a_cache_without_a_recorded_plan_takes_no_augmentation(tmp_path: Path) -
         writer.write(view=0, start=0, logits=torch.randn(40, 10))
     cache = logitcache.open(tmp_path / "c.cache")
 
-    with pytest.raises(UsageError, match="was created without `view_plan`, so the views of this plan can't be compared"):
+    with pytest.raises(
+        UsageError, match="was created without `view_plan`, so the views of this plan can't be compared"
+    ):
         trainer(vit(10), tmp_path, Pictures(), cache, plan=replace(plan(), seed=0))
     with pytest.raises(UsageError, match="was created without `view_plan`, so its views can't be rendered from it"):
         trainer(vit(10), tmp_path, Pictures(), cache)
@@ -438,7 +443,9 @@ def test_trl_trains_the_same_language_model(tokens: Any, tmp_path: Path) -> None
     assert same_weights(student, own)
 
     with pytest.raises(UsageError, match="packing and padding_free form sequences that the cache doesn't have"):
-        packed = SFTConfig(**shared, bf16=False, activation_checkpointing=False, packing=True, packing_strategy="wrapped")
+        packed = SFTConfig(
+            **shared, bf16=False, activation_checkpointing=False, packing=True, packing_strategy="wrapped"
+        )
         DistillationSFTTrainer(llama(), packed, **data)
 
 
