@@ -200,6 +200,7 @@ class Distillation:
     state: Any
     accelerator: Any
     data_collator: Any
+    compute_loss_func: Any
 
     def __init__(
         self,
@@ -257,6 +258,11 @@ class Distillation:
             raise UsageError(
                 f"train_sampling_strategy is {self.args.train_sampling_strategy!r}; expected 'random' or 'sequential', "
                 "because a sampler of views chooses the samples"
+            )
+        if self.args.label_smoothing_factor or self.compute_loss_func is not None:
+            raise UsageError(
+                "label_smoothing_factor and compute_loss_func have no effect on the loss of teacher and student; pass "
+                "loss=, such as a Weighted sum with CrossEntropy(label_smoothing=0.1)"
             )
 
     def _dataset_for_setup(self) -> Any:
