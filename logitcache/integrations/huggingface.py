@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logitcache.cache.reader import LogitCache
+from logitcache.cache.reader import RESIDENT_BYTES, LogitCache
 from logitcache.catalog.audio import AudioReader
 from logitcache.catalog.calling import logits_of
 from logitcache.catalog.shards import HuggingFaceFiles
 from logitcache.catalog.text import text_of_split as text_dataset
 from logitcache.data.batching import NO_TARGET, Collate, collate, pad
-from logitcache.data.index import NO_ROW, split_index
 from logitcache.data.packing import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, is_packed
 from logitcache.data.rows import rows_of_dataset
 from logitcache.data.sampler import ViewSampler
@@ -27,9 +26,9 @@ from logitcache.data.sequences import batch_rows, sequence_rows
 from logitcache.data.tokens import CAUSAL
 from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.errors import UsageError
+from logitcache.integrations.labels import CheckedLabels
 from logitcache.losses import KLDivergence, Loss
 from logitcache.losses.protocol import teacher_for
-from logitcache.train.labels import CachedLabels
 from logitcache.verify.fit import matched_views
 
 try:
@@ -211,7 +210,7 @@ class Distillation:
         plan: ViewPlan | None = None,
         preprocess: Callable[[Any], Any] | None = None,
         eval_dataset: Any = None,
-        memory_budget: int | None = None,
+        memory_budget: int = RESIDENT_BYTES,
         **options: Any,
     ) -> None:
         views = matched_views(cache, train_dataset, plan, preprocess=preprocess)
@@ -219,8 +218,8 @@ class Distillation:
         self._rows = sequence_rows(self._views)
         self._takes_mapping = isinstance(self._views[(cache.views.start, 0)][1], Mapping)
         self._cache = cache
+        self._labels = CheckedLabels(cache, self._views, memory_budget=memory_budget)
         self._loss = KLDivergence() if loss is None else loss
-        self._view: int | None = None
         self._other_names = False
         super().__init__(  # type: ignore[call-arg]
             *arguments,
@@ -246,7 +245,6 @@ class Distillation:
             rank=0,
         )
         self.add_callback(_Epochs(self._sampler))  # type: ignore[attr-defined]
-        self._labels = CachedLabels(cache, self._views, self.args.device, memory_budget=memory_budget)
 
     def _check_arguments(self) -> None:
         if self.args.n_gpu > 1:
@@ -331,10 +329,11 @@ class Distillation:
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         labels, index = inputs.pop(LABELS), index.cpu()
-        self._start_view(index, inputs)
+        self._labels.check_batch(index, inputs if self._takes_mapping else inputs[self._input_name])
         outputs = model(**inputs)
         loss_R = self._losses(index, inputs, logits_of(outputs), labels)
-        loss = loss_R.sum() / (max(1, len(loss_R)) if num_items_in_batch is None else num_items_in_batch)
+        count = len(loss_R) if num_items_in_batch is None else num_items_in_batch
+        loss = loss_R.sum() / torch.as_tensor(count).clamp(min=1)  # a tensor that stays on its device
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # it is the number of all processes; gradients are averaged
         return (loss, outputs) if return_outputs else loss
@@ -348,27 +347,19 @@ class Distillation:
                 f"num_labels={num_classes}, or a language model with vocab_size={num_classes}"
             )
         loss = self._loss.at(min(1.0, self.state.global_step / max(1, self.state.max_steps)))
-        teacher: Any = None
         if self._rows is None:
-            if loss.needs_teacher:
-                teacher = self._labels.logits(index, None, labels)
-            return loss(student, teacher, labels)
+            return loss(student, self._teacher(loss, index), labels)
         of_batch = batch_rows(index, self._rows, inputs, student)
-        if loss.needs_teacher:
-            teacher = teacher_for(loss, self._labels.targets(of_batch.index, None, labels))
+        is_row_BL = of_batch.index >= 0
+        if not is_row_BL.any():  # sequences of one token
+            return of_batch.of_output(student).sum(dim=1)
         next_BL = F.pad(labels[:, 1:], (0, 1), value=NO_TARGET)
-        return loss(of_batch.of_output(student), teacher, next_BL[(of_batch.index >= 0).to(labels.device)])
+        teacher = self._teacher(loss, of_batch.index[is_row_BL])
+        return loss(of_batch.of_output(student), teacher, next_BL[is_row_BL.to(labels.device)])
 
-    def _start_view(self, index: Tensor, inputs: Mapping[str, Any]) -> None:
-        """Check and load the view of a batch, if the batch before had another one."""
-        views = split_index(index[index != NO_ROW])[0]
-        if not len(views) or int(views[0]) == self._view:
-            return
-        view, cycle = int(views[0]), self._cache.views
-        is_last = math.floor(self.state.epoch or 0) + 1 >= self.state.num_train_epochs
-        self._labels.start_view(view, None if is_last else cycle[(cycle.index(view) + 1) % len(cycle)])
-        self._labels.check_batch(index, inputs if self._takes_mapping else inputs[self._input_name], self._views)
-        self._view = view
+    def _teacher(self, loss: Loss, index: Tensor) -> Any:
+        """The teacher's distributions of rows, (R, C), as the loss takes them."""
+        return teacher_for(loss, self._labels.targets(index, self.args.device)) if loss.needs_teacher else None
 
 
 def _input_name(model: Any) -> str:
@@ -398,7 +389,7 @@ class DistillationTrainer(Distillation, Trainer):  # type: ignore[misc]
         plan: the view plan; by default `cache.view_plan`.
         preprocess: the student's deterministic preprocessing; by default the teacher's.
         eval_dataset: as in `Trainer`; or map-style with items (input, label), which are not augmented.
-        memory_budget: bytes of one view's encoded labels to keep in memory; None is no limit.
+        memory_budget: bytes of encoded labels to keep in memory; larger views are streamed.
         options: of `Trainer`.
 
     Raises:

@@ -362,6 +362,16 @@ def test_a_language_model_has_the_weights_of_the_plain_loop(tokens: Any, tmp_pat
     assert same_weights(plain_loop(seeded(llama), views, step), student)
 
 
+def test_a_batch_without_rows_has_no_loss(tokens: Any, tmp_path: Path) -> None:
+    """A sequence of one token predicts nothing."""
+    arguments = settings(tmp_path, per_device_train_batch_size=1, num_train_epochs=1)
+    student = seeded(llama)
+    trainer(student, tmp_path, sentences()["train"], tokens, arguments, loss=BLEND).train()
+
+    assert 1 in sentences()["train"].lengths
+    assert all(bool(value.isfinite().all()) for value in student.state_dict().values())
+
+
 def test_packed_batches_have_the_loss_of_padded_ones(tokens: Any, tmp_path: Path) -> None:
     first: dict[str, float] = {}
     for name, function in (("padded", None), ("packed", pack)):

@@ -101,6 +101,7 @@ def test_importing_logitcache_loads_nothing_heavy_beside_torch_and_zarr() -> Non
         "typer",
         "albumentations",
         "timm",
+        "lightning",
         "vl_convert",
         "jinja2",
         "PIL",
