@@ -158,7 +158,11 @@ def matched_views(
     if plan.rows is None:
         plan = replace(plan, rows=rows_of_dataset(dataset, cache.layout.rows_per_block))
     data = Data(train=dataset, num_classes=cache.num_classes, class_names=getattr(dataset, "class_names", None))
-    _refuse(cache, view_differences(cache, data, plan), "this dataset and view plan")
+    differences = view_differences(cache, data, plan)
+    if not cache.manifest.identity.tokenization and cache.samples is not None and cache.samples.contents is not None:
+        # Written without `tokenization=`; the tokens themselves are compared.
+        differences = [each for each in differences if not each.startswith("tokenization.")]
+    _refuse(cache, differences, "this dataset and view plan")
     if cache.samples is None:
         if rows is None and cache.num_samples != len(dataset):
             raise IdentityMismatch(
@@ -168,6 +172,8 @@ def matched_views(
         rows = match_rows(cache.samples, sample_table(dataset), cache_id=cache.id, subset=True)
     samples = np.arange(len(dataset)) if rows is None else rows
     _refuse(cache, _sequence_differences(cache, dataset, samples), "these sequences")
+    if cache.row_map.one_each:
+        _refuse(cache, _content_differences(cache, dataset, samples), "these samples")
     return views_of_cache(cache, dataset, plan, rows, preprocess)
 
 
@@ -264,11 +270,17 @@ def _sequence_differences(cache: LogitCache, dataset: Dataset, samples: np.ndarr
         moved = theirs.positions_of(rows + shift) != ours.positions_of(rows)
         others = np.unique(ours.samples_of(rows[moved]))
         differences += [f"{_named(cache, samples[index])} has rows at other positions" for index in others]
+    return differences + _content_differences(cache, dataset, samples)
+
+
+def _content_differences(cache: LogitCache, dataset: Dataset, samples: np.ndarray) -> list[str]:
+    """Samples whose content differs from that of the cache, one line each; for data in memory only."""
     contents = None if cache.samples is None else cache.samples.contents
-    if contents is not None and getattr(dataset, "in_memory", False):
-        changed = differing_contents(contents[samples], content_table(dataset))
-        differences += [f"{_named(cache, samples[index])} has other tokens" for index in np.flatnonzero(changed)]
-    return differences
+    if contents is None or not getattr(dataset, "in_memory", False):
+        return []
+    changed = differing_contents(contents[samples], content_table(dataset))
+    what = "other content" if cache.row_map.one_each else "other tokens"
+    return [f"{_named(cache, samples[index])} has {what}" for index in np.flatnonzero(changed)]
 
 
 def _named(cache: LogitCache, sample: Any) -> str:
