@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from logitcache.data.tokens import TokenDataset
 from logitcache.errors import IdentityMismatch, IncompleteCache, LogitCacheError, SampleMismatch, UsageError
 from tests.models import Pictures
 from tests.needs import need_package
-from tests.texts import VOCABULARY, Texts, bert, sentences, vit
+from tests.texts import BYTE_VOCABULARY, VOCABULARY, Texts, bert, byte_tokenizer, sentences, vit
 
 BLEND = losses.Blend(alpha=0.7, temperature=2.0)
 
@@ -440,7 +441,6 @@ def test_trl_trains_the_same_language_model(tokens: Any, tmp_path: Path) -> None
     from trl import SFTConfig
 
     from logitcache.integrations.trl import DistillationSFTTrainer
-    from tests.texts import byte_tokenizer
 
     student, own = seeded(llama), seeded(llama)
     trainer(student, tmp_path, sentences()["train"], tokens, loss=BLEND).train()
@@ -469,7 +469,6 @@ def test_columns_of_a_hugging_face_dataset_are_samples_with_keys(tmp_path: Path)
     from transformers import PreTrainedTokenizerFast
 
     from logitcache.integrations.huggingface import audio_dataset, image_dataset, text_dataset
-    from tests.texts import byte_tokenizer
 
     sounds = []
     for number in range(2):
@@ -502,3 +501,57 @@ def test_columns_of_a_hugging_face_dataset_are_samples_with_keys(tmp_path: Path)
     with pytest.raises(UsageError, match="unknown column 'txt'"):
         text_dataset(split, tokenizer, field="txt")
     assert issubclass(UsageError, LogitCacheError)
+
+
+GUIDE = (Path(__file__).parents[2] / "docs/integrations.md").read_text()
+
+
+def program(heading: str) -> str:
+    """The Python of a section of the guide, before its subsections."""
+    section = re.split(r"^##+ ", GUIDE.split(f"# {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL))
+
+
+def test_the_programs_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage 1 of texts and of classes, then a Trainer on each cache, and one on images."""
+    from datasets import ClassLabel, Dataset, Features, Image, Value
+    from transformers import PreTrainedTokenizerFast
+
+    from logitcache.integrations.huggingface import DistillationTrainer, image_dataset, text_dataset
+
+    monkeypatch.chdir(tmp_path)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(byte_tokenizer(tmp_path / "t.json")), pad_token="<pad>")
+    texts = ["one", "three", "eleven"] * 4
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["b", "a"])})
+    split = {"train": Dataset.from_dict({"text": texts, "label": [0, 1] * 6}, features=features)}
+    known: dict[str, Any] = {"split": split, "tokenizer": tokenizer, "torch": torch, "DataLoader": DataLoader}
+    known |= {"text_dataset": text_dataset, "logitcache": logitcache, "training_arguments": settings(tmp_path)}
+
+    def model(kind: str, **sizes: int) -> nn.Module:
+        import transformers
+
+        common = {"vocab_size": BYTE_VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.AutoConfig.for_model(kind, intermediate_size=32, pad_token_id=0, **common, **sizes)
+        head = "CausalLM" if kind == "llama" else "SequenceClassification"
+        return getattr(transformers, f"AutoModelFor{head}").from_config(config).eval()
+
+    for heading, path, kind, sizes in [
+        ("Causal language models", "text.cache", "llama", {"bos_token_id": 1, "eos_token_id": 2}),
+        ("Sequence classification", "classes.cache", "bert", {"num_labels": 2}),
+    ]:
+        exec(program(heading), known | {"teacher": model(kind, **sizes)}, found := {})  # type: ignore[arg-type]
+        cache = logitcache.open(path)
+        run = DistillationTrainer(model(kind, **sizes), settings(tmp_path), train_dataset=found["train"], cache=cache)
+        assert run.train().metrics["train_loss"] > 0
+
+    pictures = {"image": [image for image, _ in drawn()], "label": [label for _, label in drawn()]}
+    pictures |= {"id": [str(number) for number in range(20)]}
+    images = Dataset.from_dict(pictures).cast_column("image", Image())
+    write(tmp_path / "mine.cache", image_dataset(images, key="id"), plan(), 10)
+    student = seeded(lambda: vit(10))
+    student.vit.embeddings.patch_embeddings.projection = nn.Conv2d(3, 16, 4, stride=4)  # type: ignore[union-attr]
+    student.vit.embeddings.patch_embeddings.num_channels = 3  # type: ignore[union-attr]
+    names = known | {"split": {"train": images, "test": images}, "student": student, "plan": plan()}
+    exec(program("Hugging Face Trainer"), names)
+
+    assert 6 == names["trainer"].state.global_step
