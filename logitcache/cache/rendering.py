@@ -45,8 +45,8 @@ def recorded_plan(manifest: Manifest, samples: SampleTable | None, rows: RowMap,
     if named and not trust:
         raise UntrustedCode(
             f"the views of {url} are made by code that the cache names: {', '.join(named)}.\nReview this code, even if "
-            "it is in the working folder. Then open the cache with logitcache.open(..., trust=True), or use --trust on "
-            "the command line; or make the same ViewPlan yourself, and check it with `cache.check_plan(plan)`"
+            "it is in the working directory. Then open the cache with logitcache.open(..., trust=True), or use --trust "
+            "on the command line; or make the same ViewPlan yourself, and check it with `cache.check_plan(plan)`"
         )
     parts = [None if spec is None else build_transform(spec, trust=trust) for spec in specs.values()]
     return ViewPlan(

@@ -156,7 +156,7 @@ def load_tracker(name: str, *, trust: bool) -> Callable[[], Tracker]:
     """A function that makes a tracker for each run.
 
     Raises:
-        UntrustedCode: the function is outside the working folder, and `trust` is False.
+        UntrustedCode: the function is outside the working directory, and `trust` is False.
         UsageError: the name is unknown, or its package is not installed.
     """
     start = TRACKERS.resolve(name, trust=trust)

@@ -63,7 +63,7 @@ def open_fitting_cache(
         teacher: None accepts any teacher.
         num_views: views that the cache must have.
         subset: allow the data to lack some of the cached samples.
-        trust: allow entry points from outside the working folder.
+        trust: allow entry points from outside the working directory.
 
     Returns:
         The cache, and the cache's row of each sample in the data, int64 (M,); None where both have the same order.
