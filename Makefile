@@ -26,7 +26,13 @@ $(VENV)/demo/installed: pyproject.toml constraints.txt
 demo: $(DEMO_VENV)/installed  ## What a cache buys, on embedded real data
 	$(DEMO_VENV)/bin/logitcache demo
 
-test: $(VENV)/installed  ## Everything that CI tests
+# A server of a Hugging Face Hub, for tests: its packages don't fit beside ours.
+$(VENV)/olah/installed: Makefile
+	test -x $(VENV)/olah/bin/python || $(PYTHON) -m venv $(VENV)/olah
+	$(VENV)/olah/bin/python -m pip install --quiet --disable-pip-version-check olah==0.5.4
+	touch $@
+
+test: $(VENV)/installed $(VENV)/olah/installed  ## Everything that CI tests
 	$(BIN)/python $(PYTEST)
 
 $(VENV)/quick/installed: pyproject.toml $(CONSTRAINTS)
