@@ -110,6 +110,8 @@ class TopLowRank(Encoding):
             )
         if self.fitted is not None and len(self.fitted.mean) != num_classes:
             raise UsageError(f"this TopLowRank was fitted to {len(self.fitted.mean)} classes, not {num_classes}")
+        if self.fitted is not None and len(self.fitted.limits) > self.rank:
+            raise UsageError(f"this TopLowRank was fitted with rank {len(self.fitted.limits)}, not {self.rank}")
         num_bytes = self.rank if self.fitted is None else self.fitted.radix.num_bytes
         specs = {
             "coefficients": ArraySpec(dtype="uint8", row_shape=(num_bytes,), level=19),
@@ -431,6 +433,7 @@ class Fitted:
             raise ValueError("basis, mean, weights or bit_costs contain NaN or infinity")
         if not np.array_equal(np.sort(self.classes), np.arange(num_classes)):
             raise ValueError("classes are not all the classes, each once")
+        self.radix  # noqa: B018  # it checks the limits
 
     @functools.cached_property
     def radix(self) -> MixedRadix:
