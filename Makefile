@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
+# One process for each core, up to four; each starts the test servers that it needs. A file's tests stay together.
+PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 # The demo needs few packages: an environment of its own, unless the one for development is there.
 DEMO_VENV := $(if $(wildcard $(VENV)/installed),$(VENV),$(VENV)/demo)
 # As do the unit and contract tests.
@@ -24,8 +26,14 @@ $(VENV)/demo/installed: pyproject.toml constraints.txt
 demo: $(DEMO_VENV)/installed  ## What a cache buys, on embedded real data
 	$(DEMO_VENV)/bin/logitcache demo
 
-test: $(VENV)/installed  ## Everything that CI tests
-	$(BIN)/python -m pytest
+# A server of a Hugging Face Hub, for tests: its packages don't fit beside ours.
+$(VENV)/olah/installed: Makefile
+	test -x $(VENV)/olah/bin/python || $(PYTHON) -m venv $(VENV)/olah
+	$(VENV)/olah/bin/python -m pip install --quiet --disable-pip-version-check olah==0.5.4
+	touch $@
+
+test: $(VENV)/installed $(VENV)/olah/installed  ## Everything that CI tests
+	$(BIN)/python $(PYTEST)
 
 $(VENV)/quick/installed: pyproject.toml $(CONSTRAINTS)
 	@echo "Installing the test-core extra into $(VENV)/quick: about 6 GB, of which torch and its CUDA libraries take 5. Two to five minutes, once."
@@ -34,7 +42,7 @@ $(VENV)/quick/installed: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 quick: $(QUICK_VENV)/installed  ## Unit and contract tests: no servers, no processes that are killed
-	$(QUICK_VENV)/bin/python -m pytest tests/unit tests/contract
+	$(QUICK_VENV)/bin/python $(PYTEST) tests/unit tests/contract
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

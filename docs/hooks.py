@@ -20,6 +20,7 @@ OUTSIDE = (
     "benchmarks/*.py",
     "benchmarks/results/*",
     "data/README.md",
+    "examples/*.py",
     "logitcache/extras/soft_tree.py",
     "pipelines/**/*.yaml",
     "pipelines/**/*.py",

@@ -15,4 +15,4 @@ class Context:
     num_workers: int = 0
     """DataLoader workers; 0 renders in the main process."""
     trust: bool = False
-    """Whether entry points outside the working folder may run."""
+    """Whether entry points outside the working directory may run."""

@@ -29,7 +29,7 @@ def load_entry_point(name: str, *, trust: bool) -> Any:
     """The object that `package.module:function` names.
 
     Pipelines and caches are shared files, so importing what they name may run code of other people. The code is
-    imported only with `trust`, or where module and function are the user's own: in the working folder, and not in
+    imported only with `trust`, or where module and function are the user's own: in the working directory, and not in
     Python's library, a Python environment or a cache.
 
     Raises:
@@ -41,9 +41,9 @@ def load_entry_point(name: str, *, trust: bool) -> Any:
     own = _is_own_module(module_name, folder)
     if not own and not trust:
         raise UntrustedCode(
-            f"{name} would run code from outside the working folder, or from a Python environment or a cache that is "
-            "in that folder; review it and re-run with --trust (in Python: trust=True), or copy the module into the "
-            "working folder"
+            f"{name} would run code from outside the working directory, or from a Python environment or a cache that "
+            "is in that folder; review it and re-run with --trust (in Python: trust=True), or copy the module into the "
+            "working directory"
         )
     if own and sys.path[:1] != [str(folder)]:
         sys.path.insert(0, str(folder))
@@ -74,7 +74,7 @@ def _check_is_own(found: Any, name: str, folder: Path) -> None:
     if not isinstance(home, str) or not _is_own_module(home, folder):
         qualified = getattr(found, "__qualname__", found.__name__)
         raise UntrustedCode(
-            f"{name} is {home}.{qualified}, from outside the working folder; call it in a function of your own and "
+            f"{name} is {home}.{qualified}, from outside the working directory; call it in a function of your own and "
             "name that one, or review it and re-run with --trust (in Python: trust=True)"
         )
 
@@ -101,7 +101,7 @@ def _is_own_module(name: str, folder: Path) -> bool:
     Follows the import system, not the file system: a package of the same name elsewhere may come first.
     """
     parts = name.split(".")
-    # Python's own modules of these names come before those in the working folder, or are loaded already.
+    # Python's own modules of these names come before those in the working directory, or are loaded already.
     if parts[0] in {*sys.stdlib_module_names, *sys.builtin_module_names} or FrozenImporter.find_spec(parts[0]):
         return False
     search: list[str] | None = [str(folder), *sys.path]
@@ -123,7 +123,7 @@ def _is_own_module(name: str, folder: Path) -> bool:
 
 
 def _is_own(origin: str | None, folder: Path) -> bool:
-    """Whether a file is the user's own: in the working folder, and neither installed nor part of a cache there."""
+    """Whether a file is the user's own: in the working directory, and neither installed nor part of a cache there."""
     if origin is None or folder == Path(folder.anchor):  # the root folder contains code of others
         return False
     path = Path(origin).resolve()
@@ -133,7 +133,7 @@ def _is_own(origin: str | None, folder: Path) -> bool:
         return False
     if any(_is_environment(parent) for parent in path.parents if parent.is_relative_to(folder)):
         return False
-    return not any(map(_is_cache, path.parents))  # the working folder may itself lie in a cache
+    return not any(map(_is_cache, path.parents))  # the working directory may itself lie in a cache
 
 
 def _python_folders() -> set[Path]:

@@ -20,7 +20,7 @@ class UsageError(LogitCacheError, ValueError):
 
 
 class UntrustedCode(UsageError):
-    """A `package.module:function` from outside the working folder, without the user's permission."""
+    """A `package.module:function` from outside the working directory, without the user's permission."""
 
 
 class DatasetUnavailable(UsageError, LookupError):

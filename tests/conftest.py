@@ -58,7 +58,7 @@ def _plain() -> None:
 
 @pytest.fixture(autouse=True)
 def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entry points such as `tests.models:pictures` lie under the working folder."""
+    """Entry points such as `tests.models:pictures` lie under the working directory."""
     monkeypatch.chdir(Path(__file__).parent.parent)
 
 

@@ -1,6 +1,6 @@
 """Real servers on the loopback interface, and one that misbehaves on purpose.
 
-moto and SeaweedFS speak S3, Azurite Azure's protocol, nginx HTTP. For Google's there is none that can be installed with
+moto and SeaweedFS speak S3, Azurite Azure's protocol, nginx HTTP, olah the reading part of the Hugging Face Hub's. For Google's there is none that can be installed with
 pip, npm or apt-get; but its XML API is S3's except for its headers, which nginx translates for moto.
 """
 
@@ -199,6 +199,24 @@ def nginx(folder: Path, root: Path, host: Host = LOOPBACK, *, options: str = "",
     command = [program, "-p", str(folder), "-c", str(folder / "nginx.conf")]
     url = f"{'https' if tls else 'http'}://{host.address}:{port}"
     with running(command, url, folder / "nginx.log", host=host):
+        yield url
+
+
+@contextmanager
+def olah(folder: Path) -> Iterator[str]:
+    """A server with the Hugging Face Hub's API for reading, over the git repositories in `folder/mirrors/datasets`.
+
+    Its packages don't fit beside ours: `make test` gives it an environment of its own.
+    """
+    beside = Path(sys.prefix) / "olah/bin/olah-cli"
+    program = str(beside) if beside.is_file() else need("olah-cli", "make test installs it into .venv/olah")
+    port = free_port()
+    (folder / "olah.toml").write_text(
+        f'[basic]\nhost = "127.0.0.1"\nport = {port}\nrepos-path = "{folder}/cached"\n'
+        f'mirrors-path = ["{folder}/mirrors"]\n[accessibility]\noffline = true\n'
+    )
+    command = [program, "-c", str(folder / "olah.toml"), "--log-path", str(folder / "logs")]
+    with running(command, f"http://127.0.0.1:{port}", folder / "olah.log") as url:
         yield url
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,14 +51,21 @@ def write_card(cache: LogitCache) -> None:
     cache.storage.put(CARD, render_card(cache).encode())
 
 
-def render_card(cache: LogitCache) -> str:
-    """The card of a sealed cache, with front matter."""
+def render_card(cache: LogitCache, *, front: Mapping[str, Any] | None = None, loading: str | None = None) -> str:
+    """The card of a sealed cache, with front matter.
+
+    Args:
+        cache: the cache.
+        front: more fields of the front matter.
+        loading: a section in place of that on how to load the cache, for its labels in another format.
+    """
     try:
         stated = card_from(cache.manifest.provenance.get("card", {}))
     except (UsageError, TypeError, ValueError):  # an untrusted manifest
         stated = Card()
-    front = yaml.safe_dump(_front_matter(cache, stated), sort_keys=False, allow_unicode=True, width=10_000)
-    parts = [f"---\n{front}---\n", *_sections(cache, stated)]
+    fields = _front_matter(cache, stated) | dict(front or {})
+    dumped = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=10_000)
+    parts = [f"---\n{dumped}---\n", *_sections(cache, stated, loading)]
     return "\n".join(parts)
 
 
@@ -83,10 +90,10 @@ def _front_matter(cache: LogitCache, stated: Card) -> dict[str, Any]:
     return front
 
 
-def _sections(cache: LogitCache, stated: Card) -> Iterator[str]:
+def _sections(cache: LogitCache, stated: Card, loading: str | None) -> Iterator[str]:
     yield f"# {escaped(_title(cache, stated))}\n"
     yield from _what_this_is(cache, stated)
-    yield from _how_to_load_it(cache)
+    yield from _how_to_load_it(cache) if loading is None else [loading]
     yield "## Size\n"
     rows = cache.num_rows * len(cache.views)
     sequences = not cache.row_map.one_each

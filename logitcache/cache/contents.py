@@ -70,7 +70,7 @@ class PendingContents:
                 first[number] = min(key, first.get(number, key))
         for number, digests in self._read_all(numbers):
             if digests is not None:
-                self.seen.add(self._rows.part(number), digests)
+                self.seen.add(self._rows.covered_samples(number), digests)
                 self._stored.add(number)
         for number, count in receipts.items():
             if number not in self._stored and count == self._num_views:
@@ -85,7 +85,7 @@ class PendingContents:
         """
         if number in self._stored:
             return
-        samples = self._rows.part(number)
+        samples = self._rows.covered_samples(number)
         digests = self.seen.of(samples)
         if digests is None:
             raise UsageError(
@@ -108,7 +108,7 @@ class PendingContents:
             SampleMismatch: they differ; names the sample.
         """
         for number in range(self._rows.blocks_per_view):
-            samples = self._rows.part(number)
+            samples = self._rows.covered_samples(number)
             digests = self.seen.of(samples)
             if digests is not None:
                 self._compare(samples, contents[samples.start : samples.stop], digests)
@@ -130,7 +130,7 @@ class PendingContents:
         """
         contents = np.empty((self._rows.num_samples, DIGEST_BYTES), dtype=np.uint8)
         for number, digests in self._read_all(range(self._rows.blocks_per_view)):
-            samples = self._rows.part(number)
+            samples = self._rows.covered_samples(number)
             if digests is None:
                 raise IncompleteCache(
                     f"{self._storage.url}: the digests of samples {samples.start} to {samples.stop - 1} are missing; "
@@ -145,7 +145,7 @@ class PendingContents:
 
     def _read(self, number: int) -> np.ndarray | None:
         """The stored digests of a block's samples, uint8 (samples, 16); None if they are missing or damaged."""
-        length = len(self._rows.part(number)) * DIGEST_BYTES
+        length = len(self._rows.covered_samples(number)) * DIGEST_BYTES
         data = self._storage.get(contents_key(number), limit=length + CHECKSUM_BYTES)
         if data is None or hashlib.sha256(data[:length]).digest() != data[length:]:
             return None

@@ -6,15 +6,20 @@ from pathlib import Path
 
 from logitcache.cache.manifest import MANIFEST, MAX_MANIFEST_BYTES, read_manifest
 from logitcache.errors import LogitCacheError, UsageError
-from logitcache.storage import LocalStorage, Storage
+from logitcache.storage import LocalStorage, Storage, Transactional
 
 
 def check_destination(storage: Storage) -> None:
     """Refuse a location that no cache can be written to.
 
     Raises:
-        UsageError: a web server, a file, a folder below a file, or a folder inside another cache.
+        UsageError: a web server, a repository, a file, a folder below a file, or a folder inside another cache.
     """
+    if isinstance(storage, Transactional):
+        raise UsageError(
+            f"{storage.url} is written as a whole, by `logitcache push`; write to a directory, s3://, gs:// or az://, "
+            "and push the sealed cache"
+        )
     if not storage.can_write:
         raise UsageError(
             f"{storage.url} is a web server, which is read-only; choose a directory, s3://, gs:// or az://"

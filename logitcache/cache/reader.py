@@ -287,7 +287,7 @@ class LogitCache:
 
         Args:
             index: the batch's index from `ViewDataset`, int (B,).
-            inputs: the batch's inputs from the loader, on any device.
+            inputs: the batch's inputs from the loader, on any device; of views `on_device`, before or after `finish`.
             views: the dataset of the batch; by default any live `ViewDataset` or `StreamViews` of `cache.view_plan`, or
                 of a plan that passed `check_plan`. Of a stream, only samples of its first batches can be compared.
 

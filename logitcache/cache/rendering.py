@@ -14,7 +14,7 @@ from logitcache.data.rows import RowMap
 from logitcache.data.samples import SampleTable, batch_item, input_digest
 from logitcache.data.transforms import build_transform, entry_points_of
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan, proof_rows
-from logitcache.devices import one_thread
+from logitcache.devices import one_thread, to_device
 from logitcache.errors import IdentityMismatch, ShapeError, UntrustedCode, UsageError
 
 PARTS = {"shared": "`transform`", "teacher_input": "`preprocess`"}
@@ -45,8 +45,8 @@ def recorded_plan(manifest: Manifest, samples: SampleTable | None, rows: RowMap,
     if named and not trust:
         raise UntrustedCode(
             f"the views of {url} are made by code that the cache names: {', '.join(named)}.\nReview this code, even if "
-            "it is in the working folder. Then open the cache with logitcache.open(..., trust=True), or use --trust on "
-            "the command line; or make the same ViewPlan yourself, and check it with `cache.check_plan(plan)`"
+            "it is in the working directory. Then open the cache with logitcache.open(..., trust=True), or use --trust "
+            "on the command line; or make the same ViewPlan yourself, and check it with `cache.check_plan(plan)`"
         )
     parts = [None if spec is None else build_transform(spec, trust=trust) for spec in specs.values()]
     return ViewPlan(
@@ -207,7 +207,10 @@ def check_arrived(
         for views in datasets:
             number = views.index_of(row)
             if number is not None:
-                reasons.append(_difference(arrived, batch_item(views.batch([(view, number)]), 0)))
+                rendered = views.batch([(view, number)])
+                if isinstance(views, ViewDataset) and isinstance(arrived, torch.Tensor) and arrived.is_floating_point():
+                    rendered = views.finish(to_device(rendered, arrived.device))  # what `on_device` leaves to do
+                reasons.append(_difference(arrived, batch_item(rendered, 0)))
                 if reasons[-1] is None:
                     alike.append((view, views))
                     break

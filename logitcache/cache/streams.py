@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -275,15 +276,21 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
 
     def _keep(self, name: str, number: int, sample: tuple[Any, Any]) -> None:
         """Keep a sample for `cache.check_batch`, which renders it again."""
-        unfinished = self._kept / f"{name}.new"
+        unfinished, kept = self._kept / f"{name}.new", self._kept / name
         unfinished.write_bytes(pickle.dumps((number, sample)))
-        unfinished.replace(self._kept / name)
+        kept.unlink(missing_ok=True)  # ext4 waits for the disk when a file is renamed to an existing one
+        unfinished.rename(kept)
 
     def _kept_samples(self) -> dict[int, tuple[Any, Any]]:
         # Written by workers of this process, in a folder that no other user can write to: never data from elsewhere.
         # DataLoader's pipes carry the same samples in the same form.
-        paths = (path for path in self._kept.iterdir() if not path.suffix)
-        return dict(pickle.loads(path.read_bytes()) for path in paths)
+        samples: dict[int, tuple[Any, Any]] = {}
+        for path in self._kept.iterdir():
+            if not path.suffix:
+                with suppress(FileNotFoundError):  # a worker replaces it at this moment
+                    number, sample = pickle.loads(path.read_bytes())
+                    samples[number] = sample
+        return samples
 
     def at_hand(self, numbers: Sequence[int]) -> list[int]:
         """The places of those samples, of some of a batch, that `batch` can render: a few that arrived lately."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import wave
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ _DTYPES = {1: "u1", 2: "<i2", 4: "<i4"}
 
 @dataclass(frozen=True, kw_only=True)
 class AudioReader:
-    """Reads a file as float32 (T,) in [-1, 1]: the mean of its channels.
+    """Reads a file, by its path or its bytes, as float32 (T,) in [-1, 1]: the mean of its channels.
 
     Raises:
         UsageError: invalid settings, or, when called, a file that can't be read or has another sample rate.
@@ -39,9 +40,9 @@ class AudioReader:
         if self.num_samples is not None and self.num_samples < 1:
             raise UsageError("seconds is too short: clips would have no samples")
 
-    def __call__(self, path: str | Path) -> Tensor:
-        path = Path(path)
-        samples_TH, rate = _read(path)
+    def __call__(self, file: str | Path | bytes) -> Tensor:
+        path = "the audio file" if isinstance(file, bytes) else str(file)
+        samples_TH, rate = _read(file, path)
         if not len(samples_TH):
             raise UsageError(f"{path} has no samples; remove it")
         clip_T = torch.from_numpy(samples_TH.mean(axis=1, dtype=np.float32))
@@ -53,11 +54,15 @@ class AudioReader:
         return torch.nn.functional.pad(clip_T, (0, self.num_samples - len(clip_T)))
 
 
-def _read(path: Path) -> tuple[np.ndarray, int]:
+def _read(file: str | Path | bytes, path: str) -> tuple[np.ndarray, int]:
     """Samples float32 (T, H), and the sample rate."""
-    if path.suffix.lower() == WAV:
+
+    def source() -> str | io.BytesIO:
+        return io.BytesIO(file) if isinstance(file, bytes) else str(file)
+
+    if file[:4] == b"RIFF" if isinstance(file, bytes) else Path(file).suffix.lower() == WAV:
         try:
-            return _read_pcm(path)
+            return _read_pcm(source(), path)
         except (wave.Error, EOFError) as error:
             reason = str(error) or "it ends too early"
     else:
@@ -69,14 +74,14 @@ def _read(path: Path) -> tuple[np.ndarray, int]:
             f"{path} can't be read without soundfile ({reason}): pip install 'logitcache[audio]'"
         ) from None
     try:
-        samples_TH, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+        samples_TH, rate = soundfile.read(source(), dtype="float32", always_2d=True)
     except RuntimeError as error:
         raise UsageError(f"{path} is not an audio file: {error}; remove or repair it") from error
     return samples_TH, int(rate)
 
 
-def _read_pcm(path: Path) -> tuple[np.ndarray, int]:
-    with wave.open(str(path), "rb") as file:
+def _read_pcm(source: str | io.BytesIO, path: str) -> tuple[np.ndarray, int]:
+    with wave.open(source, "rb") as file:
         channels, width, rate, count = file.getparams()[:4]
         data = file.readframes(count)
     if len(data) != count * channels * width:
@@ -92,7 +97,7 @@ def _read_pcm(path: Path) -> tuple[np.ndarray, int]:
     return (samples / 2.0 ** (8 * width - 1)).astype(np.float32).reshape(-1, channels), rate
 
 
-def _resampled(clip_T: Tensor, rate: int, sample_rate: int, path: Path) -> Tensor:
+def _resampled(clip_T: Tensor, rate: int, sample_rate: int, path: str) -> Tensor:
     try:
         from torchaudio.functional import resample
     except ImportError:

@@ -164,7 +164,7 @@ def load_data(
         validation: fraction of the training split to use for validation, stratified by class, with a fixed seed.
         args: arguments of a function that is not built in.
         part: which samples of the training split to keep; validation and test stay whole.
-        trust: allow an entry point outside the working folder.
+        trust: allow an entry point outside the working directory.
 
     Raises:
         UsageError: an unknown dataset, or an impossible split.

@@ -70,7 +70,7 @@ def build_model(
         input_shape: of one sample; sizes the built-in models.
         weights: a `.safetensors` file, the name of torchvision weights such as "IMAGENET1K_V2", or None.
         args: further arguments of the constructor or function.
-        trust: allow an entry point outside the working folder.
+        trust: allow an entry point outside the working directory.
         new_head: replace the head of pretrained weights with another number of classes by an untrained one.
         tokenization: of the dataset `text`.
 

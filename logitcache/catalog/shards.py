@@ -56,7 +56,7 @@ def parquet(
     image: str = "image",
     label: str = "label",
     key: str | None = None,
-) -> dict[str, HuggingFaceImages]:
+) -> dict[str, HuggingFaceFiles]:
     """Images in Parquet files, as bytes or as Hugging Face stores them.
 
     The library `datasets` copies the files once into an Arrow file in its own cache folder, for random access.
@@ -81,7 +81,7 @@ def parquet(
 
 def huggingface(
     path: str, *, config: str | None = None, image: str = "image", label: str = "label", key: str | None = None
-) -> dict[str, HuggingFaceImages]:
+) -> dict[str, HuggingFaceFiles]:
     """A Hugging Face dataset of images: of the Hub, or one saved with `save_to_disk`.
 
     Args:
@@ -103,15 +103,17 @@ def huggingface(
     return _images(loaded if isinstance(loaded, Mapping) else {"train": loaded}, image, label, key)
 
 
-class HuggingFaceImages:
-    """A map-style dataset over a split of a Hugging Face dataset: items are (RGB image, class number).
+class HuggingFaceFiles:
+    """A map-style dataset over a split of a Hugging Face dataset with a column of files.
+
+    Items are (input, class number); by default the input is an RGB image.
 
     Args:
         split: a `datasets.Dataset`.
-        image: column of the images, of `datasets.Image` or of bytes.
+        column: of the files: `datasets.Image`, `datasets.Audio`, or bytes.
         label: column of the class numbers.
         key: column of the keys; None is the position.
-        decode: makes an input of an image's bytes.
+        decode: makes an input of a file's bytes.
 
     Raises:
         UsageError: no such column.
@@ -120,46 +122,46 @@ class HuggingFaceImages:
     def __init__(
         self,
         split: Any,
-        image: str = "image",
+        column: str = "image",
         label: str = "label",
         key: str | None = None,
         decode: Callable[[bytes], Any] = decode_image,
     ) -> None:
-        for column in (image, label, *([] if key is None else [key])):
-            if column not in split.column_names:
-                raise UsageError(unknown_name("column", column, split.column_names))
+        for name in (column, label, *([] if key is None else [key])):
+            if name not in split.column_names:
+                raise UsageError(unknown_name("column", name, split.column_names))
         datasets = _datasets("huggingface")
-        if isinstance(split.features[image], datasets.Image):
-            split = split.cast_column(image, datasets.Image(decode=False))
+        if isinstance(split.features[column], datasets.Image | datasets.Audio):
+            split = split.cast_column(column, type(split.features[column])(decode=False))
         names = getattr(split.features[label], "names", None)
         if names:
             self.class_names = list(names)
         self.targets = np.asarray(split[label][:])
         if key is not None:
             self.keys = list(map(str, split[key][:]))
-        self._image = image
-        self._images = split.select_columns([image])
+        self._column = column
+        self._files = split.select_columns([column])
         self._decode = decode
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._files)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self._decode(self.content(index)), int(self.targets[index])
 
     def content(self, index: int) -> bytes:
-        """The bytes of the image file."""
-        value = self._images[int(index)][self._image]
+        """The bytes of the file."""
+        value = self._files[int(index)][self._column]
         if isinstance(value, Mapping):
             value = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
         if not isinstance(value, bytes):
-            raise UsageError(f"the column {self._image!r} has a {type(value).__name__}; expected images or their bytes")
+            raise UsageError(f"the column {self._column!r} has a {type(value).__name__}; expected files or their bytes")
         return value
 
 
-def _images(loaded: Mapping[str, Any], image: str, label: str, key: str | None) -> dict[str, HuggingFaceImages]:
+def _images(loaded: Mapping[str, Any], image: str, label: str, key: str | None) -> dict[str, HuggingFaceFiles]:
     splits = {
-        split: HuggingFaceImages(loaded[name], image, label, key)
+        split: HuggingFaceFiles(loaded[name], image, label, key)
         for split, names in SPLITS.items()
         for name in names
         if name in loaded

@@ -11,7 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.catalog.tokenization import Encoded, Tokenizer, encode, load_tokenizer, need_package
+from logitcache.catalog.tokenization import (
+    Encoded,
+    Tokenizer,
+    encode,
+    load_tokenizer,
+    loaded_tokenizer,
+    need_package,
+)
 from logitcache.data.tokens import CAUSAL, CLASSIFICATION, MASKED, TASKS, TokenDataset
 from logitcache.errors import DatasetUnavailable, UsageError
 from logitcache.registry import unknown_name
@@ -82,30 +89,105 @@ def text(
         DatasetUnavailable: a file or a package is missing.
         UsageError: an invalid option, or a text without tokens.
     """
-    if task not in TASKS:
-        raise UsageError(unknown_name("task", task, TASKS))
-    if long not in (None, SPLIT, TRUNCATE):
-        raise UsageError(unknown_name("value of `long`", long, (SPLIT, TRUNCATE)))
+    _check_options(task, long)
     sources = {name: found for name, places in SPLITS.items() if (found := _source(root, places)) is not None}
     if "train" not in sources:
         if sources:
             raise DatasetUnavailable(f"text: {root} has no train split; expected {root}/train.txt, .jsonl or a folder")
         sources = {"train": root}
-    loaded = load_tokenizer(tokenizer)
-    template = _chat_template(loaded, chat_template)
-    reader = _Reader(
-        tokenizer=loaded,
+    reader = _reader(
+        load_tokenizer(tokenizer),
+        TextFields(text=field, prompt=prompt, label=label if task == CLASSIFICATION else None, key=key),
         task=task,
         max_length=max_length,
-        split=task != CLASSIFICATION if long is None else long == SPLIT,
-        fields=TextFields(text=field, prompt=prompt, label=label if task == CLASSIFICATION else None, key=key),
-        special_tokens=template is None if special_tokens is None else special_tokens,
-        template=template,
-        vocab_size=loaded.vocab_size if vocab_size is None else vocab_size,
+        long=long,
+        special_tokens=special_tokens,
+        chat_template=chat_template,
+        vocab_size=vocab_size,
     )
     documents = {name: list(_documents(source, reader.fields)) for name, source in sources.items()}
     class_names = _class_names(documents["train"]) if task == CLASSIFICATION else None
     return {name: reader.dataset(found, sources[name], class_names) for name, found in documents.items()}
+
+
+def text_of_split(
+    split: Any,
+    tokenizer: Any,
+    *,
+    task: str = CAUSAL,
+    max_length: int | None = None,
+    long: str | None = None,
+    field: str = "text",
+    prompt: str | None = None,
+    label: str = "label",
+    key: str | None = None,
+    class_names: list[str] | None = None,
+    special_tokens: bool | None = None,
+    chat_template: bool | str = False,
+    vocab_size: int | None = None,
+) -> TokenDataset:
+    """Token ids of a split of a Hugging Face dataset that is in memory or on disk.
+
+    Args:
+        split: a `datasets.Dataset`.
+        tokenizer: a fast tokenizer of `transformers`; or a path, as in `text`.
+        class_names: names of the classes, in order; by default those of a `ClassLabel`, else the sorted labels.
+        task, max_length, long, field, prompt, label, key, special_tokens, chat_template, vocab_size: as in `text`.
+
+    Raises:
+        UsageError: an invalid option, an unknown column, or a text without tokens.
+    """
+    _check_options(task, long)
+    fields = TextFields(text=field, prompt=prompt, label=label if task == CLASSIFICATION else None, key=key)
+    columns = [column for column in (fields.text, fields.prompt, fields.label, fields.key) if column is not None]
+    for column in columns:
+        if column not in split.column_names:
+            raise UsageError(unknown_name("column", column, split.column_names))
+    reader = _reader(
+        load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else loaded_tokenizer(tokenizer),
+        fields,
+        task=task,
+        max_length=max_length,
+        long=long,
+        special_tokens=special_tokens,
+        chat_template=chat_template,
+        vocab_size=vocab_size,
+    )
+    documents = list(_entries(split.select_columns(columns), fields))
+    if task == CLASSIFICATION and class_names is None:
+        class_names = getattr(split.features[label], "names", None) or _class_names(documents)
+    return reader.dataset(documents, "the split", class_names)
+
+
+def _check_options(task: str, long: str | None) -> None:
+    if task not in TASKS:
+        raise UsageError(unknown_name("task", task, TASKS))
+    if long not in (None, SPLIT, TRUNCATE):
+        raise UsageError(unknown_name("value of `long`", long, (SPLIT, TRUNCATE)))
+
+
+def _reader(
+    tokenizer: Tokenizer,
+    fields: TextFields,
+    *,
+    task: str,
+    max_length: int | None,
+    long: str | None,
+    special_tokens: bool | None,
+    chat_template: bool | str,
+    vocab_size: int | None,
+) -> _Reader:
+    template = _chat_template(tokenizer, chat_template)
+    return _Reader(
+        tokenizer=tokenizer,
+        task=task,
+        max_length=max_length,
+        split=task != CLASSIFICATION if long is None else long == SPLIT,
+        fields=fields,
+        special_tokens=template is None if special_tokens is None else special_tokens,
+        template=template,
+        vocab_size=tokenizer.vocab_size if vocab_size is None else vocab_size,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +203,7 @@ class _Reader:
     template: str | None
     vocab_size: int
 
-    def dataset(self, documents: list[Document], source: Path, class_names: list[str] | None) -> TokenDataset:
+    def dataset(self, documents: list[Document], source: Path | str, class_names: list[str] | None) -> TokenDataset:
         if not documents:
             raise UsageError(f"text: {source} has no text; expected at least one")
         texts = [self._rendered(document) for document in documents]
@@ -255,6 +337,10 @@ def _saved_dataset(folder: Path, fields: TextFields) -> Iterator[Document]:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:
         raise UsageError(f"{folder} is not a dataset of `save_to_disk`: {error}") from error
+    return _entries(loaded, fields)
+
+
+def _entries(loaded: Any, fields: TextFields) -> Iterator[Document]:
     feature = loaded.features.get(fields.label) if fields.label is not None else None
     names = getattr(feature, "names", None)
     for number, entry in enumerate(loaded):

@@ -83,6 +83,22 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return _described(loaded, name=present[0], sha256=digests[0] if single else json_digest([present, digests]))
 
 
+def loaded_tokenizer(loaded: Any) -> Tokenizer:
+    """A tokenizer of `transformers` that is in memory; it is copied.
+
+    Its SHA-256 is that of its JSON without padding and truncation. It differs from that of a tokenizer's file.
+
+    Raises:
+        UsageError: it is not a fast tokenizer.
+    """
+    if getattr(loaded, "backend_tokenizer", None) is None:
+        raise _not_fast(loaded)
+    backend = need_package("tokenizers", "copies a tokenizer").Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return _described(loaded, backend, name="in memory", sha256=hashlib.sha256(backend.to_str().encode()).hexdigest())
+
+
 def encode(
     tokenizer: Tokenizer, texts: Sequence[str], *, max_length: int | None, split: bool, special_tokens: bool
 ) -> Iterator[list[Encoded]]:
@@ -184,12 +200,16 @@ def _from_transformers(folder: Path, **options: Any) -> Any:
         raise UsageError(f"the tokenizer in {folder} can't be loaded: {type(error).__name__}: {error}") from error
 
 
-def _described(loaded: Any, *, name: str, sha256: str) -> Tokenizer:
-    backend = getattr(loaded, "backend_tokenizer", None)
+def _not_fast(loaded: Any) -> UsageError:
+    return UsageError(
+        f"{type(loaded).__name__} has no fast tokenizer; save the tokenizer as tokenizer.json with transformers"
+    )
+
+
+def _described(loaded: Any, backend: Any = None, *, name: str, sha256: str) -> Tokenizer:
+    backend = backend or getattr(loaded, "backend_tokenizer", None)
     if backend is None:
-        raise UsageError(
-            f"{type(loaded).__name__} has no fast tokenizer; save the tokenizer as tokenizer.json with transformers"
-        )
+        raise _not_fast(loaded)
     template = loaded.chat_template if isinstance(loaded.chat_template, str) else None
 
     def render(messages: Any, chat_template: str) -> str:

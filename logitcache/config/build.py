@@ -79,7 +79,7 @@ def pipeline_data(pipeline: Pipeline | str | os.PathLike[str], *, trust: bool = 
 
     Args:
         pipeline: a pipeline, or the path of its file.
-        trust: allow code from outside the working folder.
+        trust: allow code from outside the working directory.
 
     Returns:
         The splits, map-style (`validation` and `test` may be None), `num_classes` and `class_names`.
@@ -169,7 +169,7 @@ def resolve_model(
         data, plan: give the input shape and the number of classes.
         weights: a .safetensors file, a name of torchvision's, or None for random weights.
         seed: of random weights.
-        trust: allow entry points outside the working folder.
+        trust: allow entry points outside the working directory.
         new_head: replace the head of pretrained weights where its number of classes differs; else that is an error.
         logits: the module whose output is checked, instead of the model's own output.
 
@@ -224,7 +224,7 @@ def resolve_loss(config: StudentConfig, *, trust: bool) -> Loss:
     """A student's loss; imports the code that it names.
 
     Raises:
-        UntrustedCode: the code is outside the working folder, and `trust` is False.
+        UntrustedCode: the code is outside the working directory, and `trust` is False.
         UsageError: there is no such code.
     """
     return load_code(loss_from_config(config.loss), trust=trust)

@@ -53,7 +53,7 @@ class RowMap(ABC):
     def block_samples(self, number: int) -> range:
         """The samples whose rows a block holds, from the first to the last that has any rows."""
 
-    def part(self, number: int) -> range:
+    def covered_samples(self, number: int) -> range:
         """The samples of a block, and those without rows around them: each sample is in the part of one block."""
         start = 0 if number == 0 else self.block_samples(number).start
         last = number + 1 == self.blocks_per_view

@@ -9,6 +9,7 @@ import os
 import re
 import tarfile
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -119,11 +120,6 @@ class TarShards:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_open": {}}
 
-    def __del__(self) -> None:
-        for file in vars(self).get("_open", {}).values():
-            with suppress(OSError):
-                os.close(file)
-
     def content(self, index: int) -> bytes:
         """The bytes of the sample's image file."""
         number = int(self._shard_of[index])
@@ -137,7 +133,9 @@ class TarShards:
         else:
             if number not in self._open:
                 file = self._opened(number)
-                if self._open.setdefault(number, file) != file:  # another thread was faster
+                if self._open.setdefault(number, file) == file:
+                    weakref.finalize(self, os.close, file)
+                else:  # another thread was faster
                     os.close(file)
             data = _read_at(self._open[number], offset, size)
         if len(data) != size:

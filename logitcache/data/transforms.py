@@ -214,7 +214,7 @@ def build_transform(spec: Any, *, trust: bool = False) -> SpecifiedTransform:
 
     Raises:
         UsageError: an unknown transform or parameter, or a library that is not installed.
-        UntrustedCode: an entry point from outside the working folder without `trust`.
+        UntrustedCode: an entry point from outside the working directory without `trust`.
     """
     steps = [_build_step(*next(iter(step.items())), trust=trust) for step in normalise_spec(spec)]
     return SpecifiedTransform([step for step, _ in steps], [transform for _, transform in steps])

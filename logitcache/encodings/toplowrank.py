@@ -122,6 +122,7 @@ class TopLowRank(Encoding):
         }
         return specs
 
+    @full_precision
     def fit(self, calibration: Any) -> TopLowRank:
         num_rows, num_classes = calibration.shape
         self._check_fit(num_rows, num_classes)

@@ -128,7 +128,7 @@ class BlockActor:
 
     Args:
         job: what to compute.
-        folder: the working folder of the driver.
+        folder: the working directory of the driver.
     """
 
     def __init__(self, job: Job, folder: str) -> None:
@@ -175,7 +175,7 @@ class BlockActor:
 
     def _loaded(self) -> Worker:
         if self._worker is None:
-            copied = _has_own_working_folder()
+            copied = _has_own_working_directory()
             if not copied:
                 try:
                     os.chdir(self._folder)
@@ -189,8 +189,8 @@ class BlockActor:
             url = worker.storage.url
             if copied and not worker.storage.is_remote and Path(url).resolve().is_relative_to(Path.cwd().resolve()):
                 raise UsageError(
-                    f"cache.path is {url}, in the copy of the working folder that Ray deletes at the end of the job; "
-                    "set it to an absolute path that all nodes share, or to a URL such as s3://…"
+                    f"cache.path is {url}, in the copy of the working directory that Ray deletes at the end of the "
+                    "job; set it to an absolute path that all nodes share, or to a URL such as s3://…"
                 )
             self._worker = worker
         return self._worker
@@ -203,8 +203,8 @@ class BlockActor:
         return worker
 
 
-def _has_own_working_folder() -> bool:
-    """Whether Ray copied the working folder of the job to this node."""
+def _has_own_working_directory() -> bool:
+    """Whether Ray copied the working directory of the job to this node."""
     import ray
 
     return "working_dir" in ray.get_runtime_context().runtime_env

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,7 +27,7 @@ from logitcache.cli.application import (
 from logitcache.cli.printing import cache_summary
 from logitcache.errors import UsageError
 from logitcache.extras import printing
-from logitcache.extras.importers import FORMATS
+from logitcache.extras.interchange import FORMATS
 
 
 class MeanOf(StrEnum):
@@ -41,8 +41,15 @@ class ExportFormat(StrEnum):
     """Formats of `export`."""
 
     parquet = "parquet"
+    huggingface = "huggingface"
+    distillkit = "distillkit"
+    axolotl = "axolotl"
     safetensors = "safetensors"
     onnx = "onnx"
+
+
+RUN_FORMATS = (ExportFormat.safetensors, ExportFormat.onnx)
+CACHE_FORMATS = [each.value for each in ExportFormat if each not in RUN_FORMATS]
 
 
 class Weights(StrEnum):
@@ -91,13 +98,14 @@ def merge_command(
 
 @app.command("export", rich_help_panel=CACHES)
 def export_command(
-    source: Annotated[
-        str, typer.Argument(metavar="CACHE|RUN", help="A cache (parquet), or a run's folder (safetensors, onnx).")
-    ],
+    source: Annotated[str, typer.Argument(metavar="CACHE|RUN", help="A cache, or a run's folder (safetensors, onnx).")],
     *,
     overrides: OverridesArgument = None,
     to: Annotated[
-        ExportFormat, typer.Option("--to", help="Output format: parquet for a cache; safetensors or onnx for a run.")
+        ExportFormat,
+        typer.Option(
+            "--to", help=f"Output format: {', '.join(CACHE_FORMATS)} for a cache; safetensors, onnx for a run."
+        ),
     ],
     output: Annotated[
         str | None,
@@ -107,9 +115,7 @@ def export_command(
     ] = None,
     old_output: OldOutputOption = None,
     views: Annotated[str | None, typer.Option(help="Views of the cache, such as 0:2 or 3; default: all.")] = None,
-    top: Annotated[
-        int | None, typer.Option(help="Keep only the TOP largest logits of each row, and the tail mass.")
-    ] = None,
+    top: Annotated[int | None, typer.Option(help="Keep only the TOP largest logits of each row, and the tail.")] = None,
     int8: Annotated[
         bool, typer.Option("--int8", help="With --to onnx: also write a statically quantised model.")
     ] = False,
@@ -117,22 +123,33 @@ def export_command(
         Weights, typer.Option(help="Weights of the run: the last, or the best by validation accuracy.")
     ] = (Weights.last),
     data: Annotated[
-        Path | None, typer.Option(metavar="PIPELINE", help="Pipeline with the data of the run; default: the run's own.")
+        Path | None,
+        typer.Option(
+            metavar="PIPELINE",
+            help="Pipeline with the data of the cache, for its token ids (distillkit, axolotl), or of the run; default "
+            "for a run: its own.",
+        ),
     ] = None,
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Export a cache's logits as Parquet, or a run's student as safetensors or ONNX with a card and measurements."""
+    """Export a cache in a format of other tools, or a run's student as safetensors or ONNX with a card."""
     if data is None:
         refuse_overrides(overrides)
     chosen = chosen_output(output, old_output)
     out = None if chosen is None else Path(chosen)
-    if to is ExportFormat.parquet:
-        _check_is_cache(source, out, int8=int8, weights=weights, data=data)
+    if to not in RUN_FORMATS:
+        _check_is_cache(source, to.value, out, int8=int8, weights=weights)
         assert out is not None
-        from logitcache.extras.parquet import export_parquet
+        from logitcache.extras.interchange import export_cache
 
-        result = export_parquet(source, out, views=views, top=top)
+        tokens: Any = None
+        if data is not None:
+            from logitcache.config.build import pipeline_data
+            from logitcache.config.schema import load_pipeline
+
+            tokens = pipeline_data(load_pipeline(data, overrides or ()), trust=trust).train
+        result = export_cache(to.value, source, out, views=views, top=top, tokens=tokens)
         show(dataclasses.asdict(result), as_json, lambda: printing.print_export(str(out), to.value, result))
         return
     _check_is_run(source, to.value, views=views, top=top)
@@ -147,18 +164,21 @@ def export_command(
     show(summary, as_json, lambda: printing.print_student_export(exported))
 
 
-def _check_is_cache(source: str, out: Path | None, *, int8: bool, weights: Weights, data: Path | None) -> None:
+def _check_is_cache(source: str, to: str, out: Path | None, *, int8: bool, weights: Weights) -> None:
     if (Path(source) / "run.yaml").is_file():
-        raise UsageError(f"{source} is a run: use --to safetensors or --to onnx; --to parquet needs a cache")
-    if int8 or data is not None or weights is not Weights.last:
-        raise UsageError("--int8, --weights and --data apply to runs; --to parquet takes --views and --top")
+        raise UsageError(f"{source} is a run: use --to safetensors or --to onnx; --to {to} needs a cache")
+    if int8 or weights is not Weights.last:
+        raise UsageError(f"--int8 and --weights apply to runs; --to {to} takes --views, --top and --data")
     if out is None:
-        raise UsageError("--to parquet needs an output folder: add -o FOLDER")
+        raise UsageError(f"--to {to} needs an output folder: add -o FOLDER")
 
 
 def _check_is_run(source: str, to: str, *, views: str | None, top: int | None) -> None:
     if "://" in source or (Path(source) / "manifest.json").is_file():
-        raise UsageError(f"{source} is a cache: use --to parquet; --to {to} needs a run, such as runs/STUDENT/seed-0")
+        raise UsageError(
+            f"{source} is a cache: use --to {', '.join(CACHE_FORMATS)}; --to {to} needs a run, such as "
+            "runs/STUDENT/seed-0"
+        )
     if views is not None or top is not None:
         raise UsageError("--views and --top apply to caches, not to runs")
 
@@ -200,7 +220,7 @@ def import_command(
 ) -> None:
     """Import the labels of another tool as a cache. Safe to interrupt: re-run to resume."""
     from logitcache.cache.summary import summarise
-    from logitcache.extras.importers import import_cache
+    from logitcache.extras.interchange import import_cache
 
     samples = None
     pipeline = pipeline_of(cache, data, overrides)

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from threading import BoundedSemaphore, Lock
 
@@ -39,7 +39,7 @@ from logitcache.share.publish import (
     publish,
     target_records,
 )
-from logitcache.storage import Storage, open_storage
+from logitcache.storage import Storage, Transactional, open_storage
 
 MAX_CARD_BYTES = 2**20
 ROUNDS = 10
@@ -88,7 +88,9 @@ def push(cache: str, url: str, *, anonymous: bool = False) -> Transfer:
         CorruptCache: an object of the cache is damaged.
         StorageError: a store refuses, or can't be reached.
     """
-    return _copy(open_storage(cache), open_storage(url), views=None, expect=None, anonymous=anonymous)
+    target = open_storage(url)
+    with target.transaction() if isinstance(target, Transactional) else nullcontext(target) as written:
+        return _copy(open_storage(cache), written, views=None, expect=None, anonymous=anonymous)
 
 
 def pull(url: str, cache: str, *, views: str | None = None, expect: str | None = None) -> Transfer:

@@ -47,7 +47,7 @@ def cache_teacher(pipeline: Pipeline, *, engine: Engine | None = None, trust: bo
     Args:
         pipeline: names data, views, teacher and cache.
         engine: distributes the blocks over processes; by default over those that `torchrun` started, or none.
-        trust: allow code from outside the working folder.
+        trust: allow code from outside the working directory.
 
     Raises:
         LogitCacheError: data, teacher or an existing cache don't fit the pipeline; before the teacher runs.
@@ -78,7 +78,7 @@ def plan_blocks(
         pipeline: a pipeline, or the path of its file.
         shard: such as "0/4": only the blocks of the first of four parts. A block belongs to the same part whatever is
             missing, so each process can plan its own part.
-        trust: allow code from outside the working folder.
+        trust: allow code from outside the working directory.
 
     Raises:
         LogitCacheError: data, teacher or an existing cache don't fit the pipeline.
@@ -101,7 +101,7 @@ def compute_blocks(
     Args:
         pipeline: a pipeline, or the path of its file.
         blocks: from `plan_blocks`.
-        trust: allow code from outside the working folder.
+        trust: allow code from outside the working directory.
 
     Returns:
         The blocks that were computed.
@@ -245,7 +245,7 @@ class TeacherWorker(Worker):
             for block in itertools.chain([first], upcoming):
                 computed.append(block)
                 waiting.append(block)
-                samples = writer.row_map.part(block.number)
+                samples = writer.row_map.covered_samples(block.number)
                 if not writer.row_map.one_each:  # the teacher never sees samples without rows
                     views.take_digests(sample for sample in samples if not writer.row_map.sample_rows(sample))
                 yield block

@@ -54,7 +54,7 @@ def check_student_runs(pipeline: Pipeline, student: StudentConfig, cache: LogitC
     Args:
         pipeline, student: the configuration.
         cache: the pipeline's, if it is sealed and fits.
-        trust: import the code of the loss from outside the working folder.
+        trust: import the code of the loss from outside the working directory.
 
     Raises:
         UsageError: a folder contains a run of another configuration; names the keys.
@@ -88,7 +88,7 @@ def check_cache(cache: LogitCache, pipeline: Pipeline, data: Data | None, *, tru
         cache: the cache at `cache.path`, complete or not.
         pipeline: its configuration.
         data: the pipeline's, if it is loaded.
-        trust: import transforms from outside the working folder.
+        trust: import transforms from outside the working directory.
 
     Returns:
         What was not compared, one message each.

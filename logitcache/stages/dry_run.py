@@ -72,7 +72,7 @@ class Inspection:
     """Checks the names in a pipeline file and collects what is not on this machine; downloads and trains nothing.
 
     Args:
-        trust: import entry points from outside the working folder.
+        trust: import entry points from outside the working directory.
         load_all: load datasets of the user's own code too. Without it, that code is imported but not called, since it
             may download.
     """
@@ -157,7 +157,7 @@ def plan_run(pipeline: Pipeline, *, trust: bool = False, load_all: bool = True) 
 
     Args:
         pipeline: its schema, losses and encodings were checked when it was read, but no code was imported.
-        trust: import entry points from outside the working folder.
+        trust: import entry points from outside the working directory.
         load_all: see `Inspection`.
 
     Raises:

@@ -105,7 +105,7 @@ def open_student(
         folder: of the run.
         weights: "last", which the run's accuracy refers to, or "best" by validation accuracy.
         data: the pipeline that names the data; the run's own by default.
-        trust: allow entry points from outside the working folder.
+        trust: allow entry points from outside the working directory.
 
     Raises:
         UsageError: the folder is not a run, the run is not finished or not a student's, or the weights are missing.

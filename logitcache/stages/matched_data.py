@@ -73,7 +73,7 @@ def match_data(location: str, pipeline: Pipeline, *, trust: bool = False) -> Mat
     Args:
         location: of the cache; the pipeline's own is not used.
         pipeline: names data, views and teacher.
-        trust: allow entry points from outside the working folder.
+        trust: allow entry points from outside the working directory.
 
     Raises:
         IdentityMismatch: names what differs.
@@ -106,7 +106,7 @@ class RecordedData:
 
     Args:
         location: of the cache.
-        trust: allow entry points from outside the working folder.
+        trust: allow entry points from outside the working directory.
     """
 
     def __init__(self, location: str, *, trust: bool = False) -> None:

@@ -85,7 +85,7 @@ def train_students(pipeline: Pipeline, names: Sequence[str] = (), *, trust: bool
     Args:
         pipeline: its cache is complete, where a student needs it.
         names: which students; all by default.
-        trust: allow entry points outside the working folder.
+        trust: allow entry points outside the working directory.
 
     Raises:
         IdentityMismatch: the cache was built from other data, views or teacher; before any step.
@@ -124,7 +124,7 @@ class Experiment:
 
     Args:
         pipeline: jobs may be of students that it doesn't list.
-        trust: allow entry points outside the working folder.
+        trust: allow entry points outside the working directory.
     """
 
     def __init__(self, pipeline: Pipeline, *, trust: bool = False) -> None:

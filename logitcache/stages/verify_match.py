@@ -25,7 +25,7 @@ def verify_match(pipeline: Pipeline, *, recompute: int = 0, seed: int = 0, trust
         pipeline: what the cache was built from.
         recompute: samples, drawn over all views, on which the teacher runs again; 0 runs it on none.
         seed: of the draw.
-        trust: allow entry points from outside the working folder.
+        trust: allow entry points from outside the working directory.
 
     Raises:
         UsageError: the teacher can't be built, or the cache is a mean of several teachers, with `recompute`.

@@ -16,6 +16,7 @@ from logitcache.registry import Registry, unknown_name
 from logitcache.storage.local import LocalStorage as LocalStorage
 from logitcache.storage.protocol import Arrived as Arrived
 from logitcache.storage.protocol import Storage as Storage
+from logitcache.storage.protocol import Transactional as Transactional
 
 
 def open_storage(location: str | os.PathLike[str]) -> Storage:
@@ -52,8 +53,14 @@ def _remote(url: str) -> Storage:
     return open_remote(url)
 
 
+def _hub(url: str) -> Storage:
+    from logitcache.storage.hub import open_hub
+
+    return open_hub(url)
+
+
 STORES: Registry[Callable[[str], Storage]] = Registry(
-    "store", {"file": _local} | dict.fromkeys(("s3", "gs", "az", "https", "http", "memory"), _remote)
+    "store", {"file": _local} | dict.fromkeys(("s3", "gs", "az", "https", "http", "memory"), _remote) | {"hf": _hub}
 )
 """Functions from a URL to its `Storage`, by scheme."""
 

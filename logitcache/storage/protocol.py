@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Arrived = Callable[[int], None]
 """Called with the number of bytes of an object that have arrived, which decreases when a request is repeated."""
@@ -77,3 +77,11 @@ class Storage(Protocol):
 
         Not reentrant. The folder is created if needed.
         """
+
+
+@runtime_checkable
+class Transactional(Protocol):
+    """A store that is written by whole copies only, such as a repository."""
+
+    def transaction(self) -> AbstractContextManager[Storage]:
+        """A store for a copy. What is written to it appears when the context ends without an error."""

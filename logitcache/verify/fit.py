@@ -24,7 +24,7 @@ from logitcache.data.samples import (
     sample_table,
 )
 from logitcache.data.views import ViewDataset, ViewPlan
-from logitcache.errors import IdentityMismatch, IncompleteCache, unsealed
+from logitcache.errors import IdentityMismatch, IncompleteCache, UsageError, unsealed
 from logitcache.progress import track
 
 
@@ -63,7 +63,7 @@ def open_fitting_cache(
         teacher: None accepts any teacher.
         num_views: views that the cache must have.
         subset: allow the data to lack some of the cached samples.
-        trust: allow entry points from outside the working folder.
+        trust: allow entry points from outside the working directory.
 
     Returns:
         The cache, and the cache's row of each sample in the data, int64 (M,); None where both have the same order.
@@ -117,6 +117,74 @@ def open_fitting_caches(
         caches.append(cache)
     check_same_pixels(locations, caches, num_views)
     return caches, rows
+
+
+def matched_views(
+    cache: LogitCache,
+    dataset: Dataset,
+    plan: ViewPlan | None = None,
+    *,
+    preprocess: Callable[[Any], Any] | None = None,
+) -> ViewDataset:
+    """The views of a dataset, after it is compared with a cache: samples, labels, tokens, and view plan.
+
+    For training loops without a pipeline. Samples are matched by key, so they may be a part of the cache's, in any
+    order. Each one's content is compared with the cache when it is first loaded. `cache.check_batch` compares rendered
+    inputs.
+
+    Args:
+        cache: sealed.
+        dataset: map-style, or a `ViewDataset` of it; the plan and preprocessing of the latter are the defaults.
+        plan: how the views are made; by default `cache.view_plan`.
+        preprocess: the model's deterministic preprocessing; by default the teacher's.
+
+    Raises:
+        IdentityMismatch: something differs; names the field or the sample.
+        IncompleteCache: the cache is not sealed.
+        UsageError: no plan is given, and the cache can't make one; or views of a cache that has none recorded.
+    """
+    rows = None
+    if isinstance(dataset, ViewDataset):
+        plan, rows = plan or dataset.plan, dataset.rows
+        dataset, preprocess = dataset.dataset, preprocess or dataset.preprocess
+    if not cache.sealed:
+        raise unsealed(cache.storage.url)
+    plan = cache.view_plan if plan is None else plan
+    if cache.manifest.identity.transform is None and any(plan.describe().values()):
+        raise UsageError(
+            f"{cache.storage.url} was created without `view_plan`, so the views of this plan can't be compared with "
+            "it; use a plan without transform, mixing and preprocess, or create the cache with view_plan=plan"
+        )
+    if plan.rows is None:
+        plan = replace(plan, rows=rows_of_dataset(dataset, cache.layout.rows_per_block))
+    data = Data(train=dataset, num_classes=cache.num_classes, class_names=getattr(dataset, "class_names", None))
+    differences = view_differences(cache, data, plan)
+    if not cache.manifest.identity.tokenization and cache.samples is not None and cache.samples.contents is not None:
+        # Written without `tokenization=`; the tokens themselves are compared.
+        differences = [each for each in differences if not each.startswith("tokenization.")]
+    _refuse(cache, differences, "this dataset and view plan")
+    if cache.samples is None:
+        if rows is None and cache.num_samples != len(dataset):
+            raise IdentityMismatch(
+                f"cache {cache.id[:12]}… has {cache.num_samples} samples; this dataset has {len(dataset)}"
+            )
+    else:
+        rows = match_rows(cache.samples, sample_table(dataset), cache_id=cache.id, subset=True)
+    samples = np.arange(len(dataset)) if rows is None else rows
+    _refuse(cache, _sequence_differences(cache, dataset, samples), "these sequences")
+    if cache.row_map.one_each:
+        _refuse(cache, _content_differences(cache, dataset, samples), "these samples")
+    return views_of_cache(cache, dataset, plan, rows, preprocess)
+
+
+def _refuse(cache: LogitCache, differences: Sequence[str], what: str) -> None:
+    if differences:
+        shown = [*differences[:10], *([f"and {len(differences) - 10} more"] if len(differences) > 10 else [])]
+        raise IdentityMismatch(
+            f"cache {cache.id[:12]}… at {cache.storage.url} doesn't match {what}; they differ in\n  "
+            + "\n  ".join(shown)
+            + "\nUse what the teacher saw, or build a cache of this data."
+        )
 
 
 def views_of_cache(
@@ -202,11 +270,17 @@ def _sequence_differences(cache: LogitCache, dataset: Dataset, samples: np.ndarr
         moved = theirs.positions_of(rows + shift) != ours.positions_of(rows)
         others = np.unique(ours.samples_of(rows[moved]))
         differences += [f"{_named(cache, samples[index])} has rows at other positions" for index in others]
+    return differences + _content_differences(cache, dataset, samples)
+
+
+def _content_differences(cache: LogitCache, dataset: Dataset, samples: np.ndarray) -> list[str]:
+    """Samples whose content differs from that of the cache, one line each; for data in memory only."""
     contents = None if cache.samples is None else cache.samples.contents
-    if contents is not None and getattr(dataset, "in_memory", False):
-        changed = differing_contents(contents[samples], content_table(dataset))
-        differences += [f"{_named(cache, samples[index])} has other tokens" for index in np.flatnonzero(changed)]
-    return differences
+    if contents is None or not getattr(dataset, "in_memory", False):
+        return []
+    changed = differing_contents(contents[samples], content_table(dataset))
+    what = "other content" if cache.row_map.one_each else "other tokens"
+    return [f"{_named(cache, samples[index])} has {what}" for index in np.flatnonzero(changed)]
 
 
 def _named(cache: LogitCache, sample: Any) -> str:

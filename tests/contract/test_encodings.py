@@ -275,6 +275,7 @@ class TestTopLowRank(EncodingContract):
             pytest.param("mean", math.nan, "NaN", id="mean"),
             pytest.param("weights", math.inf, "NaN or infinity", id="weights"),
             pytest.param("limits", None, "don't agree", id="limits too short"),
+            pytest.param("limits", 0, "a limit is between 1 and", id="limit of zero"),
             pytest.param("classes", 3, "each once", id="class twice"),
             pytest.param("classes", 100, "each once", id="no such class"),
         ],

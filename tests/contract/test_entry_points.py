@@ -1,4 +1,4 @@
-"""Whose code runs without consent: the user's own modules in the working folder, and nothing that a cache names."""
+"""Whose code runs without consent: the user's own modules in the working directory, and nothing that a cache names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHECKOUT = str(Path(__file__).parents[2])
 
 
 def loaded_in(folder: Path | str, *names: str, before: str = "") -> list[str]:
-    """What becomes of entry points in a process of its own whose working folder is the given one."""
+    """What becomes of entry points in a process of its own whose working directory is the given one."""
     program = f"""
         import sys
         sys.path.insert(0, {CHECKOUT!r})
@@ -48,7 +48,7 @@ LIBRARY = ("os:system", "builtins:eval", "subprocess:run", "os.path:join", "posi
 """Of the standard library, built in or frozen; loaded already or not."""
 
 
-def test_no_working_folder_vouches_for_the_standard_library(tmp_path: Path) -> None:
+def test_no_working_directory_vouches_for_the_standard_library(tmp_path: Path) -> None:
     """Wherever one stands: in the root, above the interpreter, in its library, or in a project of one's own."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     for folder in ("/", sys.base_prefix, Path(sys.base_prefix).parent, stdlib, stdlib.parent, tmp_path):
@@ -143,7 +143,7 @@ def test_other_callables_that_an_own_module_imported_are_refused_too(tmp_path: P
     assert ["refused"] * 4 + ["loaded"] * 3 == loaded_in(tmp_path, *names)
 
 
-def test_a_working_folder_inside_a_cache_does_not_vouch_for_it(tmp_path: Path) -> None:
+def test_a_working_directory_inside_a_cache_does_not_vouch_for_it(tmp_path: Path) -> None:
     with logitcache.create(
         tmp_path / "a.cache", num_samples=4, num_classes=3, teacher="net", dataset="pictures"
     ) as writer:
@@ -159,7 +159,9 @@ def test_an_imported_function_is_named_in_the_error(tmp_path: Path, monkeypatch:
     (tmp_path / "my_own_tools.py").write_text("from shutil import rmtree\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UntrustedCode, match=r"my_own_tools:rmtree is shutil\.rmtree, from outside the working folder"):
+    with pytest.raises(
+        UntrustedCode, match=r"my_own_tools:rmtree is shutil\.rmtree, from outside the working directory"
+    ):
         load_entry_point("my_own_tools:rmtree", trust=False)
 
     assert shutil.rmtree is load_entry_point("my_own_tools:rmtree", trust=True)
@@ -206,7 +208,7 @@ def test_a_strangers_pipeline_runs_nothing(tmp_path: Path, folder: str, place: s
     )
 
     assert (2, False) == (done.returncode, marker.exists()), done.stderr
-    assert "os:system would run code from outside the working folder" in done.stderr
+    assert "os:system would run code from outside the working directory" in done.stderr
     assert "--trust" in done.stderr
 
 
@@ -217,7 +219,7 @@ def small_cache(path: Path, plan: ViewPlan | None = None) -> Path:
     return path
 
 
-def test_code_that_a_cache_names_needs_consent_even_in_the_working_folder(tmp_path: Path) -> None:
+def test_code_that_a_cache_names_needs_consent_even_in_the_working_directory(tmp_path: Path) -> None:
     """All of it is listed, steps within steps too, and nothing is imported before."""
     plan = ViewPlan(transform=build_transform({"tests.models:shift": {"by": 1}}))
     path = small_cache(tmp_path / "a", plan)

@@ -105,5 +105,4 @@ def test_a_node_that_is_killed_and_replaced_leaves_the_weights_of_an_undisturbed
         assert 0 == third.returncode, errors
         _, errors = first.communicate(timeout=PATIENCE)
     assert 0 == first.returncode, errors
-    assert "exitcode" in errors, "its process failed with the node, and was started again"
     assert_same_run(tmp_path / "whole/small/seed-0", tmp_path / "pieces/small/seed-0")

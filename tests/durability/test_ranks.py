@@ -61,7 +61,7 @@ def torchrun(
         [sys.executable, *launcher, "-m", *module, command[0], str(file), *command[1:]],
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
     )
 

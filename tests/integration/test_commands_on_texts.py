@@ -215,6 +215,26 @@ def test_labels_are_exported_with_their_rows(built: tuple[Path, str], tmp_path: 
     assert 2 * ROWS == run_json("export", built[1], "--to", "parquet", "-o", tmp_path / "table")["rows"]
 
 
+def test_sequences_are_exported_with_the_tokens_of_the_pipeline(built: tuple[Path, str], tmp_path: Path) -> None:
+    need_package("pyarrow", "parquet")
+    file, cache = built
+    whole = ("export", cache, "--to", "distillkit", "-o", tmp_path / "out", "--views", "1")
+    refused(run(*whole), 2, "DistillKit stores token ids, which a cache lacks: add the cache's own dataset with --data")
+    exported = run_json(*whole, "--data", file)
+    classes = str(logitcache.open(cache).num_classes)
+    again = ("import", "distillkit", tmp_path / "out", tmp_path / "b.cache", "--num-classes", classes)
+    imported = run_json(*again, "--teacher", "net")
+
+    assert ROWS == exported["rows"] == imported["num_rows"]
+    first, second = (logitcache.open(path).samples for path in (cache, tmp_path / "b.cache"))
+    assert first is not None
+    assert second is not None
+    assert first.contents is not None
+    assert second.contents is not None
+    has_rows = np.diff(logitcache.open(cache).row_offsets) > 0
+    assert np.array_equal(first.contents[has_rows], second.contents)
+
+
 def test_two_teachers_are_merged_and_other_rows_are_refused(
     built: tuple[Path, str], text: Callable[..., Path], tmp_path: Path
 ) -> None:

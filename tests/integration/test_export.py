@@ -23,7 +23,7 @@ import logitcache
 from logitcache.cache.layout import parse_views
 from logitcache.config.schema import Pipeline
 from logitcache.errors import IncompleteCache, StorageError, UsageError
-from logitcache.extras.parquet import export_parquet
+from logitcache.extras.interchange.parquet import export_parquet
 from logitcache.stages.cache_teacher import cache_teacher
 from tests.commands import logitcache as run
 from tests.conftest import PICTURES
@@ -121,7 +121,7 @@ def test_a_file_says_which_cache_it_is_of(tmp_path: Path) -> None:
 
 
 def test_a_row_group_is_a_block_or_a_part_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logitcache.extras.parquet.PIECE_LOGITS", 20 * CLASSES)
+    monkeypatch.setattr("logitcache.extras.interchange.parquet.PIECE_LOGITS", 20 * CLASSES)
     built(tmp_path / "a.cache")
     export_parquet(str(tmp_path / "a.cache"), tmp_path / "out", views=":1")
     footer = pyarrow.parquet.read_metadata(tmp_path / "out/view-00000.parquet")
@@ -145,7 +145,7 @@ def test_an_export_run_again_writes_what_is_missing(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_killed_export_leaves_no_half_file_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import logitcache.extras.parquet as module
+    import logitcache.extras.interchange.parquet as module
 
     cache = built(tmp_path / "a.cache")
     made, count = module._table, []
@@ -178,7 +178,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.Mon
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("logitcache.extras.parquet.os.fsync", full)
+    monkeypatch.setattr("logitcache.extras.interchange.parquet.os.fsync", full)
     with pytest.raises(StorageError, match="No space left on device; run the command again"):
         export_parquet(str(tmp_path / "a.cache"), tmp_path / "out")
 
@@ -273,7 +273,7 @@ def test_the_command_exports(tmp_path: Path) -> None:
 def test_memory_stays_at_a_block_however_long_a_view(tmp_path: Path) -> None:
     """Growth from 4 to 40 blocks of the same size, in a process of its own each."""
     program = (
-        "import resource, sys, torch, logitcache.progress; from logitcache.extras.parquet import export_parquet;"
+        "import resource, sys, torch, logitcache.progress; from logitcache.extras.interchange.parquet import export_parquet;"
         "logitcache.progress.silence(); export_parquet(sys.argv[1], sys.argv[1] + '.out');"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )

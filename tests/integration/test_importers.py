@@ -28,8 +28,8 @@ from logitcache.config.schema import Pipeline
 from logitcache.data.samples import SampleTable
 from logitcache.data.tokens import TokenDataset
 from logitcache.errors import InvalidLogits, InvalidSource, LogitCacheError, SampleMismatch, UsageError
-from logitcache.extras.importers import FORMATS, IMPORTERS, DenseRows, Importer, import_cache
-from logitcache.extras.importers.run import NOT_LOGITS
+from logitcache.extras.interchange import FORMATS, IMPORTERS, DenseRows, Importer, import_cache
+from logitcache.extras.interchange.run import NOT_LOGITS
 from logitcache.targets import SparseTargets
 from tests.commands import logitcache as run
 from tests.commands import refused, run_json
@@ -416,7 +416,7 @@ def test_dense_logits_take_any_encoding(tmp_path: Path) -> None:
 @pytest.mark.parametrize("top", [None, 3])
 def test_an_export_to_parquet_comes_back(tmp_path: Path, top: int | None) -> None:
     need_package("pyarrow", "parquet")
-    from logitcache.extras.parquet import export_parquet
+    from logitcache.extras.interchange.parquet import export_parquet
 
     first = imported(tmp_path / "a.cache", "numpy", npy_per_view(tmp_path / "in"))
     export_parquet(str(tmp_path / "a.cache"), tmp_path / "out", top=top)

@@ -85,7 +85,7 @@ def test_reading_a_pipeline_imports_no_code(tmp_path: Path) -> None:
     assert "" == subprocess.check_output([sys.executable, "-c", program], text=True, cwd=tmp_path)
 
 
-def test_code_from_outside_the_working_folder_needs_trust(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_from_outside_the_working_directory_needs_trust(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = tiny("students.small.loss=torch.nn.functional:mse_loss")
     cache_teacher(pipeline)
     with pytest.raises(UntrustedCode, match="torch.nn.functional:mse_loss"):

@@ -553,14 +553,18 @@ def test_the_command_prints_the_table_and_json(made: Path) -> None:
 def test_wrong_pairs_are_refused(made: Path, tmp_path: Path) -> None:
     cache, run = made / "tiny.cache", made / "runs/conv/seed-0"
 
-    refused(command("export", cache, "--to", "onnx"), 2, "is a cache: use --to parquet; --to onnx needs a run")
+    refused(
+        command("export", cache, "--to", "onnx"),
+        2,
+        "is a cache: use --to parquet, huggingface, distillkit, axolotl; --to onnx needs a run",
+    )
     refused(command("export", run, "--to", "parquet", "-o", tmp_path / "x"), 2, "is a run: use --to safetensors")
     refused(command("export", run, "--to", "safetensors", "--int8"), 2, "--int8 makes an ONNX model; add --to onnx")
     refused(command("export", run, "--to", "onnx", "--top", "3"), 2, "--views and --top apply to caches, not to runs")
     refused(
         command("export", cache, "--to", "parquet", "-o", tmp_path / "x", "--int8"),
         2,
-        "--int8, --weights and --data apply to runs",
+        "--int8 and --weights apply to runs",
     )
     refused(command("export", cache, "--to", "parquet"), 2, "--to parquet needs an output folder: add -o FOLDER")
     assert not (tmp_path / "x").exists()

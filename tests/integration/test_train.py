@@ -182,7 +182,10 @@ def test_keys_out_of_range_are_refused(tiny: Make) -> None:
         ("train.clip_norm=0", "train.clip_norm: .*greater than 0"),
         ("train.early_stopping=0", "train.early_stopping: .*greater than or equal to 1"),
         ("train.schedule=linear", "train.schedule: .*'constant', 'cosine' or 'one_cycle'"),
-        ("runs.tracker=wandb", "runs.tracker: unknown tracker 'wandb'; expected package.module:function"),
+        (
+            "runs.tracker=comet",
+            "runs.tracker: unknown tracker 'comet'; expected package.module:function or one of: wandb, mlflow",
+        ),
     ):
         with pytest.raises(UsageError, match=message):
             tiny(override)

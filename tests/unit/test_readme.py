@@ -26,7 +26,7 @@ from logitcache.data.batching import COLLATES
 from logitcache.data.transforms import TRANSFORMS
 from logitcache.encodings import ENCODINGS
 from logitcache.engines import ENGINES
-from logitcache.extras.importers import IMPORTERS
+from logitcache.extras.interchange import IMPORTERS
 from logitcache.losses import FEATURE_LOSSES, LOSSES, loss_from_config
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students

@@ -153,7 +153,7 @@ def test_an_encoding_that_no_reader_could_find_is_refused(tmp_path: Path) -> Non
         pytest.param(lambda: build_transform("invertt"), "unknown transform 'invertt'; did you mean", id="transform"),
         pytest.param(lambda: open_storage("s4://a/b"), "unknown store 's4://'; did you mean 's3://'?", id="store"),
         pytest.param(
-            lambda: load_tracker("wandb", trust=True), "unknown tracker 'wandb'; expected package", id="tracker"
+            lambda: load_tracker("wandbb", trust=True), "unknown tracker 'wandbb'; did you mean 'wandb'?", id="tracker"
         ),
     ],
 )

@@ -264,7 +264,7 @@ def test_a_specification_is_built_and_described_by_itself() -> None:
         pytest.param({"RandomCrop": {"sise": 3}}, UsageError, "transform RandomCrop: .*sise", id="parameter"),
         pytest.param("Lambda", UsageError, "can't be written in a file", id="lambda"),
         pytest.param("os:getcwd", UntrustedCode, "re-run with --trust", id="foreign code"),
-        pytest.param("torch:load", UntrustedCode, "re-run with --trust", id="an environment in the working folder"),
+        pytest.param("torch:load", UntrustedCode, "re-run with --trust", id="an environment in the working directory"),
         pytest.param({"ToDtype": {"dtype": "nn"}}, UsageError, "'nn' is no dtype", id="dtype"),
         pytest.param(
             {"Resize": {"size": 4, "interpolation": "cubic"}}, UsageError, "transform Resize", id="interpolation"

@@ -67,7 +67,7 @@ def federate(
         federation: its public set, parties and rounds.
         party: run the stages of this party only; of all parties in turn if None.
         wait: seconds to wait for the other parties' caches in each round, if `party` is given; 0 checks once.
-        trust: run entry points from outside the working folder.
+        trust: run entry points from outside the working directory.
 
     Raises:
         UsageError: an unknown party, a party without data or net in the file, or private samples in the public set.
@@ -253,7 +253,7 @@ class PartyRound:
         Args:
             private: the result of `train_and_publish`.
             wait: seconds, at most.
-            trust: run entry points from outside the working folder.
+            trust: run entry points from outside the working directory.
 
         Raises:
             PartyMissing: caches are missing after `wait` seconds.

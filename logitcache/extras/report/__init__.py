@@ -51,7 +51,7 @@ def write_report(
         runs: a folder that contains runs at any depth.
         data: matched with the cache, for pictures and to measure students; by default students are measured on the
             data of their own pipelines.
-        trust: run `package.module:function` code from outside the working folder.
+        trust: run `package.module:function` code from outside the working directory.
 
     Raises:
         UsageError: the file can't be written, the folder of runs is missing, or the extra `report` is not installed.

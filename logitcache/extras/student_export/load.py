@@ -51,7 +51,7 @@ def load_student(folder: str | os.PathLike[str], *, trust: bool = False) -> Load
     """Load a student that was exported to safetensors.
 
     Args:
-        trust: run `package.module:function` code from outside the working folder.
+        trust: run `package.module:function` code from outside the working directory.
 
     Raises:
         UsageError: the folder has no exported student or no safetensors, or this version can't build the model.

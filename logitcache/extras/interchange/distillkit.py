@@ -1,14 +1,17 @@
 """DistillKit's compressed log-probabilities (arcee-ai), and those of open-instruct (allenai), which has the same codec.
 
+Read with any settings of the codec; written without loss, all classes as exact float32 values.
+
 Position t of a sequence has the log-probabilities of token t + 1 over the whole vocabulary at T = 1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,11 +19,20 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
+from logitcache.cache.reader import LogitCache
+from logitcache.data.tokens import TokenDataset
 from logitcache.errors import InvalidSource, UsageError
-from logitcache.extras.importers.files import matching, read_bytes, reading
-from logitcache.extras.importers.protocol import NO_IDENTITY, TAIL_KNOWN, Importer, SparseRows
-from logitcache.extras.importers.sequences import content_digests
-from logitcache.extras.importers.tables import (
+from logitcache.extras.interchange.files import matching, read_bytes, reading
+from logitcache.extras.interchange.parts import ExportResult, Part, lists, metadata, table, write_parts
+from logitcache.extras.interchange.protocol import NO_IDENTITY, TAIL_KNOWN, Importer, SparseRows
+from logitcache.extras.interchange.sequences import (
+    Sequences,
+    content_digests,
+    exported_sequences,
+    nested_lists,
+    ragged_lists,
+)
+from logitcache.extras.interchange.tables import (
     check_table,
     columns,
     matrix,
@@ -29,6 +41,7 @@ from logitcache.extras.importers.tables import (
     ragged,
     record_batches,
 )
+from logitcache.storage.local import LocalStorage
 from logitcache.strict_json import parse_json
 
 # P positions, K entries
@@ -254,6 +267,61 @@ class OpenInstruct(DistillKit):
     tool: ClassVar[str] = "open-instruct"
 
 
+def export_distillkit(
+    cache: LogitCache,
+    folder: Path,
+    *,
+    views: str | None,
+    top: int | None,
+    tokens: TokenDataset | Sequence[Any] | None,
+) -> ExportResult:
+    """Write one view as `compression_config.yaml` and `data_{n}.parquet`, one file per block.
+
+    Raises:
+        UsageError: DistillKit can't store this cache, or the token ids are missing.
+        SampleMismatch: the token ids are not those of the cache.
+    """
+    sequences = exported_sequences(cache, tool=DistillKit.tool, views=views, top=top, tokens=tokens)
+    if tokens is None:
+        raise UsageError("DistillKit stores token ids, which a cache lacks: add the cache's own dataset with --data")
+    codec = Codec(d=cache.num_classes, k=sequences.k, exact_k=sequences.k, delta_encoding=False)
+
+    def part(number: int) -> Part:
+        samples = sequences.samples(number)
+        rows = int(sequences.lengths(samples).sum())
+        about = metadata(cache, sequences.view, sequences.k, block=number)
+        return Part(f"data_{number}.parquet", about, len(samples), rows, lambda: _tables(sequences, codec, number))
+
+    def part_of(name: str) -> Part | None:
+        found = re.fullmatch(r"data_(\d{1,9})\.parquet", name)
+        return part(int(found[1])) if found and int(found[1]) < sequences.num_blocks else None
+
+    config = yaml.safe_dump(codec.model_dump(mode="json"), sort_keys=False).encode()
+    if LocalStorage(folder).get(CONFIG, limit=2**20) not in (None, config):
+        raise UsageError(f"{folder} contains another {CONFIG}; an export needs a folder of its own")
+    result = write_parts(folder, [part(number) for number in range(sequences.num_blocks)], part_of, also=[CONFIG])
+    LocalStorage(folder).put(CONFIG, config)  # last: without it the folder can't be read
+    return result
+
+
+def _tables(sequences: Sequences, codec: Codec, block: int) -> Iterator[Any]:
+    import pyarrow as pa
+
+    labels = sequences.labels()
+    for samples in sequences.groups(block):
+        ids_PK, log_probs_PK = sequences.entries(labels, samples)
+        offsets = np.concatenate([[0], np.cumsum(sequences.lengths(samples))])
+        exact_PB = np.ascontiguousarray(log_probs_PK, dtype=np.float32).view(np.uint8)
+        tokens = [sequences.ids(sample) for sample in samples]
+        yield table(
+            {
+                "input_ids": ragged_lists(tokens, pa.uint64()),
+                "compressed_logprobs": nested_lists(lists(exact_PB), offsets),
+                "bytepacked_indices": nested_lists(lists(_pack_bits(ids_PK, _index_bits(codec.d))), offsets),
+            }
+        )
+
+
 def _size(dtype: str) -> int:
     size: int = getattr(torch, dtype).itemsize
     return size
@@ -270,3 +338,11 @@ def _unpack_bits(packed_PB: np.ndarray, bits: int, count: int) -> np.ndarray:
     weights = 2 ** np.arange(bits - 1, -1, -1, dtype=np.int64)
     numbers: np.ndarray = stream.reshape(len(packed_PB), count, bits) @ weights
     return numbers
+
+
+def _pack_bits(numbers_PK: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of `_unpack_bits`: uint8 (P, bytes), the last byte of a row filled with zeros."""
+    if int(numbers_PK.max()) >= 2**bits:
+        raise UsageError(f"DistillKit stores class numbers in {bits} bits, and class {numbers_PK.max()} needs more")
+    digits = numbers_PK[:, :, None] >> np.arange(bits - 1, -1, -1) & 1
+    return np.packbits(digits.astype(np.uint8).reshape(len(numbers_PK), -1), axis=1)

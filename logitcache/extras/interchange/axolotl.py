@@ -7,17 +7,26 @@ numbers with the ids in `target_token_ids`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from logitcache.cache.reader import LogitCache
+from logitcache.data.tokens import TokenDataset
 from logitcache.errors import InvalidSource, UsageError
-from logitcache.extras.importers.files import reading
-from logitcache.extras.importers.protocol import NO_IDENTITY, Importer, SparseRows
-from logitcache.extras.importers.sequences import content_digests
-from logitcache.extras.importers.tables import check_table, columns, open_parquet, record_batches
+from logitcache.extras.interchange.files import reading
+from logitcache.extras.interchange.parts import ExportResult, Part, lists, metadata, table, write_parts
+from logitcache.extras.interchange.protocol import NO_IDENTITY, Importer, SparseRows
+from logitcache.extras.interchange.sequences import (
+    Sequences,
+    content_digests,
+    exported_sequences,
+    nested_lists,
+    ragged_lists,
+)
+from logitcache.extras.interchange.tables import check_table, columns, open_parquet, record_batches
 from logitcache.strict_json import parse_json
 
 LOGPROBS, IDS, INPUT = "logprobs", "target_token_ids", "input_ids"
@@ -133,3 +142,50 @@ def _entries(record: dict[str, Any]) -> tuple[list[list[int]], list[list[float]]
             raise ValueError("a token that is not of the form token_id:<number>")
         classes.append([int(match[1]) for match in matches if match])
     return classes, [[float(entry["logprob"]) for entry in entries] for entries in positions]
+
+
+def export_axolotl(
+    cache: LogitCache,
+    folder: Path,
+    *,
+    views: str | None,
+    top: int | None,
+    tokens: TokenDataset | Sequence[Any] | None,
+) -> ExportResult:
+    """Write one view as `data-00000.parquet` and so on, one file per block, in the form with `target_token_ids`.
+
+    Raises:
+        UsageError: axolotl can't store this cache.
+        SampleMismatch: the token ids are not those of the cache.
+    """
+    sequences = exported_sequences(cache, tool=Axolotl.tool, views=views, top=top, tokens=tokens)
+
+    def part(number: int) -> Part:
+        samples = sequences.samples(number)
+        rows = int(sequences.lengths(samples).sum())
+        about = metadata(cache, sequences.view, sequences.k, block=number, input_ids=tokens is not None)
+        return Part(f"data-{number:05d}.parquet", about, len(samples), rows, lambda: _tables(sequences, number))
+
+    def part_of(name: str) -> Part | None:
+        found = re.fullmatch(r"data-(\d{5,9})\.parquet", name)
+        return part(int(found[1])) if found and int(found[1]) < sequences.num_blocks else None
+
+    return write_parts(folder, [part(number) for number in range(sequences.num_blocks)], part_of)
+
+
+def _tables(sequences: Sequences, block: int) -> Iterator[Any]:
+    import pyarrow as pa
+
+    labels = sequences.labels()
+    for samples in sequences.groups(block):
+        ids_PK, log_probs_PK = sequences.entries(labels, samples)
+        offsets = np.concatenate([[0], np.cumsum(sequences.lengths(samples))])
+        columns = {}
+        keys = None if sequences.cache.samples is None else sequences.cache.samples.keys
+        if keys is not None:
+            columns["key"] = pa.array([keys[sample] for sample in samples], pa.string())
+        if sequences.tokens is not None:
+            columns[INPUT] = ragged_lists([sequences.ids(sample) for sample in samples], pa.int64())
+        columns[LOGPROBS] = nested_lists(lists(log_probs_PK.astype(np.float64)), offsets)
+        columns[IDS] = nested_lists(lists(ids_PK), offsets)
+        yield table(columns)

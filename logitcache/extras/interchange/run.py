@@ -21,14 +21,15 @@ from logitcache.data.tokens import NO_CLASS
 from logitcache.digest import sha256_hex
 from logitcache.encodings import Auto, Dense, Encoding, TopK, encoding_or_auto
 from logitcache.errors import InvalidLogits, SampleMismatch, UsageError
-from logitcache.extras.importers.arrays import NumpyArrays, ParquetLogits
-from logitcache.extras.importers.axolotl import Axolotl
-from logitcache.extras.importers.distillkit import DistillKit, OpenInstruct
-from logitcache.extras.importers.image_labels import FKD, MlDr
-from logitcache.extras.importers.maxtext import MaxText
-from logitcache.extras.importers.megatron import Megatron
-from logitcache.extras.importers.protocol import DenseRows, Importer, SparseRows
-from logitcache.extras.importers.tinyvit import TinyViT
+from logitcache.extras.interchange.arrays import NumpyArrays
+from logitcache.extras.interchange.axolotl import Axolotl
+from logitcache.extras.interchange.distillkit import DistillKit, OpenInstruct
+from logitcache.extras.interchange.image_labels import FKD, MlDr
+from logitcache.extras.interchange.maxtext import MaxText
+from logitcache.extras.interchange.megatron import Megatron
+from logitcache.extras.interchange.parquet import ParquetLogits
+from logitcache.extras.interchange.protocol import DenseRows, Importer, SparseRows
+from logitcache.extras.interchange.tinyvit import TinyViT
 from logitcache.progress import track
 from logitcache.registry import Registry
 from logitcache.storage.local import LocalStorage

@@ -1,4 +1,4 @@
-"""Caches of other tools, read and written as caches of logitcache. One module for each format.
+"""Caches in the formats of other tools, imported and exported. One module for each format, with both directions.
 
 Names are imported on first use, so that `logitcache --help` starts without torch.
 """
@@ -7,14 +7,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from logitcache.extras.importers.protocol import DenseRows as DenseRows
-    from logitcache.extras.importers.protocol import Importer as Importer
-    from logitcache.extras.importers.protocol import SparseRows as SparseRows
-    from logitcache.extras.importers.run import IMPORTERS as IMPORTERS
-    from logitcache.extras.importers.run import ImportResult as ImportResult
-    from logitcache.extras.importers.run import import_cache as import_cache
+    from logitcache.extras.interchange.export import EXPORT_FORMATS as EXPORT_FORMATS
+    from logitcache.extras.interchange.export import export_cache as export_cache
+    from logitcache.extras.interchange.parts import ExportResult as ExportResult
+    from logitcache.extras.interchange.protocol import DenseRows as DenseRows
+    from logitcache.extras.interchange.protocol import Importer as Importer
+    from logitcache.extras.interchange.protocol import SparseRows as SparseRows
+    from logitcache.extras.interchange.run import IMPORTERS as IMPORTERS
+    from logitcache.extras.interchange.run import ImportResult as ImportResult
+    from logitcache.extras.interchange.run import import_cache as import_cache
 
-__all__ = ["FORMATS", "IMPORTERS", "DenseRows", "ImportResult", "Importer", "SparseRows", "import_cache"]
+__all__ = [
+    "EXPORT_FORMATS",
+    "FORMATS",
+    "IMPORTERS",
+    "DenseRows",
+    "ExportResult",
+    "ImportResult",
+    "Importer",
+    "SparseRows",
+    "export_cache",
+    "import_cache",
+]
 
 FORMATS = {
     "numpy": "logits in .npy or .npz files, one file or a folder with one file per view",
@@ -28,8 +42,11 @@ FORMATS = {
     "ml_dr": "Apple ml-dr's folder of {index}.pth.tar",
     "maxtext": "MaxText's folder of teacher_top_k_part_{n}_host_{n}.array_record",
 }
-"""The built-in formats, and what SOURCE is for each."""
+"""The built-in formats of `import`, and what SOURCE is for each."""
 _HOMES = {
+    "EXPORT_FORMATS": "export",
+    "ExportResult": "parts",
+    "export_cache": "export",
     "DenseRows": "protocol",
     "IMPORTERS": "run",
     "ImportResult": "run",

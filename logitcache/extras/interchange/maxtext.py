@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from logitcache.errors import InvalidSource, UsageError
-from logitcache.extras.importers.files import matching, reading
-from logitcache.extras.importers.protocol import NO_IDENTITY, Importer, SparseRows
-from logitcache.extras.importers.sequences import content_digests
+from logitcache.extras.interchange.files import matching, reading
+from logitcache.extras.interchange.protocol import NO_IDENTITY, Importer, SparseRows
+from logitcache.extras.interchange.sequences import content_digests
 
 FIELDS = ("inputs", "top_k_indices", "top_k_logits")
 MAX_RECORD_BYTES = 2**30

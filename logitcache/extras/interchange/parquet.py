@@ -1,25 +1,28 @@
-"""Plain logits in .npy, .npz and Parquet files."""
+"""Plain logits in Parquet files, for pandas, polars, Hugging Face datasets and SQL engines; read and written.
+
+An export has one file per view. Rows are decoded and written in groups, and files appear atomically.
+"""
 
 from __future__ import annotations
 
-import zipfile
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
+from logitcache.cache.labelview import View
+from logitcache.cache.layout import parse_views
+from logitcache.cache.reader import LogitCache
 from logitcache.errors import InvalidSource, UsageError
-from logitcache.extras.importers.files import matching, reading
-from logitcache.extras.importers.protocol import (
-    NO_IDENTITY,
-    NO_VIEW,
-    ROWS_AT_ONCE,
-    DenseRows,
-    Importer,
-    SparseRows,
-)
-from logitcache.extras.importers.tables import (
+from logitcache.extras.interchange.arrays import LOGITS_NAME
+from logitcache.extras.interchange.files import matching
+from logitcache.extras.interchange.parts import ExportResult, Part, lists, metadata, open_exported, table, write_parts
+from logitcache.extras.interchange.protocol import NO_IDENTITY, NO_VIEW, DenseRows, Importer, SparseRows
+from logitcache.extras.interchange.tables import (
     check_table,
     columns,
     list_shape,
@@ -28,69 +31,13 @@ from logitcache.extras.importers.tables import (
     record_batches,
     strings,
 )
+from logitcache.storage import local_path
 
-LOGITS_NAME = "logits"
+# B batch, C classes, K kept classes
 
-
-class NumpyArrays(Importer):
-    """`.npy` files (N, C) or (V, N, C), or `.npz` files with an array `logits` and optionally `keys`.
-
-    A folder has one file per view, in the order of their names.
-    """
-
-    name: ClassVar[str] = "numpy"
-    tool: ClassVar[str] = "NumPy"
-
-    def __init__(self, source: Path, *, num_classes: int | None = None) -> None:
-        super().__init__(source, num_classes=num_classes)
-        self.files = [source] if source.is_file() else [path for _, path in matching(source, r".+\.np[yz]")]
-        if not self.files:
-            raise UsageError(f"{source} has no .npy or .npz files")
-        arrays = [self._open(file) for file in self.files]
-        self._arrays = [part for array in arrays for part in (array if array.ndim == 3 else array[None])]
-        first = self._arrays[0]
-        for file, array in zip(self.files, arrays, strict=True):
-            if array.shape[-2:] != first.shape or array.ndim not in (2, 3):
-                raise UsageError(f"{file} has logits {array.shape}; expected (N, C) or (V, N, C), as in all files")
-        if num_classes is not None and num_classes != first.shape[1]:
-            raise UsageError(f"{source} has {first.shape[1]} classes, not {num_classes}")
-        self.num_samples, self.num_classes = first.shape
-        self.num_views = len(self._arrays)
-        self.dtype = "float16" if first.dtype == np.float16 else "float32"
-        self.missing = {"view": NO_VIEW, "identity": NO_IDENTITY}
-        self.notes = {"dtype": first.dtype.name}
-
-    def _open(self, file: Path) -> np.ndarray:
-        with reading(file):
-            array = self._from_npz(file) if zipfile.is_zipfile(file) else np.load(file, mmap_mode="r")
-            if array.dtype.kind != "f":
-                raise UsageError(f"{file} has {array.dtype} values; expected floats, the output before softmax")
-            return array
-
-    def _from_npz(self, file: Path) -> np.ndarray:
-        with np.load(file, allow_pickle=False) as arrays:
-            names = [name for name in arrays.files if name != "keys"]
-            name = LOGITS_NAME if LOGITS_NAME in names else names[0] if len(names) == 1 else None
-            if name is None:
-                raise UsageError(f"{file} has the arrays {', '.join(names)}; expected one named {LOGITS_NAME!r}")
-            if "keys" in arrays.files:
-                keys = [str(key) for key in arrays["keys"]]
-                if self.keys is not None and self.keys != keys:
-                    raise UsageError(f"{file} has other keys than the files before it")
-                self.keys = keys
-            array: np.ndarray = arrays[name]
-            return array
-
-    def select(self, order: np.ndarray) -> None:
-        self._arrays = [array[order] for array in self._arrays]
-        self.num_samples = len(order)
-
-    def batches(self) -> Iterator[DenseRows]:
-        per_view = max(1, self.num_views // len(self.files))
-        for view, array in enumerate(self._arrays):
-            file = self.files[min(view // per_view, len(self.files) - 1)]
-            for start in range(0, self.num_samples, ROWS_AT_ONCE):
-                yield DenseRows(view, start, np.array(array[start : start + ROWS_AT_ONCE]), file)
+PIECE_LOGITS = 2**22
+"""Logits of one row group (16 MB), unless a block is smaller."""
+_VIEW_FILE = re.compile(r"view-(\d{5})\.parquet")
 
 
 class ParquetLogits(Importer):
@@ -178,3 +125,91 @@ class ParquetLogits(Importer):
             every = np.concatenate([log_probs, tail[:, None].astype(np.float64)], axis=1)
             log_probs -= np.logaddexp.reduce(every, axis=1, keepdims=True)
         return SparseRows(view, start, classes.astype(np.int64), log_probs, file)
+
+
+def export_parquet(
+    location: str, out: str | os.PathLike[str], *, views: str | None = None, top: int | None = None
+) -> ExportResult:
+    """Write a sealed cache's decoded logits to `OUT/view-00000.parquet` and so on.
+
+    Columns: view (int32), row (int64), key (string) and target (int64) if the cache has them, and logits (list of C
+    float32). With `top`, the k largest logits instead: classes (list of int32) and logits (list of float32), largest
+    first, and tail (float32), the log-sum-exp of the other logits. Idempotent: existing files are not written again.
+
+    Args:
+        location: the cache.
+        out: a folder without other files; created if it is missing.
+        views: such as "0:2" or "3"; all by default.
+        top: classes kept of each row, 1 <= top < C.
+
+    Raises:
+        UsageError: pyarrow is missing, a view does not exist, or the folder has other files. Nothing is written.
+        IncompleteCache: the cache is not sealed.
+        CorruptCache: labels are damaged.
+    """
+    return write_views(open_exported(location), local_path(out), views=views, top=top)
+
+
+def write_views(cache: LogitCache, folder: Path, *, views: str | None, top: int | None) -> ExportResult:
+    """As `export_parquet`, of an open cache."""
+    check_top(cache, top)
+
+    def part(view: int) -> Part:
+        about = metadata(cache, view, top)
+        return Part(
+            f"view-{view:05d}.parquet", about, cache.num_rows, cache.num_rows, lambda: _tables(cache, view, top)
+        )
+
+    def part_of(name: str) -> Part | None:
+        found = _VIEW_FILE.fullmatch(name)
+        return part(int(found[1])) if found else None
+
+    return write_parts(folder, [part(view) for view in parse_views(views, cache.views)], part_of)
+
+
+def check_top(cache: LogitCache, top: int | None) -> None:
+    """Refuse a number of classes that leaves no tail.
+
+    Raises:
+        UsageError: not 1 to C - 1.
+    """
+    if top is not None and not 1 <= top < cache.num_classes:
+        raise UsageError(f"--top keeps 1 to {cache.num_classes - 1} of {cache.num_classes} classes, not {top}")
+
+
+def _tables(cache: LogitCache, view: int, top: int | None) -> Iterator[Any]:
+    labels = cache.view(view, memory_budget=1)  # one or two blocks in memory, not the view
+    return (_table(cache, labels, rows, top) for rows in _row_groups(cache))
+
+
+def _row_groups(cache: LogitCache) -> Iterator[range]:
+    """The rows of a view, block by block; large blocks are split."""
+    size = max(1, PIECE_LOGITS // cache.num_classes)
+    for number in range(cache.layout.blocks_per_view):
+        rows = cache.row_map.block_rows(number)
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _table(cache: LogitCache, labels: View, rows: range, top: int | None) -> Any:
+    """Some rows of a view as an Arrow table."""
+    import pyarrow as pa
+
+    logits_BC = labels.logits(rows)
+    numbers = np.arange(rows.start, rows.stop)
+    samples = cache.row_map.samples_of(numbers)
+    columns = {"view": pa.array(np.full(len(rows), labels.number), pa.int32()), "row": pa.array(numbers, pa.int64())}
+    if not cache.row_map.one_each:
+        columns["sample"] = pa.array(samples, pa.int64())
+        columns["position"] = pa.array(cache.row_map.positions_of(numbers), pa.int32())
+    if cache.samples is not None:
+        if cache.samples.keys is not None:
+            columns["key"] = pa.array([cache.samples.keys[sample] for sample in samples], pa.string())
+        columns["target"] = pa.array(cache.samples.targets[samples], pa.int64())
+    if top is None:
+        columns["logits"] = lists(logits_BC.numpy())
+    else:
+        kept_BK, ids_BK = logits_BC.topk(top, dim=1)
+        columns["classes"] = lists(ids_BK.to(torch.int32).numpy())
+        columns["logits"] = lists(kept_BK.numpy())
+        columns["tail"] = pa.array(torch.logsumexp(logits_BC.scatter(1, ids_BK, -torch.inf), dim=1).numpy())
+    return table(columns)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from logitcache.errors import InvalidSource, UsageError
-from logitcache.extras.importers.files import reading
+from logitcache.extras.interchange.files import reading
 
 TABLE_ROWS = 256
 """Rows of a table that are read at once."""

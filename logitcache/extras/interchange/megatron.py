@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from logitcache.errors import InvalidSource, UsageError
-from logitcache.extras.importers.files import decompress_zstd, load_torch, matching, reading
-from logitcache.extras.importers.protocol import NO_IDENTITY, Importer, SparseRows
+from logitcache.extras.interchange.files import decompress_zstd, load_torch, matching, reading
+from logitcache.extras.interchange.protocol import NO_IDENTITY, Importer, SparseRows
 from logitcache.strict_json import parse_json
 
 # S positions, B batch, K entries

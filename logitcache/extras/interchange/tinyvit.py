@@ -13,8 +13,8 @@ from typing import ClassVar
 import numpy as np
 
 from logitcache.errors import InvalidSource, UsageError
-from logitcache.extras.importers.files import matching, read_bytes, reading
-from logitcache.extras.importers.protocol import NO_IDENTITY, ROWS_AT_ONCE, TAIL_KNOWN, Importer, SparseRows
+from logitcache.extras.interchange.files import matching, read_bytes, reading
+from logitcache.extras.interchange.protocol import NO_IDENTITY, ROWS_AT_ONCE, TAIL_KNOWN, Importer, SparseRows
 
 # K entries, N samples
 

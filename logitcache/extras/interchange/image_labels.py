@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from logitcache.errors import InvalidSource, UsageError
-from logitcache.extras.importers.files import (
+from logitcache.extras.interchange.files import (
     ARRAYS,
     MAX_PICKLE_BYTES,
     inflate,
@@ -22,7 +22,7 @@ from logitcache.extras.importers.files import (
     reading,
     unpickle,
 )
-from logitcache.extras.importers.protocol import NO_IDENTITY, TAIL_KNOWN, Importer, SparseRows
+from logitcache.extras.interchange.protocol import NO_IDENTITY, TAIL_KNOWN, Importer, SparseRows
 
 # N samples, V views, K entries
 

@@ -1,0 +1,1 @@
+"""Train from a cache in the training loops of other tools."""
