@@ -98,6 +98,7 @@ SPELLINGS = {
     "topk": ("TopK", ("k", "dtype")),
     "packedtopk": ("PackedTopK", ("k", "most", "prior", "step")),
     "lowrank": ("LowRank", ("rank", "k", "step", "bit_price", "search")),
+    "toplowrank": ("TopLowRank", ("rank", "k", "bit_price", "soft_weight", "search")),
     "sampled": ("Sampled", ("draws", "seed", "packed")),
     "values": ("Values", ("dtype",)),
     "components": ("Components", ("error",)),

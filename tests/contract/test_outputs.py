@@ -25,7 +25,17 @@ from logitcache.catalog.outputs import outputs_config
 from logitcache.cli import app
 from logitcache.config.build import resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline
-from logitcache.encodings import ENCODINGS, Components, Dense, LowRank, PackedTopK, Sampled, TopK, Values
+from logitcache.encodings import (
+    ENCODINGS,
+    Components,
+    Dense,
+    LowRank,
+    PackedTopK,
+    Sampled,
+    TopK,
+    TopLowRank,
+    Values,
+)
 from logitcache.errors import (
     CorruptCache,
     IdentityMismatch,
@@ -214,7 +224,7 @@ def test_values_that_can_not_be_held_are_refused_by_row(tmp_path: Path, dtype: s
 def test_arrays_of_encodings_leave_room_for_the_names_of_outputs() -> None:
     """`<output>_<array>` is read back from the last underscore."""
     configured = [Dense(), TopK(k=3), LowRank(), Sampled(), Values(dtype="uint8"), Dense(dtype="uint8"), Values()]
-    configured += [PackedTopK(k=3, most=5, prior=True), Sampled(packed=True), Components()]
+    configured += [PackedTopK(k=3, most=5, prior=True), TopLowRank(), Sampled(packed=True), Components()]
 
     assert {kind.name for kind in map(type, configured)} == set(ENCODINGS)
     assert not any("_" in name for encoding in configured for name in encoding.arrays(1000))

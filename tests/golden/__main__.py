@@ -19,6 +19,7 @@ LOW_RANK = logitcache.LowRank(rank=8, k=1)
 ENCODINGS = {
     "packedtopk": logitcache.PackedTopK(k=6, most=12, prior=True),
     "sampled": logitcache.Sampled(draws=20, packed=True),
+    "toplowrank": logitcache.TopLowRank(rank=5, k=3),
 }
 COUNTS = [3, 0, 1, 5, 2, 1]
 """Rows of each sequence, as many as there are samples in the other cache."""
