@@ -310,6 +310,9 @@ def test_mixing_in_the_loop_and_other_loaders_are_refused(location: Path) -> Non
         Mixup(mixup_alpha=0.2, num_classes=10)(images.clone(), target)
     with pytest.raises(IdentityMismatch, match="is not view 0 as it is rendered here"):
         task(images.flip(3), target)
+    rows = logitcache.split_index(target.index)[1].tolist()
+    with pytest.raises(IdentityMismatch, match="is not view 0 as it is rendered here"):
+        task(loader.dataset.batch([(1, row) for row in rows]), target)
     with pytest.raises(UsageError, match="expected the targets of create_cached_loader"):
         task(images, target.target)
     digits = Digits()
