@@ -228,7 +228,7 @@ def lightning(folder: Path, samples: int) -> Epochs:
 
 
 def timm(folder: Path, samples: int) -> Epochs:
-    """A RepVGG net with `CachedLogitDistillationTask` and `ClassificationTask`, each with its loader."""
+    """A ResNet with `CachedLogitDistillationTask` and `ClassificationTask`, each with its loader."""
     from timm.data import create_loader
     from timm.optim import create_optimizer_v2
     from timm.task import ClassificationTask
@@ -277,7 +277,7 @@ def timm(folder: Path, samples: int) -> Epochs:
 def timm_net() -> torch.nn.Module:
     from timm import create_model
 
-    return create_model("test_byobnet", in_chans=1, num_classes=CLASSES, output_stride=8)
+    return create_model("resnet10t", in_chans=1, num_classes=CLASSES)
 
 
 TOOLS: dict[str, Callable[[Path, int], Epochs]] = {
