@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from logitcache.encodings import LowRank as LowRank
     from logitcache.encodings import Sampled as Sampled
     from logitcache.encodings import TopK as TopK
+    from logitcache.encodings import TopLowRank as TopLowRank
     from logitcache.encodings import Values as Values
     from logitcache.stages.cache_teacher import compute_blocks as compute_blocks
     from logitcache.stages.cache_teacher import plan_blocks as plan_blocks
@@ -64,6 +65,7 @@ __all__ = [
     "StreamViews",
     "TarShards",
     "TopK",
+    "TopLowRank",
     "Values",
     "ViewDataset",
     "ViewPlan",
@@ -103,6 +105,7 @@ _HOMES = {
     "StreamViews": "cache.streams:StreamViews",
     "TarShards": "data.shards:TarShards",
     "TopK": "encodings:TopK",
+    "TopLowRank": "encodings:TopLowRank",
     "Values": "encodings:Values",
     "ViewDataset": "data.views:ViewDataset",
     "ViewPlan": "data.views:ViewPlan",

@@ -54,6 +54,15 @@ def decode(arrays: dict[str, np.ndarray], encoding: dict[str, Any], num_classes:
             return np.log(counts / encoding["draws"])
     q = unpack(arrays["coefficients"], arrays["limits"].tolist())
     logits = arrays["mean"] + q @ arrays["basis"].astype(np.float32)
+    if encoding["name"] == "toplowrank":
+        places = arrays["lowids"].astype(np.int64) + 256 * arrays["highids"].astype(np.int64)
+        ids = arrays["classes"].astype(np.int64)[np.minimum(places, num_classes - 1)]
+        step = max(18 * math.sqrt(encoding["bit_price"]), 40 / 255)
+        values = arrays["base"][..., None] / 4 - step * (
+            np.cumsum(arrays["drops"], axis=-1, dtype=np.float32) + np.arange(encoding["k"]) / 64
+        )
+        np.put_along_axis(logits, ids, values.astype(np.float32), axis=-1)
+        return logits
     if encoding["k"]:
         corrected = np.take_along_axis(logits, arrays["ids"].astype(np.int64), axis=-1) + arrays["corrections"] / 4
         np.put_along_axis(logits, arrays["ids"].astype(np.int64), corrected, axis=-1)
@@ -61,7 +70,7 @@ def decode(arrays: dict[str, np.ndarray], encoding: dict[str, Any], num_classes:
 
 
 def unpack(packed: np.ndarray, limits: list[int]) -> np.ndarray:
-    """Coefficients (..., R) of `LowRank`: the digits of mixed-radix bytes."""
+    """Coefficients (..., R) of `LowRank` and `TopLowRank`: the digits of mixed-radix bytes."""
     packed = packed.astype(np.int64)
     columns, byte, product = [], -1, 256
     for limit in limits:

@@ -103,8 +103,8 @@ def create(
         encoding: such as `TopK(k=20)`; "auto" or `Auto(max_kl=...)` for the smallest that is accurate enough.
         outputs: further outputs of the teacher to store, by name, such as {"features": Output(shape=(64, 7, 7))}.
         logits_source: where in the teacher the logits come from, if not from its forward pass; part of the identity.
-        calibration: logits (M, C), a `Calibration`, or a function that returns one; required by `LowRank` and "auto".
-            Used only if the cache is new.
+        calibration: logits (M, C), a `Calibration`, or a function that returns one; required by `LowRank`,
+            `TopLowRank` and "auto", unless they are fitted. Used only if the cache is new.
         teacher: identity of the teacher: a name, best with a version or hash, such as "convnext_large@3f9c".
         dataset: identity of the dataset: a name. Pass either `dataset` or `samples`.
         teacher_name, dataset_name: readable names, for listings, cards and reports; not part of the identity, so they

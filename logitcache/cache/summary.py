@@ -97,6 +97,7 @@ SPELLINGS = {
     "dense": ("Dense", ("dtype",)),
     "topk": ("TopK", ("k", "dtype")),
     "lowrank": ("LowRank", ("rank", "k", "step", "bit_price", "search")),
+    "toplowrank": ("TopLowRank", ("rank", "k", "bit_price", "soft_weight", "search")),
     "sampled": ("Sampled", ("draws",)),
     "values": ("Values", ("dtype",)),
 }

@@ -17,12 +17,13 @@ from logitcache.encodings.lowrank import LowRank as LowRank
 from logitcache.encodings.protocol import Encoding as Encoding
 from logitcache.encodings.sampled import Sampled as Sampled
 from logitcache.encodings.topk import TopK as TopK
+from logitcache.encodings.toplowrank import TopLowRank as TopLowRank
 from logitcache.encodings.values import Values as Values
 from logitcache.errors import UsageError
 from logitcache.registry import Registry, configured
 
 ENCODINGS: Registry[type[Encoding]] = Registry(
-    "encoding", {kind.name: kind for kind in (Dense, TopK, LowRank, Sampled, Values)}, base=Encoding
+    "encoding", {kind.name: kind for kind in (Dense, TopK, LowRank, TopLowRank, Sampled, Values)}, base=Encoding
 )
 
 

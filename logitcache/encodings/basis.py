@@ -54,6 +54,25 @@ def principal_components(calibration: Any, rank: int) -> tuple[Tensor, Tensor]:
     return mean_C, _sign_fixed((basis_CR @ torch.linalg.eigh(inner_RR)[1].flip(1)[:, :rank]).T)
 
 
+def principal_span(calibration: Any, width: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal directions (C, width) that hold most of the variance of logits, and the rows' coordinates (N, width).
+
+    Each row's own mean is removed. Two passes of randomised subspace iteration: if the logits have no higher rank than
+    `width`, as those of a language model with a smaller hidden state, then the span holds all of them.
+    """
+    num_classes = calibration.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    product_CD = torch.zeros(num_classes, width)
+    for rows_BC in _batches(calibration):
+        product_CD += rows_BC.T @ torch.randn(len(rows_BC), width, generator=generator)
+    span_CD = torch.linalg.qr(product_CD)[0]
+    product_CD.zero_()
+    for rows_BC in _batches(calibration):
+        product_CD += rows_BC.T @ (rows_BC @ span_CD)
+    span_CD = torch.linalg.qr(product_CD)[0]
+    return span_CD, torch.cat([rows_BC @ span_CD for rows_BC in _batches(calibration)])
+
+
 def _sign_fixed(basis_RC: Tensor) -> Tensor:
     """The components with signs such that the largest entry is positive: the sign of an eigenvector is arbitrary."""
     largest_R1 = basis_RC.gather(1, basis_RC.abs().argmax(dim=1, keepdim=True))

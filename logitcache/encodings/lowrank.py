@@ -7,11 +7,10 @@ puts the error on improbable classes, with a price for every bit as in video cod
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,12 +20,10 @@ from torch import Tensor
 from logitcache.arrays import ArraySpec
 from logitcache.encodings.basis import centred, principal_components
 from logitcache.encodings.packing import LARGEST, MixedRadix
-from logitcache.encodings.protocol import Encoding, float_tensor, smallest_id_dtype
+from logitcache.encodings.protocol import Encoding, float_tensor, full_precision, smallest_id_dtype
+from logitcache.encodings.rate_distortion import best_of_each_group, bit_costs_of, costs_of_steps, limits_of
 from logitcache.errors import UsageError
 from logitcache.targets import FactoredTargets
-
-P = ParamSpec("P")
-Result = TypeVar("Result")
 
 # B batch, C classes, R rank, K corrected classes, M most probable classes of a row, J coefficients changed in a round
 
@@ -34,28 +31,13 @@ FURTHEST_CORRECTION = 127
 CORRECTION_STEP = 0.25
 TOP_CLASSES = 8
 """M: the most probable classes of a row; the initial estimate and the interactions of changes use only these."""
-FLIPS = 8
-"""Coefficients that can change in one round of the search."""
 SQUARED_ERROR = 0.2
 """Weight of a row's mean squared error, which matters at high temperatures, relative to its KL at T = 1 in nats."""
 ROWS_AT_ONCE, DEVICE_ROWS_AT_ONCE = 512, 4096
 """Rows that are searched together, on a CPU and on other devices."""
-FORBIDDEN = 64.0
-"""Cost of a step beyond the limit, in nats."""
 FITTED_DTYPES = {"basis": "float16", "mean": "float32", "limits": "uint16", "bit_costs": "float32"}
 FIT_ROWS = 2048
 """Rows on which the frequencies of coefficients are counted."""
-
-
-def full_precision(method: Callable[P, Result]) -> Callable[P, Result]:
-    """Disable autocast in a method: its matrix products keep full precision."""
-
-    @functools.wraps(method)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Result:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return method(*args, **kwargs)
-
-    return wrapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +116,9 @@ class LowRank(Encoding):
         if float(steps_BR.abs().max()) >= LARGEST:
             raise UsageError(f"LowRank: step={self.step} is too fine: these logits are more than {LARGEST} steps apart")
         for _ in range(2):  # the bit costs and the chosen coefficients depend on each other
-            fitted = Fitted(fitted.basis, fitted.mean, limits_R, _bit_costs(steps_BR))
+            fitted = Fitted(fitted.basis, fitted.mean, limits_R, bit_costs_of(steps_BR))
             steps_BR = self._with(fitted)._coefficients(logits_BC)
-        return self._with(Fitted(fitted.basis, fitted.mean, _limits(steps_BR), fitted.bit_costs))
+        return self._with(Fitted(fitted.basis, fitted.mean, limits_of(steps_BR), fitted.bit_costs))
 
     @property
     def is_fitted(self) -> bool:
@@ -208,7 +190,10 @@ class LowRank(Encoding):
             return steps_BR, decoded_BC, p_BC
         # To second order, a step of a coefficient changes the cost by ±gradient + half the curvature.
         curvature_BR = _curvature(top_BM, basis_BMR, on.squared_norm / num_classes).add_(error_weight).mul_(0.5)
-        up_BR, down_BR = (bits_BR.add_(curvature_BR) for bits_BR in self._bits(steps_BR, on.bit_costs_2R, on.limit_R))
+        up_BR, down_BR = (
+            bits_BR.add_(curvature_BR)
+            for bits_BR in costs_of_steps(steps_BR, on.bit_costs_2R, on.limit_R, self.bit_price)
+        )
         for _ in range(self.search):
             q_BC = decoded_BC.softmax(dim=1)
             q_BM = q_BC.gather(1, ids_BM)
@@ -216,7 +201,7 @@ class LowRank(Encoding):
             gradient_BR = q_BC.sub_(p_BC) @ on.basis_CR
             gradient_BR.add_(steps_BR, alpha=error_weight).sub_(plain_BR, alpha=error_weight)
             rising_BR, falling_BR = up_BR + gradient_BR, down_BR - gradient_BR
-            change_BJ, which_BJ = _best_of_each_group(torch.minimum(rising_BR, falling_BR))
+            change_BJ, which_BJ = best_of_each_group(torch.minimum(rising_BR, falling_BR))
             sign_BJ = (rising_BR.gather(1, which_BJ) == change_BJ).float().mul_(2).sub_(1)
             flips_BJ = _flips_that_help_together(change_BJ, which_BJ, sign_BJ, q_BM, ids_BM, on)
             before_BJ = steps_BR.gather(1, which_BJ)
@@ -225,21 +210,13 @@ class LowRank(Encoding):
             costs_2BJ, limit_BJ = on.bit_costs_2R[:, which_BJ], on.limit_R[which_BJ]
             for total_BR, old_BJ, new_BJ in zip(
                 (up_BR, down_BR),
-                self._bits(before_BJ, costs_2BJ, limit_BJ),
-                self._bits(after_BJ, costs_2BJ, limit_BJ),
+                costs_of_steps(before_BJ, costs_2BJ, limit_BJ, self.bit_price),
+                costs_of_steps(after_BJ, costs_2BJ, limit_BJ, self.bit_price),
                 strict=True,
             ):
                 total_BR.scatter_add_(1, which_BJ, new_BJ.sub_(old_BJ))
             decoded_BC += F.embedding_bag(which_BJ, on.basis_RC, per_sample_weights=flips_BJ, mode="sum")
         return steps_BR, decoded_BC, p_BC
-
-    def _bits(self, steps: Tensor, costs: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-        """The cost of the bits of a step up and of a step down, in nats; prohibitive beyond the limit."""
-        away, nonzero = self.bit_price * costs
-        magnitude = steps.abs()
-        grown = away + nonzero * (magnitude == 0) + FORBIDDEN * (magnitude >= limit)
-        shrunk = -away - nonzero * (magnitude == 1)
-        return torch.where(steps >= 0, grown, shrunk), torch.where(steps <= 0, grown, shrunk)
 
     def _corrections(self, p_BC: Tensor, q_BC: Tensor) -> dict[str, Tensor]:
         """Corrections, in steps, of the logits of the k classes with the largest error in probability."""
@@ -339,16 +316,6 @@ def _curvature(p_BM: Tensor, basis_BMR: Tensor, mean_square: float) -> Tensor:
     return torch.bmm(p_B1M, basis_BMR.square()).squeeze(1).sub_(mean_BR.square_()).add_(rest_B1 * mean_square)
 
 
-def _best_of_each_group(change_BR: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest entry and its column in each of `FLIPS` groups of columns, smallest first; both (B, J)."""
-    num_groups = min(FLIPS, change_BR.shape[1])
-    padded_BR = F.pad(change_BR, (0, -change_BR.shape[1] % num_groups), value=math.inf)
-    # Adjacent columns are in different groups. Selecting the J smallest of all columns takes ten times as long.
-    change_BJ, place_BJ = padded_BR.view(len(padded_BR), -1, num_groups).min(dim=1)
-    change_BJ, order_BJ = change_BJ.sort(dim=1)
-    return change_BJ, (place_BJ * num_groups + torch.arange(num_groups, device=place_BJ.device)).gather(1, order_BJ)
-
-
 def _flips_that_help_together(
     change_BJ: Tensor, which_BJ: Tensor, sign_BJ: Tensor, q_BM: Tensor, ids_BM: Tensor, on: _OnDevice
 ) -> Tensor:
@@ -362,22 +329,3 @@ def _flips_that_help_together(
         in_all_B = change_BJ[:, j] + (together_BJJ[:, j] * taken_BJ).sum(dim=1)
         taken_BJ[:, j] = in_all_B < 0
     return taken_BJ * sign_BJ
-
-
-def _bit_costs(steps_BR: Tensor) -> np.ndarray:
-    """Bits for each step away from zero and extra bits for the first, float32 (2, R), for geometric magnitudes."""
-    num_rows = len(steps_BR)
-    nonzero_R = (steps_BR != 0).float().sum(dim=0) + 0.5
-    further_R = 1.0 - nonzero_R / (steps_BR.abs().sum(dim=0) + 1.0)
-    away_R = -further_R.clamp(1e-3, 0.999).log2()
-    p_nonzero_R = (nonzero_R / (num_rows + 1)).clamp(max=0.999)
-    one_R = -(0.5 * p_nonzero_R * (1.0 - further_R)).log2()
-    return torch.stack([away_R, one_R + (1.0 - p_nonzero_R).log2() - away_R]).numpy().astype(np.float32)
-
-
-def _limits(steps_BR: Tensor) -> np.ndarray:
-    """The largest magnitude of each coefficient, uint16 (R,); rare large values of small coefficients are cut off."""
-    magnitudes_BR = steps_BR.abs()
-    common_R = torch.quantile(magnitudes_BR, 0.98, dim=0).ceil()
-    limits_R = torch.where(common_R <= 3, common_R, magnitudes_BR.amax(dim=0))
-    return limits_R.clamp(1, LARGEST).numpy().astype(np.uint16)

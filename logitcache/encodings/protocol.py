@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from logitcache.arrays import ArraySpec
 from logitcache.errors import UsageError
 from logitcache.registry import parameters
 from logitcache.targets import DenseTargets, Targets
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 # B batch, C classes, K entries of a row, M calibration rows
 
@@ -202,3 +206,14 @@ def float_tensor(logits: Any) -> Tensor:
     if isinstance(logits, Tensor):
         return logits.detach().float().cpu()
     return torch.from_numpy(np.array(logits, dtype=np.float32))  # a copy: a memory map may be read-only
+
+
+def full_precision(method: Callable[P, Result]) -> Callable[P, Result]:
+    """Disable autocast in a method: its matrix products keep full precision."""
+
+    @functools.wraps(method)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Result:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return method(*args, **kwargs)
+
+    return wrapped

@@ -12,7 +12,7 @@ from logitcache.cache.fidelity import Fidelity
 from logitcache.errors import UsageError
 from logitcache.stages.plan import Plan
 
-MARKERS = {"dense": "s", "lowrank": "o", "topk": "^", "sampled": "x"}
+MARKERS = {"dense": "s", "lowrank": "o", "toplowrank": "D", "topk": "^", "sampled": "x"}
 
 
 def pareto_front(fidelities: Sequence[Fidelity]) -> list[Fidelity]:

@@ -10,10 +10,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logitcache.cache.fidelity import fidelity_kl
-from logitcache.encodings import Dense, Encoding, LowRank, Sampled, TopK, Values, encoding_from_config
+from logitcache.encodings import (
+    Dense,
+    Encoding,
+    LowRank,
+    Sampled,
+    TopK,
+    TopLowRank,
+    Values,
+    encoding_from_config,
+)
 from logitcache.encodings.basis import principal_components
 from logitcache.encodings.packing import LARGEST, MixedRadix
-from logitcache.errors import UsageError
+from logitcache.errors import ShapeError, UsageError
 from logitcache.losses import kl_divergence
 from logitcache.testing import EncodingContract, teacher_like
 
@@ -167,6 +176,163 @@ class TestLowRank(EncodingContract):
             LowRank(rank=5).encode(teacher_like(3, 100))
 
 
+class TestTopLowRank(EncodingContract):
+    encoding = TopLowRank(rank=20, k=4, bit_price=1e-4)
+    largest_kl = 0.5  # these rows are noise in every direction: the worst that a basis can meet
+    odd_rows_atol = 0.02
+    class_counts = (22, 300, 1500)
+
+    def test_a_row_does_not_depend_on_its_batch(self) -> None:
+        """But for the rounding of matrix products, which the writer's fixed slabs keep from showing."""
+        logits = teacher_like(9, 100)
+        encoding = self.fitted(100)
+        whole, alone = (encoding.decode(encoding.encode(part), 100) for part in (logits, logits[4:5]))
+
+        assert fidelity_kl(alone, whole[4:5]).max() < 1e-3
+
+    def test_the_stored_classes_and_the_tail_keep_their_probabilities(self) -> None:
+        """Within half a step: of the values, and of the base that all of them share."""
+        logits = teacher_like(64, 100)
+        encoding = self.fitted(100)
+        log_p = logits.log_softmax(dim=1)
+        log_q = encoding.decode(encoding.encode(logits), 100).log_softmax(dim=1)
+        kept = logits.topk(4, dim=1).indices
+        tail_p, tail_q = ((1 - log.gather(1, kept).exp().sum(dim=1)).log() for log in (log_p, log_q))
+
+        assert (log_p.gather(1, kept) - log_q.gather(1, kept)).abs().max() < 0.09 + 0.13 + 0.05
+        assert (tail_p - tail_q).abs().max() < 0.09 + 0.13 + 0.05
+
+    def test_the_divergence_that_it_returns_is_the_measured_one(self) -> None:
+        logits = teacher_like(64, 100)
+        encoding = self.fitted(100)
+        encoded, kl = encoding.encode_with_kl(logits)
+
+        assert kl is not None
+        torch.testing.assert_close(kl, fidelity_kl(encoding.decode(encoded, 100), logits), atol=1e-4, rtol=1e-3)
+
+    def test_more_search_loses_less_in_fewer_bits(self) -> None:
+        logits, sample = language_like(512, 600, seed=2), language_like(2000, 600, seed=1)
+        costs = []
+        for rounds in (0, 8):
+            encoding = TopLowRank(rank=30, k=4, bit_price=1e-3, search=rounds).fit(sample)
+            encoded, kl = encoding.encode_with_kl(logits)
+            assert kl is not None
+            bits = sum(entropy(column) for column in encoded["coefficients"].T)
+            costs.append(float(kl.mean()) + 1e-3 * bits)
+
+        assert costs[1] < costs[0]
+
+    def test_a_higher_bit_price_takes_fewer_bits_and_components(self) -> None:
+        logits, sample = language_like(512, 600, seed=2), language_like(2000, 600, seed=1)
+        cheap, dear = (TopLowRank(rank=30, k=4, bit_price=price).fit(sample) for price in (1e-4, 0.1))
+        bits = [sum(entropy(column) for column in each.encode(logits)["coefficients"].T) for each in (cheap, dear)]
+
+        assert bits[1] < 0.5 * bits[0]
+        assert len(dear.fitted_values()["limits"]) < len(cheap.fitted_values()["limits"])
+
+    def test_a_fit_to_the_head_is_a_fit_to_its_logits(self) -> None:
+        weight, hidden = language_head(600)
+        bias = torch.linspace(-1, 1, 600)
+        logits = torch.addmm(bias, hidden, weight.T)
+        encoding = TopLowRank(rank=30, k=4, bit_price=1e-3)
+        fitted = [encoding.fit_head(weight, bias, hidden[:2000]), encoding.fit(logits[:2000])]
+        of_head, of_logits = (
+            float(fidelity_kl(roundtrip(each, logits[2000:]), logits[2000:]).mean()) for each in fitted
+        )
+
+        assert of_head == pytest.approx(of_logits, rel=0.03)
+
+    def test_ids_beyond_65536_classes_take_a_wider_array(self) -> None:
+        logits = (
+            3
+            * torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+            @ torch.randn(4, 70_000, generator=torch.Generator().manual_seed(1))
+        )
+        encoding = TopLowRank(rank=4, k=2).fit(logits)
+        encoded = encoding.encode(logits[:8])
+
+        assert torch.uint16 == encoded["highids"].dtype
+        assert torch.equal(logits[:8].argmax(dim=1), encoding.decode(encoded, 70_000).argmax(dim=1))
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_damaged_rows_decode_to_a_distribution(self, seed: int) -> None:
+        encoding = self.fitted(100)
+        encoded = encoding.encode(teacher_like(16, 100))
+        generator = torch.Generator().manual_seed(seed)
+        for values in encoded.values():
+            values.view(torch.uint8).copy_(
+                torch.randint(0, 256, values.shape, generator=generator, dtype=torch.uint8), non_blocking=False
+            )
+        decoded = encoding.decode(encoded, 100)
+
+        assert torch.isfinite(decoded).all()
+        torch.testing.assert_close(decoded.softmax(dim=1).sum(dim=1), torch.ones(16))
+
+    @pytest.mark.parametrize(
+        ("part", "value", "message"),
+        [
+            pytest.param("basis", None, "don't agree", id="basis too short"),
+            pytest.param("mean", math.nan, "NaN", id="mean"),
+            pytest.param("weights", math.inf, "NaN or infinity", id="weights"),
+            pytest.param("limits", None, "don't agree", id="limits too short"),
+            pytest.param("limits", 0, "a limit is between 1 and", id="limit of zero"),
+            pytest.param("classes", 3, "each once", id="class twice"),
+            pytest.param("classes", 100, "each once", id="no such class"),
+        ],
+    )
+    def test_what_was_fitted_must_fit_together(self, part: str, value: float | None, message: str) -> None:
+        values = {name: array.copy() for name, array in self.fitted(100).fitted_values().items()}
+        if value is None:
+            values[part] = values[part][..., :-1]
+        else:
+            values[part][..., :2] = value
+        with pytest.raises(ValueError, match=message):
+            self.encoding.with_fitted(values)
+
+    def test_a_head_of_another_width_is_refused(self) -> None:
+        with pytest.raises(ShapeError, match=r"\(100, 7\) and \(50, 8\)"):
+            TopLowRank(rank=5).fit_head(torch.zeros(100, 7), None, torch.zeros(50, 8))
+        with pytest.raises(ShapeError, match="one value for each class"):
+            TopLowRank(rank=5).fit_head(torch.zeros(100, 7), torch.zeros(7), torch.zeros(50, 7))
+
+    @pytest.mark.parametrize(
+        ("encoding", "rows", "message"),
+        [
+            pytest.param(TopLowRank(rank=50), 50, "more rows than the rank", id="too few rows"),
+            pytest.param(TopLowRank(rank=100), 200, "needs more than 100 classes", id="rank of all classes"),
+            pytest.param(TopLowRank(rank=5, k=100), 200, "needs more than 100 classes", id="all classes stored"),
+            pytest.param(TopLowRank(rank=5, bit_price=1e-13), 200, "too low", id="price too low"),
+        ],
+    )
+    def test_a_fit_that_can_not_be_is_refused(self, encoding: TopLowRank, rows: int, message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            encoding.fit(teacher_like(rows, 100))
+
+    def test_encoding_before_fitting_is_refused(self) -> None:
+        with pytest.raises(UsageError, match="not fitted yet"):
+            TopLowRank(rank=5).encode(teacher_like(3, 100))
+
+
+def language_head(classes: int, rows: int = 2512, width: int = 40) -> tuple[Tensor, Tensor]:
+    """Weights (classes, width) and hidden states (rows, width) of decreasing variance."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.arange(1, width + 1).float().rsqrt()
+    weight = torch.randn(classes, width, generator=generator)
+    return weight, 1.5 * torch.randn(rows, width, generator=generator) * scale
+
+
+def language_like(rows: int, classes: int, seed: int) -> Tensor:
+    """Logits (rows, classes) of a linear head over random hidden states."""
+    weight, hidden = language_head(classes)
+    order = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(seed))[:rows]
+    return hidden[order] @ weight.T
+
+
+def roundtrip(encoding: Encoding, logits: Tensor) -> Tensor:
+    """Logits after encoding and decoding."""
+    return encoding.decode(encoding.encode(logits), logits.shape[1])
+
+
 class TestSampled(EncodingContract):
     encoding = Sampled(draws=200, seed=3)
     largest_kl = math.inf
@@ -240,12 +406,14 @@ def entropy(symbols: Tensor) -> float:
         pytest.param({"name": "dense", "bits": 8}, "no parameter 'bits'", id="unknown parameter"),
         pytest.param(
             "zip",
-            "unknown encoding 'zip'; expected one of: dense, topk, lowrank, sampled, values, auto",
+            "unknown encoding 'zip'; expected one of: dense, topk, lowrank, toplowrank, sampled, values, auto",
             id="unknown encoding",
         ),
         pytest.param("__import__('os').system('true')", "can't read the encoding", id="code"),
         pytest.param({"name": "dense", "dtype": "int8"}, "'float16' or 'uint8'", id="unknown dtype"),
         pytest.param("LowRank(rank=0)", "rank is a whole number, at least 1", id="rank"),
+        pytest.param("TopLowRank(k=0)", "k is a whole number, at least 1", id="top classes"),
+        pytest.param("TopLowRank(bit_price=0)", "bit_price is a positive number", id="bit price"),
         pytest.param("Sampled(draws=-1)", "draws is a whole number, at least 1", id="draws"),
         pytest.param("Auto(max_kl=0)", "max_kl is a positive number", id="max_kl"),
         pytest.param("auto", "still to be chosen", id="auto"),
@@ -285,10 +453,10 @@ def test_the_divergence_counts_what_is_spread_over_masked_classes() -> None:
     torch.testing.assert_close(by_hand, fidelity_kl(decoded, logits), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("k", [0, 2])
-def test_autocast_around_a_training_step_changes_nothing(k: int) -> None:
+@pytest.mark.parametrize("unfitted", [LowRank(rank=20, k=0), LowRank(rank=20, k=2), TopLowRank(rank=20)], ids=repr)
+def test_autocast_around_a_training_step_changes_nothing(unfitted: Encoding) -> None:
     logits = teacher_like(64, 100)
-    encoding = LowRank(rank=20, k=k).fit(teacher_like(300, 100, seed=1))
+    encoding = unfitted.fit(teacher_like(300, 100, seed=1))
     encoded = encoding.encode(logits)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         again, decoded = encoding.encode(logits), encoding.decode(encoded, 100)

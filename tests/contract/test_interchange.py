@@ -28,6 +28,7 @@ ENCODINGS = [
     logitcache.TopK(k=4, dtype="uint8"),
     logitcache.Sampled(draws=9),
     logitcache.LowRank(rank=7, k=2),
+    logitcache.TopLowRank(rank=7, k=2),
     logitcache.LowRank(rank=5, k=0, step=0.004, search=0),  # so fine that a coefficient takes two bytes
 ]
 

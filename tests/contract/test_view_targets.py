@@ -42,6 +42,7 @@ def built(path: Path, encoding: logitcache.Encoding, **changes: object) -> logit
         (logitcache.TopK(k=5), logitcache.SparseTargets),
         (logitcache.Sampled(draws=9), logitcache.SparseTargets),
         (logitcache.LowRank(rank=6, k=1), FactoredTargets),
+        (logitcache.TopLowRank(rank=6, k=2), FactoredTargets),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

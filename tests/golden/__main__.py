@@ -1,5 +1,5 @@
-"""Write the golden caches of the current format version, each once, when it is new: of samples, of sequences, and of
-samples with receipts by view.
+"""Write the golden caches of the current format version, each once, when it is new: of samples, of sequences,
+of samples with another encoding, and of samples with receipts by view.
 
 python -m tests.golden
 """
@@ -22,13 +22,15 @@ COUNTS = [3, 0, 1, 5, 2, 1]
 def main() -> None:
     creation.provenance = dict  # type: ignore[assignment]  # no machine's name or path in a file that is kept
     written = [write(f"format-{FORMAT_VERSION}.cache"), write(f"format-{FORMAT_VERSION}-sequences.cache", COUNTS)]
+    top_low_rank = logitcache.TopLowRank(rank=5, k=3)
+    written.append(write(f"format-{FORMAT_VERSION}-toplowrank.cache", encoding=top_low_rank))
     receipts.GATHERED_RECEIPTS = 0
     written.append(write(f"format-{FORMAT_VERSION}-by-view.cache"))
     if not any(written):
         raise SystemExit("the caches are there already; a format that was published is not written again")
 
 
-def write(name: str, rows_per_sample: list[int] | None = None) -> bool:
+def write(name: str, rows_per_sample: list[int] | None = None, encoding: logitcache.Encoding | None = None) -> bool:
     """Write a cache and its logits, unless it is there."""
     path = HERE / name
     if path.exists():
@@ -37,7 +39,7 @@ def write(name: str, rows_per_sample: list[int] | None = None) -> bool:
     factors = torch.randn(6, CLASSES, generator=generator)
     logits = torch.randn(VIEWS, SAMPLES, 6, generator=generator) @ factors
     calibration = torch.randn(200, 6, generator=generator) @ factors
-    encoding = logitcache.LowRank(rank=8, k=1)
+    encoding = encoding or logitcache.LowRank(rank=8, k=1)
     num_samples = SAMPLES if rows_per_sample is None else len(rows_per_sample)
     settings = {"num_samples": num_samples, "num_classes": CLASSES, "num_views": VIEWS, "rows_per_block": 8}
     settings |= {"rows_per_sample": rows_per_sample}
