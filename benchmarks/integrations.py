@@ -119,7 +119,7 @@ def trainer_images(folder: Path, samples: int) -> Epochs:
     from logitcache.integrations.huggingface import DistillationTrainer
 
     def net() -> torch.nn.Module:
-        sizes = {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [1, 1], "layer_type": "basic"}
+        sizes = {"embedding_size": 64, "hidden_sizes": [64, 128], "depths": [2, 2], "layer_type": "basic"}
         return ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=CLASSES, **sizes))
 
     dataset = images(samples)

@@ -84,13 +84,17 @@ def plan_pipeline(
     views = ViewDataset(data.train, resolve_plan(pipeline, data, trust=trust))
     context = build_context(pipeline, trust=trust)
     teacher, _ = resolve_teacher(pipeline, data, views.plan, trust=trust)
-    runner = build_runner(pipeline, teacher, context)
+    configs = pipeline.cache.outputs
+    outputs = declared_outputs(configs, output_shapes(teacher, views, taps_of(configs)))
+    fitted = [name for name, output in outputs.items() if not output.encoding.is_fitted]
+    runner = build_runner(pipeline, teacher, context, fitted)
     start = time.perf_counter()
     calibration = calibrate(runner, views, num_views=pipeline.views.count, count=pipeline.cache.calibration)
     rate = len(calibration.logits) / (time.perf_counter() - start)
-    configs = pipeline.cache.outputs
-    outputs = declared_outputs(configs, output_shapes(teacher, views, taps_of(configs)))
     output_bytes = {}
+    for name in fitted:
+        encoding = outputs[name].encoding.fit(calibration.outputs[name])
+        outputs[name] = replace(outputs[name], encoding=encoding)
     if outputs:
         output_bytes = measure_outputs(build_runner(pipeline, teacher, context, list(outputs)), views, outputs)
     requested = encoding_or_auto(pipeline.cache.encoding)
