@@ -301,8 +301,8 @@ def train_on_a_rank(location: Path, folder: Path) -> None:
     """Two epochs, and the same from a checkpoint after the first step."""
     checkpoints = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
     for run, resume in (("whole", None), ("resumed", folder / "step=1.ckpt")):
-        options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "max_epochs": 2, "enable_checkpointing": True}
         kept = [checkpoints] if resume is None else []
+        options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "max_epochs": 2, "enable_checkpointing": bool(kept)}
         student, steps = fit(location, *kept, resume=resume, **options)
         result = json.dumps({"steps": steps, "weights": weights(student)})
         (folder / f"{run}-{os.environ['RANK']}.json").write_text(result)
