@@ -11,6 +11,7 @@ ratios are of CPU time and of wall time: at most 1.05.
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 import warnings
 from collections.abc import Callable
@@ -118,7 +119,7 @@ def trainer_images(folder: Path, samples: int) -> Epochs:
     from logitcache.integrations.huggingface import DistillationTrainer
 
     def net() -> torch.nn.Module:
-        sizes = {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [1, 1], "layer_type": "basic"}
+        sizes = {"embedding_size": 64, "hidden_sizes": [64, 128], "depths": [2, 2], "layer_type": "basic"}
         return ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=CLASSES, **sizes))
 
     dataset = images(samples)
@@ -185,9 +186,105 @@ def sequences(count: int) -> Any:
     )
 
 
+def lightning(folder: Path, samples: int) -> Epochs:
+    """A ResNet in Lightning's `Trainer`, with the batches of `DistillFromCache` and with labelled ones."""
+    import logging
+
+    from lightning.pytorch import LightningModule, Trainer
+
+    from logitcache.integrations.lightning import DistillFromCache
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+    class Net(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = timm_net()
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            logits = self.net(batch[0])
+            if len(batch) == 2:
+                return torch.nn.functional.cross_entropy(logits, batch[1])
+            return logitcache.losses.kl_divergence(logits, batch[2], temperature=2.0, reduction="mean")
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters())
+
+    dataset = images(samples)
+    labelled = Augmented(dataset, lambda image, label: (image, label))
+    distill = DistillFromCache(image_cache(folder, dataset), plan())
+    batches = distill.loader(dataset, batch_size=64, num_workers=0)
+    labelled_batches = torch.utils.data.DataLoader(labelled, batch_size=64, shuffle=True)
+
+    def epoch(loader: Any, *callbacks: Any) -> None:
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = Trainer(
+            max_epochs=1, callbacks=list(callbacks), accelerator="cpu", enable_model_summary=False, **quiet
+        )
+        trainer.fit(Net(), loader)
+
+    return lambda: epoch(batches, distill), lambda: epoch(labelled_batches)
+
+
+def timm(folder: Path, samples: int) -> Epochs:
+    """A RepVGG net with `CachedLogitDistillationTask` and `ClassificationTask`, each with its loader."""
+    from timm.data import create_loader
+    from timm.optim import create_optimizer_v2
+    from timm.task import ClassificationTask
+
+    from logitcache.integrations.timm import CachedLogitDistillationTask, create_cached_loader, view_plan
+
+    class Images(torch.utils.data.Dataset):
+        """As timm's datasets are."""
+
+        transform: Any = None
+
+        def __len__(self) -> int:
+            return len(dataset)
+
+        def __getitem__(self, index: int) -> Any:
+            image, label = dataset[index]
+            return image if self.transform is None else self.transform(image), label
+
+    dataset = images(samples)
+    size: dict[str, Any] = {"input_size": (1, 28, 28), "mean": (0.13,), "std": (0.31,), "scale": (0.6, 1.0)}
+    options = {"batch_size": min(64, samples), "is_training": True, "num_workers": 0, "use_prefetcher": False}
+    about = {"num_samples": samples, "num_classes": CLASSES, "teacher": "random", "dataset": "mnist5k"}
+    with logitcache.create(folder / "timm.cache", view_plan=view_plan(**size), **about) as writer:
+        writer.write(view=0, start=0, logits=torch.randn(samples, CLASSES))
+    cached = create_cached_loader(folder / "timm.cache", Images(), **size, **options)
+    distilled = CachedLogitDistillationTask(timm_net(), cached, task_loss_weight=0.0, verbose=False)
+    labelled = ClassificationTask(timm_net(), verbose=False)
+
+    def epochs(task: Any, loader: Any) -> Callable[[], object]:
+        optimizer, numbers = create_optimizer_v2(task.get_trainable_module(), opt="adamw"), itertools.count()
+
+        def epoch() -> None:
+            number = next(numbers)
+            if hasattr(loader.sampler, "set_epoch"):
+                loader.sampler.set_epoch(number)
+            for inputs, targets in loader:
+                optimizer.zero_grad()
+                task(inputs, targets)["loss"].backward()
+                optimizer.step()
+
+        return epoch
+
+    return epochs(distilled, cached), epochs(labelled, create_loader(Images(), **size, **options))
+
+
+def timm_net() -> torch.nn.Module:
+    from timm import create_model
+
+    return create_model("test_byobnet", in_chans=1, num_classes=CLASSES, output_stride=8)
+
+
 TOOLS: dict[str, Callable[[Path, int], Epochs]] = {
     "trainer_images": trainer_images,
     "trainer_language_model": trainer_language_model,
+    "lightning": lightning,
+    "timm": timm,
 }
 
 

@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     from logitcache.data.views import render as render
     from logitcache.encodings import ArraySpec as ArraySpec
     from logitcache.encodings import Auto as Auto
+    from logitcache.encodings import Components as Components
     from logitcache.encodings import Dense as Dense
     from logitcache.encodings import Encoding as Encoding
     from logitcache.encodings import LowRank as LowRank
+    from logitcache.encodings import PackedTopK as PackedTopK
     from logitcache.encodings import Sampled as Sampled
     from logitcache.encodings import TopK as TopK
     from logitcache.encodings import TopLowRank as TopLowRank
@@ -51,6 +53,7 @@ __all__ = [
     "Block",
     "CacheWriter",
     "Calibration",
+    "Components",
     "Dense",
     "DenseTargets",
     "Encoding",
@@ -58,6 +61,7 @@ __all__ = [
     "LowRank",
     "Mixing",
     "Output",
+    "PackedTopK",
     "Sampled",
     "SeenContents",
     "SparseTargets",
@@ -91,6 +95,7 @@ _HOMES = {
     "Block": "cache.layout:Block",
     "CacheWriter": "cache.writer:CacheWriter",
     "Calibration": "cache.fidelity:Calibration",
+    "Components": "encodings:Components",
     "Dense": "encodings:Dense",
     "DenseTargets": "targets:DenseTargets",
     "Encoding": "encodings:Encoding",
@@ -98,6 +103,7 @@ _HOMES = {
     "LowRank": "encodings:LowRank",
     "Mixing": "data.views:Mixing",
     "Output": "cache.outputs:Output",
+    "PackedTopK": "encodings:PackedTopK",
     "Sampled": "encodings:Sampled",
     "SeenContents": "data.samples:SeenContents",
     "SparseTargets": "targets:SparseTargets",

@@ -15,3 +15,6 @@ class ArraySpec:
     """Shape of a single row's entry; () for one number a row."""
     level: int = 3
     """Of zstd."""
+    by_row: bool = False
+    """Whether a chunk is stored row by row. By default it is column by column; by row is smaller where rows end with
+    different numbers of zeros."""

@@ -48,6 +48,25 @@ def decode(arrays: dict[str, np.ndarray], encoding: dict[str, Any], num_classes:
         logits = np.repeat(each[..., None], num_classes, axis=-1)
         np.put_along_axis(logits, arrays["ids"].astype(np.int64), values, axis=-1)
         return logits
+    if encoding["name"] == "packedtopk":
+        numbers, used = sets(arrays, num_classes)
+        prior = arrays["prior"].astype(np.float32) if encoding["prior"] else np.zeros(num_classes, dtype=np.float32)
+        order = arrays["order"] if encoding["prior"] else np.arange(num_classes)
+        logits = np.broadcast_to(prior, (*numbers.shape[:2], num_classes)).copy()
+        logits[np.nonzero(used)[:2] + (numbers[used],)] = -np.inf
+        with np.errstate(divide="ignore"):
+            logits += (arrays["tail"].astype(np.float32) - np.log(np.exp(logits).sum(axis=-1)))[..., None]
+        logits[np.nonzero(used)[:2] + (numbers[used],)] = arrays["values"][used] * encoding["step"]
+        by_class = np.empty_like(logits)
+        by_class[..., order] = logits
+        by_class -= by_class.max(axis=-1, keepdims=True)
+        return by_class - np.log(np.exp(by_class).sum(axis=-1, keepdims=True))
+    if encoding["name"] == "sampled" and encoding.get("packed"):
+        numbers, used = sets(arrays, num_classes)
+        draws = np.zeros((*numbers.shape[:2], num_classes))
+        draws[np.nonzero(used)[:2] + (numbers[used],)] = arrays["draws"][used]
+        with np.errstate(divide="ignore"):
+            return np.log(draws / encoding["draws"])
     if encoding["name"] == "sampled":
         counts = (arrays["ids"][..., None] == np.arange(num_classes)).sum(axis=-2)
         with np.errstate(divide="ignore"):
@@ -67,6 +86,14 @@ def decode(arrays: dict[str, np.ndarray], encoding: dict[str, Any], num_classes:
         corrected = np.take_along_axis(logits, arrays["ids"].astype(np.int64), axis=-1) + arrays["corrections"] / 4
         np.put_along_axis(logits, arrays["ids"].astype(np.int64), corrected, axis=-1)
     return logits
+
+
+def sets(arrays: dict[str, np.ndarray], num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of classes (..., K), and which places are used."""
+    gaps = arrays["low"].astype(np.int64) + 256 * arrays["high"].astype(np.int64)
+    numbers = np.cumsum(gaps + 1, axis=-1) - 1
+    used = np.arange(numbers.shape[-1]) < arrays["count"][..., None]
+    return np.where(used, numbers, 0), used
 
 
 def unpack(packed: np.ndarray, limits: list[int]) -> np.ndarray:

@@ -24,7 +24,7 @@ from logitcache.cache.names import names_of, recorded_names
 from logitcache.cache.reader import LogitCache
 from logitcache.cache.rendering import has_recipe, named_code
 from logitcache.data.views import Mixing, ViewPlan
-from logitcache.encodings import Sampled, TopK
+from logitcache.encodings import PackedTopK, Sampled, TopK
 from logitcache.errors import CorruptCache, UsageError
 from logitcache.markdown import LONGEST_NAME, code, escaped, fenced, one_line, table
 from logitcache.targets import SparseTargets, row_slices
@@ -300,7 +300,7 @@ def _distributions(cache: LogitCache) -> str | None:
             kept += float((1.0 - targets.softened().tail.exp()).sum())
     mean = entropy / num_rows
     lines = [f"On the first {num_rows:,} rows of view {cache.views.start}:"]
-    if isinstance(cache.encoding, TopK):
+    if isinstance(cache.encoding, PackedTopK | TopK):
         lines.append(f"the stored classes have {kept / num_rows:.2%} of the teacher's probability.")
     lines.append(
         f"The mean entropy of the stored distributions is {mean:.3f} nats, a perplexity of {math.exp(mean):,.2f}."

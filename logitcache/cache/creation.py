@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -103,8 +104,9 @@ def create(
         encoding: such as `TopK(k=20)`; "auto" or `Auto(max_kl=...)` for the smallest that is accurate enough.
         outputs: further outputs of the teacher to store, by name, such as {"features": Output(shape=(64, 7, 7))}.
         logits_source: where in the teacher the logits come from, if not from its forward pass; part of the identity.
-        calibration: logits (M, C), a `Calibration`, or a function that returns one; required by `LowRank`,
-            `TopLowRank` and "auto", unless they are fitted. Used only if the cache is new.
+        calibration: logits (M, C), a `Calibration`, or a function that returns one; required by encodings that must be
+            fitted and by "auto". Used only if the cache is new. An output with an encoding that must be fitted needs a
+            `Calibration` with rows of this output, or an encoding that was fitted before: `Components().fit(rows)`.
         teacher: identity of the teacher: a name, best with a version or hash, such as "convnext_large@3f9c".
         dataset: identity of the dataset: a name. Pass either `dataset` or `samples`.
         teacher_name, dataset_name: readable names, for listings, cards and reports; not part of the identity, so they
@@ -246,8 +248,11 @@ def open_writer(
     stored = None if replaced else _stored(storage)
     if stored is not None:
         settled = _encoding_of(storage, stored, requested)
+        others = _outputs_of(storage, stored, others)
     else:
-        settled, choice = _settle(requested, calibration, num_classes)
+        sample = functools.cache(lambda: _calibration(requested, others, calibration, num_classes))
+        settled, choice = _settle(requested, sample)
+        others = _settle_outputs(others, sample)
         notes |= {"encoding": choice} if choice else {}
     notes |= _encoding_packages([settled, *(output.encoding for output in others.values())])
 
@@ -264,7 +269,7 @@ def open_writer(
 
     def shape(stored: Records | None, settled: Encoding) -> tuple[Layout, dict[str, np.ndarray]]:
         # Still unfitted if the existing cache has another encoding; `_open_manifest` then raises.
-        fixed = (settled.fitted_values() if settled.is_fitted else {}) | _sample_arrays(samples) | _row_arrays(rows)
+        fixed = _fitted_arrays(settled, num_classes, others) | _sample_arrays(samples) | _row_arrays(rows)
         try:
             return Layout(
                 num_samples=rows.num_samples,
@@ -295,6 +300,7 @@ def open_writer(
             stored = _stored(storage)
             if stored is not None:  # another builder has begun the cache meanwhile and fitted its encoding
                 settled = _encoding_of(storage, stored, requested)
+                others = _outputs_of(storage, stored, others)
                 settle_contents(stored, settled)
                 layout, fixed = shape(stored, settled)
         identity = make_identity(origin, settled, num_classes, others, logits_source, rows)
@@ -303,7 +309,16 @@ def open_writer(
             changeable[NAMES] = stated_names(manifest.provenance.get(NAMES)) | changeable[NAMES]
         if any(manifest.provenance.get(key) != value for key, value in changeable.items()):
             manifest = _change_provenance(storage, manifest, changeable)
-        return CacheWriter(storage, manifest, settled, rows=rows, per_cache=fixed, write_card=write_card, seen=seen)
+        return CacheWriter(
+            storage,
+            manifest,
+            settled,
+            rows=rows,
+            per_cache=fixed,
+            write_card=write_card,
+            seen=seen,
+            outputs=others,
+        )
 
 
 def _keys_to_replace(storage: Storage) -> list[str]:
@@ -408,15 +423,66 @@ def _encoding_of(storage: Storage, stored: Records, requested: Encoding | Auto) 
     return requested
 
 
-def _settle(
+def _fitted_arrays(encoding: Encoding, num_classes: int, outputs: Mapping[str, Output]) -> dict[str, np.ndarray]:
+    """What the encodings of all outputs are fitted to, by the names in the cache; nothing of those that are not yet."""
+    return {
+        name: values[array]
+        for output in output_layouts(encoding, num_classes, outputs).values()
+        if output.encoding.is_fitted
+        for values in [output.encoding.fitted_values()]
+        for name, array in output.fixed_names().items()
+    }
+
+
+def _outputs_of(storage: Storage, stored: Records, requested: Mapping[str, Output]) -> dict[str, Output]:
+    """The requested outputs, with the encodings that an existing cache has fitted; others are rejected later."""
+    known = stored.manifest.identity.output_encodings
+    return {
+        name: replace(output, encoding=stored_encoding(stored, ObjectReader(storage), name))
+        if output.encoding.fitted_arrays and output.encoding.config() == known.get(name)
+        else output
+        for name, output in requested.items()
+    }
+
+
+def _settle_outputs(outputs: Mapping[str, Output], calibration: Callable[[], Calibration]) -> dict[str, Output]:
+    """The outputs of a new cache, with fitted encodings.
+
+    Raises:
+        UsageError: there are no calibration rows of an output, or they have another shape.
+    """
+    settled = {}
+    for name, output in outputs.items():
+        settled[name] = output
+        if not output.encoding.is_fitted:
+            rows = calibration().outputs.get(name)
+            if rows is None or tuple(np.shape(rows)[1:]) != output.shape:
+                found = "none are given" if rows is None else f"they are {tuple(np.shape(rows))}"
+                raise UsageError(
+                    f"the encoding {output.encoding!r} of output {name!r} needs calibration rows of shape "
+                    f"{('M', *output.shape)}, and {found}: pass "
+                    f"calibration=Calibration(logits, outputs={{{name!r}: rows}}), or an encoding that was fitted with "
+                    "its method `fit(rows)`"
+                )
+            settled[name] = replace(output, encoding=output.encoding.fit(rows))
+    return settled
+
+
+def _calibration(
     requested: Encoding | Auto,
+    outputs: Mapping[str, Output],
     calibration: Calibration | Logits | Callable[[], Calibration | Logits] | None,
     num_classes: int,
-) -> tuple[Encoding, dict[str, Any]]:
-    """The encoding of a new cache, chosen and fitted, and a record of the choice for the provenance."""
-    if isinstance(requested, Encoding) and requested.is_fitted:
-        return requested, {}
+) -> Calibration:
+    """A sample of the teacher's outputs; without rows if none is given, and the logits need none.
+
+    Raises:
+        UsageError: the logits need one, or it has another number of classes.
+        InvalidLogits: its logits are no logits.
+    """
     if calibration is None:
+        if isinstance(requested, Encoding) and requested.is_fitted:
+            return Calibration(np.zeros((0, num_classes), dtype=np.float32))
         raise UsageError(
             f"encoding {requested.name!r} needs a sample of the teacher's logits: "
             "pass calibration=logits (M, C), ideally ten thousand rows of different samples"
@@ -428,6 +494,15 @@ def _settle(
         raise UsageError(f"calibration logits are {tuple(sample.logits.shape)}; expected (M, {num_classes})")
     if not np.isfinite(np.asarray(sample.logits).max(axis=1)).all():
         raise InvalidLogits("the calibration logits contain NaN, +inf, or a row of -inf only")
+    return sample
+
+
+def _settle(requested: Encoding | Auto, calibration: Callable[[], Calibration]) -> tuple[Encoding, dict[str, Any]]:
+    """The encoding of a new cache, chosen and fitted, and a record of the choice for the provenance."""
+    if isinstance(requested, Encoding) and requested.is_fitted:
+        return requested, {}
+    sample = calibration()
+    num_classes = sample.logits.shape[1]
     notes: dict[str, Any] = {"calibration_rows": len(sample.logits)}
     if isinstance(requested, Encoding):
         return requested.fit(sample.logits), notes

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ class Calibration:
     """Floats (M, C): a tensor, an array or a memory map."""
     groups: np.ndarray | None = None
     """Group of each row, int64 (M,). Rows of one group, such as views of one photo, stay on one side of the split."""
+    outputs: Mapping[str, Any] = field(default_factory=dict)
+    """Floats (M, *shape) of other outputs, by name: what their encodings are fitted to."""
 
     def split(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers to fit to and to measure on, sorted; a fifth of the groups is held out.

@@ -1,8 +1,8 @@
 """Keys of the objects in a cache, and the bytes of one object.
 
 The labels are a Zarr v3 store with standard codecs only: transpose (each stored column is contiguous, which compresses
-better), bytes, and zstd with checksum. One chunk is one block, so every object is written whole by one writer and read
-whole.
+most arrays better), bytes, and zstd with checksum. One chunk is one block, so every object is written whole by one
+writer and read whole.
 
 A receipt lists the objects of one block, or those of the per-cache arrays. Functions that take a receipt's name treat
 both alike.
@@ -173,15 +173,16 @@ def group_metadata(layout: Layout) -> dict[str, bytes]:
     store = MemoryStore(objects)
     zarr.create_group(store, zarr_format=3)
 
-    def create(name: str, dtype: str, shape: Sequence[int], chunks: Sequence[int], level: int) -> None:
-        columns_first = [TransposeCodec(order=(0, 2, 1))] if len(shape) == 1 + COLUMNS_FIRST_NDIM else []
+    def create(
+        name: str, dtype: str, shape: Sequence[int], chunks: Sequence[int], level: int, *, by_column: bool = False
+    ) -> None:
         zarr.create_array(
             store,
             name=name,
             shape=tuple(shape),
             chunks=tuple(chunks),
             dtype=dtype,
-            filters=columns_first,
+            filters=[TransposeCodec(order=(0, 2, 1))] if by_column else [],
             serializer=BytesCodec(endian="little" if np.dtype(dtype).itemsize > 1 else None),
             compressors=[ZstdCodec(level=level, checksum=True)],
             fill_value=0,
@@ -192,16 +193,20 @@ def group_metadata(layout: Layout) -> dict[str, bytes]:
 
     for name, spec in layout.arrays.items():
         shape = (layout.num_views, layout.stored_rows, *spec.row_shape)
-        create(name, spec.dtype, shape, (1, layout.rows_per_block, *spec.row_shape), spec.level)
+        chunks = (1, layout.rows_per_block, *spec.row_shape)
+        create(name, spec.dtype, shape, chunks, spec.level, by_column=_is_by_column(spec))
     for name, once in layout.fixed.items():
         create(name, once.dtype, once.shape, [max(length, 1) for length in once.shape], PER_CACHE_LEVEL)
     return {f"{GROUP}/{key}": value.to_bytes() for key, value in objects.items()}
 
 
-COLUMNS_FIRST_NDIM = 2
-"""Dimensions of a chunk, without the view's, that is stored column by column: a column compresses better than a row."""
 PER_CACHE_LEVEL = 3
 """zstd level of the per-cache arrays."""
+
+
+def _is_by_column(spec: ArraySpec) -> bool:
+    """Whether a chunk is stored column by column: most columns compress better than rows."""
+    return len(spec.row_shape) == 1 and not spec.by_row
 
 
 def encode_block(spec: ArraySpec, values: np.ndarray, rows_per_block: int) -> bytes:
@@ -212,7 +217,7 @@ def encode_block(spec: ArraySpec, values: np.ndarray, rows_per_block: int) -> by
     """
     chunk = np.zeros((rows_per_block, *spec.row_shape), dtype=spec.dtype)
     chunk[: len(values)] = values
-    return _compress(chunk.T if chunk.ndim == COLUMNS_FIRST_NDIM else chunk, spec.level)
+    return _compress(chunk.T if _is_by_column(spec) else chunk, spec.level)
 
 
 def encode_per_cache(values: np.ndarray) -> bytes:
@@ -247,12 +252,13 @@ def decode_rows(
     for data in chunks:  # before memory is allocated for the rows
         _check_declared_size(data, np.dtype(spec.dtype), shape)
     values = np.empty((sum(counts), *spec.row_shape), dtype=spec.dtype)
-    if len(shape) == COLUMNS_FIRST_NDIM:
+    by_column = _is_by_column(spec)
+    if by_column:
         shape = shape[::-1]
     start = 0
     for data, count in zip(chunks, counts, strict=True):
         stored = _decompress(data, np.dtype(spec.dtype), shape)
-        values[start : start + count] = (stored.T if stored.ndim == COLUMNS_FIRST_NDIM else stored)[:count]
+        values[start : start + count] = (stored.T if by_column else stored)[:count]
         start += count
     return values
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_serializer,
     field_validator,
     model_serializer,
     model_validator,
@@ -155,6 +157,12 @@ class Layout(_Record):
     """Rows of a view, if samples have any number of rows; None with one row per sample."""
     sequence_blocks: int | None = Field(default=None, ge=1)
     """Blocks of a view, if samples have any number of rows."""
+
+    @field_serializer("arrays")
+    def _dump_arrays(self, arrays: dict[str, ArraySpec]) -> dict[str, dict[str, Any]]:
+        """Without `by_row` where it is false, so that older manifests keep their bytes."""
+        dumped = {name: dataclasses.asdict(spec) for name, spec in arrays.items()}
+        return {name: {k: v for k, v in each.items() if v or k != "by_row"} for name, each in dumped.items()}
 
     @property
     def num_rows(self) -> int:

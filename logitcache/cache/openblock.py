@@ -260,7 +260,8 @@ class _OpenRows:
             return
         masks = ""
         if self._encoding.keeps_constants:
-            what = "NaN, or values beyond 8.5e37"
+            largest = f"{getattr(self._encoding, 'largest', math.inf):.2g}".replace("e+", "e")
+            what = f"NaN, or values beyond {largest}"
         elif self._encoding.holds_masks:
             what = "NaN or +inf, or nothing but -inf"
         else:

@@ -33,7 +33,7 @@ class Output:
 
     shape: tuple[int, ...]
     encoding: Encoding = field(default_factory=Values)
-    """`Values` for features; for the logits of another head, any encoding that needs no fitting."""
+    """`Values` or `Components` for features; for the logits of another head, any encoding that needs no fitting."""
     source: Any = None
     """The module that it comes from, as JSON; part of the cache's identity where it is known."""
 
@@ -81,15 +81,15 @@ def checked_outputs(outputs: Mapping[str, Output | Mapping[str, Any]]) -> dict[s
 
 
 def refuse_fitted(encoding: Encoding) -> None:
-    """Refuse encodings that need calibration, which extra outputs don't have.
+    """Refuse encodings that must be fitted to logits.
 
     Raises:
-        UsageError: the encoding must be fitted.
+        UsageError: the encoding is one of them.
     """
-    if encoding.fitted_arrays:
+    if encoding.fitted_arrays and not encoding.keeps_constants:
         raise UsageError(
-            f"{encoding.name!r} must be fitted, and only logits have a calibration; use Values, Dense, TopK or Sampled "
-            "for other outputs"
+            f"{encoding.name!r} must be fitted to logits; use Values, Components, Dense, TopK or Sampled for other "
+            "outputs"
         )
 
 
@@ -164,6 +164,10 @@ class OutputLayout:
     def specs(self) -> dict[str, ArraySpec]:
         """Its arrays, by their names in the cache."""
         return {self.stored_name(array): spec for array, spec in self.encoding.arrays(self.num_values).items()}
+
+    def fixed_names(self) -> dict[str, str]:
+        """The arrays that its encoding is fitted to: their names in the cache, and the encoding's."""
+        return {self.stored_name(array): array for array in self.encoding.fitted_arrays}
 
     def stored(self, arrays: Mapping[str, T]) -> dict[str, T]:
         """Those of a cache's arrays that belong to this output, by their names in the cache."""

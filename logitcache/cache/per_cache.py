@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from logitcache.cache.layout import GROUP, PER_CACHE, ROW_ARRAYS, SAMPLE_ARRAYS, Block
 from logitcache.cache.manifest import LOGITS, MANIFEST, ROW_OFFSETS, ROW_POSITIONS, SAMPLE_CONTENTS, Manifest
 from logitcache.cache.objects import ObjectReader
-from logitcache.cache.outputs import output_layouts
+from logitcache.cache.outputs import OutputLayout, output_layouts, outputs_of
 from logitcache.cache.receipts import ReceiptsByView
 from logitcache.cache.records import Records, description
 from logitcache.data.rows import OneRowEach, RowMap, RowsOfSequences
@@ -36,32 +37,40 @@ def read_per_cache_array(records: Records, array: str, objects: ObjectReader) ->
         raise CorruptCache(f"{url}: {GROUP}/{array} differs from its receipt; run `logitcache verify --deep`") from None
 
 
-def stored_encoding(records: Records, objects: ObjectReader) -> Encoding:
-    """The encoding of a cache's logits, fitted.
+def stored_encoding(records: Records, objects: ObjectReader, output: str = LOGITS) -> Encoding:
+    """The encoding of one of a cache's outputs, fitted.
 
     Raises:
         IncompleteCache, CorruptCache: as `read_per_cache_array`.
     """
-    encoding = encoding_from_config(records.manifest.identity.encoding)
-    arrays = {name: read_per_cache_array(records, name, objects) for name in encoding.fitted_arrays}
-    return fitted_encoding(records.manifest, arrays, url=objects.storage.url)
+    names = stored_outputs(records.manifest)[output].fixed_names()
+    arrays = {name: read_per_cache_array(records, name, objects) for name in names}
+    return fitted_encoding(records.manifest, arrays, url=objects.storage.url, output=output)
 
 
-def fitted_encoding(manifest: Manifest, arrays: Mapping[str, np.ndarray], *, url: str) -> Encoding:
-    """The encoding of a cache's logits, with the arrays that it was fitted to.
+def stored_outputs(manifest: Manifest) -> dict[str, OutputLayout]:
+    """How each output of a cache is stored, by name, with encodings that are not fitted yet."""
+    encoding = encoding_from_config(manifest.identity.encoding)
+    return output_layouts(encoding, manifest.layout.num_classes, outputs_of(manifest.identity))
+
+
+def fitted_encoding(
+    manifest: Manifest, arrays: Mapping[str, np.ndarray], *, url: str, output: str = LOGITS
+) -> Encoding:
+    """The encoding of one of a cache's outputs, with the arrays that it was fitted to, by their names in the cache.
 
     Raises:
         CorruptCache: the arrays are invalid.
     """
-    encoding = encoding_from_config(manifest.identity.encoding)
+    found = stored_outputs(manifest)[output]
     try:
-        fitted = encoding.with_fitted(arrays)
-        logits = output_layouts(fitted, manifest.layout.num_classes)[LOGITS]
-        if logits.specs() != logits.stored(manifest.layout.arrays):
+        encoding = found.encoding.with_fitted({array: arrays[name] for name, array in found.fixed_names().items()})
+        fitted = replace(found, encoding=encoding)
+        if fitted.specs() != fitted.stored(manifest.layout.arrays):
             raise ValueError("the rows of layout.arrays are of another length")
-        return fitted
-    except (ValueError, TypeError, LogitCacheError) as error:
-        raise CorruptCache(f"{url}: the fitted arrays of {encoding.name} are invalid: {error}") from None
+        return encoding
+    except (ValueError, TypeError, KeyError, LogitCacheError) as error:
+        raise CorruptCache(f"{url}: the fitted arrays of {found.encoding.name} are invalid: {error}") from None
 
 
 def stored_samples(records: Records, objects: ObjectReader) -> SampleTable | None:

@@ -12,6 +12,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -225,10 +226,6 @@ class LogitCache:
         return stored_samples(self.records, self._objects)
 
     @cached_property
-    def _fitted_encoding(self) -> Encoding:
-        return stored_encoding(self.records, self._objects)
-
-    @cached_property
     def view_plan(self) -> ViewPlan:
         """How the views are made, for `ViewDataset`; samples are checked against their content digests.
 
@@ -427,7 +424,10 @@ class LogitCache:
     def encoding_of(self, output: str) -> tuple[Encoding, int]:
         """The fitted encoding of an output, and the number of values of a row."""
         found = self._output_layouts[output]
-        return self._fitted_encoding if found.encoding.fitted_arrays else found.encoding, found.num_values
+        if not found.encoding.is_fitted:
+            fitted = stored_encoding(self.records, self._objects, output)
+            found = self._output_layouts[output] = replace(found, encoding=fitted)
+        return found.encoding, found.num_values
 
     def read_encoded(self, view: int, numbers: Sequence[int], *, output: str) -> dict[str, np.ndarray]:
         """The arrays (rows, *row_shape) of consecutive blocks of one output, under the encoding's names.

@@ -306,7 +306,8 @@ def check_encoding(manifest: Manifest, *, url: str) -> None:
         or (not outputs_on_disk[output_of(name)].encoding.fitted_arrays and layout.arrays[name] != spec)
         for name, spec in expected.items()
     )
-    if differs or not encoding.fitted_arrays.keys() <= layout.fixed.keys():
+    fitted = {name for output in outputs_on_disk.values() for name in output.fixed_names()}
+    if differs or not fitted <= layout.fixed.keys():
         named = ", ".join(f"{name}: {output.encoding!r}" for name, output in outputs.items())
         versions = ", ".join(f"{package} wrote it" for package in recorded_packages(manifest).values())
         raise CorruptCache(

@@ -96,10 +96,12 @@ def _spelled(encoding: Mapping[str, Any]) -> str:
 SPELLINGS = {
     "dense": ("Dense", ("dtype",)),
     "topk": ("TopK", ("k", "dtype")),
+    "packedtopk": ("PackedTopK", ("k", "most", "prior", "step")),
     "lowrank": ("LowRank", ("rank", "k", "step", "bit_price", "search")),
     "toplowrank": ("TopLowRank", ("rank", "k", "bit_price", "soft_weight", "search")),
-    "sampled": ("Sampled", ("draws",)),
+    "sampled": ("Sampled", ("draws", "seed", "packed")),
     "values": ("Values", ("dtype",)),
+    "components": ("Components", ("error",)),
 }
 """Class and parameter order of each encoding, to spell it without importing torch; a test compares with the classes."""
 

@@ -47,7 +47,7 @@ from logitcache.cache.manifest import (
 )
 from logitcache.cache.objects import ObjectReader
 from logitcache.cache.openblock import OpenBlock
-from logitcache.cache.outputs import OutputLayout, output_layouts, outputs_of
+from logitcache.cache.outputs import Output, OutputLayout, output_layouts, outputs_of
 from logitcache.cache.per_cache import stored_samples
 from logitcache.cache.reader import LogitCache
 from logitcache.cache.receipts import ReceiptsByView, is_large
@@ -97,6 +97,7 @@ class CacheWriter:
         per_cache: the per-cache arrays, by name; written unless they are stored already.
         write_card: writes the card of a sealed cache that has none; called under the storage's lock.
         seen: takes the content digests of the samples, if the manifest has `contents_pending`.
+        outputs: the other outputs with fitted encodings; by default as the manifest describes them.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class CacheWriter:
         per_cache: Mapping[str, np.ndarray],
         write_card: Callable[[LogitCache], None],
         seen: SeenContents | None = None,
+        outputs: Mapping[str, Output] | None = None,
     ) -> None:
         self.storage = storage
         self.manifest = manifest
@@ -117,7 +119,7 @@ class CacheWriter:
         """Which rows belong to which sample and block."""
         self.encoding = encoding
         """Of the logits, fitted."""
-        self.outputs = outputs_of(manifest.identity)
+        self.outputs = outputs_of(manifest.identity) if outputs is None else dict(sorted(outputs.items()))
         """The outputs that are written in addition to the logits, by name."""
         self.committed_blocks: list[Block] = []
         """Blocks committed by this writer, in the order of their receipts."""
@@ -144,7 +146,8 @@ class CacheWriter:
         if manifest.state == "open":
             storage.remove_leftovers()
             if PER_CACHE not in self._receipts:
-                if encoding.fitted_arrays and self._receipts:  # only what was seen under the lock
+                fitted = any(output.fixed_names() for output in self._output_layouts.values())
+                if fitted and self._receipts:  # only what was seen under the lock
                     self._discard_blocks()
                 self._receipts.add(PER_CACHE, self._store(PER_CACHE, self._encoded(PER_CACHE, per_cache)))
 

@@ -257,7 +257,10 @@ def _build_step(name: str, parameters: dict[str, Any], *, trust: bool) -> tuple[
     else:
         factory = _named(_torchvision(), name, name)
     try:
-        step = factory(**{key: _argument(key, value, trust=trust) for key, value in parameters.items()})
+        given = (
+            parameters if name == "timm" else {k: _argument(k, value, trust=trust) for k, value in parameters.items()}
+        )
+        step = factory(**given)
     except LogitCacheError:
         raise
     except Exception as error:

@@ -12,8 +12,10 @@ from typing import Any
 
 from logitcache.arrays import ArraySpec as ArraySpec
 from logitcache.encodings.auto import Auto as Auto
+from logitcache.encodings.components import Components as Components
 from logitcache.encodings.dense import Dense as Dense
 from logitcache.encodings.lowrank import LowRank as LowRank
+from logitcache.encodings.packedtopk import PackedTopK as PackedTopK
 from logitcache.encodings.protocol import Encoding as Encoding
 from logitcache.encodings.sampled import Sampled as Sampled
 from logitcache.encodings.topk import TopK as TopK
@@ -23,7 +25,9 @@ from logitcache.errors import UsageError
 from logitcache.registry import Registry, configured
 
 ENCODINGS: Registry[type[Encoding]] = Registry(
-    "encoding", {kind.name: kind for kind in (Dense, TopK, LowRank, TopLowRank, Sampled, Values)}, base=Encoding
+    "encoding",
+    {kind.name: kind for kind in (Dense, TopK, PackedTopK, LowRank, TopLowRank, Sampled, Values, Components)},
+    base=Encoding,
 )
 
 

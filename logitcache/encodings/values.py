@@ -35,6 +35,7 @@ class Values(Encoding):
     name: ClassVar[str] = "values"
     holds_masks: ClassVar[bool] = False
     keeps_constants: ClassVar[bool] = True
+    largest: ClassVar[float] = LARGEST
 
     dtype: str = "float16"
     """"float32", "float16" or "uint8"."""

@@ -106,6 +106,19 @@ class DistillFromCache(Callback):  # type: ignore[misc]
                 "`loader(cycle=[0], shuffle=False)`"
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a resumed run in which Lightning would leave out an epoch, and with it a view.
+
+        Raises:
+            UsageError: `max_steps`, and a checkpoint from the end of an epoch.
+        """
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        if trainer.max_steps != -1 and trainer.fit_loop.restarting and done >= trainer.num_training_batches:
+            raise UsageError(
+                "with max_steps, Lightning leaves out an epoch when it resumes from a checkpoint of the end of an "
+                "epoch; set max_epochs instead, or resume from a checkpoint of a step (every_n_train_steps)"
+            )
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Compare the first batch of each view, as the student gets it, with the view.
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from logitcache.cache.reader import RESIDENT_BYTES, LogitCache
+from logitcache.cache.reader import RESIDENT_BYTES, LogitCache, open_cache
 from logitcache.data.sampler import ViewSampler
 from logitcache.data.samples import Dataset
 from logitcache.data.transforms import SpecifiedTransform, build_transform, describe_transform
@@ -143,7 +144,7 @@ def _normalize(mean: tuple[float, ...], std: tuple[float, ...]) -> SpecifiedTran
 
 
 def create_cached_loader(
-    cache: LogitCache,
+    cache: LogitCache | str | os.PathLike[str],
     dataset: Dataset,
     *,
     mixup_args: Mapping[str, Any] | None = None,
@@ -158,7 +159,7 @@ def create_cached_loader(
     In distributed training each process gets its share.
 
     Args:
-        cache: sealed.
+        cache: sealed; or its location, as for `logitcache.open`.
         dataset: of the training split, without a transform, as `timm.data.create_dataset` returns it.
         mixup_args: arguments of `timm.data.Mixup`, as `train.py` makes them.
         plan: the views and the normalisation, instead of those of the options: `cache.view_plan`, or the plan that the
@@ -171,6 +172,7 @@ def create_cached_loader(
         IdentityMismatch: the augmentation, the mixing or the dataset is not that of the cache.
         UsageError: an option that would change images after the teacher saw them; names it.
     """
+    cache = cache if isinstance(cache, LogitCache) else open_cache(cache)
     bound = inspect.signature(create_loader).bind(dataset, **options)
     bound.apply_defaults()
     given = bound.arguments
@@ -238,7 +240,7 @@ def _differences(recorded: Any, here: SpecifiedTransform) -> list[str]:
         return [f"transform: {spec} in the cache, {here.spec} here"]
     defaults = {name: known.default for name, known in inspect.signature(create_transform).parameters.items()}
     there, given = (defaults | each for each in (spec[0]["timm"], here.spec[0]["timm"]))
-    names = [name for name in given if _as_json(there[name]) != _as_json(given[name])]
+    names = [name for name in given if (_as_json(there[name]) or None) != (_as_json(given[name]) or None)]
     return [f"{name}: {there[name]} in the cache, {given[name]} here" for name in names]
 
 

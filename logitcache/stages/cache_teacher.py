@@ -176,7 +176,12 @@ class TeacherWorker(Worker):
             outputs=self._outputs,
             logits_source=sources_of(pipeline.cache.outputs).get(LOGITS),
             calibration=lambda: calibrate(
-                build_runner(pipeline, self._teacher, self._context),
+                build_runner(
+                    pipeline,
+                    self._teacher,
+                    self._context,
+                    [name for name, output in self._outputs.items() if not output.encoding.is_fitted],
+                ),
                 views,
                 num_views=pipeline.views.count,
                 count=pipeline.cache.calibration,

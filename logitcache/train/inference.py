@@ -202,13 +202,13 @@ def measure_cut_classes(teacher: nn.Module, runner: TeacherRunner, views: ViewDa
 
 
 def calibrate(runner: TeacherRunner, views: ViewDataset, *, num_views: int, count: int) -> Calibration:
-    """The teacher's logits of (view, sample) pairs drawn from all views, with as few repeated samples as possible.
+    """The teacher's outputs of (view, sample) pairs drawn from all views, with as few repeated samples as possible.
 
     Rows of one sample form a group, so that no sample is used both to fit an encoding and to measure it. Of sequences,
     rows are counted rather than samples.
 
     Args:
-        runner: the teacher.
+        runner: the teacher, with the outputs to draw beside the logits.
         views: of the training split.
         num_views: views to draw from, starting at 0.
         count: rows to draw, at most all of them.
@@ -228,9 +228,11 @@ def calibrate(runner: TeacherRunner, views: ViewDataset, *, num_views: int, coun
     batches = [
         [(int(view), int(row)) for view, row in places[start : start + size]] for start in range(0, number, size)
     ]
-    parts = []
+    parts: dict[str, list[np.ndarray]] = {}
     with track("calibrating", number, unit="inputs") as meter:
         for batch, output in zip(batches, runner.run(views, batches), strict=True):
-            parts.append(output.logits.float().cpu().numpy())
+            for name, values in output.rows().items():
+                parts.setdefault(name, []).append(values.float().cpu().numpy())
             meter.advance(len(batch))
-    return Calibration(np.concatenate(parts), np.repeat(places[:, 1], rows_of[places[:, 1]]))
+    whole = {name: np.concatenate(part) for name, part in parts.items()}
+    return Calibration(whole.pop(LOGITS), np.repeat(places[:, 1], rows_of[places[:, 1]]), whole)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -282,7 +283,11 @@ class _Check:
         in_order = {name: self._per_cache[name] for name in self._manifest.layout.fixed}
         table = {name: in_order.pop(name) for name in SAMPLE_ARRAYS if name in in_order}
         rows = {name: in_order.pop(name) for name in ROW_ARRAYS if name in in_order}
-        for arrays, read in ((table, samples_from_arrays), (rows, row_map_from_arrays), (in_order, fitted_encoding)):
+        fitted: list[tuple[dict[str, np.ndarray], Callable[..., object]]] = [
+            ({name: in_order[name] for name in output.fixed_names()}, partial(fitted_encoding, output=output.name))
+            for output in self._outputs.values()
+        ]
+        for arrays, read in ((table, samples_from_arrays), (rows, row_map_from_arrays), *fitted):
             if arrays:
                 try:
                     read(self._manifest, arrays, url="")

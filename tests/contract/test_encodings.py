@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from logitcache.cache.fidelity import fidelity_kl
 from logitcache.encodings import (
+    Components,
     Dense,
     Encoding,
     LowRank,
+    PackedTopK,
     Sampled,
     TopK,
     TopLowRank,
@@ -81,6 +84,102 @@ class TestValuesUint8(EncodingContract):
     largest_kl = 1e-3
 
 
+def features(rows: int, seed: int, num_values: int = 60, scale: float = 1.0) -> Tensor:
+    """Rows in which a few of many directions vary most, around a mean."""
+    draw = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(num_values, num_values, generator=draw))[0]
+    sizes = 0.9 ** torch.arange(num_values)
+    mean = torch.randn(num_values, generator=draw)
+    return scale * (mean + torch.randn(rows, num_values, generator=draw.manual_seed(seed)) * sizes @ directions)
+
+
+class TestComponents(EncodingContract):
+    encoding = Components(error=0.02)
+    largest_kl = 5e-3
+    class_counts = (22, 300)
+
+    def test_a_row_does_not_depend_on_its_batch(self) -> None:
+        """But for the rounding of matrix products, which the writer's fixed slabs keep from showing."""
+        rows = features(9, seed=1)
+        encoding = Components(error=0.1).fit(features(500, seed=2))
+        whole, alone = (encoding.decode(encoding.encode(part), 60) for part in (rows, rows[4:5]))
+
+        torch.testing.assert_close(whole[4:5], alone, atol=0.2, rtol=0)
+
+    def test_a_constant_per_row_changes_nothing_but_rounding(self) -> None:
+        """Not for logits: it is one of the values."""
+
+    @pytest.mark.parametrize(
+        "row",
+        [
+            pytest.param([0.0] * 60, id="zeros"),
+            pytest.param([1e4] + [0.0] * 59, id="one huge value"),
+            pytest.param([-200.0] * 60, id="far below zero"),
+            pytest.param([2.0**59] * 60, id="the largest values"),
+        ],
+    )
+    def test_odd_rows_keep_their_distribution(self, row: list[float]) -> None:
+        """As far as features have one: rows unlike those that were fitted to lose more, but not all."""
+        fitted_to = features(500, seed=2)
+        encoding = Components(error=0.02).fit(fitted_to)
+        decoded = encoding.decode(encoding.encode(torch.tensor([row])), 60)
+
+        assert (decoded - torch.tensor([row])).norm() < 0.8 * (torch.tensor(row) - fitted_to.mean(dim=0)).norm()
+
+    @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+    @pytest.mark.parametrize("error", [0.02, 0.1, 0.3])
+    def test_unseen_rows_have_the_wanted_error(self, error: float, scale: float) -> None:
+        encoding = Components(error=error).fit(features(2000, seed=1, scale=scale))
+        rows = features(500, seed=2, scale=scale)
+        off = encoding.decode(encoding.encode(rows), 60) - rows
+
+        assert error == pytest.approx(float(off.norm() / (rows - rows.mean(dim=0)).norm()), rel=0.15)
+
+    def test_a_larger_error_takes_fewer_components_and_bytes(self) -> None:
+        rows = features(500, seed=2)
+        bits, ranks = [], []
+        for error in (0.05, 0.3):
+            encoding = Components(error=error).fit(features(2000, seed=1))
+            bits.append(sum(entropy(column) for column in encoding.encode(rows)["coefficients"].T))
+            ranks.append(len(encoding.fitted_values()["basis"]))
+
+        assert bits[1] < 0.5 * bits[0]
+        assert ranks[1] < ranks[0]
+
+    def test_rows_with_more_values_than_there_are_rows_are_fitted(self) -> None:
+        few = torch.randn(5, 400, generator=torch.Generator().manual_seed(0))
+        rows, unseen = (torch.randn(n, 5, generator=torch.Generator().manual_seed(n)) @ few for n in (100, 20))
+        encoding = Components(error=0.1).fit(rows)
+        off = encoding.decode(encoding.encode(unseen), 400) - unseen
+
+        assert off.norm() < 0.15 * unseen.norm()
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            pytest.param(torch.randn(20, 5), "at least 32 calibration rows, not 20", id="few rows"),
+            pytest.param(torch.ones(50, 5), "all are equal. Give more and different", id="equal rows"),
+            pytest.param(torch.randn(50, 400), "their components leave an error of 0.9", id="noise"),
+            pytest.param(torch.full((50, 5), math.nan), "contain NaN", id="NaN"),
+        ],
+    )
+    def test_rows_that_can_not_be_fitted_to_are_refused(self, rows: Tensor, message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            Components(error=0.1).fit(rows)
+
+    def test_any_bytes_decode_to_finite_values(self) -> None:
+        encoding = Components(error=0.05).fit(features(500, seed=2))
+        draw = torch.Generator().manual_seed(0)
+        encoded = {
+            name: torch.randint(0, 256, (50, *spec.row_shape), generator=draw)
+            .to(torch.uint8)
+            .view(getattr(torch, spec.dtype))
+            for name, spec in encoding.arrays(60).items()
+        }
+
+        assert torch.isfinite(encoding.decode(encoded, 60)).all()
+
+
 class TestTopK(EncodingContract):
     encoding = TopK(k=20)
     largest_kl = 0.12
@@ -102,6 +201,37 @@ class TestTopKFloat32(EncodingContract):
 class TestTopKUint8(EncodingContract):
     encoding = TopK(k=21, dtype="uint8")
     largest_kl = 0.13
+
+
+class TestPackedTopK(EncodingContract):
+    encoding = PackedTopK(k=21)
+    largest_kl = 0.13
+    odd_rows_atol = 1e-2
+
+
+class TestPackedTopKWithPrior(EncodingContract):
+    encoding = PackedTopK(k=20, prior=True)
+    largest_kl = 0.13
+    odd_rows_atol = 1e-2
+    class_counts = (22, 300, 5000)
+
+
+class TestPackedTopKWithBudget(EncodingContract):
+    encoding = PackedTopK(k=10, most=21, prior=True, step=0.1)
+    largest_kl = 0.3
+    odd_rows_atol = 1e-2
+    class_counts = (22, 300, 5000)
+
+    def test_rows_have_as_many_entries_on_average_as_the_budget_allows(self) -> None:
+        rows = teacher_like(2000, 100, seed=2)
+        rows[::2] *= 3  # half of the rows are certain, and need few entries
+        encoding = PackedTopK(k=10, most=40, prior=True).fit(rows)
+        count = encoding.encode(teacher_like(1, 100).expand(3, -1))["count"]
+        counts = encoding.encode(rows)["count"].float()
+
+        assert abs(counts.mean() - 10) < 0.1
+        assert counts[::2].mean() < 0.5 * counts[1::2].mean()
+        assert len(set(count.tolist())) == 1
 
 
 class TestLowRank(EncodingContract):
@@ -379,6 +509,24 @@ class TestSampled(EncodingContract):
         assert not torch.equal(ids, Sampled(draws=20, seed=1).encode(logits, view=1, start=10)["ids"])
 
 
+class TestSampledPacked(EncodingContract):
+    encoding = Sampled(draws=200, seed=3, packed=True)
+    largest_kl = math.inf
+    keeps_every_class = False
+    top1_agreement = 0.9
+    odd_rows_atol = 0.01
+    class_counts = (22, 300)
+
+    def test_it_holds_the_same_draws(self) -> None:
+        logits = teacher_like(16, 100)
+        plain = Sampled(draws=200, seed=3)
+        expected = plain.decode(plain.encode(logits, view=1, start=7), 100)
+
+        torch.testing.assert_close(
+            expected, self.encoding.decode(self.encoding.encode(logits, view=1, start=7), 100), atol=1e-6, rtol=1e-6
+        )
+
+
 @given(st.lists(st.integers(1, 5) | st.integers(1, LARGEST), min_size=1, max_size=60), st.integers(0, 2**32 - 1))
 def test_mixed_radix_packs_and_unpacks(limits: list[int], seed: int) -> None:
     radix = MixedRadix(limits)
@@ -406,7 +554,8 @@ def entropy(symbols: Tensor) -> float:
         pytest.param({"name": "dense", "bits": 8}, "no parameter 'bits'", id="unknown parameter"),
         pytest.param(
             "zip",
-            "unknown encoding 'zip'; expected one of: dense, topk, lowrank, toplowrank, sampled, values, auto",
+            "unknown encoding 'zip'; expected one of: dense, topk, packedtopk, lowrank, toplowrank, sampled, values, "
+            "components, auto",
             id="unknown encoding",
         ),
         pytest.param("__import__('os').system('true')", "can't read the encoding", id="code"),
@@ -415,6 +564,12 @@ def entropy(symbols: Tensor) -> float:
         pytest.param("TopLowRank(k=0)", "k is a whole number, at least 1", id="top classes"),
         pytest.param("TopLowRank(bit_price=0)", "bit_price is a positive number", id="bit price"),
         pytest.param("Sampled(draws=-1)", "draws is a whole number, at least 1", id="draws"),
+        pytest.param("Sampled(packed=1)", "packed is true or false", id="packed"),
+        pytest.param("PackedTopK(k=0)", "k is a whole number of classes, at least 1", id="entries"),
+        pytest.param("PackedTopK(k=5, most=5)", "most is a whole number of classes above k=5", id="most"),
+        pytest.param("PackedTopK(k=5, most=9)", "set prior=True", id="most without prior"),
+        pytest.param("PackedTopK(k=5, step=0)", "step is between 0.1 and 4", id="step"),
+        pytest.param("Components(error=1)", "error is a relative error between 0.005 and 0.9", id="error"),
         pytest.param("Auto(max_kl=0)", "max_kl is a positive number", id="max_kl"),
         pytest.param("auto", "still to be chosen", id="auto"),
     ],
@@ -424,9 +579,45 @@ def test_a_wrong_encoding_says_what_is_wrong(config: Any, message: str) -> None:
         encoding_from_config(config)
 
 
-def test_top_k_of_all_classes_is_refused() -> None:
+@pytest.mark.parametrize("encoding", [TopK(k=10), PackedTopK(k=10), PackedTopK(k=2, most=10, prior=True)], ids=repr)
+def test_top_k_of_all_classes_is_refused(encoding: Encoding) -> None:
     with pytest.raises(UsageError, match="use Dense"):
-        TopK(k=10).arrays(10)
+        encoding.arrays(10)
+
+
+SETS = [
+    PackedTopK(k=9),
+    PackedTopK(k=5, most=12, prior=True, step=4.0),
+    Sampled(draws=9, packed=True),
+    Sampled(draws=300, packed=True),
+]
+
+
+@pytest.mark.parametrize("classes", [20, 300, 70_000])
+@pytest.mark.parametrize("encoding", SETS, ids=repr)
+def test_any_bytes_in_sets_of_classes_decode_to_distributions(encoding: Encoding, classes: int) -> None:
+    """In the arrays of integers; in those of floats, NaN and +inf are refused."""
+    encoding = encoding.fit(teacher_like(50, classes, seed=1))
+    draw = np.random.default_rng(0)
+    for smallest in (0, 200):
+        encoded = {}
+        for name, spec in encoding.arrays(classes).items():
+            shape = (30, *spec.row_shape)
+            if spec.dtype == "float16":
+                encoded[name] = torch.from_numpy(draw.choice([-np.inf, -65504, 0, 65504], shape).astype(np.float16))
+            else:
+                highest = np.iinfo(spec.dtype).max
+                numbers = draw.integers(smallest * (highest // 255), highest, shape, endpoint=True, dtype=spec.dtype)
+                encoded[name] = torch.from_numpy(numbers)
+            assert encoding.accepts(name, encoded[name])
+        targets = encoding.targets(encoded, classes)
+        p = encoding.decode(encoded, classes).softmax(dim=1)
+
+        torch.testing.assert_close(p.sum(dim=1), torch.ones(30))
+        torch.testing.assert_close(p, targets.dense().softmax(dim=1))
+        assert all(len(set(ids := row[row >= 0].tolist())) == len(ids) >= 1 for row in targets.ids)
+    assert not PackedTopK(k=9).accepts("tail", torch.tensor([0.0, math.nan]))
+    assert not PackedTopK(k=9).accepts("tail", torch.tensor([0.0, math.inf]))
 
 
 @pytest.mark.parametrize("encoding", [Dense(), Dense(dtype="uint8"), TopK(k=5), TopK(k=5, dtype="uint8")], ids=repr)
@@ -468,8 +659,6 @@ def test_autocast_around_a_training_step_changes_nothing(unfitted: Encoding) -> 
 
 @pytest.mark.parametrize("part", ["basis", "mean", "limits", "bit_costs"])
 def test_what_was_fitted_must_fit_together(part: str) -> None:
-    import numpy as np
-
     encoding = LowRank(rank=20).fit(teacher_like(300, 100, seed=1))
     values = encoding.fitted_values()
     with pytest.raises(ValueError, match="don't agree|NaN"):
@@ -477,3 +666,37 @@ def test_what_was_fitted_must_fit_together(part: str) -> None:
     if part != "limits":
         with pytest.raises(ValueError, match="NaN"):
             encoding.with_fitted({**values, part: np.full_like(values[part], np.nan)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"order": np.zeros(100, dtype=np.uint8)}, "each class once", id="a class twice"),
+        pytest.param({"order": np.arange(100, dtype=np.uint16)}, "uint16", id="dtype"),
+        pytest.param({"order": np.arange(99, dtype=np.uint8)}, "don't agree", id="classes"),
+        pytest.param({"prior": np.full(100, np.nan, dtype=np.float16)}, "NaN", id="NaN"),
+        pytest.param({"least": np.array([2.0], dtype=np.float32)}, "no probability", id="threshold"),
+        pytest.param({"least": np.array([0.5, 0.5], dtype=np.float32)}, "don't agree", id="thresholds"),
+    ],
+)
+def test_a_prior_of_other_classes_or_values_is_refused(change: dict[str, np.ndarray], message: str) -> None:
+    encoding = PackedTopK(k=5, prior=True).fit(teacher_like(50, 100))
+
+    with pytest.raises(ValueError, match=message):
+        encoding.with_fitted(encoding.fitted_values() | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"basis": np.zeros((3, 60), dtype=np.float16)}, "don't agree", id="components"),
+        pytest.param({"mean": np.full(60, np.inf, dtype=np.float32)}, "NaN or infinity", id="infinite"),
+        pytest.param({"step": np.zeros(1, dtype=np.float32)}, "not positive", id="step"),
+        pytest.param({"limits": np.zeros(60, dtype=np.int8)}, "limits is int8", id="dtype"),
+    ],
+)
+def test_components_that_make_no_sense_are_refused(change: dict[str, np.ndarray], message: str) -> None:
+    encoding = Components(error=0.02).fit(features(500, seed=1))
+
+    with pytest.raises(ValueError, match=message):
+        encoding.with_fitted(encoding.fitted_values() | change)

@@ -28,7 +28,9 @@ def test_the_value_hash_of_an_array() -> None:
 
 
 def test_several_encodings_have_a_vector() -> None:
-    assert {"dense", "topk", "sampled", "values"} == {json.loads(config)["name"] for config, *_ in DECODING}
+    assert {"dense", "topk", "packedtopk", "sampled", "values"} == {
+        json.loads(config)["name"] for config, *_ in DECODING
+    }
 
 
 @pytest.mark.parametrize(("config", "num_classes", "arrays", "logits"), DECODING, ids=[row[0] for row in DECODING])

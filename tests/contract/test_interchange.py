@@ -26,7 +26,10 @@ ENCODINGS = [
     logitcache.TopK(k=4),
     logitcache.TopK(k=4, dtype="float32"),
     logitcache.TopK(k=4, dtype="uint8"),
+    logitcache.PackedTopK(k=4),
+    logitcache.PackedTopK(k=4, most=9, prior=True, step=0.5),
     logitcache.Sampled(draws=9),
+    logitcache.Sampled(draws=9, packed=True),
     logitcache.LowRank(rank=7, k=2),
     logitcache.TopLowRank(rank=7, k=2),
     logitcache.LowRank(rank=5, k=0, step=0.004, search=0),  # so fine that a coefficient takes two bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -24,8 +25,26 @@ from logitcache.catalog.outputs import outputs_config
 from logitcache.cli import app
 from logitcache.config.build import resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline
-from logitcache.encodings import ENCODINGS, Dense, LowRank, Sampled, TopK, Values
-from logitcache.errors import CorruptCache, IdentityMismatch, InvalidLogits, LogitCacheError, ShapeError, UsageError
+from logitcache.encodings import (
+    ENCODINGS,
+    Components,
+    Dense,
+    LowRank,
+    PackedTopK,
+    Sampled,
+    TopK,
+    TopLowRank,
+    Values,
+)
+from logitcache.errors import (
+    CorruptCache,
+    IdentityMismatch,
+    IncompleteCache,
+    InvalidLogits,
+    LogitCacheError,
+    ShapeError,
+    UsageError,
+)
 from logitcache.extras.merge import merge
 from logitcache.share.transfer import pull, push
 from logitcache.stages.cache_teacher import cache_teacher
@@ -205,10 +224,79 @@ def test_values_that_can_not_be_held_are_refused_by_row(tmp_path: Path, dtype: s
 def test_arrays_of_encodings_leave_room_for_the_names_of_outputs() -> None:
     """`<output>_<array>` is read back from the last underscore."""
     configured = [Dense(), TopK(k=3), LowRank(), Sampled(), Values(dtype="uint8"), Dense(dtype="uint8"), Values()]
+    configured += [PackedTopK(k=3, most=5, prior=True), TopLowRank(), Sampled(packed=True), Components()]
 
     assert {kind.name for kind in map(type, configured)} == set(ENCODINGS)
     assert not any("_" in name for encoding in configured for name in encoding.arrays(1000))
     assert ("logits", "features", "a_b") == (output_of("ids"), output_of("features_ids"), output_of("a_b_values"))
+
+
+def few_directions(rows: int, seed: int) -> Tensor:
+    """Features of a few directions."""
+    directions = torch.randn(5, 54, generator=torch.Generator().manual_seed(0))
+    return (torch.randn(rows, 5, generator=torch.Generator().manual_seed(seed)) @ directions).view(rows, 6, 3, 3)
+
+
+@pytest.mark.parametrize("is_fitted", [True, False], ids=["fitted before", "with the calibration"])
+def test_features_take_an_encoding_that_is_fitted_to_them(tmp_path: Path, is_fitted: bool) -> None:
+    sample, rows = few_directions(200, seed=1), few_directions(SAMPLES, seed=2)
+    encoding = Components(error=0.1)
+    given: dict[str, Any] = {"calibration": logitcache.Calibration(said(0)["logits"], outputs={"features": sample})}
+    if is_fitted:
+        encoding, given = encoding.fit(sample), {}
+    given["outputs"] = {"features": logitcache.Output(shape=SHAPES["features"], encoding=encoding)}
+    for view in range(VIEWS):  # each by a writer of its own
+        with contextlib.suppress(IncompleteCache), writer(tmp_path / "a", **given) as cache:
+            cache.write(view=view, start=0, logits=said(view)["logits"], outputs={"features": rows * (1 + view)})
+    cache = logitcache.open(tmp_path / "a")
+    decoded = cache.view(1).output("features", range(SAMPLES))
+
+    assert [] == verify(str(tmp_path / "a"), deep=True)
+    assert (decoded - 2 * rows).norm() < 0.3 * rows.norm()
+    assert {f"features_{name}" for name in Components.fitted_arrays} == set(cache.layout.fixed)
+    assert cache.contents.output_bytes["features"] < SAMPLES * VIEWS * 15
+    push(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert torch.equal(
+        decoded, logitcache.open(tmp_path / "b").view(1, memory_budget=1).output("features", range(SAMPLES))
+    )
+    with pytest.raises(IdentityMismatch, match="differs from what is written now"):
+        with writer(tmp_path / "a", **given) as again:
+            again.write(view=0, start=0, logits=said(0)["logits"], outputs={"features": -rows})
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        pytest.param(None, "needs calibration rows of shape .'M', 6, 3, 3., and none are given", id="none"),
+        pytest.param(torch.zeros(50, CLASSES), "and none are given: pass calibration=Calibration", id="logits only"),
+        pytest.param(
+            logitcache.Calibration(torch.zeros(50, CLASSES), outputs={"features": torch.zeros(50, 54)}),
+            r"and they are \(50, 54\)",
+            id="another shape",
+        ),
+        pytest.param(
+            logitcache.Calibration(torch.zeros(50, CLASSES), outputs={"features": torch.zeros(50, 6, 3, 3)}),
+            "all are equal",
+            id="equal rows",
+        ),
+    ],
+)
+def test_an_encoding_of_features_needs_rows_to_be_fitted_to(tmp_path: Path, calibration: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        writer(tmp_path / "a", outputs=outputs(Components()), calibration=calibration)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teachers_features_are_fitted_to_its_calibration_rows(tiny: Make) -> None:
+    features = "cache.outputs={logits: digit, features: {module: trunk, pool: 4, encoding: Components(error=0.2)}}"
+    pipeline = tiny(*HEADS[:2], features, "cache.calibration=200")
+    planned = plan_pipeline(pipeline)
+    cache_teacher(pipeline)
+    cache = opened(pipeline)
+
+    assert [] == verify_match(pipeline, recompute=20)
+    assert Components(error=0.2) == cache.extra_outputs["features"].encoding
+    assert 0 < planned.output_bytes["features"] < 4 * np.prod(cache.outputs["features"])
 
 
 @pytest.mark.parametrize("encoding", [TopK(k=2), Sampled(draws=8), Dense(dtype="uint8")], ids=repr)

@@ -391,7 +391,14 @@ def test_a_row_of_masked_classes_only_is_found_by_verify(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(
     "encoding",
-    [logitcache.Dense(dtype="float32"), logitcache.Dense(), logitcache.Dense(dtype="uint8"), logitcache.TopK(k=2)],
+    [
+        logitcache.Dense(dtype="float32"),
+        logitcache.Dense(),
+        logitcache.Dense(dtype="uint8"),
+        logitcache.TopK(k=2),
+        logitcache.PackedTopK(k=2),
+        logitcache.Sampled(draws=9, packed=True),
+    ],
     ids=repr,
 )
 def test_masked_classes_pass(tmp_path: Path, encoding: Encoding) -> None:

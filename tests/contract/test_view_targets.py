@@ -41,6 +41,8 @@ def built(path: Path, encoding: logitcache.Encoding, **changes: object) -> logit
         (logitcache.Dense(), logitcache.DenseTargets),
         (logitcache.TopK(k=5), logitcache.SparseTargets),
         (logitcache.Sampled(draws=9), logitcache.SparseTargets),
+        (logitcache.Sampled(draws=9, packed=True), logitcache.SparseTargets),
+        (logitcache.PackedTopK(k=5, most=8, prior=True), logitcache.SparseTargets),
         (logitcache.LowRank(rank=6, k=1), FactoredTargets),
         (logitcache.TopLowRank(rank=6, k=2), FactoredTargets),
     ],

@@ -23,6 +23,8 @@ ENCODINGS = [
     logitcache.Dense(dtype="uint8"),
     logitcache.TopK(k=5),
     logitcache.Sampled(draws=50),
+    logitcache.Sampled(draws=50, packed=True),
+    logitcache.PackedTopK(k=5),
     logitcache.LowRank(rank=8, k=4),
 ]
 

@@ -598,6 +598,8 @@ DIGESTS = {
     "format-1": "0b341abd1ddded030fa4e221eeb0d8662f9441bd4feafeeda62c9f605743b3f9",
     "format-2": "145b7eb8d9327ca237f007453c3d0fb190a45c1c8e98ff3818690b5ba0640371",
     "format-2-by-view": "145b7eb8d9327ca237f007453c3d0fb190a45c1c8e98ff3818690b5ba0640371",
+    "format-2-packedtopk": "7e6d2717debd6b69534bc8cecf6c7836a33a82eb38a762b2bec725b7b96a5c47",
+    "format-2-sampled": "e20aa4970396ff5f0deaa292cac87e3ae09b793aded8aa724675ac10defb3f03",
     "format-2-toplowrank": "3b6c7c79d8ff9eda3458f92cc99085fb7fbb5732b1feb471e1dd84becbd0927d",
     "format-2-sequences": "3ba4377d02e04583b1618b8c40ea860f82fb06b9f64e0f5d00fde018308b94de",
 }

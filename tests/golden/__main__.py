@@ -1,5 +1,5 @@
-"""Write the golden caches of the current format version, each once, when it is new: of samples, of sequences,
-of samples with another encoding, and of samples with receipts by view.
+"""Write the golden caches of the current format version, each once, when it is new: of samples, of sequences, of
+samples with receipts by view, and of encodings with arrays of their own.
 
 python -m tests.golden
 """
@@ -15,6 +15,12 @@ from logitcache.cache.manifest import FORMAT_VERSION
 
 HERE = Path(__file__).parent
 VIEWS, SAMPLES, CLASSES = 2, 12, 40
+LOW_RANK = logitcache.LowRank(rank=8, k=1)
+ENCODINGS = {
+    "packedtopk": logitcache.PackedTopK(k=6, most=12, prior=True),
+    "sampled": logitcache.Sampled(draws=20, packed=True),
+    "toplowrank": logitcache.TopLowRank(rank=5, k=3),
+}
 COUNTS = [3, 0, 1, 5, 2, 1]
 """Rows of each sequence, as many as there are samples in the other cache."""
 
@@ -22,15 +28,15 @@ COUNTS = [3, 0, 1, 5, 2, 1]
 def main() -> None:
     creation.provenance = dict  # type: ignore[assignment]  # no machine's name or path in a file that is kept
     written = [write(f"format-{FORMAT_VERSION}.cache"), write(f"format-{FORMAT_VERSION}-sequences.cache", COUNTS)]
-    top_low_rank = logitcache.TopLowRank(rank=5, k=3)
-    written.append(write(f"format-{FORMAT_VERSION}-toplowrank.cache", encoding=top_low_rank))
+    for named, encoding in ENCODINGS.items():
+        written.append(write(f"format-{FORMAT_VERSION}-{named}.cache", encoding=encoding))
     receipts.GATHERED_RECEIPTS = 0
     written.append(write(f"format-{FORMAT_VERSION}-by-view.cache"))
     if not any(written):
         raise SystemExit("the caches are there already; a format that was published is not written again")
 
 
-def write(name: str, rows_per_sample: list[int] | None = None, encoding: logitcache.Encoding | None = None) -> bool:
+def write(name: str, rows_per_sample: list[int] | None = None, *, encoding: logitcache.Encoding = LOW_RANK) -> bool:
     """Write a cache and its logits, unless it is there."""
     path = HERE / name
     if path.exists():
@@ -39,7 +45,6 @@ def write(name: str, rows_per_sample: list[int] | None = None, encoding: logitca
     factors = torch.randn(6, CLASSES, generator=generator)
     logits = torch.randn(VIEWS, SAMPLES, 6, generator=generator) @ factors
     calibration = torch.randn(200, 6, generator=generator) @ factors
-    encoding = encoding or logitcache.LowRank(rank=8, k=1)
     num_samples = SAMPLES if rows_per_sample is None else len(rows_per_sample)
     settings = {"num_samples": num_samples, "num_classes": CLASSES, "num_views": VIEWS, "rows_per_block": 8}
     settings |= {"rows_per_sample": rows_per_sample}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +152,16 @@ def plain_loop(location: Path) -> tuple[dict[str, Any], list[list[int]]]:
     return weights(student), steps
 
 
+def test_the_example_distils(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(CHECKOUT / "examples" / "lightning_distillation.py"))
+    [accuracy] = re.findall(r"^student: ([\d.]+)%$", capsys.readouterr().out, re.MULTILINE)
+
+    assert float(accuracy) > 75
+
+
 @pytest.mark.parametrize("workers", [0, 2], ids=["no worker", "persistent workers"])
 def test_the_weights_are_those_of_the_plain_loop(location: Path, workers: int) -> None:
     options = {"num_workers": workers, "persistent_workers": workers > 0}
@@ -177,8 +189,7 @@ def interrupted(
 
 @pytest.mark.parametrize("workers", [0, 1], ids=["no worker", "a persistent worker"])
 @pytest.mark.parametrize(
-    ("checkpoint", "done"),
-    [("step=2", 2), ("step=7", 7), ("step=12", 12), ("step=17", 17), ("end-epoch=0", 4), ("end-epoch=3", 16)],
+    ("checkpoint", "done"), [("step=2", 2), ("step=7", 7), ("step=12", 12), ("end-epoch=0", 4), ("end-epoch=3", 16)]
 )
 def test_a_resumed_run_goes_on_with_the_next_batch(
     location: Path, interrupted: tuple[Path, dict[str, Any], list[list[int]]], checkpoint: str, done: int, workers: int
@@ -197,6 +208,18 @@ def test_another_batch_size_can_not_go_on_within_an_epoch(
 ) -> None:
     with pytest.raises(IdentityMismatch, match="batch_size: 16 there, 8 here"):
         fit(location, resume=interrupted[0] / "step=2.ckpt", loader={"batch_size": 8})
+
+
+def test_with_max_steps_a_resumed_run_leaves_out_no_view(
+    location: Path, interrupted: tuple[Path, dict[str, Any], list[list[int]]]
+) -> None:
+    """Lightning 2.6 leaves out the epoch after a checkpoint from the end of an epoch."""
+    folder, trained, steps = interrupted
+    with pytest.raises(UsageError, match="set max_epochs instead"):
+        fit(location, resume=folder / "end-epoch=0.ckpt", max_steps=EPOCHS * STEPS)
+    student, resumed = fit(location, resume=folder / "step=7.ckpt", max_steps=EPOCHS * STEPS)
+
+    assert (trained, steps[7:]) == (weights(student), resumed)
 
 
 def test_another_plan_or_dataset_is_refused_before_training(location: Path) -> None:

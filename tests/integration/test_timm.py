@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
+import re
+import runpy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +42,13 @@ from logitcache.integrations.timm import (  # noqa: E402
 SAMPLES, VIEWS, BATCH, EPOCHS = 50, 3, 16, 4
 STEPS = SAMPLES // BATCH
 SIZE: dict[str, Any] = {"input_size": (1, 16, 16), "mean": (0.3,), "std": (0.35,)}
-AUGMENTATION: dict[str, Any] = {"scale": (0.6, 1.0), "hflip": 0.5, "color_jitter": None, "auto_augment": "rand-m5-n1"}
+AUGMENTATION: dict[str, Any] = {
+    "scale": (0.6, 1.0),
+    "hflip": 0.5,
+    "color_jitter": None,
+    "auto_augment": "rand-m5-n1",
+    "interpolation": "random",
+}
 OPTIONS: dict[str, Any] = {"batch_size": BATCH, "is_training": True, "num_workers": 0, "device": torch.device("cpu")}
 MIXUP: dict[str, Any] = {
     "mixup_alpha": 0.4,
@@ -201,6 +211,19 @@ def test_the_weights_are_those_of_the_plain_loop_also_after_a_resume(
     assert (expected, steps[2 * STEPS :]) == run(resume=str(tmp_path / "checkpoint-1.pth.tar"))
     views = [int(logitcache.split_index(step)[0][0]) for step in steps]
     assert [epoch % VIEWS for epoch in range(EPOCHS) for _ in range(STEPS)] == views
+
+
+def test_the_example_distils(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # timm leaves the files of images to the garbage collector
+        runpy.run_path(str(Path(__file__).parents[2] / "examples" / "timm_distillation.py"))
+        gc.collect()
+    [accuracy] = re.findall(r"^student: ([\d.]+) %$", capsys.readouterr().out, re.MULTILINE)
+
+    assert float(accuracy) > 60
 
 
 def test_a_pipeline_may_describe_the_same_views_in_another_way(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Entries of a serving engine become rows of `TopK`."""
+"""Entries of a serving engine become rows of `TopK` and `PackedTopK`."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logitcache import Dense, LowRank, TopK
+from logitcache import Dense, LowRank, PackedTopK, TopK
 from logitcache.errors import InvalidLogits, ShapeError, UsageError
 from logitcache.testing import teacher_like
 
@@ -25,7 +25,7 @@ def row(*entries: tuple[int, float]) -> tuple[Tensor, Tensor]:
     )
 
 
-def decoded(encoding: TopK, ids: Tensor, log_probs: Tensor, classes: int = CLASSES) -> Tensor:
+def decoded(encoding: TopK | PackedTopK, ids: Tensor, log_probs: Tensor, classes: int = CLASSES) -> Tensor:
     """Probabilities."""
     encoded = encoding.encode_sparse(ids, log_probs, classes)
     for name, spec in encoding.arrays(classes).items():
@@ -72,6 +72,8 @@ def test_the_mass_that_entries_lack_becomes_the_tail(entries: list[tuple[int, fl
 
     found = decoded(TopK(k=k, dtype=dtype), *row(*entries))
     torch.testing.assert_close(found, expected(masses, k), atol=1e-6 if exact else 5e-3, rtol=1e-3 if exact else 6e-2)
+    packed = decoded(PackedTopK(k=k, step=0.1), *row(*entries))
+    torch.testing.assert_close(packed, expected(masses, k), atol=5e-3, rtol=0.1)
 
 
 @given(
@@ -88,6 +90,8 @@ def test_any_entries_decode_to_their_distribution(ids: list[list[int]], k: int, 
 
     wanted = torch.cat([expected({i: float(p[i]) for i in each if i >= 0}, k) for each in ids])
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-3)
+    packed = decoded(PackedTopK(k=k, step=0.1), torch.tensor(ids), log_probs)
+    torch.testing.assert_close(packed, wanted, atol=1e-2, rtol=0.1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
@@ -152,6 +156,8 @@ def test_no_rows_are_encoded_to_no_rows() -> None:
     assert {"ids": (0, 3), "values": (0, 3), "tail": (0,)} == {
         name: tuple(each.shape) for name, each in encoded.items()
     }
+    packed = PackedTopK(k=3).encode_sparse(torch.zeros(0, 5, dtype=torch.int64), torch.zeros(0, 5), CLASSES)
+    assert (0, CLASSES) == tuple(PackedTopK(k=3).decode(packed, CLASSES).shape)
 
 
 @pytest.mark.parametrize("encoding", [Dense(), LowRank(rank=3)], ids=lambda each: each.name)

@@ -19,7 +19,7 @@ from logitcache.cache.writer import CacheWriter
 from logitcache.data.samples import SampleTable
 from logitcache.data.tokens import NO_CLASS
 from logitcache.digest import sha256_hex
-from logitcache.encodings import Auto, Dense, Encoding, TopK, encoding_or_auto
+from logitcache.encodings import Auto, Dense, Encoding, PackedTopK, TopK, encoding_or_auto
 from logitcache.errors import InvalidLogits, SampleMismatch, UsageError
 from logitcache.extras.interchange.arrays import NumpyArrays
 from logitcache.extras.interchange.axolotl import Axolotl
@@ -233,10 +233,10 @@ def _order(keys: Any, samples: SampleTable) -> np.ndarray:
 def _encoding(importer: Importer, encoding: Any) -> Encoding | Auto:
     if encoding is not None:
         chosen = encoding_or_auto(encoding)
-        if importer.k is not None and not isinstance(chosen, TopK):
+        if importer.k is not None and not isinstance(chosen, PackedTopK | TopK):
             raise UsageError(
-                f"{importer.tool} stores at most {importer.k} classes of each row, which needs the encoding TopK, not "
-                f"{chosen.name}"
+                f"{importer.tool} stores at most {importer.k} classes of each row, which needs the encoding TopK or "
+                f"PackedTopK, not {chosen.name}"
             )
         return chosen
     if importer.k is None:
