@@ -36,7 +36,7 @@ Epochs = tuple[Callable[[], object], Callable[[], object]]
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--only", choices=list(TOOLS), help="one of the tools")
+    parser.add_argument("--only", choices=list(TOOLS), nargs="+", help="some of the tools")
     parser.add_argument("--pairs", type=int, default=9, help="pairs of epochs")
     parser.add_argument("--samples", type=int, default=2000, help="images, or texts")
     arguments = parse(parser, pairs=1, samples=32)
@@ -45,7 +45,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows, about = [], conditions()
     print(about, flush=True)
-    for name in [arguments.only] if arguments.only else TOOLS:
+    for name in arguments.only or TOOLS:
         wall, cpu = ratios(*TOOLS[name](fresh_folder(), arguments.samples), pairs=arguments.pairs)
         rows.append([f"`{name}`", cpu.quartiles, wall.quartiles, f"{cpu.median:.2f} s"])
         print(table(HEADER, rows[-1:]), flush=True)
@@ -119,7 +119,7 @@ def trainer_images(folder: Path, samples: int) -> Epochs:
     from logitcache.integrations.huggingface import DistillationTrainer
 
     def net() -> torch.nn.Module:
-        sizes = {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [1, 1], "layer_type": "basic"}
+        sizes = {"embedding_size": 64, "hidden_sizes": [64, 128], "depths": [2, 2], "layer_type": "basic"}
         return ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=CLASSES, **sizes))
 
     dataset = images(samples)
@@ -228,7 +228,7 @@ def lightning(folder: Path, samples: int) -> Epochs:
 
 
 def timm(folder: Path, samples: int) -> Epochs:
-    """A RepVGG net with `CachedLogitDistillationTask` and `ClassificationTask`, each with its loader."""
+    """A ResNet with `CachedLogitDistillationTask` and `ClassificationTask`, each with its loader."""
     from timm.data import create_loader
     from timm.optim import create_optimizer_v2
     from timm.task import ClassificationTask
@@ -277,7 +277,7 @@ def timm(folder: Path, samples: int) -> Epochs:
 def timm_net() -> torch.nn.Module:
     from timm import create_model
 
-    return create_model("test_byobnet", in_chans=1, num_classes=CLASSES, output_stride=8)
+    return create_model("resnet10t", in_chans=1, num_classes=CLASSES)
 
 
 TOOLS: dict[str, Callable[[Path, int], Epochs]] = {

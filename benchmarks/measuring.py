@@ -116,9 +116,14 @@ def conditions() -> str:
         "load before": f"{os.getloadavg()[0]:.2f} (mean over a minute)",
         "versions": versions(),
         "commit": commit(),
-        "command": f"`{' '.join(['python', *sys.argv])}`",
+        "command": f"`{' '.join(['python', *map(_portable, sys.argv)])}`",
     }
     return "\n".join(f"- {name}: {text}" for name, text in lines.items())
+
+
+def _portable(argument: str) -> str:
+    """An argument of the command line; of an absolute path only the name, since it means nothing elsewhere."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 @dataclass(frozen=True)

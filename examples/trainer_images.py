@@ -21,7 +21,7 @@ folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/trainer_images")
 images, classes = load_digits(return_X_y=True)
 pictures = [fromarray((image.reshape(8, 8) * 15).astype("uint8")) for image in images]
 columns = {"image": pictures, "label": classes, "id": [f"digit-{number}" for number in range(len(pictures))]}
-split = Dataset.from_dict(columns).cast_column("image", Image()).train_test_split(test_size=400, seed=0)
+split = Dataset.from_dict(columns).cast_column("image", Image()).train_test_split(test_size=900, seed=0)
 train, test = (image_dataset(split[name], image="image", label="label", key="id") for name in ("train", "test"))
 
 

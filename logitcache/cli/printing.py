@@ -153,6 +153,7 @@ def plan_summary(plan: Any) -> dict[str, Any]:
         "rows_per_second": plan.rows_per_second,
         "output_bytes": plan.output_bytes,
         "hours": plan.hours,
+        "live_passes": plan.live_passes,
     }
 
 
@@ -178,6 +179,12 @@ def print_plan(plan: Any) -> None:
         say(
             f"Estimated time of cache-teacher: {timedelta(seconds=round(3600 * plan.hours))} "
             f"({plan.num_views} views of {plan.rows_per_view:,} {unit}s at {plan.rows_per_second:,.0f} {unit}s/s)."
+        )
+    if plan.live_passes is not None:
+        say(
+            f"Passes of the teacher over the data: {plan.num_views:,} for the cache. A live teacher needs one for each "
+            f"epoch of each student and seed, {plan.live_passes:,.4g} for the students of this pipeline, so the cache "
+            f"saves time from {plan.num_views + 1:,} such epochs on."
         )
     say(f'Recommended: cache.encoding="{spelled(plan.recommended.encoding)}"')
 

@@ -213,6 +213,11 @@ class Distillation:
         memory_budget: int = RESIDENT_BYTES,
         **options: Any,
     ) -> None:
+        if hasattr(train_dataset, "column_names"):
+            raise UsageError(
+                f"the training data has the columns {', '.join(train_dataset.column_names)}; expected items (input, "
+                "label), as image_dataset(split), audio_dataset(split) or text_dataset(split, tokenizer) make them"
+            )
         views = matched_views(cache, train_dataset, plan, preprocess=preprocess)
         self._views = ViewDataset(labelled(views.dataset), views.plan, preprocess=views.preprocess, rows=views.rows)
         self._rows = sequence_rows(self._views)

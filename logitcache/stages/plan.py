@@ -13,7 +13,14 @@ from logitcache.cache.fidelity import Calibration, Fidelity, candidates, choose,
 from logitcache.cache.layout import encode_block
 from logitcache.cache.outputs import Output
 from logitcache.catalog.outputs import declared_outputs, taps_of
-from logitcache.config.build import build_context, build_runner, resolve_data, resolve_plan, resolve_teacher
+from logitcache.config.build import (
+    build_context,
+    build_runner,
+    resolve_data,
+    resolve_loss,
+    resolve_plan,
+    resolve_teacher,
+)
 from logitcache.config.schema import Pipeline
 from logitcache.data.views import ViewDataset
 from logitcache.encodings import Auto, encoding_or_auto
@@ -41,6 +48,9 @@ class Plan:
     """Speed of rendering and teacher together, measured on the calibration rows."""
     output_bytes: dict[str, float] = field(default_factory=dict)
     """Bytes per row of each output beside the logits, as encoded by the pipeline."""
+    live_passes: float | None = None
+    """How often a live teacher would run over the data: the epochs of all students that learn from the cache, with each
+    seed. The cache needs `num_views` passes."""
 
     @property
     def hours(self) -> float | None:
@@ -98,7 +108,18 @@ def plan_pipeline(
         num_views=pipeline.views.count,
         rows_per_second=rate,
         output_bytes=output_bytes,
+        live_passes=live_passes(pipeline, trust=trust),
     )
+
+
+def live_passes(pipeline: Pipeline, *, trust: bool) -> float:
+    """How often a live teacher would run over the data for the students of a pipeline that learn from the cache."""
+    passes = 0.0
+    for student in pipeline.students:
+        if student.labels == "cache" and (student.hints or resolve_loss(student, trust=trust).needs_teacher):
+            config = pipeline.train_config(student)
+            passes += student.samples * config.epochs * len(config.seeds)
+    return passes
 
 
 def measure_outputs(runner: TeacherRunner, views: ViewDataset, outputs: Mapping[str, Output]) -> dict[str, float]:

@@ -46,7 +46,7 @@ def digits(count: int = SAMPLES) -> list[tuple[torch.Tensor, int]]:
     return list(zip(images, classes[:count].tolist(), strict=True))
 
 
-def plan(degrees: float = 10) -> logitcache.ViewPlan:
+def plan(degrees: float = 45) -> logitcache.ViewPlan:
     return logitcache.ViewPlan(transform=v2.RandomAffine(degrees=degrees), seed=0)
 
 
@@ -237,16 +237,23 @@ def test_another_plan_or_dataset_is_refused_before_training(location: Path) -> N
         distill.loader(digits(), batch_size=BATCH, sampler=range(3))
 
 
-def test_inputs_that_a_hook_changes_are_refused_before_the_first_step(location: Path) -> None:
+@pytest.mark.parametrize("kind", ["normalised", "another view"])
+def test_inputs_that_a_hook_changes_are_refused_before_the_first_step(location: Path, kind: str) -> None:
+    distill = DistillFromCache(logitcache.open(location), plan())
+    loader = distill.loader(digits(), batch_size=BATCH)
+
     class Changed(Student):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-            return (batch[0] * 2 - 1, *batch[1:]) if self.trainer.training else batch
+            if kind == "normalised":
+                return (batch[0] * 2 - 1, *batch[1:])
+            rows = logitcache.split_index(loader.index)[1].tolist()
+            return (loader.labels.views.batch([(1, row) for row in rows]), *batch[1:])
 
-    distill, student = DistillFromCache(logitcache.open(location), plan()), Changed()
+    student = Changed()
     before = weights(student)
 
     with pytest.raises(IdentityMismatch, match="is not view 0 as it is rendered here"):
-        trainer(distill).fit(student, distill.loader(digits(), batch_size=BATCH))
+        trainer(distill).fit(student, loader)
     assert before == weights(student)
 
 
@@ -294,8 +301,8 @@ def train_on_a_rank(location: Path, folder: Path) -> None:
     """Two epochs, and the same from a checkpoint after the first step."""
     checkpoints = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
     for run, resume in (("whole", None), ("resumed", folder / "step=1.ckpt")):
-        options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "max_epochs": 2, "enable_checkpointing": True}
         kept = [checkpoints] if resume is None else []
+        options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "max_epochs": 2, "enable_checkpointing": bool(kept)}
         student, steps = fit(location, *kept, resume=resume, **options)
         result = json.dumps({"steps": steps, "weights": weights(student)})
         (folder / f"{run}-{os.environ['RANK']}.json").write_text(result)

@@ -7,6 +7,7 @@ import functools
 import gc
 import re
 import runpy
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -118,17 +119,50 @@ def weights(model: torch.nn.Module) -> dict[str, Any]:
     return {name: values.tolist() for name, values in model.state_dict().items()}
 
 
+def recipe() -> list[str]:
+    """The changed lines of train.py in the guide, with their signs."""
+    guide = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+    [diff] = re.findall(r"^```diff\n(.*?)^```", guide.partition("## timm")[2], re.MULTILINE | re.DOTALL)
+    return [line for line in diff.splitlines() if line.startswith(("+", "-"))]
+
+
+def test_the_recipe_changes_few_lines() -> None:
+    assert len(recipe()) <= 15
+
+
+def added_lines(first: str, *, before: str) -> str:
+    """Lines that the recipe adds, from one to before another."""
+    added = [line[1:] for line in recipe() if line.startswith("+")]
+    stripped = [line.strip() for line in added]
+    start = next(number for number, line in enumerate(stripped) if line.startswith(first))
+    stop = next(number for number, line in enumerate(stripped) if number > start and line.startswith(before))
+    return textwrap.dedent("\n".join(added[start:stop]))
+
+
 def train_script(
     location: Path, folder: Path, *, resume: str = "", prefetcher: bool = True, mixup_args: dict[str, Any] | None = None
 ) -> tuple[dict[str, Any], list[list[int]]]:
     """The structure of timm's train.py with the changes of the guide; weights, and view and row of each step."""
     device = torch.device("cpu")
     model = student()
-    loader_train = loader_of(location, use_prefetcher=prefetcher, mixup_args=mixup_args or {})
-    train_loss_fn = SoftTargetCrossEntropy() if mixup_args else torch.nn.CrossEntropyLoss()
-    task = CachedLogitDistillationTask(
-        model, loader_train, train_loss_fn, task_loss_weight=0.3, temperature=2.0, device=device, verbose=False
-    )
+    here: dict[str, Any] = {
+        "args": argparse.Namespace(
+            kd_cache=str(location), seed=0, distill_loss_weight=None, task_loss_weight=0.3, kd_temperature=2.0
+        ),
+        "mixup_args": mixup_args or {},
+        "train_loss_fn": SoftTargetCrossEntropy() if mixup_args else torch.nn.CrossEntropyLoss(),
+        "model": model,
+        "device": device,
+        "model_dtype": None,
+        "partial": functools.partial,
+        "create_cached_loader": create_cached_loader,
+        "CachedLogitDistillationTask": CachedLogitDistillationTask,
+    }
+    exec(added_lines("cached_loader =", before="loader_train ="), here)
+    loader_train = here["cached_loader"](Digits(), **SIZE, **AUGMENTATION, **OPTIONS, use_prefetcher=prefetcher)
+    here["loader_train"] = loader_train
+    exec(added_lines("if args.kd_cache:", before="elif args.kd_model_name"), here)
+    task = here["task"]
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt="adamw", lr=1e-2)
     resume_epoch = resume_task_checkpoint(task, resume, optimizer=optimizer, log_info=False) if resume else 0
     saver = CheckpointSaver(
@@ -310,6 +344,9 @@ def test_mixing_in_the_loop_and_other_loaders_are_refused(location: Path) -> Non
         Mixup(mixup_alpha=0.2, num_classes=10)(images.clone(), target)
     with pytest.raises(IdentityMismatch, match="is not view 0 as it is rendered here"):
         task(images.flip(3), target)
+    rows = logitcache.split_index(target.index)[1].tolist()
+    with pytest.raises(IdentityMismatch, match="is not view 0 as it is rendered here"):
+        task(loader.dataset.batch([(1, row) for row in rows]), target)
     with pytest.raises(UsageError, match="expected the targets of create_cached_loader"):
         task(images, target.target)
     digits = Digits()

@@ -544,6 +544,9 @@ def test_the_programs_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.Monke
         run = DistillationTrainer(model(kind, **sizes), settings(tmp_path), train_dataset=found["train"], cache=cache)
         assert run.train().metrics["train_loss"] > 0
 
+    with pytest.raises(UsageError, match="the training data has the columns text, label; expected items"):
+        DistillationTrainer(model("bert"), settings(tmp_path), train_dataset=split["train"], cache=cache)
+
     pictures = {"image": [image for image, _ in drawn()], "label": [label for _, label in drawn()]}
     pictures |= {"id": [str(number) for number in range(20)]}
     images = Dataset.from_dict(pictures).cast_column("image", Image())

@@ -19,7 +19,7 @@ from logitcache.encodings import Dense, Encoding, LowRank, PackedTopK, Sampled, 
 from logitcache.errors import InvalidLogits, LogitCacheError, UsageError
 from logitcache.extras.plan_plot import pareto_front, plot
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.plan import plan_logits, plan_pipeline, read_logits
+from logitcache.stages.plan import live_passes, plan_logits, plan_pipeline, read_logits
 from tests.needs import need_package
 
 
@@ -166,6 +166,12 @@ def test_a_pipeline_is_planned_by_its_teacher(tiny: Callable[..., Pipeline]) -> 
     assert (500, 10, 2) == (plan.num_rows, plan.num_classes, plan.num_views)
     assert plan.hours is not None
     assert plan.hours > 0
+
+
+def test_a_plan_counts_the_passes_of_a_live_teacher(tiny: Callable[..., Pipeline]) -> None:
+    pipeline = tiny("train.epochs=10", "train.seeds=[0,1,2]", "students.small.samples=0.5")
+
+    assert 15 == live_passes(pipeline, trust=False), "the other student learns from true labels"
 
 
 def test_auto_in_a_pipeline_chooses_builds_and_goes_on(tiny: Callable[..., Pipeline]) -> None:
