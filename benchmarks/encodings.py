@@ -28,7 +28,7 @@ from torch import Tensor
 import logitcache
 from logitcache.cache.fidelity import encode_all, fidelity_kl
 from logitcache.cache.labelview import ResidentView
-from logitcache.encodings import Dense, Encoding, LowRank, Sampled, TopK
+from logitcache.encodings import Dense, Encoding, LowRank, Sampled, TopK, encoding_from_config
 
 # B batch, C classes
 
@@ -39,6 +39,7 @@ ENCODINGS: list[Encoding] = [
     LowRank(rank=256, step=0.15, bit_price=5e-4),
     LowRank(rank=256, step=0.11, bit_price=3e-4),
     LowRank(),
+    LowRank(rank=288, k=0, step=0.078, bit_price=1.2e-4),
     LowRank(rank=256, k=0, step=0.16, bit_price=4e-4, search=8),
     LowRank(rank=320, k=0, step=0.082, bit_price=2e-4, search=12),
     LowRank(rank=384, step=0.05, bit_price=3e-5),
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--logits", type=Path, help="a .npz file; random ones in a tiny run")
     parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3, 4], help="0 was looked at in development")
     parser.add_argument("--only", choices=["fidelity", "gather"])
+    parser.add_argument("--encodings", nargs="+", help="these instead of the list, such as 'LowRank()'; without peers")
     parser.add_argument("--resident-rows", type=int, default=1_280_000, help="of the view that batches are read from")
     parser.add_argument("--gathers", type=int, default=200, help="batches that are read from it")
     arguments = parse(parser, folds=[1], resident_rows=2048, gathers=3)
@@ -70,12 +72,14 @@ def main() -> None:
     data = tiny_logits() if arguments.logits is None else np.load(arguments.logits)
     logits, photos = data["logits"].astype(np.float32), data["photo"]
     # A basis has fewer vectors than there are rows to fit it to.
-    encodings = [replace(each, rank=8) if arguments.tiny and isinstance(each, LowRank) else each for each in ENCODINGS]
+    chosen = ENCODINGS if arguments.encodings is None else list(map(encoding_from_config, arguments.encodings))
+    encodings = [replace(each, rank=8) if arguments.tiny and isinstance(each, LowRank) else each for each in chosen]
+    peers = PEERS if arguments.encodings is None else []
     print(sections[-1], flush=True)
     if arguments.only != "gather":
-        results = fidelity_results(encodings, logits, photos, arguments.folds)
+        results = fidelity_results(encodings, peers, logits, photos, arguments.folds)
         sections.append(fidelity_section(results, arguments.folds, photos))
-        if arguments.write:
+        if arguments.write and arguments.encodings is None:
             plot(results, result_path("encodings", "png", device=torch.device("cpu")))
         print(f"\n{sections[-1]}", flush=True)
     if arguments.only != "fidelity":
@@ -109,7 +113,11 @@ def tiny_logits() -> dict[str, np.ndarray]:
 
 
 def fidelity_results(
-    encodings: Sequence[Encoding], logits: np.ndarray, photos: np.ndarray, folds: Sequence[int]
+    encodings: Sequence[Encoding],
+    peers: Sequence[PeerFormat],
+    logits: np.ndarray,
+    photos: np.ndarray,
+    folds: Sequence[int],
 ) -> dict[str, list[Result]]:
     """Every format on every fold, by name."""
     results: dict[str, list[Result]] = {}
@@ -118,7 +126,7 @@ def fidelity_results(
         for encoding in encodings:
             result = measure_ours(encoding, logits[~held_out], logits[held_out])
             results.setdefault(result.name, []).append(result)
-        for peer in PEERS:
+        for peer in peers:
             results.setdefault(peer.name, []).append(measure_peer(peer, logits[held_out]))
         print(f"fold {fold} done", flush=True)
     return results
