@@ -176,6 +176,13 @@ def labelled(dataset: Dataset) -> Dataset:
     return dataset if rows_of_dataset(dataset).one_each else TokenLabels(dataset)
 
 
+def _without_effect() -> UsageError:
+    return UsageError(
+        "label_smoothing_factor and compute_loss_func have no effect on the loss of teacher and student; pass loss=, "
+        "such as a Weighted sum with CrossEntropy(label_smoothing=0.1)"
+    )
+
+
 class _Epochs(TrainerCallback):  # type: ignore[misc]
     """Sets the sampler's epoch where training starts or resumes.
 
@@ -218,6 +225,9 @@ class Distillation:
                 f"the training data has the columns {', '.join(train_dataset.column_names)}; expected items (input, "
                 "label), as image_dataset(split), audio_dataset(split) or text_dataset(split, tokenizer) make them"
             )
+        given = options.get("args", arguments[1] if len(arguments) > 1 else None)
+        if getattr(given, "label_smoothing_factor", 0):  # `Trainer` itself fails on it with modules that have no config
+            raise _without_effect()
         views = matched_views(cache, train_dataset, plan, preprocess=preprocess)
         self._views = ViewDataset(labelled(views.dataset), views.plan, preprocess=views.preprocess, rows=views.rows)
         self._rows = sequence_rows(self._views)
@@ -262,11 +272,8 @@ class Distillation:
                 f"train_sampling_strategy is {self.args.train_sampling_strategy!r}; expected 'random' or 'sequential', "
                 "because a sampler of views chooses the samples"
             )
-        if self.args.label_smoothing_factor or self.compute_loss_func is not None:
-            raise UsageError(
-                "label_smoothing_factor and compute_loss_func have no effect on the loss of teacher and student; pass "
-                "loss=, such as a Weighted sum with CrossEntropy(label_smoothing=0.1)"
-            )
+        if self.compute_loss_func is not None:
+            raise _without_effect()
 
     def _dataset_for_setup(self) -> Any:
         """The training dataset that `__init__` of the other base class gets."""

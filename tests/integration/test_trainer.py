@@ -279,6 +279,8 @@ def test_an_open_cache_and_a_head_of_another_size_are_refused(pictures: Any, tmp
     with pytest.raises(UsageError, match="label_smoothing_factor and compute_loss_func have no effect on the loss"):
         smoothed = settings(tmp_path, label_smoothing_factor=0.1)
         trainer(vit(10), tmp_path, Pictures(), pictures, smoothed, plan=plan())
+    with pytest.raises(UsageError, match="label_smoothing_factor and compute_loss_func have no effect on the loss"):
+        trainer(nn.Linear(3, 10), tmp_path, Pictures(), pictures, smoothed, plan=plan())
 
 
 def test_a_part_in_another_order_is_matched_by_key(pictures: Any, tmp_path: Path) -> None:
