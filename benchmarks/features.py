@@ -36,7 +36,7 @@ from pipelines.foolbox20 import efficientnet_lite0
 # M rows, D values, G groups of values, K centroids
 
 ERRORS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
-GROUPS = (16, 32, 64, 144, 288)
+GROUPS = (16, 32, 64, 144)
 CENTROIDS = 256
 ROUNDS = 12
 """Of k-means."""
@@ -50,12 +50,14 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=4, help="crops of each photo")
     parser.add_argument("--rows", type=int, default=10_240, help="hidden states at most")
     arguments = parse(parser, rows=600)
-    if not arguments.tiny and None in (arguments.states, arguments.photos):
-        parser.error("name the inputs: --states FILE.npz --photos FOLDER")
+    if not arguments.tiny and arguments.states is None and arguments.photos is None:
+        parser.error("name one input or both: --states FILE.npz --photos FOLDER")
     torch.set_num_threads(num_cores())
     sections = ["# Encodings of features", conditions()]
     print(sections[-1], flush=True)
-    sources = [hidden_states(arguments.states, arguments.rows)]
+    sources = []
+    if arguments.states is not None or arguments.tiny:
+        sources.append(hidden_states(arguments.states, arguments.rows))
     if arguments.photos is not None:
         sources.append(pooled_features(arguments.photos, arguments.limit, arguments.views))
     for name, rows_MD, groups in sources:

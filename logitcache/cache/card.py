@@ -260,6 +260,9 @@ def _fidelity(cache: LogitCache) -> str:
             f"KL(teacher ‖ cache) of the logits at T = 1, measured on every row at writing: mean {cache.kl_mean:.2g} "
             f"nats, largest {largest:.2g} nats."
         )
+        if cache.contents.kl_at:
+            at = " and ".join(f"{nats:.2g} nats at T = {T}" for T, nats in sorted(cache.contents.kl_at.items()))
+            lines.append(f"At higher temperatures, measured on some rows: mean {at}, without the factor T².")
         if _parts(cache):
             lines.append("Here the teacher is the mean of the labels in the merged caches.")
     if measured < num_blocks:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from logitcache.cache.layout import encode_block, encode_per_cache
 from logitcache.encodings import Auto, Dense, Encoding, LowRank, Sampled, TopK
+from logitcache.encodings.largest import MANY_CLASSES
 from logitcache.encodings.protocol import float_tensor
 from logitcache.errors import UsageError
 from logitcache.losses import kl_divergence
+from logitcache.targets import SparseTargets, Targets
 
 # B batch, C classes, M calibration rows
 
@@ -127,6 +129,27 @@ def fidelity_kl(decoded_BC: Tensor, teacher_BC: Tensor, temperature: float = 1.0
     impossible_BC = (decoded_BC == -torch.inf) & ((teacher_BC / temperature).softmax(dim=1) == 0)
     decoded_BC = decoded_BC.masked_fill(impossible_BC, MASKED)
     return kl_divergence(decoded_BC, teacher_BC, temperature=temperature).clamp(min=0) / temperature**2
+
+
+def targets_kl(targets: Targets, teacher_BC: Tensor, temperature: float = 1.0) -> Tensor:
+    """As `fidelity_kl`, of encoded rows as losses take them.
+
+    Sparse rows of many classes are not expanded on a CPU: one softmax of the teacher's rows, and with the shape of a
+    tail one product, give all sums over classes.
+    """
+    num_classes = teacher_BC.shape[1]
+    few = num_classes < MANY_CLASSES or teacher_BC.device.type != "cpu"
+    if few or not isinstance(targets, SparseTargets) or bool((targets.tail == -torch.inf).any()):
+        return fidelity_kl(targets.dense(), teacher_BC, temperature)
+    p_BC = (teacher_BC / temperature).softmax(dim=1)
+    decoded = targets.softened(temperature)
+    p_BK = p_BC.gather(1, decoded.ids.clamp(min=0)).masked_fill_(decoded.ids < 0, 0.0)
+    cross_B = torch.where(p_BK > 0, p_BK * decoded.log_probs, 0.0).sum(dim=1)
+    cross_B += (1.0 - p_BK.sum(dim=1)).clamp_(min=0.0) * decoded.log_each()
+    if decoded.tail_shape is not None:
+        cross_B += p_BC @ decoded.tail_shape - (p_BK * decoded.tail_shape[decoded.ids.clamp(min=0)]).sum(dim=1)
+    kl_B: Tensor = -torch.special.entr(p_BC).sum(dim=1) - cross_B
+    return kl_B.clamp_(min=0.0)
 
 
 MASKED = -1e30

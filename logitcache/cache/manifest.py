@@ -47,6 +47,9 @@ DTYPES = ("uint8", "uint16", "uint32", "int8", "int32", "int64", "float16", "flo
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ArrayName = Annotated[str, Field(pattern=r"^[a-z][a-z_]{0,39}$")]
 
+TemperedKL = dict[Annotated[str, Field(pattern="^[24]$")], Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+"""Divergences in nats, by temperature."""
+
 ROW_OFFSETS = "row_offsets"
 """Per-cache array: the first row of each sample, and the number of rows at the end."""
 ROW_POSITIONS = "row_positions"
@@ -222,7 +225,7 @@ class Layout(_Record):
 class Contents(_Record):
     """Sums over the receipts of a sealed cache, so that `info` doesn't need to read them."""
 
-    left_out_if_empty = ("output_bytes",)
+    left_out_if_empty = ("output_bytes", "kl_at")
 
     bytes: int = Field(ge=0)
     """Of all stored objects."""
@@ -232,6 +235,8 @@ class Contents(_Record):
     """Rows of labels, in all views."""
     kl_mean: float | None = Field(default=None, allow_inf_nan=False)
     """KL(teacher ‖ decoded) of the logits at T = 1 over all rows, in nats."""
+    kl_at: TemperedKL = {}
+    """The same at higher temperatures, over some rows."""
     output_bytes: dict[str, int] = {}
     """Of the labels, by output; empty where there are only logits."""
 
@@ -286,18 +291,24 @@ class StoredObject(_Record):
 class Receipt(_Record):
     """States that a block is complete; written after its objects."""
 
+    left_out_if_empty = ("kl_at",)
+
     rows: int = Field(ge=0)
     objects: dict[str, StoredObject]
     """By array name."""
     kl_mean: float | None = Field(allow_inf_nan=False)
     """KL(teacher ‖ decoded) of the logits at T = 1 over the block's rows, in nats."""
     kl_max: float | None = Field(allow_inf_nan=False)
+    kl_at: TemperedKL = {}
+    """KL(teacher ‖ decoded) at higher temperatures, without the factor T², over some of the block's rows."""
     inputs: dict[str, str]
     """Digest of the teacher's input, by row, for the view's proof rows in this block."""
 
 
 class ViewEntry(_Record):
     """What the index states of one view, so that totals and digest need no other object."""
+
+    left_out_if_empty = ("kl_at",)
 
     object: StoredObject
     """The view's receipts as one object; the hash of its values is the view's digest."""
@@ -311,6 +322,8 @@ class ViewEntry(_Record):
     kl_mean: float | None = Field(allow_inf_nan=False)
     """Over the measured rows."""
     kl_max: float | None = Field(allow_inf_nan=False)
+    kl_at: TemperedKL = {}
+    """Of the receipts, weighted by the rows of their blocks."""
 
 
 class ReceiptIndex(_Record):

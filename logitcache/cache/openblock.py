@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.agreement import differing, differing_rows
-from logitcache.cache.fidelity import fidelity_kl
+from logitcache.cache.fidelity import TEMPERATURES, targets_kl
 from logitcache.cache.layout import Block
 from logitcache.cache.manifest import LOGITS, Layout
 from logitcache.cache.outputs import OutputLayout
@@ -24,6 +24,12 @@ SLAB_LOGITS = 2**20
 """Logits that a CPU encodes at once (4 MB): enough to amortise small operations, few enough for its cache."""
 DEVICE_SLAB_LOGITS = 2**24
 """Logits that another device encodes at once (64 MB): enough to occupy it."""
+
+
+HIGHER_TEMPERATURES = TEMPERATURES[1:]
+"""Temperatures above 1 at which the encoding's loss is measured, on some rows."""
+STRIDE = 16
+"""One row in so many is measured at the higher temperatures, by row number."""
 
 
 class OpenBlock:
@@ -55,6 +61,9 @@ class OpenBlock:
         }
         self.kl = self._parts[LOGITS].kl
         """KL(teacher ‖ decoded) of each row's logits, in nats, float32."""
+        self.kl_at = self._parts[LOGITS].kl_at
+        """The same at `HIGHER_TEMPERATURES` for one row in `STRIDE`, float32 (temperatures, measured rows); NaN for
+        rows that came encoded."""
         self.inputs: dict[str, str] = {}
         """Digests of the teacher's inputs, by row."""
 
@@ -131,6 +140,9 @@ class _OpenRows:
             for name, spec in output.stored(layout.arrays).items()
         }
         self.kl = torch.empty(len(rows) if output.measures_kl else 0, pin_memory=self.pinned)
+        self._first_measured = -rows.start % STRIDE
+        num_measured = len(range(self._first_measured, len(self.kl), STRIDE))
+        self.kl_at = torch.full((len(HIGHER_TEMPERATURES), num_measured), math.nan, pin_memory=self.pinned)
         self.invalid = torch.zeros(len(rows), dtype=torch.bool, pin_memory=self.pinned)
         self.filled = np.zeros(len(rows), dtype=bool)
         self._kind: str | None = None
@@ -225,8 +237,21 @@ class _OpenRows:
         if self._output.measures_kl:
             # On a CPU only: on other devices the check would wait.
             if kl_B is None or (kl_B.device.type == "cpu" and bool(kl_B.isnan().any())):
-                kl_B = fidelity_kl(self._encoding.decode(encoded, self._num_classes), logits_BC)
+                kl_B = targets_kl(self._encoding.targets(encoded, self._num_classes), logits_BC)
             self.kl[span].copy_(kl_B, non_blocking=self.pinned)
+            self._measure_at_higher_temperatures(span.start, encoded, logits_BC)
+
+    def _measure_at_higher_temperatures(self, first: int, encoded: Mapping[str, Tensor], logits_BC: Tensor) -> None:
+        """Measure some of the rows; the first of them is row `first` of the block."""
+        some = slice(-(self.rows.start + first) % STRIDE, None, STRIDE)
+        few_BC = logits_BC[some]
+        if not len(few_BC):
+            return
+        targets = self._encoding.targets({name: values[some] for name, values in encoded.items()}, self._num_classes)
+        place = (first + some.start - self._first_measured) // STRIDE
+        for kl_at_B, temperature in zip(self.kl_at, HIGHER_TEMPERATURES, strict=True):
+            kl_B = targets_kl(targets, few_BC, temperature)
+            kl_at_B[place : place + len(few_BC)].copy_(kl_B, non_blocking=self.pinned)
 
     def _compare(self, first: int, written: list[int], logits_BC: Tensor) -> None:
         """Compare rows with those that were written before; `written` counts from `first`."""

@@ -191,7 +191,18 @@ def view_entry(receipts: Mapping[str, Receipt], gathered: bytes | memoryview) ->
         measured_blocks=sum(receipt.kl_max is not None for receipt in receipts.values()),
         kl_mean=sum(receipt.rows * (receipt.kl_mean or 0.0) for receipt in measured) / rows if rows else None,
         kl_max=max((receipt.kl_max for receipt in receipts.values() if receipt.kl_max is not None), default=None),
+        kl_at=mean_kl_at(receipts.values()),
     )
+
+
+def mean_kl_at(records: Iterable[Receipt | ViewEntry]) -> dict[str, float]:
+    """The divergences at higher temperatures, weighted by rows, over the records that state them."""
+    sums: dict[str, tuple[float, int]] = {}
+    for record in records:
+        for temperature, nats in record.kl_at.items():
+            total, rows = sums.get(temperature, (0.0, 0))
+            sums[temperature] = total + record.rows * nats, rows + record.rows
+    return {temperature: total / rows for temperature, (total, rows) in sums.items() if rows}
 
 
 def index_contents(per_cache: Receipt | None, entries: Iterable[ViewEntry]) -> Contents:
@@ -210,5 +221,6 @@ def index_contents(per_cache: Receipt | None, entries: Iterable[ViewEntry]) -> C
         label_bytes=label_bytes,
         rows=sum(entry.rows for entry in entries),
         kl_mean=kl / measured if measured else None,
+        kl_at=mean_kl_at(entries),
         output_bytes=output_bytes if output_bytes.keys() - {LOGITS} else {},
     )

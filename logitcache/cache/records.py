@@ -67,6 +67,7 @@ from logitcache.cache.receipts import (
     index_contents,
     is_large,
     lines_digest,
+    mean_kl_at,
     selected,
     splits_receipts,
     value_lines,
@@ -193,6 +194,7 @@ class Records:
             label_bytes=sum(output_bytes.values()),
             rows=rows,
             kl_mean=kl_mean if math.isfinite(kl_mean) else None,
+            kl_at=mean_kl_at(receipt for name, receipt in self.receipts.items() if name != PER_CACHE),
             output_bytes=output_bytes if output_bytes.keys() - {LOGITS} else {},
         )
 

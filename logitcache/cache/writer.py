@@ -46,7 +46,7 @@ from logitcache.cache.manifest import (
     read_receipt,
 )
 from logitcache.cache.objects import ObjectReader
-from logitcache.cache.openblock import OpenBlock
+from logitcache.cache.openblock import HIGHER_TEMPERATURES, OpenBlock
 from logitcache.cache.outputs import Output, OutputLayout, output_layouts, outputs_of
 from logitcache.cache.per_cache import stored_samples
 from logitcache.cache.reader import LogitCache
@@ -565,6 +565,7 @@ class CacheWriter:
                         objects,
                         kl_mean=_finite(float(kl.mean())),
                         kl_max=_finite(float(kl.max())),
+                        kl_at=_means(opened.kl_at.double()),
                         inputs=opened.inputs,
                     )
                     self.committed_blocks.append(block)
@@ -670,6 +671,7 @@ class CacheWriter:
         *,
         kl_mean: float | None = None,
         kl_max: float | None = None,
+        kl_at: Mapping[str, float] | None = None,
         inputs: Mapping[str, str] | None = None,
     ) -> Receipt:
         """Write the objects of a receipt, and the receipt last: a block without a receipt does not count."""
@@ -680,6 +682,7 @@ class CacheWriter:
             objects={array: stored for array, (_, stored) in objects.items()},
             kl_mean=kl_mean,
             kl_max=kl_max,
+            kl_at=dict(kl_at or {}),
             inputs=dict(inputs or {}),
         )
         self.storage.put(receipt_key(name), dump(receipt))
@@ -873,3 +876,9 @@ def _as_tensor(logits: Any) -> Tensor:
 def _finite(nats: float) -> float | None:
     """A divergence for a receipt; None where it is infinite, since the encoding leaves classes out."""
     return nats if math.isfinite(nats) else None
+
+
+def _means(kl_TB: Tensor) -> dict[str, float]:
+    """Mean divergences by temperature, over the measured rows; none that is infinite or of no row."""
+    means = dict(zip(map("{:g}".format, HIGHER_TEMPERATURES), kl_TB.nanmean(dim=1).tolist(), strict=True))
+    return {temperature: mean for temperature, mean in means.items() if math.isfinite(mean)}

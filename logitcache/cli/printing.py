@@ -42,6 +42,7 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         "dataset": manifest.identity.dataset,
         "views": f"{manifest.layout.first_view}:{manifest.layout.num_views}",
         "kl_mean": None if contents is None else contents.kl_mean,
+        **({} if contents is None else {f"kl_at_{temperature}": nats for temperature, nats in contents.kl_at.items()}),
         "created": created if isinstance(created, str) else None,
         **({"cut_classes": cut.classes, "cut_mass_mean": cut.mass_mean, "cut_mass_max": cut.mass_max} if cut else {}),
         **({"encoding_packages": summary.packages} if summary.packages else {}),
@@ -62,6 +63,8 @@ def print_cache(title: str, summary: dict[str, Any]) -> None:
         "bytes_per_sample": "bytes of labels per sample and view",
         "bytes_per_row": "bytes of labels per row",
         "kl_mean": "kl mean, nats",
+        "kl_at_2": "kl mean at T = 2, nats",
+        "kl_at_4": "kl mean at T = 4, nats",
         "dataset": "dataset" if repeated["dataset_name"] else "dataset hash",
     }
     shown: dict[str, Any] = {}

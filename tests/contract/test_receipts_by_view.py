@@ -75,7 +75,9 @@ def test_a_cache_with_receipts_by_view_is_the_same_cache(
     assert not whole.manifest.receipts_by_view
     assert split.manifest.receipts_by_view
     assert dict(whole.receipts) == dict(split.receipts)
-    assert whole.contents.model_dump() == pytest.approx(split.contents.model_dump())
+    expected, found = whole.contents.model_dump(), split.contents.model_dump()
+    assert expected.pop("kl_at") == pytest.approx(found.pop("kl_at"))
+    assert expected == pytest.approx(found)
     assert VIEWS == len(objects_of_views(tmp_path / "split.cache"))
     assert not (tmp_path / "whole.cache/receipts").exists() or not objects_of_views(tmp_path / "whole.cache")
     for view in range(VIEWS):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import logitcache
+from logitcache.cache.fidelity import fidelity_kl
 from logitcache.cache.manifest import MANIFEST, dump_manifest, read_manifest
 from logitcache.data.index import join_index
 from logitcache.digest import json_digest
@@ -288,6 +289,30 @@ def entries(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The most probable classes of each row and their log-probabilities, as a serving engine returns them."""
     log_probs, ids = logits.log_softmax(dim=-1).topk(count, dim=-1)
     return ids, log_probs
+
+
+def test_receipts_and_card_state_the_loss_at_higher_temperatures(tmp_path: Path) -> None:
+    """Of one row in 16; of entries of a serving engine, nothing is known."""
+    cache = build(tmp_path / "a", encoding=SPARSE)
+    found: dict[str, list[Tensor]] = {"2": [], "4": []}
+    for view, logits in enumerate(some_logits()):
+        for temperature, parts in found.items():
+            parts.append(fidelity_kl(cache.view(view).logits([0, 16]), logits[[0, 16]], float(temperature)))
+    expected = {temperature: float(torch.cat(parts).mean()) for temperature, parts in found.items()}
+
+    measured = [receipt for receipt in cache.receipts.values() if receipt.kl_at]
+    assert 2 * VIEWS == len(measured)
+    means = {
+        temperature: sum(receipt.kl_at[temperature] for receipt in measured) / len(measured) for temperature in found
+    }
+    assert expected == pytest.approx(means, rel=1e-4)
+    assert found.keys() == cache.contents.kl_at.keys()
+    assert f"{cache.contents.kl_at['4']:.2g} nats at T = 4" in (tmp_path / "a" / "README.md").read_text()
+    with writer(tmp_path / "b", encoding=SPARSE, num_views=1) as other:
+        other.write_sparse(
+            view=0, start=0, ids=entries(some_logits()[0], 4)[0], log_probs=entries(some_logits()[0], 4)[1]
+        )
+    assert {} == logitcache.open(tmp_path / "b").contents.kl_at
 
 
 PACKED = logitcache.PackedTopK(k=3, most=6, prior=True)

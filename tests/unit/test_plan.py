@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from logitcache.cache.fidelity import Calibration, Fidelity, candidates, choose, measure
+from logitcache.cache.fidelity import Calibration, Fidelity, candidates, choose, fidelity_kl, measure, targets_kl
 from logitcache.cache.layout import encode_block
 from logitcache.cache.reader import open_cache
 from logitcache.config.schema import Pipeline
-from logitcache.encodings import Dense, LowRank, Sampled, TopK
+from logitcache.encodings import Dense, Encoding, LowRank, PackedTopK, Sampled, TopK
 from logitcache.errors import InvalidLogits, LogitCacheError, UsageError
 from logitcache.extras.plan_plot import pareto_front, plot
 from logitcache.stages.cache_teacher import cache_teacher
@@ -229,3 +229,22 @@ def test_the_command_prints_one_json_object(tmp_path: Path, capsys: pytest.Captu
     assert {"encoding", "bytes_per_sample", "fixed_bytes", "kl", "top1_agreement"} <= found["encodings"][0].keys()
     assert {"1", "2", "4"} == found["encodings"][0]["kl"].keys()
     assert found["recommended"] in {each["encoding"] for each in found["encodings"]}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize(
+    "encoding",
+    [TopK(k=64, dtype="uint8"), PackedTopK(k=64), PackedTopK(k=30, most=90, prior=True), Sampled(draws=9)],
+    ids=repr,
+)
+def test_the_divergence_of_sparse_rows_is_that_of_all_classes(encoding: Encoding, temperature: float) -> None:
+    num_classes = 9000
+    generator = torch.Generator().manual_seed(0)
+    rows, sample = (torch.randn(count, num_classes, generator=generator) * 3 for count in (5, 40))
+    rows[1, 5:50] = -torch.inf
+    fitted = encoding.fit(sample)
+    encoded = fitted.encode(rows)
+    found = targets_kl(fitted.targets(encoded, num_classes), rows, temperature)
+
+    expected = fidelity_kl(fitted.decode(encoded, num_classes), rows, temperature)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
