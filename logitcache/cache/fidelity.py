@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.layout import encode_block, encode_per_cache
-from logitcache.encodings import Auto, Dense, Encoding, LowRank, Sampled, TopK
+from logitcache.encodings import Auto, Dense, Encoding, LowRank, PackedTopK, Sampled, TopK, TopLowRank
 from logitcache.encodings.largest import MANY_CLASSES
 from logitcache.encodings.protocol import float_tensor
 from logitcache.errors import UsageError
@@ -158,6 +159,10 @@ MASKED = -1e30
 
 def candidates(num_classes: int, num_rows: int) -> list[Encoding]:
     """Encodings worth trying for a number of classes and of rows to fit to."""
+    dense: list[Encoding] = [Dense(dtype="float32"), Dense(dtype="float16"), Dense(dtype="uint8")]
+    if num_classes >= MANY_CLASSES:
+        top_low_ranks = [replace(each, rank=min(each.rank, num_rows - 1)) for each in TOP_LOW_RANKS]
+        return [*dense, *(top_low_ranks if num_rows > FEWEST_COMPONENTS else []), *PACKED]
     most = min(int(0.55 * num_classes), num_rows // 4)
     lowranks = [
         LowRank(rank=min(rank, most), step=step, bit_price=bit_price)
@@ -166,7 +171,7 @@ def candidates(num_classes: int, num_rows: int) -> list[Encoding]:
     ]
     topks = [TopK(k=k, dtype="uint8") for k in (5, 10, 20, 50, 100) if 4 * k <= num_classes]
     sampled = [Sampled(draws=50)] if num_classes >= 200 else []
-    return [Dense(dtype="float32"), Dense(dtype="float16"), Dense(dtype="uint8"), *lowranks, *topks, *sampled]
+    return [*dense, *lowranks, *topks, *sampled]
 
 
 FEWEST_COMPONENTS = 16
@@ -181,6 +186,20 @@ LOWRANKS = [
     (512, 0.03, 1e-5),
 ]
 """Rank, step and bit price, by size."""
+TOP_LOW_RANKS = [
+    TopLowRank(rank=128, bit_price=0.003),
+    TopLowRank(),
+    TopLowRank(rank=256, bit_price=0.0007, search=16),
+    TopLowRank(rank=576, bit_price=0.0002, soft_weight=1.0, search=16),
+]
+PACKED: list[Encoding] = [
+    PackedTopK(k=16),
+    PackedTopK(k=64),
+    PackedTopK(k=64, prior=True, step=0.5),
+    PackedTopK(k=100, most=300, prior=True, step=0.5),
+    Sampled(draws=50, packed=True),
+]
+"""For vocabularies, where `LowRank` takes minutes to fit."""
 
 
 def compare(
@@ -206,30 +225,53 @@ def compare(
     return sorted(results, key=lambda result: result.bytes_per_row)
 
 
-def choose(results: Sequence[Fidelity], *, max_kl: float | None = None, max_bytes: float | None = None) -> Fidelity:
-    """The smallest encoding within `max_kl` nats at T = 1, or the most accurate within `max_bytes` per row.
+def choose(
+    results: Sequence[Fidelity],
+    *,
+    max_kl: float | None = None,
+    max_bytes: float | None = None,
+    temperature: float = 1.0,
+) -> Fidelity:
+    """The smallest encoding within `max_kl` nats, or the most accurate within `max_bytes` per row.
+
+    Args:
+        results: the measured encodings.
+        max_kl: in nats, at the temperature; without any limit, that of `Auto`.
+        max_bytes: per row.
+        temperature: of the KL: one of `TEMPERATURES`.
 
     Raises:
-        UsageError: there is none; names the closest.
+        UsageError: there is none, and the closest is named; or the KL was not measured at this temperature.
     """
+    check_temperature(temperature)
     if max_bytes is not None:
-        within = [
-            each for each in results if each.bytes_per_row <= max_bytes and (max_kl is None or each.kl[1.0] <= max_kl)
-        ]
+        most = math.inf if max_kl is None else max_kl
+        within = [each for each in results if each.bytes_per_row <= max_bytes and each.kl[temperature] <= most]
         if not within:
             smallest = min(results, key=lambda each: each.bytes_per_row)
             raise UsageError(
                 f"no encoding stays within {max_bytes:g} bytes per row"
                 f"{'' if max_kl is None else f' and {max_kl:g} nats'}; the smallest, {smallest.encoding!r}, takes "
-                f"{smallest.bytes_per_row:.1f} bytes and loses {smallest.kl[1.0]:.4f} nats at T = 1"
+                f"{smallest.bytes_per_row:.1f} bytes and loses {smallest.kl[temperature]:.4f} nats at T = "
+                f"{temperature:g}"
             )
-        return min(within, key=lambda each: each.kl[1.0])
+        return min(within, key=lambda each: each.kl[temperature])
     limit = Auto().max_kl if max_kl is None else max_kl
-    within = [each for each in results if each.kl[1.0] <= limit]
+    within = [each for each in results if each.kl[temperature] <= limit]
     if not within:
-        best = min(results, key=lambda each: each.kl[1.0])
+        best = min(results, key=lambda each: each.kl[temperature])
         raise UsageError(
-            f"no encoding stays within {limit:g} nats at T = 1; the most accurate, {best.encoding!r}, loses "
-            f"{best.kl[1.0]:.2g}: raise max_kl"
+            f"no encoding stays within {limit:g} nats at T = {temperature:g}; the most accurate, {best.encoding!r}, "
+            f"loses {best.kl[temperature]:.2g}: raise max_kl"
         )
     return min(within, key=lambda each: each.bytes_per_row)
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature at which `measure` does not measure.
+
+    Raises:
+        UsageError: names the temperatures.
+    """
+    if temperature not in TEMPERATURES:
+        raise UsageError(f"temperature is {temperature:g}; expected one of {', '.join(f'{t:g}' for t in TEMPERATURES)}")

@@ -47,9 +47,12 @@ def plan_command(
         ),
     ] = None,
     max_kl: Annotated[
-        float | None, typer.Option(help="Largest accepted KL at T = 1, in nats; default without --max-bytes: 0.01.")
+        float | None, typer.Option(help="Largest accepted KL, in nats; default without --max-bytes: 0.01.")
     ] = None,
-    max_bytes: Annotated[float | None, typer.Option(help="Largest accepted size, in bytes per sample.")] = None,
+    max_bytes: Annotated[float | None, typer.Option(help="Largest accepted size, in bytes per row.")] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of the KL that encodings are chosen by: 1, 2 or 4.")
+    ] = 1.0,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of KL against bytes to this .png file.")] = None,
     trust: TrustOption = False,
     as_json: JsonOption = False,
@@ -65,11 +68,11 @@ def plan_command(
     if plot is not None:
         check_plot(plot)
     if logits is not None:
-        result = plan_logits(read_logits(logits, group), max_kl=max_kl, max_bytes=max_bytes)
+        result = plan_logits(read_logits(logits, group), max_kl=max_kl, max_bytes=max_bytes, temperature=temperature)
     else:
         assert pipeline is not None
         loaded = load_pipeline(pipeline, overrides or ())
-        result = plan_pipeline(loaded, max_kl=max_kl, max_bytes=max_bytes, trust=trust)
+        result = plan_pipeline(loaded, max_kl=max_kl, max_bytes=max_bytes, temperature=temperature, trust=trust)
     if plot is not None:
         plot_plan(result, plot)
     show(plan_summary(result), as_json, lambda: print_plan(result))

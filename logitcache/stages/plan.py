@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from logitcache.cache.fidelity import Calibration, Fidelity, candidates, choose, compare
+from logitcache.cache.fidelity import Calibration, Fidelity, candidates, check_temperature, choose, compare
 from logitcache.cache.layout import encode_block
 from logitcache.cache.outputs import Output
 from logitcache.catalog.outputs import declared_outputs, taps_of
@@ -73,13 +73,19 @@ class Plan:
 
 
 def plan_pipeline(
-    pipeline: Pipeline, *, max_kl: float | None = None, max_bytes: float | None = None, trust: bool = False
+    pipeline: Pipeline,
+    *,
+    max_kl: float | None = None,
+    max_bytes: float | None = None,
+    temperature: float = 1.0,
+    trust: bool = False,
 ) -> Plan:
     """Run the pipeline's teacher on its calibration samples, and compare encodings of its logits.
 
     Raises:
         LogitCacheError: data or teacher are not available, or no encoding is within the limits.
     """
+    check_temperature(temperature)
     data = resolve_data(pipeline, trust=trust)
     views = ViewDataset(data.train, resolve_plan(pipeline, data, trust=trust))
     context = build_context(pipeline, trust=trust)
@@ -100,7 +106,7 @@ def plan_pipeline(
     requested = encoding_or_auto(pipeline.cache.encoding)
     if max_kl is None and max_bytes is None and isinstance(requested, Auto):
         max_kl = requested.max_kl
-    plan = plan_logits(calibration, max_kl=max_kl, max_bytes=max_bytes)
+    plan = plan_logits(calibration, max_kl=max_kl, max_bytes=max_bytes, temperature=temperature)
     return replace(
         plan,
         num_samples=len(views),
@@ -137,19 +143,27 @@ def measure_outputs(runner: TeacherRunner, views: ViewDataset, outputs: Mapping[
     return measured
 
 
-def plan_logits(calibration: Calibration, *, max_kl: float | None = None, max_bytes: float | None = None) -> Plan:
+def plan_logits(
+    calibration: Calibration,
+    *,
+    max_kl: float | None = None,
+    max_bytes: float | None = None,
+    temperature: float = 1.0,
+) -> Plan:
     """Compare encodings of the given logits.
 
     Raises:
         UsageError: no encoding is within the limits, or there are too few rows.
     """
+    check_temperature(temperature)
     num_rows, num_classes = calibration.logits.shape
     tried = candidates(num_classes, len(calibration.split()[0]))
     if bool(np.isneginf(np.asarray(calibration.logits)).any()):
         tried = [encoding for encoding in tried if encoding.holds_masks]
     with track("comparing encodings", len(tried), unit="encodings") as meter:
         fidelities = compare(calibration, tried, advance=meter.advance)
-    return Plan(num_rows, num_classes, fidelities, choose(fidelities, max_kl=max_kl, max_bytes=max_bytes))
+    recommended = choose(fidelities, max_kl=max_kl, max_bytes=max_bytes, temperature=temperature)
+    return Plan(num_rows, num_classes, fidelities, recommended)
 
 
 def read_logits(path: Path, group: str | None = None) -> Calibration:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from logitcache.cache.fidelity import Calibration, Fidelity, candidates, choose,
 from logitcache.cache.layout import encode_block
 from logitcache.cache.reader import open_cache
 from logitcache.config.schema import Pipeline
-from logitcache.encodings import Dense, Encoding, LowRank, PackedTopK, Sampled, TopK
+from logitcache.encodings import Dense, Encoding, LowRank, PackedTopK, Sampled, TopK, TopLowRank
 from logitcache.errors import InvalidLogits, LogitCacheError, UsageError
 from logitcache.extras.plan_plot import pareto_front, plot
 from logitcache.stages.cache_teacher import cache_teacher
@@ -101,6 +102,15 @@ def test_limits_that_nothing_keeps_are_told(limits: dict[str, float], message: s
         choose(FIDELITIES, **limits)
 
 
+def test_the_choice_can_be_made_at_another_temperature() -> None:
+    ranked = {1.0: 0.1, 2.0: 0.5, 4.0: 0.5}, {1.0: 0.5, 2.0: 0.1, 4.0: 0.5}
+    results = [replace(FIDELITIES[0], bytes_per_row=10 + number, kl=kl) for number, kl in enumerate(ranked)]
+
+    assert [10, 11] == [choose(results, max_bytes=20, temperature=each).bytes_per_row for each in (1.0, 2.0)]
+    with pytest.raises(UsageError, match="temperature is 3; expected one of 1, 2, 4"):
+        choose(results, max_bytes=20, temperature=3.0)
+
+
 def test_the_pareto_front_leaves_out_what_is_beaten() -> None:
     assert [10, 40, 90] == [each.bytes_per_row for each in pareto_front(FIDELITIES)]
 
@@ -110,6 +120,18 @@ def test_few_classes_get_dense_candidates_and_many_get_all_kinds() -> None:
     assert {"dense"} == {each.name for each in candidates(2, 1000)}
     assert {"dense", "lowrank", "topk", "sampled"} == {each.name for each in candidates(1000, 10_000)}
     assert all(each.rank <= 250 for each in candidates(1000, 1000) if isinstance(each, LowRank))
+
+
+def test_a_vocabulary_is_planned_with_encodings_of_sorted_sets_and_of_a_tail() -> None:
+    """Logits with a few large values and a low-rank rest, as those of a language model."""
+    generator = np.random.default_rng(0)
+    low = generator.normal(size=(400, 24)) @ generator.normal(size=(24, 9000)) * 0.8
+    plan = plan_logits(Calibration(low.astype(np.float32)), max_kl=0.5)
+    names = {each.encoding.name for each in plan.fidelities}
+
+    assert {"dense", "toplowrank", "packedtopk", "sampled"} == names
+    assert "toplowrank" == plan.recommended.encoding.name
+    assert all(each.encoding.rank < 320 for each in plan.fidelities if isinstance(each.encoding, TopLowRank))
 
 
 def test_a_plan_of_logits_recommends_and_plots(tmp_path: Path) -> None:
