@@ -13,7 +13,7 @@ from torch import Tensor
 from logitcache import DenseTargets, Sampled, TopK
 from logitcache.errors import ShapeError, UsageError
 from logitcache.losses import cross_entropy, kl_divergence, linear_cross_entropy, linear_kl_divergence
-from logitcache.targets import FactoredTargets, Targets
+from logitcache.targets import FactoredTargets, SparseTargets, Targets
 from logitcache.testing import teacher_like
 from tests.largest import largest_tensor
 from tests.unit.test_targets import CLASSES, factored, random, sparse
@@ -231,18 +231,16 @@ def test_no_tensor_of_rows_and_classes_exists(loss: str, reduction: Any) -> None
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_chunks_give_the_same() -> None:
     inputs = head(torch.float32)[:2]
-    for targets in (sparse(), sparse(shaped=True)):
-        wide = type(targets)(targets.ids, targets.log_probs.float(), targets.tail.float(), CLASSES, targets.tail_shape)
-        losses: list[Callable[[bool], Tensor]] = [
-            lambda compiled, t=wide: linear_kl_divergence(
-                *inputs, t, temperature=2.0, labels=LABELS, chunk_rows=2, compiled=compiled
-            ),
-            lambda compiled: linear_cross_entropy(*inputs, LABELS, chunk_rows=2, compiled=compiled),
-        ]
-        for loss in losses:
-            torch.testing.assert_close(
-                gradients(loss(True), inputs), gradients(loss(False), inputs), rtol=1e-4, atol=1e-5
-            )
+    shaped = sparse(shaped=True)
+    wide = SparseTargets(shaped.ids, shaped.log_probs.float(), shaped.tail.float(), CLASSES, shaped.tail_shape)
+    losses: list[Callable[[bool], Tensor]] = [
+        lambda compiled: linear_kl_divergence(
+            *inputs, wide, temperature=2.0, labels=LABELS, chunk_rows=2, compiled=compiled
+        ),
+        lambda compiled: linear_cross_entropy(*inputs, LABELS, chunk_rows=2, compiled=compiled),
+    ]
+    for loss in losses:
+        torch.testing.assert_close(gradients(loss(True), inputs), gradients(loss(False), inputs), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
