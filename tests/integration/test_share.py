@@ -22,7 +22,7 @@ from obstore.exceptions import NotSupportedError
 from torch import Tensor
 
 import logitcache
-from logitcache import progress
+from logitcache import encodings, progress
 from logitcache.cache import objects
 from logitcache.cache.layout import Block, group_metadata
 from logitcache.cache.objects import entry_name
@@ -129,17 +129,17 @@ def test_ls_finds_what_lies_at_a_location_and_info_says_what_it_is(store: str, o
     "encoding",
     [
         logitcache.Dense(dtype="uint8"), logitcache.TopK(k=3), logitcache.Sampled(draws=5),
-        logitcache.LowRank(rank=2, step=0.5),
+        logitcache.Sampled(draws=5, packed=True), logitcache.PackedTopK(k=2), logitcache.LowRank(rank=2, step=0.5),
     ],
     ids=repr,
 )  # fmt: skip
-def test_info_spells_an_encoding_as_python_does(encoding: Any, tmp_path: Path) -> None:
+def test_info_spells_an_encoding_as_python_that_makes_it(encoding: Any, tmp_path: Path) -> None:
     shape = {"num_samples": 4, "num_classes": CLASSES, "teacher": "t", "dataset": "d"}
     calibration = labels().flatten(0, 1)
     with logitcache.create(tmp_path / "a", **shape, encoding=encoding, calibration=calibration) as writer:
         writer.write(view=0, start=0, logits=labels()[0, :4])
 
-    assert repr(encoding) == summarise(str(tmp_path / "a")).encoding
+    assert encoding == eval(summarise(str(tmp_path / "a")).encoding, vars(encodings))
 
 
 @pytest.mark.parametrize("store", STORES)
