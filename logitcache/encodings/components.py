@@ -14,6 +14,7 @@ from torch import Tensor
 from logitcache.arrays import ArraySpec
 from logitcache.encodings.packing import LARGEST as LARGEST_LIMIT
 from logitcache.encodings.packing import MixedRadix
+from logitcache.encodings.per_device import PerDevice
 from logitcache.encodings.protocol import Encoding, float_tensor
 from logitcache.errors import UsageError
 
@@ -150,7 +151,7 @@ class Components(Encoding):
         return self.fitted
 
 
-class Fitted:
+class Fitted(PerDevice["_OnDevice"]):
     """The arrays that `Components.fit` determines; a cache stores them once for each output."""
 
     def __init__(self, basis: np.ndarray, mean: np.ndarray, limits: np.ndarray, step: np.ndarray) -> None:
@@ -170,13 +171,9 @@ class Fitted:
         self.step = step
         """float32 (1,): the quantization step of all components."""
         self.radix = MixedRadix(limits.tolist())
-        self._on: dict[torch.device, _OnDevice] = {}
 
-    def on(self, device: torch.device) -> _OnDevice:
-        """The arrays as tensors on a device; kept for the next call."""
-        if device not in self._on:
-            self._on[device] = _OnDevice(self, device)
-        return self._on[device]
+    def _derive(self, device: torch.device) -> _OnDevice:
+        return _OnDevice(self, device)
 
 
 class _OnDevice:

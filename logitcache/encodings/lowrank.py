@@ -20,6 +20,7 @@ from torch import Tensor
 from logitcache.arrays import ArraySpec
 from logitcache.encodings.basis import centred, principal_components
 from logitcache.encodings.packing import LARGEST, MixedRadix
+from logitcache.encodings.per_device import PerDevice
 from logitcache.encodings.protocol import Encoding, float_tensor, full_precision, smallest_id_dtype
 from logitcache.encodings.rate_distortion import best_of_each_group, bit_costs_of, costs_of_steps, limits_of
 from logitcache.errors import UsageError
@@ -232,7 +233,7 @@ class LowRank(Encoding):
         }
 
 
-class Fitted:
+class Fitted(PerDevice["_OnDevice"]):
     """The arrays that `LowRank.fit` determines; a cache stores them once."""
 
     def __init__(self, basis: np.ndarray, mean: np.ndarray, limits: np.ndarray, bit_costs: np.ndarray) -> None:
@@ -255,13 +256,9 @@ class Fitted:
         self.bit_costs = bit_costs
         """float32 (2, R): bits for each step away from zero, and extra bits for the first; the decoder ignores them."""
         self.radix = MixedRadix(limits.tolist())
-        self._on: dict[torch.device, _OnDevice] = {}
 
-    def on(self, device: torch.device) -> _OnDevice:
-        """The arrays as tensors on a device; kept for the next call."""
-        if device not in self._on:
-            self._on[device] = _OnDevice(self, device)
-        return self._on[device]
+    def _derive(self, device: torch.device) -> _OnDevice:
+        return _OnDevice(self, device)
 
 
 class _OnDevice:

@@ -16,6 +16,7 @@ from logitcache.arrays import ArraySpec
 from logitcache.encodings.classsets import LEVEL, entry_spec, is_used, pack_sets, set_specs, unpack_sets
 from logitcache.encodings.entries import distinct_entries
 from logitcache.encodings.largest import largest
+from logitcache.encodings.per_device import PerDevice
 from logitcache.encodings.protocol import Encoding, float_tensor, smallest_id_dtype
 from logitcache.errors import UsageError
 from logitcache.targets import SparseTargets, row_slices
@@ -210,7 +211,7 @@ class PackedTopK(Encoding):
         return self.fitted
 
 
-class Prior:
+class Prior(PerDevice["_OnDevice"]):
     """The arrays that `PackedTopK.fit` determines; a cache stores them once."""
 
     def __init__(self, order: np.ndarray, prior: np.ndarray, least: np.ndarray) -> None:
@@ -232,13 +233,9 @@ class Prior:
         """float16 (C,): log-probability of the class of each number, given that it is in the tail."""
         self.least = least
         """float32 (1,): the least probability of an entry; the decoder ignores it."""
-        self._on: dict[torch.device, _OnDevice] = {}
 
-    def on(self, device: torch.device) -> _OnDevice:
-        """The arrays as tensors on a device; kept for the next call."""
-        if device not in self._on:
-            self._on[device] = _OnDevice(self, device)
-        return self._on[device]
+    def _derive(self, device: torch.device) -> _OnDevice:
+        return _OnDevice(self, device)
 
 
 class _OnDevice:

@@ -21,6 +21,7 @@ from logitcache.arrays import ArraySpec
 from logitcache.encodings.basis import DEEPEST, principal_span
 from logitcache.encodings.largest import largest
 from logitcache.encodings.packing import LARGEST, MixedRadix
+from logitcache.encodings.per_device import PerDevice
 from logitcache.encodings.protocol import Encoding, float_tensor, full_precision
 from logitcache.encodings.rate_distortion import best_of_each_group, bit_costs_of, costs_of_steps, limits_of
 from logitcache.errors import ShapeError, UsageError
@@ -399,7 +400,7 @@ class _Rows(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Fitted:
+class Fitted(PerDevice["_OnDevice"]):
     """The arrays that a fit determines; a cache stores them once.
 
     Raises:
@@ -441,15 +442,8 @@ class Fitted:
         """The packing of the coefficients."""
         return MixedRadix(self.limits.tolist())
 
-    @functools.cached_property
-    def _devices(self) -> dict[torch.device, _OnDevice]:
-        return {}
-
-    def on(self, device: torch.device) -> _OnDevice:
-        """The arrays as tensors on a device; kept for the next call."""
-        if device not in self._devices:
-            self._devices[device] = _OnDevice(self, device)
-        return self._devices[device]
+    def _derive(self, device: torch.device) -> _OnDevice:
+        return _OnDevice(self, device)
 
 
 class _OnDevice:
