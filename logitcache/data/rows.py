@@ -54,7 +54,7 @@ class RowMap(ABC):
         """The samples whose rows a block holds, from the first to the last that has any rows."""
 
     def covered_samples(self, number: int) -> range:
-        """The samples of a block, and those without rows around them: each sample is in the part of one block."""
+        """The samples of a block, with those without rows next to them, so that every sample belongs to one block."""
         start = 0 if number == 0 else self.block_samples(number).start
         last = number + 1 == self.blocks_per_view
         return range(start, self.num_samples if last else self.block_samples(number + 1).start)
