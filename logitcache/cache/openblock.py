@@ -285,7 +285,7 @@ class _OpenRows:
             return
         masks = ""
         if self._encoding.keeps_constants:
-            largest = f"{getattr(self._encoding, 'largest', math.inf):.2g}".replace("e+", "e")
+            largest = f"{self._encoding.largest:.2g}".replace("e+", "e")
             what = f"NaN, or values beyond {largest}"
         elif self._encoding.holds_masks:
             what = "NaN or +inf, or nothing but -inf"

@@ -83,6 +83,8 @@ class Encoding(ABC):
     """Float arrays that may contain -inf, for classes that are masked or left out; all other arrays are finite."""
     keeps_constants: ClassVar[bool] = False
     """Whether decoding also restores a constant per row: outputs such as features need it, logits don't."""
+    largest: ClassVar[float] = math.inf
+    """The largest magnitude of a value that can be encoded."""
 
     @abstractmethod
     def arrays(self, num_classes: int) -> dict[str, ArraySpec]:
