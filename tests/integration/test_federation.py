@@ -33,6 +33,7 @@ from logitcache.extras.federation.rounds import PartyRound, federate
 from logitcache.extras.merge import merge
 from logitcache.share.transfer import push
 from logitcache.stages.cache_teacher import cache_teacher
+from logitcache.targets import Targets
 from logitcache.verify.audit import verify
 from tests.dying import die_at_put
 from tests.integration.test_stages import same, weights
@@ -249,6 +250,10 @@ def test_the_cache_of_a_mistaken_party_is_refused_by_name(two: Make, change: str
         federate(two("rounds=1"), party="a", wait=0)
 
 
+def _no_divergence(targets: Targets, teacher_BC: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    return torch.zeros(len(teacher_BC))
+
+
 @pytest.mark.parametrize(
     ("bad", "combine", "refused"),
     [(float("nan"), "probabilities", True), (float("-inf"), "logits", True), (float("-inf"), "probabilities", False)],
@@ -268,7 +273,7 @@ def test_logits_that_no_honest_writer_stores_are_refused_and_not_kept(
     with monkeypatch.context() as patched:
         patched.setattr(CacheWriter, "write", lying)
         patched.setattr("logitcache.cache.openblock._OpenRows.check", lambda self: None)
-        patched.setattr("logitcache.cache.openblock.fidelity_kl", lambda decoded, exact: torch.zeros(len(decoded)))
+        patched.setattr("logitcache.cache.openblock.targets_kl", _no_divergence)
         PartyRound(federation, federation.party("b"), 1).train_and_publish(trust=False)
     if not refused:
         assert 1 == len(federate(federation, party="a", wait=0))
