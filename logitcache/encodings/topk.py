@@ -24,6 +24,8 @@ DEEPEST = 64.0
 """Distance below the row's largest logit at which uint8 saturates."""
 MASKED = 255
 """Code of -inf."""
+PIECE_LOGITS = 2**18
+"""Logits of which a CPU takes the exponentials at once (1 MB)."""
 LOWEST = -1e30
 """In place of -inf where it would be multiplied with 0."""
 CODES_PER_E = 254 / math.log1p(DEEPEST)
@@ -71,8 +73,7 @@ class TopK(Encoding):
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         del view, start
         num_classes = logits_BC.shape[1]
-        on_cpu = logits_BC.device.type == "cpu"
-        if on_cpu and num_classes < MANY_CLASSES:
+        if logits_BC.device.type == "cpu" and num_classes < MANY_CLASSES:
             values_BK, ids_BK = largest(logits_BC, self.k)
             distances_BC, distances_BK = logits_BC - values_BK[:, :1], values_BK - values_BK[:, :1]
             tail_B = torch.logsumexp(distances_BC.scatter_(1, ids_BK, -math.inf), dim=1)
@@ -80,14 +81,7 @@ class TopK(Encoding):
         values_BK, ids_BK = largest(logits_BC, self.k + 1)
         max_B1, next_B1 = values_BK[:, :1], values_BK[:, -1:].clamp(min=LOWEST)
         ids_BK, distances_BK = ids_BK[:, :-1], values_BK[:, :-1] - max_B1
-        # One pass of exponentials serves the tail and the divergence. They are relative to the largest logit of the
-        # tail, so that they don't underflow.
-        below_BC = logits_BC - next_B1
-        exp_BC = below_BC.exp().scatter_(1, ids_BK, 0.0)
-        if not on_cpu:
-            below_BC.clamp_(min=LOWEST)  # 0 * -inf is NaN; on a CPU masked rows are rare, and the caller finds them
-        rest_B = exp_BC.sum(dim=1)
-        mean_B = torch.bmm(exp_BC[:, None], below_BC[:, :, None])[:, 0, 0]  # `vecdot` would store all products
+        rest_B, mean_B = _sums_of_rest(logits_BC, ids_BK, next_B1)
         # From here on relative to the largest logit.
         next_B = (next_B1 - max_B1)[:, 0]
         tail_B = rest_B.log() + next_B
@@ -166,6 +160,33 @@ class TopK(Encoding):
             return stored_BK.float()
         values_BK = -torch.expm1(stored_BK.float() / CODES_PER_E)
         return values_BK.masked_fill_(stored_BK == MASKED, -math.inf)
+
+
+@torch.no_grad()
+def _sums_of_rest(logits_BC: Tensor, ids_BK: Tensor, next_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over all classes but `ids_BK` of exp(d) and of d exp(d), (B,) each; d is a logit's distance from `next_B1`.
+
+    One pass of exponentials serves the tail and the divergence. They are relative to the largest logit of the tail, so
+    that they don't underflow.
+    """
+    on_cpu = logits_BC.device.type == "cpu"
+    # A CPU takes a few rows at a time, in buffers that stay in its cache: fresh memory for all rows costs more than the
+    # arithmetic. A single row would be summed in another order by several threads.
+    at_once = max(2, PIECE_LOGITS // logits_BC.shape[1]) if on_cpu else len(logits_BC)
+    pieces = torch.arange(len(logits_BC)).tensor_split(max(1, len(logits_BC) // at_once))
+    below_PC, exp_PC = (logits_BC.new_empty(len(pieces[0]), logits_BC.shape[1]) for _ in range(2))
+    rest_B, mean_B = logits_BC.new_empty(2, len(logits_BC))
+    for piece in pieces:
+        rows = slice(int(piece[0]), int(piece[-1]) + 1)
+        below_BC = torch.sub(logits_BC[rows], next_B1[rows], out=below_PC[: len(piece)])
+        exp_BC = torch.exp(below_BC, out=exp_PC[: len(piece)]).scatter_(1, ids_BK[rows], 0.0)
+        torch.sum(exp_BC, dim=1, out=rest_B[rows])
+        if on_cpu:
+            torch.sum(below_BC.mul_(exp_BC), dim=1, out=mean_B[rows])
+        else:
+            below_BC.clamp_(min=LOWEST)  # 0 * -inf is NaN; on a CPU masked rows are rare, and the caller finds them
+            torch.bmm(exp_BC[:, None], below_BC[:, :, None], out=mean_B[rows, None, None])
+    return rest_B, mean_B
 
 
 def _classes_without_entry(ids_BK: Tensor) -> Tensor:
