@@ -181,9 +181,7 @@ class _Comparison:
 
     def add(self, logits_RC: Tensor, teacher: Targets) -> None:
         """Compare some rows of a model's output with the teacher's distributions."""
-        if logits_RC.shape[1] < teacher.num_classes:  # see StudentConfig.vocab_size
-            teacher = teacher.of_classes(torch.arange(logits_RC.shape[1]))
-        teacher = teacher.to(logits_RC.device)
+        teacher = teacher.of_first_classes(logits_RC.shape[1]).to(logits_RC.device)  # see StudentConfig.vocab_size
         self._kl += float(kl_divergence(logits_RC.float(), teacher, reduction="sum"))
         self._agreeing += int((logits_RC.argmax(dim=1) == teacher.argmax()).sum())
         self._num_rows += len(logits_RC)
