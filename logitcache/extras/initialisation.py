@@ -389,6 +389,3 @@ class FromTeacher:
             inputs=inputs,
             importance=lambda: taylor_importance(teacher, batches(init.calibration)),
         )
-
-
-FROM_TEACHER = FromTeacher()
