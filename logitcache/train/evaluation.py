@@ -92,7 +92,7 @@ class Evaluation:
         model.eval()
         if self._labels is not None:
             self._labels.expect([LOGITS], [])
-            self._labels.start_view(0, None)
+            self._labels.start_views([0], [])
         measure = self._measure_samples if sequence_rows(self._views) is None else self._measure_sequences
         with torch.inference_mode():
             measured = measure(model, device)
