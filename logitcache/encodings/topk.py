@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,11 +87,12 @@ class TopK(Encoding):
         next_B = (next_B1 - max_B1)[:, 0]
         tail_B = rest_B.log() + next_B
         encoded = self._stored(ids_BK, distances_BK, tail_B, num_classes)
-        stored = self.targets(encoded, num_classes)
+        log_probs_BK, log_tail_B = self._log_probs(encoded)
         exp_BK, factor_B = distances_BK.exp(), next_B.exp()
         rest_B, mean_B = rest_B * factor_B, (mean_B + rest_B * next_B) * factor_B
-        gain_BK = torch.where(exp_BK == 0, 0.0, exp_BK * (distances_BK - stored.log_probs))
-        of_rest_B = torch.where(rest_B == 0, 0.0, mean_B - rest_B * stored.log_each())
+        gain_BK = torch.where(exp_BK == 0, 0.0, exp_BK * (distances_BK - log_probs_BK))
+        log_each_B = log_tail_B - math.log(num_classes - self.k)
+        of_rest_B = torch.where(rest_B == 0, 0.0, mean_B - rest_B * log_each_B)
         total_B = exp_BK.sum(dim=1) + rest_B
         kl_B = (gain_BK.sum(dim=1) + of_rest_B) / total_B - total_B.log()
         return encoded, kl_B.clamp_(min=0.0)
@@ -150,9 +152,13 @@ class TopK(Encoding):
         return logits_BC.scatter_(1, encoded["ids"].to(torch.int64), self._values(encoded["values"]))
 
     def targets(self, encoded: Mapping[str, Tensor], num_classes: int) -> SparseTargets:
+        return SparseTargets(encoded["ids"].to(torch.int64), *self._log_probs(encoded), num_classes)
+
+    def _log_probs(self, encoded: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the kept classes, float32 (B, K), and of all others together, (B,)."""
         values_BK, tail_B = self._values(encoded["values"]), encoded["tail"].float()
         total_B1 = torch.cat([values_BK, tail_B[:, None]], dim=1).logsumexp(dim=1, keepdim=True)
-        return SparseTargets(encoded["ids"].to(torch.int64), values_BK - total_B1, tail_B - total_B1[:, 0], num_classes)
+        return values_BK - total_B1, tail_B - total_B1[:, 0]
 
     def _values(self, stored_BK: Tensor) -> Tensor:
         """Distances of the kept logits from the row's largest, float32 (B, K), each at most 0."""
@@ -169,17 +175,17 @@ def _sums_of_rest(logits_BC: Tensor, ids_BK: Tensor, next_B1: Tensor) -> tuple[T
     One pass of exponentials serves the tail and the divergence. They are relative to the largest logit of the tail, so
     that they don't underflow.
     """
-    on_cpu = logits_BC.device.type == "cpu"
+    on_cpu, (num_rows, num_classes) = logits_BC.device.type == "cpu", logits_BC.shape
     # A CPU takes a few rows at a time, in buffers that stay in its cache: fresh memory for all rows costs more than the
     # arithmetic. A single row would be summed in another order by several threads.
-    at_once = max(2, PIECE_LOGITS // logits_BC.shape[1]) if on_cpu else len(logits_BC)
-    pieces = torch.arange(len(logits_BC)).tensor_split(max(1, len(logits_BC) // at_once))
-    below_PC, exp_PC = (logits_BC.new_empty(len(pieces[0]), logits_BC.shape[1]) for _ in range(2))
-    rest_B, mean_B = logits_BC.new_empty(2, len(logits_BC))
-    for piece in pieces:
-        rows = slice(int(piece[0]), int(piece[-1]) + 1)
-        below_BC = torch.sub(logits_BC[rows], next_B1[rows], out=below_PC[: len(piece)])
-        exp_BC = torch.exp(below_BC, out=exp_PC[: len(piece)]).scatter_(1, ids_BK[rows], 0.0)
+    at_once = max(2, PIECE_LOGITS // num_classes) if on_cpu else max(1, num_rows)
+    num_pieces = max(1, num_rows // at_once)
+    below_PC, exp_PC = (logits_BC.new_empty(-(-num_rows // num_pieces), num_classes) for _ in range(2))
+    rest_B, mean_B = logits_BC.new_empty(2, num_rows)
+    for start, stop in itertools.pairwise(num_rows * piece // num_pieces for piece in range(num_pieces + 1)):
+        rows = slice(start, stop)
+        below_BC = torch.sub(logits_BC[rows], next_B1[rows], out=below_PC[: stop - start])
+        exp_BC = torch.exp(below_BC, out=exp_PC[: stop - start]).scatter_(1, ids_BK[rows], 0.0)
         torch.sum(exp_BC, dim=1, out=rest_B[rows])
         if on_cpu:
             torch.sum(below_BC.mul_(exp_BC), dim=1, out=mean_B[rows])
