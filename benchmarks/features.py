@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_240, help="hidden states at most")
     parser.add_argument("--epochs", type=int, default=24, help="of the students")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the students")
-    arguments = parse(parser, rows=600, limit=15, epochs=1, seeds=[0])
+    arguments = parse(parser, rows=600, limit=12, epochs=1, seeds=[0])
     if not arguments.tiny and arguments.states is None and arguments.photos is None:
         parser.error("name one input or both: --states FILE.npz --photos FOLDER")
     torch.set_num_threads(num_cores())
