@@ -127,8 +127,10 @@ class _OpenRows:
         self._encoding = output.encoding
         self._device = device
         self._num_classes = output.num_values
-        slab_logits = self._encoding.values_at_once if device.type == "cpu" else DEVICE_SLAB_LOGITS
-        self._bounds = _slab_bounds(row_map, block, max(1, slab_logits // self._num_classes))
+        slab_rows = max(1, DEVICE_SLAB_LOGITS // self._num_classes)
+        if device.type == "cpu":
+            slab_rows = self._encoding.rows_at_once(self._num_classes)
+        self._bounds = _slab_bounds(row_map, block, slab_rows)
         self._slabs: dict[int, Tensor] = {}
         """The logits of incomplete slabs, by number."""
         self.pinned = self._device.type == "cuda"

@@ -66,6 +66,10 @@ class TopK(Encoding):
             "tail": ArraySpec(dtype="float32" if self.dtype == "float32" else "float16", row_shape=()),
         }
 
+    def rows_at_once(self, num_classes: int) -> int:
+        # Of many classes, the passes over all of them take fewer rows at a time: see `_sums_of_rest`.
+        return super().rows_at_once(num_classes) * (1 if num_classes < MANY_CLASSES else 2)
+
     def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:
         return self.encode_with_kl(logits_BC, view=view, start=start)[0]
 
