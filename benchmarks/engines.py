@@ -5,7 +5,9 @@ nothing. Both set up data and teacher themselves, and each engine writes to a fr
 
 Scaling: one and two processes with one thread each, with every engine and with the bare loop, by turns. Time from the
 moment when all of them have loaded data and teacher until the last one has ended; the cache is created and sealed
-within it. The start of the processes and of Ray's local cluster is not in it: this is the steady state of a long build.
+within it. The start of the processes and of Ray's local cluster is not in it, and each process has built a tiny cache
+before, so that all code is loaded: this is the steady state of a long build, of which the wait for the last block of
+other workers is still a larger part than in a real one.
 
     python benchmarks/engines.py --write
 """
@@ -85,7 +87,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key=value of the pipeline")
     arguments = parse(parser, repeats=1, teachers="cheap")
     tiny = [*TINY, "views.count=1", "cache.rows_per_block=256"] if arguments.tiny else []
-    overrides = [*TEACHERS[arguments.teachers], "cache.rows_per_block=450", "threads=1", *tiny, *arguments.overrides]
+    overrides = [*TEACHERS[arguments.teachers], "cache.rows_per_block=225", "threads=1", *tiny, *arguments.overrides]
     silence()
     pipeline = load_pipeline(arguments.pipeline, overrides)
     if arguments.worker is not None:
@@ -244,6 +246,15 @@ def as_torchrun(rank: int, size: int, port: int) -> dict[str, str]:
     }
 
 
+@contextmanager
+def without_torchrun() -> Iterator[None]:
+    """This process alone, although it has torchrun's variables."""
+    run = os.environ.pop("TORCHELASTIC_RUN_ID", None)
+    yield
+    if run is not None:
+        os.environ["TORCHELASTIC_RUN_ID"] = run
+
+
 @dataclass(frozen=True)
 class Loaded(Job):
     """A job whose worker is loaded already."""
@@ -254,8 +265,22 @@ class Loaded(Job):
         return self.worker
 
 
+def warm_up(folder: str) -> None:
+    """Build a tiny cache, so that everything is imported that a build needs."""
+    settings = [
+        *TEACHERS["cheap"],
+        *TINY,
+        "views.count=1",
+        "threads=1",
+        f"cache.path={folder}/warm.{os.getpid()}.cache",
+    ]
+    cache_teacher(load_pipeline(PIPELINE, settings), engine=Local(), trust=True)
+
+
 def work(pipeline: Pipeline, arm: int, rank: int) -> None:
     """One process of `in_processes`."""
+    with without_torchrun():
+        warm_up(str(Path(pipeline.cache.path).parent))
     engine = TOGETHER[arm].engines[rank]
     run: Callable[[], object]
     if engine is None:
@@ -292,6 +317,7 @@ class Gathered(Job):
     count: int
 
     def load(self) -> Worker:
+        warm_up(self.folder)
         worker = self.job.load()
         folder = Path(self.folder)
         (folder / f"{os.getpid()}.loaded").touch()
