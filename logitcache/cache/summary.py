@@ -123,7 +123,7 @@ def summarise(location: str) -> Summary:
     if manifest.contents is not None:
         return Summary(storage.url, manifest, manifest.contents)
     from logitcache.cache.build_progress import build_progress
-    from logitcache.cache.records import read_records
+    from logitcache.cache.stored_records import read_records
 
     records = read_records(storage)
     progress = build_progress(storage, records) if records.manifest.state == "open" else None

@@ -12,7 +12,7 @@ import pytest
 
 import logitcache
 from logitcache.cache.build_progress import WINDOW_SECONDS, build_progress
-from logitcache.cache.records import read_records
+from logitcache.cache.stored_records import read_records
 from logitcache.cache.summary import summarise
 from logitcache.config.schema import Pipeline
 from logitcache.engines import Shard
