@@ -57,7 +57,9 @@ class BatchedStep(ABC):
 
     def __call__(self, value: Any) -> Tensor:
         """One image: PIL, uint8 (H, W), (H, W, C) or tensor (C, H, W), or float32 (C, H, W) of a step before."""
-        image_CHW = value if isinstance(value, Tensor) and value.is_floating_point() else as_floats(image_bytes(value))
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        given = f"{type(self).__name__} was given"
+        image_CHW = value if is_float else as_floats(image_bytes(value, given=given))
         parameters_P = draw_all([self], image_CHW.shape[-2], image_CHW.shape[-1])
         return apply_all([self], image_CHW[None], parameters_P[None])[0]
 
@@ -183,8 +185,12 @@ def apply_all(steps: Sequence[BatchedStep], images_BCHW: Tensor, parameters_BP: 
     return images_BCHW
 
 
-def image_bytes(value: Any) -> Tensor:
+def image_bytes(value: Any, *, given: str) -> Tensor:
     """A PIL image, or a uint8 array (H, W), (H, W, C) or tensor (C, H, W), as uint8 (C, H, W).
+
+    Args:
+        value: the image.
+        given: the beginning of the error message.
 
     Raises:
         UsageError: another value.
@@ -197,7 +203,7 @@ def image_bytes(value: Any) -> Tensor:
     if isinstance(value, Tensor) and value.dtype == torch.uint8 and value.ndim == 3:
         return value.as_subclass(Tensor)
     found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else type(value).__name__
-    raise UsageError(f"found {found}; expected PIL images, or uint8 arrays (H, W, C) or tensors (C, H, W)")
+    raise UsageError(f"{given} {found}; expected PIL images, or uint8 arrays (H, W, C) or tensors (C, H, W)")
 
 
 def as_floats(bytes_CHW: Tensor) -> Tensor:

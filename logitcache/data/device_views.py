@@ -71,7 +71,7 @@ def split_batched(
     early = next((type(step).__name__ for step in steps if isinstance(step, BatchedStep)), None)
     if early is not None:
         raise UsageError(
-            f"views.on_device: {early} runs on a batch, and {type(steps[-1]).__name__} after it on single samples; "
+            f"views.on_device: {early} runs on a batch, and the last step of views.transform on single samples; "
             "put batched steps at the end of views.transform, or set views.on_device=false"
         )
     if not batched:
@@ -115,12 +115,10 @@ def byte_image(value: Any, batched: Sequence[BatchedStep] = ()) -> ByteImage:
         UsageError: no image of bytes (`image_bytes`).
     """
     try:
-        pixels = image_bytes(value)
+        pixels = image_bytes(value, given="views.on_device sends images as bytes, and views.transform gives")
     except UsageError as error:
-        raise UsageError(
-            f"views.on_device sends images as bytes: after the steps of views.transform on the workers, {error}. Set "
-            "views.on_device=false, or leave out the step that makes floats: the device makes them"
-        ) from None
+        remedy = "Set views.on_device=false, or leave out the step that makes floats: the device makes them"
+        raise UsageError(f"{error}. {remedy}") from None
     height, width = pixels.shape[-2:]
     return ByteImage(pixels, draw_all(batched, height, width), size_after(batched, height, width))
 

@@ -153,7 +153,7 @@ def test_another_rounding_moves_a_pixel_by_less_than_the_stated_tolerance() -> N
 
 def test_batched_steps_come_last() -> None:
     plan = ViewPlan(transform=v2.Compose([BatchedCrop(size=8), v2.GaussianBlur(3)]))
-    with pytest.raises(UsageError, match="BatchedCrop runs on a batch, and GaussianBlur after it on single samples"):
+    with pytest.raises(UsageError, match="BatchedCrop runs on a batch, and the last step of views.transform on single"):
         ViewDataset(Images("image"), plan, on_device=True)
     assert (3, 8, 8) == tuple(ViewDataset(Images("image"), plan)[(0, 0)][1].shape)
 
@@ -178,7 +178,10 @@ def test_batched_steps_of_python_are_those_of_a_pipeline() -> None:
         (lambda: BatchedCrop(size=8, ratio=(0.0, 1.0)), "ratio is .*; expected two numbers above 0"),
         (lambda: BatchedCrop(size=8, flip=1.5), "flip is 1.5; expected a probability"),
         (lambda: BatchedColor(contrast=-1.0), "contrast is -1.0; expected 0 or more"),
-        (lambda: BatchedCrop(size=8)("text"), r"found str; expected PIL images, or uint8 arrays \(H, W, C\)"),
+        (
+            lambda: BatchedCrop(size=8)("text"),
+            r"BatchedCrop was given str; expected PIL images, or uint8 arrays \(H, W, C\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(make: Callable[[], Any], message: str) -> None:
