@@ -151,7 +151,7 @@ class BatchedColor(BatchedStep):
         images_BCHW = ((images_BCHW - 0.5) * contrast + 0.5).clamp_(0, 1)
         if images_BCHW.shape[1] != 3:
             return images_BCHW
-        red, green, blue = (channel * weight for channel, weight in zip(images_BCHW.split(1, 1), GREY, strict=True))
+        red, green, blue = (channel * weight for channel, weight in zip(images_BCHW.chunk(3, 1), GREY, strict=True))
         return _between(red + green + blue, images_BCHW, saturation).clamp_(0, 1)
 
 
@@ -179,9 +179,10 @@ def size_after(steps: Sequence[BatchedStep], height: int, width: int) -> tuple[i
 
 def apply_all(steps: Sequence[BatchedStep], images_BCHW: Tensor, parameters_BP: Tensor) -> Tensor:
     """The images after all steps, with the parameters of `draw_all`."""
-    of_steps = parameters_BP.split([step.num_parameters for step in steps], dim=1)
-    for step, parameters in zip(steps, of_steps, strict=True):
-        images_BCHW = step.apply(images_BCHW, parameters)
+    first = 0
+    for step in steps:
+        images_BCHW = step.apply(images_BCHW, parameters_BP[:, first : first + step.num_parameters])
+        first += step.num_parameters
     return images_BCHW
 
 
