@@ -259,7 +259,7 @@ class _OpenRows:
         arrays = {name: torch.cat([each[name] for each in encoded]) for name in encoded[0]}
         targets = self._encoding.targets(arrays, self._num_classes)
         for kl_at_B, temperature in zip(self.kl_at, HIGHER_TEMPERATURES, strict=True):
-            parts = targets_kl(targets, few_BC, temperature).split([len(each) for each in logits])
+            parts = torch.split(targets_kl(targets, few_BC, temperature), [len(each) for each in logits])
             for place, kl_B in zip(places, parts, strict=True):
                 kl_at_B[place : place + len(kl_B)].copy_(kl_B, non_blocking=self.pinned)
 
