@@ -32,7 +32,7 @@ def test_the_python_of_getting_started_distils(
     settings |= {"teacher": "mlp-256", "dataset": "digits-1400", "view_plan": namespace["plan"], "num_views": 6}
     with logitcache.create("digits.cache", **settings) as writer:
         missing = [block.view for block in writer.missing_blocks()]
-        namespace["write_missing_blocks"](writer)
+        namespace["write_missing_blocks"](writer, namespace["views"], namespace["teacher"])
     accuracies = dict(re.findall(r"(\w+): ([\d.]+)%", capsys.readouterr().out))
 
     assert ([4, 5], True) == (missing, logitcache.open("digits.cache").sealed)

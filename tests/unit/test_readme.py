@@ -108,6 +108,33 @@ def test_the_api_reference_has_every_public_name() -> None:
     assert described | {"losses"} == set(logitcache.__all__)
 
 
+def test_every_name_of_a_submodule_that_a_guide_uses_is_public() -> None:
+    """Pages for contributors use internal names too."""
+    rows = re.findall(r"^\| (`logitcache\..*?) \| (.*?) \|", API, flags=re.MULTILINE)
+    public = {
+        f"{module}.{name}"
+        for modules, names in rows
+        for module in re.findall(r"`([\w.]+)`", modules)
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    pages = [page.read_text() for page in sorted(CHECKOUT.glob("docs/*.md")) if page.stem not in ("a-batch", "format")]
+    used = {
+        f"{module}.{name}"
+        for page in pages
+        for module, names in re.findall(r"^from (logitcache(?:\.\w+)+) import (.+)$", page, flags=re.MULTILINE)
+        for name in names.split(", ")
+    }
+    used |= {
+        name
+        for page in pages
+        for name in re.findall(r"(?<!/)\b(logitcache(?:\.\w+)+\.[A-Z]\w*|logitcache\.data(?:\.\w+){2,})", page)
+    }
+
+    assert len(used) > 20
+    assert set() == {name for name in used if not name.startswith("logitcache.losses.")} - public
+    assert all(pkgutil.resolve_name(name) for name in public if not name.startswith("logitcache.integrations"))
+
+
 def test_the_reference_of_losses_has_every_loss() -> None:
     names = set(re.findall(r"^from [\w.]+ import (\w+) as \1$", Path(losses.__file__).read_text(), flags=re.MULTILINE))
     described = set(re.findall(r"^::: logitcache\.losses\.(\w+)$", LOSS_API, flags=re.MULTILINE))
