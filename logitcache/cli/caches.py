@@ -150,7 +150,8 @@ def seal_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
 def push_command(
     cache: CacheArgument,
     url: Annotated[
-        str, typer.Argument(metavar="URL", help="Destination: s3://, gs://, az://, hf://datasets/, file:// or a directory.")
+        str,
+        typer.Argument(metavar="URL", help="Destination: s3://, gs://, az://, hf://datasets/, file:// or a directory."),
     ],
     anonymous: Annotated[
         bool,
@@ -168,7 +169,10 @@ def push_command(
 @app.command("pull", rich_help_panel=SHARING)
 def pull_command(
     url: Annotated[
-        str, typer.Argument(metavar="URL", help="Source: s3://, gs://, az://, hf://datasets/, https://, file:// or a directory.")
+        str,
+        typer.Argument(
+            metavar="URL", help="Source: s3://, gs://, az://, hf://datasets/, https://, file:// or a directory."
+        ),
     ],
     cache: Annotated[str, typer.Argument(metavar="CACHE", help="Destination directory.")],
     views: Annotated[
