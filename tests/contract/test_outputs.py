@@ -264,6 +264,19 @@ def test_features_take_an_encoding_that_is_fitted_to_them(tmp_path: Path, is_fit
             again.write(view=0, start=0, logits=said(0)["logits"], outputs={"features": -rows})
 
 
+def test_constant_logits_beside_features_take_no_space(tmp_path: Path) -> None:
+    """How a teacher without classes, such as an embedding model, is cached."""
+    rows = few_directions(2000, seed=2)
+    given: dict[str, Any] = {"num_samples": len(rows), "num_classes": 2, "teacher": "t", "dataset": "d"}
+    given["outputs"] = {"features": logitcache.Output(shape=SHAPES["features"])}
+    with logitcache.create(tmp_path / "a", encoding=Dense(dtype="uint8"), **given) as cache:
+        cache.write(view=0, start=0, logits=torch.zeros(len(rows), 2), outputs={"features": rows})
+    stored = logitcache.open(tmp_path / "a")
+
+    assert stored.contents.output_bytes["logits"] < 0.1 * len(rows)
+    torch.testing.assert_close(stored.view(0).output("features", [3]), rows[3:4], atol=0, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("calibration", "message"),
     [
