@@ -24,7 +24,7 @@ from torch import Tensor
 
 import logitcache
 from logitcache.cache.manifest import Identity, Manifest, read_manifest, read_receipts
-from logitcache.cache.records import check_encoding
+from logitcache.cache.stored_records import check_encoding
 from logitcache.config.schema import load_pipeline
 from logitcache.digest import canonical_json, json_digest, sha256_hex
 from logitcache.errors import CorruptCache, CorruptRun, LogitCacheError, NotACache, StorageError, UsageError
