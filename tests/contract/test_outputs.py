@@ -673,10 +673,15 @@ def test_what_the_guide_says_of_outputs_is_so(tmp_path: Path, monkeypatch: pytes
     given = {"logits": torch.randn(50, 10), "features": torch.randn(50, 64, 7, 7)}
     exec(section.split("```python", 1)[1].split("```", 1)[0], {"logitcache": logitcache, **given})
     read = logitcache.open("caches/mine.cache").view(0).output("features", [7, 0, 42])
+    embeddings = torch.randn(500, 4) @ torch.randn(4, 384)
+    alone = {"some_embeddings": embeddings[:400], "embeddings": embeddings[400:]}
+    exec(section.split("```python", 2)[2].split("```", 1)[0], {"logitcache": logitcache, "torch": torch, **alone})
+    decoded = logitcache.open("embeddings.cache").view(0).output("features", range(100))
 
     assert ["features", "maps", "color"] == list(outputs_config(configured["cache"]["outputs"]))
     assert 3 == len(hints_config(configured["students"][0]["hints"]))
     torch.testing.assert_close(read, given["features"][[7, 0, 42]], atol=1e-2, rtol=1e-3)
+    assert (decoded - embeddings[400:]).norm() < 0.2 * embeddings[400:].norm()
 
 
 def test_a_memory_budget_streams_features_and_keeps_logits(tmp_path: Path) -> None:
