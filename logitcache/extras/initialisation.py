@@ -389,3 +389,6 @@ class FromTeacher:
             inputs=inputs,
             importance=lambda: taylor_importance(teacher, batches(init.calibration)),
         )
+
+
+FROM_TEACHER = FromTeacher()
