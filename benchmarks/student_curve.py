@@ -186,10 +186,10 @@ def photo_arms(*, tiny: bool) -> list[Arm]:
     arms += [Arm("LPQLD", f"k={k}", functools.partial(lpqld_labels, k=k, share=1)) for k in (5, 10, 25, 100)]
     arms += [
         Arm("LPQLD", f"k=50, 1 of {share} views", functools.partial(lpqld_labels, k=50, share=share))
-        for share in (12, 4, 2)
+        for share in (8, 4, 2)
     ]
     arms += [
-        Arm("VQ autoencoder", f"{m} codes", functools.partial(autoencoder_labels, num_vectors=m, epochs=40))
+        Arm("VQ autoencoder", f"{m} codes", functools.partial(autoencoder_labels, num_vectors=m, epochs=80))
         for m in (4, 8, 16, 32, 64)
     ]
     return arms
@@ -585,6 +585,11 @@ def run_arm(domain: Domain, number: int, rate: float) -> str:
     )
 
 
+def turns(arms: list[Arm]) -> list[int]:
+    """Of each arm, its number within its method: in order of turns, a part of all work has all methods."""
+    return [sum(before.method == arm.method for before in arms[:number]) for number, arm in enumerate(arms)]
+
+
 def work_through(tasks: list[tuple[Callable[..., str], tuple[Any, ...]]], jobs: int, deadline: float) -> bool:
     """Run tasks in processes of one thread each; False where some did not start before the deadline."""
     if jobs == 1:
@@ -620,13 +625,15 @@ def main() -> None:
     parser.add_argument("--files", type=int, nargs=3, default=[64, 16, 20], help="training, validation and test files")
     parser.add_argument("--length", type=int, default=128, help="tokens of each file")
     parser.add_argument("--photos", type=Path, help="a folder; foolbox's images in a tiny run")
-    parser.add_argument("--limit", type=int, default=600, help="photos at most")
-    parser.add_argument("--views", type=int, default=12)
+    parser.add_argument("--limit", type=int, default=480, help="photos at most")
+    parser.add_argument("--views", type=int, default=8)
     parser.add_argument("--only", choices=[TEXT, PHOTOS], help="one of the two experiments")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing new after so many seconds")
+    parser.add_argument("--finished", action="store_true", help="train nothing: report what is finished")
     arguments = parse(parser, limit=15, views=2)
-    deadline = time.monotonic() + arguments.seconds
+    deadline = -math.inf if arguments.finished else time.monotonic() + arguments.seconds
+    torch.set_num_threads(arguments.jobs)
     body = ["# Students against bytes", conditions()]
     print(body[-1], flush=True)
     work = fresh_folder() if arguments.tiny else arguments.work
@@ -642,21 +649,23 @@ def main() -> None:
     if arguments.only != TEXT:
         folder = work / "data" / f"photos-{arguments.limit}-{arguments.views}"
         num_classes = photo_data(folder, arguments).logits["train"].shape[2]
-        settings = tiny if arguments.tiny else Settings(epochs=12, batch=32, rates=(0.002, 0.004, 0.008))
+        settings = tiny if arguments.tiny else Settings(epochs=16, batch=32, rates=(0.002, 0.004, 0.008))
         domains.append(Domain(PHOTOS, settings, folder, runs, num_classes))
     tunings = [
         (tune, (each, rate)) for each in domains for rate in each.settings.rates if not each.tuning_path(rate).exists()
     ]
     complete = work_through(tunings, arguments.jobs, deadline)
     if complete:
-        trainings = [
-            (run_arm, (each, number, each.best_rate()))
+        missing = [
+            (turn, each, number)
             for each in domains
-            for number, arm in enumerate(each.arms)
+            for number, (arm, turn) in enumerate(zip(each.arms, turns(each.arms), strict=True))
             if not all(each.path(arm, seed).exists() for seed in each.settings.seeds)
         ]
+        missing.sort(key=lambda task: task[0])
+        trainings = [(run_arm, (each, number, each.best_rate())) for _, each, number in missing]
         complete = work_through(trainings, arguments.jobs, deadline)
-    if not complete:
+    if not complete and not arguments.finished:
         done = sum(len(each.finished()) for each in domains)
         total = sum(len(each.arms) * len(each.settings.seeds) for each in domains)
         print(f"{done} of {total} students are finished: run the same command again")
@@ -690,10 +699,13 @@ class Point:
 
 def points_of(domain: Domain) -> list[Point]:
     runs = domain.finished()
+    seeds = len(domain.settings.seeds)
     live = {run.seed: run.kl for run in runs if run.method == LIVE}
     points = []
     for arm in domain.arms:
         of_arm = [run for run in runs if run.arm == arm.name]
+        if len(of_arm) < seeds:
+            continue
         values = (
             [run.kl for run in of_arm],
             [run.other for run in of_arm],
@@ -735,11 +747,16 @@ def section(domain: Domain) -> str:
         "NLL, nats" if is_text else "agreement",
     ]
     settings = domain.settings
+    finished = {(run.arm, run.seed) for run in domain.finished()}
+    missing = [
+        arm.name for arm in domain.arms if not all((arm.name, seed) in finished for seed in domain.settings.seeds)
+    ]
     about = (
         f"{about_data(domain)} {settings.epochs} epochs, batches of {settings.batch}, learning rate "
         f"{domain.best_rate():g}, chosen among {', '.join(f'{rate:g}' for rate in settings.rates)} with the live "
         f"teacher on validation data; seeds {list(settings.seeds)}. Mean ± standard deviation; the difference from the "
         "live teacher's student of the same seed with its standard error."
+        + (f" Left out, since not all students are finished: {'; '.join(missing)}." if missing else "")
     )
     return f"## {domain.name.capitalize()}\n\n{about}\n\n{table(header, rows)}\n"
 
