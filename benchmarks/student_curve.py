@@ -186,10 +186,10 @@ def photo_arms(*, tiny: bool) -> list[Arm]:
     arms += [Arm("LPQLD", f"k={k}", functools.partial(lpqld_labels, k=k, share=1)) for k in (5, 10, 25, 100)]
     arms += [
         Arm("LPQLD", f"k=50, 1 of {share} views", functools.partial(lpqld_labels, k=50, share=share))
-        for share in (8, 4, 2)
+        for share in (12, 4, 2)
     ]
     arms += [
-        Arm("VQ autoencoder", f"{m} codes", functools.partial(autoencoder_labels, num_vectors=m, epochs=80))
+        Arm("VQ autoencoder", f"{m} codes", functools.partial(autoencoder_labels, num_vectors=m, epochs=40))
         for m in (4, 8, 16, 32, 64)
     ]
     return arms
@@ -625,8 +625,8 @@ def main() -> None:
     parser.add_argument("--files", type=int, nargs=3, default=[64, 16, 20], help="training, validation and test files")
     parser.add_argument("--length", type=int, default=128, help="tokens of each file")
     parser.add_argument("--photos", type=Path, help="a folder; foolbox's images in a tiny run")
-    parser.add_argument("--limit", type=int, default=480, help="photos at most")
-    parser.add_argument("--views", type=int, default=8)
+    parser.add_argument("--limit", type=int, default=600, help="photos at most")
+    parser.add_argument("--views", type=int, default=12)
     parser.add_argument("--only", choices=[TEXT, PHOTOS], help="one of the two experiments")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing new after so many seconds")
@@ -649,7 +649,7 @@ def main() -> None:
     if arguments.only != TEXT:
         folder = work / "data" / f"photos-{arguments.limit}-{arguments.views}"
         num_classes = photo_data(folder, arguments).logits["train"].shape[2]
-        settings = tiny if arguments.tiny else Settings(epochs=16, batch=32, rates=(0.002, 0.004, 0.008))
+        settings = tiny if arguments.tiny else Settings(epochs=12, batch=32, rates=(0.002, 0.004, 0.008))
         domains.append(Domain(PHOTOS, settings, folder, runs, num_classes))
     tunings = [
         (tune, (each, rate)) for each in domains for rate in each.settings.rates if not each.tuning_path(rate).exists()
