@@ -332,7 +332,7 @@ class CachedLoader:
     @property
     def mixup_enabled(self) -> bool:
         """Whether images are mixed, which is so in all epochs of a cache or in none."""
-        return self.dataset.plan.mixing.active
+        return self.dataset.plan.mixes_samples
 
     @mixup_enabled.setter
     def mixup_enabled(self, enabled: bool) -> None:

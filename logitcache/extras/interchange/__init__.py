@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from logitcache.extras.interchange.parts import ExportResult as ExportResult
     from logitcache.extras.interchange.protocol import DenseRows as DenseRows
     from logitcache.extras.interchange.protocol import Importer as Importer
+    from logitcache.extras.interchange.protocol import RecordedViews as RecordedViews
     from logitcache.extras.interchange.protocol import SparseRows as SparseRows
     from logitcache.extras.interchange.run import IMPORTERS as IMPORTERS
     from logitcache.extras.interchange.run import ImportResult as ImportResult
@@ -25,6 +26,7 @@ __all__ = [
     "ExportResult",
     "ImportResult",
     "Importer",
+    "RecordedViews",
     "SparseRows",
     "export_cache",
     "import_cache",
@@ -51,6 +53,7 @@ _HOMES = {
     "IMPORTERS": "run",
     "ImportResult": "run",
     "Importer": "protocol",
+    "RecordedViews": "protocol",
     "SparseRows": "protocol",
     "import_cache": "run",
 }

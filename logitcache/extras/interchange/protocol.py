@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +29,8 @@ class DenseRows:
     """Float (B, C)."""
     file: Path
     """Where they come from, for messages."""
+    parameters: np.ndarray | None = None
+    """What is stored of the views, float (B, D), if the importer states `recorded`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,22 @@ class SparseRows:
     """Float (B, K). What a row lacks of a mass of 1 belongs to the other classes, evenly."""
     file: Path
     """Where they come from, for messages."""
+    parameters: np.ndarray | None = None
+    """What is stored of the views, float (B, D), if the importer states `recorded`."""
+    files: Sequence[Path] = ()
+    """The file of each row, if each has its own."""
+
+
+@dataclass(frozen=True)
+class RecordedViews:
+    """What a format stores of each view of each sample, from which students render it."""
+
+    columns: tuple[str, ...]
+    """Names of the D numbers. A seed has two columns, `seed_high` and `seed_low`, of 16 bits each."""
+    replay: Mapping[str, Any] | None
+    """What renders a view from them, as `{name: parameters}`; None if the format lacks the transform."""
+    preprocess: Any = None
+    """Specification of the teacher's preprocessing, if the format states it."""
 
 
 class Importer(ABC):
@@ -83,6 +101,8 @@ class Importer(ABC):
     """By how much the probabilities of a row may exceed 1, from rounding or a lossy codec; such rows are normalised."""
     rows_per_block: int | None = None
     """The most rows of a block; None for the default."""
+    recorded: RecordedViews | None = None
+    """The views, if the format stores what renders them. `batches` then yields the rows of a view in order."""
     files: Sequence[Path]
     """All files that are read."""
 

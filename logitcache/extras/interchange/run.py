@@ -15,12 +15,16 @@ from logitcache.cache.card_fields import Card, card_from
 from logitcache.cache.creation import create
 from logitcache.cache.fidelity import Calibration
 from logitcache.cache.manifest import Manifest
+from logitcache.cache.outputs import Output
 from logitcache.cache.writer import CacheWriter
+from logitcache.data.recorded import PARAMETERS, RecordedTransform, build_replay, first_invalid
 from logitcache.data.samples import SampleTable
 from logitcache.data.tokens import NO_CLASS
-from logitcache.digest import sha256_hex
-from logitcache.encodings import Auto, Dense, Encoding, PackedTopK, TopK, encoding_or_auto
-from logitcache.errors import InvalidLogits, SampleMismatch, UsageError
+from logitcache.data.transforms import build_transform
+from logitcache.data.views import ViewPlan
+from logitcache.digest import ArrayDigest, sha256_hex
+from logitcache.encodings import Auto, Dense, Encoding, PackedTopK, TopK, Values, encoding_or_auto
+from logitcache.errors import InvalidLogits, InvalidSource, SampleMismatch, UsageError
 from logitcache.extras.interchange.arrays import NumpyArrays
 from logitcache.extras.interchange.axolotl import Axolotl
 from logitcache.extras.interchange.distillkit import DistillKit, OpenInstruct
@@ -28,7 +32,7 @@ from logitcache.extras.interchange.image_labels import FKD, MlDr
 from logitcache.extras.interchange.maxtext import MaxText
 from logitcache.extras.interchange.megatron import Megatron
 from logitcache.extras.interchange.parquet import ParquetLogits
-from logitcache.extras.interchange.protocol import DenseRows, Importer, SparseRows
+from logitcache.extras.interchange.protocol import DenseRows, Importer, RecordedViews, SparseRows
 from logitcache.extras.interchange.tinyvit import TinyViT
 from logitcache.progress import track
 from logitcache.registry import Registry
@@ -67,6 +71,7 @@ NOT_LOGITS = {
 """Formats that can't become a cache, and why."""
 CALIBRATION_ROWS = 10_000
 """The fewest rows that an encoding is fitted to, unless the source has fewer."""
+EXACT = Values(dtype="float32")
 ROUNDING = 1e-3
 """By how much probabilities exceed 1 from rounding alone; as `write_sparse` allows."""
 
@@ -149,6 +154,7 @@ def import_cache(
     if details is not None:
         notes["details_sha256"] = _write_details(importer, table, Path(details))
     chosen = _encoding(importer, encoding)
+    recorded = importer.recorded
     with create(
         cache,
         num_samples=importer.num_samples,
@@ -160,6 +166,8 @@ def import_cache(
         dataset=dataset if table is None else None,
         dataset_name=dataset,
         samples=table,
+        view_plan=None if recorded is None else _view_plan(importer, recorded),
+        outputs=None if recorded is None else {PARAMETERS: Output(shape=(len(recorded.columns),), encoding=EXACT)},
         precision="unknown",
         rows_per_sample=importer.rows_per_sample,
         rows_per_block=importer.rows_per_block,
@@ -256,19 +264,59 @@ def _calibration(importer: Importer) -> Calibration:
     return Calibration(np.concatenate(parts).astype(np.float32))
 
 
+def _view_plan(importer: Importer, recorded: RecordedViews) -> ViewPlan:
+    """A plan that describes the views of the source; reads all parameters once, for their hashes.
+
+    Raises:
+        InvalidSource: parameters that the tool does not store; names file and sample.
+    """
+    replay = None if recorded.replay is None else build_replay(recorded.replay, trust=False)
+    shape = importer.num_samples, len(recorded.columns)
+    digests = [ArrayDigest("<f4", shape) for _ in range(importer.num_views)]
+    rows = [0] * importer.num_views
+    for batch in importer.batches():
+        values, count = batch.parameters, len(batch.ids if isinstance(batch, SparseRows) else batch.logits)
+        if values is None or values.shape != (count, shape[1]) or batch.start != rows[batch.view]:
+            raise InvalidSource(
+                f"{batch.file}: expected {shape[1]} parameters ({', '.join(recorded.columns)}) of each of {count} rows "
+                f"from row {rows[batch.view]} of view {batch.view}; found {None if values is None else values.shape} "
+                f"from row {batch.start}"
+            )
+        invalid = first_invalid(recorded.columns, values, replay, importer.num_samples)
+        if invalid is not None:
+            files = batch.files if isinstance(batch, SparseRows) else ()
+            raise InvalidSource(
+                f"{files[invalid[0]] if files else batch.file}: view {batch.view} of sample {batch.start + invalid[0]} "
+                f"has {invalid[1]}"
+            )
+        digests[batch.view].update(values)
+        rows[batch.view] += count
+    transform = RecordedTransform(
+        recorded.columns, [each.hexdigest() for each in digests], replay=replay, replay_step=recorded.replay
+    )
+    return ViewPlan(
+        transform=transform,
+        preprocess=None if recorded.preprocess is None else build_transform(recorded.preprocess),
+        num_classes=importer.num_classes,
+    )
+
+
 def _write(writer: CacheWriter, importer: Importer) -> tuple[list[np.ndarray], int]:
     """Write all rows; the probability of the classes without entry, by batch, and the number of normalised rows."""
     tails, normalised = [], 0
     with track("importing", writer.row_map.num_rows * importer.num_views, unit="rows") as meter:
         for batch in importer.batches():
             note = f"view {batch.view + 1}/{importer.num_views}"
+            outputs = None if importer.recorded is None else {PARAMETERS: batch.parameters}
             try:
                 if isinstance(batch, DenseRows):
-                    writer.write(view=batch.view, start=batch.start, logits=batch.logits)
+                    writer.write(view=batch.view, start=batch.start, logits=batch.logits, outputs=outputs)
                     meter.advance(len(batch.logits), note=note)
                 else:
                     log_probs, tail, above = _normalised(batch, importer.excess)
-                    writer.write_sparse(view=batch.view, start=batch.start, ids=batch.ids, log_probs=log_probs)
+                    writer.write_sparse(
+                        view=batch.view, start=batch.start, ids=batch.ids, log_probs=log_probs, outputs=outputs
+                    )
                     tails.append(tail)
                     normalised += above
                     meter.advance(len(log_probs), note=note)
