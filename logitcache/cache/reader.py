@@ -554,7 +554,10 @@ class LogitCache:
 
     def _check_view(self, view: int) -> None:
         if not 0 <= view < self.views.stop:
-            raise UsageError(f"no view {view}: the cache has views {self.views.start} to {self.views.stop - 1}")
+            raise UsageError(
+                f"no view {view}: the cache has views {self.views.start} to {self.views.stop - 1}. To use them again "
+                "in later epochs, call `cache.check_plan(plan)` before training, or give ViewSampler cycle=cache.views"
+            )
         if view not in self.views:
             raise UsageError(
                 f"{self.storage.url} is a partial copy with views {self.views.start} to {self.views.stop - 1}, without "

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from logitcache.extras.interchange.protocol import Importer as Importer
     from logitcache.extras.interchange.protocol import RecordedViews as RecordedViews
     from logitcache.extras.interchange.protocol import SparseRows as SparseRows
+    from logitcache.extras.interchange.protocol import ViewParameters as ViewParameters
     from logitcache.extras.interchange.run import IMPORTERS as IMPORTERS
     from logitcache.extras.interchange.run import ImportResult as ImportResult
     from logitcache.extras.interchange.run import import_cache as import_cache
@@ -28,6 +29,7 @@ __all__ = [
     "Importer",
     "RecordedViews",
     "SparseRows",
+    "ViewParameters",
     "export_cache",
     "import_cache",
 ]
@@ -55,6 +57,7 @@ _HOMES = {
     "Importer": "protocol",
     "RecordedViews": "protocol",
     "SparseRows": "protocol",
+    "ViewParameters": "protocol",
     "import_cache": "run",
 }
 

@@ -23,7 +23,14 @@ from logitcache.extras.interchange.files import (
     reading,
     unpickle,
 )
-from logitcache.extras.interchange.protocol import NO_IDENTITY, TAIL_KNOWN, Importer, RecordedViews, SparseRows
+from logitcache.extras.interchange.protocol import (
+    NO_IDENTITY,
+    TAIL_KNOWN,
+    Importer,
+    RecordedViews,
+    SparseRows,
+    ViewParameters,
+)
 
 # N samples, V views, K entries
 
@@ -57,7 +64,14 @@ class _ImageLabels(Importer):
             ids = np.stack([each for each, _, _ in labels])
             for view in range(self.num_views):
                 parameters = None if self.recorded is None else np.stack([each[view] for _, _, each in labels])
-                yield SparseRows(view, start, ids[:, view], log_probs[:, view], part[0], parameters, part)
+                yield SparseRows(view, start, ids[:, view], log_probs[:, view], part[0], parameters)
+
+    def parameters(self) -> Iterator[ViewParameters]:
+        for start in range(0, self.num_samples, FILES_AT_ONCE):
+            part = self._images[start : start + FILES_AT_ONCE]
+            values_NVD = np.stack([self._checked(file)[2] for file in part])
+            for view in range(self.num_views):
+                yield ViewParameters(view, start, values_NVD[:, view], part)
 
     def _checked(self, file: Path) -> tuple[np.ndarray, np.ndarray, Any]:
         ids, probs, parameters = self._read(file)

@@ -48,8 +48,19 @@ class SparseRows:
     """Where they come from, for messages."""
     parameters: np.ndarray | None = None
     """What is stored of the views, float (B, D), if the importer states `recorded`."""
-    files: Sequence[Path] = ()
-    """The file of each row, if each has its own."""
+
+
+@dataclass(frozen=True)
+class ViewParameters:
+    """What is stored of consecutive samples of one view."""
+
+    view: int
+    start: int
+    """Number of the first sample."""
+    values: np.ndarray
+    """Float (B, D)."""
+    files: Sequence[Path]
+    """Where each comes from, for messages."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ class Importer(ABC):
     rows_per_block: int | None = None
     """The most rows of a block; None for the default."""
     recorded: RecordedViews | None = None
-    """The views, if the format stores what renders them. `batches` then yields the rows of a view in order."""
+    """The views, if the format stores what renders them. `batches` then yields `parameters` too."""
     files: Sequence[Path]
     """All files that are read."""
 
@@ -124,6 +135,16 @@ class Importer(ABC):
         Raises:
             InvalidSource: a file is damaged.
         """
+
+    def parameters(self) -> Iterator[ViewParameters]:
+        """What is stored of the views, without labels, in the order of rows within each view; see `recorded`.
+
+        Raises:
+            InvalidSource: a file is damaged.
+        """
+        for batch in self.batches():
+            assert batch.parameters is not None, "an importer with `recorded` yields parameters"
+            yield ViewParameters(batch.view, batch.start, batch.parameters, [batch.file] * len(batch.parameters))
 
     def details(self) -> dict[str, np.ndarray]:
         """What the format stores of each sample and view beside labels, such as seeds or crop boxes; by name."""

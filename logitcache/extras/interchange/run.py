@@ -274,23 +274,21 @@ def _view_plan(importer: Importer, recorded: RecordedViews) -> ViewPlan:
     shape = importer.num_samples, len(recorded.columns)
     digests = [ArrayDigest("<f4", shape) for _ in range(importer.num_views)]
     rows = [0] * importer.num_views
-    for batch in importer.batches():
-        values, count = batch.parameters, len(batch.ids if isinstance(batch, SparseRows) else batch.logits)
-        if values is None or values.shape != (count, shape[1]) or batch.start != rows[batch.view]:
+    for found in importer.parameters():
+        values = found.values
+        if values.ndim != 2 or values.shape[1] != shape[1] or found.start != rows[found.view]:
             raise InvalidSource(
-                f"{batch.file}: expected {shape[1]} parameters ({', '.join(recorded.columns)}) of each of {count} rows "
-                f"from row {rows[batch.view]} of view {batch.view}; found {None if values is None else values.shape} "
-                f"from row {batch.start}"
+                f"{found.files[0]}: parameters of view {found.view} are {values.shape} from sample {found.start} on; "
+                f"expected (B, {shape[1]}) from sample {rows[found.view]} on: {', '.join(recorded.columns)}"
             )
         invalid = first_invalid(recorded.columns, values, replay, importer.num_samples)
         if invalid is not None:
-            files = batch.files if isinstance(batch, SparseRows) else ()
+            number, reason = invalid
             raise InvalidSource(
-                f"{files[invalid[0]] if files else batch.file}: view {batch.view} of sample {batch.start + invalid[0]} "
-                f"has {invalid[1]}"
+                f"{found.files[number]}: view {found.view} of sample {found.start + number} has {reason}"
             )
-        digests[batch.view].update(values)
-        rows[batch.view] += count
+        digests[found.view].update(values)
+        rows[found.view] += len(values)
     transform = RecordedTransform(
         recorded.columns, [each.hexdigest() for each in digests], replay=replay, replay_step=recorded.replay
     )

@@ -21,6 +21,7 @@ from logitcache.extras.interchange.protocol import (
     Importer,
     RecordedViews,
     SparseRows,
+    ViewParameters,
 )
 
 # K entries, N samples
@@ -160,9 +161,18 @@ class TinyViT(Importer):
                 with np.errstate(divide="ignore", invalid="ignore"):
                     log_probs = np.log(records["probs"].astype(np.float32))
                 ids = records["ids"].astype(np.int64)
-                seeds = records["seed"].astype(np.uint32)
-                parameters = np.stack([seeds >> 16, seeds & 0xFFFF], axis=1).astype(np.float32)
-                yield SparseRows(view, start, ids, log_probs, folder, parameters)
+                yield SparseRows(view, start, ids, log_probs, folder, _halves(records["seed"]))
+
+    def parameters(self) -> Iterator[ViewParameters]:
+        for view, folder in enumerate(self._folders):
+            values = _halves(self._records(folder, self._numbers(folder))["seed"])
+            yield ViewParameters(view, 0, values, [folder] * len(values))
 
     def details(self) -> dict[str, np.ndarray]:
         return {"seeds": np.stack([self._records(each, self._numbers(each))["seed"] for each in self._folders])}
+
+
+def _halves(seeds: np.ndarray) -> np.ndarray:
+    """The upper and the lower 16 bits of seeds, float32 (B, 2)."""
+    unsigned = seeds.astype(np.uint32)
+    return np.stack([unsigned >> 16, unsigned & 0xFFFF], axis=1).astype(np.float32)
