@@ -215,7 +215,7 @@ def _how_to_render_it(cache: LogitCache) -> Iterator[str]:
         if named:
             shown = ", ".join(map(code, named))
             yield f"The views need code that is not here: {shown}. Review it, then open the cache with `trust=True`.\n"
-    elif _only_parameters(transform):
+    elif _is_recorded(transform):
         yield (
             "The tool that chose the views stored their parameters, such as seeds, but not its transform. With that "
             "transform, `logitcache.ViewDataset(dataset, cache.view_plan_with(function))` renders the views: it calls "
@@ -240,13 +240,14 @@ def _training_command(cache: LogitCache) -> str:
     teachers = [part.teacher for part in _parts(cache)] or [identity.teacher]
     of_a_pipeline = all(re.search(r"@[0-9a-f]{64}$", teacher) for teacher in teachers)
     labels = "cache.path=mine.cache" if of_a_pipeline else "'students.NAME.labels={caches: [mine.cache]}'"
-    return f"logitcache train-student PIPELINE {labels}\n"
+    views = " 'views.transform={recorded: {cache: mine.cache}}'" if _is_recorded(identity.transform) else ""
+    return f"logitcache train-student PIPELINE {labels}{views}\n"
 
 
-def _only_parameters(transform: dict[str, Any]) -> bool:
-    """Whether the views are recorded without the replay that renders them."""
+def _is_recorded(transform: Any) -> bool:
+    """Whether another tool chose the views."""
     try:
-        return recorded_step(transform.get("shared")) is not None
+        return isinstance(transform, dict) and recorded_step(transform.get("shared")) is not None
     except UsageError:  # an untrusted manifest
         return False
 

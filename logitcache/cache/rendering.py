@@ -116,9 +116,15 @@ def _recorded_transform(
     """The recorded views of a cache.
 
     Raises:
+        UsageError: the cache was merged, without the parameters of its views.
         CorruptCache: the cache does not store what its identity names.
     """
     stored, expected = manifest.identity.outputs.get(PARAMETERS), [len(recorded["columns"])]
+    if stored is None:
+        raise UsageError(
+            "this cache has recorded views without their parameters, as merged caches do: use the view plan of the "
+            "imported cache, `cache.check_plan(imported.view_plan)`"
+        )
     if stored != expected or len(recorded["views"]) < manifest.layout.num_views:
         raise CorruptCache(
             f"the cache has recorded views, but its output {PARAMETERS!r} is {stored}, and {len(recorded['views'])} "

@@ -34,6 +34,7 @@ from logitcache.data.recorded import (
 from logitcache.digest import array_digest
 from logitcache.errors import CorruptCache, IdentityMismatch, InvalidSource, LogitCacheError, UntrustedCode, UsageError
 from logitcache.extras.interchange import import_cache
+from logitcache.extras.merge import merge
 from logitcache.share.transfer import pull
 from tests.commands import logitcache as run
 from tests.commands import refused, run_json
@@ -302,6 +303,18 @@ def test_any_zarr_reader_gets_the_parameters(tmp_path: Path) -> None:
     assert hashes == step["views"]
 
 
+def test_a_merged_cache_takes_the_view_plan_of_its_parts(tmp_path: Path) -> None:
+    parts = [fkd_cache(tmp_path / name, teacher=name) for name in ("a", "b")]
+    merge([str(tmp_path / name / "fkd.cache") for name in ("a", "b")], tmp_path / "mean", encoding="dense")
+    cache = logitcache.open(tmp_path / "mean")
+
+    with pytest.raises(UsageError, match=r"cache\.check_plan\(imported\.view_plan\)"):
+        _ = cache.view_plan
+    plan = parts[0].view_plan
+    cache.check_plan(plan)
+    assert 5 == len(ViewDataset(Photos(5), plan))
+
+
 def test_the_identity_of_a_cache_has_the_boxes(tmp_path: Path) -> None:
     cache = fkd_cache(tmp_path / "a")
     again = fkd_cache(tmp_path / "b", dataset="photos")
@@ -312,6 +325,7 @@ def test_the_identity_of_a_cache_has_the_boxes(tmp_path: Path) -> None:
     other = logitcache.open(tmp_path / "other")
 
     assert (cache.id, cache.digest) == (again.id, again.digest)
+    assert "'views.transform={recorded: {cache: mine.cache}}'" in (tmp_path / "a/fkd.cache/README.md").read_text()
     assert cache.id != other.id
     cache.check_plan(again.view_plan)
     cache.check_plan(again.view_plan_with(CropAndFlip(size=9)))
@@ -583,7 +597,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], type[LogitCacheError], str]] = {
         "are not those that the cache's identity names",
     ),
     "too few columns": ({"values": GOOD[..., :4].copy()}, CorruptCache, r"is \[4\].*expected \[5\]"),
-    "no values": ({"values": GOOD, "stored": False}, CorruptCache, "is None"),
+    "no values": ({"values": GOOD, "stored": False}, UsageError, "without their parameters, as merged caches do"),
     "a view without hash": ({"values": GOOD, "digests": ["0" * 64]}, CorruptCache, "1 views have a hash"),
     "no hash": ({"values": GOOD, "digests": ["x"] * 2}, UsageError, "a list of hashes"),
     "a repeated column": (
