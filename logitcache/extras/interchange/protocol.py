@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from logitcache.cache.outputs import Output
 from logitcache.errors import UsageError
 
 # B batch, C classes, K entries, N samples
@@ -31,6 +32,8 @@ class DenseRows:
     """Where they come from, for messages."""
     parameters: np.ndarray | None = None
     """What is stored of the views, float (B, D), if the importer states `recorded`."""
+    outputs: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Float (B, *shape) of each of the importer's `outputs`."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,10 @@ class Importer(ABC):
     """By how much the probabilities of a row may exceed 1, from rounding or a lossy codec; such rows are normalised."""
     rows_per_block: int | None = None
     """The most rows of a block; None for the default."""
+    outputs: Mapping[str, Output] = {}
+    """Outputs beside the logits, such as hidden states; dense rows then have them."""
+    takes_head: ClassVar[bool] = False
+    """Whether the files need the teacher's head, which is then the argument `head`."""
     recorded: RecordedViews | None = None
     """The views, if the format stores what renders them. `batches` then yields `parameters` too."""
     files: Sequence[Path]

@@ -28,6 +28,7 @@ from logitcache.errors import InvalidLogits, InvalidSource, SampleMismatch, Usag
 from logitcache.extras.interchange.arrays import NumpyArrays
 from logitcache.extras.interchange.axolotl import Axolotl
 from logitcache.extras.interchange.distillkit import DistillKit, OpenInstruct
+from logitcache.extras.interchange.hidden_states import Head, SpecForge, Speculators
 from logitcache.extras.interchange.image_labels import FKD, MlDr
 from logitcache.extras.interchange.maxtext import MaxText
 from logitcache.extras.interchange.megatron import Megatron
@@ -54,6 +55,8 @@ IMPORTERS: Registry[type[Importer]] = Registry(
             Megatron,
             FKD,
             MlDr,
+            SpecForge,
+            Speculators,
             MaxText,
         )
     },
@@ -65,8 +68,6 @@ IMPORTED = "imported"
 """Key of the provenance that describes the source of an imported cache."""
 NOT_LOGITS = {
     "data_comp_dr": "DataCompDR stores embeddings of images and texts",
-    "speculators": "speculators stores hidden states",
-    "specforge": "SpecForge stores hidden states",
 }
 """Formats that can't become a cache, and why."""
 CALIBRATION_ROWS = 10_000
@@ -102,6 +103,7 @@ def import_cache(
     dataset: str | None = None,
     samples: SampleTable | None = None,
     num_classes: int | None = None,
+    head: Head | None = None,
     encoding: Encoding | Auto | str | Mapping[str, Any] | None = None,
     details: str | os.PathLike[str] | None = None,
     card: Card | Mapping[str, Any] | None = None,
@@ -120,6 +122,8 @@ def import_cache(
         samples: the samples of your copy of the dataset, from `sample_table(dataset, contents=True)`. Rows get their
             order, matched by key; without keys in the format, or with token ids, the order must be the same.
         num_classes: all classes of the teacher, for formats that don't state it.
+        head: the teacher's head, for formats of hidden states: the matrix (C, H), a .safetensors file with it, or a
+            function from states float32 (S, H) to logits (S, C).
         encoding: by default float32 (or float16, as the source): `Dense`, or `TopK` with the source's k.
         details: an .npz file to write: keys, and the seeds, crop boxes or parameters that the format stores of views.
         card: as in `create`.
@@ -136,7 +140,11 @@ def import_cache(
             f"{NOT_LOGITS[format]}, from which no distribution over all classes can be made; a cache needs logits. "
             f"Formats that can be imported: {', '.join(IMPORTERS)}"
         )
-    importer = IMPORTERS[format](Path(source), num_classes=num_classes)
+    kind = IMPORTERS[format]
+    if head is not None and not kind.takes_head:
+        raise UsageError(f"{kind.tool} files have logits or probabilities; leave out the head")
+    options: dict[str, Any] = {"head": head} if kind.takes_head else {}
+    importer = kind(Path(source), num_classes=num_classes, **options)
     table = _sample_table(importer, samples)
     if table is None and dataset is None:
         raise UsageError(
@@ -167,7 +175,7 @@ def import_cache(
         dataset_name=dataset,
         samples=table,
         view_plan=None if recorded is None else _view_plan(importer, recorded),
-        outputs=None if recorded is None else {PARAMETERS: Output(shape=(len(recorded.columns),), encoding=EXACT)},
+        outputs=_outputs(importer),
         precision="unknown",
         rows_per_sample=importer.rows_per_sample,
         rows_per_block=importer.rows_per_block,
@@ -264,6 +272,13 @@ def _calibration(importer: Importer) -> Calibration:
     return Calibration(np.concatenate(parts).astype(np.float32))
 
 
+def _outputs(importer: Importer) -> dict[str, Output]:
+    """The outputs beside the logits: those of the format, and the parameters of its views."""
+    if importer.recorded is None:
+        return dict(importer.outputs)
+    return {**importer.outputs, PARAMETERS: Output(shape=(len(importer.recorded.columns),), encoding=EXACT)}
+
+
 def _view_plan(importer: Importer, recorded: RecordedViews) -> ViewPlan:
     """A plan that describes the views of the source; reads all parameters once, for their hashes.
 
@@ -305,7 +320,9 @@ def _write(writer: CacheWriter, importer: Importer) -> tuple[list[np.ndarray], i
     with track("importing", writer.row_map.num_rows * importer.num_views, unit="rows") as meter:
         for batch in importer.batches():
             note = f"view {batch.view + 1}/{importer.num_views}"
-            outputs = None if importer.recorded is None else {PARAMETERS: batch.parameters}
+            outputs: dict[str, Any] = dict(batch.outputs) if isinstance(batch, DenseRows) else {}
+            if importer.recorded is not None:
+                outputs[PARAMETERS] = batch.parameters
             try:
                 if isinstance(batch, DenseRows):
                     writer.write(view=batch.view, start=batch.start, logits=batch.logits, outputs=outputs)
