@@ -234,7 +234,7 @@ class _Named:
 
     def __init__(self, dataset: Dataset, samples: SampleTable) -> None:
         self._dataset = dataset
-        reader = getattr(dataset, "reader", None)
+        reader: Any = getattr(dataset, "reader", None)
         found = getattr(reader, "samples", None)
         if isinstance(found, list) and getattr(dataset, "target_transform", None) is None:
             self.targets = np.array([target for _, target in found], dtype=np.int64)
