@@ -5,7 +5,8 @@ while the encodings were made; the table is over the other four, each fitted to 
 encoding writes a cache of the fold's rows, one view in one block, and reads it again; bytes are those of the files.
 
 Speed: rows encoded (without compression and disk) and decoded (`view.logits`, batches of 256 random rows); and such
-batches of a resident view of 1.28 M rows against the same rows of a float16 memmap, converted.
+batches of a resident view of 1.28 M rows against the same rows of a float16 memmap, converted. Of `LowRank`, also the
+product of coefficients and basis alone, of the same shape.
 
     python benchmarks/encodings.py --logits logits.npz --write
 """
@@ -28,7 +29,7 @@ from torch import Tensor
 import logitcache
 from logitcache.cache.fidelity import encode_all, fidelity_kl
 from logitcache.cache.labelview import ResidentView
-from logitcache.encodings import Dense, Encoding, LowRank, Sampled, TopK, encoding_from_config
+from logitcache.encodings import Dense, Encoding, LowRank, PackedTopK, Sampled, TopK, encoding_from_config
 
 # B batch, C classes
 
@@ -52,6 +53,16 @@ ENCODINGS: list[Encoding] = [
     TopK(k=50),
     TopK(k=100),
     Sampled(draws=50),
+]
+GATHERED: list[Encoding] = [
+    TopK(k=10),
+    TopK(k=100),
+    PackedTopK(k=100),
+    Sampled(draws=50),
+    Dense(dtype="uint8"),
+    Dense(dtype="float16"),
+    LowRank(rank=64, step=0.15),
+    LowRank(),
 ]
 
 
@@ -83,8 +94,7 @@ def main() -> None:
             plot(results, result_path("encodings", "png", device=torch.device("cpu")))
         print(f"\n{sections[-1]}", flush=True)
     if arguments.only != "fidelity":
-        low_rank = LowRank(rank=8) if arguments.tiny else LowRank()
-        sections.append(gather_section(logits, low_rank, arguments.resident_rows, arguments.gathers))
+        sections.append(gather_section(logits, arguments.resident_rows, arguments.gathers, tiny=arguments.tiny))
         print(f"\n{sections[-1]}", flush=True)
     if arguments.write:
         print(f"\nwritten to {write_result('encodings', chr(10).join(sections) + chr(10), device=torch.device('cpu'))}")
@@ -271,7 +281,7 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{statistics.fmean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def gather_section(logits: np.ndarray, low_rank: LowRank, num_rows: int, repeats: int) -> str:
+def gather_section(logits: np.ndarray, num_rows: int, repeats: int, *, tiny: bool) -> str:
     """Random batches of a large resident view against a float16 memmap, in turns."""
     few = torch.from_numpy(logits[:8192])
     generator = np.random.default_rng(0)
@@ -282,7 +292,8 @@ def gather_section(logits: np.ndarray, low_rank: LowRank, num_rows: int, repeats
         for start in range(0, num_rows, len(few)):
             memmap[start : start + len(few)] = few[: num_rows - start].half().numpy()
         memmap.flush()
-        for encoding in (TopK(k=10), TopK(k=100), Dense(dtype="uint8"), Dense(dtype="float16"), low_rank):
+        for each in GATHERED:
+            encoding = replace(each, rank=8) if tiny and isinstance(each, LowRank) else each
             fitted = encoding.fit(logits)
             encoded = encode_all(fitted, few)
             copies = -(-num_rows // len(few))
@@ -290,20 +301,26 @@ def gather_section(logits: np.ndarray, low_rank: LowRank, num_rows: int, repeats
                 name: values.repeat(copies, *[1] * (values.ndim - 1))[:num_rows] for name, values in encoded.items()
             }
             view = ResidentView(0, fitted, arrays, logits.shape[1])
-            ours, theirs = [], []
+            rank = encoding.rank if isinstance(encoding, LowRank) else 0
+            coefficients_BR, basis_RC = torch.ones(BATCH, rank), torch.ones(rank, logits.shape[1])
+            ours, theirs, products = [], [], []
             for _ in range(repeats):
                 rows_B = generator.integers(num_rows, size=BATCH)
-                start_time = time.perf_counter()
+                times = [time.perf_counter()]
                 view.logits(rows_B)
-                middle = time.perf_counter()
+                times.append(time.perf_counter())
                 torch.from_numpy(memmap[rows_B]).float()
-                theirs.append(time.perf_counter() - middle)
-                ours.append(middle - start_time)
+                times.append(time.perf_counter())
+                coefficients_BR @ basis_RC
+                times.append(time.perf_counter())
+                for measured, seconds in zip((ours, theirs, products), np.diff(times).tolist(), strict=True):
+                    measured.append(seconds)
             found = compare(ours, theirs)
             rows.append(
                 [
                     f"`{encoding!r}`",
                     f"{1e3 * found.median:.3f}",
+                    f"{1e3 * statistics.median(products):.3f}" if rank else "",
                     f"{1e3 * found.reference_median:.3f}",
                     f"{found.ratio:.2f}",
                 ]
@@ -311,10 +328,11 @@ def gather_section(logits: np.ndarray, low_rank: LowRank, num_rows: int, repeats
             del arrays, view
     about = (
         f"`view.logits` of {BATCH} random rows of a resident view of {num_rows:,} rows, {logits.shape[1]} "
-        f"classes, beside the same rows of a float16 memmap, converted to float32; {repeats} batches each, by turns, "
-        "medians."
+        "classes, beside the same rows of a float16 memmap, converted to float32, and the product of coefficients and "
+        f"basis; {repeats} batches each, by turns, medians."
     )
-    return f"## Random batches\n\n{about}\n\n{table(['encoding', '`view.logits`, ms', 'memmap, ms', 'ratio'], rows)}\n"
+    header = ["encoding", "`view.logits`, ms", "of this the product, ms", "memmap, ms", "`view.logits` / memmap"]
+    return f"## Random batches\n\n{about}\n\n{table(header, rows)}\n"
 
 
 def plot(results: dict[str, list[Result]], path: Path) -> None:

@@ -140,6 +140,11 @@ def timed(arm: Arm, pipeline: Pipeline, folder: Path | None) -> Cost:
 
 def bare_loop(pipeline: Pipeline) -> None:
     """The teacher over every batch that `cache_teacher` gives it, and nothing kept."""
+    loaded_bare_loop(pipeline)()
+
+
+def loaded_bare_loop(pipeline: Pipeline, *, index: int = 0, count: int = 1) -> Callable[[], None]:
+    """The bare loop with data and teacher loaded; of `count` processes, each has every `count`-th block."""
     data = resolve_data(pipeline, trust=True)
     plan = resolve_plan(pipeline, data, trust=True)
     device = pick_device(pipeline.device, threads=pipeline.threads)
@@ -149,29 +154,38 @@ def bare_loop(pipeline: Pipeline) -> None:
     if config.channels_last:
         teacher = teacher.to(memory_format=torch.channels_last)
     forward = torch.compile(teacher) if config.compile else teacher
-    loader = rendered_batches(
-        ViewDataset(data.train, plan),
-        teacher_places(pipeline, len(data.train)),
-        num_workers=pipeline.num_workers,
-        pin_memory=device.type == "cuda",
-    )
-    with torch.inference_mode():
-        for _, inputs, _ in loader:
-            on_device = to_device(inputs, device, channels_last=config.channels_last)
-            with autocast(device, config.precision):
-                forward(on_device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+
+    def loop() -> None:
+        loader = rendered_batches(
+            ViewDataset(data.train, plan),
+            teacher_places(pipeline, len(data.train), index=index, count=count),
+            num_workers=pipeline.num_workers,
+            pin_memory=device.type == "cuda",
+        )
+        with torch.inference_mode():
+            for _, inputs, _ in loader:
+                on_device = to_device(inputs, device, channels_last=config.channels_last)
+                with autocast(device, config.precision):
+                    forward(on_device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return loop
 
 
-def teacher_places(pipeline: Pipeline, num_samples: int) -> Iterator[list[tuple[int, int]]]:
-    """(view, row) of the samples of each batch, cut as `cache_teacher` cuts them: no batch crosses a block's end."""
+def teacher_places(
+    pipeline: Pipeline, num_samples: int, *, index: int = 0, count: int = 1
+) -> Iterator[list[tuple[int, int]]]:
+    """(view, row) of the samples of each batch, cut as `cache_teacher` cuts them: no batch crosses a block's end.
+
+    Only those of every `count`-th block, from `index`.
+    """
     block, size = pipeline.cache.rows_per_block, pipeline.teacher.batch_size
-    for view in range(pipeline.views.count):
-        for first in range(0, num_samples, block):
-            stop = min(first + block, num_samples)
-            for start in range(first, stop, size):
-                yield [(view, row) for row in range(start, min(start + size, stop))]
+    blocks = [(view, first) for view in range(pipeline.views.count) for first in range(0, num_samples, block)]
+    for view, first in blocks[index::count]:
+        stop = min(first + block, num_samples)
+        for start in range(first, stop, size):
+            yield [(view, row) for row in range(start, min(start + size, stop))]
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ def main() -> None:
             sections.append(stage1_section(Path(folder), arguments))
             print(f"\n{sections[-1]}", flush=True)
     if arguments.write:
-        print(f"\nwritten to {write_result('streams', chr(10).join(sections), device=torch.device('cpu'))}")
+        name = "streams" if arguments.only is None else f"streams-{arguments.only}"
+        print(f"\nwritten to {write_result(name, chr(10).join(sections), device=torch.device('cpu'))}")
 
 
 def jpeg(random: np.random.Generator) -> bytes:

@@ -8,6 +8,9 @@ Device: small images in memory, random crops and flips, normalised, with and wit
 of batches on the device with the last steps on the workers (floats cross), against the last steps on the device (bytes
 cross). On the CPU the device computes on the same cores, so this measures the cost of these steps alone. At least 1.
 
+Batched: the same small images with random resized crops, flips and colours: torchvision's on the workers, and those of
+`data.batched_views` on the workers, one image at a time, and on the device, in batches. At least 1.
+
     python benchmarks/views.py --write
     python benchmarks/views.py --only decoding --workers 2
 """
@@ -27,6 +30,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import v2
 
+from logitcache.data.batched_views import BatchedColor, BatchedCrop
 from logitcache.data.loading import rendered_batches
 from logitcache.data.order import epoch_order, pairs_of_epoch
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
@@ -76,7 +80,7 @@ class SmallImages:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--only", choices=["decoding", "device"], help="one of the two measurements")
+    parser.add_argument("--only", choices=["decoding", "device", "batched"], help="one of the measurements")
     parser.add_argument("--photos", type=int, default=256)
     parser.add_argument("--small", type=int, default=4096, help="images of the device's measurement")
     parser.add_argument("--size", type=int, default=32, help="pixels of a side of the small images")
@@ -88,15 +92,17 @@ def main() -> None:
     device = pick_device(arguments.device, threads=1)
     sections = ["# Views", conditions()]
     print(sections[-1], flush=True)
-    if arguments.only != "device":
+    if arguments.only in (None, "decoding"):
         sections.append(decoding_section(arguments.photos, arguments.batch_size, arguments.workers, arguments.repeats))
         print(f"\n{sections[-1]}", flush=True)
-    if arguments.only != "decoding":
-        images = SmallImages(arguments.small, arguments.size)
-        sections.append(device_section(images, arguments.batch_size, arguments.workers, device, arguments.repeats))
-        print(f"\n{sections[-1]}", flush=True)
+    images = SmallImages(arguments.small, arguments.size)
+    for name, section in {"device": device_section, "batched": batched_section}.items():
+        if arguments.only in (None, name):
+            sections.append(section(images, arguments.batch_size, arguments.workers, device, arguments.repeats))
+            print(f"\n{sections[-1]}", flush=True)
     if arguments.write:
-        path = write_result("views", "\n\n".join(sections) + "\n", device=device)
+        subject = "views" if arguments.only is None else f"views-{arguments.only}"
+        path = write_result(subject, "\n\n".join(sections) + "\n", device=device)
         print(f"\nwritten to {path}")
 
 
@@ -144,6 +150,34 @@ def device_section(images: SmallImages, batch_size: int, workers: int, device: t
     return (
         f"## Last steps on the device\n\n{len(images)} images of {images.images.shape[1]} pixels, batches of "
         f"{batch_size} on {device}, {workers} workers, {repeats} pairs of runs by turns.\n\n{table(header, rows)}"
+    )
+
+
+def batched_section(images: SmallImages, batch_size: int, workers: int, device: torch.device, repeats: int) -> str:
+    """Images a second with random steps on the workers or on the device."""
+    size = images.images.shape[1]
+    strengths = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4}
+    torchvision = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.ColorJitter(**strengths)])
+    batched = v2.Compose([BatchedCrop(size=size), BatchedColor(**strengths)])
+    views = {
+        "torchvision, workers": ViewDataset(images, ViewPlan(transform=torchvision, preprocess=NORMALIZE)),
+        "batched, workers": ViewDataset(images, ViewPlan(transform=batched, preprocess=NORMALIZE)),
+        "batched, device": ViewDataset(images, ViewPlan(transform=batched, preprocess=NORMALIZE), on_device=True),
+    }
+    arms = {
+        name: lambda epoch, views=each: spend(views, batches(len(images), 1, epoch, batch_size), workers, device)
+        for name, each in views.items()
+    }
+    seconds, cpu_seconds = by_turns(arms, repeats)
+    rows = []
+    for name in arms:
+        rate, cpu = (compare(times["torchvision, workers"], times[name]) for times in (seconds, cpu_seconds))
+        images_a_second = len(images) / statistics.median(seconds[name])
+        rows.append([name, f"{images_a_second:.0f}", rate.quartiles, cpu.quartiles])
+    header = ["random crops, flips and colours", "images/s", "rate / torchvision's", "the same in CPU time"]
+    return (
+        f"## Batched random steps\n\n{len(images)} images of {size} pixels, batches of {batch_size} on {device}, "
+        f"{workers} workers, {repeats} rounds.\n\n{table(header, rows)}"
     )
 
 

@@ -33,7 +33,7 @@ def read_with_tensorstore(path: Path) -> dict[str, np.ndarray]:
 
 
 def decode(arrays: dict[str, np.ndarray], encoding: dict[str, Any], num_classes: int) -> np.ndarray:
-    """Logits (V, R, C), right up to a constant per row."""
+    """Logits (V, R, C), right up to a constant per row; or other values (V, R, D)."""
     if encoding["name"] == "dense":
         logits = arrays["logits"].astype(np.float32)
         if encoding["dtype"] == "uint8":
@@ -48,6 +48,16 @@ def decode(arrays: dict[str, np.ndarray], encoding: dict[str, Any], num_classes:
         logits = np.repeat(each[..., None], num_classes, axis=-1)
         np.put_along_axis(logits, arrays["ids"].astype(np.int64), values, axis=-1)
         return logits
+    if encoding["name"] == "values":
+        values = arrays["values"].astype(np.float32)
+        if encoding["dtype"] == "float16":
+            return np.ldexp(values, arrays["exponent"].astype(np.int32)[..., None])
+        if encoding["dtype"] == "uint8":
+            return values * arrays["step"][..., None] + arrays["lowest"][..., None]
+        return values
+    if encoding["name"] == "components":
+        steps = unpack(arrays["coefficients"], arrays["limits"].tolist()) @ arrays["basis"].astype(np.float32)
+        return arrays["mean"] + np.ldexp(arrays["step"] * steps, arrays["exponent"].astype(np.int32)[..., None])
     if encoding["name"] == "packedtopk":
         numbers, used = sets(arrays, num_classes)
         prior = arrays["prior"].astype(np.float32) if encoding["prior"] else np.zeros(num_classes, dtype=np.float32)
@@ -97,7 +107,7 @@ def sets(arrays: dict[str, np.ndarray], num_classes: int) -> tuple[np.ndarray, n
 
 
 def unpack(packed: np.ndarray, limits: list[int]) -> np.ndarray:
-    """Coefficients (..., R) of `LowRank` and `TopLowRank`: the digits of mixed-radix bytes."""
+    """Coefficients (..., R) of `LowRank`, `TopLowRank` and `Components`: the digits of mixed-radix bytes."""
     packed = packed.astype(np.int64)
     columns, byte, product = [], -1, 256
     for limit in limits:
@@ -233,6 +243,11 @@ def main() -> None:
         name: values[:, rows] if name in manifest["layout"]["arrays"] else values for name, values in arrays.items()
     }
     decoded = decode(of_rows, identity["encoding"], identity["outputs"]["logits"][0])
+    outputs = {}
+    for name, encoding in identity.get("output_encodings", {}).items():
+        shape = identity["outputs"][name]
+        arrays_of_it = {key.removeprefix(f"{name}_"): values for key, values in of_rows.items() if key.startswith(name)}
+        outputs[f"output_{name}"] = decode(arrays_of_it, encoding, math.prod(shape)).reshape(*decoded.shape[:2], *shape)
     receipts = read_receipts(cache, manifest)
     check_values(receipts, manifest["layout"], arrays)
     np.savez(
@@ -240,6 +255,7 @@ def main() -> None:
         receipts=sorted(receipts),
         decoded=decoded,
         digest=content_digest(manifest, arrays),
+        **outputs,
         **{f"array_{name}": values for name, values in arrays.items()},
     )
     print(sorted(name for name in sys.modules if name.partition(".")[0] in ("logitcache", "torch")))

@@ -18,7 +18,8 @@ import numpy as np
 from logitcache.cache.manifest import SAMPLE_CONTENTS, Identity, Manifest, PerCacheSpec
 from logitcache.cache.objects import ObjectReader
 from logitcache.cache.per_cache import stored_samples
-from logitcache.cache.records import Records, collect_receipts
+from logitcache.cache.records import Records
+from logitcache.cache.stored_records import collect_receipts
 from logitcache.data.rows import RowMap
 from logitcache.data.samples import DIGEST_BYTES, SampleTable, SeenContents
 from logitcache.errors import IncompleteCache, SampleMismatch, UsageError

@@ -51,7 +51,8 @@ from logitcache.cache.outputs import Output, checked_outputs, output_layouts, ro
 from logitcache.cache.packages import ENCODING_PACKAGES
 from logitcache.cache.per_cache import stored_encoding
 from logitcache.cache.receipts import by_view
-from logitcache.cache.records import Records, collect_receipts, stored_manifest
+from logitcache.cache.records import Records
+from logitcache.cache.stored_records import collect_receipts, stored_manifest
 from logitcache.cache.writer import CacheWriter
 from logitcache.data.rows import RowMap, make_row_map
 from logitcache.data.samples import SampleTable, SeenContents

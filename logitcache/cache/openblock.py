@@ -20,12 +20,8 @@ from logitcache.targets import row_slices
 
 # B batch, C classes (for other outputs: values of a row)
 
-SLAB_LOGITS = 2**20
-"""Logits that a CPU encodes at once (4 MB): enough to amortise small operations, few enough for its cache."""
 DEVICE_SLAB_LOGITS = 2**24
-"""Logits that another device encodes at once (64 MB): enough to occupy it."""
-
-
+"""Logits that a device other than a CPU encodes at once (64 MB): enough to occupy it."""
 HIGHER_TEMPERATURES = TEMPERATURES[1:]
 """Temperatures above 1 at which the encoding's loss is measured, on some rows."""
 STRIDE = 16
@@ -137,7 +133,7 @@ class _OpenRows:
         self._encoding = output.encoding
         self._device = device
         self._num_classes = output.num_values
-        slab_logits = SLAB_LOGITS if device.type == "cpu" else DEVICE_SLAB_LOGITS
+        slab_logits = self._encoding.values_at_once if device.type == "cpu" else DEVICE_SLAB_LOGITS
         self._bounds = _slab_bounds(row_map, block, max(1, slab_logits // self._num_classes))
         self._slabs: dict[int, Tensor] = {}
         """The logits of incomplete slabs, by number."""

@@ -26,8 +26,9 @@ from logitcache.cache.objects import ObjectReader, Wanted
 from logitcache.cache.outputs import output_layouts, outputs_of
 from logitcache.cache.packages import require_packages
 from logitcache.cache.per_cache import stored_encoding, stored_row_map, stored_samples
-from logitcache.cache.records import Records, description, read_records
+from logitcache.cache.records import Records, description
 from logitcache.cache.rendering import check_arrived, check_rendered, recorded_digests, recorded_plan
+from logitcache.cache.stored_records import read_records
 from logitcache.cache.streams import StreamViews
 from logitcache.data.index import split_index
 from logitcache.data.recorded import PARAMETERS

@@ -10,7 +10,7 @@ from logitcache.cache.objects import ObjectReader
 from logitcache.cache.packages import require_packages
 from logitcache.cache.per_cache import stored_encoding, stored_row_map
 from logitcache.cache.reader import LogitCache, open_cache
-from logitcache.cache.records import read_records
+from logitcache.cache.stored_records import read_records
 from logitcache.cache.writer import CacheWriter
 from logitcache.encodings import ENCODINGS
 from logitcache.errors import REBUILD, IncompleteCache

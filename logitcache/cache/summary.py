@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from logitcache.cache.manifest import MANIFEST, MAX_MANIFEST_BYTES, RECEIPTS, Contents, Manifest, read_manifest
 from logitcache.cache.names import CacheNames, names_of
@@ -14,6 +14,9 @@ from logitcache.cache.packages import missing_packages, recorded_packages
 from logitcache.errors import CorruptCache, NotACache, StorageError, UnsupportedFormat, UsageError
 from logitcache.registry import offered
 from logitcache.storage import LocalStorage, Storage, open_storage
+
+if TYPE_CHECKING:
+    from logitcache.cache.build_progress import BuildProgress
 
 MAX_DEPTH = 5
 """Depth to which `find_caches` looks below a location."""
@@ -30,6 +33,8 @@ class Summary:
     manifest: Manifest
     contents: Contents | None
     """None if the manifest alone does not tell, as for an open cache in `ls`."""
+    progress: BuildProgress | None = None
+    """Of the build of an open cache; None of a sealed one, and in `ls`."""
 
     @property
     def names(self) -> CacheNames:
@@ -117,10 +122,12 @@ def summarise(location: str) -> Summary:
     manifest = _manifest(storage)
     if manifest.contents is not None:
         return Summary(storage.url, manifest, manifest.contents)
-    from logitcache.cache.records import read_records
+    from logitcache.cache.build_progress import build_progress
+    from logitcache.cache.stored_records import read_records
 
     records = read_records(storage)
-    return Summary(storage.url, records.manifest, records.contents())
+    progress = build_progress(storage, records) if records.manifest.state == "open" else None
+    return Summary(storage.url, records.manifest, records.contents(), progress)
 
 
 def missing_packages_of(location: str) -> str | None:

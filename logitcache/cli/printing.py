@@ -47,6 +47,7 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         **({"cut_classes": cut.classes, "cut_mass_mean": cut.mass_mean, "cut_mass_max": cut.mass_max} if cut else {}),
         **({"encoding_packages": summary.packages} if summary.packages else {}),
         **outputs,
+        **({"progress": dataclasses.asdict(summary.progress)} if summary.progress else {}),
     }
 
 
@@ -69,12 +70,35 @@ def print_cache(title: str, summary: dict[str, Any]) -> None:
     }
     shown: dict[str, Any] = {}
     for key, value in summary.items():
-        if not repeated.get(key, False):
+        if key != "progress" and not repeated.get(key, False):
             shown[labels.get(key, key)] = value
         if key == "bytes" and summary["sealed"]:
             of_labels = round(summary["bytes_per_row"] * summary["num_rows"] * summary["num_views"])
             shown |= {"bytes of labels": of_labels, "bytes stored once (samples, encoding)": value - of_labels}
     print_mapping(title, shown)
+    if "progress" in summary:
+        _say_progress(summary["progress"])
+
+
+def _say_progress(progress: dict[str, Any]) -> None:
+    """The progress of a build, and who computes what."""
+    last = progress["seconds_since_commit"]
+    ago = "" if last is None else f", the last one {_duration(last)} ago"
+    say(f"blocks: {progress['blocks']:,} of {progress['total_blocks']:,} committed{ago}")
+    rate, left = progress["rows_per_second"], progress["seconds_left"]
+    if rate is None:
+        say("rate: not known, because fewer than two blocks were committed in the last 10 minutes")
+    else:
+        say(f"rate of all workers: {rate:,.0f} rows/s in the last 10 minutes, {_duration(left)} left")
+    for claim in progress["claims"]:
+        age = claim["seconds_since_renewal"]
+        renewed = "" if age is None else f", renewed {_duration(age)} ago"
+        late = ": expired, so another worker takes it over" if claim["expired"] else ""
+        say(_plain_line(f"  {claim['name']}: {claim['worker']}{renewed}{late}"))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else str(timedelta(seconds=round(seconds)))
 
 
 def print_next(command: str, pipeline: Any, overrides: Sequence[str] | None) -> None:

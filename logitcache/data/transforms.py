@@ -19,13 +19,14 @@ import numpy as np
 import torch
 
 from logitcache.data.audio_views import AUDIO_VIEWS
+from logitcache.data.batched_views import IMAGE_VIEWS
 from logitcache.data.text_views import TEXT_VIEWS
 from logitcache.digest import array_digest
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import LogitCacheError, UsageError
 from logitcache.registry import Registry, nearest
 
-_BUILT_IN: Mapping[str, Callable[..., Callable[[Any], Any]]] = {**TEXT_VIEWS, **AUDIO_VIEWS}
+_BUILT_IN: Mapping[str, Callable[..., Callable[[Any], Any]]] = {**TEXT_VIEWS, **AUDIO_VIEWS, **IMAGE_VIEWS}
 TRANSFORMS: Registry[Callable[..., Callable[[Any], Any]]] = Registry("transform", _BUILT_IN, allows_code=True)
 """Called with a step's parameters; each returns a callable from sample to sample. A package adds one in the entry point
 group `logitcache.transforms`."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from logitcache.data.batching import Batch, Collate, InputPerModel, as_tensors, collate
-from logitcache.data.device_views import byte_image, device_steps, finished, mixed_bytes
+from logitcache.data.device_views import ByteImage, byte_image, device_steps, finished, mixed_bytes, split_batched
 from logitcache.data.index import NO_ROW, join_index
 from logitcache.data.recorded import RecordedTransform
 from logitcache.data.rows import MAX_ROWS, RowMap
@@ -256,7 +256,8 @@ class Renderer:
             raise UsageError("recorded views have no mixup and CutMix but their own; set views.mixup=0, views.cutmix=0")
         if self._recorded is not None and self._recorded.mixes and on_device:
             raise UsageError("recorded views with partners are not rendered on the device; set views.on_device=false")
-        self._shared = adapt_transform(plan.transform)
+        shared, self.batched = split_batched(plan.transform) if on_device else (plan.transform, [])
+        self._shared = adapt_transform(shared)
         self._preprocess = adapt_transform(self.preprocess)
         self._on_device = on_device
 
@@ -286,6 +287,8 @@ class Renderer:
         if self.plan.mixes_samples:
             mix = self._mixed if self._recorded is None else self._mixed_as_recorded
             pixels, target = mix(view, number, pixels, int(target), load, key)
+        if isinstance(pixels, ByteImage):
+            pixels = pixels.sent()
         if self._preprocess is not None and not self._on_device:
             pixels = self._run(self._preprocess, pixels, number, "input", key)
         return self._index(view, number), pixels, target
@@ -302,14 +305,15 @@ class Renderer:
         shared = self._shared
         if self._recorded is not None:
             shared = functools.partial(self._recorded.rendered, view, number)
-        if shared is not None:
+        if shared is not None or self.batched:
             seed_generators(counter_seed("view", self.plan.seed, view, number))
+        if shared is not None:
             value = self._run(shared, value, number, "views.transform", key)
         selected = None
         if isinstance(value, dict) and SELECTED in value:
             value = dict(value)
             selected = value.pop(SELECTED)
-        return byte_image(value) if self._on_device else to_float_image(value), selected
+        return byte_image(value, self.batched) if self._on_device else to_float_image(value), selected
 
     def _run(
         self, transform: Callable[[Any], Any], value: Any, number: int, name: str, key: Callable[[int], str]
@@ -544,7 +548,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
             Images (B, C, H, W), float32, equal to those without `on_device`: exactly on the CPU, and up to 2^-23 in a
             mixed image on another kind of device.
         """
-        return finished(inputs, self._device_steps) if self.on_device else inputs
+        return finished(inputs, self._device_steps, self._renderer.batched) if self.on_device else inputs
 
     def input_digests(self, view: int) -> dict[int, str]:
         """Digests of the inputs of a few rows of a view, by row, for `writer.write(input_digests=...)`.
@@ -767,13 +771,12 @@ def _check_sizes(pixels: Any, other: Any) -> None:
         )
 
 
-def _mix_later(pixels: Tensor, other: Tensor, mixture: Mixture) -> tuple[dict[str, Tensor], float]:
+def _mix_later(image: ByteImage, other: ByteImage, mixture: Mixture) -> tuple[dict[str, Tensor], float]:
     """What `finish` mixes, and the weight of the sample itself in it."""
-    _check_sizes(pixels, other)
+    _check_sizes(image.pixels, other.pixels)
     if mixture.box is None:
-        return mixed_bytes(pixels, other, mixture.weight, None), mixture.weight
-    height, width = pixels.shape[-2:]
-    return mixed_bytes(pixels, other, 1.0, mixture.patch(height, width)), mixture.weight_in(height, width)
+        return mixed_bytes(image, other, mixture.weight, None), mixture.weight
+    return mixed_bytes(image, other, 1.0, mixture.patch(*image.size)), mixture.weight_in(*image.size)
 
 
 def _mix(pixels: Any, other: Any, mixture: Mixture) -> tuple[Tensor, float]:

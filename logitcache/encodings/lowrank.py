@@ -182,7 +182,8 @@ class LowRank(Encoding):
         top_BM, ids_BM = p_BC.topk(min(TOP_CLASSES, num_classes), dim=1)
         wanted_BC = logits_BC - on.mean_C
         plain_BR = (wanted_BC @ on.basis_CR).div_(on.squared_norm)
-        basis_BMR = on.basis_CR[ids_BM]
+        # `index_select` takes a quarter of the time of indexing.
+        basis_BMR = on.basis_CR.index_select(0, ids_BM.flatten()).view(*ids_BM.shape, -1)
         error_BM = wanted_BC.gather(1, ids_BM)
         steps_BR = plain_BR + _fisher_correction(error_BM, plain_BR, top_BM, basis_BMR, error_weight)
         steps_BR = steps_BR.round_().clamp_(-on.limit_R, on.limit_R)
@@ -204,7 +205,7 @@ class LowRank(Encoding):
             rising_BR, falling_BR = up_BR + gradient_BR, down_BR - gradient_BR
             change_BJ, which_BJ = best_of_each_group(torch.minimum(rising_BR, falling_BR))
             sign_BJ = (rising_BR.gather(1, which_BJ) == change_BJ).float().mul_(2).sub_(1)
-            flips_BJ = _flips_that_help_together(change_BJ, which_BJ, sign_BJ, q_BM, ids_BM, on)
+            flips_BJ = _flips_that_help_together(change_BJ, which_BJ, sign_BJ, q_BM, basis_BMR)
             before_BJ = steps_BR.gather(1, which_BJ)
             after_BJ = before_BJ + flips_BJ
             steps_BR.scatter_(1, which_BJ, after_BJ)
@@ -314,10 +315,11 @@ def _curvature(p_BM: Tensor, basis_BMR: Tensor, mean_square: float) -> Tensor:
 
 
 def _flips_that_help_together(
-    change_BJ: Tensor, which_BJ: Tensor, sign_BJ: Tensor, q_BM: Tensor, ids_BM: Tensor, on: _OnDevice
+    change_BJ: Tensor, which_BJ: Tensor, sign_BJ: Tensor, q_BM: Tensor, basis_BMR: Tensor
 ) -> Tensor:
     """The steps, best first, that lower the cost in combination with the steps taken before them, (B, J)."""
-    moved_BJM = on.basis_RC[which_BJ.unsqueeze(2), ids_BM.unsqueeze(1)] * sign_BJ.unsqueeze(2)
+    moved_BMJ = basis_BMR.gather(2, which_BJ.unsqueeze(1).expand(-1, basis_BMR.shape[1], -1))
+    moved_BJM = moved_BMJ.transpose(1, 2) * sign_BJ.unsqueeze(2)
     felt_BJM = moved_BJM * q_BM.unsqueeze(1)
     mean_BJ1 = felt_BJM.sum(dim=2, keepdim=True)
     together_BJJ = torch.bmm(felt_BJM, moved_BJM.transpose(1, 2)).sub_(mean_BJ1 * mean_BJ1.transpose(1, 2))

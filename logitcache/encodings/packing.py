@@ -68,7 +68,7 @@ class MixedRadix:
     def unpack(self, packed_BG: Tensor) -> Tensor:
         """Unpack bytes into float32 numbers (B, R)."""
         # Quotients of whole numbers below 256 are either whole or at least 1/256 away: floor is exact.
-        digits_BR = packed_BG.index_select(1, self._byte_R).float().div_(self._divisor_R).floor_()
+        digits_BR = packed_BG.float().index_select(1, self._byte_R).div_(self._divisor_R).floor_()
         digits_BR.sub_(digits_BR.div(self._base_R).floor_().mul_(self._base_R))
         if len(self._wide_W):
             digits_BR[:, self._wide_W] += 256 * packed_BG[:, self._high_W].float()

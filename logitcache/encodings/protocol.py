@@ -85,6 +85,9 @@ class Encoding(ABC):
     """Whether decoding also restores a constant per row: outputs such as features need it, logits don't."""
     largest: ClassVar[float] = math.inf
     """The largest magnitude of a value that can be encoded."""
+    values_at_once: ClassVar[int] = 2**20
+    """Values of consecutive rows, (rows, C), that the writer encodes at once on a CPU: enough to amortise small
+    operations, few enough for the processor's cache. Stored values can depend on it by rounding."""
 
     @abstractmethod
     def arrays(self, num_classes: int) -> dict[str, ArraySpec]:

@@ -79,6 +79,8 @@ class TopLowRank(Encoding):
         "bit_costs": 2,
     }
     holds_masks: ClassVar[bool] = False
+    # The basis is larger than the processor's cache: it is read once for all rows that are encoded together.
+    values_at_once: ClassVar[int] = 2**24
 
     rank: int = 192
     """The most components of the basis; 1 <= rank < C."""
@@ -510,4 +512,6 @@ def _sample(num_rows: int) -> Tensor:
 def _slices(num_rows: int, num_classes: int, device: torch.device) -> Iterable[slice]:
     values = VALUES_AT_ONCE if device.type == "cpu" else DEVICE_VALUES_AT_ONCE
     size = min(ROWS_AT_ONCE, max(1, values // num_classes))
+    # Of equal length, as far as possible: a few rows take nearly as long as many.
+    size = max(1, math.ceil(num_rows / max(1, math.ceil(num_rows / size))))
     return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))

@@ -71,10 +71,11 @@ class Values(Encoding):
     def decode(self, encoded: Mapping[str, Tensor], num_classes: int) -> Tensor:
         values_BD = encoded["values"].float()
         if self.dtype == "float16":
-            return values_BD * _power_of_two(encoded["exponent"])[:, None]
-        if self.dtype == "uint8":
-            return values_BD * encoded["step"][:, None] + encoded["lowest"][:, None]
-        return values_BD
+            exponent_B = encoded["exponent"].clamp(LOWEST_EXPONENT, -LOWEST_EXPONENT)
+            values_BD = values_BD * _power_of_two(exponent_B)[:, None]
+        elif self.dtype == "uint8":
+            values_BD = values_BD * encoded["step"][:, None] + encoded["lowest"][:, None]
+        return values_BD.clamp(-LARGEST, LARGEST)  # finite, whatever an untrusted cache holds
 
     def refused(self, logits_BC: Tensor) -> Tensor:
         # Comparisons with NaN are false, so this also finds NaN.

@@ -111,6 +111,10 @@ class Item(NamedTuple):
     alone: bool = False
     """Whether it is computed by itself, so that no other block can make it fail."""
 
+    def plain(self) -> tuple[str, bool]:
+        """As it is queued: of built-in types, so that the process of the queue imports no logitcache and no torch."""
+        return self.block.name, self.alone
+
 
 class Outcome(NamedTuple):
     """What an actor reports while it computes blocks."""
@@ -154,8 +158,8 @@ class BlockActor:
         """Compute blocks until the queue is empty.
 
         Args:
-            queue: of `Item`. The blocks of consecutive items are rendered ahead of the teacher, so an error may belong
-                to any of those that were taken; it is reported for all that are not committed.
+            queue: of items in their plain form. The blocks of consecutive items are rendered ahead of the teacher, so
+                an error may belong to any of those that were taken; it is reported for all that are not committed.
 
         Raises:
             Exception: of the last error. The actor should be replaced: its GPU, for example, may be unusable.
@@ -222,10 +226,10 @@ def _drained(queue: Any) -> Iterator[Item]:
 
     while True:
         try:
-            item: Item = queue.get_nowait()
+            name, alone = queue.get_nowait()
         except Empty:
             return
-        yield item
+        yield Item(Block.from_name(name), alone)
 
 
 def _computed(worker: Worker, blocks: Iterable[Block]) -> Iterator[Outcome]:
@@ -278,15 +282,17 @@ class _Build:
             num_cpus=engine.num_cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=0
         )
         self._new_actor: Callable[[], Any] = lambda: actor.remote(job, str(Path.cwd()))
-        self._actors = [self._new_actor() for _ in range(self._wanted())]
-        if not self._actors:
+        wanted = self._wanted()
+        if not wanted:
             raise UsageError(
                 f"no node of the Ray cluster has {engine.num_cpus} CPUs and {gpus} GPUs for a worker; the nodes have "
                 f"{list(self._nodes().values())}. Change num_cpus or num_gpus, or set workers to wait for nodes that "
                 "an autoscaler starts"
             )
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        # Before the actors: Ray starts only a few processes at a time, and no block is computed without the queue.
         self._queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+        self._actors = [self._new_actor() for _ in range(wanted)]
         self._refused = 0
         """Actors that could not load data or teacher, or open the cache."""
         self._running: dict[Any, Any] = {}
@@ -316,7 +322,7 @@ class _Build:
             ) from error
         rows = cache.row_map
         self._missing = set(created.missing_blocks)
-        self._queue.put_nowait_batch([Item(block) for block in created.missing_blocks])
+        self._queue.put_nowait_batch([Item(block).plain() for block in created.missing_blocks])
         total = sum(len(rows.block_rows(block.number)) for block in created.missing_blocks)
         with track("caching the teacher", total, unit="rows") as meter:
             for actor in self._actors:
@@ -450,21 +456,21 @@ class _Build:
             self._given_up[block] = failure.error
             self._missing.remove(block)
         else:
-            self._queue.put_nowait(Item(block, alone=len(counted) == RETRIES))
+            self._queue.put_nowait(Item(block, alone=len(counted) == RETRIES).plain())
             self._start_idle_actors()
 
     def _give_lost_blocks_to_others(self) -> None:
         """No actor computes anything: blocks that are not in the queue were lost with workers that stopped."""
         queued = self._queue.get_nowait_batch(self._queue.qsize())
         self._queue.put_nowait_batch(queued)
-        lost = self._missing - {item.block for item in queued}
+        lost = self._missing - {Block.from_name(name) for name, _ in queued}
         if self._lost_on:
             failure = _Failure(f"its worker died ({'; '.join(self._lost_on.values())})", frozenset(self._lost_on))
             self._lost_on = {}
             for block in sorted(lost):
                 self._failed(block, failure)
         else:  # taken by a worker that then reported a failure of another block
-            self._queue.put_nowait_batch([Item(block) for block in sorted(lost)])
+            self._queue.put_nowait_batch([Item(block).plain() for block in sorted(lost)])
         self._start_idle_actors()
 
     def _start_idle_actors(self) -> None:

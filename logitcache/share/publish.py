@@ -11,9 +11,8 @@ from logitcache.cache.manifest import MANIFEST, RECEIPTS, Manifest, Receipt, Sha
 from logitcache.cache.names import NAMES
 from logitcache.cache.packages import ENCODING_PACKAGES
 from logitcache.cache.receipts import selected
-from logitcache.cache.records import (
-    Records,
-    matching_receipts,
+from logitcache.cache.records import Records, matching_receipts
+from logitcache.cache.stored_records import (
     pinned_receipts_key,
     put_view_receipts,
     read_records,

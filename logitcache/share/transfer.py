@@ -19,7 +19,8 @@ from logitcache.cache.layout import parse_views
 from logitcache.cache.manifest import CARD, MANIFEST, RECEIPTS, Layout
 from logitcache.cache.objects import read_object
 from logitcache.cache.reader import LogitCache
-from logitcache.cache.records import CacheObject, Records, description, read_records
+from logitcache.cache.records import CacheObject, Records, description
+from logitcache.cache.stored_records import read_records
 from logitcache.digest import canonical_json, sha256_hex
 from logitcache.errors import (
     CorruptCache,

@@ -16,6 +16,7 @@ from logitcache.registry import Registry, unknown_name
 from logitcache.storage.local import LocalStorage as LocalStorage
 from logitcache.storage.protocol import Arrived as Arrived
 from logitcache.storage.protocol import Storage as Storage
+from logitcache.storage.protocol import Timestamped as Timestamped
 from logitcache.storage.protocol import Transactional as Transactional
 
 

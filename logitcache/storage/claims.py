@@ -19,10 +19,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import TracebackType
 
 from logitcache.errors import StorageError, UsageError
-from logitcache.storage.protocol import Storage
+from logitcache.storage.protocol import Storage, Timestamped
 
 CLAIMS = "claims"
 """Folder of the claims in a store. They are no part of a cache, and are removed when it is sealed."""
@@ -162,6 +163,42 @@ class Claims:
         return json.dumps(stated).encode()
 
 
+@dataclass(frozen=True)
+class HeldClaim:
+    """A claim as it is stored, for people who watch the workers."""
+
+    name: str
+    worker: str
+    seconds_since_renewal: float | None
+    """By the clocks of the store and of this machine; None if the store has no times."""
+    expired: bool
+    """Whether it was not renewed in time; another worker takes it over."""
+
+
+def held_claims(storage: Storage, *, now: float | None = None) -> list[HeldClaim]:
+    """The claims that are stored, by name.
+
+    Args:
+        storage: where they are.
+        now: seconds since 1970; by default by the clock of this machine.
+    """
+    now = time.time() if now is None else now
+    times = dict(storage.written(CLAIMS)) if isinstance(storage, Timestamped) else {}
+    newest: dict[str, str] = {}
+    for key in sorted(storage.list_keys(CLAIMS)):
+        newest[key.rsplit(".", 2)[0]] = key
+    found = []
+    for stem, key in newest.items():
+        content = storage.get(key, limit=MAX_CLAIM_BYTES)
+        if content is None:  # released meanwhile
+            continue
+        age = max(0.0, now - times[key]) if key in times else None
+        expired = age is not None and age >= (_stated_seconds(content) or CLAIM_SECONDS)
+        name = stem.removeprefix(f"{CLAIMS}/").replace("-", "/")
+        found.append(HeldClaim(name, _stated_owner(content), age, expired))
+    return found
+
+
 def remove_claims(storage: Storage) -> None:
     """Remove all claims, including those of dead workers."""
     for key in list(storage.list_keys(CLAIMS)):
@@ -170,6 +207,12 @@ def remove_claims(storage: Storage) -> None:
 
 def _key(name: str, number: int) -> str:
     return f"{CLAIMS}/{name.replace('/', '-')}.{number:05d}.json"
+
+
+def _stated_owner(content: bytes) -> str:
+    with suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(content)["owner"])
+    return "unknown"
 
 
 def _stated_seconds(content: bytes) -> float:

@@ -111,6 +111,12 @@ class LocalStorage:
             if size is not None:
                 yield key, size
 
+    def written(self, prefix: str = "") -> Iterator[tuple[str, float]]:
+        for key in self.list_keys(prefix):
+            path = self._path(key)
+            with _accessing("read", path), suppress(FileNotFoundError):
+                yield key, path.stat().st_mtime
+
     def folders(self, prefix: str = "") -> list[str]:
         start = self._path(prefix) if prefix else self.root
         with _accessing("list", start), suppress(FileNotFoundError, NotADirectoryError):

@@ -80,6 +80,14 @@ class Storage(Protocol):
 
 
 @runtime_checkable
+class Timestamped(Protocol):
+    """A store that can state when objects were written."""
+
+    def written(self, prefix: str = "") -> Iterator[tuple[str, float]]:
+        """Every key below a folder, with the time of its last write in seconds since 1970, by the store's clock."""
+
+
+@runtime_checkable
 class Transactional(Protocol):
     """A store that is written by whole copies only, such as a repository."""
 

@@ -148,6 +148,13 @@ class RemoteStorage:
         return None
 
     def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        return ((key, int(entry["size"])) for key, entry in self._entries(prefix))
+
+    def written(self, prefix: str = "") -> Iterator[tuple[str, float]]:
+        return ((key, entry["last_modified"].timestamp()) for key, entry in self._entries(prefix))
+
+    def _entries(self, prefix: str) -> Iterator[tuple[str, Any]]:
+        """What a listing states of each object below a folder."""
         self._refuse_listing()
         listed = 0
         with self._requests("list", prefix), suppress(FileNotFoundError):
@@ -156,7 +163,7 @@ class RemoteStorage:
                 if listed > MAX_LISTED:
                     raise TimeoutError(f"more than {MAX_LISTED} objects, the limit of a listing")
                 for entry in page:
-                    yield entry["path"].removeprefix(self._prefix), int(entry["size"])
+                    yield entry["path"].removeprefix(self._prefix), entry
 
     def list_keys(self, prefix: str = "") -> Iterator[str]:
         return (key for key, _ in self.sizes(prefix))

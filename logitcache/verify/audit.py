@@ -45,14 +45,8 @@ from logitcache.cache.outputs import OutputLayout, output_layouts, outputs_of
 from logitcache.cache.packages import require_packages
 from logitcache.cache.per_cache import fitted_encoding, row_map_from_arrays, samples_from_arrays
 from logitcache.cache.receipts import ReceiptsByView
-from logitcache.cache.records import (
-    CacheObject,
-    Records,
-    collect_receipts,
-    gathered_receipts,
-    indexed_receipts,
-    stored_manifest,
-)
+from logitcache.cache.records import CacheObject, Records
+from logitcache.cache.stored_records import collect_receipts, gathered_receipts, indexed_receipts, stored_manifest
 from logitcache.digest import array_digest, sha256_hex
 from logitcache.encodings import ENCODINGS, encoding_from_config
 from logitcache.errors import CorruptCache

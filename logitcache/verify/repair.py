@@ -9,14 +9,8 @@ from logitcache.cache.ensemble import merged_parts
 from logitcache.cache.layout import GROUP, PER_CACHE, Block, receipt_key
 from logitcache.cache.manifest import MANIFEST, RECEIPTS, Manifest, Receipt, dump_manifest
 from logitcache.cache.receipts import ReceiptsByView, by_view, splits_receipts
-from logitcache.cache.records import (
-    Records,
-    collect_receipts,
-    matching_receipts,
-    put_view_receipts,
-    stored_manifest,
-    write_group_metadata,
-)
+from logitcache.cache.records import Records, matching_receipts
+from logitcache.cache.stored_records import collect_receipts, put_view_receipts, stored_manifest, write_group_metadata
 from logitcache.digest import sha256_hex
 from logitcache.errors import CorruptCache, IdentityMismatch, NotACache, UsageError
 from logitcache.storage import Storage, open_storage

@@ -398,6 +398,26 @@ def test_a_build_cut_off_before_its_basis_was_stored_begins_again(tmp_path: Path
     assert cache.digest == built(tmp_path / "b", encoding=encoding, calibration=calibration(8)).digest
 
 
+def test_rows_are_encoded_together_as_the_encoding_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the batches, but never rows of two sequences."""
+    together: list[int] = []
+    encode = logitcache.Dense.encode
+
+    def watched(self: logitcache.Dense, logits_BC: Tensor, **where: int) -> dict[str, Tensor]:
+        together.append(len(logits_BC))
+        return encode(self, logits_BC, **where)
+
+    monkeypatch.setattr(logitcache.Dense, "values_at_once", 40 * CLASSES)
+    monkeypatch.setattr(logitcache.Dense, "encode", watched)
+    with writer(tmp_path / "a", num_views=1, rows_per_block=100) as cache:
+        for start in range(0, SAMPLES, 10):
+            cache.write(view=0, start=start, logits=some_logits()[0, start : start + 10])
+    sequences = {"num_samples": 2, "rows_per_sample": [50, 50]}
+    built(tmp_path / "b", num_views=1, rows_per_block=100, **sequences)
+
+    assert [40, 40, 20] + [40, 10, 40, 10] == together
+
+
 def test_batches_never_show_in_a_fitted_encoding(tmp_path: Path) -> None:
     digests = set()
     for number, size in enumerate((1, 7, 32, 100)):

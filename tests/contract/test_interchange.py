@@ -101,3 +101,19 @@ def test_a_stranger_reads_the_receipts(tmp_path: Path, name: str) -> None:
 
     assert sorted(cache.receipts) == found["receipts"].tolist()
     assert cache.digest == str(found["digest"])
+
+
+@pytest.mark.parametrize("reader", ["zarr", "tensorstore"])
+def test_a_stranger_reads_every_output(tmp_path: Path, reader: str) -> None:
+    """Features in each of the encodings of values."""
+    need_package(reader, "test")
+    path = tmp_path / "a"
+    shutil.copytree(Path(__file__).parents[1] / "golden/format-2-outputs.cache", path)
+    found = read(path, reader)
+    cache = logitcache.open(path)
+
+    assert {"components", "values"} == {output.encoding.name for output in cache.extra_outputs.values()}
+    assert cache.digest == str(found["digest"])
+    for name in cache.extra_outputs:
+        ours = torch.stack([cache.view(view).output(name, range(cache.num_rows)) for view in cache.views])
+        np.testing.assert_allclose(found[f"output_{name}"], ours.numpy(), rtol=2e-6, atol=2e-5)

@@ -16,7 +16,7 @@ import logitcache
 import logitcache.data.views
 from logitcache.cache.contents import contents_key
 from logitcache.cache.manifest import MANIFEST, read_manifest
-from logitcache.cache.records import collect_receipts
+from logitcache.cache.stored_records import collect_receipts
 from logitcache.cache.writer import CacheWriter
 from logitcache.config.schema import Pipeline
 from logitcache.data.samples import DIGEST_BYTES, SeenContents, content_table, sample_table

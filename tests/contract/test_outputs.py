@@ -264,6 +264,19 @@ def test_features_take_an_encoding_that_is_fitted_to_them(tmp_path: Path, is_fit
             again.write(view=0, start=0, logits=said(0)["logits"], outputs={"features": -rows})
 
 
+def test_constant_logits_beside_features_take_no_space(tmp_path: Path) -> None:
+    """How a teacher without classes, such as an embedding model, is cached."""
+    rows = few_directions(2000, seed=2)
+    given: dict[str, Any] = {"num_samples": len(rows), "num_classes": 2, "teacher": "t", "dataset": "d"}
+    given["outputs"] = {"features": logitcache.Output(shape=SHAPES["features"])}
+    with logitcache.create(tmp_path / "a", encoding=Dense(dtype="uint8"), **given) as cache:
+        cache.write(view=0, start=0, logits=torch.zeros(len(rows), 2), outputs={"features": rows})
+    stored = logitcache.open(tmp_path / "a")
+
+    assert stored.contents.output_bytes["logits"] < 0.1 * len(rows)
+    torch.testing.assert_close(stored.view(0).output("features", [3]), rows[3:4], atol=0, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("calibration", "message"),
     [
@@ -660,10 +673,15 @@ def test_what_the_guide_says_of_outputs_is_so(tmp_path: Path, monkeypatch: pytes
     given = {"logits": torch.randn(50, 10), "features": torch.randn(50, 64, 7, 7)}
     exec(section.split("```python", 1)[1].split("```", 1)[0], {"logitcache": logitcache, **given})
     read = logitcache.open("caches/mine.cache").view(0).output("features", [7, 0, 42])
+    embeddings = torch.randn(500, 4) @ torch.randn(4, 384)
+    alone = {"some_embeddings": embeddings[:400], "embeddings": embeddings[400:]}
+    exec(section.split("```python", 2)[2].split("```", 1)[0], {"logitcache": logitcache, "torch": torch, **alone})
+    decoded = logitcache.open("embeddings.cache").view(0).output("features", range(100))
 
     assert ["features", "maps", "color"] == list(outputs_config(configured["cache"]["outputs"]))
     assert 3 == len(hints_config(configured["students"][0]["hints"]))
     torch.testing.assert_close(read, given["features"][[7, 0, 42]], atol=1e-2, rtol=1e-3)
+    assert (decoded - embeddings[400:]).norm() < 0.2 * embeddings[400:].norm()
 
 
 def test_a_memory_budget_streams_features_and_keeps_logits(tmp_path: Path) -> None:

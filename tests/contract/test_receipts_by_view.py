@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import logitcache
-from logitcache.cache import creation, receipts, writer
+from logitcache.cache import creation, receipts, written_receipts
 from logitcache.cache.manifest import Manifest, ReceiptIndex, dump_manifest
 from logitcache.cache.receipts import ReceiptsByView
 from logitcache.digest import canonical_json, sha256_hex
@@ -36,7 +36,7 @@ SETTINGS: dict[str, Any] = {
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """From 7 receipts on they are stored by view: two views of three blocks are not enough for one file."""
     monkeypatch.setattr(receipts, "GATHERED_RECEIPTS", 6)
-    monkeypatch.setattr(writer, "KEPT_RECEIPTS", 2)
+    monkeypatch.setattr(written_receipts, "KEPT_RECEIPTS", 2)
 
 
 def labels() -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import logitcache
 from logitcache.arrays import ArraySpec
 from logitcache.cache import receipts as receipts_module
-from logitcache.cache import records, summary
+from logitcache.cache import stored_records, summary
 from logitcache.cache.layout import PER_CACHE, all_blocks, decode_object, decode_rows
 from logitcache.cache.manifest import (
     MANIFEST,
@@ -202,7 +202,7 @@ def test_a_chunk_of_another_size_is_refused_before_memory_is_asked_for() -> None
 @pytest.mark.parametrize("key", [MANIFEST, RECEIPTS])
 def test_an_endless_record_is_cut_at_what_it_may_be(whole: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of receipts for 24 000 blocks, 3 GB were read."""
-    monkeypatch.setattr(records, "ATTEMPTS", 1)
+    monkeypatch.setattr(stored_records, "ATTEMPTS", 1)
     limit = receipts_limit(claim(whole, num_views=300, num_samples=640).layout) if key == RECEIPTS else 2**24
     with servers.misbehaving(whole.parent) as server:
         server.fault = lambda path, count: "endless" if path.endswith(f"/{key}") else None

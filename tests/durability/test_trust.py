@@ -24,7 +24,7 @@ from torch import Tensor
 
 import logitcache
 from logitcache.cache.manifest import Identity, Manifest, read_manifest, read_receipts
-from logitcache.cache.records import check_encoding
+from logitcache.cache.stored_records import check_encoding
 from logitcache.config.schema import load_pipeline
 from logitcache.digest import canonical_json, json_digest, sha256_hex
 from logitcache.errors import CorruptCache, CorruptRun, LogitCacheError, NotACache, StorageError, UsageError
@@ -32,6 +32,7 @@ from logitcache.storage import LocalStorage
 from logitcache.strict_json import parse_json
 from logitcache.train.runs import CHECKPOINT, RESUME_HEADER, RunFolder
 from logitcache.verify.audit import verify
+from tests.golden.__main__ import decoded_file
 
 VIEWS, SAMPLES, CLASSES = 2, 20, 6
 
@@ -313,7 +314,8 @@ def test_json_that_two_parsers_might_read_differently_is_refused(tmp_path: Path,
 def forge_chunk(path: Path, name: str, data: bytes) -> None:
     """Put bytes in the place of a chunk, with receipts and digest made to fit: a liar's cache is consistent."""
     chunk = next(file for file in files(path / "labels.zarr" / name) if file.name != "zarr.json")
-    block = f"v{int(chunk.parts[-3]):05d}/b{int(chunk.parts[-2]):05d}"
+    view, number = chunk.relative_to(path / "labels.zarr" / name / "c").parts[:2]
+    block = f"v{int(view):05d}/b{int(number):05d}"
     chunk.write_bytes(data)
     receipts = json.loads((path / "receipts.json").read_text())
     receipts[block]["objects"][name] |= {"bytes": len(data), "sha256": sha256_hex(data)}
@@ -598,6 +600,7 @@ DIGESTS = {
     "format-1": "0b341abd1ddded030fa4e221eeb0d8662f9441bd4feafeeda62c9f605743b3f9",
     "format-2": "145b7eb8d9327ca237f007453c3d0fb190a45c1c8e98ff3818690b5ba0640371",
     "format-2-by-view": "145b7eb8d9327ca237f007453c3d0fb190a45c1c8e98ff3818690b5ba0640371",
+    "format-2-outputs": "f0964d3e3417d95d1c1d943935d10da0910dcacb5389ad0ee9fc7dd36eac3990",
     "format-2-packedtopk": "7e6d2717debd6b69534bc8cecf6c7836a33a82eb38a762b2bec725b7b96a5c47",
     "format-2-sampled": "e20aa4970396ff5f0deaa292cac87e3ae09b793aded8aa724675ac10defb3f03",
     "format-2-toplowrank": "3b6c7c79d8ff9eda3458f92cc99085fb7fbb5732b1feb471e1dd84becbd0927d",
@@ -609,12 +612,84 @@ DIGESTS = {
 def test_the_golden_cache_of_each_format_stays_readable(name: str) -> None:
     """Made once by `python -m tests.golden`; a reader of any later version gives the same numbers."""
     golden = GOLDEN / f"{name}.cache"
-    expected = np.load(golden.with_suffix(".npy"))
 
     assert [] == verify(str(golden), deep=True)
     cache = logitcache.open(golden)
     assert (int(name[7]), DIGESTS[name]) == (cache.manifest.identity.format_version, cache.digest)
-    np.testing.assert_allclose(expected, read_all(golden).numpy(), atol=1e-5)
+    for output, values in read_outputs(golden).items():
+        np.testing.assert_allclose(np.load(decoded_file(golden, output)), values.numpy(), atol=1e-5)
+
+
+def read_outputs(path: Path) -> dict[str, Tensor]:
+    """Every output of every row."""
+    cache = logitcache.open(path)
+    views = [cache.view(view, outputs=list(cache.outputs)) for view in range(cache.num_views)]
+    return {name: torch.stack([view.output(name, range(cache.num_rows)) for view in views]) for name in cache.outputs}
+
+
+WITH_OWN_ARRAYS = ["format-2-outputs", "format-2-packedtopk", "format-2-sampled", "format-2-toplowrank"]
+
+
+def arrays_of(path: Path) -> dict[str, list[Path]]:
+    """The files of each array, without its metadata."""
+    folders = [folder for folder in (path / "labels.zarr").iterdir() if folder.is_dir()]
+    return {folder.name: [file for file in files(folder) if file.name != "zarr.json"] for folder in sorted(folders)}
+
+
+@pytest.mark.parametrize("name", WITH_OWN_ARRAYS)
+def test_no_flipped_byte_of_an_encodings_arrays_passes(tmp_path: Path, name: str) -> None:
+    """One bit of every seventh byte of the arrays of rows, and of those that are stored once."""
+    path = tmp_path / "a"
+    shutil.copytree(GOLDEN / f"{name}.cache", path)
+    draw = random.Random(0)
+    for file in [file for of_array in arrays_of(path).values() for file in of_array]:
+        original = file.read_bytes()
+        for place in range(draw.randrange(7), len(original), 7):
+            damaged = bytearray(original)
+            damaged[place] ^= 1 << draw.randrange(8)
+            file.write_bytes(damaged)
+            with pytest.raises(CorruptCache):
+                read_outputs(path)
+        assert finds_a_problem(path, file), file
+        file.write_bytes(original)
+    read_outputs(path)
+
+
+@pytest.mark.parametrize("name", WITH_OWN_ARRAYS)
+def test_a_manifest_that_lies_about_an_encodings_array_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a"
+    shutil.copytree(GOLDEN / f"{name}.cache", path)
+    original = (path / "manifest.json").read_bytes()
+    layout = json.loads(original)["layout"]
+    for kind, shape in (("arrays", "row_shape"), ("fixed", "shape")):
+        for array, spec in layout[kind].items():
+            for change in ({shape: [2**40] * max(1, len(spec[shape]))}, {shape: [1, 2, 3]}, {"dtype": "float64"}):
+                rewrite_manifest(
+                    path, lambda raw, at=(kind, array), change=change: raw["layout"][at[0]][at[1]].update(change)
+                )
+                with executes_nothing(), pytest.raises(CorruptCache):
+                    read_outputs(path)
+                (path / "manifest.json").write_bytes(original)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", WITH_OWN_ARRAYS)
+def test_whatever_a_forger_puts_into_an_encodings_array_decodes_to_numbers_or_is_refused(
+    tmp_path: Path, name: str, seed: int
+) -> None:
+    """Any integers, and the most extreme floats that `verify --deep` accepts, with receipts that fit."""
+    path = tmp_path / "a"
+    shutil.copytree(GOLDEN / f"{name}.cache", path)
+    draw = np.random.default_rng(seed)
+    for array, spec in json.loads((path / "manifest.json").read_text())["layout"]["arrays"].items():
+        data = draw.bytes(len(Zstd().decode(arrays_of(path)[array][0].read_bytes())))
+        if spec["dtype"].startswith("float"):
+            most = float(np.finfo(spec["dtype"]).max)
+            data = draw.choice([-most, 0.0, most], len(data) // np.dtype(spec["dtype"]).itemsize).astype(spec["dtype"])
+        forge_chunk(path, array, Zstd(level=3, checksum=True).encode(data))
+        with suppress(CorruptCache):
+            for values in read_outputs(path).values():
+                assert not bool(values.isnan().any() or (values == torch.inf).any()), array
 
 
 if __name__ == "__main__":

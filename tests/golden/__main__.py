@@ -1,5 +1,5 @@
 """Write the golden caches of the current format version, each once, when it is new: of samples, of sequences, of
-samples with receipts by view, and of encodings with arrays of their own.
+samples with receipts by view, of encodings with arrays of their own, and of outputs other than logits.
 
 python -m tests.golden
 """
@@ -21,6 +21,12 @@ ENCODINGS = {
     "sampled": logitcache.Sampled(draws=20, packed=True),
     "toplowrank": logitcache.TopLowRank(rank=5, k=3),
 }
+OUTPUTS = {
+    "features": logitcache.Output(shape=(5, 6), encoding=logitcache.Components(error=0.1)),
+    "half": logitcache.Output(shape=(30,), encoding=logitcache.Values()),
+    "bytes": logitcache.Output(shape=(30,), encoding=logitcache.Values(dtype="uint8")),
+}
+"""The same features in each."""
 COUNTS = [3, 0, 1, 5, 2, 1]
 """Rows of each sequence, as many as there are samples in the other cache."""
 
@@ -30,14 +36,22 @@ def main() -> None:
     written = [write(f"format-{FORMAT_VERSION}.cache"), write(f"format-{FORMAT_VERSION}-sequences.cache", COUNTS)]
     for named, encoding in ENCODINGS.items():
         written.append(write(f"format-{FORMAT_VERSION}-{named}.cache", encoding=encoding))
+    written.append(write(f"format-{FORMAT_VERSION}-outputs.cache", outputs=OUTPUTS))
     receipts.GATHERED_RECEIPTS = 0
     written.append(write(f"format-{FORMAT_VERSION}-by-view.cache"))
     if not any(written):
         raise SystemExit("the caches are there already; a format that was published is not written again")
 
 
-def write(name: str, rows_per_sample: list[int] | None = None, *, encoding: logitcache.Encoding = LOW_RANK) -> bool:
-    """Write a cache and its logits, unless it is there."""
+def write(
+    name: str,
+    rows_per_sample: list[int] | None = None,
+    *,
+    encoding: logitcache.Encoding = LOW_RANK,
+    outputs: dict[str, logitcache.Output] | None = None,
+) -> bool:
+    """Write a cache, and what is read from it, unless it is there."""
+    outputs = outputs or {}
     path = HERE / name
     if path.exists():
         return False
@@ -45,18 +59,30 @@ def write(name: str, rows_per_sample: list[int] | None = None, *, encoding: logi
     factors = torch.randn(6, CLASSES, generator=generator)
     logits = torch.randn(VIEWS, SAMPLES, 6, generator=generator) @ factors
     calibration = torch.randn(200, 6, generator=generator) @ factors
+    features = 1 + torch.randn(VIEWS * SAMPLES + 200, 6, generator=generator) @ torch.randn(6, 30, generator=generator)
+    of_views, to_fit = features[:-200].view(VIEWS, SAMPLES, 30), features[-200:]
+    sample = logitcache.Calibration(
+        calibration.numpy(), outputs={named: to_fit.view(200, *output.shape) for named, output in outputs.items()}
+    )
     num_samples = SAMPLES if rows_per_sample is None else len(rows_per_sample)
     settings = {"num_samples": num_samples, "num_classes": CLASSES, "num_views": VIEWS, "rows_per_block": 8}
     settings |= {"rows_per_sample": rows_per_sample}
     with logitcache.create(
-        path, **settings, encoding=encoding, calibration=calibration, teacher="golden", dataset="golden"
+        path, **settings, encoding=encoding, outputs=outputs, calibration=sample, teacher="golden", dataset="golden"
     ) as writer:
         for view in range(VIEWS):
-            writer.write(view=view, start=0, logits=logits[view])
+            rows = {named: of_views[view].view(SAMPLES, *output.shape) for named, output in outputs.items()}
+            writer.write(view=view, start=0, logits=logits[view], outputs=rows)
     cache = logitcache.open(path)
-    decoded = torch.stack([cache.view(view).logits(range(SAMPLES)) for view in range(VIEWS)])
-    np.save(path.with_suffix(".npy"), decoded.numpy())
+    for output in cache.outputs:
+        decoded = torch.stack([cache.view(view).output(output, range(SAMPLES)) for view in range(VIEWS)])
+        np.save(decoded_file(path, output), decoded.numpy())
     return True
+
+
+def decoded_file(cache: Path, output: str) -> Path:
+    """Where what is read from a golden cache is kept."""
+    return cache.with_name(cache.stem + ("" if output == "logits" else f"-{output}") + ".npy")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 
 from logitcache.cache.averaging import check_same_pixels, check_same_views, refuse_sampled
 from logitcache.cache.reader import LogitCache, open_cache
-from logitcache.cache.records import stored_manifest
+from logitcache.cache.stored_records import stored_manifest
 from logitcache.errors import IdentityMismatch, InvalidLogits, LogitCacheError, NotACache, PartyMissing
 from logitcache.progress import track
 from logitcache.share.transfer import pull
