@@ -131,6 +131,28 @@ def distillkit(k: int, exact: int, terms: int) -> PeerFormat:
     return PeerFormat(f"DistillKit, k={k}", write, read)
 
 
+def lpqld(k: int) -> PeerFormat:
+    """LPQLD (arXiv:2604.18135), "marginal re-normalisation": k ids in int16 and k logits in float16, softmaxed alone.
+
+    The crop's parameters are left out. Of its other parts, pruning is a number of views; the schedules of the
+    temperatures belong to training.
+    """
+
+    def write(logits_BC: Tensor) -> list[bytes]:
+        values_BK, ids_BK = logits_BC.topk(k, dim=1)
+        ids, values = ids_BK.numpy().astype("<i2"), values_BK.numpy().astype("<f2")
+        return [row.tobytes() + kept.tobytes() for row, kept in zip(ids, values, strict=True)]
+
+    def read(data: list[bytes], num_classes: int) -> Tensor:
+        flat = np.frombuffer(b"".join(data), dtype=np.uint8).reshape(len(data), 4 * k)
+        ids = np.ascontiguousarray(flat[:, : 2 * k]).view("<i2").astype(np.int64)
+        values = np.ascontiguousarray(flat[:, 2 * k :]).view("<f2").astype(np.float32)
+        logits_BC = torch.full((len(data), num_classes), -math.inf)
+        return logits_BC.scatter_(1, torch.from_numpy(ids), torch.from_numpy(values))
+
+    return PeerFormat(f"LPQLD, k={k}", write, read)
+
+
 PEERS = [
     tinyvit(10),
     tinyvit(100),

@@ -191,7 +191,7 @@ def _how_to_load_it(cache: LogitCache) -> Iterator[str]:
     yield (
         f"```\nlogitcache pull URL mine.cache --expect {cache.pin}\nlogitcache verify mine.cache --deep\n{command}```\n"
     )
-    yield "Any Zarr v3 reader, in any language, opens the encoded labels:\n"
+    yield "Any Zarr v3 reader, in any language, opens the encoded logits:\n"
     yield f'```python\nimport zarr\n\nprint(zarr.open_group("labels.zarr", mode="r")["{array}"].shape)\n```\n'
 
 
@@ -203,7 +203,7 @@ def _how_to_render_it(cache: LogitCache) -> Iterator[str]:
     checked = "`cache.verify_inputs` and `cache.check_batch` check that."
     if transform is None:
         yield (
-            "This cache has no recipe of its views: prepare the samples as for the teacher, and look up their labels "
+            "This cache has no recipe of its views: prepare the samples as for the teacher, and look up their logits "
             "by row number.\n"
         )
     elif has_recipe(transform):
@@ -280,7 +280,7 @@ def _fidelity(cache: LogitCache) -> str:
             at = " and ".join(f"{nats:.2g} nats at T = {T}" for T, nats in sorted(cache.contents.kl_at.items()))
             lines.append(f"At higher temperatures, measured on some rows: mean {at}, without the factor T².")
         if _parts(cache):
-            lines.append("Here the teacher is the mean of the labels in the merged caches.")
+            lines.append("Here the teacher is the mean of the logits in the merged caches.")
     if measured < num_blocks:
         where = f"In {num_blocks - measured:,} of {num_blocks:,} blocks"
         if isinstance(cache.encoding, Sampled):

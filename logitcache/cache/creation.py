@@ -41,6 +41,7 @@ from logitcache.cache.manifest import (
     check_length,
     dump,
     dump_manifest,
+    max_blocks_per_view,
     read_manifest,
     read_receipts_or_index,
     receipts_limit,
@@ -289,11 +290,16 @@ def open_writer(
             ), fixed
         except ValidationError as error:
             raise UsageError(
-                f"a cache can't have this shape: {error.errors()[0]['msg']}; try a smaller rows_per_block"
+                f"a cache can't have this shape: {error.errors()[0]['msg']}; try another rows_per_block"
             ) from None
 
     settle_contents(stored, settled)
     layout, fixed = shape(stored, settled)
+    if stored is None and layout.blocks_per_view > max_blocks_per_view(layout):
+        raise UsageError(
+            f"a view would have {layout.blocks_per_view:,} blocks of {layout.rows_per_block:,} rows; expected at most "
+            f"{max_blocks_per_view(layout):,}, so that their receipts fit into one file. Use a larger rows_per_block"
+        )
     with storage.lock():
         for key in _keys_to_replace(storage) if overwrite else []:
             storage.delete(key)

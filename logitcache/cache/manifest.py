@@ -455,6 +455,14 @@ def _limit(layout: Layout, num_receipts: int) -> int:
     return min((num_receipts + 16) * (1024 + 384 * num_arrays), MAX_RECEIPTS_BYTES)
 
 
+def max_blocks_per_view(layout: Layout) -> int:
+    """The most blocks of one view of a new cache: their receipts are one object of at most `MAX_RECEIPTS_BYTES`.
+
+    A receipt with its name takes at most 235 bytes for each array and 300 for the rest, without the few proof rows.
+    """
+    return MAX_RECEIPTS_BYTES // (300 + 235 * len(layout.arrays))
+
+
 def read_receipts(data: bytes | memoryview, *, url: str, key: str = RECEIPTS) -> dict[str, Receipt]:
     """Receipts by name, from the bytes of an object that holds those of a view or of a cache.
 

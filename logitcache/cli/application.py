@@ -28,6 +28,9 @@ app = typer.Typer(
 PIPELINES, CACHES, SHARING, MORE = "Pipelines", "Caches", "Sharing", "More"
 """Groups of commands in `--help`, in this order."""
 
+FLAG = ""
+"""The `metavar` of an option without a value: `--help` otherwise shows the type `<bool>`."""
+
 PipelineArgument = Annotated[Path, typer.Argument(help="Pipeline file, such as pipeline.yaml.")]
 CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Directory or URL of a cache.")]
 OverridesArgument = Annotated[
@@ -36,10 +39,18 @@ OverridesArgument = Annotated[
         metavar="KEY=VALUE", help="Keys of the pipeline to override: views.count=4 cache.encoding='TopK(k=5)'"
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else.")]
+DataOverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="With --data: keys of its pipeline to override, such as views.count=4."),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", metavar=FLAG, help="Print one JSON object to stdout, and nothing else.")
+]
 TrustOption = Annotated[
     bool,
-    typer.Option("--trust", help="Allow package.module:function code from outside the working directory."),
+    typer.Option(
+        "--trust", metavar=FLAG, help="Allow package.module:function code from outside the working directory."
+    ),
 ]
 
 

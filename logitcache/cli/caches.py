@@ -11,10 +11,11 @@ import typer
 
 from logitcache.cli.application import (
     CACHES,
+    FLAG,
     SHARING,
     CacheArgument,
+    DataOverridesArgument,
     JsonOption,
-    OverridesArgument,
     TrustOption,
     app,
     pipeline_of,
@@ -63,8 +64,10 @@ def ls_command(
 @app.command("verify", rich_help_panel=CACHES)
 def verify_command(
     cache: CacheArgument,
-    overrides: OverridesArgument = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Read every byte and compare its SHA-256.")] = False,
+    overrides: DataOverridesArgument = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", metavar=FLAG, help="Read every byte and compare its SHA-256.")
+    ] = False,
     recompute: Annotated[
         int,
         typer.Option(
@@ -107,7 +110,7 @@ def verify_command(
 @app.command("repair", rich_help_panel=CACHES)
 def repair_command(
     cache: CacheArgument,
-    overrides: OverridesArgument = None,
+    overrides: DataOverridesArgument = None,
     source: Annotated[str | None, typer.Option("--from", help="A copy of the cache to fetch blocks from.")] = None,
     data: Annotated[Path | None, typer.Option(help="The cache's pipeline, to recompute blocks.")] = None,
     trust: TrustOption = False,
@@ -146,9 +149,13 @@ def seal_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
 @app.command("push", rich_help_panel=SHARING)
 def push_command(
     cache: CacheArgument,
-    url: Annotated[str, typer.Argument(metavar="URL", help="Destination: s3://, gs://, az:// or a directory.")],
+    url: Annotated[
+        str,
+        typer.Argument(metavar="URL", help="Destination: s3://, gs://, az://, hf://datasets/, file:// or a directory."),
+    ],
     anonymous: Annotated[
-        bool, typer.Option("--anonymous", help="Omit machine, command and paths from the copy's manifest.")
+        bool,
+        typer.Option("--anonymous", metavar=FLAG, help="Omit machine, command and paths from the copy's manifest."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -161,14 +168,24 @@ def push_command(
 
 @app.command("pull", rich_help_panel=SHARING)
 def pull_command(
-    url: Annotated[str, typer.Argument(metavar="URL", help="Source: s3://, gs://, az://, https:// or a directory.")],
+    url: Annotated[
+        str,
+        typer.Argument(
+            metavar="URL", help="Source: s3://, gs://, az://, hf://datasets/, https://, file:// or a directory."
+        ),
+    ],
     cache: Annotated[str, typer.Argument(metavar="CACHE", help="Destination directory.")],
     views: Annotated[
         str | None,
         typer.Option(metavar="FIRST:END", help="Copy only these views, such as 0:8 or 8:16; END is excluded."),
     ] = None,
     expect: Annotated[
-        str | None, typer.Option(metavar="DIGEST", help="Fail if the content digest differs, and leave no copy.")
+        str | None,
+        typer.Option(
+            metavar="DIGEST",
+            help="Fail if the content digest differs, and leave no copy. The first 12 digits detect accidents; pass "
+            "all 64 to detect tampering.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -61,8 +61,8 @@ def print_cache(title: str, summary: dict[str, Any]) -> None:
         "views": summary["views"] == f"0:{summary['num_views']}",
     }
     labels = {
-        "bytes_per_sample": "bytes of labels per sample and view",
-        "bytes_per_row": "bytes of labels per row",
+        "bytes_per_sample": "bytes of logits per sample and view",
+        "bytes_per_row": "bytes of logits per row",
         "kl_mean": "kl mean, nats",
         "kl_at_2": "kl mean at T = 2, nats",
         "kl_at_4": "kl mean at T = 4, nats",
@@ -73,8 +73,8 @@ def print_cache(title: str, summary: dict[str, Any]) -> None:
         if key != "progress" and not repeated.get(key, False):
             shown[labels.get(key, key)] = value
         if key == "bytes" and summary["sealed"]:
-            of_labels = round(summary["bytes_per_row"] * summary["num_rows"] * summary["num_views"])
-            shown |= {"bytes of labels": of_labels, "bytes stored once (samples, encoding)": value - of_labels}
+            of_logits = round(summary["bytes_per_row"] * summary["num_rows"] * summary["num_views"])
+            shown |= {"bytes of logits": of_logits, "bytes stored once (samples, encoding)": value - of_logits}
     print_mapping(title, shown)
     if "progress" in summary:
         _say_progress(summary["progress"])
@@ -130,7 +130,7 @@ def print_transfer(where: str, transfer: Any) -> None:
     if transfer.digest != transfer.source_digest:
         pin += f" for the source; the digest of the copy is {transfer.digest}"
     if transfer.matched == "digest":
-        pin += ".\nThe given digest is of format 1, which covers the labels but not their positions. "
+        pin += ".\nThe given digest is of format 1, which covers the logits but not their positions. "
         pin += "The new pin covers both"
     rate = f", {decimal(int(transfer.copied_bytes / transfer.seconds))}/s" if transfer.copied_bytes else ""
     say(
@@ -205,10 +205,11 @@ def print_plan(plan: Any) -> None:
             f"({plan.num_views} views of {plan.rows_per_view:,} {unit}s at {plan.rows_per_second:,.0f} {unit}s/s)."
         )
     if plan.live_passes is not None:
+        epochs = "epoch" if plan.num_views == 1 else "epochs"
         say(
             f"Passes of the teacher over the data: {plan.num_views:,} for the cache. A live teacher needs one for each "
             f"epoch of each student and seed, {plan.live_passes:,.4g} for the students of this pipeline, so the cache "
-            f"saves time from {plan.num_views + 1:,} such epochs on."
+            f"pays off after {plan.num_views:,} such {epochs}."
         )
     say(f'Recommended: cache.encoding="{spelled(plan.recommended.encoding)}"')
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from logitcache.cli.application import (
+    FLAG,
     PIPELINES,
     JsonOption,
     OverridesArgument,
@@ -106,13 +107,13 @@ def cache_teacher_command(
     overrides: OverridesArgument = None,
     shard: Annotated[
         str | None,
-        typer.Option(metavar="INDEX/COUNT", help="Compute one part of the blocks, such as 0/4, as one of a job array."),
+        typer.Option(metavar="INDEX/COUNT", help="Compute every COUNT-th block, for job arrays; INDEX counts from 0."),
     ] = None,
     engine: Annotated[
         str | None,
         typer.Option(
-            help="How the blocks are distributed: local, torchrun, claims, ray, or one of a plugin; by default "
-            "torchrun if it started this process."
+            help="How the blocks are distributed: local, torchrun, claims, ray, or a plugin's engine. Default: local, "
+            "or torchrun in a process that torchrun started."
         ),
     ] = None,
     engine_option: Annotated[
@@ -203,11 +204,15 @@ def run_command(
         bool,
         typer.Option(
             "--dry-run",
+            metavar=FLAG,
             help="Check the files, and the cache and runs that exist; list the stages. Runs and downloads nothing.",
         ),
     ] = False,
     require_data: Annotated[
-        bool, typer.Option("--require-data", help="With --dry-run: load all data; exit 1 if anything is missing.")
+        bool,
+        typer.Option(
+            "--require-data", metavar=FLAG, help="With --dry-run: load all data; exit 1 if anything is missing."
+        ),
     ] = False,
     trust: TrustOption = False,
     as_json: JsonOption = False,

@@ -11,12 +11,13 @@ import typer
 
 from logitcache.cli.application import (
     CACHES,
+    FLAG,
     MORE,
     PIPELINES,
     CacheArgument,
+    DataOverridesArgument,
     JsonOption,
     OldOutputOption,
-    OverridesArgument,
     TrustOption,
     app,
     chosen_output,
@@ -100,11 +101,13 @@ def merge_command(
 def export_command(
     source: Annotated[str, typer.Argument(metavar="CACHE|RUN", help="A cache, or a run's folder (safetensors, onnx).")],
     *,
-    overrides: OverridesArgument = None,
+    overrides: DataOverridesArgument = None,
     to: Annotated[
         ExportFormat,
         typer.Option(
-            "--to", help=f"Output format: {', '.join(CACHE_FORMATS)} for a cache; safetensors, onnx for a run."
+            "--to",
+            metavar="FORMAT",
+            help=f"Output format: {', '.join(CACHE_FORMATS)} for a cache; safetensors, onnx for a run.",
         ),
     ],
     output: Annotated[
@@ -117,7 +120,7 @@ def export_command(
     views: Annotated[str | None, typer.Option(help="Views of the cache, such as 0:2 or 3; default: all.")] = None,
     top: Annotated[int | None, typer.Option(help="Keep only the TOP largest logits of each row, and the tail.")] = None,
     int8: Annotated[
-        bool, typer.Option("--int8", help="With --to onnx: also write a statically quantised model.")
+        bool, typer.Option("--int8", metavar=FLAG, help="With --to onnx: also write a statically quantized model.")
     ] = False,
     weights: Annotated[
         Weights, typer.Option(help="Weights of the run: the last, or the best by validation accuracy.")
@@ -205,7 +208,7 @@ def import_command(
         typer.Option(metavar="PIPELINE", help="Pipeline with your copy of the dataset; rows are matched by key."),
     ] = None,
     num_classes: Annotated[
-        int | None, typer.Option(min=2, help="All classes of the teacher; most formats don't record them.")
+        int | None, typer.Option(min=2, help="Number of classes of the teacher; most formats don't record it.")
     ] = None,
     encoding: Annotated[
         str | None, typer.Option(help='Such as "TopK(k=20)" or auto; default: float32, with the source\'s k.')
@@ -218,11 +221,11 @@ def import_command(
         Path | None,
         typer.Option(metavar="NPZ", help="Also write keys, and the seeds or crop boxes that the format stores."),
     ] = None,
-    overrides: OverridesArgument = None,
+    overrides: DataOverridesArgument = None,
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Import the labels of another tool as a cache. Safe to interrupt: re-run to resume."""
+    """Import the logits that another tool has stored as a cache. Safe to interrupt: re-run to resume."""
     from logitcache.cache.summary import summarise
     from logitcache.extras.interchange import import_cache
 
@@ -281,7 +284,7 @@ def suspects_command(
 @app.command("report", rich_help_panel=MORE)
 def report_command(
     cache: CacheArgument,
-    overrides: OverridesArgument = None,
+    overrides: DataOverridesArgument = None,
     runs: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with the students' runs.")] = None,
     data: Annotated[
         Path | None,
@@ -309,7 +312,10 @@ def report_command(
 @app.command("federate", rich_help_panel=MORE)
 def federate_command(
     file: Annotated[Path, typer.Argument(metavar="FEDERATION", help="Federation file, such as federation.yaml.")],
-    overrides: OverridesArgument = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Keys of the federation file to override, such as rounds=5."),
+    ] = None,
     party: Annotated[
         str | None, typer.Option(metavar="NAME", help="Run only this party; default: all parties in turn.")
     ] = None,
@@ -329,14 +335,23 @@ def federate_command(
 
 @app.command("demo", rich_help_panel=PIPELINES)
 def demo_command(
-    overrides: OverridesArgument = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Keys of the demo's pipeline to override, such as train.epochs=5."),
+    ] = None,
     folder: Annotated[Path, typer.Option(help="Where runs and caches go.")] = Path("runs/demo"),
     full: Annotated[
-        bool, typer.Option("--full", help="More seeds, and a student on all true labels, as in the documentation.")
+        bool,
+        typer.Option(
+            "--full", metavar=FLAG, help="More seeds, and a student on all true labels, as in the documentation."
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare students of a cache with other students, on embedded images. Safe to interrupt: re-run to resume."""
+    """Compare training from a cache with training with the live teacher, on 5 000 MNIST images.
+
+    Safe to interrupt: re-run to resume.
+    """
     from logitcache.extras.demo import demo_report, run_demo
 
     if not as_json:

@@ -148,7 +148,7 @@ def print_import(cache: str, summary: dict[str, Any]) -> None:
         f"after{'' if tail is None else f'; classes without entry have {tail:.2%} of the probability on average'}"
     )
     if summary["normalised_rows"]:
-        say(f"{summary['normalised_rows']:,} rows had probabilities with a sum above 1 and were normalised.")
+        say(f"{summary['normalised_rows']:,} rows had probabilities with a sum above 1 and were normalized.")
     for name, text in summary["missing"].items():
         say(f"Not in the source: {name}: {text}.")
 

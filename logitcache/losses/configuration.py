@@ -11,7 +11,7 @@ from logitcache.losses.blends import Blend, HardPlusSoft, Part, Weighted
 from logitcache.losses.correlation import Dist
 from logitcache.losses.decoupled import DecoupledKD
 from logitcache.losses.features import AttentionLoss, FeatureLoss, HintLoss, RelationalLoss
-from logitcache.losses.hard import CURRENT_NAMES, CrossEntropy, TeacherArgmax
+from logitcache.losses.hard import CURRENT_NAMES, CrossEntropy, TeacherArgmax, with_one_spelling
 from logitcache.losses.own_code import OwnLoss
 from logitcache.losses.protocol import Loss
 from logitcache.losses.regression import LogitMSE
@@ -102,7 +102,7 @@ def _loss(config: Any, refused: Mapping[str, str], also: Sequence[str] = ()) -> 
     """
     if not isinstance(config, str | Mapping):
         raise UsageError(f"a loss is a name or a mapping such as {{name: kl, temperature: 2}}, not {shown(config)}")
-    fields = {"name": config} if isinstance(config, str) else dict(config)
+    fields = {"name": config} if isinstance(config, str) else with_one_spelling(config)
     name = fields.pop("name", Stages.name if "stages" in fields else None)
     name = CURRENT_NAMES.get(name, name) if isinstance(name, str) else name
     if isinstance(name, str) and is_entry_point(name):

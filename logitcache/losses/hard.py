@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ IGNORED = -100
 FIRST_NAMES = {"cross_entropy": "true_label", "teacher_argmax": "teacher_label"}
 """The first names of losses that were renamed. They stay valid in pipelines, and runs are recorded under them."""
 CURRENT_NAMES = {first: current for current, first in FIRST_NAMES.items()}
+STANDARDISABLE = ("kl", "soft_cross_entropy", "dkd")
+"""Losses with the parameter `standardise`. A configuration may also spell it `standardize`; runs are recorded with
+the first spelling."""
 
 
 def recorded_loss(config: Any) -> Any:
@@ -33,8 +37,21 @@ def recorded_loss(config: Any) -> Any:
         key: FIRST_NAMES.get(value, value)
         if key in ("name", "loss", "hard") and isinstance(value, str)
         else recorded_loss(value)
-        for key, value in config.items()
+        for key, value in with_one_spelling(config).items()
     }
+
+
+def with_one_spelling(fields: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The fields of one loss, with `standardise` for `standardize`.
+
+    Raises:
+        UsageError: both are given.
+    """
+    if "standardize" not in fields or fields.get("name") not in STANDARDISABLE:
+        return dict(fields)
+    if "standardise" in fields:
+        raise UsageError("'standardise' and 'standardize' are two spellings of one parameter; give one of them")
+    return {"standardise" if key == "standardize" else key: value for key, value in fields.items()}
 
 
 def teacher_argmax_cross_entropy(

@@ -526,6 +526,9 @@ def test_an_encoding_that_is_fitted_already_needs_no_calibration(tmp_path: Path)
 def test_a_shape_that_can_not_be_stored_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="can't have this shape.*rows_per_block"):
         writer(tmp_path / "a", num_samples=2**20, num_classes=2_000_000, rows_per_block=2**20)
+    with pytest.raises(UsageError, match="blocks of 1 rows; expected at most .* Use a larger rows_per_block"):
+        writer(tmp_path / "a", num_samples=2**21, rows_per_block=1)
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_sample_table_with_contents_makes_a_cache_that_knows_its_samples(tmp_path: Path) -> None:

@@ -268,10 +268,10 @@ def test_pull_says_what_a_digest_of_format_1_leaves_open(cache: logitcache.Logit
     path, is_old = tmp_path / "a.cache", cache.manifest.identity.format_version == 1
     assert f"--expect {cache.pin}" in run_command("push", path, tmp_path / "there.cache").stdout
     by_digest = run_command("pull", path, tmp_path / "by-digest.cache", "--expect", str(cache.digest)[:20]).stdout
-    assert is_old == ("covers the labels but not their positions" in by_digest)
+    assert is_old == ("covers the logits but not their positions" in by_digest)
     assert f"--expect {cache.pin}" in by_digest
     by_pin = run_command("pull", path, tmp_path / "by-pin.cache", "--expect", cache.pin)
-    assert (0, False) == (by_pin.returncode, "covers the labels but not their positions" in by_pin.stdout)
+    assert (0, False) == (by_pin.returncode, "covers the logits but not their positions" in by_pin.stdout)
     told = run_json("pull", path, tmp_path / "json.cache", "--expect", cache.digest)
     assert (cache.pin, "digest" if is_old else "pin") == (told["pin"], told["matched"])
     with pytest.raises(IdentityMismatch, match="expected 0000"):

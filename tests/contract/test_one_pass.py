@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 import logitcache
 import logitcache.data.views
@@ -19,7 +18,7 @@ from logitcache.cache.manifest import MANIFEST, read_manifest
 from logitcache.cache.stored_records import collect_receipts
 from logitcache.cache.writer import CacheWriter
 from logitcache.config.schema import Pipeline
-from logitcache.data.samples import DIGEST_BYTES, SeenContents, content_table, sample_table
+from logitcache.data.samples import SeenContents, content_table, sample_table
 from logitcache.errors import IdentityMismatch, IncompleteCache, SampleMismatch, UsageError
 from logitcache.stages import cache_teacher as stage
 from logitcache.stages.cache_teacher import TeacherWorker, cache_teacher, compute_blocks, plan_blocks
@@ -348,29 +347,3 @@ def sequences() -> Any:
     random = np.random.default_rng(0)
     ids = [random.integers(0, 20, length) for length in (5, 1, 4, 1, 7, 3)]  # a token alone predicts nothing
     return TokenDataset(ids, keys=list("abcdef"), task="causal", vocab_size=20, tokenization={"tokenizer": "none"})
-
-
-@pytest.mark.parametrize(("context", "passes"), [("fork", 2), ("spawn", 1)])
-def test_workers_of_every_kind_share_the_digests(context: str, passes: int) -> None:
-    seen = SeenContents(20)
-    seen.add(range(2), np.full((2, DIGEST_BYTES), 9, dtype=np.uint8))
-    for _ in range(passes):
-        assert 20 == len(list(DataLoader(Taking(seen), num_workers=2, multiprocessing_context=context)))
-    digests = seen.of(range(20))
-
-    assert digests is not None
-    assert [9, 9, *range(2, 20)] == digests[:, 0].tolist()
-
-
-class Taking(torch.utils.data.Dataset[int]):
-    """Takes a digest for each number."""
-
-    def __init__(self, seen: SeenContents) -> None:
-        self.seen = seen
-
-    def __len__(self) -> int:
-        return 20
-
-    def __getitem__(self, number: int) -> int:
-        self.seen.take(number, bytes([number]) * DIGEST_BYTES)
-        return number

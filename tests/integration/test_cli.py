@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,12 +77,12 @@ def test_the_sizes_that_info_shows_add_up(folder: Path) -> None:
     shown = logitcache("info", folder / "tiny.cache").stdout
     cells = [[cell.strip() for cell in line.split("│")] for line in shown.splitlines() if line.count("│") > 1]
     found = {label: value.replace(",", "") for _, label, value, _ in cells}
-    labels, once = int(found["bytes of labels"]), int(found["bytes stored once (samples, encoding)"])
+    logits, once = int(found["bytes of logits"]), int(found["bytes stored once (samples, encoding)"])
 
-    assert int(found["bytes"]) == labels + once
-    assert labels > once > 0
-    assert float(found["bytes of labels per sample and view"]) == pytest.approx(labels / (1295 * 2), rel=1e-3)
-    assert not {"bytes per sample", "bytes_of_labels"} & found.keys()
+    assert int(found["bytes"]) == logits + once
+    assert logits > once > 0
+    assert float(found["bytes of logits per sample and view"]) == pytest.approx(logits / (1295 * 2), rel=1e-3)
+    assert not {"bytes per sample", "bytes_of_logits"} & found.keys()
 
 
 def test_a_cache_and_its_plan_are_shown_in_one_line(folder: Path) -> None:
@@ -529,3 +530,11 @@ def test_every_command_explains_itself(command: str) -> None:
 
     assert 0 == result.returncode
     assert "Usage:" in result.stdout
+    assert ["--help"] == [line.split()[1] for line in result.stdout.splitlines() if "<bool>" in line]
+
+
+def test_the_package_can_be_run_as_a_module() -> None:
+    result = subprocess.run([sys.executable, "-m", "logitcache", "info"], capture_output=True, text=True, check=False)
+
+    assert 2 == result.returncode
+    assert "Usage: python -m logitcache info" in result.stderr

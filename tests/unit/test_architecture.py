@@ -25,7 +25,7 @@ FLOOR = {
     "stages": 6,
     "integrations": 7,
     "extras": 8, "cli": 8,
-    "__init__": 9,
+    "__init__": 9, "__main__": 9,
 }  # fmt: skip
 
 

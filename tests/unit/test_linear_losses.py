@@ -1,8 +1,6 @@
 """Losses through a linear head, chunk by chunk: those of the logits that never exist as a whole."""
 
 import math
-import shutil
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ from torch import Tensor
 from logitcache import DenseTargets, Sampled, TopK
 from logitcache.errors import ShapeError, UsageError
 from logitcache.losses import cross_entropy, kl_divergence, linear_cross_entropy, linear_kl_divergence
-from logitcache.targets import FactoredTargets, SparseTargets, Targets
+from logitcache.targets import FactoredTargets, Targets
 from logitcache.testing import teacher_like
 from tests.largest import largest_tensor
 from tests.unit.test_targets import CLASSES, factored, random, sparse
@@ -226,21 +224,6 @@ def test_no_tensor_of_rows_and_classes_exists(loss: str, reduction: Any) -> None
 
     assert weight.numel() == largest_tensor(step)
     assert weight.numel() < rows * classes
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_chunks_give_the_same() -> None:
-    inputs = head(torch.float32)[:2]
-    shaped = sparse(shaped=True)
-    wide = SparseTargets(shaped.ids, shaped.log_probs.float(), shaped.tail.float(), CLASSES, shaped.tail_shape)
-    losses: list[Callable[[bool], Tensor]] = [
-        lambda compiled: linear_kl_divergence(
-            *inputs, wide, temperature=2.0, labels=LABELS, chunk_rows=2, compiled=compiled
-        ),
-        lambda compiled: linear_cross_entropy(*inputs, LABELS, chunk_rows=2, compiled=compiled),
-    ]
-    for loss in losses:
-        torch.testing.assert_close(gradients(loss(True), inputs), gradients(loss(False), inputs), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from logitcache.losses import (
     soft_cross_entropy,
     standardised,
 )
+from logitcache.losses.hard import STANDARDISABLE
 
 # B batch, C classes
 
@@ -636,6 +637,19 @@ FIRST_SPELLINGS = [
         {"stages": [{"until": 0.5, "loss": "kl"}, {"loss": {"name": "cross_entropy", "label_smoothing": 0.1}}]},
     ),
 ]
+
+
+def test_standardise_has_two_spellings_and_runs_are_recorded_under_the_first() -> None:
+    takes_it = {name for name in losses.LOSSES if "standardise" in losses.LOSSES[name].__dataclass_fields__}
+    first, second = (
+        {"stages": [{"loss": {"name": "kl", spelling: True}}]} for spelling in ("standardise", "standardize")
+    )
+
+    assert set(STANDARDISABLE) == takes_it
+    assert loss_from_config(first) == loss_from_config(second)
+    assert first == losses.recorded_loss(first) == losses.recorded_loss(second)
+    with pytest.raises(UsageError, match="two spellings of one parameter"):
+        loss_from_config({"name": "kl", "standardise": True, "standardize": True})
 
 
 @pytest.mark.parametrize(("first", "current"), FIRST_SPELLINGS)

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch.utils.data import DataLoader
 
 import logitcache
 from logitcache import losses
@@ -28,16 +27,11 @@ from logitcache.encodings import ENCODINGS
 from logitcache.engines import ENGINES
 from logitcache.extras.interchange import IMPORTERS
 from logitcache.losses import FEATURE_LOSSES, LOSSES, loss_from_config
-from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.train_student import train_students
-from logitcache.stages.train_teacher import train_teacher
 from logitcache.storage import STORES
 from logitcache.train.tracking import TRACKERS
 
 CHECKOUT = Path(__file__).parents[2]
 README = (CHECKOUT / "README.md").read_text()
-GETTING_STARTED = (CHECKOUT / "docs/getting-started.md").read_text()
-IN_PYTHON, ON_THE_COMMAND_LINE = GETTING_STARTED.split("## On the command line")
 KEYS = (CHECKOUT / "docs/pipeline.md").read_text()
 LOSS_GUIDE = (CHECKOUT / "docs/losses.md").read_text()
 API = (CHECKOUT / "docs/reference/logitcache.md").read_text()
@@ -80,44 +74,6 @@ def test_the_loops_of_the_readme_distil(tmp_path: Path, monkeypatch: pytest.Monk
     assert "train-student" not in card, "no pipeline can have a transform that is a Python object"
 
 
-def test_the_python_of_getting_started_distils(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """All blocks in order, as one program."""
-    monkeypatch.chdir(tmp_path)
-    program = "\n".join(blocks(IN_PYTHON, "python"))
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    exec(program, namespace)
-    settings = {"num_samples": 1400, "num_classes": 10, "encoding": logitcache.Dense(dtype="float16")}
-    settings |= {"teacher": "mlp-256", "dataset": "digits-1400", "view_plan": namespace["plan"], "num_views": 6}
-    with logitcache.create("digits.cache", **settings) as writer:
-        missing = [block.view for block in writer.missing_blocks()]
-        namespace["write_missing_blocks"](writer)
-    accuracies = dict(re.findall(r"(\w+): ([\d.]+)%", capsys.readouterr().out))
-
-    assert ([4, 5], True) == (missing, logitcache.open("digits.cache").sealed)
-    assert {"teacher", "student"} == accuracies.keys()
-    assert all(float(accuracy) > 85 for accuracy in accuracies.values())
-
-
-def test_the_pipeline_of_getting_started_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("digits.yaml").write_text(blocks(ON_THE_COMMAND_LINE, "yaml")[0])
-    pipeline = load_pipeline(Path("digits.yaml"), ["train.epochs=2"])
-    train_teacher(pipeline)
-    cache_teacher(pipeline)
-
-    assert ["small"] == [row.name for row in train_students(pipeline)]
-
-    namespace: dict[str, Any] = {}
-    exec("\n".join(blocks(ON_THE_COMMAND_LINE, "python")), namespace)
-    cache, views = namespace["cache"], namespace["views"]
-    batches = DataLoader(views, batch_size=500, sampler=logitcache.ViewSampler(views))
-
-    assert 0 < len(namespace["data"].validation)
-    assert [2, 2, 2] == [cache.check_batch(index, inputs) for index, inputs, _ in batches]
-
-
 def test_the_guide_to_plugins_has_every_registry_and_its_example_works(monkeypatch: pytest.MonkeyPatch) -> None:
     registries = (
         COLLATES,
@@ -150,6 +106,33 @@ def test_the_api_reference_has_every_public_name() -> None:
     described = set(re.findall(r"^::: logitcache\.(\w+)$", API, flags=re.MULTILINE))
 
     assert described | {"losses"} == set(logitcache.__all__)
+
+
+def test_every_name_of_a_submodule_that_a_guide_uses_is_public() -> None:
+    """Pages for contributors use internal names too."""
+    rows = re.findall(r"^\| (`logitcache\..*?) \| (.*?) \|", API, flags=re.MULTILINE)
+    public = {
+        f"{module}.{name}"
+        for modules, names in rows
+        for module in re.findall(r"`([\w.]+)`", modules)
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    pages = [page.read_text() for page in sorted(CHECKOUT.glob("docs/*.md")) if page.stem not in ("a-batch", "format")]
+    used = {
+        f"{module}.{name}"
+        for page in pages
+        for module, names in re.findall(r"^from (logitcache(?:\.\w+)+) import (.+)$", page, flags=re.MULTILINE)
+        for name in names.split(", ")
+    }
+    used |= {
+        name
+        for page in pages
+        for name in re.findall(r"(?<!/)\b(logitcache(?:\.\w+)+\.[A-Z]\w*|logitcache\.data(?:\.\w+){2,})", page)
+    }
+
+    assert len(used) > 20
+    assert set() == {name for name in used if not name.startswith("logitcache.losses.")} - public
+    assert all(pkgutil.resolve_name(name) for name in public if not name.startswith("logitcache.integrations"))
 
 
 def test_the_reference_of_losses_has_every_loss() -> None:

@@ -34,7 +34,7 @@ def test_the_python_of_the_guide_distils(
     dataset = logitcache.TarShards(paths)
     teacher, student = (MLP((3, 8, 8), 10, (width,)).eval() for width in (32, 8))
     names: dict[str, Any] = {"paths": paths, "stream": Stream(), "teacher": teacher, "student": student}
-    exec("import logitcache\nimport torch\nfrom torch.utils.data import DataLoader\n" + ONE_PASS, names)
+    exec(ONE_PASS, names)
     table = logitcache.sample_table(dataset, contents=True)
     with logitcache.create(
         "pictures.cache", num_samples=COUNT, num_classes=10, num_views=2, teacher="mine", samples=table,
@@ -48,6 +48,6 @@ def test_the_python_of_the_guide_distils(
     caches = [logitcache.open(name) for name in ("one-pass.cache", "pictures.cache")]
 
     assert f"view 1: {COUNT} samples" in capsys.readouterr().out
-    assert torch.equal(names["cache"].view(1).logits([0]), names["label"])
+    assert torch.equal(names["cache"].view(1).logits([0]), names["teacher_logits"])
     assert [table.fingerprint()] * 2 == [cache.manifest.identity.dataset for cache in caches]
     assert torch.equal(*(cache.view(0).logits(range(COUNT)) for cache in caches))

@@ -214,17 +214,6 @@ def test_a_part_of_a_dataset_has_the_same_contents_as_its_pipeline_recorded() ->
     assert 2 == len([reverse[(0, index)] for index in range(2)])
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_of_every_kind_hold_samples_to_their_contents(context: str) -> None:
-    views = ViewDataset(Pictures(repaint=7), ViewPlan(contents=content_table(Pictures())))
-    order = [index for index in range(40) if index != 7]
-    list(DataLoader(views, sampler=order, batch_size=8, num_workers=1, multiprocessing_context=context))
-    with pytest.raises(SampleMismatch, match="sample 7"):
-        list(DataLoader(views, batch_size=8, num_workers=1, multiprocessing_context=context))
-
-    assert 39 == views._checked.sum(), "workers tell each other what they have checked"
-
-
 def test_an_unreadable_sample_is_named() -> None:
     with pytest.raises(UnreadableSample, match=r"'scan/0003.png' \(number 3\) can't be read: OSError: image file is"):
         ViewDataset(Pictures(unreadable=3), ViewPlan())[(0, 3)]

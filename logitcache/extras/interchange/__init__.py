@@ -41,7 +41,7 @@ FORMATS = {
     "distillkit": "DistillKit's folder of data_{n}.parquet and compression_config.yaml",
     "open_instruct": "open-instruct's folder, in the form of DistillKit's",
     "axolotl": "axolotl's data with the column logprobs: a .jsonl or .parquet file",
-    "megatron": "Megatron-LM's folder of cp{C}_dp{D}__{iteration}.tar",
+    "megatron": "Megatron-LM's folder of cp0_dp{D}__{iteration}.tar",
     "fkd": "FKD's folder of soft labels, one .tar for each image",
     "ml_dr": "Apple ml-dr's folder of {index}.pth.tar",
     "specforge": "SpecForge's folder of data_{i}.ckpt or .ckpt.gz: hidden states, with --head",
