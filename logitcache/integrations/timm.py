@@ -203,10 +203,13 @@ def create_cached_loader(
             f"--mixup-off-epoch {mixup_off_epoch}: the images of a cached view are mixed in every epoch; leave it out, "
             "or build a cache without mixing"
         )
+    rows = None
     if cache.samples is not None:
         dataset = _Named(dataset, cache.samples)
+        if not hasattr(dataset, "keys") and len(dataset) == cache.num_samples:
+            rows = np.arange(len(dataset))  # files have other names: the order counts, and labels and contents
     prefetches = given["use_prefetcher"]
-    views = matched_views(cache, dataset, plan, preprocess=preprocess)
+    views = matched_views(cache, dataset, plan, preprocess=preprocess, rows=rows)
     views, byte_views = _with_bytes(views, cache.views.start, needed=prefetches)
     labels = CheckedLabels(cache, views, memory_budget=memory_budget)
     sampler = ViewSampler(views, cycle=labels.cycle, seed=seed)

@@ -153,7 +153,7 @@ def matched_views(
     """The views of a dataset, after it is compared with a cache: samples, labels, tokens, and view plan.
 
     For training loops without a pipeline. Samples are matched by key, so they may be a part of the cache's, in any
-    order; a dataset without `keys` has the samples of the cache in its order, or `rows`. Each one's content is compared
+    order. A dataset without `keys` needs `rows`, if the cache has keys. Each one's content is compared
     with the cache when it is first loaded. `cache.check_batch` compares rendered inputs.
 
     Args:
@@ -205,10 +205,8 @@ def _matched_rows(cache: LogitCache, here: SampleTable, rows: np.ndarray | None)
     """
     cached = cache.samples
     assert cached is not None
-    by_position = here.keys is None and (rows is not None or here.num_samples == cached.num_samples)
-    if by_position:
-        # Without keys here, the order counts; contents are compared when samples are loaded.
-        rows = np.arange(here.num_samples) if rows is None else np.asarray(rows, dtype=np.int64)
+    if here.keys is None and rows is not None:
+        rows = np.asarray(rows, dtype=np.int64)
         check_targets(cached, here, rows, cache_id=cache.id)
     else:
         rows = match_rows(cached, here, cache_id=cache.id, subset=True)

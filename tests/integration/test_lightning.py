@@ -254,6 +254,8 @@ def test_keys_and_labels_are_compared_before_training(tmp_path: Path) -> None:
         distill.loader(Pictures(13), batch_size=4)
     unnamed = [Pictures(12, relabel=3)[number] for number in range(12)]
     with pytest.raises(IdentityMismatch, match="sample 3 .* has the target"):
+        distill.loader(unnamed, rows=np.arange(12), batch_size=4)
+    with pytest.raises(IdentityMismatch, match="sample '0' is not in the cache"):
         distill.loader(unnamed, batch_size=4)
     rows = np.array([5, 2, 9])
     of_rows = distill.loader([pictures[row] for row in rows], rows=rows, batch_size=4).labels.views
