@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -164,33 +165,36 @@ def scaling(pipeline: Pipeline, arguments: argparse.Namespace) -> str:
     """All arms by turns; each process renders its views itself."""
     pipeline = pipeline.model_copy(update={"num_workers": 0})
     arms = [arm for arm in TOGETHER if not arguments.tiny or arm.name in IN_TINY]
-    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    costs: dict[str, list[Cost]] = {arm.name: [] for arm in arms}
     with local_ray():
         for repeat in range(arguments.repeats):
             for arm in arms if repeat % 2 == 0 else reversed(arms):
                 measure = with_ray if isinstance(arm.engines[0], Ray) else in_processes
                 with tempfile.TemporaryDirectory(dir=arguments.folder) as fresh:
-                    seconds[arm.name].append(measure(arm, pipeline, arguments, fresh))
+                    costs[arm.name].append(measure(arm, pipeline, arguments, fresh))
+    seconds = {name: [cost.wall for cost in measured] for name, measured in costs.items()}
+    cpu = {name: [cost.cpu for cost in measured] for name, measured in costs.items()}
     rows: list[list[object]] = []
     for arm in arms:
         median = statistics.median(seconds[arm.name])
-        row: list[object] = [arm.name, f"{median:.2f} s", "", ""]
+        row: list[object] = [arm.name, f"{median:.2f} s", "", "", ""]
         if arm.name != arm.bare:
-            row[2] = compare(seconds[arm.name], seconds[arm.bare])
+            row[2:4] = [compare(each[arm.name], each[arm.bare]) for each in (seconds, cpu)]
         if arm.name != arm.alone and arm.alone in seconds:
-            row[3] = compare([1 / each for each in seconds[arm.name]], [1 / each for each in seconds[arm.alone]])
+            row[4] = compare([1 / each for each in seconds[arm.name]], [1 / each for each in seconds[arm.alone]])
         rows.append(row)
     steady = (
         "One thread per process; of Ray, per worker, and its driver and cluster run beside them on the same cores. "
         "From the moment when all workers have loaded data and teacher until the cache is sealed; without the start of "
-        "processes and of Ray's cluster."
+        "processes and of Ray's cluster. The CPU time is that of all workers, and of Ray's driver."
     )
-    header = ["", "wall time, median", "wall time ÷ bare loop in as many processes", "speed ÷ the same with one"]
+    of_bare = "÷ bare loop in as many processes"
+    header = ["", "wall time, median", f"wall time {of_bare}", f"CPU time {of_bare}", "speed ÷ the same with one"]
     return f"## Scaling\n\n{about(pipeline, arguments.repeats)} {steady}\n\n{table(header, rows)}"
 
 
-def in_processes(arm: Workers, pipeline: Pipeline, arguments: argparse.Namespace, folder: str) -> float:
-    """Seconds that processes take to build one cache, from when all are ready."""
+def in_processes(arm: Workers, pipeline: Pipeline, arguments: argparse.Namespace, folder: str) -> Cost:
+    """What processes take to build one cache, from when all are ready."""
     size = len(arm.engines)
     options = ["--tiny"] if arguments.tiny else []
     settings = [*arguments.overrides, f"cache.path={folder}/views.cache", "num_workers=0"]
@@ -217,14 +221,17 @@ def in_processes(arm: Workers, pipeline: Pipeline, arguments: argparse.Namespace
             assert worker.stdin is not None
             worker.stdin.write("go\n")
             worker.stdin.flush()
+        cpu = 0.0
         for worker in workers:
             assert worker.stdout is not None
-            if worker.stdout.readline() != "done\n":
+            done, _, seconds = worker.stdout.readline().partition(" ")
+            if done != "done":
                 raise RuntimeError(f"{worker.args} failed; its error is above")
+            cpu += float(seconds)
         elapsed = time.perf_counter() - start
         for worker in workers:
             worker.communicate()
-    return elapsed
+    return Cost(elapsed, cpu)
 
 
 @contextmanager
@@ -291,8 +298,14 @@ def work(pipeline: Pipeline, arm: int, rank: int) -> None:
     gc.collect()
     print("ready", flush=True)
     sys.stdin.readline()
+    start = cpu_seconds()
     run()
-    print("done", flush=True)
+    print("done", cpu_seconds() - start, flush=True)
+
+
+def cpu_seconds() -> float:
+    """Of this process so far, in all threads."""
+    return sum(os.times()[:2])
 
 
 @contextmanager
@@ -301,7 +314,7 @@ def local_ray() -> Iterator[None]:
     import ray
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         yield
     finally:
@@ -324,6 +337,15 @@ class Gathered(Job):
         while len(list(folder.glob("*.loaded"))) < self.count:
             time.sleep(0.01)
         (folder / f"{os.getpid()}.start").write_text(repr(time.time()))
+        cpu_start, compute = cpu_seconds(), worker.compute
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            try:
+                return compute(*arguments, **options)
+            finally:
+                (folder / f"{os.getpid()}.cpu").write_text(repr(cpu_seconds() - cpu_start))
+
+        worker.compute = counted  # type: ignore[method-assign]
         return worker
 
     def start(self) -> float:
@@ -331,14 +353,17 @@ class Gathered(Job):
         return max(float(path.read_text()) for path in Path(self.folder).glob("*.start"))
 
 
-def with_ray(arm: Workers, pipeline: Pipeline, arguments: argparse.Namespace, folder: str) -> float:
-    """Seconds that Ray's workers take to build one cache, from when all are loaded."""
+def with_ray(arm: Workers, pipeline: Pipeline, arguments: argparse.Namespace, folder: str) -> Cost:
+    """What Ray's workers take to build one cache, from when all are loaded."""
     cache = pipeline.cache.model_copy(update={"path": f"{folder}/views.cache"})
     job = Gathered(TeacherJob(pipeline.model_copy(update={"cache": cache}), trust=True), folder, len(arm.engines))
     engine = arm.engines[0]
     assert engine is not None
+    cpu_start = cpu_seconds()
     engine.run(job)
-    return time.time() - job.start()
+    elapsed = time.time() - job.start()
+    of_workers = sum(float(path.read_text()) for path in Path(folder).glob("*.cpu"))
+    return Cost(elapsed, of_workers + cpu_seconds() - cpu_start)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 SmolLM2-135M-Instruct runs over a part of the Brown corpus, and its logits are stored as top-k, sampled and low-rank
 caches of about equal size. A Llama of a few million parameters then learns from each, from the live teacher, and from
-the true tokens. Encodings are fitted to training text; everything is measured on other files.
+the true tokens. Encodings are fitted to training text; everything is measured on other files, against a cache of the
+teacher's exact logits of them.
 
     python pipelines/brown_smollm2.py
     python benchmarks/language_models.py --write
@@ -17,25 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from measuring import byte_tokenizer, conditions, fresh_folder, options, parse, table, write_result
 
 import logitcache
-from logitcache.catalog.models import load_weights
-from logitcache.config.build import (
-    build_context,
-    build_runner,
-    resolve_data,
-    resolve_model,
-    resolve_plan,
-    resolve_teacher,
-)
+from logitcache.config.build import build_context, build_evaluation, resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline, load_pipeline
-from logitcache.data.rows import rows_of_dataset
-from logitcache.data.sequences import batch_rows
-from logitcache.data.views import ViewDataset
-from logitcache.devices import pick_device, to_device
-from logitcache.losses import kl_divergence
+from logitcache.devices import pick_device
 from logitcache.progress import silence
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
@@ -63,12 +51,14 @@ class Measured:
     bytes_per_row: float | None
     nll: list[float]
     kl: list[float]
+    agreement: list[float]
     epoch_seconds: float
 
     def cells(self) -> list[str]:
         """A line of the table."""
         size = "-" if self.bytes_per_row is None else f"{self.bytes_per_row:,.1f}"
-        return [self.name, size, spread(self.nll), spread(self.kl), f"{self.epoch_seconds:.1f}"]
+        spreads = map(spread, (self.nll, self.kl, self.agreement))
+        return [self.name, size, *spreads, f"{self.epoch_seconds:.1f}"]
 
 
 def spread(values: list[float]) -> str:
@@ -97,16 +87,25 @@ def main() -> None:
         f"train.batch_size={arguments.batch}",
         f"train.lr={arguments.lr}",
         f"train.seeds={list(range(arguments.seeds))}",
-        "evaluation.teacher=none",  # `HeldOut` compares with the teacher
+        f"evaluation.teacher={folder / 'held-out.cache'}",
     ]
+    held_out = load_pipeline(
+        PIPELINE,
+        [
+            *common,
+            f"data.root={folder / 'text' / 'test'}",
+            "data.validation=0",
+            f"cache.path={folder / 'held-out.cache'}",
+            "cache.encoding={name: dense, dtype: float32}",
+        ],
+    )
+    num_held_out = cache_teacher(held_out).manifest.layout.num_rows
     measured: list[Measured] = []
-    held_out: HeldOut | None = None
     arms: dict[str, logitcache.Encoding | None] = {LIVE: None, **(TINY_ENCODINGS if arguments.tiny else ENCODINGS)}
     for name, encoding in {**arms, TOKENS: None}.items():
         place = [f"cache.path={folder / name}.cache", f"runs.path={folder / 'runs' / name}"]
         settings = [] if encoding is None else [f"cache.encoding={json.dumps(encoding.config())}"]
         pipeline = load_pipeline(PIPELINE, [*common, *place, *settings])
-        held_out = held_out or HeldOut(pipeline)
         if encoding is not None:
             cache_teacher(pipeline)
         student = {LIVE: "live-teacher", TOKENS: "true-tokens"}.get(name, "distilled")
@@ -116,19 +115,25 @@ def main() -> None:
         if encoding is not None:
             cache = logitcache.open(pipeline.cache.path)
             size = cache.target_bytes / cache.num_rows
-        nlls = [json.loads((each / RESULT).read_text())["nll"] for each in folders]
-        kls = [held_out.kl(pipeline, student, each / "last.safetensors") for each in folders]
-        measured.append(Measured(name, size, nlls, kls, row.epoch_seconds or 0.0))
+        results = [json.loads((each / RESULT).read_text()) for each in folders]
+        found = ([each[metric] for each in results] for metric in ("nll", "teacher_kl", "teacher_agreement"))
+        measured.append(Measured(name, size, *found, row.epoch_seconds or 0.0))
         print(measured[-1], flush=True)
-    assert held_out is not None
     body = (
         f"# Language models: labels of equal size\n\n{stated}\n\n{cache.num_samples} training texts with "
-        f"{cache.num_rows:,} rows of {cache.num_classes:,} classes; {held_out.num_rows:,} held-out rows of other "
-        f"files, on which the teacher's NLL is {held_out.teacher_nll:.3f}. {arguments.epochs} epochs, "
+        f"{cache.num_rows:,} rows of {cache.num_classes:,} classes; {num_held_out:,} held-out rows of other "
+        f"files, on which the teacher's NLL is {teacher_nll(held_out):.3f}. {arguments.epochs} epochs, "
         f"{arguments.seeds} seeds: mean ± standard deviation between seeds. The loss is KL at T = 1, or cross-entropy "
         "to the true tokens. Bytes are those on disk, without the arrays that are stored once per cache.\n\n"
         + table(
-            ["labels", "bytes per token", "held-out NLL, nats", "KL(teacher ‖ student), nats", "seconds per epoch"],
+            [
+                "labels",
+                "bytes per token",
+                "held-out NLL, nats",
+                "KL(teacher ‖ student), nats",
+                "top-1 agreement",
+                "seconds per epoch",
+            ],
             [each.cells() for each in measured],
         )
         + "\n\nDifferences in NLL from the live teacher's student of the same seed, and their standard error: "
@@ -185,46 +190,14 @@ def tiny_pipeline(folder: Path) -> list[str]:
     ]
 
 
-class HeldOut:
-    """The teacher's logits on the test split, in the device's memory."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        data = resolve_data(pipeline, trust=False)
-        assert data.test is not None
-        plan = resolve_plan(pipeline, data, trust=False)
-        self._data, self._plan = data, plan
-        rows = rows_of_dataset(data.test)
-        self._views = ViewDataset(data.test, logitcache.ViewPlan(collate=plan.collate, rows=rows))
-        self._rows = rows
-        self.num_rows = rows.num_rows
-        teacher, _ = resolve_teacher(pipeline, data, plan, trust=False)
-        context = build_context(pipeline, trust=False)
-        self._device = context.device
-        runner = build_runner(pipeline, teacher, context)
-        outputs = list(runner.run(self._views, ([(0, index)] for index in range(len(data.test)))))
-        self._logits = [output.logits.float() for output in outputs]
-        targets = torch.cat([torch.as_tensor(data.test[index][1]) for index in range(len(data.test))])
-        nll = torch.nn.functional.cross_entropy
-        parts = zip(self._logits, targets.split([len(logits) for logits in self._logits]), strict=True)
-        self.teacher_nll = sum(
-            float(nll(logits, ids.to(logits.device), reduction="sum")) for logits, ids in parts
-        ) / len(targets)
-
-    def kl(self, pipeline: Pipeline, student: str, weights: Path) -> float:
-        """Mean KL(teacher ‖ student) over the held-out rows, in nats at T = 1."""
-        model = resolve_model(pipeline.student(student), self._data, self._plan, weights=None, seed=0, trust=False)
-        load_weights(model, weights)
-        model.to(self._device).eval()
-        total = 0.0
-        with torch.inference_mode():
-            for sample, teacher_RC in enumerate(self._logits):
-                index, inputs, _ = self._views.collate(self._views.__getitems__([(0, sample)]))
-                inputs = to_device(inputs, self._device)
-                output = model(**inputs)
-                logits = output if isinstance(output, torch.Tensor) else output.logits
-                student_RC = batch_rows(index, self._rows, inputs, logits).of_output(logits)
-                total += float(kl_divergence(student_RC, teacher_RC, reduction="sum"))
-        return total / self.num_rows
+def teacher_nll(pipeline: Pipeline) -> float:
+    """The teacher's negative log-likelihood of the training split of a pipeline, in nats per row."""
+    data = resolve_data(pipeline, trust=False)
+    teacher, _ = resolve_teacher(pipeline, data, resolve_plan(pipeline, data, trust=False), trust=False)
+    context = build_context(pipeline, trust=False)
+    evaluation = build_evaluation(pipeline, data.train, pipeline.teacher, context)
+    assert evaluation is not None
+    return evaluation.measure(teacher.to(context.device), context.device)["nll"]
 
 
 if __name__ == "__main__":

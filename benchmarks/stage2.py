@@ -224,7 +224,7 @@ def added_section(pipeline: Pipeline, student_name: str | None, repeats: int) ->
         labels = bench.job(arms[CACHED], seed=0).labels  # one that has proven no view yet
         assert isinstance(labels, CachedLabels)
         start = time.perf_counter()
-        labels.start_view(repeat % pipeline.views.count, None)
+        labels.start_views([repeat % pipeline.views.count], [])
         starts.append(time.perf_counter() - start)
         for seconds, step in (
             (cached, lambda labels=labels: loss(student_BC, labels.logits(rows_B, None, target_BC), target_BC)),
@@ -257,7 +257,7 @@ def losses_section(pipeline: Pipeline, student_name: str | None, device: torch.d
     labels, config = job.labels, job.config
     assert isinstance(labels, CachedLabels)
     view = job.view_of(0)
-    labels.start_view(view, None)
+    labels.start_views([view], [])
     cuts = batches(epoch_order(len(job.indices), seed=0, epoch=0), config.batch_size)[:20]
     places = [[(view, int(index)) for index in job.indices[cut]] for cut in cuts]
     rendered = [

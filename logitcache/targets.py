@@ -66,6 +66,10 @@ class Targets(ABC):
                 is padded beyond the tokenizer these are `torch.arange(vocab_size)`.
         """
 
+    def of_first_classes(self, num_classes: int) -> Self:
+        """The distributions over the first classes, or over all if there are no more, for a student with fewer."""
+        return self if num_classes >= self.num_classes else self.of_classes(torch.arange(num_classes))
+
     def entropy(self) -> Tensor:
         """The entropy of each distribution at T = 1 in nats, float (B,)."""
         log_p_BC = self.dense().float().log_softmax(dim=1)

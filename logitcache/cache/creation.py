@@ -653,8 +653,8 @@ def _forget_views(storage: Storage, manifest: Manifest, layout: Layout) -> Manif
     return manifest
 
 
-def provenance() -> dict[str, Any]:
-    """Time, host, versions and command, for the record; not part of any hash."""
+@functools.cache  # parses the metadata of each package
+def _versions() -> dict[str, str]:
     versions = {}
     for package in (
         "logitcache",
@@ -671,11 +671,16 @@ def provenance() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    return versions
+
+
+def provenance() -> dict[str, Any]:
+    """Time, host, versions and command, for the record; not part of any hash."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": dict(_versions()),
         "command": [argument.encode(errors="replace").decode() for argument in sys.argv],
     }

@@ -142,14 +142,17 @@ def targets_kl(targets: Targets, teacher_BC: Tensor, temperature: float = 1.0) -
     few = num_classes < MANY_CLASSES or teacher_BC.device.type != "cpu"
     if few or not isinstance(targets, SparseTargets) or bool((targets.tail == -torch.inf).any()):
         return fidelity_kl(targets.dense(), teacher_BC, temperature)
-    p_BC = (teacher_BC / temperature).softmax(dim=1)
+    below_BC = (teacher_BC - teacher_BC.amax(dim=1, keepdim=True)).div_(temperature)
+    p_BC = below_BC.softmax(dim=1)
+    # The largest class has exp(0) = 1 before the softmax divides by the sum.
+    negative_entropy_B = below_BC.clamp_(min=MASKED).mul_(p_BC).sum(dim=1) + p_BC.amax(dim=1).log()
     decoded = targets.softened(temperature)
     p_BK = p_BC.gather(1, decoded.ids.clamp(min=0)).masked_fill_(decoded.ids < 0, 0.0)
     cross_B = torch.where(p_BK > 0, p_BK * decoded.log_probs, 0.0).sum(dim=1)
     cross_B += (1.0 - p_BK.sum(dim=1)).clamp_(min=0.0) * decoded.log_each()
     if decoded.tail_shape is not None:
         cross_B += p_BC @ decoded.tail_shape - (p_BK * decoded.tail_shape[decoded.ids.clamp(min=0)]).sum(dim=1)
-    kl_B: Tensor = -torch.special.entr(p_BC).sum(dim=1) - cross_B
+    kl_B: Tensor = negative_entropy_B - cross_B
     return kl_B.clamp_(min=0.0)
 
 

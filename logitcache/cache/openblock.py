@@ -26,6 +26,8 @@ HIGHER_TEMPERATURES = TEMPERATURES[1:]
 """Temperatures above 1 at which the encoding's loss is measured, on some rows."""
 STRIDE = 16
 """One row in so many is measured at the higher temperatures, by row number."""
+MEASURED_AT_ONCE = 8
+"""Rows of one call that are measured together."""
 
 
 class OpenBlock:
@@ -133,8 +135,10 @@ class _OpenRows:
         self._encoding = output.encoding
         self._device = device
         self._num_classes = output.num_values
-        slab_logits = self._encoding.values_at_once if device.type == "cpu" else DEVICE_SLAB_LOGITS
-        self._bounds = _slab_bounds(row_map, block, max(1, slab_logits // self._num_classes))
+        slab_rows = max(1, DEVICE_SLAB_LOGITS // self._num_classes)
+        if device.type == "cpu":
+            slab_rows = self._encoding.rows_at_once(self._num_classes)
+        self._bounds = _slab_bounds(row_map, block, slab_rows)
         self._slabs: dict[int, Tensor] = {}
         """The logits of incomplete slabs, by number."""
         self.pinned = self._device.type == "cuda"
@@ -147,6 +151,8 @@ class _OpenRows:
         self._first_measured = -rows.start % STRIDE
         num_measured = len(range(self._first_measured, len(self.kl), STRIDE))
         self.kl_at = torch.full((len(HIGHER_TEMPERATURES), num_measured), math.nan, pin_memory=self.pinned)
+        self._to_measure: list[tuple[int, dict[str, Tensor], Tensor]] = []
+        """Rows to measure at higher temperatures, by slab: their first place in `kl_at`, their arrays and logits."""
         self.invalid = torch.zeros(len(rows), dtype=torch.bool, pin_memory=self.pinned)
         self.filled = np.zeros(len(rows), dtype=bool)
         self._kind: str | None = None
@@ -187,6 +193,8 @@ class _OpenRows:
             self.filled[within] = True
             if self.filled[span].all():
                 self._encode(span, self._slabs.pop(number))
+        if self._to_measure:
+            self._measure_at_higher_temperatures()
 
     def fill_encoded(self, start: int, encoded: Mapping[str, Tensor]) -> None:
         """Add rows that are encoded already."""
@@ -243,19 +251,25 @@ class _OpenRows:
             if kl_B is None or (kl_B.device.type == "cpu" and bool(kl_B.isnan().any())):
                 kl_B = targets_kl(self._encoding.targets(encoded, self._num_classes), logits_BC)
             self.kl[span].copy_(kl_B, non_blocking=self.pinned)
-            self._measure_at_higher_temperatures(span.start, encoded, logits_BC)
+            some = slice(-start % STRIDE, None, STRIDE)
+            if some.start < len(logits_BC):
+                place = (span.start + some.start - self._first_measured) // STRIDE
+                arrays = {name: values[some] for name, values in encoded.items()}
+                self._to_measure.append((place, arrays, logits_BC[some]))
+            if sum(len(few_BC) for _, _, few_BC in self._to_measure) >= MEASURED_AT_ONCE:
+                self._measure_at_higher_temperatures()
 
-    def _measure_at_higher_temperatures(self, first: int, encoded: Mapping[str, Tensor], logits_BC: Tensor) -> None:
-        """Measure some of the rows; the first of them is row `first` of the block."""
-        some = slice(-(self.rows.start + first) % STRIDE, None, STRIDE)
-        few_BC = logits_BC[some]
-        if not len(few_BC):
-            return
-        targets = self._encoding.targets({name: values[some] for name, values in encoded.items()}, self._num_classes)
-        place = (first + some.start - self._first_measured) // STRIDE
+    def _measure_at_higher_temperatures(self) -> None:
+        """Measure the rows that are to be measured; several slabs at once, since most have one or two such rows."""
+        places, encoded, logits = zip(*self._to_measure, strict=True)
+        self._to_measure.clear()
+        few_BC = torch.cat(logits)
+        arrays = {name: torch.cat([each[name] for each in encoded]) for name in encoded[0]}
+        targets = self._encoding.targets(arrays, self._num_classes)
         for kl_at_B, temperature in zip(self.kl_at, HIGHER_TEMPERATURES, strict=True):
-            kl_B = targets_kl(targets, few_BC, temperature)
-            kl_at_B[place : place + len(few_BC)].copy_(kl_B, non_blocking=self.pinned)
+            parts = torch.split(targets_kl(targets, few_BC, temperature), [len(each) for each in logits])
+            for place, kl_B in zip(places, parts, strict=True):
+                kl_at_B[place : place + len(kl_B)].copy_(kl_B, non_blocking=self.pinned)
 
     def _compare(self, first: int, written: list[int], logits_BC: Tensor) -> None:
         """Compare rows with those that were written before; `written` counts from `first`."""

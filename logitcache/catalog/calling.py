@@ -52,9 +52,9 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-def model_logits(model: Any, inputs: Any, *, like: Any = None) -> Tensor:
+def model_logits(model: Any, inputs: Any) -> Tensor:
     """The logits of a model for a batch, from `call_model` and `logits_of`."""
-    return logits_of(call_model(model, inputs, like=like))
+    return logits_of(call_model(model, inputs))
 
 
 def described(value: Any) -> str:

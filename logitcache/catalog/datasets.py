@@ -211,11 +211,9 @@ def _validation_split(dataset: Dataset, fraction: float) -> tuple[np.ndarray, np
     return np.flatnonzero(~apart), np.flatnonzero(apart)
 
 
-def stratified_split(
-    targets: np.ndarray, fraction: float, purpose: str, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def stratified_split(targets: np.ndarray, fraction: float, purpose: str) -> tuple[np.ndarray, np.ndarray]:
     """Positions (rest, chosen), each sorted; chooses a fraction of every class with a fixed seed."""
-    order = keyed_permutation(len(targets), purpose, _SPLIT_SEED, seed)
+    order = keyed_permutation(len(targets), purpose, _SPLIT_SEED, 0)
     chosen = []
     for label in np.unique(targets):
         members = order[targets[order] == label]

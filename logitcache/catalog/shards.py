@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from logitcache.catalog.tokenization import need_package
 from logitcache.data.shards import IMAGE_SUFFIXES, TarShards, decode_image
 from logitcache.errors import DatasetUnavailable, UsageError
 from logitcache.registry import unknown_name
@@ -69,7 +69,7 @@ def parquet(
         key: column of the keys; by default a sample's key is its position.
     """
     files = _files(root, "parquet", ".parquet", {"train": train, "validation": validation, "test": test})
-    datasets = _datasets("parquet")
+    datasets = need_package("datasets", "reads Parquet files")
     try:
         loaded = datasets.load_dataset(
             "parquet", data_files={split: [str(path) for path in found] for split, found in files.items()}
@@ -91,7 +91,7 @@ def huggingface(
         label: column of the class numbers.
         key: column of the keys; by default a sample's key is its position.
     """
-    datasets = _datasets("huggingface")
+    datasets = need_package("datasets", "reads Hugging Face datasets")
     folder = Path(path)
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
@@ -130,7 +130,7 @@ class HuggingFaceFiles:
         for name in (column, label, *([] if key is None else [key])):
             if name not in split.column_names:
                 raise UsageError(unknown_name("column", name, split.column_names))
-        datasets = _datasets("huggingface")
+        datasets = need_package("datasets", "reads Hugging Face datasets")
         if isinstance(split.features[column], datasets.Image | datasets.Audio):
             split = split.cast_column(column, type(split.features[column])(decode=False))
         names = getattr(split.features[label], "names", None)
@@ -193,15 +193,6 @@ def _files(root: Path, name: str, suffix: str, patterns: Mapping[str, str | None
             f"{root}/*{suffix}. Other names: set data.args.train to a pattern"
         )
     return {split: files for split, files in found.items() if files}
-
-
-def _datasets(name: str) -> Any:
-    try:
-        return importlib.import_module("datasets")
-    except ImportError as error:
-        raise DatasetUnavailable(
-            f"{name}: needs the package datasets; pip install 'logitcache[hf]' ({error})"
-        ) from error
 
 
 def _reason(error: Exception) -> str:

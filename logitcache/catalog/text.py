@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,6 @@ def text(
         DatasetUnavailable: a file or a package is missing.
         UsageError: an invalid option, or a text without tokens.
     """
-    _check_options(task, long)
     sources = {name: found for name, places in SPLITS.items() if (found := _source(root, places)) is not None}
     if "train" not in sources:
         if sources:
@@ -97,10 +96,13 @@ def text(
         sources = {"train": root}
     reader = _reader(
         load_tokenizer(tokenizer),
-        TextFields(text=field, prompt=prompt, label=label if task == CLASSIFICATION else None, key=key),
         task=task,
         max_length=max_length,
         long=long,
+        field=field,
+        prompt=prompt,
+        label=label,
+        key=key,
         special_tokens=special_tokens,
         chat_template=chat_template,
         vocab_size=vocab_size,
@@ -137,53 +139,54 @@ def text_of_split(
     Raises:
         UsageError: an invalid option, an unknown column, or a text without tokens.
     """
-    _check_options(task, long)
-    fields = TextFields(text=field, prompt=prompt, label=label if task == CLASSIFICATION else None, key=key)
-    columns = [column for column in (fields.text, fields.prompt, fields.label, fields.key) if column is not None]
-    for column in columns:
-        if column not in split.column_names:
-            raise UsageError(unknown_name("column", column, split.column_names))
     reader = _reader(
         load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else loaded_tokenizer(tokenizer),
-        fields,
         task=task,
         max_length=max_length,
         long=long,
+        field=field,
+        prompt=prompt,
+        label=label,
+        key=key,
         special_tokens=special_tokens,
         chat_template=chat_template,
         vocab_size=vocab_size,
     )
-    documents = list(_entries(split.select_columns(columns), fields))
+    columns = [column for column in vars(reader.fields).values() if column is not None]
+    for column in columns:
+        if column not in split.column_names:
+            raise UsageError(unknown_name("column", column, split.column_names))
+    documents = list(_entries(split.select_columns(columns), reader.fields))
     if task == CLASSIFICATION and class_names is None:
         class_names = getattr(split.features[label], "names", None) or _class_names(documents)
     return reader.dataset(documents, "the split", class_names)
 
 
-def _check_options(task: str, long: str | None) -> None:
-    if task not in TASKS:
-        raise UsageError(unknown_name("task", task, TASKS))
-    if long not in (None, SPLIT, TRUNCATE):
-        raise UsageError(unknown_name("value of `long`", long, (SPLIT, TRUNCATE)))
-
-
 def _reader(
     tokenizer: Tokenizer,
-    fields: TextFields,
     *,
     task: str,
     max_length: int | None,
     long: str | None,
+    field: str,
+    prompt: str | None,
+    label: str,
+    key: str | None,
     special_tokens: bool | None,
     chat_template: bool | str,
     vocab_size: int | None,
 ) -> _Reader:
+    if task not in TASKS:
+        raise UsageError(unknown_name("task", task, TASKS))
+    if long not in (None, SPLIT, TRUNCATE):
+        raise UsageError(unknown_name("value of `long`", long, (SPLIT, TRUNCATE)))
     template = _chat_template(tokenizer, chat_template)
     return _Reader(
         tokenizer=tokenizer,
         task=task,
         max_length=max_length,
         split=task != CLASSIFICATION if long is None else long == SPLIT,
-        fields=fields,
+        fields=TextFields(text=field, prompt=prompt, label=label if task == CLASSIFICATION else None, key=key),
         special_tokens=template is None if special_tokens is None else special_tokens,
         template=template,
         vocab_size=tokenizer.vocab_size if vocab_size is None else vocab_size,
@@ -346,9 +349,7 @@ def _entries(loaded: Any, fields: TextFields) -> Iterator[Document]:
     for number, entry in enumerate(loaded):
         document = _document(entry, fields, str(number))
         if names and isinstance(document.label, int):
-            document = Document(
-                key=document.key, text=document.text, prompt=document.prompt, label=names[document.label]
-            )
+            document = replace(document, label=names[document.label])
         yield document
 
 

@@ -85,9 +85,6 @@ class Encoding(ABC):
     """Whether decoding also restores a constant per row: outputs such as features need it, logits don't."""
     largest: ClassVar[float] = math.inf
     """The largest magnitude of a value that can be encoded."""
-    values_at_once: ClassVar[int] = 2**20
-    """Values of consecutive rows, (rows, C), that the writer encodes at once on a CPU: enough to amortise small
-    operations, few enough for the processor's cache. Stored values can depend on it by rounding."""
 
     @abstractmethod
     def arrays(self, num_classes: int) -> dict[str, ArraySpec]:
@@ -99,6 +96,14 @@ class Encoding(ABC):
         Raises:
             UsageError: the encoding does not support this many classes.
         """
+
+    def rows_at_once(self, num_classes: int) -> int:
+        """Consecutive rows that the writer encodes at once on a CPU, at least 1; 4 MB of them by default.
+
+        Enough to amortise small operations, few enough for the processor's cache. Stored values can depend on it by
+        rounding.
+        """
+        return max(1, 2**20 // num_classes)
 
     @abstractmethod
     def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:

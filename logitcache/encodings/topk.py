@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ DEEPEST = 64.0
 """Distance below the row's largest logit at which uint8 saturates."""
 MASKED = 255
 """Code of -inf."""
+PIECE_LOGITS = 2**18
+"""Logits of which a CPU takes the exponentials at once (1 MB)."""
 LOWEST = -1e30
 """In place of -inf where it would be multiplied with 0."""
 CODES_PER_E = 254 / math.log1p(DEEPEST)
@@ -63,6 +66,10 @@ class TopK(Encoding):
             "tail": ArraySpec(dtype="float32" if self.dtype == "float32" else "float16", row_shape=()),
         }
 
+    def rows_at_once(self, num_classes: int) -> int:
+        # Of many classes, the passes over all of them take fewer rows at a time: see `_sums_of_rest`.
+        return super().rows_at_once(num_classes) * (1 if num_classes < MANY_CLASSES else 2)
+
     def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:
         return self.encode_with_kl(logits_BC, view=view, start=start)[0]
 
@@ -71,8 +78,7 @@ class TopK(Encoding):
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         del view, start
         num_classes = logits_BC.shape[1]
-        on_cpu = logits_BC.device.type == "cpu"
-        if on_cpu and num_classes < MANY_CLASSES:
+        if logits_BC.device.type == "cpu" and num_classes < MANY_CLASSES:
             values_BK, ids_BK = largest(logits_BC, self.k)
             distances_BC, distances_BK = logits_BC - values_BK[:, :1], values_BK - values_BK[:, :1]
             tail_B = torch.logsumexp(distances_BC.scatter_(1, ids_BK, -math.inf), dim=1)
@@ -80,23 +86,17 @@ class TopK(Encoding):
         values_BK, ids_BK = largest(logits_BC, self.k + 1)
         max_B1, next_B1 = values_BK[:, :1], values_BK[:, -1:].clamp(min=LOWEST)
         ids_BK, distances_BK = ids_BK[:, :-1], values_BK[:, :-1] - max_B1
-        # One pass of exponentials serves the tail and the divergence. They are relative to the largest logit of the
-        # tail, so that they don't underflow.
-        below_BC = logits_BC - next_B1
-        exp_BC = below_BC.exp().scatter_(1, ids_BK, 0.0)
-        if not on_cpu:
-            below_BC.clamp_(min=LOWEST)  # 0 * -inf is NaN; on a CPU masked rows are rare, and the caller finds them
-        rest_B = exp_BC.sum(dim=1)
-        mean_B = torch.bmm(exp_BC[:, None], below_BC[:, :, None])[:, 0, 0]  # `vecdot` would store all products
+        rest_B, mean_B = _sums_of_rest(logits_BC, ids_BK, next_B1)
         # From here on relative to the largest logit.
         next_B = (next_B1 - max_B1)[:, 0]
         tail_B = rest_B.log() + next_B
         encoded = self._stored(ids_BK, distances_BK, tail_B, num_classes)
-        stored = self.targets(encoded, num_classes)
+        log_probs_BK, log_tail_B = self._log_probs(encoded)
         exp_BK, factor_B = distances_BK.exp(), next_B.exp()
         rest_B, mean_B = rest_B * factor_B, (mean_B + rest_B * next_B) * factor_B
-        gain_BK = torch.where(exp_BK == 0, 0.0, exp_BK * (distances_BK - stored.log_probs))
-        of_rest_B = torch.where(rest_B == 0, 0.0, mean_B - rest_B * stored.log_each())
+        gain_BK = torch.where(exp_BK == 0, 0.0, exp_BK * (distances_BK - log_probs_BK))
+        log_each_B = log_tail_B - math.log(num_classes - self.k)
+        of_rest_B = torch.where(rest_B == 0, 0.0, mean_B - rest_B * log_each_B)
         total_B = exp_BK.sum(dim=1) + rest_B
         kl_B = (gain_BK.sum(dim=1) + of_rest_B) / total_B - total_B.log()
         return encoded, kl_B.clamp_(min=0.0)
@@ -156,9 +156,13 @@ class TopK(Encoding):
         return logits_BC.scatter_(1, encoded["ids"].to(torch.int64), self._values(encoded["values"]))
 
     def targets(self, encoded: Mapping[str, Tensor], num_classes: int) -> SparseTargets:
+        return SparseTargets(encoded["ids"].to(torch.int64), *self._log_probs(encoded), num_classes)
+
+    def _log_probs(self, encoded: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the kept classes, float32 (B, K), and of all others together, (B,)."""
         values_BK, tail_B = self._values(encoded["values"]), encoded["tail"].float()
         total_B1 = torch.cat([values_BK, tail_B[:, None]], dim=1).logsumexp(dim=1, keepdim=True)
-        return SparseTargets(encoded["ids"].to(torch.int64), values_BK - total_B1, tail_B - total_B1[:, 0], num_classes)
+        return values_BK - total_B1, tail_B - total_B1[:, 0]
 
     def _values(self, stored_BK: Tensor) -> Tensor:
         """Distances of the kept logits from the row's largest, float32 (B, K), each at most 0."""
@@ -166,6 +170,33 @@ class TopK(Encoding):
             return stored_BK.float()
         values_BK = -torch.expm1(stored_BK.float() / CODES_PER_E)
         return values_BK.masked_fill_(stored_BK == MASKED, -math.inf)
+
+
+@torch.no_grad()
+def _sums_of_rest(logits_BC: Tensor, ids_BK: Tensor, next_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over all classes but `ids_BK` of exp(d) and of d exp(d), (B,) each; d is a logit's distance from `next_B1`.
+
+    One pass of exponentials serves the tail and the divergence. They are relative to the largest logit of the tail, so
+    that they don't underflow.
+    """
+    on_cpu, (num_rows, num_classes) = logits_BC.device.type == "cpu", logits_BC.shape
+    # A CPU takes a few rows at a time, in buffers that stay in its cache: fresh memory for all rows costs more than the
+    # arithmetic. A single row would be summed in another order by several threads.
+    at_once = max(2, PIECE_LOGITS // num_classes) if on_cpu else max(1, num_rows)
+    num_pieces = max(1, num_rows // at_once)
+    below_PC, exp_PC = (logits_BC.new_empty(-(-num_rows // num_pieces), num_classes) for _ in range(2))
+    rest_B, mean_B = logits_BC.new_empty(2, num_rows)
+    for start, stop in itertools.pairwise(num_rows * piece // num_pieces for piece in range(num_pieces + 1)):
+        rows = slice(start, stop)
+        below_BC = torch.sub(logits_BC[rows], next_B1[rows], out=below_PC[: stop - start])
+        exp_BC = torch.exp(below_BC, out=exp_PC[: stop - start]).scatter_(1, ids_BK[rows], 0.0)
+        torch.sum(exp_BC, dim=1, out=rest_B[rows])
+        if on_cpu:
+            torch.sum(below_BC.mul_(exp_BC), dim=1, out=mean_B[rows])
+        else:
+            below_BC.clamp_(min=LOWEST)  # 0 * -inf is NaN; on a CPU masked rows are rare, and the caller finds them
+            torch.bmm(exp_BC[:, None], below_BC[:, :, None], out=mean_B[rows, None, None])
+    return rest_B, mean_B
 
 
 def _classes_without_entry(ids_BK: Tensor) -> Tensor:

@@ -79,8 +79,6 @@ class TopLowRank(Encoding):
         "bit_costs": 2,
     }
     holds_masks: ClassVar[bool] = False
-    # The basis is larger than the processor's cache: it is read once for all rows that are encoded together.
-    values_at_once: ClassVar[int] = 2**24
 
     rank: int = 192
     """The most components of the basis; 1 <= rank < C."""
@@ -104,6 +102,10 @@ class TopLowRank(Encoding):
                 f"bit_price is a positive number of nats and soft_weight at least 0, not {self.bit_price!r} and "
                 f"{self.soft_weight!r}"
             )
+
+    def rows_at_once(self, num_classes: int) -> int:
+        # The basis is larger than the processor's cache: it is read once for all rows that are encoded together.
+        return max(1, 2**24 // num_classes)
 
     def arrays(self, num_classes: int) -> dict[str, ArraySpec]:
         if max(self.rank, self.k) >= num_classes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from typing import ClassVar
 
 from torch import Tensor
@@ -18,70 +19,69 @@ from logitcache.targets import Targets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HardPlusSoft(Loss):
+class _HardAndSoft(Loss):
+    """Cross-entropy to a hard label and KL to the teacher's soft labels, each with a weight."""
+
+    temperature: Scheduled = 1.0
+    hard: str = "cross_entropy"
+    """"cross_entropy", to the true label; or "teacher_argmax"."""
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+        check_hard(self.hard)
+
+    @abstractmethod
+    def weights(self) -> tuple[float, float]:
+        """Of the hard and of the soft part; call `at(progress)` first."""
+
+    @property
+    def needs_target(self) -> bool:
+        return uses_true_label(self.hard)
+
+    @property
+    def takes_targets(self) -> bool:
+        return True
+
+    def terms(self) -> tuple[Term, ...]:
+        of_hard, of_soft = self.weights()
+        return hard_term(self.hard, of_hard), Term("kl", of_soft, fixed(self.temperature))
+
+    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
+        of_hard, of_soft = self.weights()
+        soft_B = kl_divergence(student_BC, given(teacher_BC), temperature=fixed(self.temperature))
+        return of_hard * hard_cross_entropy(self.hard, student_BC, given(teacher_BC), target) + of_soft * soft_B
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HardPlusSoft(_HardAndSoft):
     """Cross-entropy to a hard label + λ · KL to the teacher's soft labels."""
 
     name: ClassVar[str] = "hard_plus_soft"
     weight: Scheduled = 0.5
     """λ, weight of the soft part."""
-    temperature: Scheduled = 1.0
-    hard: str = "cross_entropy"
-    """"cross_entropy", to the true label; or "teacher_argmax"."""
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        check_hard(self.hard)
+        super().__post_init__()
         check_parameter("weight", self.weight, least=0.0)
 
-    @property
-    def needs_target(self) -> bool:
-        return uses_true_label(self.hard)
-
-    @property
-    def takes_targets(self) -> bool:
-        return True
-
-    def terms(self) -> tuple[Term, ...]:
-        return hard_term(self.hard), Term("kl", fixed(self.weight), fixed(self.temperature))
-
-    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
-        soft_B = kl_divergence(student_BC, given(teacher_BC), temperature=fixed(self.temperature))
-        return hard_cross_entropy(self.hard, student_BC, given(teacher_BC), target) + fixed(self.weight) * soft_B
+    def weights(self) -> tuple[float, float]:
+        return 1.0, fixed(self.weight)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Blend(Loss):
+class Blend(_HardAndSoft):
     """α · KL to the teacher's soft labels + (1 - α) · cross-entropy to a hard label."""
 
     name: ClassVar[str] = "blend"
     alpha: Scheduled = 0.5
     """α, between 0 (hard label only) and 1 (teacher only)."""
-    temperature: Scheduled = 1.0
-    hard: str = "cross_entropy"
-    """"cross_entropy", to the true label; or "teacher_argmax"."""
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        check_hard(self.hard)
+        super().__post_init__()
         check_parameter("alpha", self.alpha, least=0.0, most=1.0)
 
-    @property
-    def needs_target(self) -> bool:
-        return uses_true_label(self.hard)
-
-    @property
-    def takes_targets(self) -> bool:
-        return True
-
-    def terms(self) -> tuple[Term, ...]:
-        alpha = fixed(self.alpha)
-        return Term("kl", alpha, fixed(self.temperature)), hard_term(self.hard, 1.0 - alpha)
-
-    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
-        alpha = fixed(self.alpha)
-        soft_B = kl_divergence(student_BC, given(teacher_BC), temperature=fixed(self.temperature))
-        hard_B = hard_cross_entropy(self.hard, student_BC, given(teacher_BC), target)
-        return alpha * soft_B + (1.0 - alpha) * hard_B
+    def weights(self) -> tuple[float, float]:
+        return 1.0 - fixed(self.alpha), fixed(self.alpha)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

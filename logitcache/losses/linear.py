@@ -118,14 +118,13 @@ def linear_terms(
     bias: Tensor | None = None,
     factors: Tensor | None = None,
     chunk_rows: int | None = None,
-    compiled: bool | None = None,
 ) -> Tensor:
     """The sum over all rows of a loss's terms, through the student's head, in nats: a scalar.
 
     It equals `loss(hidden @ weight.T + bias, targets, labels).sum()`, computed like `linear_kl_divergence`.
 
     Args:
-        hidden, weight, bias, chunk_rows, compiled: as for `linear_kl_divergence`.
+        hidden, weight, bias, chunk_rows: as for `linear_kl_divergence`.
         terms: of the loss: `loss.at(progress).terms()`.
         targets: the teacher's, for the terms that need them.
         labels: int (N,), the true classes, for the cross-entropy; -100 for none.
@@ -139,7 +138,7 @@ def linear_terms(
     targets = DenseTargets(targets) if isinstance(targets, Tensor) else targets
     if targets is not None:
         _check_targets(hidden, weight, targets)
-    dtype, compiled = wide_dtype(_compute_dtype(hidden, weight)), _compiles(compiled, hidden.device)
+    dtype, compiled = wide_dtype(_compute_dtype(hidden, weight)), _compiles(None, hidden.device)
     steps: list[Step] = []
     for term in terms:
         if term.kind == "cross_entropy" and labels is not None:

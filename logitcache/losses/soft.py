@@ -189,24 +189,41 @@ def check_standardise(standardise: object) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KLDivergence(Loss):
-    """Hinton's soft-label distillation: KL(teacher ‖ student) at temperature T, times T² (arXiv:1503.02531)."""
+class _SoftLoss(Loss):
+    """A loss on softened distributions, which is one term."""
 
-    name: ClassVar[str] = "kl"
+    name: ClassVar[Kind]
     temperature: Scheduled = 1.0
-    standardise: bool = False
-    """Z-score both rows first (Sun et al. 2024, arXiv:2403.01427); T is then the paper's base temperature."""
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
-        check_standardise(self.standardise)
 
     @property
     def takes_targets(self) -> bool:
         return True
 
     def terms(self) -> tuple[Term, ...]:
-        return super().terms() if self.standardise else (Term("kl", temperature=fixed(self.temperature)),)
+        return (Term(self.name, temperature=fixed(self.temperature)),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _StandardisableLoss(_SoftLoss):
+    standardise: bool = False
+    """Z-score both rows first (Sun et al. 2024, arXiv:2403.01427); T is then the paper's base temperature."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_standardise(self.standardise)
+
+    def terms(self) -> tuple[Term, ...]:
+        return Loss.terms(self) if self.standardise else super().terms()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KLDivergence(_StandardisableLoss):
+    """Hinton's soft-label distillation: KL(teacher ‖ student) at temperature T, times T² (arXiv:1503.02531)."""
+
+    name: ClassVar[Kind] = "kl"
 
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
         return kl_divergence(
@@ -215,26 +232,10 @@ class KLDivergence(Loss):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SoftCrossEntropy(Loss):
+class SoftCrossEntropy(_StandardisableLoss):
     """Cross-entropy to the teacher's softened distribution, times T² (arXiv:1503.02531)."""
 
-    name: ClassVar[str] = "soft_cross_entropy"
-    temperature: Scheduled = 1.0
-    standardise: bool = False
-    """Z-score both rows first (Sun et al. 2024, arXiv:2403.01427); T is then the paper's base temperature."""
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        check_standardise(self.standardise)
-
-    @property
-    def takes_targets(self) -> bool:
-        return True
-
-    def terms(self) -> tuple[Term, ...]:
-        return (
-            super().terms() if self.standardise else (Term("soft_cross_entropy", temperature=fixed(self.temperature)),)
-        )
+    name: ClassVar[Kind] = "soft_cross_entropy"
 
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
         return soft_cross_entropy(
@@ -243,21 +244,10 @@ class SoftCrossEntropy(Loss):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JensenShannon(Loss):
+class JensenShannon(_SoftLoss):
     """Jensen-Shannon divergence at temperature T, times T² (Lin 1991)."""
 
-    name: ClassVar[str] = "js"
-    temperature: Scheduled = 1.0
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-
-    @property
-    def takes_targets(self) -> bool:
-        return True
-
-    def terms(self) -> tuple[Term, ...]:
-        return (Term("js", temperature=fixed(self.temperature)),)
+    name: ClassVar[Kind] = "js"
 
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | Targets | None, target: Tensor) -> Tensor:
         return jensen_shannon(student_BC, given(teacher_BC), temperature=fixed(self.temperature))

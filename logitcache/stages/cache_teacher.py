@@ -204,9 +204,7 @@ class TeacherWorker(Worker):
 
     def _cut_classes(self, views: ViewDataset) -> dict[str, Any] | None:
         """What the teacher's head was cut by, for the provenance of a new cache."""
-        eager = self._pipeline.teacher.model_copy(update={"compile": False})
-        runner = TeacherRunner(self._teacher, eager, self._context)
-        found = measure_cut_classes(self._teacher, runner, views)
+        found = measure_cut_classes(self._teacher, self._pipeline.teacher, self._context, views)
         return None if found is None else {CUT_CLASSES: found.model_dump()}
 
     @property

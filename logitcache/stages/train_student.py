@@ -139,6 +139,7 @@ class Experiment:
         self._teacher_and_fingerprint: tuple[nn.Module, str] | None = None
         self._caches: dict[str, tuple[list[LogitCache], np.ndarray | None]] = {}
         self._shared_labels: dict[tuple[object, ...], CachedLabels] = {}
+        self._left_out: dict[tuple[str, int], dict[str, str]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -182,7 +183,7 @@ class Experiment:
         )
         documents = self._start_from_teacher(model, student, indices, seed, identity)
         data = self._training_data(student, indices, labels)
-        documents |= _left_out_classes(student, data)
+        documents |= self._left_out_classes(student, data)
         rows = data.views.rows
         return Job(
             **vars(data),
@@ -338,6 +339,16 @@ class Experiment:
             self._shared_labels[key] = labels
         return labels
 
+    def _left_out_classes(self, student: StudentConfig, data: TrainingData) -> dict[str, str]:
+        """The probability of the teacher's classes that a student lacks, as a file of its run folder; measured once."""
+        if student.vocab_size is None or not isinstance(data.labels, CachedLabels):
+            return {}
+        key = (data.identity_of_labels["labels"]["cache"], student.vocab_size)
+        if key not in self._left_out:
+            found = data.labels.left_out(data.first_view, student.vocab_size)
+            self._left_out[key] = {} if found is None else {CUT_JSON: found.model_dump_json(indent=1) + "\n"}
+        return self._left_out[key]
+
     def _hints(self, student: StudentConfig, model: nn.Module, data: TrainingData, seed: int) -> Hints | None:
         if not student.hints:
             return None
@@ -478,14 +489,6 @@ class Experiment:
         views = views_of_cache(cache, dataset, plan, rows, input_part(student, trust=self.trust))
         labels = CachedLabels(cache, views, self.device, memory_budget=pipeline.cache.memory_budget)
         return evaluation_of(views, self.context, labels)
-
-
-def _left_out_classes(student: StudentConfig, data: TrainingData) -> dict[str, str]:
-    """The probability of the teacher's classes that a student lacks, as a file of its run folder."""
-    if student.vocab_size is None or not isinstance(data.labels, CachedLabels):
-        return {}
-    left_out = data.labels.left_out(data.first_view, student.vocab_size)
-    return {} if left_out is None else {CUT_JSON: left_out.model_dump_json(indent=1) + "\n"}
 
 
 def _by_row(weights_M: np.ndarray | None, rows_M: np.ndarray) -> Tensor | None:

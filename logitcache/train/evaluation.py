@@ -92,7 +92,7 @@ class Evaluation:
         model.eval()
         if self._labels is not None:
             self._labels.expect([LOGITS], [])
-            self._labels.start_view(0, None)
+            self._labels.start_views([0], [])
         measure = self._measure_samples if sequence_rows(self._views) is None else self._measure_sequences
         with torch.inference_mode():
             measured = measure(model, device)
@@ -181,9 +181,7 @@ class _Comparison:
 
     def add(self, logits_RC: Tensor, teacher: Targets) -> None:
         """Compare some rows of a model's output with the teacher's distributions."""
-        if logits_RC.shape[1] < teacher.num_classes:  # see StudentConfig.vocab_size
-            teacher = teacher.of_classes(torch.arange(logits_RC.shape[1]))
-        teacher = teacher.to(logits_RC.device)
+        teacher = teacher.of_first_classes(logits_RC.shape[1]).to(logits_RC.device)  # see StudentConfig.vocab_size
         self._kl += float(kl_divergence(logits_RC.float(), teacher, reduction="sum"))
         self._agreeing += int((logits_RC.argmax(dim=1) == teacher.argmax()).sum())
         self._num_rows += len(logits_RC)

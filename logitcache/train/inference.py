@@ -155,12 +155,13 @@ def output_shapes(teacher: nn.Module, views: ViewDataset, taps: Mapping[str, Tap
     return captured_shapes(teacher, taps, to_device(views.batch([(0, 0)] * 2), device)) if taps else {}
 
 
-def measure_cut_classes(teacher: nn.Module, runner: TeacherRunner, views: ViewDataset) -> CutClasses | None:
+def measure_cut_classes(
+    teacher: nn.Module, config: TeacherConfig, context: Context, views: ViewDataset
+) -> CutClasses | None:
     """The probability of the classes that the teacher's head was cut by, on some rows of view 0.
 
     Args:
-        teacher: the model of the runner.
-        runner: not compiled.
+        teacher, config, context: as for `TeacherRunner`; the teacher is not compiled.
         views: of the training split.
 
     Returns:
@@ -169,6 +170,7 @@ def measure_cut_classes(teacher: nn.Module, runner: TeacherRunner, views: ViewDa
     rows = sequence_rows(views)
     if rows is None or not num_cut_classes(teacher):
         return None
+    runner = TeacherRunner(teacher, config.model_copy(update={"compile": False}), context)
     counts_N = np.diff(rows.offsets)
     order = keyed_permutation(len(views), "cut classes", views.plan.seed)
     order = order[counts_N[order] > 0]

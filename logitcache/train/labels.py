@@ -34,10 +34,10 @@ class Labels(ABC):
         """Declare the outputs that are used in the view that starts next, and in the one after it."""
 
     def start_view(self, view: int, following: int | None) -> None:  # noqa: B027
-        """Load a view, and start to load the next one."""
+        """Load the only view of an epoch, and start to load the next one; for labels of one view at a time."""
 
     def start_views(self, views: Sequence[int], following: Sequence[int]) -> None:
-        """Load the views of an epoch, and start to load those of the next one; one view each, unless overridden."""
+        """Load the views of an epoch, and start to load those of the next one."""
         [view] = views
         self.start_view(view, following[0] if following else None)
 
@@ -108,9 +108,6 @@ class CachedLabels(Labels):
 
     def expect(self, outputs: Sequence[str], following: Sequence[str]) -> None:
         self._expected = outputs, following
-
-    def start_view(self, view: int, following: int | None) -> None:
-        self.start_views([view], [] if following is None else [following])
 
     def start_views(self, views: Sequence[int], following: Sequence[int]) -> None:
         for view in views:
@@ -184,9 +181,6 @@ class EnsembleLabels(Labels):
         """Blocks that each batch stays within, where views are streamed: the smallest number of all members."""
         windows = [member.window_blocks for member in self._members]
         return min((window for window in windows if window is not None), default=None)
-
-    def start_view(self, view: int, following: int | None) -> None:
-        self.start_views([view], [] if following is None else [following])
 
     def start_views(self, views: Sequence[int], following: Sequence[int]) -> None:
         for member in self._members:

@@ -80,9 +80,8 @@ def chunked_loss(
     teacher = None
     if any(term.kind != "cross_entropy" for term in terms):
         assert job.labels is not None
-        teacher = job.labels.targets(at, teacher_inputs, targets_R)
-        if head.out_features < teacher.num_classes:  # see StudentConfig.vocab_size
-            teacher = teacher.of_classes(torch.arange(head.out_features))
+        of_teacher = job.labels.targets(at, teacher_inputs, targets_R)
+        teacher = of_teacher.of_first_classes(head.out_features)  # see StudentConfig.vocab_size
     chunk_rows = job.config.chunked_head
     with autocast(job.device, job.config.precision):
         loss = linear_terms(
@@ -127,9 +126,7 @@ def _losses_of_sequences(
     if loss.needs_teacher:
         assert job.labels is not None
         of_teacher = job.labels.targets(of_batch.index, teacher_inputs, targets_R)
-        if student_RC.shape[1] < of_teacher.num_classes:  # see StudentConfig.vocab_size
-            of_teacher = of_teacher.of_classes(torch.arange(student_RC.shape[1]))
-        teacher = teacher_for(loss, of_teacher)
+        teacher = teacher_for(loss, of_teacher.of_first_classes(student_RC.shape[1]))  # see StudentConfig.vocab_size
     loss_R = loss(student_RC, teacher, targets_R)
     return of_batch.summed(loss_R), penalty
 

@@ -407,7 +407,7 @@ def test_rows_are_encoded_together_as_the_encoding_states(tmp_path: Path, monkey
         together.append(len(logits_BC))
         return encode(self, logits_BC, **where)
 
-    monkeypatch.setattr(logitcache.Dense, "values_at_once", 40 * CLASSES)
+    monkeypatch.setattr(logitcache.Dense, "rows_at_once", lambda encoding, num_classes: 40)
     monkeypatch.setattr(logitcache.Dense, "encode", watched)
     with writer(tmp_path / "a", num_views=1, rows_per_block=100) as cache:
         for start in range(0, SAMPLES, 10):

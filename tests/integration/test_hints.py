@@ -267,7 +267,7 @@ def gap(pipeline: Pipeline, *, trained: Path | None) -> float:
     hinted = job.hints.attach(job.model.eval())
     hinted.capture.hook()
     rows = torch.arange(200)
-    job.labels.start_view(0, None)
+    job.labels.start_views([0], [])
     said = job.labels.outputs(sorted(job.hints.needed_at(0.0)), rows, None, rows)
     with torch.no_grad():
         _, felt = hinted(torch.stack([job.views[(0, int(row))][1] for row in rows]))

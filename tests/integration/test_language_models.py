@@ -436,6 +436,27 @@ def test_another_truncation_or_vocabulary_is_refused_by_name(text: Make, overrid
         train_students(text(override))
 
 
+def test_a_cache_with_a_row_for_each_token_is_refused(text: Make, tmp_path: Path) -> None:
+    """The last token of a causal sequence predicts nothing: L tokens have L - 1 rows."""
+    pipeline = text(f"students.small.labels={{caches: ['{tmp_path / 'own.cache'}']}}")
+    data = resolve_data(pipeline, trust=False)
+    lengths = np.diff(rows_of_dataset(data.train).offsets) + 1
+    with logitcache.create(
+        tmp_path / "own.cache",
+        num_samples=len(data.train),
+        num_classes=data.num_classes,
+        teacher="own",
+        samples=logitcache.sample_table(data.train, contents=True),
+        view_plan=resolve_plan(pipeline, data, trust=False),
+        rows_per_sample=lengths,
+        tokenization=data.train.tokenization,
+    ) as writer:
+        writer.write(view=0, start=0, logits=torch.zeros(int(lengths.sum()), data.num_classes))
+
+    with pytest.raises(IdentityMismatch, match=r"sample 0 .* has 32 rows, 31 here"):
+        train_students(pipeline)
+
+
 def test_a_cache_written_by_hand_serves_the_same_students(text: Make, tmp_path: Path) -> None:
     """`create` with rows_per_sample, as a serving engine's records are written."""
     pipeline = text()

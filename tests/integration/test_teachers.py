@@ -47,7 +47,7 @@ def test_a_mean_made_for_each_batch_is_that_of_the_merged_cache(
     assert isinstance(job.labels, EnsembleLabels)
     rows = torch.arange(100)
     for view in range(2):
-        job.labels.start_view(view, None)
+        job.labels.start_views([view], [])
         found = job.labels.logits(rows, None, torch.zeros(100, dtype=torch.int64))
         expected = logitcache.open(tmp_path / "merged.cache").view(view).logits(rows)
         torch.testing.assert_close(found.log_softmax(1), expected.log_softmax(1), atol=1e-5, rtol=1e-5)

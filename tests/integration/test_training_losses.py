@@ -75,7 +75,7 @@ def distance_to_teacher(experiment: Experiment, *, trained: bool, folder: Path |
         assert folder is not None
         job.model.load_state_dict(safetensors.torch.load_file(folder / "last.safetensors"))
     assert job.labels is not None
-    job.labels.start_view(0, None)
+    job.labels.start_views([0], [])
     places = range(400)
     inputs = torch.stack([job.views[(0, index)][1] for index in places])
     with torch.no_grad():
@@ -110,9 +110,9 @@ class Counted(Labels):
         self.views: list[tuple[int, int | None]] = []
         self.gathers = 0
 
-    def start_view(self, view: int, following: int | None) -> None:
-        self.views.append((view, following))
-        self.labels.start_view(view, following)
+    def start_views(self, views: Sequence[int], following: Sequence[int]) -> None:
+        self.views.append((views[0], following[0] if following else None))
+        self.labels.start_views(views, following)
 
     def check_batch(self, index: Tensor, inputs: Any, views: ViewDataset) -> None:
         self.labels.check_batch(index, inputs, views)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ import numpy as np
 
 from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.errors import StorageError, UsageError, unsealed
+from logitcache.extras.interchange.tables import check_pyarrow
 from logitcache.progress import track
 from logitcache.storage.local import is_alive
 
@@ -59,8 +59,7 @@ def open_exported(location: str) -> LogitCache:
         UsageError: pyarrow is missing.
         IncompleteCache: the cache is not sealed.
     """
-    if importlib.util.find_spec("pyarrow") is None:
-        raise UsageError("Parquet needs pyarrow: pip install 'logitcache[parquet]'")
+    check_pyarrow()
     cache = open_cache(location)
     if not cache.sealed:
         raise unsealed(location)

@@ -17,6 +17,12 @@ TABLE_ROWS = 256
 """Rows of a table that are read at once."""
 
 
+def check_pyarrow() -> None:
+    """Raise UsageError if pyarrow is missing."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UsageError("Parquet needs pyarrow: pip install 'logitcache[parquet]'")
+
+
 def open_parquet(file: Path) -> Any:
     """A Parquet file, opened for reading.
 
@@ -24,8 +30,7 @@ def open_parquet(file: Path) -> Any:
         UsageError: pyarrow is missing.
         InvalidSource: no Parquet file.
     """
-    if importlib.util.find_spec("pyarrow") is None:
-        raise UsageError("Parquet needs pyarrow: pip install 'logitcache[parquet]'")
+    check_pyarrow()
     from pyarrow import parquet
 
     with reading(file):
