@@ -383,5 +383,7 @@ def test_other_encodings_need_all_logits_and_outputs_their_values(tmp_path: Path
     features = {"features": logitcache.Output(shape=(3,))}
     for name, changes in {"dense": {}, "outputs": {"outputs": features, "encoding": SPARSE}}.items():
         with pytest.raises(IncompleteCache), writer(tmp_path / name, **changes) as cache:
-            with pytest.raises(UsageError, match="needs the logits of all classes|expected those of this cache, by name: features"):
+            with pytest.raises(
+                UsageError, match="needs the logits of all classes|expected those of this cache, by name: features"
+            ):
                 cache.write_sparse(view=0, start=0, ids=ids, log_probs=log_probs)
