@@ -274,6 +274,51 @@ def timm(folder: Path, samples: int) -> Epochs:
     return epochs(distilled, cached), epochs(labelled, create_loader(Images(), **size, **options))
 
 
+def ddp(folder: Path, samples: int) -> Epochs:
+    """A ResNet in `DistributedDataParallel`, in a group of one process: the loop of the README, and one on labels."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'group'}", rank=0, world_size=1)
+    dataset, shared = images(samples), plan()
+    cache = image_cache(folder, dataset)
+    cache.check_plan(shared)
+    views = logitcache.ViewDataset(dataset, shared)
+    sampler = logitcache.ViewSampler(views, cycle=cache.views)
+    loader = torch.utils.data.DataLoader(views, batch_size=64, sampler=sampler)
+    labelled = Augmented(dataset, lambda image, label: (image, label))
+    labelled_loader = torch.utils.data.DataLoader(
+        labelled, batch_size=64, sampler=torch.utils.data.DistributedSampler(labelled)
+    )
+
+    def net() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = DistributedDataParallel(timm_net())
+        return model, torch.optim.AdamW(model.parameters())
+
+    (student, optimizer), (other, other_optimizer), numbers = net(), net(), itertools.count()
+
+    def from_cache() -> None:
+        sampler.set_epoch(next(numbers))
+        for step, (index, inputs, _) in enumerate(loader):
+            if step == 0:
+                cache.check_batch(index, inputs)
+            loss = logitcache.losses.kl_divergence(
+                student(inputs), cache.logits(index), temperature=2.0, reduction="mean"
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def on_labels() -> None:
+        for inputs, targets in labelled_loader:
+            loss = torch.nn.functional.cross_entropy(other(inputs), targets)
+            other_optimizer.zero_grad()
+            loss.backward()
+            other_optimizer.step()
+
+    return from_cache, on_labels
+
+
 def timm_net() -> torch.nn.Module:
     from timm import create_model
 
@@ -285,6 +330,7 @@ TOOLS: dict[str, Callable[[Path, int], Epochs]] = {
     "trainer_language_model": trainer_language_model,
     "lightning": lightning,
     "timm": timm,
+    "ddp": ddp,
 }
 
 

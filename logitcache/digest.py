@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,27 @@ def json_digest(value: Any) -> str:
 
 def array_digest(array: np.ndarray) -> str:
     """SHA-256 of what an array says: dtype, shape and little-endian row-major values."""
-    header = canonical_json([array.dtype.newbyteorder("<").str, list(array.shape)])
-    values = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    digest = hashlib.sha256(header)
-    digest.update(values.reshape(-1).view(np.uint8).data)
+    digest = ArrayDigest(array.dtype.newbyteorder("<").str, array.shape)
+    digest.update(array)
     return digest.hexdigest()
+
+
+class ArrayDigest:
+    """`array_digest` of an array that arrives in parts.
+
+    Args:
+        dtype: of the values, as NumPy spells it, little-endian.
+        shape: of the whole array.
+    """
+
+    def __init__(self, dtype: str, shape: Sequence[int]) -> None:
+        self._dtype = dtype
+        self._digest = hashlib.sha256(canonical_json([dtype, list(shape)]))
+
+    def update(self, rows: np.ndarray) -> None:
+        """Add the next rows."""
+        self._digest.update(np.ascontiguousarray(rows, dtype=self._dtype).reshape(-1).view(np.uint8).data)
+
+    def hexdigest(self) -> str:
+        """The SHA-256 of all rows."""
+        return self._digest.hexdigest()

@@ -21,8 +21,9 @@ from logitcache.cache.ensemble import Part, merged_parts
 from logitcache.cache.layout import SAMPLE_ARRAYS
 from logitcache.cache.manifest import CARD
 from logitcache.cache.names import names_of, recorded_names
-from logitcache.cache.reader import LogitCache
+from logitcache.cache.reader import LogitCache, ViewParameters
 from logitcache.cache.rendering import has_recipe, named_code
+from logitcache.data.recorded import RecordedMixing, recorded_step
 from logitcache.data.views import Mixing, ViewPlan
 from logitcache.encodings import PackedTopK, Sampled, TopK
 from logitcache.errors import CorruptCache, UsageError
@@ -214,6 +215,12 @@ def _how_to_render_it(cache: LogitCache) -> Iterator[str]:
         if named:
             shown = ", ".join(map(code, named))
             yield f"The views need code that is not here: {shown}. Review it, then open the cache with `trust=True`.\n"
+    elif _is_recorded(transform):
+        yield (
+            "The tool that chose the views stored their parameters, such as seeds, but not its transform. With that "
+            "transform, `logitcache.ViewDataset(dataset, cache.view_plan_with(function))` renders the views: it calls "
+            f"`function(sample, parameters)`. Here {samples}\n"
+        )
     else:
         yield (
             "The transform was a Python object, which can't be stored. Make the same plan from its description below, "
@@ -233,7 +240,16 @@ def _training_command(cache: LogitCache) -> str:
     teachers = [part.teacher for part in _parts(cache)] or [identity.teacher]
     of_a_pipeline = all(re.search(r"@[0-9a-f]{64}$", teacher) for teacher in teachers)
     labels = "cache.path=mine.cache" if of_a_pipeline else "'students.NAME.labels={caches: [mine.cache]}'"
-    return f"logitcache train-student PIPELINE {labels}\n"
+    views = " 'views.transform={recorded: {cache: mine.cache}}'" if _is_recorded(identity.transform) else ""
+    return f"logitcache train-student PIPELINE {labels}{views}\n"
+
+
+def _is_recorded(transform: Any) -> bool:
+    """Whether another tool chose the views."""
+    try:
+        return isinstance(transform, dict) and recorded_step(transform.get("shared")) is not None
+    except UsageError:  # an untrusted manifest
+        return False
 
 
 def _code_of_views(transform: dict[str, Any]) -> list[str]:
@@ -362,6 +378,9 @@ def _unmixed_rows(cache: LogitCache, count: int) -> list[int]:
         mixing = Mixing(**((identity.transform or {}).get("mixing") or {}))
     except (AttributeError, TypeError, ValueError):  # not the format of `ViewPlan.describe`
         return []
+    recorded = RecordedMixing.of(identity.transform, ViewParameters(cache))
+    if recorded is not None:
+        return np.flatnonzero(recorded.of_view(cache.views.start)[0][:count] < 0).tolist()
     plan = ViewPlan(seed=identity.view_seed, mixing=mixing)
     return [row for row in range(count) if plan.mixture(cache.views.start, row, cache.num_samples) is None]
 

@@ -159,7 +159,7 @@ def create(
         tokenization=tokenization or {},
     )
     _check_shape(num_samples, num_views, num_classes, rows_per_block)
-    if rows_per_sample is not None and view_plan is not None and view_plan.mixing.active:
+    if rows_per_sample is not None and view_plan is not None and view_plan.mixes_samples:
         raise UsageError("mixup and CutMix mix samples of one class each; remove them, or rows_per_sample")
     writer = open_writer(
         path,

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.cache.reader import LogitCache
+from logitcache.cache.reader import LogitCache, ViewParameters
+from logitcache.data.recorded import RecordedMixing
 from logitcache.data.views import Mixing, Mixture, ViewPlan
-from logitcache.errors import CorruptCache, LogitCacheError
+from logitcache.errors import CorruptCache, LogitCacheError, UsageError
 
 # B batch, N samples
 
@@ -50,7 +51,11 @@ class MixingOfCache:
             mixing = Mixing(**{name: float(value) for name, value in (config or {}).items()})
         except (TypeError, ValueError, AttributeError, LogitCacheError) as error:
             raise CorruptCache(f"{cache.storage.url}: identity.transform.mixing is invalid") from error
-        self.active = mixing.active
+        try:
+            self._recorded = RecordedMixing.of(transform, ViewParameters(cache))
+        except UsageError as error:
+            raise CorruptCache(f"{cache.storage.url}: identity.transform.shared is invalid: {error}") from error
+        self.active = mixing.active or self._recorded is not None
         self.always = mixing.active and mixing.probability == 1 and cache.num_samples > 1
         self._plan = ViewPlan(seed=identity.view_seed, mixing=mixing, num_classes=cache.num_classes)
 
@@ -58,12 +63,17 @@ class MixingOfCache:
         """Whether each of these rows of a view is mixed, bool (B,); faster than `of_rows`, which finds partners."""
         if not self.active:
             return np.zeros(len(rows), dtype=np.bool_)
+        if self._recorded is not None:
+            return self._recorded.of_view(view)[0][rows.start : rows.stop] >= 0
         return np.array([self._plan.mixes(view, row, self._num_samples) for row in rows], dtype=np.bool_)
 
     def of_rows(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Whether each of these rows is mixed, bool (B,), and the row of its sample with most weight, int64 (B,)."""
         if not self.active:
             return np.zeros(len(rows), dtype=np.bool_), rows
+        if self._recorded is not None:
+            partners, weights = (values[rows] for values in self._recorded.of_view(view))
+            return partners >= 0, np.where((partners < 0) | (weights >= 0.5), rows, partners)
         mixtures = [self._plan.mixture(view, row, self._num_samples) for row in rows.tolist()]
         dominant = [
             row if mixture is None or _own_weight(mixture) >= 0.5 else mixture.partner

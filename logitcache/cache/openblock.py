@@ -73,7 +73,7 @@ class OpenBlock:
     @property
     def complete(self) -> bool:
         """Whether all rows have arrived and are encoded."""
-        return self._parts[LOGITS].complete
+        return all(rows.complete for rows in self._parts.values())
 
     def buffers(self) -> dict[str, Tensor]:
         """The encoded rows, by the names of their arrays in the cache."""
@@ -89,13 +89,21 @@ class OpenBlock:
         for name, rows in self._parts.items():
             rows.fill(start, parts[name])
 
-    def fill_encoded(self, start: int, encoded: Mapping[str, Tensor]) -> None:
+    def fill_encoded(self, start: int, encoded: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
         """Add logits that are encoded already, by the encoding's array names; nothing is known of their KL.
 
+        Args:
+            start: number of the first row.
+            encoded: the logits.
+            others: float32 rows (B, D) of every other output.
+
         Raises:
+            InvalidLogits: an encoding can't store the rows of another output.
             IdentityMismatch: the rows were written before with other values.
             UsageError: other rows of the block were not encoded already.
         """
+        for name, rows in others.items():
+            self._parts[name].fill(start, rows)
         self._parts[LOGITS].fill_encoded(start, encoded)
 
     def wait_for_device(self) -> None:

@@ -10,7 +10,7 @@ import math
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -31,6 +31,7 @@ from logitcache.cache.rendering import check_arrived, check_rendered, recorded_d
 from logitcache.cache.stored_records import read_records
 from logitcache.cache.streams import StreamViews
 from logitcache.data.index import split_index
+from logitcache.data.recorded import PARAMETERS
 from logitcache.data.rows import RowMap
 from logitcache.data.samples import SampleTable
 from logitcache.data.views import ViewDataset, ViewPlan
@@ -234,7 +235,28 @@ class LogitCache:
             UsageError: the cache was created without a view plan.
             UntrustedCode: the cache names third-party code; the message lists it. Open the cache with trust=True.
         """
-        plan = recorded_plan(self.manifest, self.samples, self.row_map, url=self.storage.url, trust=self._trust)
+        return self.view_plan_with(None)
+
+    def view_plan_with(self, replay: Callable[[Any, Mapping[str, float]], Any] | None) -> ViewPlan:
+        """The view plan of a cache that was imported from another tool, with your function to render the views.
+
+        Args:
+            replay: called with a sample and what the tool stored of this view of it, such as a crop box or a seed;
+                returns the view. None is `view_plan`.
+
+        Raises:
+            UsageError: the cache has no recorded views, or lacks parameters that the function states in `columns`.
+            UntrustedCode: as `view_plan`.
+        """
+        plan = recorded_plan(
+            self.manifest,
+            self.samples,
+            self.row_map,
+            url=self.storage.url,
+            trust=self._trust,
+            read=ViewParameters(self),
+            replay=replay,
+        )
         self._plans.append(plan)
         return plan
 
@@ -533,7 +555,10 @@ class LogitCache:
 
     def _check_view(self, view: int) -> None:
         if not 0 <= view < self.views.stop:
-            raise UsageError(f"no view {view}: the cache has views {self.views.start} to {self.views.stop - 1}")
+            raise UsageError(
+                f"no view {view}: the cache has views {self.views.start} to {self.views.stop - 1}. To use them again "
+                "in later epochs, call `cache.check_plan(plan)` before training, or give ViewSampler cycle=cache.views"
+            )
         if view not in self.views:
             raise UsageError(
                 f"{self.storage.url} is a partial copy with views {self.views.start} to {self.views.stop - 1}, without "
@@ -555,3 +580,21 @@ class LogitCache:
     def input_digests(self, view: int) -> dict[int, str]:
         """Digests of the teacher's inputs for a few samples of a view, by sample number."""
         return recorded_digests(self.manifest, self.receipts, self.row_map, view)
+
+
+class ViewParameters:
+    """Reads the parameters of recorded views; opens the cache again in a process that it is sent to."""
+
+    def __init__(self, cache: LogitCache) -> None:
+        self._cache: LogitCache | None = cache
+        self._location = cache.storage.url
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_cache": None, "_location": self._location}
+
+    def __call__(self, view: int) -> np.ndarray:
+        """Float32 (N, D)."""
+        if self._cache is None:
+            self._cache = open_cache(self._location)
+        blocks = range(self._cache.layout.blocks_per_view)
+        return self._cache.read_encoded(view, blocks, output=PARAMETERS)["values"]

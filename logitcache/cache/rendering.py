@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from logitcache.cache.layout import Block
 from logitcache.cache.manifest import Manifest, Receipt
 from logitcache.data.index import NO_ROW, index_tensor, split_index
+from logitcache.data.recorded import PARAMETERS, Parameters, RecordedTransform, build_replay, recorded_step
 from logitcache.data.rows import RowMap
 from logitcache.data.samples import SampleTable, batch_item, input_digest
 from logitcache.data.transforms import build_transform, entry_points_of
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan, proof_rows
 from logitcache.devices import one_thread, to_device
-from logitcache.errors import IdentityMismatch, ShapeError, UntrustedCode, UsageError
+from logitcache.errors import CorruptCache, IdentityMismatch, ShapeError, UntrustedCode, UsageError
 
 PARTS = {"shared": "`transform`", "teacher_input": "`preprocess`"}
 """The argument of `ViewPlan` that each part of a recorded transform comes from."""
 
 
-def recorded_plan(manifest: Manifest, samples: SampleTable | None, rows: RowMap, *, url: str, trust: bool) -> ViewPlan:
+Replay = Callable[[Any, Parameters], Any]
+
+
+def recorded_plan(
+    manifest: Manifest,
+    samples: SampleTable | None,
+    rows: RowMap,
+    *,
+    url: str,
+    trust: bool,
+    read: Callable[[int], np.ndarray],
+    replay: Replay | None = None,
+) -> ViewPlan:
     """The plan of a cache's views; it checks samples against their content digests.
+
+    Args:
+        manifest, samples, rows, url: of the cache.
+        trust: allow third-party code.
+        read: reads the parameters of a view, float32 (N, D), of a cache whose views another tool chose.
+        replay: renders a sample from these, in place of the recorded replay.
 
     Raises:
         UsageError: the cache has no description of its views, or the transform can't be built from it.
@@ -35,25 +55,39 @@ def recorded_plan(manifest: Manifest, samples: SampleTable | None, rows: RowMap,
             "yourself"
         )
     specs = {part: transform[part] for part in PARTS}
+    recorded = recorded_step(specs["shared"])
+    if replay is not None and recorded is None:
+        raise UsageError(f"the views of {url} are not those that another tool recorded; use `cache.view_plan`")
+    if recorded is not None and recorded["replay"] is None and replay is None:
+        raise UsageError(
+            f"the transform of the views of {url} is not stored, only its {_stored(recorded)}. Pass this transform: "
+            "`cache.view_plan_with(function)`, a function of (sample, parameters)"
+        )
     for part, spec in specs.items():
         if not _is_recipe(spec):
             raise UsageError(
                 f"the views of {url} were made with a Python object as {PARTS[part]}, which can't be made from the "
                 "cache: make the same ViewPlan again, and check it with `cache.check_plan(plan)`"
             )
-    named = named_code(transform)
+    named = named_code(transform if replay is None else transform | {"shared": None})
     if named and not trust:
         raise UntrustedCode(
             f"the views of {url} are made by code that the cache names: {', '.join(named)}.\nReview this code, even if "
             "it is in the working directory. Then open the cache with logitcache.open(..., trust=True), or use --trust "
             "on the command line; or make the same ViewPlan yourself, and check it with `cache.check_plan(plan)`"
         )
-    parts = [None if spec is None else build_transform(spec, trust=trust) for spec in specs.values()]
+    shared: Callable[[Any], Any] | None
+    shared, preprocess = (
+        None if spec is None or (part == "shared" and recorded is not None) else build_transform(spec, trust=trust)
+        for part, spec in specs.items()
+    )
+    if recorded is not None:
+        shared = _recorded_transform(manifest, recorded, read, replay, trust=trust)
     return ViewPlan(
-        transform=parts[0],
+        transform=shared,
         seed=manifest.identity.view_seed,
         mixing=Mixing(**(transform["mixing"] or {})),
-        preprocess=parts[1],
+        preprocess=preprocess,
         num_classes=manifest.layout.num_classes,
         num_samples=manifest.layout.num_samples,
         contents=None if samples is None else samples.contents,
@@ -62,9 +96,54 @@ def recorded_plan(manifest: Manifest, samples: SampleTable | None, rows: RowMap,
     )
 
 
+def _stored(recorded: Mapping[str, Any]) -> str:
+    if "seed_high" not in recorded["columns"]:
+        return f"parameters: {', '.join(recorded['columns'])}"
+    return (
+        "seeds. TinyViT draws from `numpy.random.Generator(numpy.random.PCG64(parameters['seed']))`; the configuration "
+        "of its transform, and the partners of its mixup, are not in its files"
+    )
+
+
+def _recorded_transform(
+    manifest: Manifest,
+    recorded: Mapping[str, Any],
+    read: Callable[[int], np.ndarray],
+    replay: Replay | None,
+    *,
+    trust: bool,
+) -> RecordedTransform:
+    """The recorded views of a cache.
+
+    Raises:
+        UsageError: the cache was merged, without the parameters of its views.
+        CorruptCache: the cache does not store what its identity names.
+    """
+    stored, expected = manifest.identity.outputs.get(PARAMETERS), [len(recorded["columns"])]
+    if stored is None:
+        raise UsageError(
+            "this cache has recorded views without their parameters, as merged caches do: use the view plan of the "
+            "imported cache, `cache.check_plan(imported.view_plan)`"
+        )
+    if stored != expected or len(recorded["views"]) < manifest.layout.num_views:
+        raise CorruptCache(
+            f"the cache has recorded views, but its output {PARAMETERS!r} is {stored}, and {len(recorded['views'])} "
+            f"views have a hash; expected {expected}, and {manifest.layout.num_views} views"
+        )
+    if replay is None:
+        replay = build_replay(recorded["replay"], trust=trust)
+    return RecordedTransform(
+        recorded["columns"], recorded["views"], read=read, replay=replay, replay_step=recorded["replay"]
+    )
+
+
 def has_recipe(transform: Mapping[str, Any]) -> bool:
     """Whether `recorded_plan` can build a recorded transform: named transforms or none, not Python objects."""
-    return all(_is_recipe(transform.get(part)) for part in PARTS)
+    try:
+        recorded = recorded_step(transform.get("shared"))
+    except UsageError:  # an untrusted manifest
+        return False
+    return all(_is_recipe(transform.get(part)) for part in PARTS) and not (recorded and recorded["replay"] is None)
 
 
 def _is_recipe(spec: Any) -> bool:
@@ -77,7 +156,10 @@ def named_code(transform: Mapping[str, Any]) -> list[str]:
     Raises:
         UsageError: a list that does not name transforms.
     """
-    return list(dict.fromkeys(name for part in PARTS for name in entry_points_of(transform.get(part) or [])))
+    recorded = recorded_step(transform.get("shared"))
+    steps = {"shared": [] if recorded["replay"] is None else [recorded["replay"]]} if recorded is not None else {}
+    specs = [steps.get(part, transform.get(part) or []) for part in PARTS]
+    return list(dict.fromkeys(name for spec in specs for name in entry_points_of(spec)))
 
 
 def recorded_digests(manifest: Manifest, receipts: Mapping[str, Receipt], rows: RowMap, view: int) -> dict[int, str]:

@@ -113,7 +113,7 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
             plan = cache.view_plan
         else:
             cache.check_plan(plan)
-        if plan.mixing.active and partner is None:
+        if plan.mixes_samples and partner is None:
             raise no_partner()
         self.stream = stream
         self.plan = replace(plan, num_samples=cache.num_samples, rows=cache.row_map, views=cache.views, contents=None)

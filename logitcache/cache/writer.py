@@ -241,6 +241,7 @@ class CacheWriter:
         start: int,
         ids: Any,
         log_probs: Any,
+        outputs: Mapping[str, Any] | None = None,
         inputs: Any = None,
         input_digests: Mapping[int, str] | None = None,
     ) -> None:
@@ -250,34 +251,39 @@ class CacheWriter:
         Receipts then state no KL, since the teacher's other probabilities are not known.
 
         Args:
-            view, start, inputs, input_digests: as in `write`.
+            view, start, outputs, inputs, input_digests: as in `write`.
             ids: int (B, K): classes, in any order; -1 marks an unused entry.
             log_probs: float (B, K): their log-probabilities at T = 1.
 
         Raises:
             ShapeError: not (B, K), or rows beyond the cache.
-            UsageError: the cache has another encoding or further outputs.
+            UsageError: the cache has another encoding or other outputs.
             InvalidLogits: a row is not part of a distribution; names it.
             IdentityMismatch: rows were written before with other values.
             StorageError: an earlier block could not be written.
         """
-        if self.outputs:
-            raise UsageError(f"this cache also stores {', '.join(self.outputs)}, which write_sparse can't; use write")
         num_classes = self.layout.num_classes
         ids_BK, log_probs_BK = torch.as_tensor(ids), torch.as_tensor(log_probs).detach()
         encoded = self.encoding.encode_sparse(ids_BK, log_probs_BK, num_classes, start=start)
+        others = self._flattened(outputs or {}, len(ids_BK))
+        # No array of an encoding has a name with a slash.
+        parts = encoded | {f"output/{name}": values for name, values in others.items()}
+
+        def divided(piece: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            return {name: piece[name] for name in encoded}, {name: piece[f"output/{name}"] for name in others}
 
         def fill(opened: OpenBlock, row: int, piece: Mapping[str, Tensor]) -> None:
-            opened.fill_encoded(row, piece)
+            opened.fill_encoded(row, *divided(piece))
 
         def compare(block: Block, row: int, piece: Mapping[str, Tensor], digests: Mapping[str, str]) -> None:
-            num_rows = len(next(iter(piece.values())))
-            for part in row_slices(num_rows, num_classes, CPU):
-                entries = {name: values[part] for name, values in piece.items()}
-                self._compare(block, row + part.start, {LOGITS: self.encoding.decode(entries, num_classes)}, digests)
+            entries, values = divided(piece)
+            for part in row_slices(len(next(iter(entries.values()))), num_classes, CPU):
+                logits = self.encoding.decode({name: each[part] for name, each in entries.items()}, num_classes)
+                outputs_here = {name: each[part] for name, each in values.items()}
+                self._compare(block, row + part.start, {LOGITS: logits} | outputs_here, digests)
 
         with self._writing:
-            self._write(view, start, encoded, fill, compare, inputs, input_digests or {})
+            self._write(view, start, parts, fill, compare, inputs, input_digests or {})
 
     def _write(
         self,

@@ -15,6 +15,7 @@ import yaml
 from torch import nn
 
 from logitcache.cache.manifest import LOGITS
+from logitcache.cache.reader import open_cache
 from logitcache.catalog.capture import Tap, captured_shapes
 from logitcache.catalog.datasets import Data, load_data
 from logitcache.catalog.language_models import check_packing
@@ -26,16 +27,25 @@ from logitcache.catalog.models import (
     model_fingerprint,
 )
 from logitcache.catalog.outputs import sources_of, taps_of
-from logitcache.config.schema import DataConfig, ModelConfig, Pipeline, StudentConfig, as_pipeline, parse_pipeline
+from logitcache.config.schema import (
+    DataConfig,
+    ModelConfig,
+    Pipeline,
+    StudentConfig,
+    ViewsConfig,
+    as_pipeline,
+    parse_pipeline,
+)
 from logitcache.context import Context
 from logitcache.data.batching import COLLATES, Collate, pad
 from logitcache.data.packing import pack
+from logitcache.data.recorded import RECORDED, RecordedTransform, build_replay
 from logitcache.data.rows import rows_of_dataset
 from logitcache.data.samples import Dataset
 from logitcache.data.sequences import sequence_rows
 from logitcache.data.text_views import complete_spec
 from logitcache.data.tokens import MASKED
-from logitcache.data.transforms import build_transform
+from logitcache.data.transforms import build_transform, normalise_spec
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.devices import pick_device
 from logitcache.errors import ShapeError, UsageError
@@ -128,7 +138,42 @@ def mixing_of(pipeline: Pipeline) -> Mixing:
 def shared_transform(pipeline: Pipeline, dataset: Dataset, *, trust: bool) -> Callable[[Any], Any] | None:
     """The random transform of `views.transform`, with the token ids of the dataset's tokenizer that it leaves out."""
     transform = pipeline.views.transform
-    return None if transform is None else build_transform(complete_spec(transform, dataset), trust=trust)
+    recorded = recorded_views(pipeline.views, pipeline.cache.path, trust=trust)
+    if transform is None or recorded is not None:
+        return recorded
+    return build_transform(complete_spec(transform, dataset), trust=trust)
+
+
+def recorded_views(views: ViewsConfig, location: str, *, trust: bool) -> RecordedTransform | None:
+    """The views that another tool recorded, from an imported cache, where `views.transform` is `recorded`; else None.
+
+    Args:
+        views: of a pipeline.
+        location: of its cache, which has the views unless the transform names another one.
+        trust: allow code from outside the working directory.
+
+    Raises:
+        UsageError: an unknown parameter, or a cache without recorded views.
+        UntrustedCode: the replay is code from outside the working directory, and `trust` is False.
+    """
+    steps = views.transform or []
+    if not any(RECORDED in step for step in steps):
+        return None
+    given = steps[0].get(RECORDED, {})
+    if len(steps) > 1 or given.keys() - {"cache", "replay"}:
+        raise UsageError(
+            f"views.transform: `{RECORDED}` is the only step, and has the parameters cache and replay; found "
+            f"{steps!r:.200}"
+        )
+    location, replay = given.get("cache", location), given.get("replay")
+    cache = open_cache(location, trust=trust)
+    own = None if replay is None else build_replay(normalise_spec(replay)[0], trust=trust)
+    plan = cache.view_plan_with(own)
+    if not isinstance(plan.transform, RecordedTransform):
+        raise UsageError(
+            f"views.transform: {location} has no views that another tool recorded; describe its transform instead"
+        )
+    return plan.transform
 
 
 def resolve_collate(pipeline: Pipeline, *, trust: bool) -> Collate | None:

@@ -34,8 +34,8 @@ class ViewSampler(Sampler[tuple[int, int]]):
 
     Args:
         views: the dataset that the loader reads.
-        cycle: view numbers to cycle through; by default the cache's views, or, if the plan has no limit, a new view
-            each epoch.
+        cycle: view numbers to cycle through; by default the views of the cache that the plan comes from, or was
+            compared with by `cache.check_plan`; of any other plan, a new view each epoch.
         indices: samples to use, as indices of `views`; default all of them.
         shuffle: whether each epoch has an order of its own.
         seed: of the order; the same on every replica.
@@ -67,8 +67,9 @@ class ViewSampler(Sampler[tuple[int, int]]):
         self._rank = rank if rank is not None else (torch.distributed.get_rank() if grouped else 0)
         if not 0 <= self._rank < self._num_replicas:
             raise UsageError(f"rank is {self._rank}; expected 0 to {self._num_replicas - 1}, one for each replica")
-        self._cycle = views.plan.views if cycle is None else cycle
-        for view in [] if self._cycle is None else self._cycle:
+        self._plan = views.plan
+        self._given_cycle = cycle
+        for view in () if cycle is None else cycle:
             views.check_view(view)
         self._indices = np.arange(len(views)) if indices is None else np.asarray(indices, dtype=np.int64)
         most = per_decode if self._cycle is None else len(self._cycle)
@@ -85,6 +86,11 @@ class ViewSampler(Sampler[tuple[int, int]]):
         self._epoch = 0
         self._start = 0
         self._position = 0
+
+    @property
+    def _cycle(self) -> Sequence[int] | None:
+        """The views of the epochs. Those of a cache may become known later, when `cache.check_plan` is called."""
+        return self._plan.views if self._given_cycle is None else self._given_cycle
 
     @property
     def view(self) -> int:

@@ -461,6 +461,22 @@ def match_rows(cached: SampleTable, here: SampleTable, *, cache_id: str, subset:
             f"{here.num_samples}.\nFirst difference: sample {missing[0]} ({cached.key(int(missing[0]))}) is missing "
             "here.\nRestore it; or set data.subset=true to train on a part of the samples."
         )
+    check_targets(cached, here, rows, cache_id=cache_id)
+    return rows
+
+
+def check_targets(cached: SampleTable, here: SampleTable, rows: np.ndarray, *, cache_id: str) -> None:
+    """Compare the targets of a dataset with those of the cache's rows, int64 (M,).
+
+    Raises:
+        SampleMismatch: a sample is relabelled; names the first one.
+        UsageError: not one row of the cache for each sample.
+    """
+    if rows.shape != (here.num_samples,) or (len(rows) and not 0 <= rows.min() <= rows.max() < cached.num_samples):
+        raise UsageError(
+            f"the rows are {rows.shape}, for a dataset of {here.num_samples} samples and a cache of "
+            f"{cached.num_samples}; expected one row of the cache for each sample"
+        )
     relabelled = np.flatnonzero(cached.targets[rows] != here.targets)
     if len(relabelled):
         first = relabelled[0]
@@ -470,7 +486,6 @@ def match_rows(cached: SampleTable, here: SampleTable, *, cache_id: str, subset:
             f"({len(relabelled)} of {here.num_samples} samples are relabelled).\n"
             "Run `logitcache verify CACHE --data PIPELINE` for the whole list."
         )
-    return rows
 
 
 def _naming(table: SampleTable) -> str:

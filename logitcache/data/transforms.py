@@ -249,6 +249,11 @@ def _build_step(name: str, parameters: dict[str, Any], *, trust: bool) -> tuple[
                 f"{found} here, {source} there; restore it"
             )
         name = f"{bare_name}@{found}"
+    elif name == "recorded":
+        raise UsageError(
+            "views.transform: `recorded` renders the views of a cache that was imported from another tool, and is the "
+            "only step"
+        )
     elif name == "timm":
         factory = _library("timm.data", "timm").create_transform
     elif name.startswith("albumentations."):

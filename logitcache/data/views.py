@@ -26,6 +26,7 @@ from torch.utils.data import default_collate
 from logitcache.data.batching import Batch, Collate, InputPerModel, as_tensors, collate
 from logitcache.data.device_views import ByteImage, byte_image, device_steps, finished, mixed_bytes, split_batched
 from logitcache.data.index import NO_ROW, join_index
+from logitcache.data.recorded import RecordedTransform
 from logitcache.data.rows import MAX_ROWS, RowMap
 from logitcache.data.samples import (
     Dataset,
@@ -136,6 +137,11 @@ class ViewPlan:
 
     model_input = RenamedAttribute("preprocess")
 
+    @property
+    def mixes_samples(self) -> bool:
+        """Whether samples may have a partner, drawn by `mixing` or recorded."""
+        return self.mixing.active or (isinstance(self.transform, RecordedTransform) and self.transform.mixes)
+
     def check_view(self, view: int) -> int:
         """The view number, checked.
 
@@ -236,15 +242,20 @@ class Renderer:
     def __init__(
         self, plan: ViewPlan, preprocess: Callable[[Any], Any] | None = None, *, on_device: bool = False
     ) -> None:
-        if plan.mixing.active and plan.num_classes is None:
+        if plan.mixes_samples and plan.num_classes is None:
             raise UsageError("views with mixup or CutMix give targets as distributions: set ViewPlan(num_classes=...)")
-        if plan.mixing.active and plan.rows is not None and not plan.rows.one_each:
+        if plan.mixes_samples and plan.rows is not None and not plan.rows.one_each:
             raise UsageError(
                 "mixup and CutMix need one row per sample, and these samples have several; set views.mixup=0 and "
                 "views.cutmix=0"
             )
         self.plan = plan
         self.preprocess = plan.preprocess if preprocess is None else preprocess
+        self._recorded = plan.transform if isinstance(plan.transform, RecordedTransform) else None
+        if self._recorded is not None and plan.mixing.active:
+            raise UsageError("recorded views have no mixup and CutMix but their own; set views.mixup=0, views.cutmix=0")
+        if self._recorded is not None and self._recorded.mixes and on_device:
+            raise UsageError("recorded views with partners are not rendered on the device; set views.on_device=false")
         shared, self.batched = split_batched(plan.transform) if on_device else (plan.transform, [])
         self._shared = adapt_transform(shared)
         self._preprocess = adapt_transform(self.preprocess)
@@ -273,8 +284,9 @@ class Renderer:
         pixels, selected = self._augmented(view, number, value, key)
         if selected is not None and target_of_view is not None:
             target = target_of_view(target, selected)
-        if self.plan.mixing.active:
-            pixels, target = self._mixed(view, number, pixels, int(target), load, key)
+        if self.plan.mixes_samples:
+            mix = self._mixed if self._recorded is None else self._mixed_as_recorded
+            pixels, target = mix(view, number, pixels, int(target), load, key)
         if isinstance(pixels, ByteImage):
             pixels = pixels.sent()
         if self._preprocess is not None and not self._on_device:
@@ -290,10 +302,13 @@ class Renderer:
 
     def _augmented(self, view: int, number: int, value: Any, key: Callable[[int], str]) -> tuple[Any, Any]:
         """The sample after the shared transform, and the positions that the transform selected, else None."""
-        if self._shared is not None or self.batched:
+        shared = self._shared
+        if self._recorded is not None:
+            shared = functools.partial(self._recorded.rendered, view, number)
+        if shared is not None or self.batched:
             seed_generators(counter_seed("view", self.plan.seed, view, number))
-        if self._shared is not None:
-            value = self._run(self._shared, value, number, "views.transform", key)
+        if shared is not None:
+            value = self._run(shared, value, number, "views.transform", key)
         selected = None
         if isinstance(value, dict) and SELECTED in value:
             value = dict(value)
@@ -336,6 +351,22 @@ class Renderer:
         distribution[target] += weight
         return pixels, torch.from_numpy(distribution)
 
+    def _mixed_as_recorded(
+        self, view: int, number: int, pixels: Any, target: int, load: Load | None, key: Callable[[int], str]
+    ) -> tuple[Any, Tensor]:
+        assert load is not None
+        assert self.plan.num_classes is not None
+        assert self._recorded is not None
+        distribution = np.zeros(self.plan.num_classes, dtype=np.float32)
+        partner, weight = self._recorded.partner(view, number), 1.0
+        if partner is not None:
+            other, other_target = load(partner)
+            mix = functools.partial(self._recorded.mixed, view, number, pixels)
+            pixels, weight = self._run(mix, other, partner, "views.transform", key)
+            distribution[int(other_target)] += 1.0 - weight
+        distribution[target] += weight
+        return pixels, torch.from_numpy(distribution)
+
 
 def render(
     plan: ViewPlan,
@@ -367,7 +398,7 @@ def render(
     num_samples = MAX_ROWS if plan.num_samples is None else plan.num_samples
     if not 0 <= index < num_samples:
         raise UsageError(f"there is no sample {index}; expected 0 to {num_samples - 1}")
-    if plan.mixing.active and (partner is None or plan.num_samples is None):
+    if plan.mixes_samples and (partner is None or plan.num_samples is None):
         raise no_partner()
     renderer = plan.renderer if preprocess is None else Renderer(plan, preprocess)
     with preserved_generators():
@@ -441,7 +472,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         if rows is not None:
             if len(rows) != len(dataset):
                 raise UsageError(f"{len(rows)} rows for a dataset of {len(dataset)} samples; expected one each")
-            if plan.mixing.active:
+            if plan.mixes_samples:
                 self._index_of_row = {int(row): index for index, row in enumerate(rows)}
                 if len(self._index_of_row) != self.num_samples:
                     raise UsageError(

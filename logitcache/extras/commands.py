@@ -213,6 +213,10 @@ def import_command(
     encoding: Annotated[
         str | None, typer.Option(help='Such as "TopK(k=20)" or auto; default: float32, with the source\'s k.')
     ] = None,
+    head: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Weights of the teacher with its head, for formats of hidden states."),
+    ] = None,
     details: Annotated[
         Path | None,
         typer.Option(metavar="NPZ", help="Also write keys, and the seeds or crop boxes that the format stores."),
@@ -240,6 +244,7 @@ def import_command(
         dataset=dataset,
         samples=samples,
         num_classes=num_classes,
+        head=head,
         encoding=encoding,
         details=details,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,25 +10,12 @@ from torch import Tensor
 
 from logitcache.cache.reader import RESIDENT_BYTES, LogitCache
 from logitcache.data.index import split_index
-from logitcache.data.views import ViewDataset, ViewPlan
+from logitcache.data.views import ViewDataset
 from logitcache.errors import UsageError, unsealed
 from logitcache.targets import Targets
 from logitcache.train.labels import CachedLabels
 
 # B batch
-
-
-def checked_plan(cache: LogitCache, plan: ViewPlan | None) -> ViewPlan:
-    """The views of a cache, for its whole dataset: a plan that is compared with the cache, or the cache's own.
-
-    Raises:
-        IdentityMismatch: the plan is not that of the cache.
-        UsageError: no plan, and the cache can't make one from its record.
-    """
-    if plan is None:
-        return cache.view_plan
-    cache.check_plan(plan)
-    return plan if plan.num_samples is not None else replace(plan, num_samples=cache.num_samples)
 
 
 class CheckedLabels:
@@ -39,7 +25,7 @@ class CheckedLabels:
 
     Args:
         cache: sealed.
-        views: the dataset of the batches; its plan is `cache.view_plan`, or has passed `cache.check_plan`.
+        views: the dataset of the batches, from `verify.fit.matched_views`.
         cycle: the views of the epochs, in their order; default those of the cache.
         memory_budget: bytes of encoded labels to keep in memory; larger views are streamed.
 

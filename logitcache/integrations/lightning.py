@@ -15,7 +15,8 @@ from logitcache.data.sampler import ViewSampler
 from logitcache.data.samples import Dataset
 from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.errors import IdentityMismatch, UsageError
-from logitcache.integrations.labels import CheckedLabels, checked_plan
+from logitcache.integrations.labels import CheckedLabels
+from logitcache.verify.fit import checked_plan, matched_views
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -48,6 +49,7 @@ class DistillFromCache(Callback):  # type: ignore[misc]
 
     Raises:
         IdentityMismatch: the plan is not that of the cache.
+        IncompleteCache: the cache is not sealed.
         UsageError: no plan, and the cache can't make one from its record.
     """
 
@@ -74,23 +76,24 @@ class DistillFromCache(Callback):  # type: ignore[misc]
         """The training loader, for `Trainer.fit` or to return from `train_dataloader`.
 
         Args:
-            dataset: map-style, without augmentation; `dataset[i]` returns (input, target).
+            dataset: map-style, without augmentation; `dataset[i]` returns (input, target). Samples are matched by its
+                `keys`, if it has some.
             batch_size: samples of a batch and process.
             cycle: the views of the epochs; default those of the cache.
-            rows: of a part of the dataset, or another order; see `ViewDataset`.
+            rows: the number in the cache of each sample, for a part of a dataset without keys, or another order.
             preprocess: the student's deterministic preprocessing; default the teacher's.
             shuffle, seed: of the order of each epoch.
             drop_last: leave out a smaller batch at the end of an epoch.
             options: of `torch.utils.data.DataLoader`, such as `num_workers` and `persistent_workers`.
 
         Raises:
-            IdentityMismatch: samples of the first view are not what the teacher saw.
+            IdentityMismatch: samples, labels or the first view are not what the teacher saw.
             UsageError: an option that the loader sets itself.
         """
         for name in ("sampler", "batch_sampler", "collate_fn"):
             if name in options:
                 raise UsageError(f"the loader of a cache sets {name} itself; leave it out")
-        views = ViewDataset(dataset, self.plan, preprocess=preprocess, rows=rows)
+        views = matched_views(self.cache, dataset, self.plan, preprocess=preprocess, rows=rows)
         labels = CheckedLabels(self.cache, views, cycle=cycle, memory_budget=self._memory_budget)
         sampler = _EpochSampler(self, batch_size, views=views, cycle=labels.cycle, shuffle=shuffle, seed=seed)
         options |= {"batch_size": batch_size, "drop_last": drop_last}

@@ -5,25 +5,29 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from logitcache.cache.reader import RESIDENT_BYTES, LogitCache, open_cache
 from logitcache.data.sampler import ViewSampler
-from logitcache.data.samples import Dataset
+from logitcache.data.samples import Dataset, SampleTable
 from logitcache.data.transforms import SpecifiedTransform, build_transform, describe_transform
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.devices import to_device
 from logitcache.errors import IdentityMismatch, UsageError
-from logitcache.integrations.labels import CheckedLabels, checked_plan
+from logitcache.integrations.labels import CheckedLabels
 from logitcache.losses import kl_divergence
+from logitcache.verify.fit import matched_views
 
 try:
     from timm.data import create_loader, create_transform
@@ -148,6 +152,7 @@ def create_cached_loader(
     dataset: Dataset,
     *,
     mixup_args: Mapping[str, Any] | None = None,
+    mixup_off_epoch: int = 0,
     plan: ViewPlan | None = None,
     seed: int = 0,
     memory_budget: int = RESIDENT_BYTES,
@@ -162,6 +167,7 @@ def create_cached_loader(
         cache: sealed; or its location, as for `logitcache.open`.
         dataset: of the training split, without a transform, as `timm.data.create_dataset` returns it.
         mixup_args: arguments of `timm.data.Mixup`, as `train.py` makes them.
+        mixup_off_epoch: `args.mixup_off_epoch` of `train.py`; must be 0 where the views are mixed.
         plan: the views and the normalisation, instead of those of the options: `cache.view_plan`, or the plan that the
             cache was written with.
         seed: of the order.
@@ -192,26 +198,64 @@ def create_cached_loader(
     if plan is None:
         plan = _plan_of_options(cache, given, mixing(mixup_args))
         preprocess = _normalize(given["mean"], given["std"])
-    plan = checked_plan(cache, plan)
-    views = ViewDataset(dataset, plan, preprocess=preprocess, on_device=given["use_prefetcher"])
+    if mixup_off_epoch and plan.mixes_samples:
+        raise UsageError(
+            f"--mixup-off-epoch {mixup_off_epoch}: the images of a cached view are mixed in every epoch; leave it out, "
+            "or build a cache without mixing"
+        )
+    rows = None
+    if cache.samples is not None:
+        dataset = _Named(dataset, cache.samples)
+        if not hasattr(dataset, "keys") and len(dataset) == cache.num_samples:
+            rows = np.arange(len(dataset))  # files have other names: the order counts, and labels and contents
+    prefetches = given["use_prefetcher"]
+    views = matched_views(cache, dataset, plan, preprocess=preprocess, rows=rows)
+    views, byte_views = _with_bytes(views, cache.views.start, needed=prefetches)
     labels = CheckedLabels(cache, views, memory_budget=memory_budget)
-    if views.on_device:
-        _check_bytes(views, labels.cycle[0])
     sampler = ViewSampler(views, cycle=labels.cycle, seed=seed)
     persistent = given["persistent_workers"] and given["num_workers"] > 0
     batches: DataLoader[Any] = DataLoader(
-        views,
+        byte_views,
         batch_size=given["batch_size"],
         sampler=sampler,
         num_workers=given["num_workers"],
-        collate_fn=views.collate,
+        collate_fn=views.collate if prefetches else functools.partial(_finished, byte_views),
         pin_memory=given["pin_memory"],
         drop_last=True,
         persistent_workers=persistent,
     )
     smoothing = (mixup_args or {}).get("label_smoothing", 0.0)
-    on_device = (given["device"], given["img_dtype"]) if given["use_prefetcher"] else None
+    on_device = (given["device"], given["img_dtype"]) if prefetches else None
     return CachedLoader(batches, labels, sampler, prefetch_to=on_device, label_smoothing=smoothing)
+
+
+class _Named:
+    """A dataset of timm with the names and classes that its reader knows, so that no image is loaded to compare them.
+
+    Names are those of files below the folder of the split. They are keys only where the cache has such keys.
+    """
+
+    def __init__(self, dataset: Dataset, samples: SampleTable) -> None:
+        self._dataset = dataset
+        reader: Any = getattr(dataset, "reader", None)
+        found = getattr(reader, "samples", None)
+        if isinstance(found, list) and getattr(dataset, "target_transform", None) is None:
+            self.targets = np.array([target for _, target in found], dtype=np.int64)
+        if hasattr(reader, "filenames") and samples.keys is not None:
+            names = [Path(name).as_posix() for name in reader.filenames()]
+            if names and names[0] in set(samples.keys):
+                self.keys = names
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_dataset":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self._dataset[index]
 
 
 def _plan_of_options(cache: LogitCache, given: Mapping[str, Any], mixed: Mixing) -> ViewPlan:
@@ -244,15 +288,32 @@ def _differences(recorded: Any, here: SpecifiedTransform) -> list[str]:
     return [f"{name}: {there[name]} in the cache, {given[name]} here" for name in names]
 
 
-def _check_bytes(views: ViewDataset, view: int) -> None:
-    """Refuse views that timm's prefetcher can't take: it moves bytes to the device and normalises them there."""
+def _with_bytes(views: ViewDataset, view: int, *, needed: bool) -> tuple[ViewDataset, ViewDataset]:
+    """The views of the batches as they arrive, and as the workers render them: as bytes, if they can be.
+
+    The prefetcher moves bytes to the device and normalises them there. Without it, workers make floats of a batch at
+    once, which is faster than of each image.
+
+    Raises:
+        UsageError: they can't be bytes, and are needed.
+    """
     try:
-        views.batch([(view, 0)])
+        found = ViewDataset(views.dataset, views.plan, preprocess=views.preprocess, rows=views.rows, on_device=True)
+        found.batch([(view, 0)])
     except UsageError as error:
-        raise UsageError(
-            "the prefetcher moves images as bytes, and these views are not bytes before they are normalised; pass "
-            f"use_prefetcher=False (--no-prefetcher) ({error})"
-        ) from error
+        if needed:
+            raise UsageError(
+                "the prefetcher moves images as bytes, and these views are not bytes before they are normalised; pass "
+                f"use_prefetcher=False (--no-prefetcher) ({error})"
+            ) from error
+        return views, views
+    return found if needed else views, found
+
+
+def _finished(views: ViewDataset, samples: Sequence[tuple[int, Any, Any]]) -> tuple[Tensor, Any, Any]:
+    """A batch whose images are floats."""
+    index, inputs, targets = views.collate(samples)
+    return index, views.finish(inputs), targets
 
 
 @dataclass(frozen=True)
@@ -332,7 +393,7 @@ class CachedLoader:
     @property
     def mixup_enabled(self) -> bool:
         """Whether images are mixed, which is so in all epochs of a cache or in none."""
-        return self.dataset.plan.mixing.active
+        return self.dataset.plan.mixes_samples
 
     @mixup_enabled.setter
     def mixup_enabled(self, enabled: bool) -> None:

@@ -15,6 +15,7 @@ from logitcache.config.build import (
     has_teacher,
     input_part,
     mixing_of,
+    recorded_views,
     resolve_loss,
     resolve_plan,
     student_folder,
@@ -152,8 +153,11 @@ def _needs_tokenizer(pipeline: Pipeline) -> bool:
 
 def _plan_without_data(pipeline: Pipeline, *, trust: bool) -> ViewPlan:
     transform = pipeline.views.transform
+    shared: Any = recorded_views(pipeline.views, pipeline.cache.path, trust=trust)
+    if transform is not None and shared is None:
+        shared = build_transform(transform, trust=trust)
     return ViewPlan(
-        transform=None if transform is None else build_transform(transform, trust=trust),
+        transform=shared,
         seed=pipeline.views.seed,
         mixing=mixing_of(pipeline),
         preprocess=input_part(pipeline.teacher, trust=trust),

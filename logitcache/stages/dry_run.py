@@ -15,6 +15,7 @@ from logitcache.catalog.models import check_model_name
 from logitcache.config.build import (
     TRAINED,
     load_configured,
+    recorded_views,
     resolve_collate,
     resolve_loss,
     student_folder,
@@ -104,10 +105,11 @@ class Inspection:
                 raise
         return None
 
-    def views(self, config: ViewsConfig) -> None:
-        """Build the transform."""
+    def views(self, config: ViewsConfig, location: str | None = None) -> None:
+        """Build the transform; recorded views come from the cache at `location`, if the file has one."""
         with self.collect():
-            build_transform(config.transform or [], trust=self.trust)
+            if location is None or recorded_views(config, location, trust=self.trust) is None:
+                build_transform(config.transform or [], trust=self.trust)
 
     def model(self, config: ModelConfig) -> None:
         """Check the model's name, its input transform and its weights file."""
@@ -167,7 +169,7 @@ def plan_run(pipeline: Pipeline, *, trust: bool = False, load_all: bool = True) 
     data = inspection.data(pipeline.data)
     with inspection.collect():
         resolve_collate(pipeline, trust=trust)
-    inspection.views(pipeline.views)
+    inspection.views(pipeline.views, pipeline.cache.path)
     cache = _existing_cache(pipeline)
     cached = cache is not None and cache.sealed and cache.views.stop >= pipeline.views.count
     # A sealed cache needs no teacher, and `trained` weights come from train-teacher.

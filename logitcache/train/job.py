@@ -115,7 +115,7 @@ class Job(TrainingData):
 
     def _check_chunked_head(self) -> None:
         """Check that loss and model can be computed by chunks of rows."""
-        if self.hints is not None or self.views.plan.mixing.active:
+        if self.hints is not None or self.views.plan.mixes_samples:
             raise UsageError(f"{self.name}: train.chunked_head works without hints, mixup and CutMix only")
         stages = self.loss.stages if isinstance(self.loss, Stages) else (Stage(loss=self.loss),)
         for stage in stages:

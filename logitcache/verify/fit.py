@@ -17,6 +17,8 @@ from logitcache.catalog.datasets import Data
 from logitcache.data.rows import rows_of_dataset
 from logitcache.data.samples import (
     Dataset,
+    SampleTable,
+    check_targets,
     compare_samples,
     content_table,
     differing_contents,
@@ -119,34 +121,14 @@ def open_fitting_caches(
     return caches, rows
 
 
-def matched_views(
-    cache: LogitCache,
-    dataset: Dataset,
-    plan: ViewPlan | None = None,
-    *,
-    preprocess: Callable[[Any], Any] | None = None,
-) -> ViewDataset:
-    """The views of a dataset, after it is compared with a cache: samples, labels, tokens, and view plan.
-
-    For training loops without a pipeline. Samples are matched by key, so they may be a part of the cache's, in any
-    order. Each one's content is compared with the cache when it is first loaded. `cache.check_batch` compares rendered
-    inputs.
-
-    Args:
-        cache: sealed.
-        dataset: map-style, or a `ViewDataset` of it; the plan and preprocessing of the latter are the defaults.
-        plan: how the views are made; by default `cache.view_plan`.
-        preprocess: the model's deterministic preprocessing; by default the teacher's.
+def checked_plan(cache: LogitCache, plan: ViewPlan | None) -> ViewPlan:
+    """A view plan that is compared with a cache, before there is a dataset; by default the cache's own.
 
     Raises:
-        IdentityMismatch: something differs; names the field or the sample.
+        IdentityMismatch: the plan is not that of the cache.
         IncompleteCache: the cache is not sealed.
         UsageError: no plan is given, and the cache can't make one; or views of a cache that has none recorded.
     """
-    rows = None
-    if isinstance(dataset, ViewDataset):
-        plan, rows = plan or dataset.plan, dataset.rows
-        dataset, preprocess = dataset.dataset, preprocess or dataset.preprocess
     if not cache.sealed:
         raise unsealed(cache.storage.url)
     plan = cache.view_plan if plan is None else plan
@@ -155,6 +137,43 @@ def matched_views(
             f"{cache.storage.url} was created without `view_plan`, so the views of this plan can't be compared with "
             "it; use a plan without transform, mixing and preprocess, or create the cache with view_plan=plan"
         )
+    _refuse(cache, plan_differences(cache, plan), "this view plan")
+    return plan if plan.views is not None else replace(plan, views=cache.views)
+
+
+def matched_views(
+    cache: LogitCache,
+    dataset: Dataset,
+    plan: ViewPlan | None = None,
+    *,
+    preprocess: Callable[[Any], Any] | None = None,
+    rows: np.ndarray | None = None,
+    on_device: bool = False,
+) -> ViewDataset:
+    """The views of a dataset, after it is compared with a cache: samples, labels, tokens, and view plan.
+
+    For training loops without a pipeline. Samples are matched by key, so they may be a part of the cache's, in any
+    order. A dataset without `keys` needs `rows`, if the cache has keys. Each one's content is compared
+    with the cache when it is first loaded. `cache.check_batch` compares rendered inputs.
+
+    Args:
+        cache: sealed.
+        dataset: map-style, or a `ViewDataset` of it, whose plan, preprocessing and rows are the defaults. Without
+            `targets`, each sample is loaded once, to compare its label, if the cache has labels.
+        plan: how the views are made; by default `cache.view_plan`.
+        preprocess: the model's deterministic preprocessing; by default the teacher's.
+        rows: the number in the cache of each sample, for a dataset without keys.
+        on_device: as `ViewDataset` takes it.
+
+    Raises:
+        IdentityMismatch: something differs; names the field or the sample.
+        IncompleteCache: the cache is not sealed.
+        UsageError: no plan is given, and the cache can't make one; or views of a cache that has none recorded.
+    """
+    if isinstance(dataset, ViewDataset):
+        plan, rows = plan or dataset.plan, dataset.rows if rows is None else rows
+        dataset, preprocess = dataset.dataset, preprocess or dataset.preprocess
+    plan = checked_plan(cache, plan)
     if plan.rows is None:
         plan = replace(plan, rows=rows_of_dataset(dataset, cache.layout.rows_per_block))
     data = Data(train=dataset, num_classes=cache.num_classes, class_names=getattr(dataset, "class_names", None))
@@ -166,15 +185,33 @@ def matched_views(
     if cache.samples is None:
         if rows is None and cache.num_samples != len(dataset):
             raise IdentityMismatch(
-                f"cache {cache.id[:12]}… has {cache.num_samples} samples; this dataset has {len(dataset)}"
+                f"cache {cache.id[:12]}… has {cache.num_samples} samples; this dataset has {len(dataset)}. Use that of "
+                "stage 1; for a part of it, pass the row of each sample in the cache: rows=, or ViewDataset(rows=...)"
             )
     else:
-        rows = match_rows(cache.samples, sample_table(dataset), cache_id=cache.id, subset=True)
+        rows = _matched_rows(cache, sample_table(dataset), rows)
     samples = np.arange(len(dataset)) if rows is None else rows
     _refuse(cache, _sequence_differences(cache, dataset, samples), "these sequences")
     if cache.row_map.one_each:
         _refuse(cache, _content_differences(cache, dataset, samples), "these samples")
-    return views_of_cache(cache, dataset, plan, rows, preprocess)
+    return views_of_cache(cache, dataset, plan, rows, preprocess, on_device=on_device)
+
+
+def _matched_rows(cache: LogitCache, here: SampleTable, rows: np.ndarray | None) -> np.ndarray | None:
+    """The cache's row of each sample in a dataset, int64 (M,); None where both have the same samples in one order.
+
+    Raises:
+        IdentityMismatch: a sample is missing, unknown or relabelled; names the first one.
+    """
+    cached = cache.samples
+    assert cached is not None
+    if here.keys is None and rows is not None:
+        rows = np.asarray(rows, dtype=np.int64)
+        check_targets(cached, here, rows, cache_id=cache.id)
+    else:
+        rows = match_rows(cached, here, cache_id=cache.id, subset=True)
+    same_order = len(rows) == cached.num_samples and bool((rows == np.arange(len(rows))).all())
+    return None if same_order else rows
 
 
 def _refuse(cache: LogitCache, differences: Sequence[str], what: str) -> None:

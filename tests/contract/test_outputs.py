@@ -693,3 +693,30 @@ def test_a_memory_budget_streams_features_and_keeps_logits(tmp_path: Path) -> No
     assert cache.window_blocks(budget, ["logits", "features"]) == 1
     view = cache.view(0, memory_budget=budget, outputs=["logits", "features"])
     assert torch.equal(said(0)["features"], view.output("features", np.arange(SAMPLES)))
+
+
+def test_entries_of_some_classes_may_come_with_outputs(tmp_path: Path) -> None:
+    """In any batches; written again with other values they are refused."""
+    logits, boxes = torch.randn(9, 6), torch.rand(9, 4)
+    log_probs, ids = logits.log_softmax(dim=1).topk(3, dim=1)
+    about: dict[str, Any] = {"num_samples": 9, "num_classes": 6, "rows_per_block": 4, "teacher": "t", "dataset": "d"}
+    outputs = {"boxes": logitcache.Output(shape=(4,), encoding=Values(dtype="float32"))}
+    with logitcache.create(tmp_path / "a", encoding=TopK(k=3), outputs=outputs, **about) as writer:
+        for rows in (slice(0, 3), slice(3, 8), slice(8, 9)):
+            entries: dict[str, Any] = {"ids": ids[rows], "log_probs": log_probs[rows]}
+            writer.write_sparse(view=0, start=rows.start, outputs={"boxes": boxes[rows]}, **entries)
+        again: dict[str, Any] = {"view": 0, "start": 2, "ids": ids[2:4], "log_probs": log_probs[2:4]}
+        writer.write_sparse(outputs={"boxes": boxes[2:4]}, **again)
+        with pytest.raises(IdentityMismatch, match="row 2 of view 0"):
+            writer.write_sparse(outputs={"boxes": boxes[2:4] + 1}, **again)
+        with pytest.raises(
+            UsageError, match="the extra outputs are none; expected those of this cache, by name: boxes"
+        ):
+            writer.write_sparse(**again)
+    cache = logitcache.open(tmp_path / "a")
+
+    assert [] == verify(str(tmp_path / "a"), deep=True)
+    assert torch.equal(boxes, cache.view(0).output("boxes", range(9)))
+    torch.testing.assert_close(
+        log_probs, cache.view(0).logits(range(9)).log_softmax(dim=1).gather(1, ids), atol=2e-3, rtol=1e-3
+    )

@@ -20,12 +20,13 @@ PUBLIC = {
     "LogitCache": """check_batch check_plan contents digest encoding encoding_of extra_outputs id input_digests kl_mean
         layout logits manifest num_classes num_samples num_views outputs pin prefetch read_blocks read_encoded
         receipts records row_map row_offsets rows samples sealed storage stored_bytes target_bytes verify_inputs view
-        view_bytes view_plan
+        view_bytes view_plan view_plan_with
         views window_blocks num_rows""",
     "View": "logits num_classes num_rows number output targets",
     "ViewDataset": """at_hand batch blocks_of check_view collate dataset finish index_of input_digests num_samples on_device plan
         preprocess proofs row rows set_view take_digests""",
-    "ViewPlan": """check_view collate contents datasets describe extend_limit limit_views mixes mixing mixture num_classes
+    "ViewPlan": """check_view collate contents datasets describe extend_limit limit_views mixes mixes_samples mixing mixture
+        num_classes
         num_samples preprocess renderer rows seed transform views""",
     "ViewSampler": "load_state_dict set_epoch state_dict view",
     "CacheWriter": """close committed_blocks encoding flush is_committed layout manifest missing_blocks outputs row_map seal storage

@@ -178,3 +178,17 @@ def test_a_partial_copy_cycles_through_its_own_views(location: Path, tmp_path: P
     for epoch in range(2 * part.num_views):
         view = part.view(views.set_view(part.views[epoch % part.num_views]))
         assert (SAMPLES, CLASSES) == view.logits([index for index, _, _ in views]).shape
+
+
+def test_epochs_cycle_through_the_views_of_a_cache_that_is_compared_later(location: Path) -> None:
+    plan = logitcache.ViewPlan(transform=build_transform({"RandomCrop": {"size": 6}}))
+    sampler = logitcache.ViewSampler(logitcache.ViewDataset(Pictures(), plan))
+    sampler.set_epoch(VIEWS + 1)
+    assert VIEWS + 1 == sampler.view
+    cache = logitcache.open(location)
+    with pytest.raises(UsageError, match=r"no view 5: .* call `cache.check_plan\(plan\)` before training"):
+        cache.logits(torch.tensor([logitcache.join_index(sampler.view, 0)]))
+
+    cache.check_plan(plan)
+    assert 1 == sampler.view
+    assert {1} == {view for view, _ in sampler}

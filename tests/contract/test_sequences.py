@@ -378,10 +378,12 @@ def test_entries_that_are_no_distribution_are_refused(tmp_path: Path, change: An
         cache.write_sparse(view=0, start=0, ids=ids, log_probs=log_probs)
 
 
-def test_other_encodings_and_further_outputs_need_all_logits(tmp_path: Path) -> None:
+def test_other_encodings_need_all_logits_and_outputs_their_values(tmp_path: Path) -> None:
     ids, log_probs = entries(some_logits()[0], 4)
     features = {"features": logitcache.Output(shape=(3,))}
     for name, changes in {"dense": {}, "outputs": {"outputs": features, "encoding": SPARSE}}.items():
         with pytest.raises(IncompleteCache), writer(tmp_path / name, **changes) as cache:
-            with pytest.raises(UsageError, match="needs the logits of all classes|also stores features"):
+            with pytest.raises(
+                UsageError, match="needs the logits of all classes|expected those of this cache, by name: features"
+            ):
                 cache.write_sparse(view=0, start=0, ids=ids, log_probs=log_probs)

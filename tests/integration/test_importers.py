@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gzip
 import io
 import itertools
 import json
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import Tensor
 
 import logitcache
@@ -118,7 +120,7 @@ def fkd(folder: Path, names: list[str], crops: int = 2, k: int = 4, dtype: Any =
     for number, name in enumerate(names):
         path = folder / f"{name}.tar"
         path.parent.mkdir(parents=True, exist_ok=True)
-        boxes = np.full((crops, 4), number / 10, dtype=dtype)
+        boxes = np.full((crops, 4), (number + 1) / 10, dtype=dtype)
         labels = np.stack([ids[number], probs[number]], axis=1).astype(dtype)
         path.write_bytes(saved([boxes, np.arange(crops) % 2 == 0, labels]))
     return ids, probs
@@ -279,7 +281,7 @@ def test_tinyvit_epochs_are_views_and_rows_are_positions(tmp_path: Path) -> None
     seeds = np.load(details)["seeds"]
     assert (np.arange(7) == seeds[0]).all()
     assert (np.arange(7) + 100 == seeds[1]).all()
-    with pytest.raises(UsageError, match="was created without `view_plan`"):
+    with pytest.raises(UsageError, match="is not stored, only its seeds"):
         _ = cache.view_plan
     assert "the transform is not stored" in about(cache)["missing"]["view"]
 
@@ -497,6 +499,111 @@ def test_a_package_adds_a_format_by_an_entry_point(tmp_path: Path, monkeypatch: 
     assert "logitcache.importers" == IMPORTERS.group
     assert [2, 2] == cache.view(0).logits([0, 1]).argmax(dim=1).tolist()
     assert {"view": "unknown"} == about(cache)["missing"]
+
+
+# Hidden states.
+
+
+HIDDEN, HEAD_CLASSES = 6, 11
+
+
+def specforge(folder: Path, lengths: tuple[int, ...] = (5, 1, 4)) -> list[tuple[np.ndarray, Tensor]]:
+    """Token ids and states of sequences; every second file is compressed."""
+    (folder / "rows_0-2000").mkdir(parents=True)
+    found = []
+    for number, length in enumerate(lengths):
+        generator = torch.Generator().manual_seed(number)
+        ids = torch.randint(0, HEAD_CLASSES, (length,), generator=generator)
+        states = torch.randn(1, length, HIDDEN, generator=generator).bfloat16()
+        stored = {"input_ids": ids, "loss_mask": torch.ones_like(ids), "hidden_state": states}
+        data = saved(stored | {"aux_hidden_state": states.repeat(1, 1, 3)})
+        path = folder / f"rows_0-2000/data_{number}.ckpt"
+        _ = path.write_bytes(data) if number % 2 == 0 else Path(f"{path}.gz").write_bytes(gzip.compress(data))
+        found.append((ids.numpy(), states[0].float()))
+    return found
+
+
+def speculators(folder: Path) -> list[tuple[np.ndarray, Tensor]]:
+    (folder / "hidden_states").mkdir(parents=True)
+    found = []
+    for number, length in enumerate((4, 6)):
+        generator = torch.Generator().manual_seed(number)
+        ids = torch.randint(0, HEAD_CLASSES, (length,), generator=generator)
+        states = torch.randn(length, 3, HIDDEN, generator=generator).bfloat16()
+        save_file({"token_ids": ids, "hidden_states": states}, folder / f"hidden_states/hs_{number}.safetensors")
+        found.append((ids.numpy(), states[:, -1].float()))
+    return found
+
+
+def a_head(size: int = HIDDEN) -> Tensor:
+    return torch.randn(HEAD_CLASSES, size, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("write", [specforge, speculators])
+def test_hidden_states_become_logits_by_the_head(tmp_path: Path, write: Any) -> None:
+    expected, head = write(tmp_path / "in"), a_head()
+    settings: dict[str, Any] = {"encoding": "Dense(dtype='float32')", "dataset": None}
+    cache = imported(tmp_path / "a", write.__name__, tmp_path / "in", head=head, **settings)
+    states = torch.cat([each[:-1] for _, each in expected])
+
+    assert [max(0, len(ids) - 1) for ids, _ in expected] == np.diff(cache.row_offsets).tolist()
+    rows = range(cache.num_rows)
+    assert torch.equal(states, cache.view(0).output("hidden_state", rows))
+    torch.testing.assert_close((states @ head.T), cache.view(0).logits(rows))
+    tokens = token_dataset([ids for ids, _ in expected])
+    assert cache.samples is not None
+    assert (logitcache.sample_table(tokens, contents=True).contents == cache.samples.contents).all()
+    other = imported(tmp_path / "b", write.__name__, tmp_path / "in", head=lambda found: found @ head.T, **settings)
+    assert torch.equal(cache.view(0).logits(rows), other.view(0).logits(rows))
+
+
+def test_the_command_takes_the_head_from_a_file_of_weights(tmp_path: Path) -> None:
+    specforge(tmp_path / "in")
+    save_file({"lm_head.weight": a_head(), "model.norm.weight": torch.ones(HIDDEN)}, tmp_path / "model.safetensors")
+    arguments = ["import", "specforge", tmp_path / "in", tmp_path / "a", "--teacher", "net"]
+    found = run_json(*arguments, "--head", tmp_path / "model.safetensors", "--encoding", "TopK(k=4)")
+
+    assert HEAD_CLASSES == found["num_classes"]
+    assert ["hidden_state"] == list(found["outputs"])
+    refused(run(*arguments), 2, "Add --head FILE")
+    save_file({"a": a_head(), "b": a_head()}, tmp_path / "other.safetensors")
+    refused(run(*arguments, "--head", tmp_path / "other.safetensors"), 2, "has none of the tensors lm_head.weight")
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (torch.randn(HEAD_CLASSES, HIDDEN + 1), r"expected floats \(C, 6\)"),
+        (lambda states: states[:, None], "1 states; expected|the head makes logits"),
+    ],
+    ids=["size", "function"],
+)
+def test_heads_of_other_models_are_refused(tmp_path: Path, head: Any, message: str) -> None:
+    specforge(tmp_path / "in")
+    with pytest.raises(UsageError, match=message):
+        imported(tmp_path / "a", "specforge", tmp_path / "in", head=head, num_classes=HEAD_CLASSES, dataset=None)
+    tinyvit(tmp_path / "logits", ["0", "1"])
+    with pytest.raises(UsageError, match="leave out the head"):
+        imported(tmp_path / "a", "tinyvit", tmp_path / "logits", head=head, num_classes=20)
+
+
+def test_damaged_hidden_states_are_refused(tmp_path: Path) -> None:
+    specforge(tmp_path / "in")
+    path = tmp_path / "in/rows_0-2000/data_0.ckpt"
+    good = path.read_bytes()
+    for value, message in (
+        ({"input_ids": torch.arange(5)}, "lacks its token ids or hidden states"),
+        ({"input_ids": torch.arange(5), "hidden_state": torch.zeros(1, 4, HIDDEN)}, r"expected \(S,\) and floats"),
+        ({"input_ids": torch.arange(5), "hidden_state": torch.zeros(1, 5, 7)}, "states of 6, 7 values"),
+        ([Bomb()], "names .*system.*nothing was run"),
+    ):
+        path.write_bytes(saved(value))
+        with pytest.raises(InvalidSource, match=message):
+            imported(tmp_path / "a", "specforge", tmp_path / "in", head=a_head(), dataset=None)
+    path.write_bytes(good)
+    (tmp_path / "in/data_0.ckpt").write_bytes(good)
+    with pytest.raises(InvalidSource, match="have the same number"):
+        imported(tmp_path / "a", "specforge", tmp_path / "in", head=a_head(), dataset=None)
 
 
 # Hostile and wrong files.
@@ -822,6 +929,35 @@ def test_files_of_ml_dr(tmp_path: Path, which: str) -> None:
         for sample in range(cache.num_samples):
             stated = re.sub(r"np\.int64\((-?\d+)\)", r"\1", expected[f"{which}__params_repr"][sample, view])
             assert json.loads(json.dumps(ast.literal_eval(stated))) == json.loads(parameters[view, sample])
+
+
+def test_files_of_specforge(tmp_path: Path) -> None:
+    folder, expected = peers("specforge")
+    head = a_head(576)
+    cache = imported(tmp_path / "a", "specforge", folder, head=head, encoding="Dense(dtype='float32')", dataset=None)
+    states = [torch.from_numpy(expected[f"data_{name}__hidden_f32_of_bf16"][:-1]) for name in ("0.ckpt", "1.ckpt.gz")]
+
+    assert [0, 31, 62] == cache.row_offsets.tolist()
+    torch.testing.assert_close(
+        torch.cat(states), cache.view(0).output("hidden_state", range(62)), rtol=2**-9, atol=1e-6
+    )
+    torch.testing.assert_close(torch.cat(states) @ head.T, cache.view(0).logits(range(62)), rtol=1e-4, atol=1e-4)
+    tokens = token_dataset([expected[f"data_{name}__input_ids"] for name in ("0.ckpt", "1.ckpt.gz")])
+    assert cache.samples is not None
+    assert (logitcache.sample_table(tokens, contents=True).contents == cache.samples.contents).all()
+
+
+def test_files_of_speculators(tmp_path: Path) -> None:
+    folder, expected = peers("speculators")
+    head = a_head(576)
+    cache = imported(tmp_path / "a", "speculators", folder, head=head, encoding="Dense(dtype='float32')", dataset=None)
+    states = torch.cat([torch.from_numpy(expected[f"{n}__verifier_last_hidden_states"][:-1]) for n in range(2)])
+
+    torch.testing.assert_close(states, cache.view(0).output("hidden_state", range(62)), rtol=2**-9, atol=1e-6)
+    torch.testing.assert_close(states @ head.T, cache.view(0).logits(range(62)), rtol=1e-4, atol=1e-4)
+    tokens = token_dataset([expected[f"{number}__input_ids"] for number in range(2)])
+    assert cache.samples is not None
+    assert (logitcache.sample_table(tokens, contents=True).contents == cache.samples.contents).all()
 
 
 def test_files_of_maxtext(tmp_path: Path) -> None:

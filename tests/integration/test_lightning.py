@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from torchvision.transforms import v2
 
 import logitcache
 from logitcache.errors import IdentityMismatch, UsageError
+from tests.models import Pictures
 from tests.needs import need_package
 
 need_package("lightning", "lightning")
@@ -231,10 +233,36 @@ def test_another_plan_or_dataset_is_refused_before_training(location: Path) -> N
     distill = DistillFromCache(cache, plan())
     with pytest.raises(IdentityMismatch, match="not what the teacher saw"):
         distill.loader(digits()[::-1], batch_size=BATCH)
-    with pytest.raises(UsageError, match="10 samples, the cache 56"):
+    with pytest.raises(IdentityMismatch, match="has 56 samples; this dataset has 10"):
         distill.loader(digits(10), batch_size=BATCH)
     with pytest.raises(UsageError, match="sets sampler itself"):
         distill.loader(digits(), batch_size=BATCH, sampler=range(3))
+
+
+def test_keys_and_labels_are_compared_before_training(tmp_path: Path) -> None:
+    pictures = Pictures(12)
+    about: dict[str, Any] = {"num_samples": 12, "num_classes": 10, "num_views": 2, "teacher": "net"}
+    table = logitcache.sample_table(pictures, contents=True)
+    with logitcache.create(tmp_path / "a", samples=table, view_plan=plan(), **about) as writer:
+        for view in range(2):
+            writer.write(view=view, start=0, logits=torch.randn(12, 10))
+    distill = DistillFromCache(logitcache.open(tmp_path / "a"), plan())
+
+    with pytest.raises(IdentityMismatch, match=r"sample 3 \(scan/0003.png\) has the target"):
+        distill.loader(Pictures(12, relabel=3), batch_size=4)
+    with pytest.raises(IdentityMismatch, match=r"'scan/0012.png' is not in the cache"):
+        distill.loader(Pictures(13), batch_size=4)
+    unnamed = [Pictures(12, relabel=3)[number] for number in range(12)]
+    with pytest.raises(IdentityMismatch, match="sample 3 .* has the target"):
+        distill.loader(unnamed, rows=np.arange(12), batch_size=4)
+    with pytest.raises(IdentityMismatch, match="sample '0' is not in the cache"):
+        distill.loader(unnamed, batch_size=4)
+    rows = np.array([5, 2, 9])
+    of_rows = distill.loader([pictures[row] for row in rows], rows=rows, batch_size=4).labels.views
+    by_key = distill.loader(Pictures(12, order=[5, 2, 9]), batch_size=4).labels.views
+    assert [5, 2, 9] == of_rows.rows.tolist() == by_key.rows.tolist()
+    with pytest.raises(UsageError, match="expected one row of the cache for each sample"):
+        distill.loader([pictures[row] for row in rows], rows=np.array([5, 2, 12]), batch_size=4)
 
 
 @pytest.mark.parametrize("kind", ["normalised", "another view"])

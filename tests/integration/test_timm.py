@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import json
+import os
 import re
 import runpy
+import subprocess
+import sys
 import textwrap
 import warnings
 from pathlib import Path
@@ -18,6 +22,7 @@ import torch
 from PIL import Image
 
 import logitcache
+from logitcache.data.samples import SampleTable
 from logitcache.data.transforms import build_transform
 from logitcache.errors import IdentityMismatch, UsageError
 from tests.needs import need_package
@@ -40,6 +45,7 @@ from logitcache.integrations.timm import (  # noqa: E402
     view_plan,
 )
 
+CHECKOUT = Path(__file__).parents[2]
 SAMPLES, VIEWS, BATCH, EPOCHS = 50, 3, 16, 4
 STEPS = SAMPLES // BATCH
 SIZE: dict[str, Any] = {"input_size": (1, 16, 16), "mean": (0.3,), "std": (0.35,)}
@@ -147,7 +153,12 @@ def train_script(
     model = student()
     here: dict[str, Any] = {
         "args": argparse.Namespace(
-            kd_cache=str(location), seed=0, distill_loss_weight=None, task_loss_weight=0.3, kd_temperature=2.0
+            kd_cache=str(location),
+            seed=0,
+            distill_loss_weight=None,
+            task_loss_weight=0.3,
+            kd_temperature=2.0,
+            mixup_off_epoch=0,
         ),
         "mixup_args": mixup_args or {},
         "train_loss_fn": SoftTargetCrossEntropy() if mixup_args else torch.nn.CrossEntropyLoss(),
@@ -163,6 +174,8 @@ def train_script(
     here["loader_train"] = loader_train
     exec(added_lines("if args.kd_cache:", before="elif args.kd_model_name"), here)
     task = here["task"]
+    if torch.distributed.is_initialized():
+        task.prepare_distributed()
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt="adamw", lr=1e-2)
     resume_epoch = resume_task_checkpoint(task, resume, optimizer=optimizer, log_info=False) if resume else 0
     saver = CheckpointSaver(
@@ -310,14 +323,15 @@ def test_another_dataset_is_refused_before_training(location: Path) -> None:
         ({"mixup_args": MIXUP | {"mode": "batch"}}, "--mixup-mode elem"),
         ({"mixup_args": MIXUP | {"cutmix_minmax": (0.2, 0.8)}}, "cutmix_minmax"),
         ({"mixup_args": MIXUP | {"switch_prob": 0.9}}, "probability of 0.5"),
+        ({"mixup_off_epoch": 2}, "--mixup-off-epoch 2: .* mixed in every epoch"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_options_that_would_change_images_after_the_teacher_saw_them_are_refused(
-    location: Path, options: dict[str, Any], message: str
+    mixed: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        loader_of(location, **options)
+        loader_of(mixed, **{"mixup_args": MIXUP} | options)
 
 
 def test_the_prefetcher_refuses_views_that_are_not_bytes(tmp_path: Path) -> None:
@@ -357,6 +371,118 @@ def test_mixing_in_the_loop_and_other_loaders_are_refused(location: Path) -> Non
         loader.mixup_enabled = True
 
 
+def test_without_mixing_there_is_nothing_to_turn_off(location: Path) -> None:
+    assert loader_of(location, mixup_off_epoch=2).mixup_enabled is False
+
+
+class Files(Digits):
+    """As `timm.data.ImageDataset`: its reader knows names and classes. No image can be loaded."""
+
+    def __init__(self, names: list[str], classes: list[int]) -> None:
+        self.transform: Any = None
+        samples = list(zip(names, classes, strict=True))
+        self.reader = argparse.Namespace(samples=samples, filenames=lambda: names)
+
+    def __len__(self) -> int:
+        return len(self.reader.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        raise AssertionError("an image was loaded")
+
+
+def test_names_and_classes_are_compared_before_an_image_is_loaded(tmp_path: Path) -> None:
+    digits, plan = Digits(), view_plan(**SIZE, **AUGMENTATION)
+    names = [f"{number % 2}/{number}.png" for number in range(SAMPLES)]
+    contents = logitcache.sample_table(digits, contents=True).contents
+    table = SampleTable(SAMPLES, names, np.array(digits.classes), contents)
+    about: dict[str, Any] = {"num_samples": SAMPLES, "num_classes": 10, "teacher": "vit", "view_plan": plan}
+    with logitcache.create(tmp_path / "a", samples=table, **about) as writer:
+        writer.write(view=0, start=0, logits=torch.randn(SAMPLES, 10))
+    relabelled = [9 - digits.classes[0], *digits.classes[1:]]
+
+    with pytest.raises(IdentityMismatch, match=r"sample 0 \(0/0.png\) has the target 9 here"):
+        create_cached_loader(tmp_path / "a", Files(names, relabelled), **SIZE, **AUGMENTATION, **OPTIONS)
+    renamed = [*names[:-1], "0/other.png"]
+    with pytest.raises(IdentityMismatch, match="'0/other.png' is not in the cache"):
+        create_cached_loader(tmp_path / "a", Files(renamed, digits.classes), **SIZE, **AUGMENTATION, **OPTIONS)
+    digits.classes[3] = 9 - digits.classes[3]
+    with pytest.raises(IdentityMismatch, match="sample 3 .* has the target"):
+        create_cached_loader(tmp_path / "a", digits, **SIZE, **AUGMENTATION, **OPTIONS)
+
+
+def test_a_folder_in_another_order_has_the_rows_of_its_files(tmp_path: Path) -> None:
+    digits, plan = Digits(), view_plan(**SIZE, **AUGMENTATION)
+    table = logitcache.sample_table(digits, contents=True)
+    names = [f"{number:02}.png" for number in range(SAMPLES)]
+    table = SampleTable(SAMPLES, names, table.targets, table.contents)
+    about: dict[str, Any] = {"num_samples": SAMPLES, "num_classes": 10, "teacher": "vit", "view_plan": plan}
+    with logitcache.create(tmp_path / "a", samples=table, **about) as writer:
+        writer.write(view=0, start=0, logits=torch.randn(SAMPLES, 10))
+    expected = logitcache.ViewDataset(Digits(), plan)
+    digits.images, digits.classes = digits.images[::-1].copy(), digits.classes[::-1]
+    digits.reader = argparse.Namespace(filenames=lambda: names[::-1])  # type: ignore[attr-defined]
+
+    loader = create_cached_loader(tmp_path / "a", digits, **SIZE, **AUGMENTATION, **OPTIONS, use_prefetcher=False)
+    images, target = next(iter(loader))
+    rows = logitcache.split_index(target.index)[1].tolist()
+    assert torch.equal(expected.batch([(0, row) for row in rows]), images)
+    assert [Digits().classes[row] for row in rows] == target.target.tolist()
+
+
+def test_two_processes_share_each_view(location: Path, tmp_path: Path) -> None:
+    """The recipe, started by torchrun with gloo, against one process on the batches of both."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    ended = subprocess.run(
+        [*command, "tests.integration.test_timm", str(location), str(tmp_path)],
+        cwd=CHECKOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+    )
+    assert 0 == ended.returncode, ended.stderr[-4000:]
+
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    views = logitcache.ViewDataset(Digits(), logitcache.open(location).view_plan)
+    for rank in range(2):
+        sampler, expected = logitcache.ViewSampler(views, num_replicas=2, rank=rank), []
+        for epoch in range(EPOCHS):
+            sampler.set_epoch(epoch)
+            expected.append([logitcache.join_index(*place) for place in sampler][:BATCH])
+        assert expected == found[rank]["steps"]
+    assert found[0]["weights"] == found[1]["weights"]
+    together = [first + second for first, second in zip(*(each["steps"] for each in found), strict=True)]
+    for name, values in on_batches(location, together).items():
+        torch.testing.assert_close(torch.tensor(found[0]["weights"][name]), torch.tensor(values))
+
+
+def on_batches(location: Path, steps: list[list[int]]) -> dict[str, Any]:
+    """The weights of one process that trains on these batches, one in each epoch."""
+    cache = logitcache.open(location)
+    views, model = logitcache.ViewDataset(Digits(), cache.view_plan), student().train()
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-2)
+    scheduler, _ = create_scheduler_v2(optimizer, num_epochs=EPOCHS, updates_per_epoch=1)
+    scheduler.step(0)
+    for epoch, index in enumerate(steps):
+        places = torch.stack(logitcache.split_index(index), dim=1).tolist()
+        _, inputs, targets = views.collate(views.__getitems__([(view, row) for view, row in places]))
+        logits = model(inputs)
+        kl = logitcache.losses.kl_divergence(logits, cache.logits(index), temperature=2.0).mean()
+        optimizer.zero_grad()
+        (0.3 * torch.nn.functional.cross_entropy(logits, targets) + 0.7 * kl).backward()
+        optimizer.step()
+        scheduler.step(epoch + 1, None)
+    return weights(model)
+
+
+def train_on_a_rank(location: Path, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    (folder / f"checkpoints-{rank}").mkdir()
+    found, steps = train_script(location, folder / f"checkpoints-{rank}")
+    (folder / f"{rank}.json").write_text(json.dumps({"steps": steps, "weights": found}))
+    torch.distributed.destroy_process_group()
+
+
 def test_an_epoch_without_a_view_of_its_own_is_refused(location: Path) -> None:
     loader = loader_of(location)
     for _ in range(2):
@@ -375,3 +501,7 @@ def test_arguments_that_a_view_can_not_have_are_refused() -> None:
         view_plan(**SIZE, normalize=True)
     assert logitcache.Mixing() == mixing({})
     assert logitcache.Mixing(mixup=0.4, cutmix=1.0) == mixing(MIXUP)
+
+
+if __name__ == "__main__":
+    train_on_a_rank(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from logitcache.extras.interchange.parts import ExportResult as ExportResult
     from logitcache.extras.interchange.protocol import DenseRows as DenseRows
     from logitcache.extras.interchange.protocol import Importer as Importer
+    from logitcache.extras.interchange.protocol import RecordedViews as RecordedViews
     from logitcache.extras.interchange.protocol import SparseRows as SparseRows
+    from logitcache.extras.interchange.protocol import ViewParameters as ViewParameters
     from logitcache.extras.interchange.run import IMPORTERS as IMPORTERS
     from logitcache.extras.interchange.run import ImportResult as ImportResult
     from logitcache.extras.interchange.run import import_cache as import_cache
@@ -25,7 +27,9 @@ __all__ = [
     "ExportResult",
     "ImportResult",
     "Importer",
+    "RecordedViews",
     "SparseRows",
+    "ViewParameters",
     "export_cache",
     "import_cache",
 ]
@@ -40,6 +44,8 @@ FORMATS = {
     "megatron": "Megatron-LM's folder of cp0_dp{D}__{iteration}.tar",
     "fkd": "FKD's folder of soft labels, one .tar for each image",
     "ml_dr": "Apple ml-dr's folder of {index}.pth.tar",
+    "specforge": "SpecForge's folder of data_{i}.ckpt or .ckpt.gz: hidden states, with --head",
+    "speculators": "speculators' folder of hs_{i}.safetensors: hidden states, with head= in Python",
     "maxtext": "MaxText's folder of teacher_top_k_part_{n}_host_{n}.array_record",
 }
 """The built-in formats of `import`, and what SOURCE is for each."""
@@ -51,7 +57,9 @@ _HOMES = {
     "IMPORTERS": "run",
     "ImportResult": "run",
     "Importer": "protocol",
+    "RecordedViews": "protocol",
     "SparseRows": "protocol",
+    "ViewParameters": "protocol",
     "import_cache": "run",
 }
 

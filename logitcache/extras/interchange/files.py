@@ -93,13 +93,13 @@ def decompress_zstd(data: bytes, limit: int = MAX_FILE_BYTES) -> bytes:
     return out.tobytes()
 
 
-def inflate(data: bytes, limit: int = MAX_PICKLE_BYTES) -> bytes:
-    """A zlib stream.
+def inflate(data: bytes, limit: int = MAX_PICKLE_BYTES, window: int = zlib.MAX_WBITS) -> bytes:
+    """A zlib stream, or with zlib's window bits of 31 a gzip stream.
 
     Raises:
         ValueError: truncated, or longer than the limit.
     """
-    stream = zlib.decompressobj()
+    stream = zlib.decompressobj(window)
     content = stream.decompress(data, limit)
     if not stream.eof:
         raise ValueError(f"a zlib stream that is truncated or longer than {limit:,} bytes")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from logitcache.data.recorded import NUM_OPERATIONS, CropAndFlip, DatasetReinforcement
 from logitcache.errors import InvalidSource, UsageError
 from logitcache.extras.interchange.files import (
     ARRAYS,
@@ -22,7 +23,14 @@ from logitcache.extras.interchange.files import (
     reading,
     unpickle,
 )
-from logitcache.extras.interchange.protocol import NO_IDENTITY, TAIL_KNOWN, Importer, SparseRows
+from logitcache.extras.interchange.protocol import (
+    NO_IDENTITY,
+    TAIL_KNOWN,
+    Importer,
+    RecordedViews,
+    SparseRows,
+    ViewParameters,
+)
 
 # N samples, V views, K entries
 
@@ -45,7 +53,7 @@ class _ImageLabels(Importer):
 
     @abstractmethod
     def _read(self, file: Path) -> tuple[np.ndarray, np.ndarray, Any]:
-        """Classes and probabilities, (V, K), and the parameters of the views."""
+        """Classes and probabilities, (V, K), and the parameters of the views: float (V, D) if there is `recorded`."""
 
     def batches(self) -> Iterator[SparseRows]:
         for start in range(0, self.num_samples, FILES_AT_ONCE):
@@ -55,7 +63,15 @@ class _ImageLabels(Importer):
                 log_probs = np.log(np.stack([probs for _, probs, _ in labels]))
             ids = np.stack([each for each, _, _ in labels])
             for view in range(self.num_views):
-                yield SparseRows(view, start, ids[:, view], log_probs[:, view], part[0])
+                parameters = None if self.recorded is None else np.stack([each[view] for _, _, each in labels])
+                yield SparseRows(view, start, ids[:, view], log_probs[:, view], part[0], parameters)
+
+    def parameters(self) -> Iterator[ViewParameters]:
+        for start in range(0, self.num_samples, FILES_AT_ONCE):
+            part = self._images[start : start + FILES_AT_ONCE]
+            values_NVD = np.stack([self._checked(file)[2] for file in part])
+            for view in range(self.num_views):
+                yield ViewParameters(view, start, values_NVD[:, view], part)
 
     def _checked(self, file: Path) -> tuple[np.ndarray, np.ndarray, Any]:
         ids, probs, parameters = self._read(file)
@@ -86,12 +102,13 @@ class FKD(_ImageLabels):
         self.keys = [f"{path.parent.name}/{path.stem}" for path in self._images]
         self._set_shape()
         self.missing = {
-            "view": "crop box and flip are stored, but not the output size and interpolation; the cache has no view "
-            "plan. `--details` writes boxes and flips to a file",
+            "view": "crop box and flip are stored, and not the size and interpolation of the output: these belong to "
+            "the preprocessing",
             "identity": NO_IDENTITY,
             "tail": TAIL_KNOWN,
             "temperature": "not stored; probabilities are taken as those at T = 1",
         }
+        self.recorded = RecordedViews(CropAndFlip.columns, CropAndFlip().config())
         self.notes = {"k": self.k, "crops": self.num_views}
 
     def select(self, order: np.ndarray) -> None:
@@ -113,12 +130,12 @@ class FKD(_ImageLabels):
                 raise InvalidSource(f"{file} has classes that are no whole numbers")
             if labels.dtype == np.float16 and self.num_classes > 2048:
                 raise UsageError(f"{file} has classes as float16, which is exact only up to 2048 classes")
-            return ids.astype(np.int64), labels[:, 1].astype(np.float32), (coords, flips)
+            parameters = np.concatenate([coords, flips[:, None]], axis=1, dtype=np.float32)
+            return ids.astype(np.int64), labels[:, 1].astype(np.float32), parameters
 
     def details(self) -> dict[str, np.ndarray]:
-        found = [self._checked(file)[2] for file in self._images]
-        boxes, flips = (np.stack([each[part] for each in found]).swapaxes(0, 1) for part in (0, 1))
-        return {"boxes": boxes, "flips": flips}
+        found = np.stack([self._checked(file)[2] for file in self._images]).swapaxes(0, 1)
+        return {"boxes": found[..., :4], "flips": found[..., 4] != 0}
 
 
 class MlDr(_ImageLabels):
@@ -130,6 +147,7 @@ class MlDr(_ImageLabels):
     def __init__(self, source: Path, *, num_classes: int | None = None) -> None:
         super().__init__(source, num_classes=num_classes)
         self.require_classes()
+        self._transforms: dict[str, dict[str, Any]] = {}
         numbered = {int(match[1]): path for match, path in matching(source, r"(\d{1,9})\.pth\.tar")}
         if sorted(numbered) != list(range(len(numbered))) or not numbered:
             lost = next((number for number in itertools.count() if number not in numbered), 0)
@@ -143,10 +161,16 @@ class MlDr(_ImageLabels):
                 stated = self._load(config)["reinforce"]
                 # The rest of the configuration has local paths.
                 self.notes["image_augmentation"] = json.loads(json.dumps(stated["image_augmentation"]))
+                self._transforms = _enabled(self.notes["image_augmentation"])
         self._set_shape()
+        reason = self._unsupported()
+        if reason is None:
+            self.recorded = _reinforced(self._transforms)
         self.missing = {
-            "view": "the parameters of each transform are stored, mixing partners included, but need the tool's own "
-            "transforms; the cache has no view plan. `--details` writes the parameters to a file",
+            "view": "images must have the sizes that they had in the tool, because crop boxes are in pixels"
+            if reason is None
+            else f"the parameters of each transform are stored, but {reason}; the cache has no view plan. `--details` "
+            "writes the parameters to a file",
             "identity": NO_IDENTITY,
             "tail": TAIL_KNOWN,
         }
@@ -165,8 +189,118 @@ class MlDr(_ImageLabels):
             classes = np.array(ids)
             if classes.dtype.kind not in "iu":
                 raise InvalidSource(f"{file} has classes that are no whole numbers")
-            return classes.astype(np.int64), np.array(probs, dtype=np.float64), [view["params"] for view in views]
+            stored: Any = [view["params"] for view in views]
+            if self.recorded is not None:
+                stored = np.stack([_parameters(each, list(self._transforms)) for each in stored])
+            return classes.astype(np.int64), np.array(probs, dtype=np.float64), stored
 
     def details(self) -> dict[str, np.ndarray]:
-        parameters = [self._checked(file)[2] for file in self._images]
-        return {"parameters": np.array([[json.dumps(each) for each in views] for views in parameters]).T}
+        parameters = []
+        for file in self._images:
+            with reading(file):
+                parameters.append([json.dumps(view["params"]) for view in self._load(file)[1]])
+        return {"parameters": np.array(parameters).T}
+
+    def _unsupported(self) -> str | None:
+        """Why the views can't be rendered here; None if they can."""
+        if not self._transforms:
+            return "config.pth.tar is missing, which names the transforms"
+        others = [name for name in self._transforms if name not in _OPTIONS]
+        if others or "random_resized_crop" not in self._transforms:
+            return f"the transforms are {', '.join(self._transforms)}, which is not the recipe of ImageNet-1k+"
+        for name, options in _OPTIONS.items():
+            unknown = self._transforms.get(name, {}).keys() - options
+            if unknown:
+                return f"{name} has the option {min(unknown)}"
+        if self._transforms.get("rand_augment", {}).get("num_ops", NUM_OPERATIONS) > NUM_OPERATIONS:
+            return f"rand_augment has more than {NUM_OPERATIONS} operations"
+        if self.num_samples > MAX_PARTNERS:
+            return f"there are more than {MAX_PARTNERS:,} samples, whose numbers float32 can't hold"
+        return None
+
+
+MAX_PARTNERS = 2**24
+_OPTIONS = {
+    "uint8": set[str](),
+    "random_resized_crop": {"size", "scale", "ratio", "interpolation"},
+    "random_horizontal_flip": {"p"},
+    "rand_augment": {"p", "num_ops", "magnitude", "num_magnitude_bins"},
+    "to_tensor": set[str](),
+    "random_erase": {"p", "scale", "ratio"},
+    "normalize": {"mean", "std"},
+    "mixup": {"alpha", "p", "div_by"},
+    "cutmix": {"alpha", "p"},
+}
+"""The transforms that can be rendered, in the order in which ml-dr applies them, and their options."""
+_MIXING = ("mixup", "cutmix")
+_WITHOUT_PARAMETERS = ("uint8", "to_tensor", "normalize")
+
+
+def _enabled(augmentation: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The enabled transforms in the order in which they are applied, with their options; unknown ones are last."""
+    found = {
+        name: {key: value for key, value in options.items() if key != "enable"}
+        for name, options in augmentation.items()
+        if options.get("enable", True)
+    }
+    return {name: found[name] for name in [*_OPTIONS, *found] if name in found}
+
+
+def _reinforced(transforms: dict[str, dict[str, Any]]) -> RecordedViews:
+    crop, normalize = transforms["random_resized_crop"], transforms.get("normalize")
+    options = {name: crop[name] for name in ("size", "interpolation") if name in crop}
+    preprocess = None if normalize is None else [{"Normalize": normalize}]
+    return RecordedViews(DatasetReinforcement.columns, DatasetReinforcement(**options).config(), preprocess)
+
+
+def _parameters(stored: Any, transforms: list[str]) -> np.ndarray:
+    """The compressed parameters of one view in the columns of `DatasetReinforcement`, float32 (D,).
+
+    Raises:
+        ValueError: not the form that ml-dr writes, or a number that float32 does not hold.
+    """
+    found: dict[str, float] = dict.fromkeys(DatasetReinforcement.columns, 0.0)
+    nothing = ("erase_top", *(f"operation_{number}" for number in range(NUM_OPERATIONS)))
+    found |= dict.fromkeys((*nothing, *(f"partner_{name}" for name in nothing), "partner", "patch_top"), -1.0)
+    found["weight"] = 1.0
+    stored, names = list(stored), [name for name in transforms if name not in _WITHOUT_PARAMETERS]
+    partner = stored.pop(0) if any(name in _MIXING for name in names) else None
+    if len(stored) != len(names):
+        raise ValueError(f"a view has parameters of {len(stored)} transforms; expected {', '.join(names)}")
+    if partner is not None:
+        found["partner"] = partner
+    for name, value in zip(names, stored, strict=True):
+        if name == "mixup" and value is not None:
+            # Both as ml-dr's arithmetic rounds them.
+            found |= {"weight": float(np.float32(value)), "partner_weight": float(np.float32(1 - value))}
+        elif name == "cutmix" and value is not None:
+            _, top, left, bottom, right = value
+            found |= {"patch_top": top, "patch_left": left, "patch_bottom": bottom, "patch_right": right}
+        elif name not in _MIXING:
+            for prefix, own in (("", value),) if partner is None else (("", value[0]), ("partner_", value[1])):
+                found |= {f"{prefix}{column}": number for column, number in _of_transform(name, own).items()}
+    unknown = [name for name in found if name not in DatasetReinforcement.columns]
+    if unknown:
+        raise ValueError(f"a view has the parameter {unknown[0]}, more than the transforms have")
+    exact = np.array([found[name] for name in DatasetReinforcement.columns], dtype=np.float64)
+    values = exact.astype(np.float32)
+    if not np.array_equal(values, exact, equal_nan=True):
+        raise ValueError("a parameter that float32 does not hold")
+    return values
+
+
+def _of_transform(name: str, value: Any) -> dict[str, float]:
+    """The parameters of one transform of one image, by column."""
+    if name == "random_horizontal_flip":
+        return {"flip": float(bool(value))}
+    if name == "rand_augment":
+        operations: dict[str, float] = {}
+        for number, (operation, magnitude) in enumerate(value or ()):
+            operations |= {f"operation_{number}": operation, f"magnitude_{number}": magnitude}
+        return operations
+    sides = ("top", "left", "height", "width")
+    if name == "random_erase":
+        # -1 is a box that ml-dr did not find.
+        erased = (-1, 0, 0, 0) if value is None or value[0] == -1 else value
+        return {f"erase_{side}": number for side, number in zip(sides, erased, strict=True)}
+    return dict(zip(sides, value, strict=True))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from logitcache.cache.outputs import Output
 from logitcache.errors import UsageError
 
 # B batch, C classes, K entries, N samples
@@ -29,6 +30,10 @@ class DenseRows:
     """Float (B, C)."""
     file: Path
     """Where they come from, for messages."""
+    parameters: np.ndarray | None = None
+    """What is stored of the views, float (B, D), if the importer states `recorded`."""
+    outputs: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Float (B, *shape) of each of the importer's `outputs`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,33 @@ class SparseRows:
     """Float (B, K). What a row lacks of a mass of 1 belongs to the other classes, evenly."""
     file: Path
     """Where they come from, for messages."""
+    parameters: np.ndarray | None = None
+    """What is stored of the views, float (B, D), if the importer states `recorded`."""
+
+
+@dataclass(frozen=True)
+class ViewParameters:
+    """What is stored of consecutive samples of one view."""
+
+    view: int
+    start: int
+    """Number of the first sample."""
+    values: np.ndarray
+    """Float (B, D)."""
+    files: Sequence[Path]
+    """Where each comes from, for messages."""
+
+
+@dataclass(frozen=True)
+class RecordedViews:
+    """What a format stores of each view of each sample, from which students render it."""
+
+    columns: tuple[str, ...]
+    """Names of the D numbers. A seed has two columns, `seed_high` and `seed_low`, of 16 bits each."""
+    replay: Mapping[str, Any] | None
+    """What renders a view from them, as `{name: parameters}`; None if the format lacks the transform."""
+    preprocess: Any = None
+    """Specification of the teacher's preprocessing, if the format states it."""
 
 
 class Importer(ABC):
@@ -83,6 +115,12 @@ class Importer(ABC):
     """By how much the probabilities of a row may exceed 1, from rounding or a lossy codec; such rows are normalised."""
     rows_per_block: int | None = None
     """The most rows of a block; None for the default."""
+    outputs: Mapping[str, Output] = {}
+    """Outputs beside the logits, such as hidden states; dense rows then have them."""
+    takes_head: ClassVar[bool] = False
+    """Whether the files need the teacher's head, which is then the argument `head`."""
+    recorded: RecordedViews | None = None
+    """The views, if the format stores what renders them. `batches` then yields `parameters` too."""
     files: Sequence[Path]
     """All files that are read."""
 
@@ -104,6 +142,16 @@ class Importer(ABC):
         Raises:
             InvalidSource: a file is damaged.
         """
+
+    def parameters(self) -> Iterator[ViewParameters]:
+        """What is stored of the views, without labels, in the order of rows within each view; see `recorded`.
+
+        Raises:
+            InvalidSource: a file is damaged.
+        """
+        for batch in self.batches():
+            assert batch.parameters is not None, "an importer with `recorded` yields parameters"
+            yield ViewParameters(batch.view, batch.start, batch.parameters, [batch.file] * len(batch.parameters))
 
     def details(self) -> dict[str, np.ndarray]:
         """What the format stores of each sample and view beside labels, such as seeds or crop boxes; by name."""

@@ -15,20 +15,25 @@ from logitcache.cache.card_fields import Card, card_from
 from logitcache.cache.creation import create
 from logitcache.cache.fidelity import Calibration
 from logitcache.cache.manifest import Manifest
+from logitcache.cache.outputs import Output
 from logitcache.cache.writer import CacheWriter
+from logitcache.data.recorded import PARAMETERS, RecordedTransform, build_replay, first_invalid
 from logitcache.data.samples import SampleTable
 from logitcache.data.tokens import NO_CLASS
-from logitcache.digest import sha256_hex
-from logitcache.encodings import Auto, Dense, Encoding, PackedTopK, TopK, encoding_or_auto
-from logitcache.errors import InvalidLogits, SampleMismatch, UsageError
+from logitcache.data.transforms import build_transform
+from logitcache.data.views import ViewPlan
+from logitcache.digest import ArrayDigest, sha256_hex
+from logitcache.encodings import Auto, Dense, Encoding, PackedTopK, TopK, Values, encoding_or_auto
+from logitcache.errors import InvalidLogits, InvalidSource, SampleMismatch, UsageError
 from logitcache.extras.interchange.arrays import NumpyArrays
 from logitcache.extras.interchange.axolotl import Axolotl
 from logitcache.extras.interchange.distillkit import DistillKit, OpenInstruct
+from logitcache.extras.interchange.hidden_states import Head, SpecForge, Speculators
 from logitcache.extras.interchange.image_labels import FKD, MlDr
 from logitcache.extras.interchange.maxtext import MaxText
 from logitcache.extras.interchange.megatron import Megatron
 from logitcache.extras.interchange.parquet import ParquetLogits
-from logitcache.extras.interchange.protocol import DenseRows, Importer, SparseRows
+from logitcache.extras.interchange.protocol import DenseRows, Importer, RecordedViews, SparseRows
 from logitcache.extras.interchange.tinyvit import TinyViT
 from logitcache.progress import track
 from logitcache.registry import Registry
@@ -50,6 +55,8 @@ IMPORTERS: Registry[type[Importer]] = Registry(
             Megatron,
             FKD,
             MlDr,
+            SpecForge,
+            Speculators,
             MaxText,
         )
     },
@@ -61,12 +68,11 @@ IMPORTED = "imported"
 """Key of the provenance that describes the source of an imported cache."""
 NOT_LOGITS = {
     "data_comp_dr": "DataCompDR stores embeddings of images and texts",
-    "speculators": "speculators stores hidden states",
-    "specforge": "SpecForge stores hidden states",
 }
 """Formats that can't become a cache, and why."""
 CALIBRATION_ROWS = 10_000
 """The fewest rows that an encoding is fitted to, unless the source has fewer."""
+EXACT = Values(dtype="float32")
 ROUNDING = 1e-3
 """By how much probabilities exceed 1 from rounding alone; as `write_sparse` allows."""
 
@@ -97,6 +103,7 @@ def import_cache(
     dataset: str | None = None,
     samples: SampleTable | None = None,
     num_classes: int | None = None,
+    head: Head | None = None,
     encoding: Encoding | Auto | str | Mapping[str, Any] | None = None,
     details: str | os.PathLike[str] | None = None,
     card: Card | Mapping[str, Any] | None = None,
@@ -115,6 +122,8 @@ def import_cache(
         samples: the samples of your copy of the dataset, from `sample_table(dataset, contents=True)`. Rows get their
             order, matched by key; without keys in the format, or with token ids, the order must be the same.
         num_classes: all classes of the teacher, for formats that don't state it.
+        head: the teacher's head, for formats of hidden states: the matrix (C, H), a .safetensors file with it, or a
+            function from states float32 (S, H) to logits (S, C).
         encoding: by default float32 (or float16, as the source): `Dense`, or `TopK` with the source's k.
         details: an .npz file to write: keys, and the seeds, crop boxes or parameters that the format stores of views.
         card: as in `create`.
@@ -131,7 +140,11 @@ def import_cache(
             f"{NOT_LOGITS[format]}, from which no distribution over all classes can be made; a cache needs logits. "
             f"Formats that can be imported: {', '.join(IMPORTERS)}"
         )
-    importer = IMPORTERS[format](Path(source), num_classes=num_classes)
+    kind = IMPORTERS[format]
+    if head is not None and not kind.takes_head:
+        raise UsageError(f"{kind.tool} files have logits or probabilities; leave out the head")
+    options: dict[str, Any] = {"head": head} if kind.takes_head else {}
+    importer = kind(Path(source), num_classes=num_classes, **options)
     table = _sample_table(importer, samples)
     if table is None and dataset is None:
         raise UsageError(
@@ -149,6 +162,7 @@ def import_cache(
     if details is not None:
         notes["details_sha256"] = _write_details(importer, table, Path(details))
     chosen = _encoding(importer, encoding)
+    recorded = importer.recorded
     with create(
         cache,
         num_samples=importer.num_samples,
@@ -160,6 +174,8 @@ def import_cache(
         dataset=dataset if table is None else None,
         dataset_name=dataset,
         samples=table,
+        view_plan=None if recorded is None else _view_plan(importer, recorded),
+        outputs=_outputs(importer),
         precision="unknown",
         rows_per_sample=importer.rows_per_sample,
         rows_per_block=importer.rows_per_block,
@@ -256,19 +272,66 @@ def _calibration(importer: Importer) -> Calibration:
     return Calibration(np.concatenate(parts).astype(np.float32))
 
 
+def _outputs(importer: Importer) -> dict[str, Output]:
+    """The outputs beside the logits: those of the format, and the parameters of its views."""
+    if importer.recorded is None:
+        return dict(importer.outputs)
+    return {**importer.outputs, PARAMETERS: Output(shape=(len(importer.recorded.columns),), encoding=EXACT)}
+
+
+def _view_plan(importer: Importer, recorded: RecordedViews) -> ViewPlan:
+    """A plan that describes the views of the source; reads all parameters once, for their hashes.
+
+    Raises:
+        InvalidSource: parameters that the tool does not store; names file and sample.
+    """
+    replay = None if recorded.replay is None else build_replay(recorded.replay, trust=False)
+    shape = importer.num_samples, len(recorded.columns)
+    digests = [ArrayDigest("<f4", shape) for _ in range(importer.num_views)]
+    rows = [0] * importer.num_views
+    for found in importer.parameters():
+        values = found.values
+        if values.ndim != 2 or values.shape[1] != shape[1] or found.start != rows[found.view]:
+            raise InvalidSource(
+                f"{found.files[0]}: parameters of view {found.view} are {values.shape} from sample {found.start} on; "
+                f"expected (B, {shape[1]}) from sample {rows[found.view]} on: {', '.join(recorded.columns)}"
+            )
+        invalid = first_invalid(recorded.columns, values, replay, importer.num_samples)
+        if invalid is not None:
+            number, reason = invalid
+            raise InvalidSource(
+                f"{found.files[number]}: view {found.view} of sample {found.start + number} has {reason}"
+            )
+        digests[found.view].update(values)
+        rows[found.view] += len(values)
+    transform = RecordedTransform(
+        recorded.columns, [each.hexdigest() for each in digests], replay=replay, replay_step=recorded.replay
+    )
+    return ViewPlan(
+        transform=transform,
+        preprocess=None if recorded.preprocess is None else build_transform(recorded.preprocess),
+        num_classes=importer.num_classes,
+    )
+
+
 def _write(writer: CacheWriter, importer: Importer) -> tuple[list[np.ndarray], int]:
     """Write all rows; the probability of the classes without entry, by batch, and the number of normalised rows."""
     tails, normalised = [], 0
     with track("importing", writer.row_map.num_rows * importer.num_views, unit="rows") as meter:
         for batch in importer.batches():
             note = f"view {batch.view + 1}/{importer.num_views}"
+            outputs: dict[str, Any] = dict(batch.outputs) if isinstance(batch, DenseRows) else {}
+            if importer.recorded is not None:
+                outputs[PARAMETERS] = batch.parameters
             try:
                 if isinstance(batch, DenseRows):
-                    writer.write(view=batch.view, start=batch.start, logits=batch.logits)
+                    writer.write(view=batch.view, start=batch.start, logits=batch.logits, outputs=outputs)
                     meter.advance(len(batch.logits), note=note)
                 else:
                     log_probs, tail, above = _normalised(batch, importer.excess)
-                    writer.write_sparse(view=batch.view, start=batch.start, ids=batch.ids, log_probs=log_probs)
+                    writer.write_sparse(
+                        view=batch.view, start=batch.start, ids=batch.ids, log_probs=log_probs, outputs=outputs
+                    )
                     tails.append(tail)
                     normalised += above
                     meter.advance(len(log_probs), note=note)

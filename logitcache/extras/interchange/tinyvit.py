@@ -14,7 +14,15 @@ import numpy as np
 
 from logitcache.errors import InvalidSource, UsageError
 from logitcache.extras.interchange.files import matching, read_bytes, reading
-from logitcache.extras.interchange.protocol import NO_IDENTITY, ROWS_AT_ONCE, TAIL_KNOWN, Importer, SparseRows
+from logitcache.extras.interchange.protocol import (
+    NO_IDENTITY,
+    ROWS_AT_ONCE,
+    TAIL_KNOWN,
+    Importer,
+    RecordedViews,
+    SparseRows,
+    ViewParameters,
+)
 
 # K entries, N samples
 
@@ -63,11 +71,13 @@ class TinyViT(Importer):
             if count < self.num_samples:
                 raise UsageError(f"{folder} has {count} records; expected one for each of {self.num_samples} samples")
         self.missing = {
-            "view": "the transform is not stored, only its seed for each sample and epoch; the cache has no view plan. "
-            "With mixup or CutMix the partner is not stored either",
+            "view": "the transform is not stored, only its seed for each sample and epoch: pass the transform to "
+            "`cache.view_plan_with`. With mixup or CutMix the partner is not stored either, so such views can't be "
+            "rendered",
             "identity": NO_IDENTITY,
             "tail": TAIL_KNOWN,
         }
+        self.recorded = RecordedViews(("seed_high", "seed_low"), None)
         self.notes = {
             "k": self.k,
             "keys": "position" if by_position else "name",
@@ -151,7 +161,18 @@ class TinyViT(Importer):
                 with np.errstate(divide="ignore", invalid="ignore"):
                     log_probs = np.log(records["probs"].astype(np.float32))
                 ids = records["ids"].astype(np.int64)
-                yield SparseRows(view, start, ids, log_probs, folder)
+                yield SparseRows(view, start, ids, log_probs, folder, _halves(records["seed"]))
+
+    def parameters(self) -> Iterator[ViewParameters]:
+        for view, folder in enumerate(self._folders):
+            values = _halves(self._records(folder, self._numbers(folder))["seed"])
+            yield ViewParameters(view, 0, values, [folder] * len(values))
 
     def details(self) -> dict[str, np.ndarray]:
         return {"seeds": np.stack([self._records(each, self._numbers(each))["seed"] for each in self._folders])}
+
+
+def _halves(seeds: np.ndarray) -> np.ndarray:
+    """The upper and the lower 16 bits of seeds, float32 (B, 2)."""
+    unsigned = seeds.astype(np.uint32)
+    return np.stack([unsigned >> 16, unsigned & 0xFFFF], axis=1).astype(np.float32)
