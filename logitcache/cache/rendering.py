@@ -212,8 +212,8 @@ def _possible_causes(knows_samples: bool) -> str:
     if knows_samples:
         return "Data, transform and seed agree, so the libraries render differently: use the versions of the cache."
     return (
-        "Possible causes: other data or another order than in stage 1; a cache that was written from shuffled inputs "
-        "or another view; other library versions."
+        "Possible causes: other data or another order than in stage 1; a dataset that augments its samples itself; a "
+        "cache that was written from shuffled inputs or another view; other library versions."
     )
 
 

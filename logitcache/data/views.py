@@ -347,9 +347,20 @@ class Renderer:
             pixels, weight = (
                 _mix_later(pixels, other, mixture) if self._on_device else _mix(pixels, _mixable(other), mixture)
             )
-            distribution[int(other_target)] += 1.0 - weight
-        distribution[target] += weight
+            distribution[self._class(mixture.partner, other_target, key)] += 1.0 - weight
+        distribution[self._class(number, target, key)] += weight
         return pixels, torch.from_numpy(distribution)
+
+    def _class(self, number: int, target: Any, key: Callable[[int], str]) -> int:
+        """The class of a sample that is mixed, checked."""
+        num_classes = self.plan.num_classes
+        assert num_classes is not None
+        if not 0 <= int(target) < num_classes:
+            raise UsageError(
+                f"sample {key(number)!r} has the class {int(target)}, but the view plan has num_classes={num_classes}; "
+                "set it to the number of classes of the dataset"
+            )
+        return int(target)
 
     def _mixed_as_recorded(
         self, view: int, number: int, pixels: Any, target: int, load: Load | None, key: Callable[[int], str]
@@ -363,8 +374,8 @@ class Renderer:
             other, other_target = load(partner)
             mix = functools.partial(self._recorded.mixed, view, number, pixels)
             pixels, weight = self._run(mix, other, partner, "views.transform", key)
-            distribution[int(other_target)] += 1.0 - weight
-        distribution[target] += weight
+            distribution[self._class(partner, other_target, key)] += 1.0 - weight
+        distribution[self._class(number, target, key)] += weight
         return pixels, torch.from_numpy(distribution)
 
 

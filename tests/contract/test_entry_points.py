@@ -179,39 +179,6 @@ def test_a_package_that_was_imported_from_elsewhere_is_the_one_that_counts(tmp_p
     assert ["refused"] == loaded_in(tmp_path / "project", "shared.tool:run", before=f"{elsewhere}; import shared")
 
 
-PIPELINE = """
-name: attack
-data: {{name: "{data}", args: {args}}}
-views: {{count: 1, transform: {transform}}}
-teacher: {{model: mlp, weights: random}}
-cache: {{path: {path}/attack.cache}}
-"""
-
-
-@pytest.mark.parametrize(("folder", "place"), [("/", "data"), (sys.base_prefix, "views"), ("here", "views")])
-def test_a_strangers_pipeline_runs_nothing(tmp_path: Path, folder: str, place: str) -> None:
-    marker = tmp_path / "executed"
-    attack = f"{{command: 'touch {marker}'}}"
-    settings = {"data": "digits", "args": "{}", "transform": "clean", "path": tmp_path}
-    settings |= (
-        {"data": "os:system", "args": attack} if place == "data" else {"transform": f"[{{'os:system': {attack}}}]"}
-    )
-    (tmp_path / "p.yaml").write_text(PIPELINE.format(**settings))
-    (tmp_path / "here").mkdir()
-    program = f"import sys; sys.path.insert(0, {CHECKOUT!r}); from logitcache.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program, "cache-teacher", str(tmp_path / "p.yaml")],
-        cwd=tmp_path / folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-    assert (2, False) == (done.returncode, marker.exists()), done.stderr
-    assert "os:system would run code from outside the working directory" in done.stderr
-    assert "--trust" in done.stderr
-
-
 def small_cache(path: Path, plan: ViewPlan | None = None) -> Path:
     logits = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
     with logitcache.create(path, num_samples=6, num_classes=3, teacher="t", dataset="d", view_plan=plan) as writer:

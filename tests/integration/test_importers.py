@@ -31,7 +31,6 @@ from logitcache.data.samples import SampleTable
 from logitcache.data.tokens import TokenDataset
 from logitcache.errors import InvalidLogits, InvalidSource, LogitCacheError, SampleMismatch, UsageError
 from logitcache.extras.interchange import FORMATS, IMPORTERS, DenseRows, Importer, import_cache
-from logitcache.extras.interchange.run import NOT_LOGITS
 from logitcache.targets import SparseTargets
 from tests.commands import logitcache as run
 from tests.commands import refused, run_json
@@ -758,12 +757,6 @@ def test_hostile_files_are_refused_and_run_nothing(tmp_path: Path, monkeypatch: 
     with pytest.raises(kind, match=message):
         imported(tmp_path / "a.cache", format, tmp_path / "in", **({} if format == "numpy" else {"num_classes": 20}))
     assert not (tmp_path / "exploded").exists()
-
-
-@pytest.mark.parametrize("format", NOT_LOGITS)
-def test_formats_without_distributions_are_refused_with_the_reason(tmp_path: Path, format: str) -> None:
-    with pytest.raises(UsageError, match="no distribution over all classes can be made"):
-        imported(tmp_path / "a.cache", format, tmp_path)
 
 
 def test_what_a_format_lacks_must_be_given(tmp_path: Path) -> None:

@@ -191,6 +191,12 @@ def test_mixing_views_of_different_sizes_says_what_to_do() -> None:
         [views[(0, index)] for index in range(40)]
 
 
+def test_a_class_beyond_those_of_the_plan_is_named() -> None:
+    views = ViewDataset(Pictures(), ViewPlan(mixing=Mixing(mixup=1.0), num_classes=5))
+    with pytest.raises(UsageError, match=r"has the class [5-9], but the view plan has num_classes=5; set it to"):
+        [views[(0, index)] for index in range(40)]
+
+
 def test_a_changed_sample_is_named_when_it_is_first_loaded() -> None:
     contents = content_table(Pictures())
     views = ViewDataset(Pictures(repaint=7), ViewPlan(contents=contents))

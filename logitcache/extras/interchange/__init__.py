@@ -44,6 +44,7 @@ FORMATS = {
     "megatron": "Megatron-LM's folder of cp0_dp{D}__{iteration}.tar",
     "fkd": "FKD's folder of soft labels, one .tar for each image",
     "ml_dr": "Apple ml-dr's folder of {index}.pth.tar",
+    "data_comp_dr": "DataCompDR's folder of {8 digits}.tar or .jsonl: embeddings of images and texts, as outputs",
     "specforge": "SpecForge's folder of data_{i}.ckpt or .ckpt.gz: hidden states, with --head",
     "speculators": "speculators' folder of hs_{i}.safetensors: hidden states, with head= in Python",
     "maxtext": "MaxText's folder of teacher_top_k_part_{n}_host_{n}.array_record",

@@ -142,6 +142,15 @@ def _reconstruct(kind: type, shape: tuple, typecode: bytes) -> _Array:
     return _Array()
 
 
+def _frombuffer(data: bytes | bytearray, dtype: _DType, shape: tuple, order: str) -> _Array:
+    """In place of numpy's function for arrays of pickle protocol 5."""
+    if not isinstance(dtype, _DType) or not isinstance(data, bytes | bytearray):
+        raise pickle.UnpicklingError("an array without numbers")
+    array = _Array()
+    array.values = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
+    return array
+
+
 def _scalar(dtype: _DType, data: bytes) -> int | float | bool:
     if not isinstance(dtype, _DType) or not isinstance(data, bytes):
         raise pickle.UnpicklingError("a numpy scalar that is no number")
@@ -163,6 +172,7 @@ ARRAYS: dict[str, Any] = {"_codecs.encode": _encode, "numpy.dtype": _DType, "num
     for core in ("core", "_core")
     for name, stand_in in (("_reconstruct", _reconstruct), ("scalar", _scalar))
 }
+ARRAYS |= {f"numpy.{core}.numeric._frombuffer": _frombuffer for core in ("core", "_core")}
 """What pickles of numpy arrays and scalars may name, and what is used in its place."""
 _DTYPES = {
     "Half": torch.float16,

@@ -28,6 +28,7 @@ from logitcache.errors import InvalidLogits, InvalidSource, SampleMismatch, Usag
 from logitcache.extras.interchange.arrays import NumpyArrays
 from logitcache.extras.interchange.axolotl import Axolotl
 from logitcache.extras.interchange.distillkit import DistillKit, OpenInstruct
+from logitcache.extras.interchange.embeddings import DataCompDR
 from logitcache.extras.interchange.hidden_states import Head, SpecForge, Speculators
 from logitcache.extras.interchange.image_labels import FKD, MlDr
 from logitcache.extras.interchange.maxtext import MaxText
@@ -55,6 +56,7 @@ IMPORTERS: Registry[type[Importer]] = Registry(
             Megatron,
             FKD,
             MlDr,
+            DataCompDR,
             SpecForge,
             Speculators,
             MaxText,
@@ -66,10 +68,6 @@ IMPORTERS: Registry[type[Importer]] = Registry(
 """The formats by name: those of logitcache and of installed packages."""
 IMPORTED = "imported"
 """Key of the provenance that describes the source of an imported cache."""
-NOT_LOGITS = {
-    "data_comp_dr": "DataCompDR stores embeddings of images and texts",
-}
-"""Formats that can't become a cache, and why."""
 CALIBRATION_ROWS = 10_000
 """The fewest rows that an encoding is fitted to, unless the source has fewer."""
 EXACT = Values(dtype="float32")
@@ -135,11 +133,6 @@ def import_cache(
         SampleMismatch: the samples differ from those of the source.
         IdentityMismatch: the path holds another cache.
     """
-    if format not in IMPORTERS and format in NOT_LOGITS:
-        raise UsageError(
-            f"{NOT_LOGITS[format]}, from which no distribution over all classes can be made; a cache needs logits. "
-            f"Formats that can be imported: {', '.join(IMPORTERS)}"
-        )
     kind = IMPORTERS[format]
     if head is not None and not kind.takes_head:
         raise UsageError(f"{kind.tool} files have logits or probabilities; leave out the head")

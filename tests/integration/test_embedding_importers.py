@@ -1,0 +1,158 @@
+"""Embeddings of other tools arrive as outputs of a cache without classes."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import io
+import json
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import logitcache
+from logitcache.data.samples import SampleTable
+from logitcache.errors import InvalidSource, UsageError
+from tests.integration.test_importers import Bomb, imported, peers, saved
+
+VIEWS, CAPTIONS, SIZE = 3, 2, 8
+Embeddings = dict[str, np.ndarray]
+
+
+def embeddings(seed: int) -> Embeddings:
+    random = np.random.default_rng(seed)
+    shapes = {"image_emb": (VIEWS, SIZE), "text_emb": (1, SIZE), "syn_text_emb": (CAPTIONS, SIZE)}
+    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def as_npz(values: Embeddings) -> bytes:
+    data = io.BytesIO()
+    np.savez(data, **values)  # type: ignore[arg-type]
+    return data.getvalue()
+
+
+def as_torch(values: Embeddings) -> bytes:
+    return gzip.compress(saved({name: torch.from_numpy(each).bfloat16() for name, each in values.items()}))
+
+
+def shard(folder: Path, members: dict[str, bytes], name: str = "00000000.tar") -> None:
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / name, "w") as opened:
+        for member, data in members.items():
+            header = tarfile.TarInfo(member)
+            header.size = len(data)
+            opened.addfile(header, io.BytesIO(data))
+
+
+def lines(
+    folder: Path, samples: dict[str, Embeddings], *, pickled: Callable[[np.ndarray], bytes] = pickle.dumps
+) -> None:
+    folder.mkdir(exist_ok=True)
+    encoded = [
+        {"uid": uid, "text": "a"}
+        | {name: base64.b64encode(gzip.compress(pickled(each))).decode() for name, each in values.items()}
+        for uid, values in samples.items()
+    ]
+    (folder / "00000000.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in encoded))
+
+
+@pytest.mark.parametrize("form", ["npz", "pth.gz", "jsonl", "jsonl, protocol 5"])
+def test_embeddings_become_outputs(tmp_path: Path, form: str) -> None:
+    samples = {f"00{number}": embeddings(number) for number in range(3)}
+    if form.startswith("jsonl"):
+        protocol = 5 if form.endswith("5") else 4
+        lines(tmp_path / "in", samples | {"009": {}}, pickled=lambda values: pickle.dumps(values, protocol=protocol))
+    else:
+        write = as_npz if form == "npz" else as_torch
+        members = {f"{uid}.{form}": write(values) for uid, values in samples.items()}
+        parameters = {f"{uid}.paug.json": json.dumps({"param_aug": [[1], [2], [3]]}).encode() for uid in samples}
+        shard(tmp_path / "in", {"009.jpg": b"without embeddings", "000.jpg": b"x", **members, **parameters})
+    details = tmp_path / "details.npz"
+    cache = imported(tmp_path / "a", "data_comp_dr", tmp_path / "in", details=details)
+    exact = {"atol": 0, "rtol": 0} if form != "pth.gz" else {"atol": 1e-4, "rtol": 2**-8}
+
+    assert (3, VIEWS, 2) == (cache.num_samples, cache.num_views, cache.num_classes)
+    assert {
+        "logits": (2,),
+        "image_emb": (SIZE,),
+        "text_emb": (SIZE,),
+        "syn_text_emb": (CAPTIONS, SIZE),
+    } == cache.outputs
+    for view in range(VIEWS):
+        for name, pick in (("image_emb", view), ("text_emb", 0), ("syn_text_emb", slice(None))):
+            expected = np.stack([each[name][pick] for each in samples.values()])
+            found = cache.view(view).output(name, range(3))
+            torch.testing.assert_close(found, torch.from_numpy(expected), **exact)
+    provenance = cache.manifest.provenance["imported"]
+    assert 1 == provenance["notes"]["samples_without_embeddings"]
+    assert "logits" in provenance["missing"]
+    if not form.startswith("jsonl"):
+        assert ["[[1], [2], [3]]"] * 3 == np.load(details)["parameters"].tolist()
+
+
+def test_samples_are_matched_by_uid(tmp_path: Path) -> None:
+    samples = {f"00{number}": embeddings(number) for number in range(3)}
+    lines(tmp_path / "in", samples)
+    table = SampleTable(2, ["002.jpg", "000.jpg"], np.zeros(2, dtype=np.int64), np.zeros((2, 16), dtype=np.uint8))
+    cache = imported(tmp_path / "a", "data_comp_dr", tmp_path / "in", samples=table, dataset=None)
+
+    assert torch.equal(torch.from_numpy(samples["002"]["image_emb"][1]), cache.view(1).output("image_emb", [0])[0])
+
+
+def test_hostile_shards_are_refused_and_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = embeddings(0)
+    objects = io.BytesIO()
+    np.savez(objects, image_emb=np.array([Bomb()], dtype=object))
+    cases: dict[str, tuple[Callable[[Path], object], str]] = {
+        "pickle": (lambda to: lines(to, {"0": good}, pickled=lambda _: pickle.dumps(Bomb())), "nothing was run"),
+        "torch": (lambda to: shard(to, {"0.pth.gz": gzip.compress(saved({"image_emb": Bomb()}))}), "nothing was run"),
+        "objects": (lambda to: shard(to, {"0.npz": objects.getvalue()}), "allow_pickle=False"),
+        "bomb": (lambda to: shard(to, {"0.pth.gz": gzip.compress(bytes(2**25))}), "longer than"),
+        "shapes": (
+            lambda to: shard(to, {"0.npz": as_npz(good), "1.npz": as_npz(good | {"text_emb": np.zeros((1, 9))})}),
+            "expected .* as those of the first sample",
+        ),
+        "twice": (lambda to: shard(to, {"0.npz": as_npz(good), "0.pth.gz": as_torch(good)}), "embeddings twice"),
+        "no images": (lambda to: shard(to, {"0.npz": as_npz({"text_emb": good["text_emb"]})}), "expected"),
+        "nothing": (lambda to: shard(to, {"0.jpg": b"x"}), "no sample with embeddings"),
+    }
+    for name, (write, message) in cases.items():
+        write(tmp_path / name)
+        with pytest.raises(InvalidSource, match=message):
+            imported(tmp_path / f"{name}.cache", "data_comp_dr", tmp_path / name)
+    with pytest.raises(UsageError, match="without classes; leave out --num-classes"):
+        imported(tmp_path / "b", "data_comp_dr", tmp_path / "shapes", num_classes=1000)
+
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("which", ["wds_bf16", "wds_bf16_paug", "wds_npz", "jsonl"])
+def test_files_of_data_comp_dr(tmp_path: Path, which: str) -> None:
+    folder, expected = peers("ml_mobileclip_dr")
+    details = tmp_path / "details.npz"
+    cache = imported(tmp_path / "a", "data_comp_dr", folder / which, details=details)
+    exact = {"atol": 0, "rtol": 0} if "bf16" not in which else {"atol": 1e-6, "rtol": 0}
+
+    assert expected[f"{which}__uid"].tolist() == np.load(details)["keys"].tolist()
+    for name in ("image_emb", "text_emb", "syn_text_emb"):
+        if f"{which}__{name}" in expected:
+            values = torch.from_numpy(expected[f"{which}__{name}"])
+            for view in range(cache.num_views):
+                wanted = values[:, view] if name == "image_emb" else values[:, 0] if values.shape[1] == 1 else values
+                torch.testing.assert_close(cache.view(view).output(name, range(len(wanted))), wanted, **exact)
+    if which.endswith("paug"):
+        stored = [json.loads(each) for each in np.load(details)["parameters"]]
+        assert [json.loads(each) for each in expected[f"{which}__param_aug_json"]] == stored
+
+
+def test_constant_logits_take_next_to_no_bytes(tmp_path: Path) -> None:
+    lines(tmp_path / "in", {str(number): embeddings(number) for number in range(3)})
+    imported(tmp_path / "a", "data_comp_dr", tmp_path / "in")
+
+    assert [0.0, 0.0] == logitcache.open(tmp_path / "a").view(0).logits([1])[0].tolist()
