@@ -21,7 +21,9 @@ from logitcache.verify.fit import checked_plan, matched_views
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
-    raise UsageError(f"this needs Lightning: pip install 'logitcache[lightning]' ({error})") from error
+    raise ImportError(
+        f"logitcache.integrations.lightning needs pip install 'logitcache[lightning]' ({error})"
+    ) from error
 
 # B batch, C classes
 

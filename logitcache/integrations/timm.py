@@ -33,7 +33,9 @@ try:
     from timm.data import create_loader, create_transform
     from timm.task import ClassificationTask
 except ImportError as error:
-    raise UsageError(f"this needs timm 1.0.27 or later: pip install 'logitcache[timm]' ({error})") from error
+    raise ImportError(
+        f"logitcache.integrations.timm needs timm 1.0.27 or later: pip install 'logitcache[timm]' ({error})"
+    ) from error
 
 # B batch, C classes
 

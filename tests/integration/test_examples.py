@@ -109,6 +109,41 @@ def digits_of_the_example() -> tuple[logitcache.ViewPlan, logitcache.ViewDataset
     return plan, logitcache.ViewDataset(dataset, plan)
 
 
+def test_the_loop_of_the_guide_with_accelerate_is_the_plain_loop(ranks: Any) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    guide = (EXAMPLES.parent / "docs/integrations.md").read_text()
+    [program] = re.findall(r"\*\*Accelerate\*\* .*?```python\n(.*?)^```", guide, flags=re.DOTALL | re.MULTILINE)
+    plan, views = digits_of_the_example()
+    cache = logitcache.open(ranks[0] / "digits.cache")
+    cache.check_plan(plan)
+    parts = {"cache": cache, "views": views, "logitcache": logitcache, "DataLoader": torch.utils.data.DataLoader}
+    namespace: dict[str, Any] = parts | a_student() | {"accelerator": Accelerator(cpu=True)}
+    try:
+        exec(program, namespace)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    plain = a_student()
+    sampler = logitcache.ViewSampler(views, cycle=cache.views)
+    for epoch in range(16):
+        sampler.set_epoch(epoch)
+        for index, inputs, _ in torch.utils.data.DataLoader(views, batch_size=64, sampler=sampler):
+            logits = plain["student"](inputs)
+            plain["optimizer"].zero_grad()
+            logitcache.losses.kl_divergence(logits, cache.logits(index), temperature=2.0, reduction="mean").backward()
+            plain["optimizer"].step()
+
+    expected, found = (each["student"].state_dict() for each in (plain, namespace))
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def a_student() -> dict[str, Any]:
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    return {"student": student, "optimizer": torch.optim.Adam(student.parameters(), lr=0.01)}
+
+
 def test_processes_of_a_prepared_loader_divide_the_samples_of_each_view(ranks: Any) -> None:
     first, second = (found["accelerated"] for found in ranks[1])
 

@@ -86,10 +86,10 @@ class DataCompDR(Importer):
         first = self._read(self._places[0])
         self._shapes = {name: values.shape for name, values in first.items()}
         self.num_views = len(first[PER_VIEW])
-        exact = self._places[0].form != "pth.gz"
-        self._encoding = Values(dtype="float32" if exact else "float16")
+        rounded = all(place.form == "pth.gz" for place in self._places)
+        encoding = Values(dtype="float16" if rounded else "float32")
         self.outputs = {
-            name: Output(shape=shape[1:] if name == PER_VIEW or shape[0] == 1 else shape, encoding=self._encoding)
+            name: Output(shape=shape[1:] if name == PER_VIEW or shape[0] == 1 else shape, encoding=encoding)
             for name, shape in self._shapes.items()
         }
         self.missing = {
