@@ -25,7 +25,7 @@ from tests.needs import need_package
 
 need_package("lightning", "lightning")
 
-from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 
 from logitcache.integrations.lightning import DistillFromCache  # noqa: E402
@@ -205,6 +205,22 @@ def test_a_resumed_run_goes_on_with_the_next_batch(
     assert trained == weights(student)
 
 
+def test_a_data_module_returns_the_loader(location: Path) -> None:
+    distill = DistillFromCache(logitcache.open(location), plan())
+    record, student = Record(distill), Student()
+
+    class Digits(LightningDataModule):  # type: ignore[misc]
+        def train_dataloader(self) -> Any:
+            return distill.loader(digits(), batch_size=BATCH)
+
+        def val_dataloader(self) -> Any:
+            return DataLoader([torch.zeros(1)], batch_size=1)
+
+    trainer(distill, record).fit(student, datamodule=Digits())
+
+    assert plain_loop(location) == (weights(student), record.steps)
+
+
 def test_another_batch_size_can_not_go_on_within_an_epoch(
     location: Path, interrupted: tuple[Path, dict[str, Any], list[list[int]]]
 ) -> None:
@@ -309,8 +325,8 @@ def test_two_processes_share_each_view_also_after_a_resume(location: Path, tmp_p
     )
     assert 0 == ended.returncode, ended.stderr[-4000:]
 
-    whole, resumed = (
-        [json.loads((tmp_path / f"{run}-{rank}.json").read_text()) for rank in range(2)] for run in ("whole", "resumed")
+    whole, resumed, ended_epoch = (
+        [json.loads((tmp_path / f"{run}-{rank}.json").read_text()) for rank in range(2)] for run in RUNS_OF_A_RANK
     )
     views = logitcache.ViewDataset(digits(), plan())
     for rank in range(2):
@@ -322,16 +338,26 @@ def test_two_processes_share_each_view_also_after_a_resume(location: Path, tmp_p
             expected += [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
         assert expected == whole[rank]["steps"]
         assert expected[1:] == resumed[rank]["steps"]
-    assert whole[0]["weights"] == whole[1]["weights"] == resumed[0]["weights"]
+        assert expected[len(expected) // 2 :] == ended_epoch[rank]["steps"]
+    assert whole[0]["weights"] == whole[1]["weights"] == resumed[0]["weights"] == ended_epoch[0]["weights"]
+
+
+RUNS_OF_A_RANK = {"whole": None, "resumed": "step=1.ckpt", "ended": "end-epoch=0.ckpt"}
 
 
 def train_on_a_rank(location: Path, folder: Path) -> None:
-    """Two epochs, and the same from a checkpoint after the first step."""
-    checkpoints = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    for run, resume in (("whole", None), ("resumed", folder / "step=1.ckpt")):
-        kept = [checkpoints] if resume is None else []
-        options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "max_epochs": 2, "enable_checkpointing": bool(kept)}
-        student, steps = fit(location, *kept, resume=resume, **options)
+    """Two epochs; then, with a persistent worker, the rest from checkpoints after the first step and the first epoch."""
+    each_step = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    each_epoch = ModelCheckpoint(
+        folder, filename="end-{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True
+    )
+    for run, checkpoint in RUNS_OF_A_RANK.items():
+        options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "max_epochs": 2}
+        if checkpoint is None:
+            student, steps = fit(location, each_step, each_epoch, enable_checkpointing=True, **options)
+        else:
+            workers = {"num_workers": 1, "persistent_workers": True}
+            student, steps = fit(location, resume=folder / checkpoint, loader=workers, **options)
         result = json.dumps({"steps": steps, "weights": weights(student)})
         (folder / f"{run}-{os.environ['RANK']}.json").write_text(result)
 
