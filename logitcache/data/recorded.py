@@ -142,22 +142,15 @@ ONE_IMAGE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetReinforcement(Replay):
-    """The transforms of Apple's ml-dr: crop, flip, RandAugment and erasing, then mixup and CutMix with a partner.
+class CropAndOperations(Replay):
+    """Crop, flip, RandAugment and erasing, as Apple's ml-dr and DataCompDR store them.
 
-    Crop boxes are in pixels, so that images must have the size that they had in ml-dr. The steps are those of
+    Crop boxes are in pixels, so that images must have the size that they had in the tool. The steps are those of
     `Compose.reapply` (Faghri et al. 2023, arXiv:2303.08983), except `Normalize`, which is part of the preprocessing.
     """
 
-    name: ClassVar[str] = "dataset_reinforcement"
-    columns: ClassVar[tuple[str, ...]] = (
-        *ONE_IMAGE,
-        "partner",
-        *(f"partner_{column}" for column in ONE_IMAGE),
-        *("weight", "partner_weight"),
-        *("patch_top", "patch_left", "patch_bottom", "patch_right"),
-    )
-    mixes: ClassVar[bool] = True
+    name: ClassVar[str] = "crop_and_operations"
+    columns: ClassVar[tuple[str, ...]] = ONE_IMAGE
 
     size: int | Sequence[int]
     interpolation: str = "bilinear"
@@ -168,22 +161,6 @@ class DatasetReinforcement(Replay):
 
     def __call__(self, sample: Any, parameters: Parameters) -> Tensor:
         return self._rendered(sample, parameters, "")
-
-    def partner(self, sample: Any, parameters: Parameters) -> Tensor:
-        """The view of the partner, whose parameters are stored with the sample that it is mixed into."""
-        return self._rendered(sample, parameters, "partner_")
-
-    def mixed(self, pixels: Tensor, other: Tensor, parameters: Parameters) -> tuple[Tensor, float]:
-        """The mixed image, and the weight that the sample itself keeps."""
-        weight = parameters["weight"]
-        if weight < 1.0:
-            pixels = weight * pixels + parameters["partner_weight"] * other
-        if parameters["patch_top"] >= 0:
-            top, left, bottom, right = (int(parameters[f"patch_{side}"]) for side in ("top", "left", "bottom", "right"))
-            pixels = pixels.clone()
-            pixels[:, top:bottom, left:right] = other[:, top:bottom, left:right]
-            weight *= 1.0 - (bottom - top) * (right - left) / (pixels.shape[-1] * pixels.shape[-2])
-        return pixels, weight
 
     def _rendered(self, sample: Any, parameters: Parameters, prefix: str) -> Tensor:
         from torchvision.transforms import InterpolationMode
@@ -213,20 +190,8 @@ class DatasetReinforcement(Replay):
         return pixels
 
     def invalid(self, columns: Columns, num_samples: int) -> dict[str, np.ndarray]:
-        with_partner = columns["partner"] != NO_PARTNER
-        reasons = self._invalid_image(columns)
-        for reason, wrong in self._invalid_image({name: columns[f"partner_{name}"] for name in ONE_IMAGE}).items():
-            reasons[reason] |= wrong & with_partner
-        height, width = _size(self.size)
-        top, left, bottom, right = (columns[f"patch_{side}"] for side in ("top", "left", "bottom", "right"))
-        inside = (top >= 0) & (top <= bottom) & (bottom <= height) & (left >= 0) & (left <= right) & (right <= width)
-        weights = columns["weight"], columns["partner_weight"]
-        return reasons | {
-            "a partner that is no sample": ~_is_whole(columns["partner"], NO_PARTNER, num_samples - 1),
-            "a weight outside of 0 to 1": ~np.all([(each >= 0) & (each <= 1) for each in weights], axis=0),
-            "a CutMix patch outside of the view": ~((inside & _all_whole(top, left, bottom, right)) | (top == -1)),
-            "a mixture without partner": ~with_partner & ((columns["weight"] != 1) | (top != -1)),
-        }
+        del num_samples
+        return self._invalid_image(columns)
 
     def _invalid_image(self, columns: Columns) -> dict[str, np.ndarray]:
         height, width = _size(self.size)
@@ -244,9 +209,56 @@ class DatasetReinforcement(Replay):
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class DatasetReinforcement(CropAndOperations):
+    """The transforms of Apple's ml-dr: those of `CropAndOperations`, then mixup and CutMix with a partner."""
+
+    name: ClassVar[str] = "dataset_reinforcement"
+    columns: ClassVar[tuple[str, ...]] = (
+        *ONE_IMAGE,
+        "partner",
+        *(f"partner_{column}" for column in ONE_IMAGE),
+        *("weight", "partner_weight"),
+        *("patch_top", "patch_left", "patch_bottom", "patch_right"),
+    )
+    mixes: ClassVar[bool] = True
+
+    def partner(self, sample: Any, parameters: Parameters) -> Tensor:
+        """The view of the partner, whose parameters are stored with the sample that it is mixed into."""
+        return self._rendered(sample, parameters, "partner_")
+
+    def mixed(self, pixels: Tensor, other: Tensor, parameters: Parameters) -> tuple[Tensor, float]:
+        """The mixed image, and the weight that the sample itself keeps."""
+        weight = parameters["weight"]
+        if weight < 1.0:
+            pixels = weight * pixels + parameters["partner_weight"] * other
+        if parameters["patch_top"] >= 0:
+            top, left, bottom, right = (int(parameters[f"patch_{side}"]) for side in ("top", "left", "bottom", "right"))
+            pixels = pixels.clone()
+            pixels[:, top:bottom, left:right] = other[:, top:bottom, left:right]
+            weight *= 1.0 - (bottom - top) * (right - left) / (pixels.shape[-1] * pixels.shape[-2])
+        return pixels, weight
+
+    def invalid(self, columns: Columns, num_samples: int) -> dict[str, np.ndarray]:
+        with_partner = columns["partner"] != NO_PARTNER
+        reasons = self._invalid_image(columns)
+        for reason, wrong in self._invalid_image({name: columns[f"partner_{name}"] for name in ONE_IMAGE}).items():
+            reasons[reason] |= wrong & with_partner
+        height, width = _size(self.size)
+        top, left, bottom, right = (columns[f"patch_{side}"] for side in ("top", "left", "bottom", "right"))
+        inside = (top >= 0) & (top <= bottom) & (bottom <= height) & (left >= 0) & (left <= right) & (right <= width)
+        weights = columns["weight"], columns["partner_weight"]
+        return reasons | {
+            "a partner that is no sample": ~_is_whole(columns["partner"], NO_PARTNER, num_samples - 1),
+            "a weight outside of 0 to 1": ~np.all([(each >= 0) & (each <= 1) for each in weights], axis=0),
+            "a CutMix patch outside of the view": ~((inside & _all_whole(top, left, bottom, right)) | (top == -1)),
+            "a mixture without partner": ~with_partner & ((columns["weight"] != 1) | (top != -1)),
+        }
+
+
 _SIDES = ("top", "left", "height", "width")
 REPLAYS: Registry[Callable[..., Callable[[Any, Parameters], Any]]] = Registry(
-    "replay", {each.name: each for each in (CropAndFlip, DatasetReinforcement)}, allows_code=True
+    "replay", {each.name: each for each in (CropAndFlip, CropAndOperations, DatasetReinforcement)}, allows_code=True
 )
 """Called with the parameters of a step; each returns a callable of (sample, stored parameters)."""
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from logitcache.data.recorded import NUM_OPERATIONS, CropAndFlip, DatasetReinforcement
+from logitcache.data.recorded import NUM_OPERATIONS, CropAndFlip, CropAndOperations, DatasetReinforcement
 from logitcache.errors import InvalidSource, UsageError
 from logitcache.extras.interchange.files import (
     ARRAYS,
@@ -161,11 +161,11 @@ class MlDr(_ImageLabels):
                 stated = self._load(config)["reinforce"]
                 # The rest of the configuration has local paths.
                 self.notes["image_augmentation"] = json.loads(json.dumps(stated["image_augmentation"]))
-                self._transforms = _enabled(self.notes["image_augmentation"])
+                self._transforms = enabled_transforms(self.notes["image_augmentation"])
         self._set_shape()
         reason = self._unsupported()
         if reason is None:
-            self.recorded = _reinforced(self._transforms)
+            self.recorded = recorded_views(self._transforms, DatasetReinforcement)
         self.missing = {
             "view": "images must have the sizes that they had in the tool, because crop boxes are in pixels"
             if reason is None
@@ -191,7 +191,7 @@ class MlDr(_ImageLabels):
                 raise InvalidSource(f"{file} has classes that are no whole numbers")
             stored: Any = [view["params"] for view in views]
             if self.recorded is not None:
-                stored = np.stack([_parameters(each, list(self._transforms)) for each in stored])
+                stored = np.stack([view_parameters(each, list(self._transforms)) for each in stored])
             return classes.astype(np.int64), np.array(probs, dtype=np.float64), stored
 
     def details(self) -> dict[str, np.ndarray]:
@@ -205,15 +205,9 @@ class MlDr(_ImageLabels):
         """Why the views can't be rendered here; None if they can."""
         if not self._transforms:
             return "config.pth.tar is missing, which names the transforms"
-        others = [name for name in self._transforms if name not in _OPTIONS]
-        if others or "random_resized_crop" not in self._transforms:
-            return f"the transforms are {', '.join(self._transforms)}, which is not the recipe of ImageNet-1k+"
-        for name, options in _OPTIONS.items():
-            unknown = self._transforms.get(name, {}).keys() - options
-            if unknown:
-                return f"{name} has the option {min(unknown)}"
-        if self._transforms.get("rand_augment", {}).get("num_ops", NUM_OPERATIONS) > NUM_OPERATIONS:
-            return f"rand_augment has more than {NUM_OPERATIONS} operations"
+        reason = unsupported(self._transforms)
+        if reason is not None:
+            return reason
         if self.num_samples > MAX_PARTNERS:
             return f"there are more than {MAX_PARTNERS:,} samples, whose numbers float32 can't hold"
         return None
@@ -222,6 +216,7 @@ class MlDr(_ImageLabels):
 MAX_PARTNERS = 2**24
 _OPTIONS = {
     "uint8": set[str](),
+    "to_rgb": set[str](),
     "random_resized_crop": {"size", "scale", "ratio", "interpolation"},
     "random_horizontal_flip": {"p"},
     "rand_augment": {"p", "num_ops", "magnitude", "num_magnitude_bins"},
@@ -233,10 +228,10 @@ _OPTIONS = {
 }
 """The transforms that can be rendered, in the order in which ml-dr applies them, and their options."""
 _MIXING = ("mixup", "cutmix")
-_WITHOUT_PARAMETERS = ("uint8", "to_tensor", "normalize")
+_WITHOUT_PARAMETERS = ("uint8", "to_rgb", "to_tensor", "normalize")
 
 
-def _enabled(augmentation: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def enabled_transforms(augmentation: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The enabled transforms in the order in which they are applied, with their options; unknown ones are last."""
     found = {
         name: {key: value for key, value in options.items() if key != "enable"}
@@ -246,14 +241,29 @@ def _enabled(augmentation: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any
     return {name: found[name] for name in [*_OPTIONS, *found] if name in found}
 
 
-def _reinforced(transforms: dict[str, dict[str, Any]]) -> RecordedViews:
+def unsupported(transforms: dict[str, dict[str, Any]]) -> str | None:
+    """Why views of these transforms can't be rendered here; None if they can."""
+    others = [name for name in transforms if name not in _OPTIONS]
+    if others or "random_resized_crop" not in transforms:
+        return f"the transforms are {', '.join(transforms)}, which is not the recipe of ImageNet-1k+"
+    for name, options in _OPTIONS.items():
+        unknown = transforms.get(name, {}).keys() - options
+        if unknown:
+            return f"{name} has the option {min(unknown)}"
+    if transforms.get("rand_augment", {}).get("num_ops", NUM_OPERATIONS) > NUM_OPERATIONS:
+        return f"rand_augment has more than {NUM_OPERATIONS} operations"
+    return None
+
+
+def recorded_views(transforms: dict[str, dict[str, Any]], replay: type[CropAndOperations]) -> RecordedViews:
+    """The views of these transforms, from the columns of a replay."""
     crop, normalize = transforms["random_resized_crop"], transforms.get("normalize")
     options = {name: crop[name] for name in ("size", "interpolation") if name in crop}
     preprocess = None if normalize is None else [{"Normalize": normalize}]
-    return RecordedViews(DatasetReinforcement.columns, DatasetReinforcement(**options).config(), preprocess)
+    return RecordedViews(replay.columns, replay(**options).config(), preprocess)
 
 
-def _parameters(stored: Any, transforms: list[str]) -> np.ndarray:
+def view_parameters(stored: Any, transforms: list[str]) -> np.ndarray:
     """The compressed parameters of one view in the columns of `DatasetReinforcement`, float32 (D,).
 
     Raises:
