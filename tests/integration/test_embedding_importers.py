@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+import logitcache
+from logitcache.data.recorded import OPERATIONS
 from logitcache.data.samples import SampleTable
 from logitcache.errors import InvalidSource, UsageError
 from tests.integration.test_importers import Bomb, imported, peers, saved
@@ -69,10 +71,8 @@ def test_embeddings_become_outputs(tmp_path: Path, form: str) -> None:
     else:
         write = as_npz if form == "npz" else as_torch
         members = {f"{uid}.{form}": write(values) for uid, values in samples.items()}
-        parameters = {f"{uid}.paug.json": json.dumps({"param_aug": [[1], [2], [3]]}).encode() for uid in samples}
-        shard(tmp_path / "in", {"009.jpg": b"without embeddings", "000.jpg": b"x", **members, **parameters})
-    details = tmp_path / "details.npz"
-    cache = imported(tmp_path / "a", "data_comp_dr", tmp_path / "in", details=details)
+        shard(tmp_path / "in", {"009.jpg": b"without embeddings", "000.jpg": b"x", **members})
+    cache = imported(tmp_path / "a", "data_comp_dr", tmp_path / "in")
     exact = {"atol": 0, "rtol": 0} if form != "pth.gz" else {"atol": 1e-4, "rtol": 2**-8}
 
     assert (3, VIEWS, 2) == (cache.num_samples, cache.num_views, cache.num_classes)
@@ -90,8 +90,6 @@ def test_embeddings_become_outputs(tmp_path: Path, form: str) -> None:
     provenance = cache.manifest.provenance["imported"]
     assert 1 == provenance["notes"]["samples_without_embeddings"]
     assert "logits" in provenance["missing"]
-    if not form.startswith("jsonl"):
-        assert ["[[1], [2], [3]]"] * 3 == np.load(details)["parameters"].tolist()
 
 
 def test_samples_are_matched_by_uid(tmp_path: Path) -> None:
@@ -134,7 +132,7 @@ def test_hostile_shards_are_refused_and_run_nothing(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("which", ["wds_bf16", "wds_bf16_paug", "wds_npz", "jsonl"])
 def test_files_of_data_comp_dr(tmp_path: Path, which: str) -> None:
     folder, expected = peers("ml_mobileclip_dr")
-    details = tmp_path / "details.npz"
+    details = tmp_path / "keys.npz"
     cache = imported(tmp_path / "a", "data_comp_dr", folder / which, details=details)
     exact = {"atol": 0, "rtol": 0} if "bf16" not in which else {"atol": 1e-6, "rtol": 0}
 
@@ -145,9 +143,45 @@ def test_files_of_data_comp_dr(tmp_path: Path, which: str) -> None:
             for view in range(cache.num_views):
                 wanted = values[:, view] if name == "image_emb" else values[:, 0] if values.shape[1] == 1 else values
                 torch.testing.assert_close(cache.view(view).output(name, range(len(wanted))), wanted, **exact)
-    if which.endswith("paug"):
-        stored = [json.loads(each) for each in np.load(details)["parameters"]]
-        assert [json.loads(each) for each in expected[f"{which}__param_aug_json"]] == stored
+
+
+def test_a_student_renders_the_augmentations_of_data_comp_dr(tmp_path: Path) -> None:
+    """With the parameters that the tool's own reader gives, by torchvision's functions."""
+    from PIL import Image
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as F
+    from torchvision.transforms.autoaugment import _apply_op
+
+    folder, expected = peers("ml_mobileclip_dr")
+    cache = imported(tmp_path / "a", "data_comp_dr", folder / "wds_bf16_paug")
+    with tarfile.open(folder / "wds_bf16_paug/00000000.tar") as opened:
+        files = [opened.extractfile(f"{uid}.jpg") for uid in expected["wds_bf16_paug__uid"]]
+        images = [Image.open(io.BytesIO(file.read())).convert("RGB") for file in files if file is not None]
+    normalize = json.loads((folder / "wds_bf16_paug/config.json").read_text())["normalize"]
+    views = logitcache.ViewDataset([(image, 7) for image in images], cache.view_plan)
+    for number, stored in enumerate(expected["wds_bf16_paug__param_aug_json"]):
+        for view, (crop, operations) in enumerate(json.loads(stored)):
+            image = F.resized_crop(images[number], *crop, [32, 32], InterpolationMode.BICUBIC)
+            for operation, magnitude in operations:
+                image = _apply_op(image, OPERATIONS[operation], magnitude, InterpolationMode.NEAREST, None)
+            pixels = F.normalize(F.to_tensor(image), normalize["mean"], normalize["std"])
+            _, found, label = views[(view, number)]
+            torch.testing.assert_close(found, pixels, atol=2e-6, rtol=0)
+            assert 7 == label
+
+
+def test_augmentations_that_are_not_those_of_the_embeddings_are_refused(tmp_path: Path) -> None:
+    config = {"random_resized_crop": {"size": 8}}
+    for name, stored, message in (
+        ("views", [[[0, 0, 4, 4]]], "parameters of 1 augmentations; expected 3"),
+        ("box", [[[0, -1, 4, 4]]] * VIEWS, "crop box that starts outside"),
+        ("more", [[[0, 0, 4, 4], 1]] * VIEWS, "parameters of 2 transforms"),
+    ):
+        data = json.dumps({"param_aug": stored}).encode()
+        shard(tmp_path / name, {"0.npz": as_npz(embeddings(0)), "0.paug.json": data})
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        with pytest.raises(InvalidSource, match=message):
+            imported(tmp_path / f"{name}.cache", "data_comp_dr", tmp_path / name)
 
 
 def test_constant_logits_take_next_to_no_bytes(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
 from logitcache.cache.outputs import Output
+from logitcache.data.recorded import CropAndOperations
 from logitcache.encodings import Values
 from logitcache.errors import InvalidSource, UsageError
 from logitcache.extras.interchange.files import (
@@ -29,7 +30,13 @@ from logitcache.extras.interchange.files import (
     unpickle,
 )
 from logitcache.extras.interchange.hidden_states import GZIP
-from logitcache.extras.interchange.protocol import NO_IDENTITY, DenseRows, Importer
+from logitcache.extras.interchange.image_labels import (
+    enabled_transforms,
+    recorded_views,
+    unsupported,
+    view_parameters,
+)
+from logitcache.extras.interchange.protocol import NO_IDENTITY, DenseRows, Importer, ViewParameters
 
 # N samples, V views, D values of an embedding
 
@@ -41,13 +48,22 @@ SAMPLES_AT_ONCE = 256
 
 
 class _Place(NamedTuple):
-    """Where the embeddings of one sample are."""
+    """Where the embeddings of one sample are, or the parameters of its augmentations."""
 
     file: Path
     start: int
     size: int
     form: str
     """Extension of the member of a .tar file, or "jsonl"."""
+
+
+class _Sample(NamedTuple):
+    """What a shard has of one sample."""
+
+    key: str
+    embeddings: _Place | None
+    parameters: _Place | None
+    """Of its augmentations."""
 
 
 class DataCompDR(Importer):
@@ -68,21 +84,16 @@ class DataCompDR(Importer):
         self.files = [path for _, path in matching(source, r"\d{8}\.(tar|jsonl)")]
         if not self.files:
             raise UsageError(f"{source} has no shards such as 00000000.tar or 00000000.jsonl")
-        self._places: list[_Place] = []
-        keys: list[str] = []
-        without = 0
+        samples: list[_Sample] = []
         for file in self.files:
             with reading(file):
-                for key, place in _in_tar(file) if file.suffix == ".tar" else _in_lines(file):
-                    if place is None:
-                        without += 1
-                        continue
-                    keys.append(key)
-                    self._places.append(place)
-        if not self._places:
+                samples += _in_tar(file) if file.suffix == ".tar" else _in_lines(file)
+        found = [(each.key, each.embeddings, each.parameters) for each in samples if each.embeddings is not None]
+        if not found:
             raise InvalidSource(f"{source} has no sample with embeddings")
-        self.keys = keys
-        self.num_samples = len(keys)
+        self.keys, self._places = [key for key, _, _ in found], [place for _, place, _ in found]
+        self._augmented = [place for _, _, place in found if place is not None]
+        self.num_samples = len(found)
         first = self._read(self._places[0])
         self._shapes = {name: values.shape for name, values in first.items()}
         self.num_views = len(first[PER_VIEW])
@@ -92,19 +103,41 @@ class DataCompDR(Importer):
             name: Output(shape=shape[1:] if name == PER_VIEW or shape[0] == 1 else shape, encoding=encoding)
             for name, shape in self._shapes.items()
         }
+        self._transforms = self._read_transforms(source / "config.json")
+        reason = self._no_views()
+        if reason is None:
+            self.recorded = recorded_views(self._transforms, CropAndOperations)
         self.missing = {
             "logits": f"not stored; the cache has embeddings as outputs, and constant logits of {CLASSES} classes",
-            "view": "the published generator stores no parameters of its augmentations; if there are any, `--details` "
-            "writes them to a file",
+            "view": "images must have the sizes that they had in the tool, because crop boxes are in pixels"
+            if reason is None
+            else f"{reason}; the cache has no view plan",
             "identity": NO_IDENTITY,
             "scale": "the teachers' logit scales, which turn similarities into probabilities, are not stored",
         }
-        self.notes = {"augmentations": self.num_views, "samples_without_embeddings": without}
+        self.notes = {"augmentations": self.num_views, "samples_without_embeddings": len(samples) - len(found)}
+
+    def _read_transforms(self, config: Path) -> dict[str, dict[str, Any]]:
+        if not config.is_file():
+            return {}
+        self.files = [*self.files, config]
+        with reading(config):
+            return enabled_transforms(json.loads(read_bytes(config, MAX_PICKLE_BYTES)))
+
+    def _no_views(self) -> str | None:
+        """Why the views can't be rendered; None if they can."""
+        if len(self._augmented) < self.num_samples:
+            return "the parameters of the augmentations are not stored, as the published generator leaves them out"
+        if not self._transforms:
+            return "config.json is missing, which names the transforms"
+        return unsupported(self._transforms)
 
     def select(self, order: np.ndarray) -> None:
         assert self.keys is not None
         self._places = [self._places[number] for number in order]
         self.keys = [self.keys[number] for number in order]
+        if self.recorded is not None:
+            self._augmented = [self._augmented[number] for number in order]
         self.num_samples = len(order)
 
     def batches(self) -> Iterator[DenseRows]:
@@ -112,6 +145,7 @@ class DataCompDR(Importer):
             places = self._places[start : start + SAMPLES_AT_ONCE]
             found = [self._read(place) for place in places]
             constant = np.zeros((len(places), CLASSES), dtype=np.float32)
+            stored = None if self.recorded is None else self._parameters(start, start + len(places))
             for view in range(self.num_views):
                 outputs = {
                     name: np.stack([each[name][view] if name == PER_VIEW else each[name] for each in found])
@@ -120,22 +154,27 @@ class DataCompDR(Importer):
                 shaped = {
                     name: values.reshape(len(places), *self.outputs[name].shape) for name, values in outputs.items()
                 }
-                yield DenseRows(view, start, constant, places[0].file, outputs=shaped)
+                parameters = None if stored is None else stored[:, view]
+                yield DenseRows(view, start, constant, places[0].file, parameters, shaped)
 
-    def details(self) -> dict[str, np.ndarray]:
-        """The parameters of the augmentations as JSON, one for each sample, where a shard has them."""
-        stored: dict[str, str] = {}
-        for file in self.files:
-            if file.suffix == ".tar":
-                with reading(file), tarfile.open(file, "r:") as shard:
-                    for member in shard:
-                        key, _, extension = member.name.partition(".")
-                        if extension == "paug.json":
-                            data = _part(file, member.offset_data, member.size)
-                            stored[key] = json.dumps(json.loads(data)["param_aug"])
-        if not stored:
-            return {}
-        return {"parameters": np.array([stored.get(key, "null") for key in self.keys or ()])}
+    def parameters(self) -> Iterator[ViewParameters]:
+        for start in range(0, self.num_samples, SAMPLES_AT_ONCE):
+            values_NVD = self._parameters(start, min(start + SAMPLES_AT_ONCE, self.num_samples))
+            files = [place.file for place in self._augmented[start : start + SAMPLES_AT_ONCE]]
+            for view in range(self.num_views):
+                yield ViewParameters(view, start, values_NVD[:, view], files)
+
+    def _parameters(self, start: int, stop: int) -> np.ndarray:
+        """The columns of `CropAndOperations` of some samples and all views, float32 (N, V, D)."""
+        return np.stack([self._parameters_of(place) for place in self._augmented[start:stop]])
+
+    def _parameters_of(self, place: _Place) -> np.ndarray:
+        with reading(place.file):
+            stored = json.loads(_part(place.file, place.start, place.size))["param_aug"]
+            if len(stored) != self.num_views:
+                raise ValueError(f"parameters of {len(stored)} augmentations; expected {self.num_views}")
+            values = np.stack([view_parameters(each, list(self._transforms)) for each in stored])
+            return values[:, : len(CropAndOperations.columns)]
 
     def _read(self, place: _Place) -> dict[str, np.ndarray]:
         """The embeddings of a sample by name, float32 (V, D), or (captions, D) of texts.
@@ -156,28 +195,33 @@ class DataCompDR(Importer):
             return {name: np.ascontiguousarray(values, dtype=np.float32) for name, values in named.items()}
 
 
-def _in_tar(file: Path) -> Iterator[tuple[str, _Place | None]]:
-    """Key of each sample of a shard, and where its embeddings are, or None."""
-    places: dict[str, _Place | None] = {}
+def _in_tar(file: Path) -> list[_Sample]:
+    samples: dict[str, _Sample] = {}
     with tarfile.open(file, "r:") as shard:
         for member in shard:
             if not member.isreg():
                 raise ValueError(f"{member.name!r:.60} is not a regular file")
             key, _, extension = member.name.partition(".")
+            sample = samples.get(key, _Sample(key, None, None))
             place = _Place(file, member.offset_data, member.size, extension)
-            if extension in _READERS and places.get(key) is not None:
+            if extension in _READERS and sample.embeddings is not None:
                 raise ValueError(f"sample {key!r:.60} has embeddings twice")
-            places[key] = place if extension in _READERS else places.get(key)
-    yield from places.items()
+            if extension in _READERS:
+                sample = sample._replace(embeddings=place)
+            elif extension == "paug.json":
+                sample = sample._replace(parameters=place)
+            samples[key] = sample
+    return list(samples.values())
 
 
-def _in_lines(file: Path) -> Iterator[tuple[str, _Place | None]]:
-    start = 0
+def _in_lines(file: Path) -> list[_Sample]:
+    samples, start = [], 0
     for line in read_bytes(file).splitlines(keepends=True):
         stored = json.loads(line)
         place = _Place(file, start, len(line), "jsonl") if PER_VIEW in stored else None
-        yield str(stored["uid"]), place
+        samples.append(_Sample(str(stored["uid"]), place, None))
         start += len(line)
+    return samples
 
 
 def _part(file: Path, start: int, size: int) -> bytes:
