@@ -905,11 +905,18 @@ def test_files_of_fkd(tmp_path: Path, which: str) -> None:
         assert np.allclose(probs.max(axis=1), expected[f"{which}__tail_prob_per_class"][:, view], atol=1e-6)
 
 
-@pytest.mark.parametrize("which", ["randaug_mixing", "randaug_joblib"])
-def test_files_of_ml_dr(tmp_path: Path, which: str) -> None:
+@pytest.mark.parametrize(
+    ("which", "unpacked"), [("randaug_mixing", False), ("randaug_joblib", False), ("randaug_joblib", True)]
+)
+def test_files_of_ml_dr(tmp_path: Path, which: str, unpacked: bool) -> None:
+    """Also from the archive in which the tool publishes a folder."""
     folder, expected = peers("ml_dr")
     details = tmp_path / "parameters.npz"
     source = folder / which / "reinforced_data"
+    if unpacked:
+        with tarfile.open(f"{source}.tar.gz") as archive:
+            archive.extractall(tmp_path, filter="data")
+        source = tmp_path / "reinforced_data"
     cache = imported(tmp_path / "a", "ml_dr", source, num_classes=CLASSES, details=details)
     parameters = np.load(details)["parameters"]
 

@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 
 import logitcache
 from logitcache.errors import IdentityMismatch, UsageError
+from logitcache.train.labels import CachedLabels
 from tests.models import Pictures
 from tests.needs import need_package
 
@@ -203,6 +204,20 @@ def test_a_resumed_run_goes_on_with_the_next_batch(
 
     assert steps[done:] == resumed
     assert trained == weights(student)
+
+
+def test_the_next_view_is_loaded_during_an_epoch(location: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[list[int], list[int]]] = []
+    start_views = CachedLabels.start_views
+
+    def record(self: CachedLabels, numbers: list[int], following: list[int]) -> None:
+        started.append((numbers, following))
+        start_views(self, numbers, following)
+
+    monkeypatch.setattr(CachedLabels, "start_views", record)
+    fit(location)
+
+    assert [([epoch % VIEWS], [(epoch + 1) % VIEWS]) for epoch in range(EPOCHS)] == started
 
 
 def test_a_data_module_returns_the_loader(location: Path) -> None:
