@@ -31,7 +31,7 @@ from torch import Tensor
 import logitcache
 from logitcache.cache.fidelity import fidelity_kl
 from logitcache.catalog.language_models import transformers_model, without_head
-from logitcache.encodings import Encoding, TopK, TopLowRank, TrellisLowRank
+from logitcache.encodings import Encoding, TopK, TopLowRank, TrellisLowRank, encoding_from_config
 from logitcache.losses import linear_cross_entropy
 from logitcache.randomness import keyed_permutation
 
@@ -47,6 +47,7 @@ ENCODINGS: list[Encoding] = [
     TopLowRank(),
     TopLowRank(rank=256, bit_price=0.0007, search=16),
     TopLowRank(rank=576, bit_price=0.0002, soft_weight=1.0, search=16),
+    TrellisLowRank(),
     TrellisLowRank(rank=576, bit_price=0.0016, soft_weight=2.0),
     TopK(k=64),
     TopK(k=128),
@@ -64,13 +65,16 @@ def main() -> None:
     parser.add_argument("--fit-rows", type=int, default=32_768, help="at most, as far as there are files")
     parser.add_argument("--fit-tokens", type=int, default=96, help="of each file")
     parser.add_argument("--rows", type=int, default=1280, help="of each of the three sets")
+    parser.add_argument("--encodings", nargs="+", type=encoding_from_config, help="in place of the usual ones")
     parser.add_argument("--classes", type=int, default=600, help="of a tiny run")
     arguments = parse(parser, fit_rows=640, rows=40)
     torch.set_num_threads(1)
     sections = ["# Vocabularies", conditions()]
     print(sections[-1], flush=True)
     states = tiny_states(arguments) if arguments.tiny else load_states(arguments)
-    encodings = [tiny(each) for each in ENCODINGS] if arguments.tiny else ENCODINGS
+    encodings = arguments.encodings or ENCODINGS
+    if arguments.tiny:
+        encodings = [tiny(each) for each in encodings]
     results = []
     for encoding in encodings:
         results.append(measured(encoding, states))

@@ -33,8 +33,9 @@ from logitcache.targets import FactoredTargets
 TEMPERATURES = (1.0, 2.0, 4.0)
 CANDIDATES = 384
 """M: the most probable classes of a row, whose probabilities its metric knows; all others have their mean ones."""
-RIDGE = 1e-4
-"""Added to a row's metric, relative to its mean diagonal."""
+RIDGE = 0.01
+"""Share of the mean metric that is added to the metric of each row. Where the teacher is certain, a row's metric is
+nearly zero, but holds for small errors only."""
 STEP_PER_ROOT_PRICE = 2.2
 """At the best step size, a finer step costs as many bits as it is worth: it grows with the root of the price."""
 SCALES_PER_OCTAVE = 4
@@ -52,7 +53,9 @@ MOST_MAGNITUDE = 2000
 FIT_ROWS = 512
 """Rows on which probabilities and frequencies are measured."""
 FITS = 3
-ROWS_AT_ONCE, DEVICE_ROWS_AT_ONCE = 64, 256
+VALUES_AT_ONCE, DEVICE_VALUES_AT_ONCE = 2**25, 2**27
+"""Values of the metrics, and of the candidates' components, of rows that are encoded together."""
+ROWS_AT_ONCE = 512
 SELDOM = 0.002
 """Share of rows with a value other than 0 below which the least important components are left out."""
 
@@ -87,12 +90,12 @@ class TrellisLowRank(Encoding):
     }
     holds_masks: ClassVar[bool] = False
 
-    rank: int = 256
+    rank: int = 320
     """The most components of the basis; 1 <= rank < C. A language model's logits have no more than its hidden state has
     values."""
-    bit_price: float = 1e-3
+    bit_price: float = 0.0035
     """Divergence, in nats, that is accepted to save one bit. A lower price gives more bytes and a lower divergence."""
-    soft_weight: float = 1.0
+    soft_weight: float = 0.25
     """Weight of the divergences at T = 2 and T = 4, each times T², relative to that at T = 1."""
     fitted: Fitted | None = field(default=None, repr=False, compare=False)
 
@@ -168,7 +171,7 @@ class TrellisLowRank(Encoding):
         self, span_CD: Tensor, bias_C: Tensor | None, hidden_ND: Tensor, logits_of: Callable[[slice], Tensor]
     ) -> TrellisLowRank:
         num_classes, device = len(span_CD), span_CD.device
-        slices = list(_slices(min(FIT_ROWS, len(hidden_ND)), device))
+        slices = list(_slices(min(FIT_ROWS, len(hidden_ND)), min(self.rank, span_CD.shape[1]), device))
         weights_C = torch.zeros(num_classes, device=device)
         rest_TC = torch.zeros(len(TEMPERATURES), num_classes, device=device)
         of_means_DD = torch.zeros(span_CD.shape[1], span_CD.shape[1], device=device)
@@ -250,7 +253,7 @@ class TrellisLowRank(Encoding):
         del view, start
         on, num_bytes = self._fitted().on(logits_BC.device), int(self._fitted().longest[0])
         parts, divergences = [], []
-        for rows in _slices(len(logits_BC), logits_BC.device):
+        for rows in _slices(len(logits_BC), on.basis_CR.shape[1], logits_BC.device):
             below_BC = _below(logits_BC[rows])
             packed_BG, values_BR = self._encoded(below_BC, on, num_bytes)
             parts.append(torch.nn.functional.pad(packed_BG, (0, num_bytes))[:, :num_bytes])
@@ -564,6 +567,7 @@ def _sample(num_rows: int) -> Tensor:
     return torch.from_numpy(np.sort(chosen))
 
 
-def _slices(num_rows: int, device: torch.device) -> Iterable[slice]:
-    size = ROWS_AT_ONCE if device.type == "cpu" else DEVICE_ROWS_AT_ONCE
+def _slices(num_rows: int, rank: int, device: torch.device) -> Iterable[slice]:
+    values = VALUES_AT_ONCE if device.type == "cpu" else DEVICE_VALUES_AT_ONCE
+    size = min(ROWS_AT_ONCE, max(1, values // (rank * max(rank, CANDIDATES))))
     return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))

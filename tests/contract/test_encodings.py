@@ -1,6 +1,8 @@
 """The contract suite over every built-in encoding, and what is particular to each."""
 
+import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -446,7 +448,7 @@ class TestTopLowRank(EncodingContract):
 
 
 class TestTrellisLowRank(EncodingContract):
-    encoding = TrellisLowRank(rank=90, bit_price=3e-3)
+    encoding = TrellisLowRank(rank=90, bit_price=3e-3, soft_weight=1.0)
     largest_kl = 0.1
     top1_agreement = 0.85
     odd_rows_atol = 0.04  # a difference of one logit is less than a step
@@ -454,8 +456,8 @@ class TestTrellisLowRank(EncodingContract):
 
     def fitted(self, classes: int) -> Encoding:
         """These rows are noise in every direction: a basis needs as many components as there are classes."""
-        rank = min(self.encoding.rank, classes - 1)
-        return TrellisLowRank(rank=rank, bit_price=3e-3).fit(teacher_like(400, classes, seed=1))
+        encoding = replace(self.encoding, rank=min(self.encoding.rank, classes - 1))
+        return fitted_once(encoding, classes)
 
     def test_a_row_does_not_depend_on_its_batch(self) -> None:
         """But for the rounding of matrix products, which the writer's fixed slabs keep from showing."""
@@ -477,7 +479,7 @@ class TestTrellisLowRank(EncodingContract):
         """At every temperature."""
         logits, sample = language_like(512, 600, seed=2), language_like(2000, 600, seed=1)
         plain = TopLowRank(rank=40, k=1, bit_price=3e-4, soft_weight=1.0, search=16).fit(sample)
-        trellis = TrellisLowRank(rank=40, bit_price=4e-3).fit(sample)
+        trellis = TrellisLowRank(rank=40, bit_price=4e-3, soft_weight=1.0).fit(sample)
         divergences, sizes = [], []
         for encoding in (plain, trellis):
             encoded = encoding.encode(logits)
@@ -576,6 +578,11 @@ class TestTrellisLowRank(EncodingContract):
     def test_encoding_before_fitting_is_refused(self) -> None:
         with pytest.raises(UsageError, match="not fitted yet"):
             TrellisLowRank(rank=5).encode(teacher_like(3, 100))
+
+
+@functools.cache
+def fitted_once(encoding: Encoding, classes: int) -> Encoding:
+    return encoding.fit(teacher_like(400, classes, seed=1))
 
 
 def row_lengths(packed: Tensor) -> Tensor:
