@@ -23,6 +23,7 @@ from logitcache.data.rows import rows_of_dataset
 from logitcache.data.views import ViewDataset
 from logitcache.errors import IdentityMismatch, LogitCacheError
 from logitcache.stages.cache_teacher import cache_teacher, teacher_batches
+from logitcache.stages.dry_run import plan_run
 from logitcache.stages.train_student import Experiment, train_students
 from logitcache.train import evaluation as evaluation_module
 from logitcache.train.evaluation import Evaluation
@@ -258,7 +259,7 @@ def test_a_cache_of_other_held_out_text_is_refused_before_training(text: Make, t
     cache_teacher(pipeline)
     (tmp_path / "text/test.txt").write_text("\n".join([TEST[0], "One mare."]))
 
-    with pytest.raises(IdentityMismatch, match=r"test.cache was built from other sequences.*has other tokens"):
+    with pytest.raises(IdentityMismatch, match=r"a cache of the test split: .* from other sequences.*has other tokens"):
         train_students(pipeline)
 
 
@@ -443,6 +444,17 @@ def test_another_truncation_is_the_first_difference_when_stage_1_runs_again(text
 
     with pytest.raises(IdentityMismatch, match=r"First difference: tokenization.max_length: 32 in the cache, 31 here"):
         cache_teacher(text("data.args.max_length=31"))
+
+
+def test_a_missing_package_is_no_missing_data(text: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(name: str) -> Any:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr("logitcache.catalog.tokenization.importlib.import_module", without)
+    checked = plan_run(text())
+
+    assert [] == checked.missing_data
+    assert any("tokenizers can't be imported" in line for line in checked.missing)
 
 
 def test_a_misspelt_teacher_is_unknown_before_its_weights_are_missing(text: Make) -> None:
