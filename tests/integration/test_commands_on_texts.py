@@ -208,7 +208,7 @@ def test_a_report_shows_rows_and_students_without_words_of_images(built: tuple[P
     assert student["nll_mean"] > 0
     assert student["teacher_kl_mean"] > 0
     assert 0 <= student["agreement_mean"] <= 1
-    for text in ("rows per view", "test NLL, nats per row", "KL to the teacher, nats"):
+    for text in ("best student, test NLL", "rows per view", "test NLL, nats per row", "KL to the teacher, nats"):
         assert text in main
     assert re.search(r"train\.txt:\d+\S*, position \d+", main)
     assert [] == IMAGE_WORDS.findall(re.sub(r"<[^>]*>", "", main))
