@@ -311,11 +311,13 @@ class _OpenRows:
         else:
             what = "NaN, +inf or -inf"
             masks = f" {self._encoding.name} can't store masked classes: use Dense."
+        row = self.rows.start + int(invalid[0])
         raise InvalidLogits(
-            f"view {self.block.view}, row {self.rows.start + invalid[0]}: the teacher's {self._output.name} "
+            f"view {self.block.view}, row {row}: the teacher's {self._output.name} "
             f"hold {what} ({len(invalid)} such rows of {len(self.rows)} in this block).\n"
             "The block was not stored. Check the teacher's weights, its inputs and its precision "
-            f"(float16 overflows; try bfloat16).{masks}"
+            f"(float16 overflows; try bfloat16).{masks}",
+            row=row,
         )
 
 

@@ -75,4 +75,4 @@ def _refuse(wrong: Tensor, message: str, ids_BK: Tensor, log_probs_BK: Tensor, s
     found = message.format(
         id=int(ids_BK[row, entry]), value=float(log_probs_BK[row, entry]), total=float(log_probs_BK[row].exp().sum())
     )
-    raise InvalidLogits(f"row {start + row} has {found}")
+    raise InvalidLogits(f"row {start + row} has {found}", row=start + row)
