@@ -34,6 +34,7 @@ from measuring import TINY, compare, conditions, options, parse, table, write_re
 from stage1 import MAX_RATIO, PIPELINE, TEACHERS, Cost, bare_loop, loaded_bare_loop, timed
 from torch.distributed import TCPStore
 
+from logitcache.cache.layout import Block
 from logitcache.config.schema import Pipeline, load_pipeline
 from logitcache.engines import Claiming, Engine, Job, Local, Ray, Shard, Torchrun, Worker
 from logitcache.progress import silence
@@ -337,15 +338,13 @@ class Gathered(Job):
         while len(list(folder.glob("*.loaded"))) < self.count:
             time.sleep(0.01)
         (folder / f"{os.getpid()}.start").write_text(repr(time.time()))
-        cpu_start, compute = cpu_seconds(), worker.compute
+        cpu_start, compute_each = cpu_seconds(), worker.compute_each
 
-        def counted(*arguments: Any, **options: Any) -> Any:
-            try:
-                return compute(*arguments, **options)
-            finally:
-                (folder / f"{os.getpid()}.cpu").write_text(repr(cpu_seconds() - cpu_start))
+        def counted(*arguments: Any, **options: Any) -> Iterator[Block]:
+            yield from compute_each(*arguments, **options)
+            (folder / f"{os.getpid()}.cpu").write_text(repr(cpu_seconds() - cpu_start))
 
-        worker.compute = counted  # type: ignore[method-assign]
+        worker.compute_each = counted  # type: ignore[method-assign]
         return worker
 
     def start(self) -> float:

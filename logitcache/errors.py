@@ -75,6 +75,11 @@ class CorruptRun(LogitCacheError, ValueError):
 class InvalidLogits(LogitCacheError, ValueError):
     """Logits that define no distribution: NaN, +inf, or a row with only -inf."""
 
+    def __init__(self, message: str, *, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
+        """Number of the first wrong row, where it is known."""
+
 
 class InvalidSource(LogitCacheError, ValueError):
     """A file of another tool can't be imported: it is damaged, malicious, or not of its format."""

@@ -48,7 +48,7 @@ class EncodingContract:
         """The encoding, fitted to other rows of the same distribution if it needs a fit."""
         if not self.encoding.fitted_arrays:
             return self.encoding
-        return self.encoding.fit(teacher_like(max(400, 2 * classes), classes, seed=1))
+        return self.encoding.fit(teacher_like(min(max(400, 2 * classes), 2000), classes, seed=1))
 
     def roundtrip(self, logits: Tensor) -> Tensor:
         """Logits after encoding and decoding."""

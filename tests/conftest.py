@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import multiprocessing
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +46,9 @@ TINY: dict[str, Any] = {
 PICTURES = ["data.name=tests.models:pictures", "data.validation=0", "cache.rows_per_block=16", "train.batch_size=16"]
 """Overrides that put forty keyed pictures in the place of the digits."""
 
+FEW_DIGITS = ["data.name=tests.models:few_digits", "data.validation=0", *PICTURES[2:]]
+"""Overrides that keep 96 of the digits for training, in six blocks for each view, and 32 for the test."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with its tier, the name of its folder."""
@@ -62,19 +67,27 @@ def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parent.parent)
 
 
+@pytest.fixture(autouse=True)
+def _quick_writes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unit and contract tests don't wait for the disk: what survives a power loss is tested in `tests/durability`."""
+    if any(map(request.node.get_closest_marker, ("unit", "contract"))):
+        monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def tiny_pipeline(folder: Path, *overrides: str) -> Pipeline:
+    """The tiny pipeline with overrides; caches and runs lie in a folder."""
+    raw = copy.deepcopy(TINY)
+    raw["cache"]["path"] = str(folder / "tiny.cache")
+    raw["runs"]["path"] = str(folder / "runs")
+    for text in overrides:
+        override(raw, text)
+    return parse_pipeline(raw, source="tiny")
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., Pipeline]:
-    """The tiny pipeline with overrides; caches and runs lie in the test's own folder."""
-
-    def make(*overrides: str) -> Pipeline:
-        raw = copy.deepcopy(TINY)
-        raw["cache"]["path"] = str(tmp_path / "tiny.cache")
-        raw["runs"]["path"] = str(tmp_path / "runs")
-        for text in overrides:
-            override(raw, text)
-        return parse_pipeline(raw, source="tiny")
-
-    return make
+    """`tiny_pipeline` in the test's own folder."""
+    return functools.partial(tiny_pipeline, tmp_path)
 
 
 @pytest.fixture(scope="session")

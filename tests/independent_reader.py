@@ -1,6 +1,8 @@
 """Reads a cache as somebody would who has only its files and `docs/design/`: no logitcache, only NumPy and a Zarr reader.
 
 python tests/independent_reader.py CACHE zarr|tensorstore OUT.npz
+
+Without arguments, each line on standard input has them as a list in JSON.
 """
 
 from __future__ import annotations
@@ -263,8 +265,7 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def main() -> None:
-    cache, reader, out = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+def read_cache(cache: Path, reader: str, out: str) -> None:
     manifest = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
     identity = manifest["identity"]
     read = {"zarr": read_with_zarr, "tensorstore": read_with_tensorstore}[reader]
@@ -289,7 +290,13 @@ def main() -> None:
         **outputs,
         **{f"array_{name}": values for name, values in arrays.items()},
     )
-    print(sorted(name for name in sys.modules if name.partition(".")[0] in ("logitcache", "torch")))
+    print(sorted(name for name in sys.modules if name.partition(".")[0] in ("logitcache", "torch")), flush=True)
+
+
+def main() -> None:
+    for line in [json.dumps(sys.argv[1:])] if sys.argv[1:] else sys.stdin:
+        cache, reader, out = json.loads(line)
+        read_cache(Path(cache), reader, out)
 
 
 if __name__ == "__main__":

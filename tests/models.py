@@ -69,6 +69,11 @@ def pictures(**kwargs: object) -> Pictures:
     return Pictures(**kwargs)  # type: ignore[arg-type]
 
 
+def few_digits() -> dict[str, Pictures]:
+    """96 digits for training and 32 for the test."""
+    return {"train": Pictures(128, order=range(96)), "test": Pictures(128, order=range(96, 128))}
+
+
 def shift(by: int) -> Callable[[Image.Image], Image.Image]:
     """A transform of the user's own, made by a function."""
     return lambda image: image.transform(image.size, Image.Transform.AFFINE, (1, 0, by, 0, 1, 0))

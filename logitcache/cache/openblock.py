@@ -130,6 +130,7 @@ class _OpenRows:
     ) -> None:
         self.block = block
         self.rows = rows = row_map.block_rows(block.number)
+        self._overlap_hint = row_map.overlap_hint
         self._output = output
         self._precision = precision
         self._encoding = output.encoding
@@ -233,7 +234,7 @@ class _OpenRows:
     def _written_before(self, row: int) -> IdentityMismatch:
         return IdentityMismatch(
             f"row {row} of view {self.block.view} was written before with other {self._output.name}; the first values "
-            "are kept. Write each row once, or the same values again"
+            "are kept. Write each row once, or the same values again" + self._overlap_hint
         )
 
     def _slab_of(self, row: int) -> int:
@@ -310,11 +311,13 @@ class _OpenRows:
         else:
             what = "NaN, +inf or -inf"
             masks = f" {self._encoding.name} can't store masked classes: use Dense."
+        row = self.rows.start + int(invalid[0])
         raise InvalidLogits(
-            f"view {self.block.view}, row {self.rows.start + invalid[0]}: the teacher's {self._output.name} "
+            f"view {self.block.view}, row {row}: the teacher's {self._output.name} "
             f"hold {what} ({len(invalid)} such rows of {len(self.rows)} in this block).\n"
             "The block was not stored. Check the teacher's weights, its inputs and its precision "
-            f"(float16 overflows; try bfloat16).{masks}"
+            f"(float16 overflows; try bfloat16).{masks}",
+            row=row,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # B rows, C classes, K largest, G groups of classes, W classes of a group
@@ -28,10 +29,9 @@ def largest(values_BC: Tensor, k: int) -> tuple[Tensor, Tensor]:
     groups_BK = groups_BGW.amax(dim=2).topk(k, dim=1, sorted=False).indices
     row_starts_B1 = torch.arange(len(values_BC))[:, None] * num_groups
     found_BX = groups_BGW.flatten(0, 1).index_select(0, (row_starts_B1 + groups_BK).flatten()).view(-1, k * GROUP)
-    classes_BX = (groups_BK[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)
-    if in_groups < num_classes:
-        found_BX = torch.cat([found_BX, values_BC[:, in_groups:]], dim=1)
-        rest = torch.arange(in_groups, num_classes).expand(len(values_BC), -1)
-        classes_BX = torch.cat([classes_BX, rest], dim=1)
-    largest_BK, places_BK = found_BX.topk(k, dim=1, sorted=True)
-    return largest_BK, classes_BX.gather(1, places_BK)
+    if in_groups == num_classes:
+        largest_BK, places_BK = found_BX.topk(k, dim=1, sorted=True)
+    else:  # the classes that are in no group form a last one
+        groups_BK = F.pad(groups_BK, (0, 1), value=num_groups)
+        largest_BK, places_BK = torch.cat([found_BX, values_BC[:, in_groups:]], dim=1).topk(k, dim=1, sorted=True)
+    return largest_BK, groups_BK.gather(1, places_BK // GROUP).mul_(GROUP).add_(places_BK % GROUP)

@@ -25,8 +25,8 @@ DEEPEST = 64.0
 """Distance below the row's largest logit at which uint8 saturates."""
 MASKED = 255
 """Code of -inf."""
-PIECE_LOGITS = 2**18
-"""Logits of which a CPU takes the exponentials at once (1 MB)."""
+THREAD_LOGITS = 2**17
+"""Logits of which each thread of a CPU takes the exponentials at once (512 kB)."""
 LOWEST = -1e30
 """In place of -inf where it would be multiplied with 0."""
 CODES_PER_E = 254 / math.log1p(DEEPEST)
@@ -68,7 +68,7 @@ class TopK(Encoding):
 
     def rows_at_once(self, num_classes: int) -> int:
         # Of many classes, the passes over all of them take fewer rows at a time: see `_sums_of_rest`.
-        return super().rows_at_once(num_classes) * (1 if num_classes < MANY_CLASSES else 2)
+        return super().rows_at_once(num_classes) * (1 if num_classes < MANY_CLASSES else 4)
 
     def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:
         return self.encode_with_kl(logits_BC, view=view, start=start)[0]
@@ -180,13 +180,14 @@ def _sums_of_rest(logits_BC: Tensor, ids_BK: Tensor, next_B1: Tensor) -> tuple[T
     that they don't underflow.
     """
     on_cpu, (num_rows, num_classes) = logits_BC.device.type == "cpu", logits_BC.shape
-    # A CPU takes a few rows at a time, in buffers that stay in its cache: fresh memory for all rows costs more than the
-    # arithmetic. A single row would be summed in another order by several threads.
-    at_once = max(2, PIECE_LOGITS // num_classes) if on_cpu else max(1, num_rows)
-    num_pieces = max(1, num_rows // at_once)
-    below_PC, exp_PC = (logits_BC.new_empty(-(-num_rows // num_pieces), num_classes) for _ in range(2))
+    # On a CPU, all threads take equally many whole rows at a time, in buffers that stay in its cache: fresh memory
+    # for all rows costs more than the arithmetic. A single row would be summed in another order by several threads.
+    threads = torch.get_num_threads()
+    at_once = max(2, threads * max(1, THREAD_LOGITS // num_classes)) if on_cpu else max(1, num_rows)
+    stops = [*range(at_once, num_rows - 1, at_once), num_rows]
+    below_PC, exp_PC = (logits_BC.new_empty(min(at_once + 1, num_rows), num_classes) for _ in range(2))
     rest_B, mean_B = logits_BC.new_empty(2, num_rows)
-    for start, stop in itertools.pairwise(num_rows * piece // num_pieces for piece in range(num_pieces + 1)):
+    for start, stop in itertools.pairwise([0, *stops]):
         rows = slice(start, stop)
         below_BC = torch.sub(logits_BC[rows], next_B1[rows], out=below_PC[: stop - start])
         exp_BC = torch.exp(below_BC, out=exp_PC[: stop - start]).scatter_(1, ids_BK[rows], 0.0)

@@ -51,7 +51,10 @@ def _work_through(worker: Worker, claims: Claims, missing: list[Block]) -> list[
     while missing:
         of_others: list[Block] = []
         free = _claimed(worker, claims, _from_own_place(missing, claims.owner), of_others)
-        done = worker.compute(free, drawn_from=missing, on_commit=lambda block: claims.release(block.name))
+        done = []
+        for block in worker.compute_each(free, drawn_from=missing):
+            claims.release(block.name)
+            done.append(block)
         computed += done
         missing = [block for block in of_others if not worker.is_committed(block)]
         if missing and not done:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -59,22 +59,22 @@ class Worker(Protocol):
     def is_committed(self, block: Block) -> bool:
         """Whether a block is committed by now, by this worker or by another; reads the records of this block only."""
 
-    def compute(
-        self,
-        blocks: Iterable[Block],
-        *,
-        drawn_from: Sequence[Block] | None = None,
-        on_commit: Callable[[Block], None] | None = None,
-    ) -> list[Block]:
-        """Compute blocks, and return them once they are committed.
-
-        Args:
-            blocks: a list; or an iterator, which is read a few batches ahead of the teacher and must not wait.
-            drawn_from: with an iterator, the blocks that it chooses from, for the progress.
-            on_commit: called in this thread with each block, soon after it is committed.
+    def compute(self, blocks: Iterable[Block]) -> list[Block]:
+        """Compute blocks, and return them once all are committed.
 
         Raises:
             LogitCacheError: a sample can't be read or has changed, or the store fails.
+        """
+
+    def compute_each(self, blocks: Iterable[Block], *, drawn_from: Sequence[Block]) -> Iterator[Block]:
+        """Compute blocks, and yield each soon after it is committed.
+
+        Args:
+            blocks: read a few batches ahead of the teacher; an iterator must not wait.
+            drawn_from: the blocks that an iterator chooses from, for the progress.
+
+        Raises:
+            LogitCacheError: as `compute`.
         """
 
     def seal(self) -> Manifest:

@@ -12,11 +12,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, ClassVar, NamedTuple
 
 from logitcache.cache.layout import Block
@@ -233,26 +231,22 @@ def _drained(queue: Any) -> Iterator[Item]:
 
 
 def _computed(worker: Worker, blocks: Iterable[Block]) -> Iterator[Outcome]:
-    """Compute blocks in a thread, and report each as soon as it is committed."""
+    """Compute blocks, and report each as soon as it is committed."""
     node, taken = _node(), dict[Block, None]()
-    committed: SimpleQueue[Block | None] = SimpleQueue()
 
     def take() -> Iterator[Block]:
         for block in blocks:
             taken[block] = None
             yield block
 
-    with ThreadPoolExecutor(1) as thread:
-        computing = thread.submit(worker.compute, take(), drawn_from=(), on_commit=committed.put)
-        computing.add_done_callback(lambda _: committed.put(None))
-        for block in iter(committed.get, None):
+    try:
+        for block in worker.compute_each(take(), drawn_from=()):
             del taken[block]
             yield Outcome(node, block)
-    error = computing.exception()
-    if error is not None:
+    except Exception as error:
         for block in taken:
             yield Outcome(node, block, f"{type(error).__name__}: {error}")
-        raise error
+        raise
 
 
 class _Failure(NamedTuple):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from logitcache.cache.reader import RESIDENT_BYTES, LogitCache
@@ -32,7 +35,9 @@ from logitcache.losses.protocol import teacher_for
 from logitcache.verify.fit import matched_views
 
 try:
-    from transformers import Trainer, TrainerCallback, default_data_collator
+    from transformers import PreTrainedModel, Trainer, TrainerCallback, default_data_collator
+    from transformers.trainer_utils import get_last_checkpoint
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 except ImportError as error:
     raise ImportError(f"logitcache.integrations.huggingface needs pip install 'logitcache[hf]' ({error})") from error
 
@@ -176,6 +181,29 @@ def labelled(dataset: Dataset) -> Dataset:
     return dataset if rows_of_dataset(dataset).one_each else TokenLabels(dataset)
 
 
+def _check_kinds(cache: Any, train_dataset: Any, loss: Any) -> None:
+    """Raise UsageError for arguments of another kind, such as those of an ordinary `Trainer`."""
+    if not isinstance(cache, LogitCache):
+        raise UsageError(f"cache is {cache!r}; expected an open cache, logitcache.open(PATH)")
+    if not (loss is None or isinstance(loss, Loss)):
+        raise UsageError(
+            f"loss is {loss!r}; expected a loss object, such as logitcache.losses.KLDivergence(temperature=2.0), or "
+            "loss_from_config('kl')"
+        )
+    if train_dataset is None:
+        raise UsageError("train_dataset is missing; expected the dataset of stage 1, with items (input, label)")
+    if not hasattr(train_dataset, "__len__"):
+        raise UsageError(
+            f"train_dataset is a {type(train_dataset).__name__} without a length; expected a map-style dataset. "
+            "Students of a stream are trained in a loop with logitcache.StreamViews"
+        )
+    if not hasattr(train_dataset, "column_names") and len(train_dataset) and isinstance(train_dataset[0], Mapping):
+        raise UsageError(
+            f"items of train_dataset are mappings with {', '.join(map(str, train_dataset[0]))}; expected pairs (input, "
+            "label), as in stage 1. text_dataset(split, tokenizer) makes them of texts"
+        )
+
+
 def _without_effect() -> UsageError:
     return UsageError(
         "label_smoothing_factor and compute_loss_func have no effect on the loss of teacher and student; pass loss=, "
@@ -183,19 +211,37 @@ def _without_effect() -> UsageError:
     )
 
 
-class _Epochs(TrainerCallback):  # type: ignore[misc]
-    """Sets the sampler's epoch where training starts or resumes.
+class _Resuming(TrainerCallback):  # type: ignore[misc]
+    """Sets the sampler's epoch where training starts or resumes, and completes the weights that `Trainer` loads.
 
-    `Trainer` sets it before each epoch, but its call does not reach the sampler of a loader that skips batches in
-    several processes.
+    `Trainer` sets the epoch before each epoch, but its call does not reach the sampler of a loader that skips batches
+    in several processes.
     """
 
-    def __init__(self, sampler: ViewSampler) -> None:
+    def __init__(self, trainer: Distillation, sampler: ViewSampler) -> None:
+        self._trainer = trainer
         self._sampler = sampler
+        self.checkpoint: str | None = None
+        """That training resumes from."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         steps = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
         self._sampler.set_epoch(state.global_step // steps)
+        self._trainer.load_other_names(self.checkpoint)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.load_other_names(state.best_model_checkpoint if args.load_best_model_at_end else None)
+
+
+def _stored_names(checkpoint: Path) -> set[str]:
+    """The names of the weights in a checkpoint; none where they are not a model's, such as those of an adapter."""
+    index, file = checkpoint / SAFE_WEIGHTS_INDEX_NAME, checkpoint / SAFE_WEIGHTS_NAME
+    if index.is_file():
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    if not file.is_file():
+        return set()
+    with safe_open(str(file), framework="pt") as weights:
+        return set(weights.keys())
 
 
 class Distillation:
@@ -206,6 +252,8 @@ class Distillation:
     state: Any
     accelerator: Any
     data_collator: Any
+    is_deepspeed_enabled: bool
+    is_fsdp_enabled: bool
     compute_loss_func: Any
 
     def __init__(
@@ -220,6 +268,7 @@ class Distillation:
         memory_budget: int = RESIDENT_BYTES,
         **options: Any,
     ) -> None:
+        _check_kinds(cache, train_dataset, loss)
         if hasattr(train_dataset, "column_names"):
             raise UsageError(
                 f"the training data has the columns {', '.join(train_dataset.column_names)}; expected items (input, "
@@ -235,7 +284,6 @@ class Distillation:
         self._cache = cache
         self._labels = CheckedLabels(cache, self._views, memory_budget=memory_budget)
         self._loss = KLDivergence() if loss is None else loss
-        self._other_names = False
         super().__init__(  # type: ignore[call-arg]
             *arguments,
             train_dataset=self._dataset_for_setup(),
@@ -259,7 +307,8 @@ class Distillation:
             num_replicas=1,  # accelerate divides the batches between the processes
             rank=0,
         )
-        self.add_callback(_Epochs(self._sampler))  # type: ignore[attr-defined]
+        self._resuming = _Resuming(self, self._sampler)
+        self.add_callback(self._resuming)  # type: ignore[attr-defined]
 
     def _check_arguments(self) -> None:
         if self.args.n_gpu > 1:
@@ -297,20 +346,19 @@ class Distillation:
         return super().get_test_dataloader(self._for_evaluation(test_dataset))  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> ViewSampler:
+        # TRL's trainers override this method too. `get_train_dataloader` has no argument for a sampler.
         return self._sampler
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        self._load_other_names(resume_from_checkpoint)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
+        """As `Trainer.train`, also from a checkpoint whose weights have other names than those of the model."""
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        self.load_other_names(checkpoint)  # before the optimizer's state is loaded: refuses another model
+        self._resuming.checkpoint = checkpoint
+        return super().train(resume_from_checkpoint, *arguments, **options)  # type: ignore[misc]
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()  # type: ignore[misc]
-        self._load_other_names(self.state.best_model_checkpoint)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        self._other_names = bool(load_result.missing_keys or load_result.unexpected_keys)
-
-    def _load_other_names(self, checkpoint: str) -> None:
+    def load_other_names(self, checkpoint: str | None) -> None:
         """Load weights that a checkpoint has under other names than the model.
 
         transformers saves the layers of some models, such as ViT, under older names. Its Trainer does not convert them
@@ -319,10 +367,14 @@ class Distillation:
         Raises:
             UsageError: the checkpoint is that of another model.
         """
-        if not self._other_names:
+        of_engine = self.is_deepspeed_enabled or self.is_fsdp_enabled  # which loads its own files
+        if checkpoint is None or of_engine or not isinstance(self.model, PreTrainedModel):
             return
-        self._other_names = False
-        loaded, found = type(self.model).from_pretrained(checkpoint, config=self.model.config, output_loading_info=True)
+        stored = _stored_names(Path(checkpoint))
+        if not stored or stored == set(self.model.state_dict()):
+            return
+        kind, config = type(self.model), self.model.config
+        loaded, found = kind.from_pretrained(checkpoint, config=config, output_loading_info=True)
         if found["missing_keys"] or found["unexpected_keys"]:
             raise UsageError(
                 f"the weights in {checkpoint} are those of another model: missing are {sorted(found['missing_keys'])}, "

@@ -60,7 +60,7 @@ class DistillFromCache(Callback):  # type: ignore[misc]
         self.plan = checked_plan(cache, plan)
         self._memory_budget = memory_budget
         self._trainer: Trainer | None = None
-        self._loader: CachedLoader | None = None
+        self._loader: DistillationLoader | None = None
 
     def loader(
         self,
@@ -74,7 +74,7 @@ class DistillFromCache(Callback):  # type: ignore[misc]
         seed: int = 0,
         drop_last: bool = False,
         **options: Any,
-    ) -> CachedLoader:
+    ) -> DistillationLoader:
         """The training loader, for `Trainer.fit` or to return from `train_dataloader`.
 
         Args:
@@ -99,7 +99,7 @@ class DistillFromCache(Callback):  # type: ignore[misc]
         labels = CheckedLabels(self.cache, views, cycle=cycle, memory_budget=self._memory_budget)
         sampler = _EpochSampler(self, batch_size, views=views, cycle=labels.cycle, shuffle=shuffle, seed=seed)
         options |= {"batch_size": batch_size, "drop_last": drop_last}
-        self._loader = CachedLoader(self, labels, views, sampler=sampler, collate_fn=views.collate, **options)
+        self._loader = DistillationLoader(self, labels, views, sampler=sampler, collate_fn=views.collate, **options)
         return self._loader
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -157,17 +157,14 @@ class _EpochSampler(DistributedSampler[tuple[int, int]]):
     Lightning leaves a DistributedSampler as it is; it would wrap another sampler, and divide the samples a second time.
     """
 
-    def __init__(self, callback: DistillFromCache, batch_size: int, **options: Any) -> None:
+    def __init__(self, callback: DistillFromCache, batch_size: int, *, views: ViewDataset, **options: Any) -> None:
+        super().__init__(views, num_replicas=1, rank=0)  # `ViewSampler` divides the samples
         self._callback = callback
         self._batch_size = batch_size
-        self._options = options
-        self.epoch = 0
+        self._options = {"views": views, **options}
 
     def __len__(self) -> int:
         return len(ViewSampler(**self._options))
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         sampler = ViewSampler(**self._options)
@@ -175,7 +172,7 @@ class _EpochSampler(DistributedSampler[tuple[int, int]]):
         return iter(sampler)
 
 
-class CachedLoader(DataLoader[Any]):
+class DistillationLoader(DataLoader[Any]):
     """Batches (inputs, targets, teacher logits) of a cache's views; made by `DistillFromCache.loader`.
 
     An epoch starts when its first batch is asked for, not with `iter`: Lightning calls `iter` before it has set the

@@ -221,7 +221,7 @@ def create_cached_loader(
         batch_size=given["batch_size"],
         sampler=sampler,
         num_workers=given["num_workers"],
-        collate_fn=views.collate if prefetches else functools.partial(_finished, byte_views),
+        collate_fn=views.collate if prefetches else functools.partial(_as_floats, byte_views),
         pin_memory=given["pin_memory"],
         drop_last=True,
         persistent_workers=persistent,
@@ -312,7 +312,7 @@ def _with_bytes(views: ViewDataset, view: int, *, needed: bool) -> tuple[ViewDat
     return found if needed else views, found
 
 
-def _finished(views: ViewDataset, samples: Sequence[tuple[int, Any, Any]]) -> tuple[Tensor, Any, Any]:
+def _as_floats(views: ViewDataset, samples: Sequence[tuple[int, Any, Any]]) -> tuple[Tensor, Any, Any]:
     """A batch whose images are floats."""
     index, inputs, targets = views.collate(samples)
     return index, views.finish(inputs), targets
@@ -370,14 +370,14 @@ class CachedLoader:
         self.batch_sampler = loader.batch_sampler
         self._prefetch_to = prefetch_to
         self._label_smoothing = label_smoothing
-        self._finished: int | None = None
+        self._finished_epoch: int | None = None
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, CachedTarget]]:
         epoch = self.sampler.state_dict()["epoch"]
-        if epoch == self._finished:
+        if epoch == self._finished_epoch:
             raise UsageError(
                 f"epoch {epoch} is over: call `loader.sampler.set_epoch(epoch)` before each epoch, which chooses its "
                 "view, also in training with one process"
@@ -390,7 +390,7 @@ class CachedLoader:
             if self._label_smoothing and targets.ndim == 2:
                 targets = targets * (1.0 - self._label_smoothing) + self._label_smoothing / targets.shape[1]
             yield inputs, CachedTarget(index, targets)
-        self._finished = epoch
+        self._finished_epoch = epoch
 
     @property
     def mixup_enabled(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +37,7 @@ from logitcache.storage import open_storage
 from logitcache.storage.claims import Claims
 from logitcache.train.inference import TeacherRunner, calibrate, measure_cut_classes, output_shapes
 from logitcache.train.ranks import in_group
+from logitcache.verify.fit import identity_differences
 
 
 def cache_teacher(pipeline: Pipeline, *, engine: Engine | None = None, trust: bool = False) -> CacheResult:
@@ -226,45 +227,37 @@ class TeacherWorker(Worker):
     def is_committed(self, block: Block) -> bool:
         return self._writer.is_committed(block, refresh=True)
 
-    def compute(
-        self,
-        blocks: Iterable[Block],
-        *,
-        drawn_from: Sequence[Block] | None = None,
-        on_commit: Callable[[Block], None] | None = None,
-    ) -> list[Block]:
+    def compute(self, blocks: Iterable[Block]) -> list[Block]:
+        blocks = list(blocks)
+        return list(self.compute_each(blocks, drawn_from=blocks))
+
+    def compute_each(self, blocks: Iterable[Block], *, drawn_from: Sequence[Block]) -> Iterator[Block]:
         writer, views = self._open_cache()
-        drawn_from = list(blocks) if drawn_from is None else drawn_from
         upcoming = iter(blocks)
         first = next(upcoming, None)
         if first is None:
-            return []  # no worker processes are started for nothing
+            return  # no worker processes are started for nothing
         if self._runner is None:
             self._runner = build_runner(self._pipeline, self._teacher, self._context, list(writer.outputs))
-        computed: list[Block] = []
         waiting: deque[Block] = deque()
 
         def drawn() -> Iterator[Block]:
             for block in itertools.chain([first], upcoming):
-                computed.append(block)
                 waiting.append(block)
                 samples = writer.row_map.covered_samples(block.number)
                 if not writer.row_map.one_each:  # the teacher never sees samples without rows
                     views.take_digests(sample for sample in samples if not writer.row_map.sample_rows(sample))
                 yield block
 
-        def report_commits() -> None:
+        def committed() -> Iterator[Block]:
             while waiting and writer.is_committed(waiting[0]):
-                block = waiting.popleft()
-                if on_commit is not None:
-                    on_commit(block)
+                yield waiting.popleft()
 
         total = sum(len(writer.row_map.block_rows(block.number)) for block in drawn_from)
-        together = self.together
-        run_blocks(self._runner, writer, drawn(), views, num_rows=total, together=together, after_batch=report_commits)
+        for _ in run_blocks(self._runner, writer, drawn(), views, num_rows=total, together=self.together):
+            yield from committed()
         writer.flush()
-        report_commits()
-        return computed
+        yield from committed()
 
     def seal(self) -> Manifest:
         return self._writer.seal()
@@ -291,16 +284,14 @@ def run_blocks(
     *,
     num_rows: int,
     together: int,
-    after_batch: Callable[[], None],
-) -> None:
-    """Run the teacher over blocks, and write its output.
+) -> Iterator[int]:
+    """Run the teacher over blocks, and write its output; yields the number of rows of each batch when it is written.
 
     Args:
         runner, writer, views: the teacher, the cache, and the teacher's inputs.
         blocks: read a few batches ahead of the teacher.
         num_rows: in all blocks, for the progress.
         together: consecutive blocks of the same samples, in different views, whose samples are loaded once.
-        after_batch: called when a batch is written.
     """
     rows, num_views = writer.row_map, writer.layout.num_views
     groups, ahead = itertools.tee(grouped_batches(rows, blocks, runner.config.batch_size, together=together))
@@ -320,7 +311,7 @@ def run_blocks(
                 )
                 start += len(consecutive)
             meter.advance(start, note=f"view {view + 1}/{num_views}")
-            after_batch()
+            yield start
 
 
 def grouped_batches(
@@ -383,9 +374,12 @@ def identify_samples(dataset: Dataset, location: str) -> SampleTable:
     current = sample_table(dataset)
     cached = None
     with suppress(NotACache):
-        cached = open_cache(location).samples
+        cache = open_cache(location)
+        cached = cache.samples
     if cached is not None:
-        differences = compare_samples(cached, current)
+        # Another tokenization first: it may be the cause of other samples.
+        differences = identity_differences(cache, {"tokenization": getattr(dataset, "tokenization", None) or {}})
+        differences += compare_samples(cached, current)
         if differences or cached.keys != current.keys:
             first = differences[0] if differences else "the order of the samples"
             identity = cached.pending_fingerprint() if cached.contents is None else cached.fingerprint()

@@ -31,7 +31,7 @@ CLAIM_SECONDS = 120.0
 """After which a claim that is not renewed is taken over; above what NFS clients may cache (60 s by default)."""
 RENEWALS = 4
 """Renewals within the time after which a claim expires."""
-FIRST_PAUSE_SECONDS = 0.25
+FIRST_PAUSE_SECONDS = 0.05
 MAX_CLAIM_BYTES = 4096
 
 

@@ -21,6 +21,7 @@ from logitcache.engines import CacheResult, Claiming, Engine, Job, Local, Shard,
 from logitcache.errors import IncompleteCache, NotACache, UsageError
 from logitcache.stages.cache_teacher import TeacherJob, cache_teacher
 from tests.commands import logitcache as command
+from tests.conftest import FEW_DIGITS
 
 Make = Callable[..., Pipeline]
 
@@ -43,8 +44,14 @@ class Backwards(Engine):
 
 
 @pytest.fixture
+def tiny(tiny: Make) -> Make:
+    """The tiny pipeline with few samples; its cache has twelve blocks."""
+    return lambda *overrides: tiny(*FEW_DIGITS, *overrides)
+
+
+@pytest.fixture
 def file(tiny: Make, tmp_path: Path) -> Path:
-    """The file of the tiny pipeline, whose cache has twelve blocks."""
+    """The file of the tiny pipeline."""
     (tmp_path / "tiny.yaml").write_text(tiny().as_yaml())
     return tmp_path / "tiny.yaml"
 

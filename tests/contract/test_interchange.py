@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor
 import logitcache
 from logitcache.cache.per_cache import read_per_cache_array
 from logitcache.data.samples import SampleTable
+from tests.contract.conftest import Stranger
 from tests.needs import need_package
 
 VIEWS, SAMPLES, CLASSES = 2, 70, 20
@@ -44,23 +43,11 @@ def some_logits(masked: bool) -> Tensor:
     return logits
 
 
-def read(path: Path, reader: str) -> dict[str, np.ndarray]:
-    command = [
-        sys.executable,
-        str(Path(__file__).parents[1] / "independent_reader.py"),
-        str(path),
-        reader,
-        str(path / "out.npz"),
-    ]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=path).stdout
-    assert "[]\n" == printed, "the independent reader must not import logitcache"
-    with np.load(path / "out.npz") as found:
-        return dict(found)
-
-
 @pytest.mark.parametrize("reader", ["zarr", "tensorstore"])
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=repr)
-def test_a_stranger_reads_every_array_and_every_logit(tmp_path: Path, encoding: Any, reader: str) -> None:
+def test_a_stranger_reads_every_array_and_every_logit(
+    tmp_path: Path, stranger: Stranger, encoding: Any, reader: str
+) -> None:
     need_package(reader, "test")
     logits = some_logits(masked=encoding.holds_masks)
     keys = [f"bild/ä-{number}.png" for number in range(SAMPLES)]
@@ -73,7 +60,7 @@ def test_a_stranger_reads_every_array_and_every_logit(tmp_path: Path, encoding: 
         for view in range(VIEWS):
             writer.write(view=view, start=0, logits=logits[view])
     cache = logitcache.open(tmp_path / "a")
-    found = read(tmp_path / "a", reader)
+    found = stranger(tmp_path / "a", reader)
 
     for name in cache.layout.arrays:
         for view in range(VIEWS):
@@ -93,11 +80,11 @@ def test_a_stranger_reads_every_array_and_every_logit(tmp_path: Path, encoding: 
 
 
 @pytest.mark.parametrize("name", ["format-2", "format-2-by-view"])
-def test_a_stranger_reads_the_receipts(tmp_path: Path, name: str) -> None:
+def test_a_stranger_reads_the_receipts(tmp_path: Path, stranger: Stranger, name: str) -> None:
     """From one file, or from the objects of the views."""
     path = tmp_path / "a"
     shutil.copytree(Path(__file__).parents[1] / f"golden/{name}.cache", path)
-    found = read(path, "zarr")
+    found = stranger(path, "zarr")
     cache = logitcache.open(path)
 
     assert sorted(cache.receipts) == found["receipts"].tolist()
@@ -105,12 +92,12 @@ def test_a_stranger_reads_the_receipts(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("reader", ["zarr", "tensorstore"])
-def test_a_stranger_reads_every_output(tmp_path: Path, reader: str) -> None:
+def test_a_stranger_reads_every_output(tmp_path: Path, stranger: Stranger, reader: str) -> None:
     """Features in each of the encodings of values."""
     need_package(reader, "test")
     path = tmp_path / "a"
     shutil.copytree(Path(__file__).parents[1] / "golden/format-2-outputs.cache", path)
-    found = read(path, reader)
+    found = stranger(path, reader)
     cache = logitcache.open(path)
 
     assert {"components", "values"} == {output.encoding.name for output in cache.extra_outputs.values()}

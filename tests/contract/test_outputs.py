@@ -55,6 +55,7 @@ from logitcache.stages.verify_match import verify_match
 from logitcache.train.hint_config import hints_config
 from logitcache.verify.audit import verify
 from logitcache.verify.repair import repair
+from tests.conftest import FEW_DIGITS
 
 Make = Callable[..., Pipeline]
 GUIDE = Path(__file__).parents[2] / "docs/losses.md"
@@ -62,6 +63,7 @@ GUIDE = Path(__file__).parents[2] / "docs/losses.md"
 SAMPLES, CLASSES, VIEWS = 40, 10, 2
 SHAPES = {"features": (6, 3, 3), "parity": (4,)}
 HEADS = [
+    *FEW_DIGITS,
     "teacher.model=tests.models:TwoHeads",
     "teacher.args={}",
     "cache.outputs={logits: digit, features: {module: trunk, pool: 4}, "
@@ -304,7 +306,7 @@ def test_an_encoding_of_features_needs_rows_to_be_fitted_to(tmp_path: Path, cali
 
 def test_a_teachers_features_are_fitted_to_its_calibration_rows(tiny: Make) -> None:
     features = "cache.outputs={logits: digit, features: {module: trunk, pool: 4, encoding: Components(error=0.2)}}"
-    pipeline = tiny(*HEADS[:2], features, "cache.calibration=200")
+    pipeline = tiny(*HEADS[:-1], features, "cache.calibration=200")
     planned = plan_pipeline(pipeline)
     cache_teacher(pipeline)
     cache = opened(pipeline)
@@ -593,7 +595,7 @@ def test_plan_counts_the_outputs(tiny: Make) -> None:
 def test_a_module_that_can_not_be_kept_is_refused_before_any_work(tiny: Make, given: str, message: str) -> None:
     with pytest.raises(LogitCacheError, match=message):
         outputs = given if "logits" in given or given[0] == "[" else f"{{logits: digit, {given[1:]}"
-        cache_teacher(tiny(*HEADS[:2], f"cache.outputs={outputs}"))
+        cache_teacher(tiny(*HEADS[:-1], f"cache.outputs={outputs}"))
 
 
 class Odd(nn.Module):
@@ -661,12 +663,12 @@ def test_a_student_of_logits_never_touches_the_features(tiny: Make) -> None:
 
 
 def test_a_pipeline_without_outputs_fits_a_cache_that_has_some_but_not_other_modules(tiny: Make) -> None:
-    cache_teacher(tiny("cache.outputs={hidden: body.0}"))
-    train_students(tiny(), ["small"])
+    cache_teacher(tiny(*FEW_DIGITS, "cache.outputs={hidden: body.0}"))
+    train_students(tiny(*FEW_DIGITS), ["small"])
     with pytest.raises(IdentityMismatch, match=r"output_sources.hidden.module"):
-        train_students(tiny("cache.outputs={hidden: body.1}", "train.lr=0.02"), ["small"])
+        train_students(tiny(*FEW_DIGITS, "cache.outputs={hidden: body.1}", "train.lr=0.02"), ["small"])
     with pytest.raises(IdentityMismatch, match=r"output_sources.logits"):
-        train_students(tiny("cache.outputs={logits: head}", "train.lr=0.02"), ["small"])
+        train_students(tiny(*FEW_DIGITS, "cache.outputs={logits: head}", "train.lr=0.02"), ["small"])
 
 
 def test_what_the_guide_says_of_outputs_is_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,19 +21,24 @@ from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.errors import IdentityMismatch, ShapeError, UsageError
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
-from tests.conftest import PICTURES
+from tests.conftest import FEW_DIGITS, PICTURES, tiny_pipeline
 from tests.models import Pictures
 
 Make = Callable[..., Pipeline]
 CLASSES = 10
 
 
+@pytest.fixture(scope="module")
+def location(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of a cache that tests only read: three views of forty pictures, by a real teacher."""
+    pipeline = tiny_pipeline(tmp_path_factory.mktemp("pictures"), *PICTURES, "views.count=3")
+    cache_teacher(pipeline, trust=True)
+    return pipeline.cache.path
+
+
 @pytest.fixture
-def cache(tiny: Make) -> logitcache.LogitCache:
-    """Three views of forty pictures, by a real teacher."""
-    pipeline = tiny(*PICTURES, "views.count=3")
-    cache_teacher(pipeline)
-    return logitcache.open(pipeline.cache.path, trust=True)
+def cache(location: str) -> logitcache.LogitCache:
+    return logitcache.open(location, trust=True)
 
 
 @pytest.fixture
@@ -241,7 +246,7 @@ def test_a_plan_travels_to_workers_that_are_spawned(cache: logitcache.LogitCache
 
 
 def test_our_loop_checks_the_first_batch_of_each_view(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache_teacher(tiny())
+    cache_teacher(tiny(*FEW_DIGITS))
     checked: list[tuple[int, int]] = []
     original = logitcache.LogitCache.check_batch
 
@@ -250,7 +255,7 @@ def test_our_loop_checks_the_first_batch_of_each_view(tiny: Make, monkeypatch: p
         return checked[-1][1]
 
     monkeypatch.setattr(logitcache.LogitCache, "check_batch", check)
-    train_students(tiny("train.epochs=3"), ["small"])
+    train_students(tiny(*FEW_DIGITS, "train.epochs=3"), ["small"])
 
     assert [(0, 2), (1, 2)] == checked
 
@@ -258,7 +263,7 @@ def test_our_loop_checks_the_first_batch_of_each_view(tiny: Make, monkeypatch: p
 def test_our_loop_stops_where_a_batch_is_not_what_was_rendered(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     from logitcache.train import loop
 
-    cache_teacher(tiny())
+    cache_teacher(tiny(*FEW_DIGITS))
     original = loop.rendered_batches
 
     def darker(*args: Any, **options: Any) -> Any:
@@ -266,7 +271,7 @@ def test_our_loop_stops_where_a_batch_is_not_what_was_rendered(tiny: Make, monke
 
     monkeypatch.setattr(loop, "rendered_batches", darker)
     with pytest.raises(IdentityMismatch, match="of this batch is not view 0 as it is rendered here"):
-        train_students(tiny(), ["small"])
+        train_students(tiny(*FEW_DIGITS), ["small"])
 
 
 def own_cache(

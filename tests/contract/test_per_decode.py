@@ -32,6 +32,7 @@ from logitcache.stages.train_student import Experiment
 from logitcache.train.labels import CachedLabels
 from logitcache.train.loop import Run, train
 from logitcache.train.runs import NullRunFolder, RunFolder
+from tests.conftest import FEW_DIGITS
 
 SAMPLES, VIEWS, CLASSES = 12, 4, 3
 
@@ -141,7 +142,13 @@ def test_processes_share_blocks_by_groups() -> None:
 
 
 Make = Callable[..., Pipeline]
-FOUR_VIEWS = ("views.count=4", "cache.rows_per_block=512", "teacher.weights=random")
+FOUR_VIEWS = ("views.count=4", "teacher.weights=random")
+
+
+@pytest.fixture
+def tiny(tiny: Make) -> Make:
+    """The tiny pipeline with few samples."""
+    return lambda *overrides: tiny(*FEW_DIGITS, *overrides)
 
 
 @pytest.mark.parametrize(("per_decode", "workers"), [(3, 2), (4, 0)])

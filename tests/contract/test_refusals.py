@@ -21,7 +21,7 @@ from torch import Tensor
 import logitcache
 from logitcache.cache import creation
 from logitcache.cache.card import render_card
-from logitcache.cache.manifest import MAX_MANIFEST_BYTES, SEALING_BYTES, read_manifest, read_receipts
+from logitcache.cache.manifest import SEALING_BYTES, read_manifest, read_receipts
 from logitcache.cache.records import Records
 from logitcache.cache.summary import Summary, Unreadable, find_caches, summarise
 from logitcache.cli.application import main
@@ -240,12 +240,18 @@ def test_a_manifest_that_nobody_could_read_is_never_begun(tmp_path: Path, change
     assert not (tmp_path / "a").exists()
 
 
-def test_a_manifest_of_any_length_that_is_begun_can_be_read_when_it_is_sealed(tmp_path: Path) -> None:
+def test_a_manifest_of_any_length_that_is_begun_can_be_read_when_it_is_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sealing adds to it; that much is left free."""
-    build(tmp_path / "a", class_names=["x" * ((MAX_MANIFEST_BYTES - SEALING_BYTES - 4000) // CLASSES)] * CLASSES)
+    limit = 2**19
+    monkeypatch.setattr("logitcache.cache.manifest.MAX_MANIFEST_BYTES", limit)
+    build(tmp_path / "a", class_names=["x" * ((limit - SEALING_BYTES - 4000) // CLASSES)] * CLASSES)
 
     assert logitcache.open(tmp_path / "a").sealed
-    assert (tmp_path / "a" / "manifest.json").stat().st_size > MAX_MANIFEST_BYTES - 2**17
+    assert (tmp_path / "a" / "manifest.json").stat().st_size > limit - 2**17
+    with pytest.raises(UsageError, match=f"the limit is {limit - SEALING_BYTES:,}"):
+        build(tmp_path / "b", class_names=["x" * (limit // CLASSES)] * CLASSES)
 
 
 def test_a_card_that_would_make_the_manifest_too_long_leaves_the_cache_as_it_is(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`view.targets`: the distributions of `view.logits`, in the form that losses take."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def built(path: Path, encoding: logitcache.Encoding, **changes: object) -> logit
     return logitcache.open(path)
 
 
-@pytest.mark.parametrize("memory", ["resident", "streamed", "with other outputs"])
+@pytest.mark.parametrize("outputs", [{}, {"features": logitcache.Output(shape=(3,))}], ids=["logits", "more outputs"])
 @pytest.mark.parametrize(
     ("encoding", "kind"),
     [
@@ -50,12 +51,13 @@ def built(path: Path, encoding: logitcache.Encoding, **changes: object) -> logit
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_targets_are_the_distributions_of_the_logits(
-    tmp_path: Path, encoding: logitcache.Encoding, kind: type, memory: str
+    tmp_path: Path, encoding: logitcache.Encoding, kind: type, outputs: dict[str, logitcache.Output]
 ) -> None:
-    others = {"outputs": {"features": logitcache.Output(shape=(3,))}} if memory == "with other outputs" else {}
-    cache = built(tmp_path / "a", encoding, **others)
-    view = cache.view(1, memory_budget=cache.view_bytes // 2 if memory == "streamed" else None)
-    for index in ([70, 0, 33, 33], torch.tensor([join_index(1, 95), join_index(1, 2)]), []):
+    """Resident and streamed."""
+    cache = built(tmp_path / "a", encoding, **({"outputs": outputs} if outputs else {}))
+    indices = [70, 0, 33, 33], torch.tensor([join_index(1, 95), join_index(1, 2)]), []
+    for budget, index in itertools.product((None, cache.view_bytes // 2), indices):
+        view = cache.view(1, memory_budget=budget)
         targets, logits = view.targets(index), view.logits(index)
 
         assert kind is type(targets)

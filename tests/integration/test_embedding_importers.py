@@ -18,7 +18,7 @@ import torch
 import logitcache
 from logitcache.data.recorded import OPERATIONS
 from logitcache.data.samples import SampleTable
-from logitcache.errors import InvalidSource, UsageError
+from logitcache.errors import InvalidLogits, InvalidSource, UsageError
 from tests.integration.test_importers import Bomb, imported, peers, saved
 
 VIEWS, CAPTIONS, SIZE = 3, 2, 8
@@ -127,6 +127,16 @@ def test_hostile_shards_are_refused_and_run_nothing(tmp_path: Path, monkeypatch:
         imported(tmp_path / "b", "data_comp_dr", tmp_path / "shapes", num_classes=1000)
 
     assert not (tmp_path / "exploded").exists()
+
+
+def test_a_wrong_embedding_is_refused_with_the_name_of_its_shard(tmp_path: Path) -> None:
+    wrong = embeddings(2)
+    wrong["text_emb"][0, 3] = np.nan
+    shard(tmp_path / "in", {"0.npz": as_npz(embeddings(0)), "1.npz": as_npz(embeddings(1))})
+    shard(tmp_path / "in", {"2.npz": as_npz(wrong)}, "00000001.tar")
+
+    with pytest.raises(InvalidLogits, match="00000001.tar, view 0: view 0, row 2: the teacher's text_emb hold NaN"):
+        imported(tmp_path / "a", "data_comp_dr", tmp_path / "in")
 
 
 @pytest.mark.parametrize("which", ["wds_bf16", "wds_bf16_paug", "wds_npz", "jsonl"])

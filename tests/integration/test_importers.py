@@ -709,6 +709,13 @@ def fraction(folder: Path) -> None:
     (folder / "n01/a.tar").write_bytes(saved([np.zeros((2, 4)), np.zeros(2, bool), labels]))
 
 
+def one_of_many(folder: Path) -> None:
+    fkd(folder, ["n01/a", "n01/b", "n01/c"])
+    labels = np.tile(np.arange(4, dtype=np.float32), (2, 2, 1))
+    labels[:, 1] = [[0.1] * 4, [0.9] * 4]
+    (folder / "n01/b.tar").write_bytes(saved([np.full((2, 4), 0.1, np.float32), np.zeros(2, bool), labels]))
+
+
 def cut_records(folder: Path) -> None:
     maxtext(folder)
     path = next(folder.iterdir())
@@ -741,6 +748,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], None], type[LogitCacheError], str
     "a negative class": ("tinyvit", negative_class, InvalidSource, "has the class -1: .* int16"),
     "NaN": ("tinyvit", nan, InvalidLogits, "NaN as the log-probability"),
     "probabilities above 1": ("tinyvit", too_probable, InvalidLogits, "expected"),
+    "one file of many": ("fkd", one_of_many, InvalidLogits, "b.tar, view 1: row 1 has probabilities with a sum of 3.6"),
     "NaN logits": ("numpy", nan_logits, InvalidLogits, "a.npy, view 0"),
     "a pickled array": ("numpy", pickled_array, InvalidSource, "can't be read"),
     "a class that is a fraction": ("fkd", fraction, InvalidSource, "no whole numbers"),

@@ -1,6 +1,7 @@
 """The floors of the house, and what an import costs."""
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -29,11 +30,17 @@ FLOOR = {
 }  # fmt: skip
 
 
+@functools.cache
+def modules() -> dict[Path, ast.Module]:
+    """Every module of the package, parsed."""
+    return {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+
+
 def test_imports_only_go_down() -> None:
-    for path in PACKAGE.rglob("*.py"):
+    for path, module in modules().items():
         importer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         assert importer in FLOOR, f"{importer} has no floor yet: give it one here"
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(module):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "logitcache":
                 parts = node.module.split(".")[1:] or [alias.name for alias in node.names]
                 imported = parts[0]
@@ -47,9 +54,8 @@ TAKES_PIPELINES = {"config", "stages", "cli"}
 def test_no_function_or_attribute_outside_config_and_stages_takes_a_pipeline() -> None:
     found = {
         path.relative_to(PACKAGE).as_posix()
-        for path in PACKAGE.rglob("*.py")
-        if path.relative_to(PACKAGE).parts[0] not in TAKES_PIPELINES
-        and "Pipeline" in annotated_names(ast.parse(path.read_text()))
+        for path, module in modules().items()
+        if path.relative_to(PACKAGE).parts[0] not in TAKES_PIPELINES and "Pipeline" in annotated_names(module)
     }
 
     assert set() == found
@@ -162,7 +168,7 @@ except SystemExit as leaving:
 def test_every_name_of_the_package_is_there_and_known_to_type_checkers() -> None:
     declared = {
         alias.asname
-        for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text()))
+        for node in ast.walk(modules()[PACKAGE / "__init__.py"])
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
         if alias.asname
@@ -174,9 +180,9 @@ def test_every_name_of_the_package_is_there_and_known_to_type_checkers() -> None
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
     sorter: graphlib.TopologicalSorter[str] = graphlib.TopologicalSorter()
-    modules = {module_name(path) for path in PACKAGE.rglob("*.py")}
-    for path in PACKAGE.rglob("*.py"):
-        sorter.add(module_name(path), *imported_modules(path, modules))
+    names = {module_name(path) for path in modules()}
+    for path in modules():
+        sorter.add(module_name(path), *imported_modules(path, names))
 
     sorter.prepare()  # raises CycleError, which names the modules
 
@@ -185,11 +191,11 @@ def module_name(path: Path) -> str:
     return ".".join(["logitcache", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
 
 
-def imported_modules(path: Path, modules: set[str]) -> set[str]:
+def imported_modules(path: Path, known: set[str]) -> set[str]:
     """Modules of the package that importing one imports at once; imports within functions come later."""
     imported = set()
-    for node in ast.parse(path.read_text()).body:
+    for node in modules()[path].body:
         if isinstance(node, ast.ImportFrom) and node.module:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            imported |= names & modules | ({node.module} if names - modules else set())
-    return imported & modules
+            imported |= names & known | ({node.module} if names - known else set())
+    return imported & known

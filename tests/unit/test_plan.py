@@ -21,6 +21,7 @@ from logitcache.errors import InvalidLogits, LogitCacheError, UsageError
 from logitcache.extras.plan_plot import pareto_front, plot
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.plan import live_passes, plan_logits, plan_pipeline, read_logits
+from tests.conftest import FEW_DIGITS
 from tests.needs import need_package
 
 
@@ -125,13 +126,13 @@ def test_few_classes_get_dense_candidates_and_many_get_all_kinds() -> None:
 def test_a_vocabulary_is_planned_with_encodings_of_sorted_sets_and_of_a_tail() -> None:
     """Logits with a few large values and a low-rank rest, as those of a language model."""
     generator = np.random.default_rng(0)
-    low = generator.normal(size=(400, 24)) @ generator.normal(size=(24, 9000)) * 0.8
+    low = generator.normal(size=(200, 24)) @ generator.normal(size=(24, 9000)) * 0.8
     plan = plan_logits(Calibration(low.astype(np.float32)), max_kl=0.5)
     names = {each.encoding.name for each in plan.fidelities}
 
     assert {"dense", "toplowrank", "packedtopk", "sampled"} == names
     assert "toplowrank" == plan.recommended.encoding.name
-    assert all(each.encoding.rank < 320 for each in plan.fidelities if isinstance(each.encoding, TopLowRank))
+    assert all(each.encoding.rank < 160 for each in plan.fidelities if isinstance(each.encoding, TopLowRank))
 
 
 def test_a_plan_of_logits_recommends_and_plots(tmp_path: Path) -> None:
@@ -197,13 +198,13 @@ def test_a_plan_counts_the_passes_of_a_live_teacher(tiny: Callable[..., Pipeline
 
 
 def test_auto_in_a_pipeline_chooses_builds_and_goes_on(tiny: Callable[..., Pipeline]) -> None:
-    pipeline = tiny("cache.encoding=auto")
+    pipeline = tiny(*FEW_DIGITS, "cache.encoding=auto")
     built = cache_teacher(pipeline)
     cache = open_cache(pipeline.cache.path)
 
     assert Dense(dtype="uint8") == cache.encoding
     assert [] == cache_teacher(pipeline).computed_blocks
-    grown = cache_teacher(tiny("cache.encoding=auto", "views.count=3"))
+    grown = cache_teacher(tiny(*FEW_DIGITS, "cache.encoding=auto", "views.count=3"))
     assert {2} == {block.view for block in grown.computed_blocks}
     assert built.manifest.id == grown.manifest.id
 

@@ -145,6 +145,7 @@ class DataCompDR(Importer):
             places = self._places[start : start + SAMPLES_AT_ONCE]
             found = [self._read(place) for place in places]
             constant = np.zeros((len(places), CLASSES), dtype=np.float32)
+            files = [place.file for place in places]
             stored = None if self.recorded is None else self._parameters(start, start + len(places))
             for view in range(self.num_views):
                 outputs = {
@@ -155,7 +156,7 @@ class DataCompDR(Importer):
                     name: values.reshape(len(places), *self.outputs[name].shape) for name, values in outputs.items()
                 }
                 parameters = None if stored is None else stored[:, view]
-                yield DenseRows(view, start, constant, places[0].file, parameters, shaped)
+                yield DenseRows(view, start, constant, files, parameters, shaped)
 
     def parameters(self) -> Iterator[ViewParameters]:
         for start in range(0, self.num_samples, SAMPLES_AT_ONCE):

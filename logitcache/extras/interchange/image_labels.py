@@ -64,7 +64,7 @@ class _ImageLabels(Importer):
             ids = np.stack([each for each, _, _ in labels])
             for view in range(self.num_views):
                 parameters = None if self.recorded is None else np.stack([each[view] for _, _, each in labels])
-                yield SparseRows(view, start, ids[:, view], log_probs[:, view], part[0], parameters)
+                yield SparseRows(view, start, ids[:, view], log_probs[:, view], part, parameters)
 
     def parameters(self) -> Iterator[ViewParameters]:
         for start in range(0, self.num_samples, FILES_AT_ONCE):

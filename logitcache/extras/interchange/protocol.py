@@ -28,8 +28,8 @@ class DenseRows:
     """Number of the first row."""
     logits: np.ndarray
     """Float (B, C)."""
-    file: Path
-    """Where they come from, for messages."""
+    file: Path | Sequence[Path]
+    """Where they come from, for messages: one file, or one for each row."""
     parameters: np.ndarray | None = None
     """What is stored of the views, float (B, D), if the importer states `recorded`."""
     outputs: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -47,8 +47,8 @@ class SparseRows:
     """Classes, int (B, K); -1 marks an unused entry."""
     log_probs: np.ndarray
     """Float (B, K). What a row lacks of a mass of 1 belongs to the other classes, evenly."""
-    file: Path
-    """Where they come from, for messages."""
+    file: Path | Sequence[Path]
+    """Where they come from, for messages: one file, or one for each row."""
     parameters: np.ndarray | None = None
     """What is stored of the views, float (B, D), if the importer states `recorded`."""
 
@@ -151,7 +151,8 @@ class Importer(ABC):
         """
         for batch in self.batches():
             assert batch.parameters is not None, "an importer with `recorded` yields parameters"
-            yield ViewParameters(batch.view, batch.start, batch.parameters, [batch.file] * len(batch.parameters))
+            files = [batch.file] * len(batch.parameters) if isinstance(batch.file, Path) else batch.file
+            yield ViewParameters(batch.view, batch.start, batch.parameters, files)
 
     def details(self) -> dict[str, np.ndarray]:
         """What the format stores of each sample and view beside labels, such as seeds or crop boxes; by name."""

@@ -329,8 +329,17 @@ def _write(writer: CacheWriter, importer: Importer) -> tuple[list[np.ndarray], i
                     normalised += above
                     meter.advance(len(log_probs), note=note)
             except InvalidLogits as error:
-                raise InvalidLogits(f"{batch.file}, view {batch.view}: {error}") from None
+                file = _file_of(batch, error.row) or importer.source
+                raise InvalidLogits(f"{file}, view {batch.view}: {error}", row=error.row) from None
     return tails, normalised
+
+
+def _file_of(batch: DenseRows | SparseRows, row: int | None) -> Path | None:
+    """The file that a row comes from; None if it is not known."""
+    if isinstance(batch.file, Path):
+        return batch.file
+    place = -1 if row is None else row - batch.start
+    return batch.file[place] if 0 <= place < len(batch.file) else None
 
 
 def _normalised(batch: SparseRows, excess: float) -> tuple[np.ndarray, np.ndarray, int]:
