@@ -48,7 +48,7 @@ ENCODINGS: list[Encoding] = [
     TopLowRank(rank=256, bit_price=0.0007, search=16),
     TopLowRank(rank=576, bit_price=0.0002, soft_weight=1.0, search=16),
     TrellisLowRank(),
-    TrellisLowRank(rank=576, bit_price=0.0016, soft_weight=2.0),
+    TrellisLowRank(rank=576, bit_price=0.0018, soft_weight=2.0),
     TopK(k=64),
     TopK(k=128),
 ]
