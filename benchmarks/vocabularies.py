@@ -260,7 +260,7 @@ def fidelity_section(results: list[Result], states: States) -> str:
 
 
 def spread(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    return f"{statistics.fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
 
 
 def speed_section(encoding: TopLowRank, states: States, *, tiny: bool) -> str:
