@@ -92,7 +92,7 @@ class _LineMeter(Meter):
             if self._unit == BYTES:
                 amount = f"{decimal(self._done)} of {decimal(self._total)}, {decimal(int(rate))}/s"
             else:
-                amount = f"{self._done}/{self._total} {self._unit}, {rate:.0f}/s"
+                amount = f"{self._done}/{self._total} {self._unit}, {_per_second(rate)}"
             self._print(f"{amount}, {left:.0f} s left")
 
     def finish(self) -> None:
@@ -104,6 +104,11 @@ class _LineMeter(Meter):
         print(f"{self._description}: {text}{f', {self._note}' if self._note else ''}", file=sys.stderr, flush=True)
 
 
+def _per_second(rate: float, unit: str = "") -> str:
+    number = f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
+    return f"{number} {unit}/s" if unit else f"{number}/s"
+
+
 class _Rate(ProgressColumn):
     """Items a second."""
 
@@ -113,4 +118,4 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.0f} {self._unit}/s")
+        return Text("" if speed is None else _per_second(speed, self._unit))

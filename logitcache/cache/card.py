@@ -151,7 +151,7 @@ def _what_this_is(cache: LogitCache, stated: Card) -> Iterator[str]:
     cut = cut_classes_of(cache.manifest)
     if cut is not None:
         lines.append(f"- Left out: {cut.text}")
-    licensed = code(stated.license) if stated.license else "unknown: not stated"
+    licensed = code(stated.license) if stated.license else "not stated"
     lines.append(f"- License: {licensed}")
     if stated.url:
         lines.append(f"- More: <{stated.url}>")
@@ -185,6 +185,8 @@ def _how_to_load_it(cache: LogitCache) -> Iterator[str]:
         )
         + "```\n"
     )
+    if not cache.row_map.one_each:
+        yield _which_rows(cache)
     yield from _how_to_render_it(cache)
     command = _training_command(cache)
     yield "On the command line" + (", with a pipeline for your copy of the data:\n" if command else ":\n")
@@ -193,6 +195,16 @@ def _how_to_load_it(cache: LogitCache) -> Iterator[str]:
     )
     yield "Any Zarr v3 reader, in any language, opens the encoded logits:\n"
     yield f'```python\nimport zarr\n\nprint(zarr.open_group("labels.zarr", mode="r")["{array}"].shape)\n```\n'
+
+
+def _which_rows(cache: LogitCache) -> str:
+    """Which rows belong to a sample, and what they predict."""
+    text = "The rows of sample `i` are `cache.row_map.sample_rows(i)`."
+    if cache.manifest.identity.tokenization.get("task") == "causal":
+        text += " The row at position `t` predicts token `t + 1`."
+    if cache.row_map.positions is not None:
+        text += " Some positions have no row: `cache.row_map.positions_of(rows)` are those that have one."
+    return f"{text} `logitcache.position_index` gives the index of each position of a padded batch.\n"
 
 
 def _how_to_render_it(cache: LogitCache) -> Iterator[str]:

@@ -666,6 +666,8 @@ def _versions() -> dict[str, str]:
         "numcodecs",
         "timm",
         "albumentations",
+        "transformers",
+        "tokenizers",
     ):
         try:
             versions[package] = version(package)

@@ -48,7 +48,7 @@ class View(ABC):
     def targets(self, index: Any) -> Targets:
         """The teacher's distributions of the given rows as losses consume them, on the view's device.
 
-        For `TopK`, `Sampled`, `LowRank` and `TopLowRank` no (B, C) tensor is made.
+        For all encodings except `Dense`, no (B, C) tensor is made.
 
         Args:
             index: as for `logits`.

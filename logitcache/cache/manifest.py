@@ -128,10 +128,22 @@ class Identity(_Record):
         lines = []
         for name in type(self).model_fields:
             ours, others = getattr(self, name), getattr(other, name)
-            if ours != others:
-                path, ours, others = _first_difference(name, ours, others)
-                lines.append(f"{path}: {_short(ours)} {mine}, {_short(others)} {theirs}")
+            if name == "tokenization":
+                # All of its entries: the first one by name may follow from another, such as the tokenizer.
+                keys = sorted(ours.keys() | others.keys(), key=lambda key: (key != "sha256", key))
+                pairs = [(f"{name}.{key}", ours.get(key, _ABSENT), others.get(key, _ABSENT)) for key in keys]
+            else:
+                pairs = [(name, ours, others)]
+            for path, a, b in pairs:
+                if a != b:
+                    path, a, b = _first_difference(path, a, b)
+                    known = FIELDS_IN_WORDS.get(path)
+                    lines.append(f"{path}{f' ({known})' if known else ''}: {_short(a)} {mine}, {_short(b)} {theirs}")
         return lines
+
+
+FIELDS_IN_WORDS = {"tokenization.sha256": "the tokenizer", "rows": "hash of the rows of all samples"}
+"""What fields of an identity are, where their names do not tell."""
 
 
 class PerCacheSpec(_Record):

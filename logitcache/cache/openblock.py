@@ -130,6 +130,7 @@ class _OpenRows:
     ) -> None:
         self.block = block
         self.rows = rows = row_map.block_rows(block.number)
+        self._overlap_hint = row_map.overlap_hint
         self._output = output
         self._precision = precision
         self._encoding = output.encoding
@@ -233,7 +234,7 @@ class _OpenRows:
     def _written_before(self, row: int) -> IdentityMismatch:
         return IdentityMismatch(
             f"row {row} of view {self.block.view} was written before with other {self._output.name}; the first values "
-            "are kept. Write each row once, or the same values again"
+            "are kept. Write each row once, or the same values again" + self._overlap_hint
         )
 
     def _slab_of(self, row: int) -> int:

@@ -280,6 +280,11 @@ class LogitCache:
             IdentityMismatch: it differs; names the first parameter that does.
         """
         identity = self.manifest.identity
+        if identity.transform is None:
+            raise IdentityMismatch(
+                f"{self.storage.url} was created without `view_plan`, so no plan can be compared with it; leave out "
+                "`check_plan`, and prepare the inputs as for the teacher"
+            )
         here = identity.model_copy(update={"transform": plan.describe(), "view_seed": plan.seed})
         differences = identity.differences(type(identity).model_validate_json(here.model_dump_json()))
         if differences:
@@ -569,14 +574,18 @@ class LogitCache:
     def _check_view(self, view: int) -> None:
         if not 0 <= view < self.views.stop:
             raise UsageError(
-                f"no view {view}: the cache has views {self.views.start} to {self.views.stop - 1}. To use them again "
-                "in later epochs, call `cache.check_plan(plan)` before training, or give ViewSampler cycle=cache.views"
+                f"no view {view}: the cache has {self._views_in_words()}. To use them again in later epochs, call "
+                "`cache.check_plan(plan)` before training, or give ViewSampler cycle=cache.views"
             )
         if view not in self.views:
             raise UsageError(
-                f"{self.storage.url} is a partial copy with views {self.views.start} to {self.views.stop - 1}, without "
-                f"view {view}; `logitcache pull` adds views"
+                f"{self.storage.url} is a partial copy with {self._views_in_words()}, without view {view}; "
+                "`logitcache pull` adds views"
             )
+
+    def _views_in_words(self) -> str:
+        first, last = self.views.start, self.views.stop - 1
+        return f"only view {first}" if first == last else f"views {first} to {last}"
 
     def _check_complete(self, view: int) -> None:
         self._check_view(view)

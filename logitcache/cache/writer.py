@@ -7,6 +7,7 @@ Its receipt is written last: a block without a receipt does not count.
 from __future__ import annotations
 
 import math
+import operator
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -247,7 +248,8 @@ class CacheWriter:
     ) -> None:
         """Store consecutive rows of which only some log-probabilities are known, as serving engines return them.
 
-        What the entries lack of a mass of 1 belongs to the other classes, evenly. The cache has the encoding `TopK`.
+        What the entries lack of a mass of 1 belongs to the other classes, evenly. The cache has the encoding `TopK` or
+        `PackedTopK`.
         Receipts then state no KL, since the teacher's other probabilities are not known.
 
         Args:
@@ -263,7 +265,7 @@ class CacheWriter:
             StorageError: an earlier block could not be written.
         """
         num_classes = self.layout.num_classes
-        ids_BK, log_probs_BK = torch.as_tensor(ids), torch.as_tensor(log_probs).detach()
+        ids_BK, log_probs_BK = _as_entries("ids", ids), _as_entries("log_probs", log_probs).detach()
         encoded = self.encoding.encode_sparse(ids_BK, log_probs_BK, num_classes, start=start)
         others = self._flattened(outputs or {}, len(ids_BK))
         # No array of an encoding has a name with a slash.
@@ -297,14 +299,16 @@ class CacheWriter:
     ) -> None:
         """Give each block its part of some rows: tensors (B, ...) by output, or by array."""
         self._raise_failed_commit()
+        view, start = _whole_number("view", view), _whole_number("start", start)
         stop = start + len(next(iter(parts.values())))
         if not 0 <= view < self.layout.num_views or start < 0 or stop > self.row_map.num_rows:
             raise ShapeError(
-                f"rows {start} to {stop} of view {view} lie outside the cache, which has {self.row_map.num_rows} rows "
-                f"in {self.layout.num_views} views"
+                f"rows {start} to {max(start, stop - 1)} of view {view} lie outside the cache, which has the rows 0 to "
+                f"{self.row_map.num_rows - 1} of {self.layout.num_views} view{'s' * (self.layout.num_views > 1)} "
+                f"(numbered from 0){self.row_map.overlap_hint}"
             )
         samples = self.row_map.samples_starting(start, stop)
-        _check_number_of_inputs(inputs, len(samples))
+        self._check_number_of_inputs(inputs, samples)
         digests = dict(input_digests) | {
             sample: input_digest(batch_item(inputs, sample - samples.start)).hex()
             for sample in (() if inputs is None else self._proof_samples(view))
@@ -335,6 +339,16 @@ class CacheWriter:
                 if opened.complete:
                     self._submit(self._open_blocks.pop(block))
             row = piece_stop
+
+    def _check_number_of_inputs(self, inputs: Any, samples: range) -> None:
+        if not isinstance(inputs, Tensor | np.ndarray) or len(inputs) == len(samples):
+            return
+        if self.row_map.one_each:
+            raise ShapeError(f"{len(inputs)} inputs for {len(samples)} rows of logits; expected one input for each row")
+        raise ShapeError(
+            f"{len(inputs)} inputs for rows in which {len(samples)} samples start; expected a batch with one input for "
+            "each of these samples, such as `ids[None]` for one sequence"
+        )
 
     def _proof_samples(self, view: int) -> tuple[int, ...]:
         """The samples of a view whose input digests are stored."""
@@ -650,7 +664,7 @@ class CacheWriter:
         return IdentityMismatch(
             f"block {block.name} of {self.storage.url} was written {what}: row {row} of view {block.view} differs from "
             "what is written now.\nNothing was changed. Choose another path, give this teacher another name, or "
-            "replace the cache with `create(..., overwrite=True)`."
+            "replace the cache with `create(..., overwrite=True)`." + self.row_map.overlap_hint
         )
 
     def _encoded(self, name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[bytes, StoredObject]]:
@@ -734,9 +748,11 @@ def _refuse_probabilities(logits_BC: Tensor, tolerance: float) -> None:
         )
 
 
-def _check_number_of_inputs(inputs: Any, num_rows: int) -> None:
-    if isinstance(inputs, Tensor | np.ndarray) and len(inputs) != num_rows:
-        raise ShapeError(f"{len(inputs)} inputs for {num_rows} rows of logits; expected one input for each row")
+def _whole_number(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UsageError(f"{name} is {value!r}; expected a whole number") from None
 
 
 def _as_tensor(logits: Any) -> Tensor:
@@ -746,6 +762,16 @@ def _as_tensor(logits: Any) -> Tensor:
         raise ShapeError(
             f"logits are a {type(logits).__name__}; expected one tensor or array (B, C). If the teacher returns a "
             "mapping, a tuple or an object, pass its tensor of logits, such as `output.logits`"
+        ) from error
+
+
+def _as_entries(name: str, values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapeError(
+            f"{name} is a {type(values).__name__} that makes no tensor ({error}); expected (B, K). If rows have "
+            "different numbers of entries, fill the unused places with the id -1"
         ) from error
 
 

@@ -78,6 +78,7 @@ def build_model(
         UsageError: the model, an argument or the weights are unknown, or the weights don't fit.
     """
     args = dict(args or {})
+    stated = args
     path = Path(weights) if weights is not None and weights.endswith(".safetensors") else None
     named_weights = weights if path is None else None
     if path is not None and not path.is_file():
@@ -96,7 +97,7 @@ def build_model(
         raise
     except Exception as error:
         raise UsageError(
-            f"model {name!r} can't be built with the arguments {args}: {type(error).__name__}: {error}"
+            f"model {name!r} can't be built with the arguments {stated}: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"model {name!r} is a {type(model).__name__}; expected a torch.nn.Module")

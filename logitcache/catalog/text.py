@@ -152,6 +152,11 @@ def text_of_split(
         chat_template=chat_template,
         vocab_size=vocab_size,
     )
+    if isinstance(split, Mapping):
+        raise UsageError(
+            f"text_dataset takes one split, and this is a mapping with {', '.join(map(str, split))}; choose one of "
+            f"them, such as text_dataset(splits[{next(iter(split), 'train')!r}], tokenizer)"
+        )
     columns = [column for column in vars(reader.fields).values() if column is not None]
     for column in columns:
         if column not in split.column_names:
@@ -253,11 +258,11 @@ class _Reader:
                 raise UsageError(f"the chat template fails on {document.key}: {error}") from error
         if not isinstance(value, str):
             raise UsageError(
-                f"the text of {document.key} is a {type(value).__name__}; expected a string, or chat messages with "
-                "`chat_template`"
+                f"the text of sample {document.key!r} is a {type(value).__name__}; expected a string, or chat "
+                "messages with `chat_template`"
             )
         if not value.strip():
-            raise UsageError(f"the text of {document.key} is empty; remove it")
+            raise UsageError(f"the text of sample {document.key!r} is empty; remove the sample")
         return document.prompt + value
 
     def _predicted(self, part: Encoded, prompt: int) -> np.ndarray:

@@ -159,7 +159,9 @@ def need_package(module: str, use: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DatasetUnavailable(f"{module} {use}: pip install 'logitcache[hf]' ({error})") from error
+        raise DatasetUnavailable(
+            f"the package {module} can't be imported; it {use}. Install it: pip install 'logitcache[hf]' ({error})"
+        ) from error
 
 
 def _bytes_before(text: str) -> np.ndarray:

@@ -31,6 +31,11 @@ from logitcache.cli.printing import (
 )
 from logitcache.errors import UsageError
 
+ADVICE = (
+    "`logitcache repair CACHE --data PIPELINE` computes damaged and missing blocks again, `--from COPY` copies "
+    "them. An unfinished build is resumed by the program that writes it."
+)
+
 
 @app.command("info", rich_help_panel=CACHES)
 def info_command(cache: CacheArgument, as_json: JsonOption = False) -> None:
@@ -91,6 +96,7 @@ def verify_command(
         raise UsageError("--recompute runs the teacher, so it needs a pipeline: add --data PIPELINE")
     pipeline = pipeline_of(cache, data, overrides)
     problems = verify(cache, deep=deep)
+    advice = ADVICE if problems else ""
     if pipeline is not None and not problems:
         from logitcache.config.build import has_teacher
         from logitcache.stages.verify_match import verify_match
@@ -101,7 +107,7 @@ def verify_command(
                 f"{data}: the teacher's weights are not on this machine, so only its name was compared", file=sys.stderr
             )
     found = {"ok": not problems, "problems": [dataclasses.asdict(problem) for problem in problems]}
-    show(found, as_json, lambda: print_problems(cache, problems))
+    show(found, as_json, lambda: print_problems(cache, problems, advice=advice))
     _note(missing_packages_of(cache))
     if problems:
         raise typer.Exit(1)

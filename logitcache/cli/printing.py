@@ -40,6 +40,7 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         "dataset_name": summary.names.dataset,
         "teacher": manifest.identity.teacher,
         "dataset": manifest.identity.dataset,
+        **({"tokenization": manifest.identity.tokenization} if manifest.identity.tokenization else {}),
         "views": f"{manifest.layout.first_view}:{manifest.layout.num_views}",
         "kl_mean": None if contents is None else contents.kl_mean,
         **({} if contents is None else {f"kl_at_{temperature}": nats for temperature, nats in contents.kl_at.items()}),
@@ -249,7 +250,11 @@ def _rows_of(name: str, value: Any) -> list[tuple[str, Any]]:
     if not isinstance(value, dict):
         return [(name, value)]
     return [
-        (f"{name}: {key}", ", ".join(f"{what} {each}" for what, each in known.items())) for key, known in value.items()
+        (
+            f"{name}: {key}",
+            ", ".join(f"{what} {each}" for what, each in known.items()) if isinstance(known, dict) else known,
+        )
+        for key, known in value.items()
     ]
 
 
@@ -330,8 +335,8 @@ DIFFERS = "differs"
 """The kind of a problem whose path is a sentence about a difference."""
 
 
-def print_problems(cache: str, problems: list[Any]) -> None:
-    """The problems that `verify` or `repair` found."""
+def print_problems(cache: str, problems: list[Any], *, advice: str = "") -> None:
+    """The problems that `verify` or `repair` found, and what to do about damaged blocks."""
     if not problems:
         say(f"{cache}: no problems found")
         return
@@ -343,6 +348,8 @@ def print_problems(cache: str, problems: list[Any]) -> None:
     for problem in problems:
         table.add_row(*map(plain, (problem.block, problem.path, problem.kind)))
     console().print(table)
+    if advice:
+        say(advice)
 
 
 def _problem_line(problem: Any) -> str:

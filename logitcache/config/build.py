@@ -22,6 +22,7 @@ from logitcache.catalog.language_models import check_packing
 from logitcache.catalog.models import (
     brings_weights,
     build_model,
+    check_model_name,
     check_output,
     fingerprint_args,
     model_fingerprint,
@@ -305,6 +306,7 @@ def resolve_teacher(pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bo
     Raises:
         UsageError: the weights are missing, or don't fit the model.
     """
+    check_model_name(pipeline.teacher.model, trust=trust)
     weights = teacher_weights(pipeline)
     if pipeline.teacher.weights is None and not brings_weights(pipeline.teacher.model, pipeline.teacher.args):
         raise UsageError(

@@ -76,7 +76,9 @@ def _position(items: list[Any], key: str, dotted: str) -> int:
         return names.index(key)
     if key.isdecimal() and int(key) < len(items):
         return int(key)
-    raise UsageError(f"{dotted}: no item {key!r}; expected a number below {len(items)} or one of {names}")
+    known = [name for name in names if isinstance(name, str)]
+    expected = f"a number from 0 to {len(items) - 1}" + (f", or one of: {', '.join(known)}" if known else "")
+    raise UsageError(unknown_name("item", key, known, expected, at=dotted.removesuffix(key)))
 
 
 def refuse_namesakes(kind: str, names: Sequence[str]) -> None:

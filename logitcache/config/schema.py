@@ -19,7 +19,7 @@ from logitcache.catalog.parts import PartConfig
 from logitcache.config.overrides import parse, read_raw, refuse_namesakes, unknown_key
 from logitcache.entry_points import is_entry_point
 from logitcache.errors import UsageError
-from logitcache.registry import nearest
+from logitcache.registry import unknown_name
 from logitcache.train.tracking import TRACKERS
 
 
@@ -421,9 +421,7 @@ class Pipeline(Section):
             if student.name == name:
                 return student
         names = [student.name for student in self.students]
-        raise UsageError(
-            f"no student {name!r} in pipeline {self.name}{nearest(name, names)}; it has: {', '.join(names)}"
-        )
+        raise UsageError(unknown_name(f"student of pipeline {self.name}", name, names))
 
     def run_identity(self, owner: TeacherConfig | StudentConfig, seed: int) -> dict[str, Any]:
         """What one run of training computes, as `run.yaml` records it; a student's label source adds to it."""

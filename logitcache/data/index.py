@@ -78,7 +78,10 @@ def rows_of_view(index: Any, view: int, num_rows: int) -> Tensor:
     first, last = (lowest >> ROW_BITS) - 1, (highest >> ROW_BITS) - 1
     if first != last or first not in (-1, view):
         if lowest < 0:
-            raise IndexError(f"row {lowest} is negative; rows are numbered from 0 to {num_rows - 1}")
+            raise IndexError(
+                f"row {lowest} is negative; rows are numbered from 0 to {num_rows - 1}. In an index of positions, -1 "
+                "stands for one without a row: select those with `index >= 0`"
+            )
         other = last if last != view else first
         found = "plain row numbers" if other == -1 else f"indices of view {other}"
         raise UsageError(

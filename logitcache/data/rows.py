@@ -45,6 +45,16 @@ class RowMap(ABC):
         """Whether row i is sample i."""
         return isinstance(self, OneRowEach)
 
+    @property
+    def overlap_hint(self) -> str:
+        """The end of a message about rows that overlap others: a likely cause; empty with one row per sample."""
+        if self.one_each:
+            return ""
+        return (
+            "\nIf the teacher is a causal language model, leave out the logits of the last token: a sequence of L "
+            "tokens has L - 1 rows, `logits[:-1]`"
+        )
+
     @abstractmethod
     def block_rows(self, number: int) -> range:
         """The rows of a block."""

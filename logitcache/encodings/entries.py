@@ -57,7 +57,9 @@ def distinct_entries(
     _refuse(repeated_BK & ~equal_BK, "two different log-probabilities of class {id}", ids_BK, log_probs_BK, start)
     ids_BK, log_probs_BK = ids_BK.masked_fill(repeated_BK, -1), log_probs_BK.masked_fill(repeated_BK, -math.inf)
     total_B1 = log_probs_BK.exp().sum(dim=1, keepdim=True)
-    above = "probabilities with a sum of {total:g}; expected log-probabilities at T = 1, of sum at most 1"
+    above = (
+        "probabilities with a sum of {total:g}; expected log-probabilities at T = 1, of probabilities up to a sum of 1"
+    )
     _refuse(total_B1 > 1.0 + rounding, above, ids_BK, log_probs_BK, start)
     _refuse(total_B1 == 0.0, "no entry with a probability above 0", ids_BK, log_probs_BK, start)
     used_first_BK = (ids_BK < 0).to(torch.int8).argsort(dim=1, stable=True)

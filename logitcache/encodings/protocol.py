@@ -155,7 +155,8 @@ class Encoding(ABC):
         """
         del ids_BK, log_probs_BK, num_classes, start
         raise UsageError(
-            f"{type(self).__name__} needs the logits of all classes; entries of some classes can be stored with TopK"
+            f"{type(self).__name__} needs the logits of all classes; entries of some classes can be stored with TopK "
+            "or PackedTopK"
         )
 
     def refused(self, logits_BC: Tensor) -> Tensor:

@@ -181,6 +181,29 @@ def labelled(dataset: Dataset) -> Dataset:
     return dataset if rows_of_dataset(dataset).one_each else TokenLabels(dataset)
 
 
+def _check_kinds(cache: Any, train_dataset: Any, loss: Any) -> None:
+    """Raise UsageError for arguments of another kind, such as those of an ordinary `Trainer`."""
+    if not isinstance(cache, LogitCache):
+        raise UsageError(f"cache is {cache!r}; expected an open cache, logitcache.open(PATH)")
+    if not (loss is None or isinstance(loss, Loss)):
+        raise UsageError(
+            f"loss is {loss!r}; expected a loss object, such as logitcache.losses.KLDivergence(temperature=2.0), or "
+            "loss_from_config('kl')"
+        )
+    if train_dataset is None:
+        raise UsageError("train_dataset is missing; expected the dataset of stage 1, with items (input, label)")
+    if not hasattr(train_dataset, "__len__"):
+        raise UsageError(
+            f"train_dataset is a {type(train_dataset).__name__} without a length; expected a map-style dataset. "
+            "Students of a stream are trained in a loop with logitcache.StreamViews"
+        )
+    if not hasattr(train_dataset, "column_names") and len(train_dataset) and isinstance(train_dataset[0], Mapping):
+        raise UsageError(
+            f"items of train_dataset are mappings with {', '.join(map(str, train_dataset[0]))}; expected pairs (input, "
+            "label), as in stage 1. text_dataset(split, tokenizer) makes them of texts"
+        )
+
+
 def _without_effect() -> UsageError:
     return UsageError(
         "label_smoothing_factor and compute_loss_func have no effect on the loss of teacher and student; pass loss=, "
@@ -245,6 +268,7 @@ class Distillation:
         memory_budget: int = RESIDENT_BYTES,
         **options: Any,
     ) -> None:
+        _check_kinds(cache, train_dataset, loss)
         if hasattr(train_dataset, "column_names"):
             raise UsageError(
                 f"the training data has the columns {', '.join(train_dataset.column_names)}; expected items (input, "

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from logitcache.losses.schedules import check_used_temperature
 from logitcache.targets import SparseTargets, Targets, row_slices
 
 # B rows of a chunk, N rows, C classes, K entries
@@ -52,7 +53,11 @@ def step_for(kind: Kind, targets: Targets, temperature: float, dtype: torch.dtyp
     Args:
         dtype: float32 or float64, in which it computes.
         compiled: use `torch.compile`; for sparse targets only.
+
+    Raises:
+        UsageError: the temperature is not positive.
     """
+    check_used_temperature(temperature)
     compute: Callable[..., Result]
     if isinstance(targets, SparseTargets):
         entries, log_shape_C = _entries(targets.softened(temperature), dtype)

@@ -59,12 +59,14 @@ def linear_kl_divergence(
 
     Raises:
         ShapeError: shapes that do not agree.
-        UsageError: `chunk_rows` below 1.
+        UsageError: `chunk_rows` below 1, a temperature that is not positive, or a label on a CPU that is neither a
+            class nor -100.
     """
     _check_shapes(hidden, weight, bias, labels)
     targets = DenseTargets(targets) if isinstance(targets, Tensor) else targets
     _check_targets(hidden, weight, targets)
     rows = None if mask is None else counting_rows(mask, len(hidden)).to(hidden.device)
+    _check_labels(labels, mask, len(weight))
     if rows is not None:
         targets, labels = targets[rows], None if labels is None else labels[rows]
     dtype, compiled = wide_dtype(_compute_dtype(hidden, weight)), _compiles(compiled, hidden.device)
@@ -95,12 +97,14 @@ def linear_cross_entropy(
 
     Raises:
         ShapeError: shapes that do not agree.
+        UsageError: `chunk_rows` below 1, or a label on a CPU that is neither a class nor -100.
     """
     _check_shapes(hidden, weight, bias, labels)
     counts_N = labels != IGNORED
     if mask is not None:
         counting_rows(mask, len(hidden))
         counts_N = counts_N & mask.to(labels.device)
+    _check_labels(labels, mask, len(weight))
     rows = counting_rows(counts_N, len(hidden)).to(hidden.device)
     dtype = wide_dtype(_compute_dtype(hidden, weight))
     step = label_step(labels[rows].long(), 1.0, dtype, compiled=_compiles(compiled, hidden.device))
@@ -186,6 +190,21 @@ def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: T
         raise ShapeError(f"the bias is {tuple(bias.shape)}; expected ({len(weight)},), one value for each class")
     if labels is not None and labels.shape != hidden.shape[:1]:
         raise ShapeError(f"labels are {tuple(labels.shape)}; expected ({len(hidden)},), one for each row")
+
+
+def _check_labels(labels: Tensor | None, mask: Tensor | None, num_classes: int) -> None:
+    """Raise UsageError unless each label on a CPU is a class or -100; on other devices, a check would wait for them."""
+    if labels is None or labels.device.type != "cpu":
+        return
+    wrong = ((labels < 0) & (labels != IGNORED)) | (labels >= num_classes)
+    if mask is not None:
+        wrong &= mask.cpu()
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise UsageError(
+            f"row {row} has the label {labels[row].item()}; expected 0 to {num_classes - 1}, or {IGNORED} for a row "
+            "without a label"
+        )
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

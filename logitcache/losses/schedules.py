@@ -110,6 +110,16 @@ def check_parameter(name: str, value: object, *, least: float = -math.inf, most:
             raise UsageError(f"{name} {range_of}, not {shown(number)}")
 
 
+def check_used_temperature(temperature: float) -> None:
+    """Check the temperature of a loss function, which may be any kind of number.
+
+    Raises:
+        UsageError: it is not positive and finite.
+    """
+    if not 0 < temperature < math.inf:
+        raise UsageError(f"a temperature is positive and finite, not {shown(temperature)}")
+
+
 def check_temperature(value: object) -> None:
     """Check that a temperature, or both ends of its schedule, is positive.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from logitcache.errors import UsageError
 from logitcache.losses.kernels import Kind, on_targets
 from logitcache.losses.protocol import Loss, Reduction, Term, given, over_rows, same_shape, wide
-from logitcache.losses.schedules import Scheduled, check_temperature, fixed, shown
+from logitcache.losses.schedules import Scheduled, check_temperature, check_used_temperature, fixed, shown
 from logitcache.targets import DenseTargets, Targets
 
 # B batch, C classes
@@ -172,7 +172,12 @@ def standardised(logits_BC: Tensor) -> Tensor:
 
 
 def softened(logits_BC: Tensor, temperature: float, *, standardise: bool = False) -> Tensor:
-    """Logits divided by T, optionally standardised first, in float32 or float64."""
+    """Logits divided by T, optionally standardised first, in float32 or float64.
+
+    Raises:
+        UsageError: the temperature is not positive.
+    """
+    check_used_temperature(temperature)
     logits_BC = standardised(logits_BC) if standardise else wide(logits_BC)
     # For a small student the division at T = 1 would cost more than gathering its labels.
     return logits_BC if temperature == 1.0 else logits_BC / temperature

@@ -37,6 +37,7 @@ from logitcache.storage import open_storage
 from logitcache.storage.claims import Claims
 from logitcache.train.inference import TeacherRunner, calibrate, measure_cut_classes, output_shapes
 from logitcache.train.ranks import in_group
+from logitcache.verify.fit import identity_differences
 
 
 def cache_teacher(pipeline: Pipeline, *, engine: Engine | None = None, trust: bool = False) -> CacheResult:
@@ -373,9 +374,12 @@ def identify_samples(dataset: Dataset, location: str) -> SampleTable:
     current = sample_table(dataset)
     cached = None
     with suppress(NotACache):
-        cached = open_cache(location).samples
+        cache = open_cache(location)
+        cached = cache.samples
     if cached is not None:
-        differences = compare_samples(cached, current)
+        # Another tokenization first: it may be the cause of other samples.
+        differences = identity_differences(cache, {"tokenization": getattr(dataset, "tokenization", None) or {}})
+        differences += compare_samples(cached, current)
         if differences or cached.keys != current.keys:
             first = differences[0] if differences else "the order of the samples"
             identity = cached.pending_fingerprint() if cached.contents is None else cached.fingerprint()

@@ -100,7 +100,8 @@ class Inspection:
             try:
                 return load_configured(config.model_copy(update={"download": False}), trust=self.trust)
             except UsageError as error:
-                if isinstance(error, DatasetUnavailable) or isinstance(error.__cause__, OSError):
+                unavailable = isinstance(error, DatasetUnavailable) and not isinstance(error.__cause__, ImportError)
+                if unavailable or isinstance(error.__cause__, OSError):
                     self.missing_data += files.values() if files else [config.name if own else config.root]
                 raise
         return None

@@ -43,7 +43,7 @@ from logitcache.data.samples import Dataset, sample_table
 from logitcache.data.views import BothInputs, ViewDataset, ViewPlan
 from logitcache.devices import to_device
 from logitcache.digest import array_digest, json_digest
-from logitcache.errors import UsageError
+from logitcache.errors import IdentityMismatch, IncompleteCache, NotACache, SampleMismatch, UsageError
 from logitcache.randomness import keyed_permutation
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.hint_config import hint_from_config
@@ -485,7 +485,14 @@ class Experiment:
         pipeline = self.pipeline
         plan = clean_plan(dataset, pipeline.teacher, pipeline, trust=self.trust)
         data = replace(self.data, train=dataset)
-        cache, rows = open_fitting_cache(location, data, plan, self._teacher_identity, num_views=1, trust=self.trust)
+        try:
+            cache, rows = open_fitting_cache(
+                location, data, plan, self._teacher_identity, num_views=1, trust=self.trust
+            )
+        except (IdentityMismatch, SampleMismatch, IncompleteCache, NotACache) as error:
+            raise type(error)(
+                f"evaluation.teacher is {location}; expected a cache of the test split: {error}"
+            ) from error
         views = views_of_cache(cache, dataset, plan, rows, input_part(student, trust=self.trust))
         labels = CachedLabels(cache, views, self.device, memory_budget=pipeline.cache.memory_budget)
         return evaluation_of(views, self.context, labels)

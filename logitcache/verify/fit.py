@@ -29,6 +29,11 @@ from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.errors import IdentityMismatch, IncompleteCache, UsageError, unsealed
 from logitcache.progress import track
 
+OTHER_TEACHER = (
+    "\nA student can also be trained from the cache of another teacher: name the cache in `students[].labels`, as "
+    "{caches: [PATH]}."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherIdentity:
@@ -83,6 +88,7 @@ def open_fitting_cache(
             f"cache {cache.id[:12]}… at {location} doesn't match this pipeline; they differ in\n  "
             + "\n  ".join(differences)
             + "\nRevert these differences, or build another cache with another cache.path."
+            + (OTHER_TEACHER if all(line.startswith("teacher: ") for line in differences) else "")
         )
     _check_views(cache, location, num_views)
     if cache.samples is None:

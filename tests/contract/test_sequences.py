@@ -139,8 +139,10 @@ def test_one_row_each_as_sequences_is_another_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        pytest.param({"rows_per_sample": [3, 0, 5, 1, 7, 3, 0, 3]}, "rows: ", id="rows"),
-        pytest.param({"row_positions": np.arange(ROWS)}, "rows: ", id="positions"),
+        pytest.param(
+            {"rows_per_sample": [3, 0, 5, 1, 7, 3, 0, 3]}, "rows \\(hash of the rows of all samples\\): ", id="rows"
+        ),
+        pytest.param({"row_positions": np.arange(ROWS)}, "rows ", id="positions"),
         pytest.param({"tokenization": {"tokenizer": "b", "max_length": 8}}, "tokenization.tokenizer: ", id="tokenizer"),
         pytest.param({"tokenization": {"tokenizer": "a", "max_length": 9}}, "tokenization.max_length: ", id="length"),
         pytest.param({"rows_per_block": 9}, "rows_per_block: 8 in the cache, 9 here", id="block"),
@@ -172,9 +174,36 @@ def test_mixing_needs_one_row_per_sample(tmp_path: Path) -> None:
 
 def test_rows_beyond_the_last_sequence_are_refused(tmp_path: Path) -> None:
     with writer(tmp_path / "a", num_views=1) as cache:
-        with pytest.raises(ShapeError, match=r"rows 18 to 23 .* has 22 rows"):
+        with pytest.raises(ShapeError, match=r"rows 18 to 22 .* has the rows 0 to 21 of 1 view "):
             cache.write(view=0, start=18, logits=some_logits()[0, :5])
         cache.write(view=0, start=0, logits=some_logits()[0])
+
+
+def test_a_row_too_many_for_each_sequence_is_refused_with_the_likely_cause(tmp_path: Path) -> None:
+    """Logits of all L tokens of a causal model, where a sequence has L - 1 rows."""
+    longer = [torch.cat([some_logits()[0, :count], torch.zeros(1, CLASSES)]) for count in COUNTS]
+    cause = "a sequence of L tokens has L - 1 rows, `logits\\[:-1\\]`"
+    with pytest.raises(IdentityMismatch, match=rf"(?s)row 3 of view 0 was written before .*{cause}"):
+        with writer(tmp_path / "a", num_views=1) as cache:
+            for sample, logits in enumerate(longer):
+                cache.write(view=0, start=cache.row_map.sample_rows(sample).start, logits=logits)
+    with pytest.raises(ShapeError, match=f"(?s)lie outside the cache.*{cause}"), writer(tmp_path / "b") as cache:
+        cache.write(view=0, start=ROWS - COUNTS[-1], logits=longer[-1])
+
+
+@pytest.mark.parametrize(("place", "value"), [("view", "0"), ("start", 0.0)])
+def test_a_place_that_is_no_number_is_refused(tmp_path: Path, place: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"{place} is {value!r}; expected a whole number"):
+        with writer(tmp_path / "a") as cache:
+            cache.write(**{"view": 0, "start": 0} | {place: value}, logits=some_logits()[0])
+
+
+def test_the_inputs_of_a_sequence_are_a_batch(tmp_path: Path) -> None:
+    with pytest.raises(
+        ShapeError, match=r"4 inputs for rows in which 1 samples start; expected a batch .* `ids\[None\]`"
+    ):
+        with writer(tmp_path / "a") as cache:
+            cache.write(view=0, start=0, logits=some_logits()[0, :3], inputs=torch.arange(4))
 
 
 def test_nan_in_one_position_is_refused_and_may_be_written_again(tmp_path: Path) -> None:
@@ -335,6 +364,12 @@ def test_entries_of_a_serving_engine_give_the_same_rows_as_all_logits(
     for view in found.views:
         p, q = (each.view(view).logits(range(ROWS)).softmax(dim=1) for each in (expected, found))
         torch.testing.assert_close(p, q, atol=1e-6 if encoding == SPARSE else 1e-3, rtol=1e-5)
+
+
+def test_entries_of_different_numbers_are_filled_up(tmp_path: Path) -> None:
+    with pytest.raises(ShapeError, match=r"ids is a list .* expected \(B, K\).* fill the unused places with the id -1"):
+        with writer(tmp_path / "a", encoding=SPARSE) as cache:
+            cache.write_sparse(view=0, start=0, ids=[[1], [1, 2]], log_probs=[[-1.0], [-1.0, -2.0]])
 
 
 def test_entries_may_be_written_again_and_other_entries_are_refused(tmp_path: Path) -> None:

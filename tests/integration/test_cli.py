@@ -349,6 +349,13 @@ def test_the_installed_command_runs_in_a_process_of_its_own(folder: Path) -> Non
     [
         pytest.param("cache-teacher", "views.cuont=3", 2, "unknown key 'views.cuont'; did you mean 'count'?", id="key"),
         pytest.param("cache-teacher", "student.0.name=x", 2, "did you mean 'students'?", id="section"),
+        pytest.param(
+            "train-student",
+            "students.smal.loss=js",
+            2,
+            "unknown item 'students.smal'; did you mean 'small'? Expected a number from 0 to",
+            id="student",
+        ),
         pytest.param("cache-teacher", "students.small.train.lrr=1", 2, "did you mean 'lr'?", id="key of a student"),
         pytest.param("cache-teacher", "views.count=none", 2, "views.count: Input should be a valid integer", id="type"),
         pytest.param("cache-teacher", "views.count=0", 2, "views.count: Input should be greater than", id="range"),

@@ -82,6 +82,8 @@ def test_info_ls_and_plan_count_rows(built: tuple[Path, str], tmp_path: Path) ->
     for found in (run_json("info", cache), listed):
         assert (6, ROWS, 2, 260) == tuple(found[key] for key in ("num_samples", "num_rows", "num_views", "num_classes"))
         assert found["bytes_per_sample"] == pytest.approx(found["bytes_per_row"] * ROWS / 6)
+        assert logitcache.open(cache).manifest.identity.tokenization == found["tokenization"]
+    assert re.search(r"tokenization: max length +│ 32 ", run("info", cache).stdout)
     assert (6, ROWS) == (planned["num_samples"], planned["rows_per_view"])
     assert "rows/s" in run("plan", file).stdout
 
@@ -131,7 +133,8 @@ def test_a_damaged_block_is_repaired(built: tuple[Path, str], tmp_path: Path, so
     chunk = next(path for path in Path(cache, "labels.zarr").rglob("c/1/1/*") if path.is_file())
     chunk.write_bytes(chunk.read_bytes()[:-1])
 
-    assert 1 == run("verify", cache, "--deep").returncode
+    ended = run("verify", cache, "--deep")
+    assert (1, True) == (ended.returncode, "`logitcache repair CACHE --data PIPELINE` computes" in ended.stdout)
     repaired = run_json("repair", cache, *(["--from", tmp_path / "copy"] if source == "copy" else ["--data", file]))
 
     assert (True, digest) == (repaired["ok"], repaired["digest"])
@@ -177,6 +180,8 @@ def test_the_card_is_about_tokens(built: tuple[Path, str]) -> None:
         "the stored classes have",
         "of the teacher's probability",
         "a perplexity of ",
+        "- License: not stated",
+        "The rows of sample `i` are `cache.row_map.sample_rows(i)`. The row at position `t` predicts token `t + 1`.",
     ):
         assert line in card
     assert [] == IMAGE_WORDS.findall(card)
@@ -203,7 +208,7 @@ def test_a_report_shows_rows_and_students_without_words_of_images(built: tuple[P
     assert student["nll_mean"] > 0
     assert student["teacher_kl_mean"] > 0
     assert 0 <= student["agreement_mean"] <= 1
-    for text in ("rows per view", "test NLL, nats per row", "KL to the teacher, nats"):
+    for text in ("best student, test NLL", "rows per view", "test NLL, nats per row", "KL to the teacher, nats"):
         assert text in main
     assert re.search(r"train\.txt:\d+\S*, position \d+", main)
     assert [] == IMAGE_WORDS.findall(re.sub(r"<[^>]*>", "", main))
@@ -255,7 +260,7 @@ def test_two_teachers_are_merged_and_other_rows_are_refused(
 
     run_json("cache-teacher", text(f"cache.path={shorter}", "teacher.args={width: 24}", "data.args.max_length=20"))
     ended = run("merge", first, shorter, "--output", tmp_path / "none.cache")
-    refused(ended, 1, "not of the same views", "tokenization.max_length: 32", "rows: ")
+    refused(ended, 1, "not of the same views", "tokenization.max_length: 32", "rows (")
     flat = logitcache.open(first)
     with logitcache.create(
         split,
@@ -270,7 +275,7 @@ def test_two_teachers_are_merged_and_other_rows_are_refused(
     ) as writer:
         for view in range(2):
             writer.write(view=view, start=0, logits=torch.zeros(ROWS, 260))
-    refused(run("merge", first, split, "--output", tmp_path / "none.cache"), 1, "rows: ")
+    refused(run("merge", first, split, "--output", tmp_path / "none.cache"), 1, "rows (")
     assert not (tmp_path / "none.cache").exists()
 
 

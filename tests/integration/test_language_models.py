@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 import logitcache
 from logitcache.cache.layout import Block
+from logitcache.cache.summary import summarise
 from logitcache.config.build import build_context, build_runner, resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline
 from logitcache.data.index import split_index
@@ -21,6 +23,7 @@ from logitcache.data.rows import rows_of_dataset
 from logitcache.data.views import ViewDataset
 from logitcache.errors import IdentityMismatch, LogitCacheError
 from logitcache.stages.cache_teacher import cache_teacher, teacher_batches
+from logitcache.stages.dry_run import plan_run
 from logitcache.stages.train_student import Experiment, train_students
 from logitcache.train import evaluation as evaluation_module
 from logitcache.train.evaluation import Evaluation
@@ -256,7 +259,7 @@ def test_a_cache_of_other_held_out_text_is_refused_before_training(text: Make, t
     cache_teacher(pipeline)
     (tmp_path / "text/test.txt").write_text("\n".join([TEST[0], "One mare."]))
 
-    with pytest.raises(IdentityMismatch, match=r"test.cache was built from other sequences.*has other tokens"):
+    with pytest.raises(IdentityMismatch, match=r"a cache of the test split: .* from other sequences.*has other tokens"):
         train_students(pipeline)
 
 
@@ -436,6 +439,36 @@ def test_another_truncation_or_vocabulary_is_refused_by_name(text: Make, overrid
         train_students(text(override))
 
 
+def test_another_truncation_is_the_first_difference_when_stage_1_runs_again(text: Make) -> None:
+    cache_teacher(text())
+
+    with pytest.raises(IdentityMismatch, match=r"First difference: tokenization.max_length: 32 in the cache, 31 here"):
+        cache_teacher(text("data.args.max_length=31"))
+
+
+def test_a_missing_package_is_no_missing_data(text: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(name: str) -> Any:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr("logitcache.catalog.tokenization.importlib.import_module", without)
+    checked = plan_run(text())
+
+    assert [] == checked.missing_data
+    assert any("tokenizers can't be imported" in line for line in checked.missing)
+
+
+def test_a_misspelt_teacher_is_unknown_before_its_weights_are_missing(text: Make) -> None:
+    with pytest.raises(LogitCacheError, match="unknown model 'transformer'; did you mean 'transformers'"):
+        cache_teacher(text("teacher={model: transformer}"))
+
+
+def test_a_student_of_another_teachers_cache_is_pointed_to_its_labels(text: Make, tmp_path: Path) -> None:
+    cache_teacher(text())
+
+    with pytest.raises(IdentityMismatch, match=r"(?s)teacher: .*name the cache in `students\[\].labels`"):
+        train_students(text("teacher.args={width: 4}"))
+
+
 def test_a_cache_with_a_row_for_each_token_is_refused(text: Make, tmp_path: Path) -> None:
     """The last token of a causal sequence predicts nothing: L tokens have L - 1 rows."""
     pipeline = text(f"students.small.labels={{caches: ['{tmp_path / 'own.cache'}']}}")
@@ -514,6 +547,48 @@ def test_students_of_a_serving_engines_cache_need_no_cache_of_the_pipelines_teac
     assert not Path(pipeline.cache.path).exists()
     assert row.nll_mean is not None
     assert 2 == len(losses(pipeline, "small"))
+
+
+def test_the_guides_cache_of_a_serving_engine_serves_a_pipelines_students(text: Make, tmp_path: Path) -> None:
+    served = str(tmp_path / "served.cache")
+    guide = (Path(__file__).parents[2] / "docs/text.md").read_text()
+    [program] = re.findall(r"^```\n(train = logitcache\.pipeline_data.*?)^```", guide, flags=re.MULTILINE | re.DOTALL)
+    pipeline = text(f"students.small.labels={{caches: ['{served}']}}")
+    names: dict[str, Any] = {"logitcache": logitcache, "pipeline": pipeline}
+    exec(program.replace('"pipeline.yaml"', "pipeline").replace('"served.cache"', repr(served)), names)
+    torch.manual_seed(0)
+    with names["writer"] as writer:
+        for sample, ids in enumerate(names["prompts"]):
+            if len(ids) > 1:
+                log_probs, classes = torch.randn(len(ids) - 1, 99).log_softmax(dim=1).topk(21)
+                start = writer.row_map.sample_rows(sample).start
+                writer.write_sparse(view=0, start=start, ids=classes, log_probs=log_probs)
+
+    [row] = train_students(pipeline)
+
+    assert row.nll_mean is not None
+    assert "my-corpus" == summarise(served).names.dataset
+
+
+def test_the_guides_head_in_chunks_has_the_loss_of_all_logits() -> None:
+    need_package("transformers", "hf")
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    student = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=30, **sizes))
+    guide = (Path(__file__).parents[2] / "docs/text.md").read_text()
+    [program] = re.findall(r"^```\n(from logitcache.*?without_head.*?)^```", guide, flags=re.MULTILINE | re.DOTALL)
+    targets = logitcache.SparseTargets(
+        torch.tensor([[3], [4], [5]]), torch.full((3, 1), -0.5), torch.full((3,), -1.0), num_classes=30
+    )
+    ids, has_row = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[True, True, True, False]])
+    names = {"student": student, "ids": ids, "has_row": has_row, "targets": targets, "logitcache": logitcache}
+    exec(program, names)
+    of_all = logitcache.losses.kl_divergence(student(ids).logits[has_row], targets, temperature=2.0, reduction="mean")
+
+    torch.testing.assert_close(of_all, names["loss"])
+    assert student.lm_head.weight.grad is not None
 
 
 @pytest.fixture(autouse=True)

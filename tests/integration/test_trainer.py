@@ -423,6 +423,26 @@ def test_another_tokenizer_or_token_is_refused_before_the_first_step(tokens: Any
             trainer(llama(), tmp_path, dataset, tokens)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cache": "text.cache"}, r"cache is 'text.cache'; expected an open cache, logitcache.open\(PATH\)"),
+        ({"loss": "kl"}, r"loss is 'kl'; expected a loss object, such as logitcache.losses.KLDivergence"),
+        ({"loss": logitcache.losses.kl_divergence}, "loss is <function kl_divergence .*; expected a loss object"),
+        ({"dataset": None}, "train_dataset is missing; expected the dataset of stage 1"),
+        ({"dataset": [{"input_ids": [1, 2]}]}, "items of train_dataset are mappings with input_ids; expected pairs"),
+        ({"dataset": iter([])}, "without a length; expected a map-style dataset"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(
+    tokens: Any, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    arguments = {"dataset": sentences()["train"], "cache": tokens} | changes
+
+    with pytest.raises(UsageError, match=message):
+        trainer(llama(), tmp_path, **arguments)
+
+
 def test_a_cache_without_a_recorded_plan_takes_no_augmentation(tmp_path: Path) -> None:
     with logitcache.create(tmp_path / "c.cache", num_samples=40, num_classes=10, teacher="t", dataset="d") as writer:
         writer.write(view=0, start=0, logits=torch.randn(40, 10))
@@ -502,6 +522,8 @@ def test_columns_of_a_hugging_face_dataset_are_samples_with_keys(tmp_path: Path)
     assert 64 == len(texts.tokenization["sha256"])
     with pytest.raises(UsageError, match="unknown column 'txt'"):
         text_dataset(split, tokenizer, field="txt")
+    with pytest.raises(UsageError, match=r"a mapping with train, test; choose one .* text_dataset\(splits\['train'\]"):
+        text_dataset({"train": split, "test": split}, tokenizer)
     assert issubclass(UsageError, LogitCacheError)
 
 

@@ -163,6 +163,7 @@ def test_no_rows_are_encoded_to_no_rows() -> None:
 @pytest.mark.parametrize("encoding", [Dense(), LowRank(rank=3)], ids=lambda each: each.name)
 def test_other_encodings_need_all_logits(encoding: Dense | LowRank) -> None:
     with pytest.raises(
-        UsageError, match="needs the logits of all classes; entries of some classes can be stored with TopK"
+        UsageError,
+        match="needs the logits of all classes; entries of some classes can be stored with TopK or PackedTopK",
     ):
         encoding.encode_sparse(*row((1, 0.5)), CLASSES)

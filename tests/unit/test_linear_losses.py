@@ -250,6 +250,20 @@ def test_shapes_that_do_not_agree_are_refused(changes: dict[str, Any], message: 
         linear_kl_divergence(**arguments)
 
 
+@pytest.mark.parametrize("label", [-1, CLASSES])
+def test_a_label_that_is_no_class_is_refused_unless_its_row_is_masked(label: int) -> None:
+    hidden, weight, labels = torch.ones(ROWS, WIDTH), torch.ones(CLASSES, WIDTH), torch.tensor([0, -100, label, 1, 2])
+    mask = torch.tensor([True, True, False, True, True])
+    message = f"row 2 has the label {label}; expected 0 to 6, or -100 for a row without a label"
+
+    with pytest.raises(UsageError, match=message):
+        linear_kl_divergence(hidden, weight, sparse(), labels=labels)
+    with pytest.raises(UsageError, match=message):
+        linear_cross_entropy(hidden, weight, labels)
+    assert linear_cross_entropy(hidden, weight, labels, mask=mask).isfinite()
+    assert linear_kl_divergence(hidden, weight, sparse(), labels=labels, mask=mask).isfinite()
+
+
 def test_a_chunk_of_no_rows_is_refused() -> None:
     with pytest.raises(UsageError, match="chunk_rows is at least 1, not 0"):
         linear_kl_divergence(torch.zeros(5, 3), torch.zeros(7, 3), sparse(), chunk_rows=0)

@@ -15,6 +15,7 @@ from logitcache.losses import (
     cross_entropy,
     jensen_shannon,
     kl_divergence,
+    linear_kl_divergence,
     loss_from_config,
     soft_cross_entropy,
     teacher_argmax_cross_entropy,
@@ -238,6 +239,16 @@ def test_a_configured_loss_on_targets_is_that_on_their_logits(config: Any, takes
     assert takes == loss.takes_targets
     found = now(student(), teacher_for(now, targets), labels)
     torch.testing.assert_close(found, now(student(), targets.dense(), labels))
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("loss", [kl_divergence, soft_cross_entropy, jensen_shannon])
+def test_a_temperature_that_is_not_positive_is_refused(loss: Callable[..., Tensor], temperature: float) -> None:
+    for targets in (sparse(), sparse().dense()):
+        with pytest.raises(UsageError, match=f"a temperature is positive and finite, not {temperature}"):
+            loss(student(), targets, temperature=temperature)
+    with pytest.raises(UsageError, match="a temperature is positive and finite"):
+        linear_kl_divergence(torch.zeros(5, 3), torch.zeros(7, 3), sparse(), temperature=temperature)
 
 
 def test_shapes_that_differ_are_refused() -> None:

@@ -206,11 +206,11 @@ def test_a_moved_tokenizer_is_the_same(load: Load, tmp_path: Path) -> None:
 
 CASES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "nothing": ("\n\n", {}, r"has no text; expected at least one"),
-    "empty": ([{"text": "a"}, {"text": " "}], {}, r"the text of data.jsonl:2 is empty; remove it"),
+    "empty": ([{"text": "a"}, {"text": " "}], {}, r"the text of sample 'data.jsonl:2' is empty; remove the sample"),
     "field": ([{"body": "a"}], {}, r"data.jsonl:1: unknown field 'text'; expected one of: body"),
     "no JSON": ("{]\n", {"jsonl": True}, r"data.jsonl:1 is not JSON"),
     "no object": ("[1]\n", {"jsonl": True}, r"data.jsonl:1 is a list; expected an object with 'text'"),
-    "messages": ([{"text": [{"role": "user"}]}], {}, r"data.jsonl:1 is a list; expected a string, or chat messages"),
+    "messages": ([{"text": [{"role": "user"}]}], {}, r"sample 'data.jsonl:1' is a list; expected a string, or chat messages"),
     "no class": ("a\n", {"task": "classification"}, r"has no classes; use JSON lines, or a folder for each class"),
     "task": ("a\n", {"task": "casual"}, r"unknown task 'casual'; did you mean 'causal'\?"),
     "long": ("a\n", {"long": "chunk"}, r"unknown value of `long` 'chunk'; expected one of: split, truncate"),
@@ -259,7 +259,9 @@ def test_a_missing_package_is_named_with_its_extra(load: Load, tmp_path: Path, m
 
     monkeypatch.setattr("logitcache.catalog.tokenization.importlib.import_module", without)
 
-    with pytest.raises(DatasetUnavailable, match=r"tokenizers reads tokenizer.json: pip install 'logitcache\[hf\]'"):
+    with pytest.raises(
+        DatasetUnavailable, match=r"tokenizers can't be imported; it reads .* pip install 'logitcache\[hf\]'"
+    ):
         load(written(tmp_path / "a.txt", "a"))
 
 
