@@ -302,8 +302,8 @@ class CacheWriter:
         view, start = _whole_number("view", view), _whole_number("start", start)
         stop = start + len(next(iter(parts.values())))
         if not 0 <= view < self.layout.num_views or start < 0 or stop > self.row_map.num_rows:
-            inside = 0 <= view < self.layout.num_views and 0 <= start < self.row_map.num_rows
-            hint = self.row_map.overlap_hint(self.row_map.num_rows) if inside else ""
+            starts_inside = 0 <= view < self.layout.num_views and 0 <= start < self.row_map.num_rows
+            hint = self.row_map.overlap_hint(self.row_map.num_rows) if starts_inside else ""
             raise ShapeError(
                 f"rows {start} to {max(start, stop - 1)} of view {view} lie outside the cache, which has the rows 0 to "
                 f"{self.row_map.num_rows - 1} of {self.layout.num_views} view{'s' * (self.layout.num_views > 1)} "
