@@ -67,6 +67,8 @@ SPLITS = ("train", "val", "test")
 STUDENT_WIDTH = 96
 CALIBRATION = 2048
 MARKERS = "o^sDvPX*hd"
+TWO_PARAMETERS = {"LPQLD"}
+"""Formats with a second parameter, here the views that share a label: their points form no line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -800,6 +802,7 @@ def plot(domains: list[Domain], path: Path) -> None:
                 label=method,
                 capsize=2,
                 linewidth=1,
+                linestyle="none" if method in TWO_PARAMETERS else "solid",
             )
         for tokens in (each for each in points if each.method == TOKENS):
             axes.axhline(statistics.fmean(tokens.kl), color="0.5", linestyle="--", label=TOKENS)

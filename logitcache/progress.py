@@ -105,7 +105,7 @@ class _LineMeter(Meter):
 
 
 def _per_second(rate: float, unit: str = "") -> str:
-    number = f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
+    number = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
     return f"{number} {unit}/s" if unit else f"{number}/s"
 
 

@@ -265,7 +265,7 @@ def choose(
         best = min(results, key=lambda each: each.kl[temperature])
         raise UsageError(
             f"no encoding stays within {limit:g} nats at T = {temperature:g}; the most accurate, {best.encoding!r}, "
-            f"loses {best.kl[temperature]:.2g}: raise max_kl"
+            f"loses {best.kl[temperature]:.2g}: raise max_kl (--max-kl)"
         )
     return min(within, key=lambda each: each.bytes_per_row)
 

@@ -234,7 +234,7 @@ class _OpenRows:
     def _written_before(self, row: int) -> IdentityMismatch:
         return IdentityMismatch(
             f"row {row} of view {self.block.view} was written before with other {self._output.name}; the first values "
-            "are kept. Write each row once, or the same values again" + self._overlap_hint
+            "are kept. Write each row once, or the same values again" + self._overlap_hint(row)
         )
 
     def _slab_of(self, row: int) -> int:

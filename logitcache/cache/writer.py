@@ -302,10 +302,12 @@ class CacheWriter:
         view, start = _whole_number("view", view), _whole_number("start", start)
         stop = start + len(next(iter(parts.values())))
         if not 0 <= view < self.layout.num_views or start < 0 or stop > self.row_map.num_rows:
+            starts_inside = 0 <= view < self.layout.num_views and 0 <= start < self.row_map.num_rows
+            hint = self.row_map.overlap_hint(self.row_map.num_rows) if starts_inside else ""
             raise ShapeError(
                 f"rows {start} to {max(start, stop - 1)} of view {view} lie outside the cache, which has the rows 0 to "
                 f"{self.row_map.num_rows - 1} of {self.layout.num_views} view{'s' * (self.layout.num_views > 1)} "
-                f"(numbered from 0){self.row_map.overlap_hint}"
+                f"(numbered from 0){hint}"
             )
         samples = self.row_map.samples_starting(start, stop)
         self._check_number_of_inputs(inputs, samples)
@@ -664,7 +666,7 @@ class CacheWriter:
         return IdentityMismatch(
             f"block {block.name} of {self.storage.url} was written {what}: row {row} of view {block.view} differs from "
             "what is written now.\nNothing was changed. Choose another path, give this teacher another name, or "
-            "replace the cache with `create(..., overwrite=True)`." + self.row_map.overlap_hint
+            "replace the cache with `create(..., overwrite=True)`." + self.row_map.overlap_hint(row)
         )
 
     def _encoded(self, name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[bytes, StoredObject]]:

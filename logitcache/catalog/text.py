@@ -112,7 +112,7 @@ def text(
     return {name: reader.dataset(found, sources[name], class_names) for name, found in documents.items()}
 
 
-def text_of_split(
+def text_dataset(
     split: Any,
     tokenizer: Any,
     *,

@@ -21,6 +21,7 @@ class DataKind(StrEnum):
     arrays = "arrays"
     huggingface = "huggingface"
     logits = "logits"
+    text = "text"
 
 
 STARTERS = {
@@ -28,6 +29,7 @@ STARTERS = {
     DataKind.arrays: {"pipeline.yaml": "arrays.yaml", "my_data.py": "arrays.py"},
     DataKind.huggingface: {"pipeline.yaml": "huggingface.yaml", "my_data.py": "huggingface.py"},
     DataKind.logits: {"pipeline.yaml": "logits.yaml", "my_data.py": "arrays.py", "make_cache.py": "make_cache.py"},
+    DataKind.text: {"pipeline.yaml": "text.yaml"},
 }
 """File to write -> file in `logitcache.cli.starters`."""
 
@@ -37,7 +39,10 @@ def init_command(
     folder: Annotated[Path, typer.Argument(help="Folder to write to.")] = Path(),
     data: Annotated[
         DataKind,
-        typer.Option(help="Images in folders, images in arrays (.npz), a Hugging Face dataset, or your own logits."),
+        typer.Option(
+            help="Images in folders, images in arrays (.npz), a Hugging Face dataset, your own logits, or texts for a "
+            "language model."
+        ),
     ] = DataKind.folders,
     as_json: JsonOption = False,
 ) -> None:

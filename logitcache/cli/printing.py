@@ -212,7 +212,10 @@ def print_plan(plan: Any) -> None:
             f"epoch of each student and seed, {plan.live_passes:,.4g} for the students of this pipeline, so the cache "
             f"pays off after {plan.num_views:,} such {epochs}."
         )
-    say(f'Recommended: cache.encoding="{spelled(plan.recommended.encoding)}"')
+    say(
+        f'Recommended: cache.encoding="{spelled(plan.recommended.encoding)}" ({plan.criterion}; for other limits, see '
+        "--max-kl, --max-bytes and --temperature)"
+    )
 
 
 def spelled(encoding: Any) -> str:

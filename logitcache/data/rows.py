@@ -45,10 +45,9 @@ class RowMap(ABC):
         """Whether row i is sample i."""
         return isinstance(self, OneRowEach)
 
-    @property
-    def overlap_hint(self) -> str:
-        """The end of a message about rows that overlap others: a likely cause; empty with one row per sample."""
-        if self.one_each:
+    def overlap_hint(self, row: int) -> str:
+        """The end of a message about rows that reach into `row`: a likely cause, where the next sample starts there."""
+        if self.one_each or row == 0 or row not in self.offsets:
             return ""
         return (
             "\nIf the teacher is a causal language model, leave out the logits of the last token: a sequence of L "

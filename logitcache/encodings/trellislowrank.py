@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from logitcache.arrays import ArraySpec
 from logitcache.encodings.basis import DEEPEST, least_squares, principal_directions, principal_span
+from logitcache.encodings.fitted import FittedEncoding, PerDevice
 from logitcache.encodings.largest import largest
-from logitcache.encodings.per_device import PerDevice
-from logitcache.encodings.protocol import Encoding, float_tensor, full_precision
+from logitcache.encodings.protocol import float_tensor, full_precision
 from logitcache.encodings.rangecoder import TOTAL, RangeDecoder, range_encoded
 from logitcache.encodings.trellis import DECAY, UNIT, Frequencies, best_path, next_activity, next_state, value
 from logitcache.errors import ShapeError, UsageError
@@ -61,7 +61,7 @@ SELDOM = 0.002
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrellisLowRank(Encoding):
+class TrellisLowRank(FittedEncoding["Fitted"]):
     """Trellis-coded coefficients over a fitted basis, in the fewest bytes at low divergences.
 
     The basis is the principal components of the calibration logits in the mean metric of the divergences at T = 1, 2
@@ -89,6 +89,7 @@ class TrellisLowRank(Encoding):
         "rest": 2,
     }
     holds_masks: ClassVar[bool] = False
+    how_to_fit: ClassVar[str] = "pass `calibration=` logits (M, C), or call .fit(logits) or .fit_head(…)"
 
     rank: int = 320
     """The most components of the basis; 1 <= rank < C. A language model's logits have no more than its hidden state has
@@ -97,7 +98,6 @@ class TrellisLowRank(Encoding):
     """Divergence, in nats, that is accepted to save one bit. A lower price gives more bytes and a lower divergence."""
     soft_weight: float = 0.25
     """Weight of the divergences at T = 2 and T = 4, each times T², relative to that at T = 1."""
-    fitted: Fitted | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
@@ -232,16 +232,8 @@ class TrellisLowRank(Encoding):
         )
         return self._with(replace(fitted, longest=np.array([math.ceil(SPARE * longest) + 8], dtype=np.uint32)))
 
-    @property
-    def is_fitted(self) -> bool:
-        return self.fitted is not None
-
-    def fitted_values(self) -> dict[str, np.ndarray]:
-        fitted = self._fitted()
-        return {name: getattr(fitted, name) for name in self.fitted_arrays}
-
-    def with_fitted(self, arrays: Mapping[str, np.ndarray]) -> TrellisLowRank:
-        return self._with(Fitted(**{name: arrays[name] for name in self.fitted_arrays}))
+    def _from_arrays(self, **arrays: np.ndarray) -> Fitted:
+        return Fitted(**arrays)
 
     def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:
         return self.encode_with_kl(logits_BC, view=view, start=start)[0]
@@ -282,17 +274,6 @@ class TrellisLowRank(Encoding):
     def _step(self) -> float:
         """Half the distance of two values of a quantizer: the root mean square change of the logits."""
         return STEP_PER_ROOT_PRICE * math.sqrt(self.bit_price / sum(self._weights))
-
-    def _with(self, fitted: Fitted) -> TrellisLowRank:
-        return replace(self, fitted=fitted)
-
-    def _fitted(self) -> Fitted:
-        if self.fitted is None:
-            raise UsageError(
-                "TrellisLowRank is not fitted yet: pass `calibration=` logits (M, C), or call .fit(logits) or "
-                ".fit_head(…)"
-            )
-        return self.fitted
 
     def _wanted(self, below_BC: Tensor, on: _OnDevice) -> _Wanted:
         """The metric of each row: what an error in each coefficient costs."""

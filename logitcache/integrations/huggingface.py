@@ -19,7 +19,7 @@ from logitcache.cache.reader import RESIDENT_BYTES, LogitCache
 from logitcache.catalog.audio import AudioReader
 from logitcache.catalog.calling import logits_of
 from logitcache.catalog.shards import HuggingFaceFiles
-from logitcache.catalog.text import text_of_split as text_dataset
+from logitcache.catalog.text import text_dataset
 from logitcache.data.batching import NO_TARGET, Collate, collate, pad
 from logitcache.data.packing import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, is_packed
 from logitcache.data.rows import rows_of_dataset

@@ -39,6 +39,8 @@ class Plan:
     num_classes: int
     fidelities: list[Fidelity]
     recommended: Fidelity
+    criterion: str = ""
+    """What the recommended one was chosen by, in words."""
     num_samples: int | None = None
     """Samples per view of the whole cache; None where only logits were given."""
     rows_per_view: int | None = None
@@ -163,7 +165,13 @@ def plan_logits(
     with track("comparing encodings", len(tried), unit="encodings") as meter:
         fidelities = compare(calibration, tried, advance=meter.advance)
     recommended = choose(fidelities, max_kl=max_kl, max_bytes=max_bytes, temperature=temperature)
-    return Plan(num_rows, num_classes, fidelities, recommended)
+    at = f"at T = {temperature:g}"
+    if max_bytes is None:
+        criterion = f"the smallest with a KL of at most {Auto().max_kl if max_kl is None else max_kl:g} nats {at}"
+    else:
+        limit = "" if max_kl is None else f" and {max_kl:g} nats"
+        criterion = f"the lowest KL {at} within {max_bytes:g} bytes per row{limit}"
+    return Plan(num_rows, num_classes, fidelities, recommended, criterion)
 
 
 def read_logits(path: Path, group: str | None = None) -> Calibration:

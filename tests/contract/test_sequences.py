@@ -189,6 +189,13 @@ def test_a_row_too_many_for_each_sequence_is_refused_with_the_likely_cause(tmp_p
                 cache.write(view=0, start=cache.row_map.sample_rows(sample).start, logits=logits)
     with pytest.raises(ShapeError, match=f"(?s)lie outside the cache.*{cause}"), writer(tmp_path / "b") as cache:
         cache.write(view=0, start=ROWS - COUNTS[-1], logits=longer[-1])
+    with pytest.raises(IdentityMismatch) as again, writer(tmp_path / "c") as cache:
+        cache.write(view=0, start=9, logits=some_logits()[0, 9:12])
+        cache.write(view=0, start=10, logits=some_logits(1)[0, 10:12])
+    with pytest.raises(ShapeError) as elsewhere, writer(tmp_path / "d") as cache:
+        cache.write(view=VIEWS, start=0, logits=some_logits()[0, :3])
+
+    assert not any("causal" in str(error.value) for error in (again, elsewhere))
 
 
 @pytest.mark.parametrize(("place", "value"), [("view", "0"), ("start", 0.0)])

@@ -85,7 +85,9 @@ def test_info_ls_and_plan_count_rows(built: tuple[Path, str], tmp_path: Path) ->
         assert logitcache.open(cache).manifest.identity.tokenization == found["tokenization"]
     assert re.search(r"tokenization: max length +│ 32 ", run("info", cache).stdout)
     assert (6, ROWS) == (planned["num_samples"], planned["rows_per_view"])
-    assert "rows/s" in run("plan", file).stdout
+    shown = " ".join(run("plan", file, "--max-bytes", "500").stdout.split())
+    assert "rows/s" in shown
+    assert "(the lowest KL at T = 1 within 500 bytes per row; for other limits, see --max-kl, --max-bytes" in shown
 
 
 def test_verify_finds_nothing_and_runs_the_teacher_again(built: tuple[Path, str]) -> None:

@@ -18,6 +18,8 @@ from PIL import Image
 from logitcache.cli.init import DataKind
 from tests.commands import logitcache as run
 from tests.commands import refused, run_json
+from tests.needs import need_package
+from tests.texts import BYTE_VOCABULARY, byte_tokenizer
 
 CHECKOUT = Path(__file__).parents[2]
 README = (CHECKOUT / "README.md").read_text()
@@ -158,6 +160,29 @@ def test_the_starter_for_logits_trains_on_them(tmp_path: Path) -> None:
     [found] = logitcache(tmp_path, *check)["pipelines"]
     assert found["missing"] == []
     assert [(step["done"], step["conflict"]) for step in found["steps"]] == [(True, None)] * 3
+
+
+def test_the_starter_for_text_runs(tmp_path: Path) -> None:
+    need_package("transformers", "hf")
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    logitcache(tmp_path, "init", "--data", "text")
+    (tmp_path / "texts").mkdir()
+    for split, count in (("train", 12), ("test", 3)):
+        (tmp_path / f"texts/{split}.txt").write_text("\n".join(f"Text {number} of {split}." for number in range(count)))
+    byte_tokenizer(tmp_path / "tokenizer.json")
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=BYTE_VOCABULARY, **small)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
+    changes = ["data.args.tokenizer=tokenizer.json", "data.validation=0.25", "train.epochs=1", "threads=1"]
+    for student in ("distilled", "baseline"):
+        changes += [f"students.{student}.args.config.{name}={size}" for name, size in small.items()]
+
+    [found] = logitcache(tmp_path, "run", "--dry-run", "--require-data", "pipeline.yaml", *changes)["pipelines"]
+    assert [] == found["missing"]
+    rows = logitcache(tmp_path, "run", "pipeline.yaml", *changes)["rows"]
+    assert [("distilled", 9), ("baseline", 9)] == [(row["name"], row["samples"]) for row in rows]
+    assert all(row["nll_mean"] > 0 for row in rows)
 
 
 def test_the_starter_for_arrays_names_the_array_that_is_missing(

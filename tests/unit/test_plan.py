@@ -165,6 +165,7 @@ def test_few_classes_are_planned(classes: int) -> None:
     plan = plan_logits(Calibration(logits(300, classes)))
 
     assert "dense" == plan.recommended.encoding.name
+    assert "the smallest with a KL of at most 0.01 nats at T = 1" == plan.criterion
 
 
 def test_masked_classes_rule_out_what_can_not_hold_them() -> None:
