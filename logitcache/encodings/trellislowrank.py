@@ -89,7 +89,7 @@ class TrellisLowRank(FittedEncoding["Fitted"]):
         "rest": 2,
     }
     holds_masks: ClassVar[bool] = False
-    how_to_fit: ClassVar[str] = "pass `calibration=` logits (M, C), or call .fit(logits) or .fit_head(…)"
+    how_to_fit: ClassVar[str] = f"{FittedEncoding.how_to_fit} or .fit_head(…)"
 
     rank: int = 320
     """The most components of the basis; 1 <= rank < C. A language model's logits have no more than its hidden state has
