@@ -250,7 +250,7 @@ def decode_rows(
     if max(counts, default=0) > rows_per_block:
         raise ValueError(f"{max(counts)} rows in a block of at most {rows_per_block}")
     for data in chunks:  # before memory is allocated for the rows
-        _check_declared_size(data, np.dtype(spec.dtype), shape)
+        _check_size(data, np.dtype(spec.dtype), shape)
     values = np.empty((sum(counts), *spec.row_shape), dtype=spec.dtype)
     by_column = _is_by_column(spec)
     if by_column:
@@ -285,7 +285,7 @@ def _decompress(data: bytes | memoryview, dtype: np.dtype, shape: tuple[int, ...
     Raises:
         ValueError: another size, or a damaged frame.
     """
-    _check_declared_size(data, dtype, shape)
+    _check_size(data, dtype, shape)
     values = np.empty(shape, dtype=dtype.newbyteorder("<"))
     if values.nbytes:
         try:
@@ -295,25 +295,25 @@ def _decompress(data: bytes | memoryview, dtype: np.dtype, shape: tuple[int, ...
     return values
 
 
-def _check_declared_size(data: bytes | memoryview, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    """Compare the size that a zstd frame declares with a chunk's, before memory is allocated.
-
-    Raises:
-        ValueError: they differ.
-    """
-    declared, expected = _declared_size(data), math.prod(shape) * dtype.itemsize
+def _check_size(data: bytes | memoryview, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    declared, expected = declared_size(data, checksum=True), math.prod(shape) * dtype.itemsize
     if declared != expected:
         raise ValueError(f"a chunk of {declared} bytes; expected {expected}")
 
 
-def _declared_size(data: bytes | memoryview) -> int | None:
-    """The content size in the header of a zstd frame with a checksum and without a dictionary (RFC 8878, 3.1.1)."""
+def declared_size(data: bytes | memoryview, *, checksum: bool) -> int | None:
+    """The content size in the header of a zstd frame without a dictionary (RFC 8878, 3.1.1); None if it has none.
+
+    Args:
+        data: the frame.
+        checksum: whether it must have a checksum; else it may.
+    """
     if data[:4] != b"\x28\xb5\x2f\xfd" or len(data) < 14:
         return None
     descriptor = data[4]
     size_flag, single_segment = descriptor >> 6, descriptor >> 5 & 1
-    checksum, dictionary = descriptor >> 2 & 1, descriptor & 3
-    if not checksum or dictionary:
+    has_checksum, dictionary = descriptor >> 2 & 1, descriptor & 3
+    if dictionary or (checksum and not has_checksum):
         return None
     start = 5 if single_segment else 6
     length = (1 if single_segment else 0) if size_flag == 0 else 1 << size_flag

@@ -37,7 +37,7 @@ from logitcache.data.samples import SampleTable
 from logitcache.data.views import ViewDataset, ViewPlan
 from logitcache.deprecation import RenamedAttribute
 from logitcache.encodings import ENCODINGS, Encoding, encoding_from_config
-from logitcache.errors import REBUILD, CorruptCache, IdentityMismatch, IncompleteCache, UsageError
+from logitcache.errors import REBUILD, CorruptCache, IdentityMismatch, IncompleteCache, UsageError, unsealed
 from logitcache.storage import Storage, open_storage
 from logitcache.storage.blockdir import shared_block_directory
 
@@ -64,6 +64,19 @@ def open_cache(location: str | os.PathLike[str], *, trust: bool = False) -> Logi
         StorageError: the store refuses access or can't be reached.
     """
     return LogitCache(open_storage(location), trust=trust)
+
+
+def open_sealed(location: str | os.PathLike[str], *, trust: bool = False) -> LogitCache:
+    """Open a complete cache.
+
+    Raises:
+        IncompleteCache: it is not sealed.
+        LogitCacheError: as `open_cache`.
+    """
+    cache = open_cache(location, trust=trust)
+    if not cache.sealed:
+        raise unsealed(os.fspath(location))
+    return cache
 
 
 class LogitCache:

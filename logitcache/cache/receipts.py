@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -189,10 +190,15 @@ def view_entry(receipts: Mapping[str, Receipt], gathered: bytes | memoryview) ->
         output_bytes=output_bytes,
         measured_rows=rows,
         measured_blocks=sum(receipt.kl_max is not None for receipt in receipts.values()),
-        kl_mean=sum(receipt.rows * (receipt.kl_mean or 0.0) for receipt in measured) / rows if rows else None,
+        kl_mean=_mean(sum(receipt.rows * (receipt.kl_mean or 0.0) for receipt in measured), rows),
         kl_max=max((receipt.kl_max for receipt in receipts.values() if receipt.kl_max is not None), default=None),
         kl_at=mean_kl_at(receipts.values()),
     )
+
+
+def _mean(total: float, count: int) -> float | None:
+    """None of no rows, or if untrusted receipts add up to infinity."""
+    return total / count if count and math.isfinite(total) else None
 
 
 def mean_kl_at(records: Iterable[Receipt | ViewEntry]) -> dict[str, float]:
@@ -205,7 +211,7 @@ def mean_kl_at(records: Iterable[Receipt | ViewEntry]) -> dict[str, float]:
     return {temperature: total / rows for temperature, (total, rows) in sums.items() if rows}
 
 
-def index_contents(per_cache: Receipt | None, entries: Iterable[ViewEntry]) -> Contents:
+def contents_of(per_cache: Receipt | None, entries: Iterable[ViewEntry]) -> Contents:
     """The sums over a cache, from the entries of its views."""
     entries = list(entries)
     output_bytes: dict[str, int] = {}
@@ -220,7 +226,7 @@ def index_contents(per_cache: Receipt | None, entries: Iterable[ViewEntry]) -> C
         bytes=fixed + label_bytes,
         label_bytes=label_bytes,
         rows=sum(entry.rows for entry in entries),
-        kl_mean=kl / measured if measured else None,
+        kl_mean=_mean(kl, measured),
         kl_at=mean_kl_at(entries),
         output_bytes=output_bytes if output_bytes.keys() - {LOGITS} else {},
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,6 @@ from logitcache.cache.layout import (
     view_receipts_key,
 )
 from logitcache.cache.manifest import (
-    LOGITS,
     Contents,
     Layout,
     Manifest,
@@ -28,16 +26,14 @@ from logitcache.cache.manifest import (
     Sha256,
     StoredObject,
     ViewEntry,
-    output_of,
 )
 from logitcache.cache.receipts import (
     ReceiptsByView,
     by_view,
+    contents_of,
     dump_index,
     dump_receipts,
-    index_contents,
     lines_digest,
-    mean_kl_at,
     selected,
     splits_receipts,
     value_lines,
@@ -138,32 +134,8 @@ class Records:
         return self.by_view.entries.get(view) or view_entry(self.by_view.of_view(view), b"")
 
     def contents(self) -> Contents:
-        """Sizes and fidelity, summed over all receipts, or over the entries of the index."""
-        receipts = self.by_view
-        if receipts.is_indexed:
-            return index_contents(receipts.per_cache, receipts.entries.values())
-        total = rows = measured_rows = 0
-        kl_sum = 0.0
-        output_bytes: dict[str, int] = {}
-        for name, receipt in self.receipts.items():
-            total += sum(stored.bytes for stored in receipt.objects.values())
-            if name == PER_CACHE:
-                continue
-            rows += receipt.rows
-            if receipt.kl_mean is not None:
-                measured_rows += receipt.rows
-                kl_sum += receipt.rows * receipt.kl_mean
-            for array, stored in receipt.objects.items():
-                output_bytes[output_of(array)] = output_bytes.get(output_of(array), 0) + stored.bytes
-        kl_mean = kl_sum / measured_rows if measured_rows else math.nan
-        return Contents(
-            bytes=total,
-            label_bytes=sum(output_bytes.values()),
-            rows=rows,
-            kl_mean=kl_mean if math.isfinite(kl_mean) else None,
-            kl_at=mean_kl_at(receipt for name, receipt in self.receipts.items() if name != PER_CACHE),
-            output_bytes=output_bytes if output_bytes.keys() - {LOGITS} else {},
-        )
+        """Sizes and fidelity, summed over all views."""
+        return contents_of(self.by_view.per_cache, map(self.view_entry, self.by_view.views))
 
     def sealed(self, *, put: Callable[[str, bytes], None] | None = None, **changes: Any) -> tuple[Records, bytes]:
         """The same records with a sealed manifest, and the bytes of its `receipts.json`.

@@ -191,9 +191,6 @@ class CropAndOperations(Replay):
 
     def invalid(self, columns: Columns, num_samples: int) -> dict[str, np.ndarray]:
         del num_samples
-        return self._invalid_image(columns)
-
-    def _invalid_image(self, columns: Columns) -> dict[str, np.ndarray]:
         height, width = _size(self.size)
         erased = {side: columns[f"erase_{side}"] for side in _SIDES}
         inside = _is_box(erased, most=(height, width)) & _all_whole(*erased.values())
@@ -241,8 +238,9 @@ class DatasetReinforcement(CropAndOperations):
 
     def invalid(self, columns: Columns, num_samples: int) -> dict[str, np.ndarray]:
         with_partner = columns["partner"] != NO_PARTNER
-        reasons = self._invalid_image(columns)
-        for reason, wrong in self._invalid_image({name: columns[f"partner_{name}"] for name in ONE_IMAGE}).items():
+        reasons = super().invalid(columns, num_samples)
+        of_partner = {name: columns[f"partner_{name}"] for name in ONE_IMAGE}
+        for reason, wrong in super().invalid(of_partner, num_samples).items():
             reasons[reason] |= wrong & with_partner
         height, width = _size(self.size)
         top, left, bottom, right = (columns[f"patch_{side}"] for side in ("top", "left", "bottom", "right"))

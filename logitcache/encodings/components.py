@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor
 
 from logitcache.arrays import ArraySpec
+from logitcache.encodings.fitted import FittedEncoding, PerDevice
 from logitcache.encodings.packing import LARGEST as LARGEST_LIMIT
 from logitcache.encodings.packing import MixedRadix
-from logitcache.encodings.per_device import PerDevice
-from logitcache.encodings.protocol import Encoding, float_tensor
+from logitcache.encodings.protocol import float_tensor
 from logitcache.errors import UsageError
 
 # B batch, D values of a row, R components, M rows that are fitted to
@@ -38,7 +37,7 @@ FITTED_DTYPES = {"basis": "float16", "mean": "float32", "limits": "uint16", "ste
 
 
 @dataclass(frozen=True, kw_only=True)
-class Components(Encoding):
+class Components(FittedEncoding["Fitted"]):
     """Principal components of a row, as whole numbers of one quantization step.
 
     One step for all components minimises the bits at a given squared error: components that vary less than the step
@@ -52,11 +51,11 @@ class Components(Encoding):
     holds_masks: ClassVar[bool] = False
     keeps_constants: ClassVar[bool] = True
     largest: ClassVar[float] = LARGEST
+    how_to_fit: ClassVar[str] = "call .fit(rows) with a sample of the output, (M, *shape)"
 
     error: float = 0.1
     """Root mean square error of the values, relative to their deviation from the mean row: 0.1 explains 99 % of their
     variance."""
-    fitted: Fitted | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.error, int | float) or not 0.005 <= self.error <= 0.9:
@@ -107,18 +106,10 @@ class Components(Encoding):
             limits_R[is_used_R].clamp(1, LARGEST_LIMIT).numpy().astype(np.uint16),
             np.array([step], dtype=np.float32),
         )
-        return dataclasses.replace(self, fitted=fitted)
+        return self._with(fitted)
 
-    @property
-    def is_fitted(self) -> bool:
-        return self.fitted is not None
-
-    def fitted_values(self) -> dict[str, np.ndarray]:
-        fitted = self._fitted()
-        return {name: getattr(fitted, name) for name in self.fitted_arrays}
-
-    def with_fitted(self, arrays: Mapping[str, np.ndarray]) -> Components:
-        return dataclasses.replace(self, fitted=Fitted(**{name: arrays[name] for name in self.fitted_arrays}))
+    def _from_arrays(self, **arrays: np.ndarray) -> Fitted:
+        return Fitted(**arrays)
 
     def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:
         del view, start
@@ -144,11 +135,6 @@ class Components(Encoding):
     def refused(self, logits_BC: Tensor) -> Tensor:
         # Comparisons with NaN are false, so this also finds NaN.
         return ~(logits_BC.abs().amax(dim=1) <= LARGEST)
-
-    def _fitted(self) -> Fitted:
-        if self.fitted is None:
-            raise UsageError("Components is not fitted yet: call .fit(rows) with a sample of the output, (M, *shape)")
-        return self.fitted
 
 
 class Fitted(PerDevice["_OnDevice"]):

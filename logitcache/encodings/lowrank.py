@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from logitcache.arrays import ArraySpec
 from logitcache.encodings.basis import centred, principal_components
+from logitcache.encodings.fitted import FittedEncoding, PerDevice
 from logitcache.encodings.packing import LARGEST, MixedRadix
-from logitcache.encodings.per_device import PerDevice
-from logitcache.encodings.protocol import Encoding, float_tensor, full_precision, smallest_id_dtype
+from logitcache.encodings.protocol import float_tensor, full_precision, smallest_id_dtype
 from logitcache.encodings.rate_distortion import best_of_each_group, bit_costs_of, costs_of_steps, limits_of
 from logitcache.errors import UsageError
 from logitcache.targets import FactoredTargets
@@ -42,7 +42,7 @@ FIT_ROWS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRank(Encoding):
+class LowRank(FittedEncoding["Fitted"]):
     """Quantised coefficients over a fitted basis, and corrections of the k classes with the largest error.
 
     The basis is the principal components of the calibration logits, after each row's mean is subtracted. A row's
@@ -68,7 +68,6 @@ class LowRank(Encoding):
     """Divergence, in nats, that is accepted to save one bit."""
     search: int = 4
     """Rounds of the search. Each can change eight coefficients; more rounds give a smaller divergence."""
-    fitted: Fitted | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, least in (("rank", 1), ("k", 0), ("search", 0)):
@@ -121,16 +120,8 @@ class LowRank(Encoding):
             steps_BR = self._with(fitted)._coefficients(logits_BC)
         return self._with(Fitted(fitted.basis, fitted.mean, limits_of(steps_BR), fitted.bit_costs))
 
-    @property
-    def is_fitted(self) -> bool:
-        return self.fitted is not None
-
-    def fitted_values(self) -> dict[str, np.ndarray]:
-        fitted = self._fitted()
-        return {name: getattr(fitted, name) for name in self.fitted_arrays}
-
-    def with_fitted(self, arrays: Mapping[str, np.ndarray]) -> LowRank:
-        return self._with(Fitted(**{name: arrays[name] for name in self.fitted_arrays}))
+    def _from_arrays(self, **arrays: np.ndarray) -> Fitted:
+        return Fitted(**arrays)
 
     @full_precision
     def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:
@@ -159,14 +150,6 @@ class LowRank(Encoding):
             corrections_BK = coefficients_BR.new_zeros(len(coefficients_BR), 0)
             ids_BK = corrections_BK.long()
         return FactoredTargets(coefficients_BR, on.basis_RC, on.mean_C, ids_BK, corrections_BK)
-
-    def _with(self, fitted: Fitted) -> LowRank:
-        return LowRank(**{name: getattr(self, name) for name in self.config() if name != "name"}, fitted=fitted)
-
-    def _fitted(self) -> Fitted:
-        if self.fitted is None:
-            raise UsageError("LowRank is not fitted yet: pass `calibration=` logits (M, C), or call .fit(logits)")
-        return self.fitted
 
     def _coefficients(self, logits_BC: Tensor) -> Tensor:
         """Coefficients as whole numbers of steps, float32 (B, R)."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,9 +14,9 @@ from torch import Tensor
 from logitcache.arrays import ArraySpec
 from logitcache.encodings.classsets import LEVEL, entry_spec, is_used, pack_sets, set_specs, unpack_sets
 from logitcache.encodings.entries import distinct_entries
+from logitcache.encodings.fitted import FittedEncoding, PerDevice
 from logitcache.encodings.largest import largest
-from logitcache.encodings.per_device import PerDevice
-from logitcache.encodings.protocol import Encoding, float_tensor, smallest_id_dtype
+from logitcache.encodings.protocol import float_tensor, smallest_id_dtype
 from logitcache.errors import UsageError
 from logitcache.targets import SparseTargets, row_slices
 
@@ -32,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedTopK(Encoding):
+class PackedTopK(FittedEncoding["Prior"]):
     """The most probable classes of a row and the log-sum-exp of the rest, in about half the bytes of `TopK`.
 
     The classes of a row are a sorted set, stored as gaps; their logits are whole steps above the smallest of them.
@@ -55,7 +54,6 @@ class PackedTopK(Encoding):
     step: float = 0.25
     """Quantization step of the entries' logits, at least 0.1: a row's entries span at most 255 steps, and smaller
     logits are raised to the lowest of these."""
-    fitted: Prior | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         whole = isinstance(self.k, int) and not isinstance(self.k, bool)
@@ -119,22 +117,10 @@ class PackedTopK(Encoding):
             share_C.log()[order_C].numpy().astype(np.float16),
             np.array([least], dtype=np.float32),
         )
-        return dataclasses.replace(self, fitted=fitted)
+        return self._with(fitted)
 
-    @property
-    def is_fitted(self) -> bool:
-        return self.fitted is not None or not self.prior
-
-    def fitted_values(self) -> dict[str, np.ndarray]:
-        if not self.prior:
-            return {}
-        prior = self._prior()
-        return {name: getattr(prior, name) for name in self.fitted_arrays}
-
-    def with_fitted(self, arrays: Mapping[str, np.ndarray]) -> PackedTopK:
-        if not self.prior:
-            return self
-        return dataclasses.replace(self, fitted=Prior(**{name: arrays[name] for name in self.fitted_arrays}))
+    def _from_arrays(self, **arrays: np.ndarray) -> Prior:
+        return Prior(**arrays)
 
     def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:
         del view, start
@@ -165,7 +151,7 @@ class PackedTopK(Encoding):
 
     def _is_kept(self, log_probs_BK: Tensor) -> Tensor:
         """Which of the most probable classes of each row become entries, bool (B, K); always the first."""
-        least = 0.0 if self.most is None else float(self._prior().least[0])
+        least = 0.0 if self.most is None else float(self._fitted().least[0])
         is_kept_BK = log_probs_BK >= (math.log(least) if least > 0 else -math.inf)
         is_kept_BK[:, 0] = True
         return is_kept_BK
@@ -183,7 +169,7 @@ class PackedTopK(Encoding):
             codes_BK[:, 0] += is_alone_B & (codes_BK[:, 0] < LARGEST_CODE)
         numbers_BK = ids_BK
         if self.prior:
-            numbers_BK = self._prior().on(ids_BK.device).number_C[ids_BK.clamp(min=0)]
+            numbers_BK = self._fitted().on(ids_BK.device).number_C[ids_BK.clamp(min=0)]
         numbers_BK, order_BK = numbers_BK.masked_fill(~is_kept_BK, num_classes).sort(dim=1, stable=True)
         codes_BK = codes_BK.gather(1, order_BK).masked_fill_(~is_used(count_B, self.places), 0.0)
         tail_B = (tail_B - lowest_B).clamp(max=torch.finfo(torch.float16).max)
@@ -199,16 +185,11 @@ class PackedTopK(Encoding):
         ids_BK, shape_C = unpack_sets(encoded, num_classes), None
         values_BK = (encoded["values"].float() * self.step).masked_fill_(ids_BK < 0, -math.inf)
         if self.prior:
-            on = self._prior().on(ids_BK.device)
+            on = self._fitted().on(ids_BK.device)
             ids_BK, shape_C = on.class_C[ids_BK], on.shape_C
         tail_B = encoded["tail"].float()
         total_B1 = torch.cat([values_BK, tail_B[:, None]], dim=1).logsumexp(dim=1, keepdim=True)
         return SparseTargets(ids_BK, values_BK - total_B1, tail_B - total_B1[:, 0], num_classes, shape_C)
-
-    def _prior(self) -> Prior:
-        if self.fitted is None:
-            raise UsageError("PackedTopK is not fitted yet: pass `calibration=` logits (M, C), or call .fit(logits)")
-        return self.fitted
 
 
 class Prior(PerDevice["_OnDevice"]):

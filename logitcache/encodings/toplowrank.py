@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from logitcache.arrays import ArraySpec
 from logitcache.encodings.basis import DEEPEST, principal_span
+from logitcache.encodings.fitted import FittedEncoding, PerDevice
 from logitcache.encodings.largest import largest
 from logitcache.encodings.packing import LARGEST, MixedRadix
-from logitcache.encodings.per_device import PerDevice
-from logitcache.encodings.protocol import Encoding, float_tensor, full_precision
+from logitcache.encodings.protocol import float_tensor, full_precision
 from logitcache.encodings.rate_distortion import best_of_each_group, bit_costs_of, costs_of_steps, limits_of
 from logitcache.errors import ShapeError, UsageError
 from logitcache.targets import FactoredTargets
@@ -55,7 +55,7 @@ ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopLowRank(Encoding):
+class TopLowRank(FittedEncoding["Fitted"]):
     """The k most probable classes, and quantised coefficients over a fitted basis for all others.
 
     The basis is the principal components of the calibration logits, with each class weighted by its mean probability in
@@ -79,6 +79,7 @@ class TopLowRank(Encoding):
         "bit_costs": 2,
     }
     holds_masks: ClassVar[bool] = False
+    how_to_fit: ClassVar[str] = f"{FittedEncoding.how_to_fit} or .fit_head(…)"
 
     rank: int = 192
     """The most components of the basis; 1 <= rank < C."""
@@ -90,7 +91,6 @@ class TopLowRank(Encoding):
     """Weight of the divergences at T = 2 and T = 4, each times T², relative to that at T = 1."""
     search: int = 8
     """Rounds of the search. Each can change eight coefficients."""
-    fitted: Fitted | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, least in (("rank", 1), ("k", 1), ("search", 0)):
@@ -237,16 +237,8 @@ class TopLowRank(Encoding):
         tail_BC = below_BC.softmax(dim=1).scatter_(1, largest(below_BC, self.k)[1], 0.0)
         yield tail_BC, tail_BC.sum(dim=1, keepdim=True).clamp_(min=LEAST_MASS), 1.0
 
-    @property
-    def is_fitted(self) -> bool:
-        return self.fitted is not None
-
-    def fitted_values(self) -> dict[str, np.ndarray]:
-        fitted = self._fitted()
-        return {name: getattr(fitted, name) for name in self.fitted_arrays}
-
-    def with_fitted(self, arrays: Mapping[str, np.ndarray]) -> TopLowRank:
-        return self._with(Fitted(**{name: arrays[name] for name in self.fitted_arrays}))
+    def _from_arrays(self, **arrays: np.ndarray) -> Fitted:
+        return Fitted(**arrays)
 
     def encode(self, logits_BC: Tensor, *, view: int = 0, start: int = 0) -> dict[str, Tensor]:
         return self.encode_with_kl(logits_BC, view=view, start=start)[0]
@@ -293,16 +285,6 @@ class TopLowRank(Encoding):
         """The k largest logits, (B, K)."""
         order_K = torch.arange(levels_BK.shape[1], device=levels_BK.device) * ORDER
         return base_B[:, None] * BASE_STEP - (levels_BK + order_K) * self._value_step
-
-    def _with(self, fitted: Fitted) -> TopLowRank:
-        return replace(self, fitted=fitted)
-
-    def _fitted(self) -> Fitted:
-        if self.fitted is None:
-            raise UsageError(
-                "TopLowRank is not fitted yet: pass `calibration=` logits (M, C), or call .fit(logits) or .fit_head(…)"
-            )
-        return self.fitted
 
     def _analysed(self, logits_BC: Tensor) -> tuple[Tensor, _Rows]:
         """Logits below the largest, clamped, (B, C); and what the search needs of them."""

@@ -34,7 +34,7 @@ from logitcache.cache.labelview import View
 from logitcache.cache.layout import Block, num_blocks
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.names import recorded_names
-from logitcache.cache.reader import LogitCache, open_cache
+from logitcache.cache.reader import LogitCache, open_cache, open_sealed
 from logitcache.cache.writer import CacheWriter
 from logitcache.data.samples import SampleTable
 from logitcache.encodings import Auto, Encoding, encoding_from_config
@@ -44,7 +44,6 @@ from logitcache.errors import (
     InvalidLogits,
     NotACache,
     UsageError,
-    unsealed,
 )
 from logitcache.progress import track
 from logitcache.randomness import keyed_permutation
@@ -246,9 +245,7 @@ def _proof_digests(sources: Sequence[LogitCache], view: int) -> dict[int, str]:
 
 
 def _open_sealed(location: str) -> LogitCache:
-    cache = open_cache(location)
-    if not cache.sealed:
-        raise unsealed(location)
+    cache = open_sealed(location)
     if cache.views.start > 0:
         raise IncompleteCache(
             f"{location} is a copy of views {cache.views.start}:{cache.views.stop} only; `logitcache pull` the views "

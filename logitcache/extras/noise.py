@@ -17,8 +17,8 @@ import numpy as np
 
 from logitcache.cache.ground_truth import NO_TARGET, targets_of
 from logitcache.cache.mean_probabilities import MeanProbabilities, SampleProbabilities
-from logitcache.cache.reader import open_cache
-from logitcache.errors import UsageError, unsealed
+from logitcache.cache.reader import open_sealed
+from logitcache.errors import UsageError
 from logitcache.storage import LocalStorage
 
 # B batch, C classes, N samples
@@ -92,9 +92,7 @@ def find_suspects(location: str) -> LabelNoise:
         IncompleteCache: the cache is not sealed.
         CorruptCache: labels or sample table are damaged.
     """
-    cache = open_cache(location)
-    if not cache.sealed:
-        raise unsealed(location)
+    cache = open_sealed(location)
     if not cache.row_map.one_each:
         raise UsageError(f"{location} has several rows per sample; suspects needs one, with the sample's class")
     targets_N = targets_of(cache)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import RLock
 from typing import Any
 from urllib.parse import unquote
 
 from logitcache.errors import StorageError, UsageError
-from logitcache.storage.protocol import Arrived
+from logitcache.storage.protocol import Arrived, Storage
 
 try:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_hf_file_metadata, hf_hub_url
@@ -67,7 +67,7 @@ def open_hub(url: str) -> HubStorage:
     return HubStorage(url.rstrip("/"), found["repo"], unquote(found["revision"] or "main"), path)
 
 
-class HubStorage:
+class HubStorage(Storage):
     """A folder of a dataset repository at a revision, for reading.
 
     Args:
@@ -140,9 +140,6 @@ class HubStorage:
             if isinstance(entry, RepoFile) and entry.path not in HUB_FILES:
                 yield entry.path.removeprefix(self.prefix), entry.size
 
-    def list_keys(self, prefix: str = "") -> Iterator[str]:
-        return (key for key, _ in self.sizes(prefix))
-
     def folders(self, prefix: str = "") -> list[str]:
         entries = self._tree(prefix, recursive=False)
         return sorted(entry.path.rsplit("/", 1)[-1] for entry in entries if isinstance(entry, RepoFolder))
@@ -161,23 +158,12 @@ class HubStorage:
     def put(self, key: str, data: bytes | memoryview, *, durable: bool = True) -> None:
         self._refuse()
 
-    def make_durable(self, keys: Iterable[str]) -> None:
-        """Nothing to do: nothing is written."""
-
     def create(self, key: str, data: bytes) -> bool:
         self._refuse()
         return False
 
     def delete(self, key: str) -> None:
         self._refuse()
-
-    def remove_leftovers(self) -> int:
-        """Nothing to do: a commit has no partial files."""
-        return 0
-
-    def lock(self) -> AbstractContextManager[None]:
-        """No lock: the parent of a commit is compared."""
-        return nullcontext()
 
     @contextmanager
     def transaction(self) -> Iterator[HubCommit]:
@@ -233,11 +219,11 @@ class HubStorage:
         return StorageError(f"can't {action} {where}: {remedy}{'. ' if remedy else ''}{text[:300]}")
 
 
-class HubCommit:
+class HubCommit(Storage):
     """The files of a copy, on their way into a repository: uploaded in batches, added by commits at the end.
 
     Reads give what was put here, and otherwise what the repository has. A repository that does not exist is empty, and
-    is created as a private one by the first upload.
+    is created as a private one by the first upload. It has no lock: the parent of the commit is compared.
 
     Raises:
         StorageError: the repository can't be reached.
@@ -282,10 +268,6 @@ class HubCommit:
             there = key in self._before and key not in self._deleted
         return self._base.get(key, limit=limit) if there else None
 
-    def get_view(self, key: str, *, limit: int | None = None, arrived: Arrived | None = None) -> memoryview | None:
-        data = self.get(key, limit=limit)
-        return None if data is None else memoryview(data)
-
     def put(self, key: str, data: bytes | memoryview, *, durable: bool = True) -> None:
         with self._lock:
             self._deleted.discard(key)
@@ -298,9 +280,6 @@ class HubCommit:
             size = sum(each.upload_info.size for each in self._waiting)
             if len(self._waiting) >= UPLOAD_FILES or size >= UPLOAD_BYTES:
                 self._upload()
-
-    def make_durable(self, keys: Iterable[str]) -> None:
-        """Nothing to do: the commit comes at the end."""
 
     def create(self, key: str, data: bytes) -> bool:
         with self._lock:
@@ -324,9 +303,6 @@ class HubCommit:
         objects = {key: each.upload_info.size for key, each in self._objects.items()}
         return kept | objects | {key: len(data) for key, data in self._records.items()}
 
-    def list_keys(self, prefix: str = "") -> Iterator[str]:
-        return (key for key, _ in self.sizes(prefix))
-
     def folders(self, prefix: str = "") -> list[str]:
         start = len(f"{prefix.rstrip('/')}/") if prefix else 0
         return sorted({key[start:].split("/")[0] for key in self.list_keys(prefix) if "/" in key[start:]})
@@ -336,14 +312,6 @@ class HubCommit:
             self._objects.pop(key, None)
             self._records.pop(key, None)
             self._deleted.add(key)
-
-    def remove_leftovers(self) -> int:
-        """Nothing to do: a commit has no partial files."""
-        return 0
-
-    def lock(self) -> AbstractContextManager[None]:
-        """No lock: the parent of the commit is compared."""
-        return nullcontext()
 
     def operations(self) -> tuple[list[Any], list[Any]]:
         """What the commits will do: files that are added for the blocks; those of records, and deletions."""

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from logitcache.errors import CorruptCache, StorageError, UsageError
 from logitcache.storage.folder_lock import LOCK, locked_folder
-from logitcache.storage.protocol import Arrived
+from logitcache.storage.protocol import Storage
 
 LEFTOVER_SECONDS = 86_400
 """A partial file of this age is a leftover, even if its writer ran on another host."""
@@ -36,7 +36,7 @@ def _process_space() -> str:
 _HOST = _process_space()
 
 
-class LocalStorage:
+class LocalStorage(Storage):
     """A directory. An object gets its name when it is complete and on the disk."""
 
     is_remote = False
@@ -57,10 +57,6 @@ class LocalStorage:
                 raise CorruptCache(f"{path} is not a regular file")
             return data
         return None
-
-    def get_view(self, key: str, *, limit: int | None = None, arrived: Arrived | None = None) -> memoryview | None:
-        data = self.get(key, limit=limit)
-        return None if data is None else memoryview(data)
 
     def put(self, key: str, data: bytes | memoryview, *, durable: bool = True) -> None:
         path = self._path(key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
 Arrived = Callable[[int], None]
@@ -11,7 +11,11 @@ Arrived = Callable[[int], None]
 
 
 class Storage(Protocol):
-    """Objects by key; a key is a relative path with forward slashes."""
+    """Objects by key; a key is a relative path with forward slashes.
+
+    Methods with a body suit stores whose objects are durable when `put` returns, and that have neither partial files
+    nor a lock.
+    """
 
     url: str
     """Its location, as users and commands write it."""
@@ -38,6 +42,8 @@ class Storage(Protocol):
             limit: as for `get`.
             arrived: called while a large object arrives.
         """
+        data = self.get(key, limit=limit)
+        return None if data is None else memoryview(data)
 
     def put(self, key: str, data: bytes | memoryview, *, durable: bool = True) -> None:
         """Store an object, completely or not at all.
@@ -50,6 +56,7 @@ class Storage(Protocol):
 
     def make_durable(self, keys: Iterable[str]) -> None:
         """Make objects that were stored before survive a power loss."""
+        return
 
     def create(self, key: str, data: bytes) -> bool:
         """Store an object unless it exists; returns whether it was stored. Of two writers, only one succeeds."""
@@ -62,6 +69,7 @@ class Storage(Protocol):
 
     def list_keys(self, prefix: str = "") -> Iterator[str]:
         """Every key below a folder."""
+        return (key for key, _ in self.sizes(prefix))
 
     def folders(self, prefix: str = "") -> list[str]:
         """Names of the folders directly in a folder, sorted."""
@@ -71,12 +79,14 @@ class Storage(Protocol):
 
     def remove_leftovers(self) -> int:
         """Delete partial files of dead writers; returns their number."""
+        return 0
 
     def lock(self) -> AbstractContextManager[None]:
         """Exclusive lock for replacing records. Object stores have none.
 
         Not reentrant. The folder is created if needed.
         """
+        return nullcontext()
 
 
 @runtime_checkable

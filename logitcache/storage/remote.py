@@ -12,15 +12,15 @@ import os
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
 from logitcache.errors import StorageError, UsageError
-from logitcache.storage.protocol import Arrived
+from logitcache.storage.protocol import Arrived, Storage
 from logitcache.storage.web_index import linked_folders
 
 try:
@@ -81,8 +81,10 @@ def open_remote(url: str) -> RemoteStorage:
         raise UsageError(f"{url} can't be opened: {_reason(error)}") from error
 
 
-class RemoteStorage:
+class RemoteStorage(Storage):
     """A prefix of an object store, or a folder of a web server.
+
+    It has no lock: code that replaces records reads them again afterwards.
 
     Args:
         url: as users write it.
@@ -130,9 +132,6 @@ class RemoteStorage:
     def put(self, key: str, data: bytes | memoryview, *, durable: bool = True) -> None:
         self._put(key, data, mode="overwrite")
 
-    def make_durable(self, keys: Iterable[str]) -> None:
-        """Nothing to do: objects are durable when `put` returns."""
-
     def create(self, key: str, data: bytes) -> bool:
         try:
             return self._put(key, data, mode="create")
@@ -165,9 +164,6 @@ class RemoteStorage:
                 for entry in page:
                     yield entry["path"].removeprefix(self._prefix), entry
 
-    def list_keys(self, prefix: str = "") -> Iterator[str]:
-        return (key for key, _ in self.sizes(prefix))
-
     def folders(self, prefix: str = "") -> list[str]:
         if self._scheme in READ_ONLY:
             return linked_folders(f"{self.url}/{prefix}", timeout=READ_SECONDS, deadline=RECORD_SECONDS)
@@ -196,14 +192,6 @@ class RemoteStorage:
         self._refuse_writing()
         with self._requests("delete", key), suppress(FileNotFoundError):
             obstore.delete(self._store, self._path(key))
-
-    def remove_leftovers(self) -> int:
-        """Nothing to do: object stores have no partial objects."""
-        return 0
-
-    def lock(self) -> AbstractContextManager[None]:
-        """No lock: code that replaces records reads them again afterwards."""
-        return nullcontext()
 
     def _read(self, key: str, limit: int | None, arrived: Arrived | None, *, is_record: bool) -> memoryview:
         answer = obstore.get(self._store, key)

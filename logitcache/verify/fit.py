@@ -12,7 +12,7 @@ import numpy as np
 from logitcache.cache.averaging import check_same_pixels, check_same_views
 from logitcache.cache.ensemble import merged_parts
 from logitcache.cache.manifest import LOGITS
-from logitcache.cache.reader import LogitCache, open_cache
+from logitcache.cache.reader import LogitCache, open_sealed
 from logitcache.catalog.datasets import Data
 from logitcache.data.rows import rows_of_dataset
 from logitcache.data.samples import (
@@ -79,7 +79,7 @@ def open_fitting_cache(
         IdentityMismatch: something differs; names the field or the sample.
         IncompleteCache: the cache is not sealed, or has too few views.
     """
-    cache = _open_sealed(location, trust=trust)
+    cache = open_sealed(location, trust=trust)
     differences = view_differences(cache, data, plan)
     if teacher is not None:
         differences += teacher_differences(cache, teacher)
@@ -119,7 +119,7 @@ def open_fitting_caches(
     first, rows = open_fitting_cache(locations[0], data, plan, None, num_views=num_views, subset=subset, trust=trust)
     caches = [first]
     for location in locations[1:]:
-        cache = _open_sealed(location, trust=trust)
+        cache = open_sealed(location, trust=trust)
         check_same_views(locations[0], first, location, cache)
         _check_views(cache, location, num_views)
         caches.append(cache)
@@ -251,13 +251,6 @@ def views_of_cache(
     contents = None if cache.samples is None else cache.samples.contents
     plan = replace(plan, num_samples=cache.num_samples, contents=contents, rows=cache.row_map)
     return ViewDataset(dataset, plan, preprocess=preprocess, rows=rows, on_device=on_device)
-
-
-def _open_sealed(location: str, *, trust: bool) -> LogitCache:
-    cache = open_cache(location, trust=trust)
-    if not cache.sealed:
-        raise unsealed(location)
-    return cache
 
 
 def _check_views(cache: LogitCache, location: str, count: int) -> None:

@@ -19,21 +19,6 @@ if TYPE_CHECKING:
     from logitcache.extras.interchange.run import ImportResult as ImportResult
     from logitcache.extras.interchange.run import import_cache as import_cache
 
-__all__ = [
-    "EXPORT_FORMATS",
-    "FORMATS",
-    "IMPORTERS",
-    "DenseRows",
-    "ExportResult",
-    "ImportResult",
-    "Importer",
-    "RecordedViews",
-    "SparseRows",
-    "ViewParameters",
-    "export_cache",
-    "import_cache",
-]
-
 FORMATS = {
     "numpy": "logits in .npy or .npz files, one file or a folder with one file per view",
     "parquet": "a Parquet file with a column of logits, or with columns of classes and logits",
@@ -63,6 +48,7 @@ _HOMES = {
     "ViewParameters": "protocol",
     "import_cache": "run",
 }
+__all__ = ["FORMATS", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

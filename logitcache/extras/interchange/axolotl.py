@@ -6,6 +6,7 @@ numbers with the ids in `target_token_ids`.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from logitcache.cache.reader import LogitCache
 from logitcache.data.tokens import TokenDataset
 from logitcache.errors import InvalidSource, UsageError
 from logitcache.extras.interchange.files import reading
-from logitcache.extras.interchange.parts import ExportResult, Part, lists, metadata, table, write_parts
+from logitcache.extras.interchange.parts import ExportResult, lists, table
 from logitcache.extras.interchange.protocol import NO_IDENTITY, Importer, SparseRows
 from logitcache.extras.interchange.sequences import (
     Sequences,
@@ -159,18 +160,8 @@ def export_axolotl(
         SampleMismatch: the token ids are not those of the cache.
     """
     sequences = exported_sequences(cache, tool=Axolotl.tool, views=views, top=top, tokens=tokens)
-
-    def part(number: int) -> Part:
-        samples = sequences.samples(number)
-        rows = int(sequences.lengths(samples).sum())
-        about = metadata(cache, sequences.view, sequences.k, block=number, input_ids=tokens is not None)
-        return Part(f"data-{number:05d}.parquet", about, len(samples), rows, lambda: _tables(sequences, number))
-
-    def part_of(name: str) -> Part | None:
-        found = re.fullmatch(r"data-(\d{5,9})\.parquet", name)
-        return part(int(found[1])) if found and int(found[1]) < sequences.num_blocks else None
-
-    return write_parts(folder, [part(number) for number in range(sequences.num_blocks)], part_of)
+    tables = functools.partial(_tables, sequences)
+    return sequences.write(folder, "data-{:05d}.parquet", tables, input_ids=tokens is not None)
 
 
 def _tables(sequences: Sequences, block: int) -> Iterator[Any]:

@@ -7,8 +7,8 @@ Position t of a sequence has the log-probabilities of token t + 1 over the whole
 
 from __future__ import annotations
 
+import functools
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,7 +23,7 @@ from logitcache.cache.reader import LogitCache
 from logitcache.data.tokens import TokenDataset
 from logitcache.errors import InvalidSource, UsageError
 from logitcache.extras.interchange.files import matching, read_bytes, reading
-from logitcache.extras.interchange.parts import ExportResult, Part, lists, metadata, table, write_parts
+from logitcache.extras.interchange.parts import ExportResult, lists, table
 from logitcache.extras.interchange.protocol import NO_IDENTITY, TAIL_KNOWN, Importer, SparseRows
 from logitcache.extras.interchange.sequences import (
     Sequences,
@@ -285,21 +285,11 @@ def export_distillkit(
     if tokens is None:
         raise UsageError("DistillKit stores token ids, which a cache lacks: add the cache's own dataset with --data")
     codec = Codec(d=cache.num_classes, k=sequences.k, exact_k=sequences.k, delta_encoding=False)
-
-    def part(number: int) -> Part:
-        samples = sequences.samples(number)
-        rows = int(sequences.lengths(samples).sum())
-        about = metadata(cache, sequences.view, sequences.k, block=number)
-        return Part(f"data_{number}.parquet", about, len(samples), rows, lambda: _tables(sequences, codec, number))
-
-    def part_of(name: str) -> Part | None:
-        found = re.fullmatch(r"data_(\d{1,9})\.parquet", name)
-        return part(int(found[1])) if found and int(found[1]) < sequences.num_blocks else None
-
     config = yaml.safe_dump(codec.model_dump(mode="json"), sort_keys=False).encode()
     if LocalStorage(folder).get(CONFIG, limit=2**20) not in (None, config):
         raise UsageError(f"{folder} contains another {CONFIG}; an export needs a folder of its own")
-    result = write_parts(folder, [part(number) for number in range(sequences.num_blocks)], part_of, also=[CONFIG])
+    tables = functools.partial(_tables, sequences, codec)
+    result = sequences.write(folder, "data_{}.parquet", tables, also=[CONFIG])
     LocalStorage(folder).put(CONFIG, config)  # last: without it the folder can't be read
     return result
 

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logitcache.cache.layout import declared_size
 from logitcache.errors import InvalidSource, LogitCacheError, UsageError
 
 MAX_PICKLE_BYTES = 2**24
 """Of one pickle, without the storages of tensors."""
 MAX_FILE_BYTES = 2**31
 """Of a file that is read whole, decompressed."""
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 @contextmanager
@@ -77,15 +77,9 @@ def decompress_zstd(data: bytes, limit: int = MAX_FILE_BYTES) -> bytes:
     """
     from numcodecs.zstd import Zstd
 
-    if data[:4] != _ZSTD_MAGIC or len(data) < 14:
-        raise ValueError("not a zstd frame")
-    descriptor = data[4]
-    size_flag, single_segment, dictionary = descriptor >> 6, descriptor >> 5 & 1, descriptor & 3
-    length = (1 if single_segment else 0) if size_flag == 0 else 1 << size_flag
-    if dictionary or not length:
-        raise ValueError("a zstd frame without content size, or with a dictionary")
-    start = 5 if single_segment else 6
-    size = int.from_bytes(data[start : start + length], "little") + (256 if size_flag == 1 else 0)
+    size = declared_size(data, checksum=False)
+    if size is None:
+        raise ValueError("not a zstd frame that states its content size and needs no dictionary")
     if size > limit:
         raise ValueError(f"a zstd frame of {size:,} bytes; at most {limit:,} are read")
     out = np.empty(size, dtype=np.uint8)

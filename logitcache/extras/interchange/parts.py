@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.cache.reader import LogitCache, open_cache
-from logitcache.errors import StorageError, UsageError, unsealed
+from logitcache.cache.reader import LogitCache, open_sealed
+from logitcache.errors import StorageError, UsageError
 from logitcache.extras.interchange.tables import check_pyarrow
 from logitcache.progress import track
 from logitcache.storage.local import is_alive
@@ -60,10 +60,7 @@ def open_exported(location: str) -> LogitCache:
         IncompleteCache: the cache is not sealed.
     """
     check_pyarrow()
-    cache = open_cache(location)
-    if not cache.sealed:
-        raise unsealed(location)
-    return cache
+    return open_sealed(location)
 
 
 def metadata(cache: LogitCache, view: int, top: int | None, **more: Any) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from logitcache.data.tokens import CAUSAL, TokenDataset, content_of_ids
 from logitcache.encodings import TopK
 from logitcache.errors import SampleMismatch, UsageError
 from logitcache.extras.interchange.parquet import PIECE_LOGITS, check_top
+from logitcache.extras.interchange.parts import ExportResult, Part, metadata, write_parts
 from logitcache.targets import SparseTargets
 
 # B rows, K kept classes, N samples
@@ -52,11 +55,6 @@ class Sequences:
     tokens: TokenDataset | Sequence[Any] | None
     """The token ids of each sample, in the cache's order."""
 
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of the view; one file each."""
-        return self.cache.layout.blocks_per_view
-
     def samples(self, block: int) -> np.ndarray:
         """The samples of a block that have rows, int64 (N,)."""
         return self._with_rows(self.cache.row_map.block_samples(block))
@@ -77,6 +75,32 @@ class Sequences:
             if len(group):
                 yield group
             start = stop
+
+    def write(
+        self,
+        folder: Path,
+        name: str,
+        tables: Callable[[int], Iterator[Any]],
+        *,
+        also: Sequence[str] = (),
+        **more: Any,
+    ) -> ExportResult:
+        """Write one file per block.
+
+        Args:
+            folder, also: as for `write_parts`.
+            name: of the file of a block, such as "data-{:05d}.parquet".
+            tables: the row groups of a block.
+            more: metadata of every file.
+        """
+        parts = {}
+        for block in range(self.cache.layout.blocks_per_view):
+            samples = self.samples(block)
+            about = metadata(self.cache, self.view, self.k, block=block, **more)
+            rows = int(self.lengths(samples).sum())
+            part = Part(name.format(block), about, len(samples), rows, partial(tables, block))
+            parts[part.name] = part
+        return write_parts(folder, list(parts.values()), parts.get, also=also)
 
     def labels(self) -> View:
         """The view, with one or two blocks in memory."""
