@@ -398,6 +398,10 @@ def read_manifest(data: bytes | None, *, url: str) -> Manifest:
         UnsupportedFormat: the cache was written by a newer version.
         CorruptCache: the manifest is damaged.
     """
+    if data is None and url.endswith(f"/{MANIFEST}"):
+        raise NotACache(
+            f"{url!r} is not a logit cache; expected the folder that it is in, {url.removesuffix(f'/{MANIFEST}')!r}"
+        )
     if data is None:
         raise NotACache(
             f"{url!r} is not a logit cache: it has no {MANIFEST}. Check the path: `logitcache ls FOLDER` lists the "

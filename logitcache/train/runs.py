@@ -291,7 +291,8 @@ def check_configuration(path: Path, before: dict[str, Any], config: dict[str, An
     if before == config:
         return
     keys = _different_keys(before, config)
-    remedy = "Choose another `runs.path`, or delete that folder to start again."
+    rename = "Give the student another name, choose" if "student" in config else "Choose"
+    remedy = f"{rename} another `runs.path`, or delete that folder to start again."
     if keys == ["num_views"] and "student" in config:
         remedy = _remedy_for_views(config["student"]["name"], before["num_views"], config["num_views"])
     raise UsageError(f"{path} contains a run of another configuration (differs in {', '.join(keys)}).\n{remedy}")

@@ -438,6 +438,7 @@ def test_no_cache_there_and_a_newer_one(folder: Path, tmp_path: Path) -> None:
     (newer / "manifest.json").write_text(text.replace('"format_version": 2', '"format_version": 7'))
 
     refused(logitcache("info", tmp_path), 2, "is not a logit cache: it has no manifest.json")
+    refused(logitcache("info", tmp_path / "manifest.json"), 2, f"expected the folder that it is in, '{tmp_path}'")
     refused(logitcache("verify", CHECKOUT / "README.md"), 2, "is not a logit cache")
     refused(logitcache("info", newer), 2, "format version 7; this logitcache reads up to 2: upgrade logitcache")
 
