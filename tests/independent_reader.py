@@ -83,6 +83,8 @@ def decode(arrays: dict[str, np.ndarray], encoding: dict[str, Any], num_classes:
         counts = (arrays["ids"][..., None] == np.arange(num_classes)).sum(axis=-2)
         with np.errstate(divide="ignore"):
             return np.log(counts / encoding["draws"])
+    if encoding["name"] == "trellislowrank":
+        return arrays["mean"] + trellis_values(arrays) @ arrays["basis"].astype(np.float32)
     q = unpack(arrays["coefficients"], arrays["limits"].tolist())
     logits = arrays["mean"] + q @ arrays["basis"].astype(np.float32)
     if encoding["name"] == "toplowrank":
@@ -123,6 +125,35 @@ def unpack(packed: np.ndarray, limits: list[int]) -> np.ndarray:
         columns.append(packed[..., byte] // product % base - limit)
         product *= base
     return np.stack(columns, axis=-1).astype(np.float32)
+
+
+def trellis_values(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Values (..., P) of `TrellisLowRank`, one row after another."""
+    scales, thresholds = arrays["scales"].tolist(), arrays["thresholds"].tolist()
+    starts = np.cumsum(np.pad(arrays["frequencies"].astype(np.int64), ((0, 0), (1, 0))), axis=1)
+    most = arrays["frequencies"].shape[1] // 2
+    rows = arrays["coefficients"].reshape(-1, arrays["coefficients"].shape[-1])
+    values = np.zeros((len(rows), len(scales)), dtype=np.float32)
+    for row, decoded in zip(rows, values, strict=True):
+        waiting = iter(row.tolist())
+        code, width = 0, 2**40 - 1
+        for _ in range(5):
+            code = 256 * code + next(waiting, 0)
+        state, activity = 0, thresholds[0][4]
+        for place, scale in enumerate(scales):
+            table = 2 * (scale + sum(activity > each for each in thresholds[place])) + state % 2
+            unit = width // 65536
+            symbol = int(np.searchsorted(starts[table], min(code // unit, 65535), side="right")) - 1
+            code -= unit * int(starts[table, symbol])
+            width = unit * int(starts[table, symbol + 1] - starts[table, symbol])
+            while width < 2**32:
+                code, width = 256 * code + next(waiting, 0), 256 * width
+            q = symbol - most
+            value = 2 * q + state % 2
+            decoded[place] = value
+            activity += 8 * abs(value) - activity // 32
+            state = (state // 2) ^ (5 * (state % 2)) ^ (2 * (q % 2))
+    return values.reshape(*arrays["coefficients"].shape[:-1], len(scales))
 
 
 def content_digest(manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:

@@ -104,6 +104,7 @@ SPELLINGS = {
     "packedtopk": ("PackedTopK", ("k", "most", "prior", "step")),
     "lowrank": ("LowRank", ("rank", "k", "step", "bit_price", "search")),
     "toplowrank": ("TopLowRank", ("rank", "k", "bit_price", "soft_weight", "search")),
+    "trellislowrank": ("TrellisLowRank", ("rank", "bit_price", "soft_weight")),
     "sampled": ("Sampled", ("draws", "seed", "packed")),
     "values": ("Values", ("dtype",)),
     "components": ("Components", ("error",)),

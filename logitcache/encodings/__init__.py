@@ -20,13 +20,17 @@ from logitcache.encodings.protocol import Encoding as Encoding
 from logitcache.encodings.sampled import Sampled as Sampled
 from logitcache.encodings.topk import TopK as TopK
 from logitcache.encodings.toplowrank import TopLowRank as TopLowRank
+from logitcache.encodings.trellislowrank import TrellisLowRank as TrellisLowRank
 from logitcache.encodings.values import Values as Values
 from logitcache.errors import UsageError
 from logitcache.registry import Registry, configured
 
 ENCODINGS: Registry[type[Encoding]] = Registry(
     "encoding",
-    {kind.name: kind for kind in (Dense, TopK, PackedTopK, LowRank, TopLowRank, Sampled, Values, Components)},
+    {
+        kind.name: kind
+        for kind in (Dense, TopK, PackedTopK, LowRank, TopLowRank, TrellisLowRank, Sampled, Values, Components)
+    },
     base=Encoding,
 )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from logitcache.encodings.protocol import float_tensor
 
-# B batch, C classes, R rank
+# B batch, C classes, R rank, N rows, D values of a hidden state
 
 DEEPEST = 40.0
 """Distance below a row's largest logit at which logits are clamped: their probability is below 1e-17."""
@@ -71,6 +71,33 @@ def principal_span(calibration: Any, width: int) -> tuple[Tensor, Tensor]:
         product_CD += rows_BC.T @ (rows_BC @ span_CD)
     span_CD = torch.linalg.qr(product_CD)[0]
     return span_CD, torch.cat([rows_BC @ span_CD for rows_BC in _batches(calibration)])
+
+
+def principal_directions(metric_DD: Tensor, hidden_ND: Tensor, rank: int) -> Tensor:
+    """Directions of hidden states (R, D) with the largest variance in a metric, orthogonal and of norm 1 in it."""
+    device, metric_DD = metric_DD.device, metric_DD.cpu().double()  # some devices have no float64
+    values_D, vectors_DD = torch.linalg.eigh(metric_DD)
+    roots_D = values_D.clamp(min=1e-9 * float(values_D.amax())).sqrt()
+    covariance_DD = (hidden_ND.T @ hidden_ND).cpu().double() / len(hidden_ND)
+    to_norm_DD = vectors_DD * roots_D
+    principal_DR = torch.linalg.eigh(to_norm_DD.T @ covariance_DD @ to_norm_DD)[1].flip(1)[:, :rank]
+    components_RD = (principal_DR.T / roots_D) @ vectors_DD.T
+    largest_R1 = components_RD.gather(1, components_RD.abs().argmax(dim=1, keepdim=True))
+    signed_RD: Tensor = components_RD * largest_R1.sign()  # the sign of an eigenvector is arbitrary
+    return signed_RD.float().to(device)
+
+
+def least_squares(basis_CR: Tensor, weights_C: Tensor) -> Tensor:
+    """What logits are multiplied with to give their coefficients (C, R), by least squares with weights of sum 1.
+
+    Each column has the sum 0, so a constant per row changes nothing.
+    """
+    weighted_CR = basis_CR * weights_C[:, None]
+    weighted_CR -= weights_C[:, None] * weighted_CR.sum(dim=0)
+    inner_RR = (weighted_CR.T @ basis_CR).cpu().double()
+    inner_RR.diagonal().add_(1e-9 * float(inner_RR.diagonal().mean()) + torch.finfo(torch.float32).tiny)
+    projection_CR: Tensor = weighted_CR @ torch.linalg.pinv(inner_RR, hermitian=True).float().to(basis_CR.device)
+    return projection_CR
 
 
 def _sign_fixed(basis_RC: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from logitcache.arrays import ArraySpec
-from logitcache.encodings.basis import DEEPEST, principal_span
+from logitcache.encodings.basis import DEEPEST, least_squares, principal_directions, principal_span
 from logitcache.encodings.fitted import FittedEncoding, PerDevice
 from logitcache.encodings.largest import largest
 from logitcache.encodings.packing import LARGEST, MixedRadix
@@ -197,7 +197,7 @@ class TopLowRank(FittedEncoding["Fitted"]):
         # To second order, a divergence is half the variance of the logits' errors: the mean of their squares without
         # the square of their mean.
         metric_DD = (span_CD.T * weights_C) @ span_CD - of_means_DD
-        components_RD = _components(metric_DD, hidden_ND - mean_D, self.rank)
+        components_RD = principal_directions(metric_DD, hidden_ND - mean_D, self.rank)
         basis_RC = (self._step * components_RD @ centred_CD.T).half()
         if not bool(torch.isfinite(basis_RC).all()):
             raise UsageError(f"TopLowRank: bit_price={self.bit_price} is too high: a step exceeds float16")
@@ -458,27 +458,8 @@ class _ForEncoding:
         """The place of each class in `classes`."""
         self.limit_R = torch.from_numpy(fitted.limits.astype(np.float32)).to(device)
         self.bit_costs_2R = torch.from_numpy(fitted.bit_costs).to(device)
-        # Weighted least squares. Each column has the sum 0, so a constant per row changes nothing.
-        weighted_CR = on.basis_CR * self.weights_C[:, None]
-        weighted_CR -= self.weights_C[:, None] * weighted_CR.sum(dim=0)
-        inner_RR = (weighted_CR.T @ on.basis_CR).cpu().double()
-        inner_RR.diagonal().add_(1e-9 * float(inner_RR.diagonal().mean()) + torch.finfo(torch.float32).tiny)
-        self.projection_CR = weighted_CR @ torch.linalg.pinv(inner_RR, hermitian=True).float().to(device)
+        self.projection_CR = least_squares(on.basis_CR, self.weights_C)
         self.projected_mean_R = on.mean_C @ self.projection_CR
-
-
-def _components(metric_DD: Tensor, hidden_ND: Tensor, rank: int) -> Tensor:
-    """Directions of hidden states (R, D) with the largest variance in a metric, orthogonal and of norm 1 in it."""
-    device, metric_DD = metric_DD.device, metric_DD.cpu().double()  # some devices have no float64
-    values_D, vectors_DD = torch.linalg.eigh(metric_DD)
-    roots_D = values_D.clamp(min=1e-9 * float(values_D.amax())).sqrt()
-    covariance_DD = (hidden_ND.T @ hidden_ND).cpu().double() / len(hidden_ND)
-    to_norm_DD = vectors_DD * roots_D
-    principal_DR = torch.linalg.eigh(to_norm_DD.T @ covariance_DD @ to_norm_DD)[1].flip(1)[:, :rank]
-    components_RD = (principal_DR.T / roots_D) @ vectors_DD.T
-    largest_R1 = components_RD.gather(1, components_RD.abs().argmax(dim=1, keepdim=True))
-    signed_RD: Tensor = components_RD * largest_R1.sign()  # the sign of an eigenvector is arbitrary
-    return signed_RD.float().to(device)
 
 
 def _row_products(first_BC: Tensor, second_BC: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """The contract suite over every built-in encoding, and what is particular to each."""
 
+import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,11 +22,13 @@ from logitcache.encodings import (
     Sampled,
     TopK,
     TopLowRank,
+    TrellisLowRank,
     Values,
     encoding_from_config,
 )
 from logitcache.encodings.basis import principal_components
 from logitcache.encodings.packing import LARGEST, MixedRadix
+from logitcache.encodings.rangecoder import TOTAL, RangeDecoder, range_encoded
 from logitcache.errors import ShapeError, UsageError
 from logitcache.losses import kl_divergence
 from logitcache.testing import EncodingContract, teacher_like
@@ -443,6 +447,170 @@ class TestTopLowRank(EncodingContract):
             TopLowRank(rank=5).encode(teacher_like(3, 100))
 
 
+class TestTrellisLowRank(EncodingContract):
+    encoding = TrellisLowRank(rank=90, bit_price=3e-3, soft_weight=1.0)
+    largest_kl = 0.1
+    top1_agreement = 0.85
+    odd_rows_atol = 0.04  # a difference of one logit is less than a step
+    class_counts = (22, 80)
+
+    def fitted(self, classes: int) -> Encoding:
+        """These rows are noise in every direction: a basis needs as many components as there are classes."""
+        encoding = replace(self.encoding, rank=min(self.encoding.rank, classes - 1))
+        return fitted_once(encoding, classes)
+
+    def test_a_row_does_not_depend_on_its_batch(self) -> None:
+        """But for the rounding of matrix products, which the writer's fixed slabs keep from showing."""
+        logits = teacher_like(9, 100)
+        encoding = self.fitted(100)
+        whole, alone = (encoding.decode(encoding.encode(part), 100) for part in (logits, logits[4:5]))
+
+        assert fidelity_kl(alone, whole[4:5]).max() < 1e-3
+
+    def test_the_divergence_that_it_returns_is_the_measured_one(self) -> None:
+        logits = teacher_like(64, 100)
+        encoding = self.fitted(100)
+        encoded, kl = encoding.encode_with_kl(logits)
+
+        assert kl is not None
+        torch.testing.assert_close(kl, fidelity_kl(encoding.decode(encoded, 100), logits), atol=1e-4, rtol=1e-3)
+
+    def test_it_needs_fewer_bytes_for_a_lower_divergence_than_toplowrank(self) -> None:
+        """At every temperature."""
+        logits, sample = language_like(512, 600, seed=2), language_like(2000, 600, seed=1)
+        plain = TopLowRank(rank=40, k=1, bit_price=3e-4, soft_weight=1.0, search=16).fit(sample)
+        trellis = TrellisLowRank(rank=40, bit_price=4e-3, soft_weight=1.0).fit(sample)
+        divergences, sizes = [], []
+        for encoding in (plain, trellis):
+            encoded = encoding.encode(logits)
+            decoded = encoding.decode(encoded, 600)
+            divergences.append([float(fidelity_kl(decoded, logits, T).mean()) for T in (1.0, 2.0, 4.0)])
+            sizes.append(encoded)
+        plain_bytes = sum(entropy(column) / 8 for values in sizes[0].values() for column in values.view(512, -1).T)
+        trellis_bytes = float(row_lengths(sizes[1]["coefficients"]).mean())
+
+        assert trellis_bytes < plain_bytes
+        assert all(ours < theirs for ours, theirs in zip(divergences[1], divergences[0], strict=True))
+
+    def test_a_higher_bit_price_takes_fewer_bytes_and_components(self) -> None:
+        logits, sample = language_like(256, 600, seed=2), language_like(2000, 600, seed=1)
+        cheap, dear = (TrellisLowRank(rank=30, bit_price=price).fit(sample) for price in (1e-3, 1.0))
+        lengths = [row_lengths(each.encode(logits)["coefficients"]).mean() for each in (cheap, dear)]
+
+        assert lengths[1] < 0.5 * lengths[0]
+        assert len(dear.fitted_values()["basis"]) < len(cheap.fitted_values()["basis"])
+
+    def test_a_fit_to_the_head_is_a_fit_to_its_logits(self) -> None:
+        weight, hidden = language_head(600)
+        bias = torch.linspace(-1, 1, 600)
+        logits = torch.addmm(bias, hidden, weight.T)
+        encoding = TrellisLowRank(rank=30, bit_price=3e-3)
+        fitted = [encoding.fit_head(weight, bias, hidden[:2000]), encoding.fit(logits[:2000])]
+        of_head, of_logits = (
+            float(fidelity_kl(roundtrip(each, logits[2000:]), logits[2000:]).mean()) for each in fitted
+        )
+
+        assert of_head == pytest.approx(of_logits, rel=0.05)
+
+    def test_rows_unlike_the_fitted_ones_have_no_more_bytes_than_the_array(self) -> None:
+        """Their bits get a higher price, until they fit."""
+        encoding = TrellisLowRank(rank=30, bit_price=3e-3).fit(language_like(1000, 600, seed=1))
+        usual = language_like(4, 600, seed=2)
+        rows = torch.cat([usual, 6 * usual])
+        encoded, kl = encoding.encode_with_kl(rows)
+
+        assert kl is not None
+        torch.testing.assert_close(kl, fidelity_kl(encoding.decode(encoded, 600), rows), atol=1e-4, rtol=1e-3)
+        assert row_lengths(encoded["coefficients"]).max() <= int(encoding.fitted_values()["longest"][0])
+
+    @pytest.mark.parametrize("smallest", [0, 255])
+    def test_damaged_rows_decode_to_a_distribution(self, smallest: int) -> None:
+        encoding = self.fitted(100)
+        shape = encoding.encode(teacher_like(16, 100))["coefficients"].shape
+        generator = torch.Generator().manual_seed(0)
+        damaged = torch.randint(smallest, 256, shape, generator=generator, dtype=torch.uint8)
+        decoded = encoding.decode({"coefficients": damaged}, 100)
+
+        assert torch.isfinite(decoded).all()
+        torch.testing.assert_close(decoded.softmax(dim=1).sum(dim=1), torch.ones(16))
+
+    @pytest.mark.parametrize(
+        ("part", "value", "message"),
+        [
+            pytest.param("basis", None, "don't agree", id="basis too short"),
+            pytest.param("mean", math.nan, "NaN", id="mean"),
+            pytest.param("rest", math.inf, "NaN or infinity", id="rest"),
+            pytest.param("scales", 200, "don't agree", id="no such table"),
+            pytest.param("thresholds", None, "don't agree", id="thresholds too short"),
+            pytest.param("frequencies", 0, "at least 1", id="frequency of zero"),
+            pytest.param("frequencies", 9, "add up to 65536", id="sum of frequencies"),
+            pytest.param("longest", 0, "between 1 and", id="no bytes"),
+        ],
+    )
+    def test_what_was_fitted_must_fit_together(self, part: str, value: float | None, message: str) -> None:
+        values = {name: array.copy() for name, array in self.fitted(100).fitted_values().items()}
+        if value is None:
+            values[part] = values[part][..., :-1]
+        else:
+            values[part][..., :2] = value
+        with pytest.raises(ValueError, match=message):
+            self.encoding.with_fitted(values)
+
+    def test_a_head_of_another_width_is_refused(self) -> None:
+        with pytest.raises(ShapeError, match=r"\(100, 7\) and \(50, 8\)"):
+            TrellisLowRank(rank=5).fit_head(torch.zeros(100, 7), None, torch.zeros(50, 8))
+        with pytest.raises(ShapeError, match="one value for each class"):
+            TrellisLowRank(rank=5).fit_head(torch.zeros(100, 7), torch.zeros(7), torch.zeros(50, 7))
+
+    @pytest.mark.parametrize(
+        ("encoding", "rows", "message"),
+        [
+            pytest.param(TrellisLowRank(rank=50), 50, "more rows than the rank", id="too few rows"),
+            pytest.param(TrellisLowRank(rank=100), 200, "needs more than 100 classes", id="rank of all classes"),
+            pytest.param(TrellisLowRank(rank=5, bit_price=1e-9), 200, "too low", id="price too low"),
+            pytest.param(TrellisLowRank(rank=5, bit_price=1e12), 200, "too high", id="price too high"),
+        ],
+    )
+    def test_a_fit_that_can_not_be_is_refused(self, encoding: TrellisLowRank, rows: int, message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            encoding.fit(teacher_like(rows, 100))
+
+    def test_encoding_before_fitting_is_refused(self) -> None:
+        with pytest.raises(UsageError, match="not fitted yet"):
+            TrellisLowRank(rank=5).encode(teacher_like(3, 100))
+
+
+@functools.cache
+def fitted_once(encoding: Encoding, classes: int) -> Encoding:
+    return encoding.fit(teacher_like(400, classes, seed=1))
+
+
+def row_lengths(packed: Tensor) -> Tensor:
+    """Bytes of each row without the zeros at its end."""
+    return ((packed != 0) * torch.arange(1, packed.shape[1] + 1)).amax(dim=1).double()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_a_range_coder_decodes_what_it_encoded(num_symbols: int, seed: int) -> None:
+    """Also the rarest symbols, whose intervals carry into many bytes, in as many bytes as they are worth."""
+    draw = np.random.default_rng(seed)
+    frequencies = np.ones((3, 5), dtype=np.int64)
+    for row, cuts in zip(frequencies, np.sort(draw.integers(0, TOTAL - 4, (3, 4)), axis=1), strict=True):
+        row += np.diff(cuts, prepend=0, append=TOTAL - 5)
+    starts = torch.from_numpy(np.pad(frequencies.cumsum(axis=1), ((0, 0), (1, 0))))
+    symbols = torch.from_numpy(np.stack([np.repeat(np.arange(5, dtype=np.int16), row) for row in frequencies]))
+    tables = torch.from_numpy(draw.integers(0, 3, (num_symbols, 7)))
+    message = torch.from_numpy(draw.integers(0, 5, (num_symbols, 7)))
+    first, last = starts[tables, message], starts[tables, message + 1]
+    packed = range_encoded(zip(first, last - first, strict=True), 7, torch.device("cpu"))
+    decoder = RangeDecoder(packed)
+    worth = (16 - (last - first).double().log2()).sum(dim=0) / 8
+
+    assert torch.equal(message, torch.stack([decoder.next(symbols, starts, table) for table in tables]))
+    assert (row_lengths(packed) <= worth + 1.1).all()
+
+
 def language_head(classes: int, rows: int = 2512, width: int = 40) -> tuple[Tensor, Tensor]:
     """Weights (classes, width) and hidden states (rows, width) of decreasing variance."""
     generator = torch.Generator().manual_seed(0)
@@ -554,8 +722,8 @@ def entropy(symbols: Tensor) -> float:
         pytest.param({"name": "dense", "bits": 8}, "no parameter 'bits'", id="unknown parameter"),
         pytest.param(
             "zip",
-            "unknown encoding 'zip'; expected one of: dense, topk, packedtopk, lowrank, toplowrank, sampled, values, "
-            "components, auto",
+            "unknown encoding 'zip'; expected one of: dense, topk, packedtopk, lowrank, toplowrank, trellislowrank, sampled, "
+            "values, components, auto",
             id="unknown encoding",
         ),
         pytest.param("__import__('os').system('true')", "can't read the encoding", id="code"),
@@ -563,6 +731,8 @@ def entropy(symbols: Tensor) -> float:
         pytest.param("LowRank(rank=0)", "rank is a whole number, at least 1", id="rank"),
         pytest.param("TopLowRank(k=0)", "k is a whole number, at least 1", id="top classes"),
         pytest.param("TopLowRank(bit_price=0)", "bit_price is a positive number", id="bit price"),
+        pytest.param("TrellisLowRank(rank=0)", "rank is a whole number, at least 1", id="trellis rank"),
+        pytest.param("TrellisLowRank(soft_weight=-1)", "soft_weight at least 0", id="soft weight"),
         pytest.param("Sampled(draws=-1)", "draws is a whole number, at least 1", id="draws"),
         pytest.param("Sampled(packed=1)", "packed is true or false", id="packed"),
         pytest.param("PackedTopK(k=0)", "k is a whole number of classes, at least 1", id="entries"),
@@ -644,7 +814,9 @@ def test_the_divergence_counts_what_is_spread_over_masked_classes() -> None:
     torch.testing.assert_close(by_hand, fidelity_kl(decoded, logits), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("unfitted", [LowRank(rank=20, k=0), LowRank(rank=20, k=2), TopLowRank(rank=20)], ids=repr)
+@pytest.mark.parametrize(
+    "unfitted", [LowRank(rank=20, k=0), LowRank(rank=20, k=2), TopLowRank(rank=20), TrellisLowRank(rank=20)], ids=repr
+)
 def test_autocast_around_a_training_step_changes_nothing(unfitted: Encoding) -> None:
     logits = teacher_like(64, 100)
     encoding = unfitted.fit(teacher_like(300, 100, seed=1))

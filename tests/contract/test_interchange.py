@@ -31,6 +31,7 @@ ENCODINGS = [
     logitcache.Sampled(draws=9, packed=True),
     logitcache.LowRank(rank=7, k=2),
     logitcache.TopLowRank(rank=7, k=2),
+    logitcache.TrellisLowRank(rank=7, bit_price=0.001),
     logitcache.LowRank(rank=5, k=0, step=0.004, search=0),  # so fine that a coefficient takes two bytes
 ]
 

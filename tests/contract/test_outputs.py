@@ -34,6 +34,7 @@ from logitcache.encodings import (
     Sampled,
     TopK,
     TopLowRank,
+    TrellisLowRank,
     Values,
 )
 from logitcache.errors import (
@@ -226,7 +227,8 @@ def test_values_that_can_not_be_held_are_refused_by_row(tmp_path: Path, dtype: s
 def test_arrays_of_encodings_leave_room_for_the_names_of_outputs() -> None:
     """`<output>_<array>` is read back from the last underscore."""
     configured = [Dense(), TopK(k=3), LowRank(), Sampled(), Values(dtype="uint8"), Dense(dtype="uint8"), Values()]
-    configured += [PackedTopK(k=3, most=5, prior=True), TopLowRank(), Sampled(packed=True), Components()]
+    configured += [PackedTopK(k=3, most=5, prior=True), TopLowRank(), TrellisLowRank()]
+    configured += [Sampled(packed=True), Components()]
 
     assert {kind.name for kind in map(type, configured)} == set(ENCODINGS)
     assert not any("_" in name for encoding in configured for name in encoding.arrays(1000))

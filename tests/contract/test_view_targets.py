@@ -46,6 +46,7 @@ def built(path: Path, encoding: logitcache.Encoding, **changes: object) -> logit
         (logitcache.PackedTopK(k=5, most=8, prior=True), logitcache.SparseTargets),
         (logitcache.LowRank(rank=6, k=1), FactoredTargets),
         (logitcache.TopLowRank(rank=6, k=2), FactoredTargets),
+        (logitcache.TrellisLowRank(rank=6), FactoredTargets),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

@@ -604,6 +604,7 @@ DIGESTS = {
     "format-2-packedtopk": "7e6d2717debd6b69534bc8cecf6c7836a33a82eb38a762b2bec725b7b96a5c47",
     "format-2-sampled": "e20aa4970396ff5f0deaa292cac87e3ae09b793aded8aa724675ac10defb3f03",
     "format-2-toplowrank": "3b6c7c79d8ff9eda3458f92cc99085fb7fbb5732b1feb471e1dd84becbd0927d",
+    "format-2-trellislowrank": "aef7f8d464207c3a747fee3aeb93ebcaa44c8134e86d0bb68cb45544b661a394",
     "format-2-sequences": "3ba4377d02e04583b1618b8c40ea860f82fb06b9f64e0f5d00fde018308b94de",
 }
 
@@ -627,7 +628,7 @@ def read_outputs(path: Path) -> dict[str, Tensor]:
     return {name: torch.stack([view.output(name, range(cache.num_rows)) for view in views]) for name in cache.outputs}
 
 
-WITH_OWN_ARRAYS = ["format-2-outputs", "format-2-packedtopk", "format-2-sampled", "format-2-toplowrank"]
+WITH_OWN_ARRAYS = [f"format-2-{name}" for name in ("outputs", "packedtopk", "sampled", "toplowrank", "trellislowrank")]
 
 
 def arrays_of(path: Path) -> dict[str, list[Path]]:

@@ -20,6 +20,7 @@ ENCODINGS = {
     "packedtopk": logitcache.PackedTopK(k=6, most=12, prior=True),
     "sampled": logitcache.Sampled(draws=20, packed=True),
     "toplowrank": logitcache.TopLowRank(rank=5, k=3),
+    "trellislowrank": logitcache.TrellisLowRank(rank=5, bit_price=0.001, soft_weight=1.0),
 }
 OUTPUTS = {
     "features": logitcache.Output(shape=(5, 6), encoding=logitcache.Components(error=0.1)),
