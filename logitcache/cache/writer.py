@@ -249,8 +249,7 @@ class CacheWriter:
         """Store consecutive rows of which only some log-probabilities are known, as serving engines return them.
 
         What the entries lack of a mass of 1 belongs to the other classes, evenly. The cache has the encoding `TopK` or
-        `PackedTopK`.
-        Receipts then state no KL, since the teacher's other probabilities are not known.
+        `PackedTopK`. Receipts then state no KL, since the teacher's other probabilities are not known.
 
         Args:
             view, start, outputs, inputs, input_digests: as in `write`.

@@ -11,20 +11,21 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from logitcache.arrays import ArraySpec
-from logitcache.encodings.basis import DEEPEST, least_squares, principal_directions, principal_span
-from logitcache.encodings.fitted import FittedEncoding, PerDevice
+from logitcache.encodings.basis import DEEPEST, least_squares
+from logitcache.encodings.fitted import PerDevice
+from logitcache.encodings.headfitted import HeadFittedEncoding
 from logitcache.encodings.largest import largest
 from logitcache.encodings.packing import LARGEST, MixedRadix
-from logitcache.encodings.protocol import float_tensor, full_precision
+from logitcache.encodings.protocol import full_precision
 from logitcache.encodings.rate_distortion import best_of_each_group, bit_costs_of, costs_of_steps, limits_of
-from logitcache.errors import ShapeError, UsageError
+from logitcache.errors import UsageError
 from logitcache.targets import FactoredTargets
 
 # B rows, C classes, R rank, K most probable classes, M candidates, J coefficients changed in a round
@@ -45,8 +46,6 @@ ORDER = 1 / 64
 """Steps between two of the k largest logits that are stored as equal, so that their order stays."""
 LEAST_MASS = 1e-6
 """Least probability of the tail."""
-FIT_ROWS = 1024
-"""Rows on which weights of classes and frequencies of coefficients are measured."""
 SELDOM = 0.002
 """Share of rows with a coefficient other than 0 below which the last components are left out."""
 VALUES_AT_ONCE, DEVICE_VALUES_AT_ONCE = 2**22, 2**26
@@ -55,7 +54,7 @@ ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopLowRank(FittedEncoding["Fitted"]):
+class TopLowRank(HeadFittedEncoding["Fitted"]):
     """The k most probable classes, and quantised coefficients over a fitted basis for all others.
 
     The basis is the principal components of the calibration logits, with each class weighted by its mean probability in
@@ -79,7 +78,8 @@ class TopLowRank(FittedEncoding["Fitted"]):
         "bit_costs": 2,
     }
     holds_masks: ClassVar[bool] = False
-    how_to_fit: ClassVar[str] = f"{FittedEncoding.how_to_fit} or .fit_head(…)"
+    fit_rows: ClassVar[int] = 1024
+    enough_rows: ClassVar[str] = "some thousands"
 
     rank: int = 192
     """The most components of the basis; 1 <= rank < C."""
@@ -127,59 +127,11 @@ class TopLowRank(FittedEncoding["Fitted"]):
         }
         return specs
 
-    @full_precision
-    def fit(self, calibration: Any) -> TopLowRank:
-        num_rows, num_classes = calibration.shape
-        self._check_fit(num_rows, num_classes)
-        span_CD, hidden_ND = principal_span(calibration, min(self.rank + 64, num_rows, num_classes))
-        sample = _sample(num_rows)
-        return self._fit(span_CD, None, hidden_ND, lambda rows: float_tensor(calibration[sample[rows].numpy()]))
-
-    def fit_head(self, weight: Tensor, bias: Tensor | None, hidden: Tensor) -> TopLowRank:
-        """The same encoding, fitted to the logits `hidden @ weight.T + bias` of a model's last layer.
-
-        Args:
-            weight: float (C, D), and
-            bias: float (C,) or None, of the layer.
-            hidden: float (N, D), its inputs, for at least `rank` + 1 rows; preferably a few thousand, of different
-                texts.
-
-        Raises:
-            ShapeError: the shapes don't agree.
-            UsageError: too few rows, or too few classes for the rank.
-        """
-        shapes = [tuple(values.shape) for values in (weight, hidden)]
-        if weight.ndim != 2 or hidden.ndim != 2 or weight.shape[1] != hidden.shape[1]:
-            raise ShapeError(f"weight and hidden are {shapes[0]} and {shapes[1]}; expected (C, D) and (N, D)")
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ShapeError(f"the bias is {tuple(bias.shape)}; expected ({len(weight)},), one value for each class")
-        self._check_fit(len(hidden), len(weight))
-        weight_CD, hidden_ND = weight.detach().float(), hidden.detach().float().to(weight.device)
-        bias_C = None if bias is None else bias.detach().float().to(weight.device)
-        some_SD = hidden_ND[_sample(len(hidden)).to(weight.device)]
-        return self._fit(
-            weight_CD, bias_C, hidden_ND, lambda rows: torch.nn.functional.linear(some_SD[rows], weight_CD, bias_C)
-        )
-
-    def _check_fit(self, num_rows: int, num_classes: int) -> None:
-        self.arrays(num_classes)
-        if num_rows <= self.rank:
-            raise UsageError(
-                f"TopLowRank(rank={self.rank}) can't be fitted on {num_rows} calibration rows; it needs more rows than "
-                "the rank, preferably some thousands: raise `cache.calibration`, or lower the rank"
-            )
-
-    @full_precision
     def _fit(
         self, span_CD: Tensor, bias_C: Tensor | None, hidden_ND: Tensor, logits_of: Callable[[slice], Tensor]
     ) -> TopLowRank:
-        """Fit to logits that are `hidden @ span.T + bias`, up to what the span leaves out.
-
-        Args:
-            logits_of: the logits of some of the rows that `_sample` names.
-        """
         num_classes, device = len(span_CD), span_CD.device
-        slices = list(_slices(min(FIT_ROWS, len(hidden_ND)), num_classes, device))
+        slices = list(_slices(min(self.fit_rows, len(hidden_ND)), num_classes, device))
         weights_C = torch.zeros(num_classes, device=device)
         of_means_DD = torch.zeros(span_CD.shape[1], span_CD.shape[1], device=device)
         for rows in slices:
@@ -189,18 +141,7 @@ class TopLowRank(FittedEncoding["Fitted"]):
                 weights_C += weight * p_BC.sum(dim=0)
         of_means_DD /= weights_C.sum()
         weights_C /= weights_C.sum()
-        mean_D = hidden_ND.mean(dim=0)
-        centred_CD = span_CD - weights_C @ span_CD
-        mean_C = centred_CD @ mean_D
-        if bias_C is not None:
-            mean_C += bias_C - weights_C @ bias_C
-        # To second order, a divergence is half the variance of the logits' errors: the mean of their squares without
-        # the square of their mean.
-        metric_DD = (span_CD.T * weights_C) @ span_CD - of_means_DD
-        components_RD = principal_directions(metric_DD, hidden_ND - mean_D, self.rank)
-        basis_RC = (self._step * components_RD @ centred_CD.T).half()
-        if not bool(torch.isfinite(basis_RC).all()):
-            raise UsageError(f"TopLowRank: bit_price={self.bit_price} is too high: a step exceeds float16")
+        basis_RC, mean_C = self._basis(span_CD, bias_C, hidden_ND, weights_C, of_means_DD, self._step)
         rank = len(basis_RC)
         fitted = Fitted(
             basis=basis_RC.cpu().numpy(),
@@ -466,12 +407,6 @@ def _row_products(first_BC: Tensor, second_BC: Tensor) -> Tensor:
     """The sum of products in each row, (B,); unlike `vecdot`, without a tensor of all products."""
     products_B: Tensor = torch.bmm(first_BC[:, None], second_BC[:, :, None])[:, 0, 0]
     return products_B
-
-
-def _sample(num_rows: int) -> Tensor:
-    """Up to `FIT_ROWS` row numbers, int64, sorted."""
-    chosen = np.random.default_rng(0).choice(num_rows, min(FIT_ROWS, num_rows), replace=False)
-    return torch.from_numpy(np.sort(chosen))
 
 
 def _slices(num_rows: int, num_classes: int, device: torch.device) -> Iterable[slice]:

@@ -59,9 +59,9 @@ class Frequencies:
 
 def best_path(
     wanted_BR: Tensor,
-    factor_BRR: Tensor | None,
+    factor_BRR: Tensor,
     weight_BR: Tensor,
-    price_B: Tensor,
+    price: float,
     frequencies: Frequencies,
     bits_GK: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,9 +72,9 @@ def best_path(
 
     Args:
         wanted_BR: the values that the numbers should have.
-        factor_BRR: with unit diagonal, lower triangular; or None for the identity.
+        factor_BRR: with unit diagonal, lower triangular.
         weight_BR: the cost of errors e is the sum of `weight * (factor @ e) ** 2`.
-        price_B: the cost of a bit.
+        price: the cost of a bit.
         bits_GK: of each number from -K to K, in each table.
 
     Returns:
@@ -98,7 +98,7 @@ def best_path(
     row_B1 = torch.arange(num_rows, device=device)[:, None] * STATES
     for place in range(num_numbers):
         wanted_BS = wanted_BR[:, place, None].expand(-1, STATES)
-        if factor_BRR is not None and place:
+        if place:
             known_B1R = factor_BRR[:, place, None, :place]
             wanted_BS = wanted_BS + (error_BSR[:, :, :place] @ known_B1R.transpose(1, 2))[:, :, 0]
         even_BS = 2 * ((wanted_BS - odd_S) / 4).round()
@@ -111,7 +111,7 @@ def best_path(
         table_BS = frequencies.table(place, activity_BS, state_S)
         bits_BS3 = bits_GK.flatten()[table_BS[:, :, None] * num_symbols + most + number_BS3.long()]
         total_BS3 = weight_BR[:, place, None, None] * (wanted_BS[:, :, None] - value_BS3).square_()
-        total_BS3 += price_B[:, None, None] * bits_BS3
+        total_BS3 += price * bits_BS3
         is_zero_BS = total_BS3[:, :, 2] < total_BS3[:, :, 0]
         for each_BS3 in (total_BS3, number_BS3, value_BS3):
             each_BS3[:, :, 0] = torch.where(is_zero_BS, each_BS3[:, :, 2], each_BS3[:, :, 0])

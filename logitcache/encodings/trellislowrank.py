@@ -11,20 +11,21 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from logitcache.arrays import ArraySpec
-from logitcache.encodings.basis import DEEPEST, least_squares, principal_directions, principal_span
-from logitcache.encodings.fitted import FittedEncoding, PerDevice
+from logitcache.encodings.basis import DEEPEST, least_squares
+from logitcache.encodings.fitted import PerDevice
+from logitcache.encodings.headfitted import HeadFittedEncoding
 from logitcache.encodings.largest import largest
-from logitcache.encodings.protocol import float_tensor, full_precision
+from logitcache.encodings.protocol import full_precision
 from logitcache.encodings.rangecoder import TOTAL, RangeDecoder, range_encoded
 from logitcache.encodings.trellis import DECAY, UNIT, Frequencies, best_path, next_activity, next_state, value
-from logitcache.errors import ShapeError, UsageError
+from logitcache.errors import InvalidLogits, UsageError
 from logitcache.targets import FactoredTargets
 
 # B rows, C classes, R rank, M candidates, X candidates and the rest, T temperatures, K largest magnitude
@@ -50,8 +51,8 @@ OWN_MAGNITUDES = 4
 SPARE = 1.5
 """Magnitudes and bytes may be larger in other rows than in the fitted ones, by this factor."""
 MOST_MAGNITUDE = 2000
-FIT_ROWS = 512
-"""Rows on which probabilities and frequencies are measured."""
+HIGHEST_PRICE = 1e12
+"""Of a bit, in nats: above it, only the bits of a row count."""
 FITS = 3
 VALUES_AT_ONCE, DEVICE_VALUES_AT_ONCE = 2**25, 2**27
 """Values of the metrics, and of the candidates' components, of rows that are encoded together."""
@@ -61,7 +62,7 @@ SELDOM = 0.002
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrellisLowRank(FittedEncoding["Fitted"]):
+class TrellisLowRank(HeadFittedEncoding["Fitted"]):
     """Trellis-coded coefficients over a fitted basis, in the fewest bytes at low divergences.
 
     The basis is the principal components of the calibration logits in the mean metric of the divergences at T = 1, 2
@@ -89,7 +90,8 @@ class TrellisLowRank(FittedEncoding["Fitted"]):
         "rest": 2,
     }
     holds_masks: ClassVar[bool] = False
-    how_to_fit: ClassVar[str] = f"{FittedEncoding.how_to_fit} or .fit_head(…)"
+    fit_rows: ClassVar[int] = 512
+    enough_rows: ClassVar[str] = "ten thousand or more"
 
     rank: int = 320
     """The most components of the basis; 1 <= rank < C. A language model's logits have no more than its hidden state has
@@ -124,54 +126,11 @@ class TrellisLowRank(FittedEncoding["Fitted"]):
         num_bytes = self.rank if self.fitted is None else int(self.fitted.longest[0])
         return {"coefficients": ArraySpec(dtype="uint8", row_shape=(num_bytes,), level=19, by_row=True)}
 
-    @full_precision
-    def fit(self, calibration: Any) -> TrellisLowRank:
-        num_rows, num_classes = calibration.shape
-        self._check_fit(num_rows, num_classes)
-        span_CD, hidden_ND = principal_span(calibration, min(self.rank + 64, num_rows, num_classes))
-        sample = _sample(num_rows)
-        return self._fit(span_CD, None, hidden_ND, lambda rows: float_tensor(calibration[sample[rows].numpy()]))
-
-    def fit_head(self, weight: Tensor, bias: Tensor | None, hidden: Tensor) -> TrellisLowRank:
-        """The same encoding, fitted to the logits `hidden @ weight.T + bias` of a model's last layer.
-
-        Args:
-            weight: float (C, D), and
-            bias: float (C,) or None, of the layer.
-            hidden: float (N, D), its inputs, for at least `rank` + 1 rows; preferably ten thousand or more, of
-                different texts.
-
-        Raises:
-            ShapeError: the shapes don't agree.
-            UsageError: too few rows, or too few classes for the rank.
-        """
-        shapes = [tuple(values.shape) for values in (weight, hidden)]
-        if weight.ndim != 2 or hidden.ndim != 2 or weight.shape[1] != hidden.shape[1]:
-            raise ShapeError(f"weight and hidden are {shapes[0]} and {shapes[1]}; expected (C, D) and (N, D)")
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ShapeError(f"the bias is {tuple(bias.shape)}; expected ({len(weight)},), one value for each class")
-        self._check_fit(len(hidden), len(weight))
-        weight_CD, hidden_ND = weight.detach().float(), hidden.detach().float().to(weight.device)
-        bias_C = None if bias is None else bias.detach().float().to(weight.device)
-        some_SD = hidden_ND[_sample(len(hidden)).to(weight.device)]
-        return self._fit(
-            weight_CD, bias_C, hidden_ND, lambda rows: torch.nn.functional.linear(some_SD[rows], weight_CD, bias_C)
-        )
-
-    def _check_fit(self, num_rows: int, num_classes: int) -> None:
-        self.arrays(num_classes)
-        if num_rows <= self.rank:
-            raise UsageError(
-                f"TrellisLowRank(rank={self.rank}) can't be fitted on {num_rows} calibration rows; it needs more rows "
-                "than the rank, preferably ten thousand or more: raise `cache.calibration`, or lower the rank"
-            )
-
-    @full_precision
     def _fit(
         self, span_CD: Tensor, bias_C: Tensor | None, hidden_ND: Tensor, logits_of: Callable[[slice], Tensor]
     ) -> TrellisLowRank:
         num_classes, device = len(span_CD), span_CD.device
-        slices = list(_slices(min(FIT_ROWS, len(hidden_ND)), min(self.rank, span_CD.shape[1]), device))
+        slices = list(_slices(min(self.fit_rows, len(hidden_ND)), min(self.rank, span_CD.shape[1]), device))
         weights_C = torch.zeros(num_classes, device=device)
         rest_TC = torch.zeros(len(TEMPERATURES), num_classes, device=device)
         of_means_DD = torch.zeros(span_CD.shape[1], span_CD.shape[1], device=device)
@@ -187,16 +146,8 @@ class TrellisLowRank(FittedEncoding["Fitted"]):
         of_means_DD /= weights_C.sum()
         weights_C /= weights_C.sum()
         rest_TC /= rest_TC.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        mean_D = hidden_ND.mean(dim=0)
-        centred_CD = span_CD - weights_C @ span_CD
-        mean_C = centred_CD @ mean_D
-        if bias_C is not None:
-            mean_C += bias_C - weights_C @ bias_C
-        metric_DD = (span_CD.T * weights_C) @ span_CD - of_means_DD
-        components_RD = principal_directions(metric_DD, hidden_ND - mean_D, self.rank).flip(0)
-        basis_RC = (self._step * components_RD @ centred_CD.T).half()
-        if not bool(torch.isfinite(basis_RC).all()):
-            raise UsageError(f"TrellisLowRank: bit_price={self.bit_price} is too high: a step exceeds float16")
+        basis_RC, mean_C = self._basis(span_CD, bias_C, hidden_ND, weights_C, of_means_DD, self._step)
+        basis_RC = basis_RC.flip(0)
         fitted = Fitted(
             basis=basis_RC.cpu().numpy(),
             mean=mean_C.cpu().numpy(),
@@ -218,7 +169,7 @@ class TrellisLowRank(FittedEncoding["Fitted"]):
         for _ in range(FITS):  # the frequencies and the chosen numbers depend on each other
             fitted = replace(fitted, **_fitted_frequencies(numbers_BR, is_odd_BR))
             on = fitted.on(device)
-            found = [self._path(each, on) for each in wanted]
+            found = [self._path(each, on, self.bit_price) for each in wanted]
             numbers_BR, tables_BR = (torch.cat([each[index] for each in found]).cpu() for index in (0, 2))
             is_odd_BR = tables_BR % 2
         is_used_R = (2 * numbers_BR + is_odd_BR != 0).double().mean(dim=0) > SELDOM
@@ -305,24 +256,28 @@ class TrellisLowRank(FittedEncoding["Fitted"]):
         plain_BR += torch.cholesky_solve(gradient_BR.flip(1)[:, :, None], root_BRR)[:, :, 0].flip(1)
         return _Wanted(plain_BR, factor_BRR, 0.5 * scale_BR.flip(1).square())
 
-    def _path(self, wanted: _Wanted, on: _OnDevice, price_B: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        if price_B is None:
-            price_B = wanted.values.new_full((len(wanted.values),), self.bit_price)
-        return best_path(*wanted, price_B, on.frequencies, on.encoder.bits_GK)
+    def _path(self, wanted: _Wanted, on: _OnDevice, price: float) -> tuple[Tensor, Tensor, Tensor]:
+        return best_path(*wanted, price, on.frequencies, on.encoder.bits_GK)
 
     def _encoded(self, below_BC: Tensor, on: _OnDevice, num_bytes: int | None = None) -> tuple[Tensor, Tensor]:
-        """Bytes, uint8 (B, G), and the values of the coefficients (B, R)."""
-        wanted = self._wanted(below_BC, on)
-        numbers_BR, values_BR, tables_BR = self._path(wanted, on)
+        """Bytes, uint8 (B, G), and the values of the coefficients (B, R).
+
+        Raises:
+            InvalidLogits: a row needs more bytes than there are, at any price of a bit.
+        """
+        wanted, price = self._wanted(below_BC, on), self.bit_price
+        numbers_BR, values_BR, tables_BR = self._path(wanted, on, price)
         packed_BG = _packed(numbers_BR, tables_BR, on)
-        price_B = values_BR.new_full((len(values_BR),), self.bit_price)
         while num_bytes is not None and bool((too_long_B := _lengths(packed_BG) > num_bytes).any()):
             # Some rows are unlike the fitted ones.
-            price_B[too_long_B] *= 2
+            price *= 2
+            if price > HIGHEST_PRICE:
+                raise InvalidLogits(
+                    f"TrellisLowRank: rows that are unlike the calibration logits need more than {num_bytes} bytes; "
+                    "fit it to more and different rows"
+                )
             some = _Wanted(*(each[too_long_B] for each in wanted))
-            numbers_BR[too_long_B], values_BR[too_long_B], tables_BR[too_long_B] = self._path(
-                some, on, price_B[too_long_B]
-            )
+            numbers_BR[too_long_B], values_BR[too_long_B], tables_BR[too_long_B] = self._path(some, on, price)
             packed_BG = _packed(numbers_BR, tables_BR, on)
         return packed_BG, values_BR
 
@@ -540,12 +495,6 @@ def _smoothed(counts_K: np.ndarray, *, is_odd: bool) -> np.ndarray:
 def _below(logits_BC: Tensor) -> Tensor:
     """Logits below the row's largest, clamped."""
     return (logits_BC - logits_BC.amax(dim=1, keepdim=True)).clamp_(min=-DEEPEST)
-
-
-def _sample(num_rows: int) -> Tensor:
-    """Up to `FIT_ROWS` row numbers, int64, sorted."""
-    chosen = np.random.default_rng(0).choice(num_rows, min(FIT_ROWS, num_rows), replace=False)
-    return torch.from_numpy(np.sort(chosen))
 
 
 def _slices(num_rows: int, rank: int, device: torch.device) -> Iterable[slice]:

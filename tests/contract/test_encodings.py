@@ -27,9 +27,10 @@ from logitcache.encodings import (
     encoding_from_config,
 )
 from logitcache.encodings.basis import principal_components
+from logitcache.encodings.headfitted import HeadFittedEncoding
 from logitcache.encodings.packing import LARGEST, MixedRadix
 from logitcache.encodings.rangecoder import TOTAL, RangeDecoder, range_encoded
-from logitcache.errors import ShapeError, UsageError
+from logitcache.errors import InvalidLogits, ShapeError, UsageError
 from logitcache.losses import kl_divergence
 from logitcache.testing import EncodingContract, teacher_like
 
@@ -310,7 +311,24 @@ class TestLowRank(EncodingContract):
             LowRank(rank=5).encode(teacher_like(3, 100))
 
 
-class TestTopLowRank(EncodingContract):
+class HeadFittedContract(EncodingContract):
+    """Of encodings that are also fitted to the head of a language model."""
+
+    encoding: HeadFittedEncoding
+
+    def test_a_head_of_another_width_is_refused(self) -> None:
+        encoding = replace(self.encoding, rank=5)
+        with pytest.raises(ShapeError, match=r"\(100, 7\) and \(50, 8\)"):
+            encoding.fit_head(torch.zeros(100, 7), None, torch.zeros(50, 8))
+        with pytest.raises(ShapeError, match="one value for each class"):
+            encoding.fit_head(torch.zeros(100, 7), torch.zeros(7), torch.zeros(50, 7))
+
+    def test_encoding_before_fitting_is_refused(self) -> None:
+        with pytest.raises(UsageError, match="not fitted yet"):
+            self.encoding.encode(teacher_like(3, 100))
+
+
+class TestTopLowRank(HeadFittedContract):
     encoding = TopLowRank(rank=20, k=4, bit_price=1e-4)
     largest_kl = 0.5  # these rows are noise in every direction: the worst that a basis can meet
     odd_rows_atol = 0.02
@@ -415,19 +433,7 @@ class TestTopLowRank(EncodingContract):
         ],
     )
     def test_what_was_fitted_must_fit_together(self, part: str, value: float | None, message: str) -> None:
-        values = {name: array.copy() for name, array in self.fitted(100).fitted_values().items()}
-        if value is None:
-            values[part] = values[part][..., :-1]
-        else:
-            values[part][..., :2] = value
-        with pytest.raises(ValueError, match=message):
-            self.encoding.with_fitted(values)
-
-    def test_a_head_of_another_width_is_refused(self) -> None:
-        with pytest.raises(ShapeError, match=r"\(100, 7\) and \(50, 8\)"):
-            TopLowRank(rank=5).fit_head(torch.zeros(100, 7), None, torch.zeros(50, 8))
-        with pytest.raises(ShapeError, match="one value for each class"):
-            TopLowRank(rank=5).fit_head(torch.zeros(100, 7), torch.zeros(7), torch.zeros(50, 7))
+        check_that_arrays_are_refused(self.fitted(100), part, value, message)
 
     @pytest.mark.parametrize(
         ("encoding", "rows", "message"),
@@ -442,12 +448,8 @@ class TestTopLowRank(EncodingContract):
         with pytest.raises(UsageError, match=message):
             encoding.fit(teacher_like(rows, 100))
 
-    def test_encoding_before_fitting_is_refused(self) -> None:
-        with pytest.raises(UsageError, match="not fitted yet"):
-            TopLowRank(rank=5).encode(teacher_like(3, 100))
 
-
-class TestTrellisLowRank(EncodingContract):
+class TestTrellisLowRank(HeadFittedContract):
     encoding = TrellisLowRank(rank=90, bit_price=3e-3, soft_weight=1.0)
     largest_kl = 0.1
     top1_agreement = 0.85
@@ -523,6 +525,12 @@ class TestTrellisLowRank(EncodingContract):
         torch.testing.assert_close(kl, fidelity_kl(encoding.decode(encoded, 600), rows), atol=1e-4, rtol=1e-3)
         assert row_lengths(encoded["coefficients"]).max() <= int(encoding.fitted_values()["longest"][0])
 
+    def test_rows_that_do_not_fit_at_any_price_are_refused(self) -> None:
+        encoding = self.fitted(100)
+        one_byte = encoding.fitted_values() | {"longest": np.array([1], dtype=np.uint32)}
+        with pytest.raises(InvalidLogits, match="need more than 1 bytes"):
+            encoding.with_fitted(one_byte).encode(teacher_like(8, 100))
+
     @pytest.mark.parametrize("smallest", [0, 255])
     def test_damaged_rows_decode_to_a_distribution(self, smallest: int) -> None:
         encoding = self.fitted(100)
@@ -548,19 +556,7 @@ class TestTrellisLowRank(EncodingContract):
         ],
     )
     def test_what_was_fitted_must_fit_together(self, part: str, value: float | None, message: str) -> None:
-        values = {name: array.copy() for name, array in self.fitted(100).fitted_values().items()}
-        if value is None:
-            values[part] = values[part][..., :-1]
-        else:
-            values[part][..., :2] = value
-        with pytest.raises(ValueError, match=message):
-            self.encoding.with_fitted(values)
-
-    def test_a_head_of_another_width_is_refused(self) -> None:
-        with pytest.raises(ShapeError, match=r"\(100, 7\) and \(50, 8\)"):
-            TrellisLowRank(rank=5).fit_head(torch.zeros(100, 7), None, torch.zeros(50, 8))
-        with pytest.raises(ShapeError, match="one value for each class"):
-            TrellisLowRank(rank=5).fit_head(torch.zeros(100, 7), torch.zeros(7), torch.zeros(50, 7))
+        check_that_arrays_are_refused(self.fitted(100), part, value, message)
 
     @pytest.mark.parametrize(
         ("encoding", "rows", "message"),
@@ -575,9 +571,16 @@ class TestTrellisLowRank(EncodingContract):
         with pytest.raises(UsageError, match=message):
             encoding.fit(teacher_like(rows, 100))
 
-    def test_encoding_before_fitting_is_refused(self) -> None:
-        with pytest.raises(UsageError, match="not fitted yet"):
-            TrellisLowRank(rank=5).encode(teacher_like(3, 100))
+
+def check_that_arrays_are_refused(encoding: Encoding, part: str, value: float | None, message: str) -> None:
+    """With one of them shortened (None), or the first two values in each of its rows replaced."""
+    values = {name: array.copy() for name, array in encoding.fitted_values().items()}
+    if value is None:
+        values[part] = values[part][..., :-1]
+    else:
+        values[part][..., :2] = value
+    with pytest.raises(ValueError, match=message):
+        encoding.with_fitted(values)
 
 
 @functools.cache
