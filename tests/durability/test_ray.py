@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ import logitcache
 from logitcache.cache.layout import Block
 from logitcache.cache.openblock import OpenBlock
 from logitcache.config.schema import Pipeline
+from logitcache.data import views
+from logitcache.data.samples import load_sample
 from logitcache.engines import CacheResult, Job
 from logitcache.engines.ray import Ray
 from logitcache.errors import LogitCacheError
@@ -31,6 +34,7 @@ from logitcache.stages.cache_teacher import TeacherJob, TeacherWorker, cache_tea
 from logitcache.storage import LocalStorage
 from logitcache.verify.audit import verify
 from tests.commands import logitcache as command
+from tests.conftest import FEW_DIGITS
 from tests.durability.test_engines import DATA
 from tests.dying import die
 from tests.needs import need_package
@@ -157,6 +161,37 @@ def test_a_killed_node_leaves_the_cache_of_one_process(nodes: TwoNodes, tiny: Ma
     assert killed.single.manifest.digest == killed.result.manifest.digest
     assert set(killed.single.computed_blocks) == set(killed.result.computed_blocks), "a worker reports each block"
     assert [] == killed.problems
+
+
+@dataclass(frozen=True)
+class CountedLoads(Job):
+    """A job whose workers list the samples that they load, one file each."""
+
+    job: TeacherJob
+    folder: Path
+
+    def load(self) -> TeacherWorker:
+        def listing(dataset: Any, index: int) -> tuple[Any, Any]:
+            with (self.folder / f"{os.getpid()}.loads").open("a") as file:
+                file.write(f"{index}\n")
+            return load_sample(dataset, index)
+
+        worker = self.job.load()
+        views.load_sample = listing
+        return worker
+
+
+def test_workers_load_a_sample_once_for_several_views(nodes: TwoNodes, tiny: Make, tmp_path: Path) -> None:
+    settings = [*FEW_DIGITS, "views.count=4"]
+    single = cache_teacher(tiny(*settings, f"cache.path={tmp_path}/single.cache"))
+    nodes.second()
+    pipeline = tiny(*settings, "views.per_decode=4")
+    logitcache.plan_blocks(pipeline)  # creation loads a few samples, too
+    result = nodes.engine.run(CountedLoads(TeacherJob(pipeline, trust=False), tmp_path))
+    loads = Counter(line for file in tmp_path.glob("*.loads") for line in file.read_text().split())
+
+    assert single.manifest.digest == result.manifest.digest
+    assert {1: 96} == Counter(loads.values())
 
 
 @dataclass(frozen=True)
