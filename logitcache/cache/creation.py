@@ -103,7 +103,8 @@ def create(
     Args:
         path: a directory or URL.
         num_samples, num_classes, num_views: the shape; `num_views` may exceed an existing cache's.
-        encoding: such as `TopK(k=20)`; "auto" or `Auto(max_kl=...)` for the smallest that is accurate enough.
+        encoding: such as `TopK(k=20)`; "auto", `Auto(max_kl=...)` or `Auto(max_bytes=...)` to choose one by
+            its KL or its size.
         outputs: further outputs of the teacher to store, by name, such as {"features": Output(shape=(64, 7, 7))}.
         logits_source: where in the teacher the logits come from, if not from its forward pass; part of the identity.
         calibration: logits (M, C), a `Calibration`, or a function that returns one; required by encodings that must be
@@ -518,8 +519,12 @@ def _settle(requested: Encoding | Auto, calibration: Callable[[], Calibration]) 
     ]
     with track("choosing an encoding", len(tried), unit="encodings") as meter:
         results = compare(sample, tried, advance=meter.advance)
-    choice = choose(results, max_kl=requested.max_kl)
-    notes |= {"chosen_by": requested.config(), "kl": choice.kl[1.0], "bytes_per_row": choice.bytes_per_row}
+    choice = choose(results, requested)
+    notes |= {
+        "chosen_by": requested.config(),
+        "kl": choice.kl[requested.temperature],
+        "bytes_per_row": choice.bytes_per_row,
+    }
     return choice.encoding.fit(sample.logits), notes
 
 

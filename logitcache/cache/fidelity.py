@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,18 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.layout import encode_block, encode_per_cache
-from logitcache.encodings import Auto, Dense, Encoding, LowRank, PackedTopK, Sampled, TopK, TopLowRank
+from logitcache.encodings import (
+    Auto,
+    Dense,
+    Encoding,
+    LowRank,
+    PackedTopK,
+    Sampled,
+    TopK,
+    TopLowRank,
+    TrellisLowRank,
+)
+from logitcache.encodings.auto import TEMPERATURES as TEMPERATURES
 from logitcache.encodings.largest import MANY_CLASSES
 from logitcache.encodings.protocol import float_tensor
 from logitcache.errors import UsageError
@@ -22,10 +32,16 @@ from logitcache.targets import SparseTargets, Targets
 
 # B batch, C classes, M calibration rows
 
-TEMPERATURES = (1.0, 2.0, 4.0)
 HELD_OUT = 0.2
 """Share of the calibration groups that encodings are measured on instead of fitted to."""
 ROWS_AT_ONCE = 1024
+SLOW = TrellisLowRank
+"""Encodings that can take longer than the teacher."""
+SLOW_ROWS = 512
+"""The most rows that these are measured on."""
+SLOW_GAIN = 2.0
+"""How many times fewer bytes, or nats, a slow encoding must have to be chosen. It is no measured speed, so that the
+choice is the same on every machine."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +180,11 @@ def candidates(num_classes: int, num_rows: int) -> list[Encoding]:
     """Encodings worth trying for a number of classes and of rows to fit to."""
     dense: list[Encoding] = [Dense(dtype="float32"), Dense(dtype="float16"), Dense(dtype="uint8")]
     if num_classes >= MANY_CLASSES:
-        top_low_ranks = [replace(each, rank=min(each.rank, num_rows - 1)) for each in TOP_LOW_RANKS]
-        return [*dense, *(top_low_ranks if num_rows > FEWEST_COMPONENTS else []), *PACKED]
+        low_ranks: list[Encoding] = []
+        if num_rows > FEWEST_COMPONENTS:
+            low_ranks += [replace(each, rank=min(each.rank, num_rows - 1)) for each in TOP_LOW_RANKS]
+            low_ranks += [replace(each, rank=min(each.rank, num_rows - 1)) for each in TRELLISES]
+        return [*dense, *low_ranks, *PACKED]
     most = min(int(0.55 * num_classes), num_rows // 4)
     lowranks = [
         LowRank(rank=min(rank, most), step=step, bit_price=bit_price)
@@ -195,6 +214,11 @@ TOP_LOW_RANKS = [
     TopLowRank(rank=256, bit_price=0.0007, search=16),
     TopLowRank(rank=576, bit_price=0.0002, soft_weight=1.0, search=16),
 ]
+TRELLISES = [
+    TrellisLowRank(),
+    TrellisLowRank(rank=576, bit_price=0.0018, soft_weight=2.0),
+]
+"""The fewest bytes, but slow to encode."""
 PACKED: list[Encoding] = [
     PackedTopK(k=16),
     PackedTopK(k=64),
@@ -210,6 +234,8 @@ def compare(
 ) -> list[Fidelity]:
     """Fit encodings to four fifths of a calibration sample and measure them on the rest; smallest first.
 
+    Slow encodings are measured on at most `SLOW_ROWS` of these rows, evenly spaced.
+
     Args:
         calibration: the sample of logits.
         encodings: the encodings to compare.
@@ -220,61 +246,53 @@ def compare(
     """
     fitted_rows, measured_rows = calibration.split()
     to_fit, to_measure = calibration.logits[fitted_rows], calibration.logits[measured_rows]
+    some = to_measure[:: -(-len(to_measure) // SLOW_ROWS)]
     results = []
     for encoding in encodings:
-        results.append(measure(encoding.fit(to_fit), to_measure))
+        results.append(measure(encoding.fit(to_fit), some if isinstance(encoding, SLOW) else to_measure))
         if advance is not None:
             advance()
     return sorted(results, key=lambda result: result.bytes_per_row)
 
 
-def choose(
-    results: Sequence[Fidelity],
-    *,
-    max_kl: float | None = None,
-    max_bytes: float | None = None,
-    temperature: float = 1.0,
-) -> Fidelity:
-    """The smallest encoding within `max_kl` nats, or the most accurate within `max_bytes` per row.
+def choose(results: Sequence[Fidelity], limits: Auto) -> Fidelity:
+    """The smallest encoding within `max_kl` nats, or the most accurate within `max_bytes` per row; see `Auto`.
 
     Args:
         results: the measured encodings.
-        max_kl: in nats, at the temperature; without any limit, that of `Auto`.
-        max_bytes: per row.
-        temperature: of the KL: one of `TEMPERATURES`.
+        limits: the limits, and the temperature of the KL.
 
     Raises:
-        UsageError: there is none, and the closest is named; or the KL was not measured at this temperature.
+        UsageError: no encoding is within the limits; names the closest.
     """
-    check_temperature(temperature)
-    if max_bytes is not None:
-        most = math.inf if max_kl is None else max_kl
-        within = [each for each in results if each.bytes_per_row <= max_bytes and each.kl[temperature] <= most]
-        if not within:
-            smallest = min(results, key=lambda each: each.bytes_per_row)
-            raise UsageError(
-                f"no encoding stays within {max_bytes:g} bytes per row"
-                f"{'' if max_kl is None else f' and {max_kl:g} nats'}; the smallest, {smallest.encoding!r}, takes "
-                f"{smallest.bytes_per_row:.1f} bytes and loses {smallest.kl[temperature]:.4f} nats at T = "
-                f"{temperature:g}"
-            )
-        return min(within, key=lambda each: each.kl[temperature])
-    limit = Auto().max_kl if max_kl is None else max_kl
-    within = [each for each in results if each.kl[temperature] <= limit]
-    if not within:
-        best = min(results, key=lambda each: each.kl[temperature])
+
+    def kl(each: Fidelity) -> float:
+        return each.kl[limits.temperature]
+
+    def size(each: Fidelity) -> float:
+        return each.bytes_per_row
+
+    most_bytes, most_kl = limits.max_bytes, limits.max_kl
+    small = [each for each in results if most_bytes is None or size(each) <= most_bytes]
+    within = [each for each in small if most_kl is None or kl(each) <= most_kl]
+    at = f"at T = {limits.temperature:g}"
+    if not small:
+        smallest = min(results, key=size)
         raise UsageError(
-            f"no encoding stays within {limit:g} nats at T = {temperature:g}; the most accurate, {best.encoding!r}, "
-            f"loses {best.kl[temperature]:.2g}: raise max_kl (--max-kl)"
+            f"no encoding stays within {most_bytes:g} bytes per row; the smallest, {smallest.encoding!r}, takes "
+            f"{size(smallest):.1f} bytes and loses {kl(smallest):.2g} nats {at}: raise max_bytes (--max-bytes)"
         )
-    return min(within, key=lambda each: each.bytes_per_row)
-
-
-def check_temperature(temperature: float) -> None:
-    """Refuse a temperature at which `measure` does not measure.
-
-    Raises:
-        UsageError: names the temperatures.
-    """
-    if temperature not in TEMPERATURES:
-        raise UsageError(f"temperature is {temperature:g}; expected one of {', '.join(f'{t:g}' for t in TEMPERATURES)}")
+    if not within:
+        best = min(small, key=kl)
+        both, of_these = ("", "") if most_bytes is None else (f" and {most_bytes:g} bytes per row", " of this size")
+        raise UsageError(
+            f"no encoding stays within {most_kl:g} nats {at}{both}; the most accurate{of_these}, {best.encoding!r}, "
+            f"takes {size(best):.1f} bytes and loses {kl(best):.2g} nats: raise max_kl (--max-kl)"
+        )
+    cost = size if most_bytes is None else kl
+    best = min(within, key=cost)
+    others = [each for each in within if not isinstance(each.encoding, SLOW)]
+    if isinstance(best.encoding, SLOW) and others:
+        fast = min(others, key=cost)
+        best = fast if cost(fast) <= SLOW_GAIN * cost(best) else best
+    return best

@@ -169,6 +169,7 @@ def plan_summary(plan: Any) -> dict[str, Any]:
                 "kl": {f"{temperature:g}": finite(nats) for temperature, nats in each.kl.items()},
                 "kl_max": finite(each.kl_max),
                 "top1_agreement": each.top1_agreement,
+                "encode_rows_per_second": each.encode_rows_per_second,
             }
             for each in plan.fidelities
         ],
@@ -189,13 +190,18 @@ def print_plan(plan: Any) -> None:
     temperatures = list(plan.recommended.kl)
     columns = ["encoding", f"bytes/{unit}", *(["total"] if whole else []), *(f"KL T={t:g}" for t in temperatures)]
     table = Table(
-        *columns, "largest KL", "top-1 agreement", title=f"{plan.num_rows:,} rows of {plan.num_classes:,} classes"
+        *columns,
+        "largest KL",
+        "top-1 agreement",
+        "encoded rows/s",
+        title=f"{plan.num_rows:,} rows of {plan.num_classes:,} classes",
     )
     for each in plan.fidelities:
         chosen = each is plan.recommended
         total = [decimal(int(plan.total_bytes(each)))] if whole else []
         nats = [f"{nats:.2g}" if math.isfinite(nats) else "-" for nats in (*each.kl.values(), each.kl_max)]
         cells = [spelled(each.encoding), f"{each.bytes_per_row:.1f}", *total, *nats, f"{each.top1_agreement:.1%}"]
+        cells.append(f"{each.encode_rows_per_second:,.0f}")
         table.add_row(*cells, style="bold" if chosen else None)
     console().print(table)
     for name, size in plan.output_bytes.items():

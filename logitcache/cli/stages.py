@@ -52,14 +52,15 @@ def plan_command(
     ] = None,
     max_bytes: Annotated[float | None, typer.Option(help="Largest accepted size, in bytes per row.")] = None,
     temperature: Annotated[
-        float, typer.Option(help="Temperature of the KL that encodings are chosen by: 1, 2 or 4.")
-    ] = 1.0,
+        float | None, typer.Option(help="Temperature of the KL that encodings are chosen by: 1 (default), 2 or 4.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of KL against bytes to this .png file.")] = None,
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare encodings before a long run: size, fidelity and time, measured on a calibration sample."""
     from logitcache.config.schema import load_pipeline
+    from logitcache.encodings import Auto
     from logitcache.extras.plan_plot import check_plot
     from logitcache.extras.plan_plot import plot as plot_plan
     from logitcache.stages.plan import plan_logits, plan_pipeline, read_logits
@@ -69,7 +70,8 @@ def plan_command(
     if plot is not None:
         check_plot(plot)
     if logits is not None:
-        result = plan_logits(read_logits(logits, group), max_kl=max_kl, max_bytes=max_bytes, temperature=temperature)
+        limits = Auto(max_kl=max_kl, max_bytes=max_bytes, temperature=1.0 if temperature is None else temperature)
+        result = plan_logits(read_logits(logits, group), limits)
     else:
         assert pipeline is not None
         loaded = load_pipeline(pipeline, overrides or ())

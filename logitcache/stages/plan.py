@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from logitcache.cache.fidelity import Calibration, Fidelity, candidates, check_temperature, choose, compare
+from logitcache.cache.fidelity import Calibration, Fidelity, candidates, choose, compare
 from logitcache.cache.layout import encode_block
 from logitcache.cache.outputs import Output
 from logitcache.catalog.outputs import declared_outputs, taps_of
@@ -79,15 +79,26 @@ def plan_pipeline(
     *,
     max_kl: float | None = None,
     max_bytes: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     trust: bool = False,
 ) -> Plan:
     """Run the pipeline's teacher on its calibration samples, and compare encodings of its logits.
 
+    Args:
+        pipeline: names data, views, teacher and cache.
+        max_kl, max_bytes, temperature: see `Auto`; by default those of the pipeline, if its encoding is `auto`.
+        trust: allow code from outside the working directory.
+
     Raises:
         LogitCacheError: data or teacher are not available, or no encoding is within the limits.
     """
-    check_temperature(temperature)
+    requested = encoding_or_auto(pipeline.cache.encoding)
+    stated = requested if isinstance(requested, Auto) else Auto()
+    if max_kl is None and max_bytes is None:
+        max_kl, max_bytes = stated.max_kl, stated.max_bytes
+    limits = Auto(
+        max_kl=max_kl, max_bytes=max_bytes, temperature=stated.temperature if temperature is None else temperature
+    )
     data = resolve_data(pipeline, trust=trust)
     views = ViewDataset(data.train, resolve_plan(pipeline, data, trust=trust))
     context = build_context(pipeline, trust=trust)
@@ -105,10 +116,7 @@ def plan_pipeline(
         outputs[name] = replace(outputs[name], encoding=encoding)
     if outputs:
         output_bytes = measure_outputs(build_runner(pipeline, teacher, context, list(outputs)), views, outputs)
-    requested = encoding_or_auto(pipeline.cache.encoding)
-    if max_kl is None and max_bytes is None and isinstance(requested, Auto):
-        max_kl = requested.max_kl
-    plan = plan_logits(calibration, max_kl=max_kl, max_bytes=max_bytes, temperature=temperature)
+    plan = plan_logits(calibration, limits)
     return replace(
         plan,
         num_samples=len(views),
@@ -145,32 +153,25 @@ def measure_outputs(runner: TeacherRunner, views: ViewDataset, outputs: Mapping[
     return measured
 
 
-def plan_logits(
-    calibration: Calibration,
-    *,
-    max_kl: float | None = None,
-    max_bytes: float | None = None,
-    temperature: float = 1.0,
-) -> Plan:
+def plan_logits(calibration: Calibration, limits: Auto) -> Plan:
     """Compare encodings of the given logits.
 
     Raises:
         UsageError: no encoding is within the limits, or there are too few rows.
     """
-    check_temperature(temperature)
     num_rows, num_classes = calibration.logits.shape
     tried = candidates(num_classes, len(calibration.split()[0]))
     if bool(np.isneginf(np.asarray(calibration.logits)).any()):
         tried = [encoding for encoding in tried if encoding.holds_masks]
     with track("comparing encodings", len(tried), unit="encodings") as meter:
         fidelities = compare(calibration, tried, advance=meter.advance)
-    recommended = choose(fidelities, max_kl=max_kl, max_bytes=max_bytes, temperature=temperature)
-    at = f"at T = {temperature:g}"
-    if max_bytes is None:
-        criterion = f"the smallest with a KL of at most {Auto().max_kl if max_kl is None else max_kl:g} nats {at}"
+    recommended = choose(fidelities, limits)
+    at = f"at T = {limits.temperature:g}"
+    if limits.max_bytes is None:
+        criterion = f"the smallest with a KL of at most {limits.max_kl:g} nats {at}"
     else:
-        limit = "" if max_kl is None else f" and {max_kl:g} nats"
-        criterion = f"the lowest KL {at} within {max_bytes:g} bytes per row{limit}"
+        limit = "" if limits.max_kl is None else f" and {limits.max_kl:g} nats"
+        criterion = f"the lowest KL {at} within {limits.max_bytes:g} bytes per row{limit}"
     return Plan(num_rows, num_classes, fidelities, recommended, criterion)
 
 

@@ -504,6 +504,24 @@ def test_auto_takes_the_cheapest_encoding_within_its_limit(tmp_path: Path) -> No
         writer(tmp_path / "strict", encoding=logitcache.Auto(max_kl=0.5))
 
 
+def test_auto_takes_the_most_accurate_encoding_within_its_bytes(tmp_path: Path) -> None:
+    auto = logitcache.Auto(max_bytes=30, temperature=2)
+    cache = built(tmp_path / "a", encoding=auto, calibration=calibration())
+    choice = cache.manifest.provenance["encoding"]
+
+    assert {"name": "auto", "max_bytes": 30.0, "temperature": 2.0} == choice["chosen_by"]
+    assert 0 < choice["bytes_per_row"] <= 30
+    writer(tmp_path / "a", encoding=auto).close()
+    with pytest.raises(IdentityMismatch, match="chosen by"):
+        writer(tmp_path / "a", encoding="auto")
+
+
+def test_limits_that_no_encoding_keeps_are_refused_before_a_file_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"within 1 bytes per row; the smallest, .* takes .* bytes and loses"):
+        writer(tmp_path / "a", encoding=logitcache.Auto(max_bytes=1), calibration=calibration())
+    assert [] == list(tmp_path.iterdir())
+
+
 def test_sampled_labels_have_no_divergence_to_state(tmp_path: Path) -> None:
     cache = built(tmp_path / "a", encoding=logitcache.Sampled(draws=20))
 

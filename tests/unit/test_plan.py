@@ -12,11 +12,32 @@ import numpy as np
 import pytest
 import torch
 
-from logitcache.cache.fidelity import Calibration, Fidelity, candidates, choose, fidelity_kl, measure, targets_kl
+from logitcache.cache import fidelity
+from logitcache.cache.fidelity import (
+    Calibration,
+    Fidelity,
+    candidates,
+    choose,
+    compare,
+    fidelity_kl,
+    measure,
+    targets_kl,
+)
 from logitcache.cache.layout import encode_block
 from logitcache.cache.reader import open_cache
 from logitcache.config.schema import Pipeline
-from logitcache.encodings import Dense, Encoding, LowRank, PackedTopK, Sampled, TopK, TopLowRank
+from logitcache.encodings import (
+    Auto,
+    Dense,
+    Encoding,
+    LowRank,
+    PackedTopK,
+    Sampled,
+    TopK,
+    TopLowRank,
+    TrellisLowRank,
+    encoding_or_auto,
+)
 from logitcache.errors import InvalidLogits, LogitCacheError, UsageError
 from logitcache.extras.plan_plot import pareto_front, plot
 from logitcache.stages.cache_teacher import cache_teacher
@@ -69,11 +90,11 @@ def test_the_divergence_does_not_depend_on_the_loss_and_its_factor() -> None:
     assert measure(TopK(k=5), rows).kl[4.0] == pytest.approx(float(by_hand), rel=1e-4)
 
 
-def fidelity(num_bytes: float, kl: float) -> Fidelity:
+def measured(num_bytes: float, kl: float) -> Fidelity:
     return Fidelity(Dense(), num_bytes, 0, {1.0: kl}, kl, 1.0, 1.0, 1.0)
 
 
-FIDELITIES = [fidelity(10, 0.3), fidelity(20, math.inf), fidelity(30, 0.4), fidelity(40, 0.005), fidelity(90, 0.001)]
+FIDELITIES = [measured(10, 0.3), measured(20, math.inf), measured(30, 0.4), measured(40, 0.005), measured(90, 0.001)]
 
 
 @pytest.mark.parametrize(
@@ -87,29 +108,86 @@ FIDELITIES = [fidelity(10, 0.3), fidelity(20, math.inf), fidelity(30, 0.4), fide
     ],
 )
 def test_the_choice_keeps_its_limits(limits: dict[str, float], expected: float) -> None:
-    assert expected == choose(FIDELITIES, **limits).bytes_per_row
+    assert expected == choose(FIDELITIES, Auto(**limits)).bytes_per_row
 
 
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        pytest.param({"max_kl": 1e-9}, "no encoding stays within 1e-09 nats", id="nats"),
-        pytest.param({"max_bytes": 5}, "the smallest, .* takes 10.0 bytes", id="bytes"),
-        pytest.param({"max_bytes": 35, "max_kl": 0.01}, "35 bytes per row and 0.01 nats", id="both"),
+        pytest.param(
+            {"max_kl": 1e-9}, r"within 1e-09 nats at T = 1; the most accurate, .* 90.0 bytes .* 0.001", id="nats"
+        ),
+        pytest.param({"max_bytes": 5}, "the smallest, .* takes 10.0 bytes and loses 0.3 nats", id="bytes"),
+        pytest.param(
+            {"max_bytes": 35, "max_kl": 0.01},
+            "0.01 nats at T = 1 and 35 bytes per row; the most accurate of this size, .* 10.0 bytes and loses 0.3",
+            id="both",
+        ),
     ],
 )
 def test_limits_that_nothing_keeps_are_told(limits: dict[str, float], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        choose(FIDELITIES, **limits)
+        choose(FIDELITIES, Auto(**limits))
+
+
+@pytest.mark.parametrize(
+    ("limits", "other", "is_slow"),
+    [
+        pytest.param({"max_kl": 0.5}, (41, 0.2), True, id="more than twice the bytes"),
+        pytest.param({"max_kl": 0.5}, (39, 0.2), False, id="less than twice the bytes"),
+        pytest.param({"max_kl": 0.15}, (20, 0.2), True, id="the other has a higher KL than the limit"),
+        pytest.param({"max_bytes": 50}, (45, 0.3), True, id="more than twice the KL"),
+        pytest.param({"max_bytes": 50}, (45, 0.19), False, id="less than twice the KL"),
+        pytest.param({"max_bytes": 30}, (45, 0.01), True, id="the other has more bytes than the limit"),
+    ],
+)
+def test_a_slow_encoding_is_chosen_only_for_half_the_bytes_or_nats(
+    limits: dict[str, float], other: tuple[float, float], is_slow: bool
+) -> None:
+    slow = replace(measured(20, 0.1), encoding=TrellisLowRank())
+
+    assert is_slow == (slow is choose([slow, measured(*other)], Auto(**limits)))
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        pytest.param("Auto(max_bytes=0)", "max_bytes is a positive number of bytes per row, not 0", id="bytes"),
+        pytest.param("Auto(max_kl='a')", "max_kl is a positive number of nats, not 'a'", id="nats"),
+        pytest.param("Auto(temperature=True)", "temperature is True; expected one of 1, 2, 4", id="bool"),
+    ],
+)
+def test_impossible_limits_of_auto_are_refused(stated: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        encoding_or_auto(stated)
+
+
+def test_auto_states_only_the_limits_that_it_has() -> None:
+    """The configuration of an earlier version is compared with the one that chose the encoding of a cache."""
+    assert {"name": "auto", "max_kl": 0.01} == encoding_or_auto("auto").config()
+    assert {"name": "auto", "max_kl": 0.5} == Auto(max_kl=0.5).config()
+    assert {"name": "auto", "max_bytes": 60.0, "temperature": 2.0} == Auto(max_bytes=60, temperature=2).config()
+    assert Auto(max_bytes=60, temperature=2) == encoding_or_auto(Auto(max_bytes=60, temperature=2).config())
+
+
+def test_slow_encodings_are_measured_on_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fidelity, "SLOW_ROWS", 30)
+    calibration, encoding = Calibration(logits(400)), TrellisLowRank(rank=4)
+    [found] = compare(calibration, [encoding])
+    fitted, measured = calibration.split()
+    expected = measure(encoding.fit(calibration.logits[fitted]), calibration.logits[measured[::3]])
+
+    assert (27, 80) == (len(measured[::3]), len(measured))
+    assert (expected.bytes_per_row, expected.kl) == (found.bytes_per_row, found.kl)
 
 
 def test_the_choice_can_be_made_at_another_temperature() -> None:
     ranked = {1.0: 0.1, 2.0: 0.5, 4.0: 0.5}, {1.0: 0.5, 2.0: 0.1, 4.0: 0.5}
     results = [replace(FIDELITIES[0], bytes_per_row=10 + number, kl=kl) for number, kl in enumerate(ranked)]
 
-    assert [10, 11] == [choose(results, max_bytes=20, temperature=each).bytes_per_row for each in (1.0, 2.0)]
-    with pytest.raises(UsageError, match="temperature is 3; expected one of 1, 2, 4"):
-        choose(results, max_bytes=20, temperature=3.0)
+    assert [10, 11] == [choose(results, Auto(max_bytes=20, temperature=each)).bytes_per_row for each in (1.0, 2.0)]
+    with pytest.raises(UsageError, match="temperature is 3.0; expected one of 1, 2, 4"):
+        Auto(max_bytes=20, temperature=3.0)
 
 
 def test_the_pareto_front_leaves_out_what_is_beaten() -> None:
@@ -127,17 +205,19 @@ def test_a_vocabulary_is_planned_with_encodings_of_sorted_sets_and_of_a_tail() -
     """Logits with a few large values and a low-rank rest, as those of a language model."""
     generator = np.random.default_rng(0)
     low = generator.normal(size=(200, 24)) @ generator.normal(size=(24, 9000)) * 0.8
-    plan = plan_logits(Calibration(low.astype(np.float32)), max_kl=0.5)
+    plan = plan_logits(Calibration(low.astype(np.float32)), Auto(max_kl=0.5))
     names = {each.encoding.name for each in plan.fidelities}
 
-    assert {"dense", "toplowrank", "packedtopk", "sampled"} == names
+    assert {"dense", "toplowrank", "trellislowrank", "packedtopk", "sampled"} == names
     assert "toplowrank" == plan.recommended.encoding.name
-    assert all(each.encoding.rank < 160 for each in plan.fidelities if isinstance(each.encoding, TopLowRank))
+    assert all(
+        each.encoding.rank < 160 for each in plan.fidelities if isinstance(each.encoding, TopLowRank | TrellisLowRank)
+    )
 
 
 def test_a_plan_of_logits_recommends_and_plots(tmp_path: Path) -> None:
     need_package("matplotlib", "plot")
-    plan = plan_logits(Calibration(logits(1000)))
+    plan = plan_logits(Calibration(logits(1000)), Auto())
     plot(plan, tmp_path / "plan.png")
 
     assert (1000, 60) == (plan.num_rows, plan.num_classes)
@@ -162,7 +242,7 @@ def test_the_classes_of_imagenet_21k_are_planned_from_a_memory_map(tmp_path: Pat
 
 @pytest.mark.parametrize("classes", [2, 10])
 def test_few_classes_are_planned(classes: int) -> None:
-    plan = plan_logits(Calibration(logits(300, classes)))
+    plan = plan_logits(Calibration(logits(300, classes)), Auto())
 
     assert "dense" == plan.recommended.encoding.name
     assert "the smallest with a KL of at most 0.01 nats at T = 1" == plan.criterion
@@ -171,14 +251,14 @@ def test_few_classes_are_planned(classes: int) -> None:
 def test_masked_classes_rule_out_what_can_not_hold_them() -> None:
     masked = logits(1000)
     masked[:, 7] = -np.inf
-    plan = plan_logits(Calibration(masked))
+    plan = plan_logits(Calibration(masked), Auto())
 
     assert "lowrank" not in {each.encoding.name for each in plan.fidelities}
     assert plan.recommended.kl[1.0] <= 0.01
 
 
 def test_sampling_is_shown_but_never_recommended() -> None:
-    plan = plan_logits(Calibration(logits(300, 200)), max_kl=10.0)
+    plan = plan_logits(Calibration(logits(300, 200)), Auto(max_kl=10.0))
 
     assert any(isinstance(each.encoding, Sampled) and math.isinf(each.kl[1.0]) for each in plan.fidelities)
     assert not isinstance(plan.recommended.encoding, Sampled)
@@ -196,6 +276,17 @@ def test_a_plan_counts_the_passes_of_a_live_teacher(tiny: Callable[..., Pipeline
     pipeline = tiny("train.epochs=10", "train.seeds=[0,1,2]", "students.small.samples=0.5")
 
     assert 15 == live_passes(pipeline, trust=False), "the other student learns from true labels"
+
+
+def test_the_limits_of_a_pipeline_are_those_of_its_plan(tiny: Callable[..., Pipeline]) -> None:
+    auto = "cache.encoding=Auto(max_bytes=30, temperature=4)"
+    plan = plan_pipeline(tiny("cache.calibration=300", auto))
+
+    assert "the lowest KL at T = 4 within 30 bytes per row" == plan.criterion
+    assert (
+        "the smallest with a KL of at most 0.5 nats at T = 2"
+        == plan_pipeline(tiny("cache.calibration=300", auto), max_kl=0.5, temperature=2).criterion
+    )
 
 
 def test_auto_in_a_pipeline_chooses_builds_and_goes_on(tiny: Callable[..., Pipeline]) -> None:
