@@ -48,8 +48,9 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
 
     Each sample is found in the cache by its key, and rendered as `ViewDataset` renders it, bit for bit. The index
     contains view and row, for `cache.logits(index)`. Shuffling, and sharing the samples among DataLoader workers and
-    DDP ranks, is the stream's part. A sample's content is compared with the cache when it is first seen. The proof
-    samples of each view are compared with the digests of the teacher's inputs when they arrive.
+    DDP ranks, is the stream's part. A sample's content is compared with the cache when it is first seen, and when
+    its key comes again. The proof samples of each view are compared with the digests of the teacher's inputs when they
+    arrive.
 
     ```python
     views = logitcache.StreamViews(stream, cache)
@@ -188,15 +189,17 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
                 f"sample {key!r} of the stream is not in the cache, which has {self.numbers.num_samples} samples.\n"
                 "Build a cache of this data; or pass missing='skip' to leave out the samples that it lacks."
             )
-        if count.see(number) and self._repeated != "keep":
-            if self._repeated == "skip":
-                count.leave_out()
-                return None
+        again = count.see(number)
+        if again and self._repeated == "error":
             raise SampleMismatch(
                 f"sample {key!r} comes a second time.\nRemove it from the stream, and make sure that each DataLoader "
                 "worker and rank reads its own part; or pass repeated='keep', and call `set_epoch` before each epoch."
             )
-        value = self._loaded(value, number, key)
+        # Of a repeated key too: another sample may have it.
+        value = self._loaded(value, number, key, check=again or not self._checked[number])
+        if again and self._repeated == "skip":
+            count.leave_out()
+            return None
         sample = value, self._targets[number].item() if target is None else target
         place = count.give()
         if place is not None:
@@ -206,8 +209,8 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
             self._prove(view, number, sample, rendered[1])
         return rendered
 
-    def _loaded(self, value: Any, number: int, key: str) -> Any:
-        """The decoded sample; its content is compared with the cache the first time."""
+    def _loaded(self, value: Any, number: int, key: str, *, check: bool) -> Any:
+        """The decoded sample; with `check` its content is compared with the cache."""
         content = None
         if self._decode is not None:
             content = file_bytes(value, key)
@@ -215,7 +218,7 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
                 value = self._decode(content)
             except Exception as error:
                 raise SampleMismatch(f"sample {key!r} can't be decoded: {type(error).__name__}: {error}") from error
-        if self._contents is None or self._checked[number]:
+        if self._contents is None or not check:
             return value
         expected = self._contents[number].tobytes()
         digest = bytes_digest(content) if content is not None else input_digest(value)

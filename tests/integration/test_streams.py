@@ -22,7 +22,7 @@ from logitcache.errors import IdentityMismatch, SampleMismatch, UsageError
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
 from tests.needs import need_package
-from tests.pictures_in_files import COUNT, samples, write_shards
+from tests.pictures_in_files import COUNT, samples, write_shards, write_tar
 
 Item = tuple[str, bytes, int]
 FIELDS = ("__key__", "png", "cls")
@@ -135,12 +135,14 @@ def test_streams_of_webdataset_and_hugging_face_give_the_views_of_the_cache(
     gc.collect()  # webdataset leaves its files to the garbage collector
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("make", [None, web_dataset, hugging_face], ids=["plain", "webdataset", "hugging face"])
 def test_students_of_a_stream_have_the_weights_of_students_of_the_files(
-    cache: logitcache.LogitCache, shards: list[Path], num_workers: int
+    cache: logitcache.LogitCache, shards: list[Path], make: Callable[[list[Path]], Any] | None, num_workers: int
 ) -> None:
     """The same batches from both: labels, losses and weights are equal bit for bit."""
-    views = views_of(cache)
+    views = views_of(cache) if make is None else joined(make(shards), cache)
     dataset = logitcache.ViewDataset(logitcache.TarShards(shards), cache.view_plan)
     students = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10)) for _ in range(2)]
     students[1].load_state_dict(students[0].state_dict())
@@ -167,6 +169,122 @@ def test_students_of_a_stream_have_the_weights_of_students_of_the_files(
     weights, expected_weights = (torch.cat([p.flatten() for p in student.parameters()]) for student in students)
 
     assert torch.equal(expected_weights, weights)
+    gc.collect()  # webdataset leaves its files to the garbage collector
+
+
+def joined(stream: Any, cache: logitcache.LogitCache, **options: Any) -> logitcache.StreamViews:
+    return logitcache.StreamViews(stream, cache, fields=FIELDS, decode=logitcache.decode_image, **options)
+
+
+def tar_files(folder: Path, parts: list[list[Item]]) -> Any:
+    """A stream of tar files, one for each part."""
+    need_package("webdataset", "test")
+    import webdataset
+
+    paths = [str(write_tar(folder / f"{number}.tar", part)) for number, part in enumerate(parts)]
+    return webdataset.WebDataset(paths, shardshuffle=len(parts), seed=0).shuffle(10)
+
+
+def saved_dataset(folder: Path, parts: list[list[Item]]) -> Any:
+    """A Hugging Face dataset of the parts on disk, as a stream of several shards."""
+    need_package("datasets", "hf")
+    import datasets
+
+    rows = [
+        {"__key__": key, "png": {"bytes": png, "path": None}, "cls": target}
+        for part in parts
+        for key, png, target in part
+    ]
+    whole = datasets.Dataset.from_list(rows)
+    whole.save_to_disk(folder / "saved", num_shards=len(parts))
+    stream = datasets.load_from_disk(folder / "saved").to_iterable_dataset(num_shards=len(parts))
+    return stream.shuffle(seed=3, buffer_size=10)
+
+
+def parts_of(name: str) -> list[list[Item]]:
+    """Three shards of 14, 14 and 12 samples, with a defect."""
+    first, second, third = ([*samples()[start : start + 14]] for start in (0, 14, 28))
+    return {
+        "shard missing": [first, third],
+        "shard repeated": [first, second, second, third],
+        "key duplicated": [first, second, [*third, first[3]]],
+        "key duplicated, other content": [first, second, [*third, (first[3][0], first[4][1], first[3][2])]],
+        "unknown key": [first, second, [*third, ("new/1", first[3][1], 0)]],
+    }[name]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("make", [tar_files, saved_dataset])
+@pytest.mark.parametrize(
+    ("defect", "rendered_count", "repeated", "absent", "keys"),
+    [
+        pytest.param("shard missing", 26, 0, 14, [f"scan/{number:04d}" for number in range(14, 19)]),
+        pytest.param("shard repeated", 54, 14, 0, [f"scan/{number:04d}" for number in range(14, 19)]),
+        pytest.param("key duplicated", 41, 1, 0, ["scan/0003"]),
+    ],
+)
+def test_shards_with_a_defect_are_counted_named_and_refused_by_the_summary(
+    cache: logitcache.LogitCache,
+    shards: list[Path],
+    tmp_path: Path,
+    make: Callable[[Path, list[list[Item]]], Any],
+    num_workers: int,
+    defect: str,
+    rendered_count: int,
+    repeated: int,
+    absent: int,
+    keys: list[str],
+) -> None:
+    views = joined(make(tmp_path, parts_of(defect)), cache)
+    for epoch in range(2):
+        view = views.set_epoch(epoch)
+        batches = list(DataLoader(views, batch_size=8, num_workers=num_workers))
+        summary = views.summary()
+        found, expected = by_row(batches), rendered(cache, shards, view)
+
+        assert same({index: expected[index] for index in found}, found)
+        assert rendered_count == sum(len(index) for index, *_ in batches)
+        assert (rendered_count, repeated, absent, 0, True) == (
+            summary.rendered,
+            summary.repeated,
+            summary.not_in_stream,
+            summary.not_in_cache,
+            summary.finished,
+        )
+        if num_workers == 0 or not repeated:  # two workers that read one sample each count it as their own
+            assert keys == [*summary.repeated_keys, *summary.not_in_stream_keys]
+        with pytest.raises(SampleMismatch, match="not those of the cache, each once"):
+            summary.check()
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("make", [tar_files, saved_dataset])
+def test_shards_with_a_defect_are_refused_or_left_out_by_choice(
+    cache: logitcache.LogitCache,
+    tmp_path: Path,
+    make: Callable[[Path, list[list[Item]]], Any],
+) -> None:
+    numbers = itertools.count()
+
+    def read(defect: str, **options: Any) -> logitcache.StreamViews:
+        views = joined(make(tmp_path / str(next(numbers)), parts_of(defect)), cache, **options)
+        for _ in DataLoader(views, batch_size=8):
+            pass
+        return views
+
+    for defect in ("shard repeated", "key duplicated"):
+        assert COUNT == read(defect, repeated="skip").summary().rendered
+        with pytest.raises(SampleMismatch, match="comes a second time"):
+            read(defect, repeated="error")
+    with pytest.raises(SampleMismatch, match="sample 'new/1' of the stream is not in the cache"):
+        read("unknown key")
+    assert ("new/1",) == read("unknown key", missing="skip").summary().not_in_cache_keys
+    for choice in ("keep", "skip"):
+        with pytest.raises(SampleMismatch, match=r"sample 3 \(scan/0003\) is not what the teacher saw: its content"):
+            read("key duplicated, other content", repeated=choice)
+    gc.collect()
 
 
 def test_a_batch_is_checked_while_workers_replace_the_samples_that_are_kept(
