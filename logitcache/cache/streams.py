@@ -9,7 +9,7 @@ import pickle
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -25,6 +25,8 @@ from logitcache.cache.rendering import input_mismatch
 from logitcache.data.batching import Batch, collate
 from logitcache.data.samples import SampleTable, bytes_digest, input_digest, same_content
 from logitcache.data.streamed import Fields, file_bytes, stream_item
+from logitcache.data.text_views import INPUT_IDS
+from logitcache.data.tokens import content_of_ids
 from logitcache.data.views import Load, Renderer, ViewPlan, no_partner
 from logitcache.data.workers import end_with_parent
 from logitcache.errors import SampleMismatch, UsageError
@@ -221,11 +223,10 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
         if self._contents is None or not check:
             return value
         expected = self._contents[number].tobytes()
-        digest = bytes_digest(content) if content is not None else input_digest(value)
-        # The teacher's dataset may have had no bytes of its own.
-        if not same_content(expected, digest) and (content is None or not same_content(expected, input_digest(value))):
+        if not any(same_content(expected, digest) for digest in _digests(value, content)):
             raise SampleMismatch(
-                f"sample {number} ({key}) is not what the teacher saw: its content has the digest {digest.hex()} here, "
+                f"sample {number} ({key}) is not what the teacher saw: its content has the digest "
+                f"{next(_digests(value, content)).hex()} here, "
                 f"{expected.hex()} in the cache.\nRestore the sample, or build a new cache from this data. If the "
                 "cache was made from files and the stream gives decoded samples, let it give the bytes, and pass "
                 "`decode`; or pass check_contents=False."
@@ -391,6 +392,15 @@ class KeyNumbers:
                 return number
             place += 1
         return -1
+
+
+def _digests(value: Any, content: bytes | None) -> Iterator[bytes]:
+    """The digests that the teacher's dataset may have taken of a sample: of its bytes, its token ids, or its input."""
+    if content is not None:
+        yield bytes_digest(content)
+    elif isinstance(value, Mapping) and INPUT_IDS in value:
+        yield bytes_digest(content_of_ids(np.asarray(value[INPUT_IDS])))
+    yield input_digest(value)
 
 
 def _key_hash(key: str) -> int:

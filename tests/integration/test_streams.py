@@ -6,6 +6,7 @@ import gc
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from torchvision.transforms import v2
 
 import logitcache
 from logitcache.config.schema import Pipeline
+from logitcache.data.batching import pad
+from logitcache.data.rows import rows_of_dataset
+from logitcache.data.tokens import TokenDataset
+from logitcache.data.transforms import build_transform
 from logitcache.errors import IdentityMismatch, SampleMismatch, UsageError
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
@@ -539,6 +544,78 @@ def test_mixed_views_of_a_stream_need_partners(tmp_path: Path) -> None:
         assert torch.equal(expected[2], target)
     with pytest.raises(UsageError, match="need another sample of the dataset for each one: pass partner="):
         logitcache.StreamViews(stream, cache, plan=plan)
+
+
+VOCABULARY = 24
+TEXT_VIEWS = {
+    "clean": None,
+    "token dropout": [{"token_dropout": {"p": 0.4, "token_id": 0}}],
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("transform", TEXT_VIEWS.values(), ids=TEXT_VIEWS)
+def test_token_sequences_of_a_stream_have_the_views_and_the_labels_of_the_map_style_run(
+    tmp_path: Path, transform: Any, num_workers: int
+) -> None:
+    draw = np.random.default_rng(0)
+    ids = [draw.integers(1, VOCABULARY, length) for length in (5, 1, 9, 3, 12, 7, 1, 4)]
+    dataset = TokenDataset(
+        ids, keys=[f"text/{number}" for number in range(8)], task="causal", vocab_size=VOCABULARY, tokenization={"t": 1}
+    )
+    rows = rows_of_dataset(dataset, 16)
+    plan = logitcache.ViewPlan(transform=transform and build_transform(transform), seed=5, collate=pad, rows=rows)
+    table = logitcache.sample_table(dataset, contents=True)
+    teacher_views = logitcache.ViewDataset(dataset, plan)
+    logits = torch.randn(2, rows.num_rows, VOCABULARY)
+    with logitcache.create(
+        tmp_path / "a", num_samples=8, num_classes=VOCABULARY, num_views=2, teacher="t", samples=table,
+        view_plan=plan, rows_per_sample=dataset.rows_per_sample, rows_per_block=16, tokenization={"t": 1},
+        encoding=logitcache.Dense(dtype="float32"),
+    ) as writer:  # fmt: skip
+        for view in range(2):
+            digests = teacher_views.input_digests(view)
+            writer.write(view=view, start=0, logits=logits[view], input_digests=digests)
+    cache = logitcache.open(tmp_path / "a")
+    order = [4, 1, 7, 0, 6, 2, 5, 3]
+    stream = Samples([(dataset.keys[number], *dataset[number]) for number in order])  # type: ignore[misc]
+    views = logitcache.StreamViews(stream, cache, plan=replace(cache.view_plan, collate=pad))
+    expected_views = logitcache.ViewDataset(dataset, cache.view_plan)
+    for epoch in range(2):
+        view = views.set_epoch(epoch)
+        seen = []
+        loader = DataLoader(views, batch_size=3, num_workers=num_workers, collate_fn=views.collate)
+        for index, inputs, targets in loader:
+            at = logitcache.position_index(index, cache.row_map, inputs["input_ids"].shape[1])
+            for place in torch.nonzero(index >= 0).flatten().tolist():
+                number = int(cache.row_map.samples_of(index[place] % 2**40))
+                seen.append(number)
+                expected, length = expected_views[view, number], len(ids[number])
+
+                assert expected[0] == index[place]
+                assert expected[1]["input_ids"].tolist() == inputs["input_ids"][place, :length].tolist()
+                assert length == inputs["attention_mask"][place].sum()
+                assert expected[2].tolist() == targets[place][: len(expected[2])].tolist()
+            labels = logits[view][at[at >= 0] % 2**40]
+            assert torch.allclose(labels.log_softmax(1), cache.logits(at[at >= 0]).log_softmax(1), atol=1e-5)
+        assert [0, 2, 3, 4, 5, 7] == sorted(seen)  # two texts of one token predict nothing
+        views.summary().check()
+
+
+def test_other_token_ids_of_a_stream_are_refused(tmp_path: Path) -> None:
+    dataset = TokenDataset(
+        [[1, 2, 3], [4, 5]], keys=["a", "b"], task="causal", vocab_size=VOCABULARY, tokenization={"t": 1}
+    )
+    table = logitcache.sample_table(dataset, contents=True)
+    with logitcache.create(
+        tmp_path / "a", num_samples=2, num_classes=VOCABULARY, teacher="t", samples=table,
+        view_plan=logitcache.ViewPlan(), rows_per_sample=dataset.rows_per_sample,
+    ) as writer:  # fmt: skip
+        writer.write(view=0, start=0, logits=torch.randn(3, VOCABULARY))
+    stream = [("a", {"input_ids": torch.tensor([1, 2, 4]), "attention_mask": torch.ones(3)}, None)]
+
+    with pytest.raises(SampleMismatch, match=r"sample 0 \(a\) is not what the teacher saw: its content"):
+        list(logitcache.StreamViews(stream, logitcache.open(tmp_path / "a")))
 
 
 def share_of_rank(folder: str, rank: int, items: list[Item], place: str) -> None:
