@@ -106,8 +106,9 @@ def hugging_face(shards: list[Path]) -> Any:
     import datasets
 
     def generate(numbers: list[int]) -> Iterator[dict[str, Any]]:
+        found = samples()
         for number in numbers:
-            key, png, target = samples()[number]
+            key, png, target = found[number]
             yield {"__key__": key, "png": {"bytes": png, "path": None}, "cls": target}
 
     features = datasets.Features(
