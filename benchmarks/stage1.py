@@ -144,7 +144,11 @@ def bare_loop(pipeline: Pipeline) -> None:
 
 
 def loaded_bare_loop(pipeline: Pipeline, *, index: int = 0, count: int = 1) -> Callable[[], None]:
-    """The bare loop with data and teacher loaded; of `count` processes, each has every `count`-th block."""
+    """The bare loop with data and teacher loaded; of `count` processes, each has every `count`-th block.
+
+    Views are rendered outside of inference mode, as in DataLoader's workers: a dataset may keep tensors that students
+    train on later. Inference mode would save random transforms some time.
+    """
     data = resolve_data(pipeline, trust=True)
     plan = resolve_plan(pipeline, data, trust=True)
     device = pick_device(pipeline.device, threads=pipeline.threads)
@@ -162,11 +166,10 @@ def loaded_bare_loop(pipeline: Pipeline, *, index: int = 0, count: int = 1) -> C
             num_workers=pipeline.num_workers,
             pin_memory=device.type == "cuda",
         )
-        with torch.inference_mode():
-            for _, inputs, _ in loader:
-                on_device = to_device(inputs, device, channels_last=config.channels_last)
-                with autocast(device, config.precision):
-                    forward(on_device)
+        for _, inputs, _ in loader:
+            on_device = to_device(inputs, device, channels_last=config.channels_last)
+            with torch.inference_mode(), autocast(device, config.precision):
+                forward(on_device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from logitcache.data.sequences import position_index as position_index
     from logitcache.data.shards import TarShards as TarShards
     from logitcache.data.shards import decode_image as decode_image
+    from logitcache.data.streamed import StreamDataset as StreamDataset
     from logitcache.data.views import Mixing as Mixing
     from logitcache.data.views import ViewDataset as ViewDataset
     from logitcache.data.views import ViewPlan as ViewPlan
@@ -68,6 +69,7 @@ __all__ = [
     "Sampled",
     "SeenContents",
     "SparseTargets",
+    "StreamDataset",
     "StreamSummary",
     "StreamViews",
     "TarShards",
@@ -112,6 +114,7 @@ _HOMES = {
     "Sampled": "encodings:Sampled",
     "SeenContents": "data.samples:SeenContents",
     "SparseTargets": "targets:SparseTargets",
+    "StreamDataset": "data.streamed:StreamDataset",
     "StreamSummary": "cache.streams:StreamSummary",
     "StreamViews": "cache.streams:StreamViews",
     "TarShards": "data.shards:TarShards",

@@ -101,6 +101,16 @@ def row_slices(num_rows: int, num_classes: int, device: torch.device, at_once: i
     return (slice(start, min(start + at_once, num_rows)) for start in range(0, num_rows, at_once))
 
 
+def integer_product(numbers_BR: Tensor, basis_RC: Tensor) -> Tensor:
+    """The exact product of int8 matrices, as float32 (B, C).
+
+    All sums stay below 2^24 up to a rank of 1040, so that float32 holds them.
+    """
+    if numbers_BR.device.type == "cpu":
+        return torch._int_mm(numbers_BR, basis_RC).float()  # the only integer product in torch; oneDNN computes it
+    return numbers_BR.float() @ basis_RC.float()
+
+
 @dataclass(frozen=True, eq=False)
 class DenseTargets(Targets):
     """The logits of every class.
@@ -290,22 +300,24 @@ class SparseTargets(Targets):
 class FactoredTargets(Targets):
     """Logits as coefficients over a basis that all rows share, and corrections of some classes.
 
-    logits = mean + coefficients @ basis, and the corrections are added to the logits of their classes.
+    logits = mean + scale * (coefficients @ basis), and the corrections are added to the logits of their classes.
 
     Raises:
         ShapeError: the shapes do not agree.
     """
 
     coefficients: Tensor
-    """Float32 (B, R)."""
+    """Float32 (B, R), or int8 with an int8 basis."""
     basis: Tensor
-    """Float32 (R, C)."""
+    """Float32 or int8 (R, C)."""
     mean: Tensor
     """Float32 (C,)."""
     ids: Tensor
     """int64 (B, K): the corrected classes of each row."""
     corrections: Tensor
     """Float32 (B, K): what is added to their logits."""
+    scale: Tensor | None = None
+    """Float32 (C,): the unit of an int8 basis; None where the basis is float32."""
 
     def __post_init__(self) -> None:
         rows, rank = self.coefficients.shape
@@ -333,7 +345,8 @@ class FactoredTargets(Targets):
         )
 
     def to(self, device: torch.device | str) -> FactoredTargets:
-        return FactoredTargets(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
 
     @property
     def device(self) -> torch.device:
@@ -348,10 +361,14 @@ class FactoredTargets(Targets):
             mean=self.mean[classes],
             ids=ids_BK.clamp_min(0),
             corrections=self.corrections.masked_fill(ids_BK < 0, 0.0),
+            scale=None if self.scale is None else self.scale[classes],
         )
 
     def dense(self) -> Tensor:
         # A product in half precision would change the logits.
         with torch.autocast(self.device.type, enabled=False):
-            logits_BC = torch.addmm(self.mean, self.coefficients, self.basis)
+            if self.scale is None:
+                logits_BC = torch.addmm(self.mean, self.coefficients, self.basis)
+            else:
+                logits_BC = integer_product(self.coefficients, self.basis).mul_(self.scale).add_(self.mean)
         return logits_BC.scatter_add_(1, self.ids, self.corrections)

@@ -15,6 +15,7 @@ from logitcache.cache.layout import Block
 from logitcache.cache.manifest import LOGITS, Layout
 from logitcache.cache.outputs import OutputLayout
 from logitcache.data.rows import RowMap
+from logitcache.encodings.largest import MANY_CLASSES
 from logitcache.errors import IdentityMismatch, InvalidLogits, UsageError
 from logitcache.targets import row_slices
 
@@ -24,7 +25,7 @@ DEVICE_SLAB_LOGITS = 2**24
 """Logits that a device other than a CPU encodes at once (64 MB): enough to occupy it."""
 HIGHER_TEMPERATURES = TEMPERATURES[1:]
 """Temperatures above 1 at which the encoding's loss is measured, on some rows."""
-STRIDE = 16
+STRIDE, STRIDE_OF_MANY_CLASSES = 16, 64
 """One row in so many is measured at the higher temperatures, by row number."""
 MEASURED_AT_ONCE = 8
 """Rows of one call that are measured together."""
@@ -60,8 +61,8 @@ class OpenBlock:
         self.kl = self._parts[LOGITS].kl
         """KL(teacher ‖ decoded) of each row's logits, in nats, float32."""
         self.kl_at = self._parts[LOGITS].kl_at
-        """The same at `HIGHER_TEMPERATURES` for one row in `STRIDE`, float32 (temperatures, measured rows); NaN for
-        rows that came encoded."""
+        """The same at `HIGHER_TEMPERATURES` for one row in 16, or in 64 of many classes, float32 (temperatures,
+        measured rows); NaN for rows that came encoded."""
         self.inputs: dict[str, str] = {}
         """Digests of the teacher's inputs, by row."""
 
@@ -149,8 +150,9 @@ class _OpenRows:
             for name, spec in output.stored(layout.arrays).items()
         }
         self.kl = torch.empty(len(rows) if output.measures_kl else 0, pin_memory=self.pinned)
-        self._first_measured = -rows.start % STRIDE
-        num_measured = len(range(self._first_measured, len(self.kl), STRIDE))
+        self._stride = STRIDE if self._num_classes < MANY_CLASSES else STRIDE_OF_MANY_CLASSES
+        self._first_measured = -rows.start % self._stride
+        num_measured = len(range(self._first_measured, len(self.kl), self._stride))
         self.kl_at = torch.full((len(HIGHER_TEMPERATURES), num_measured), math.nan, pin_memory=self.pinned)
         self._to_measure: list[tuple[int, dict[str, Tensor], Tensor]] = []
         """Rows to measure at higher temperatures, by slab: their first place in `kl_at`, their arrays and logits."""
@@ -252,9 +254,9 @@ class _OpenRows:
             if kl_B is None or (kl_B.device.type == "cpu" and bool(kl_B.isnan().any())):
                 kl_B = targets_kl(self._encoding.targets(encoded, self._num_classes), logits_BC)
             self.kl[span].copy_(kl_B, non_blocking=self.pinned)
-            some = slice(-start % STRIDE, None, STRIDE)
+            some = slice(-start % self._stride, None, self._stride)
             if some.start < len(logits_BC):
-                place = (span.start + some.start - self._first_measured) // STRIDE
+                place = (span.start + some.start - self._first_measured) // self._stride
                 arrays = {name: values[some] for name, values in encoded.items()}
                 self._to_measure.append((place, arrays, logits_BC[some]))
             if sum(len(few_BC) for _, _, few_BC in self._to_measure) >= MEASURED_AT_ONCE:

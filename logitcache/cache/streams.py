@@ -9,7 +9,7 @@ import pickle
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -24,6 +24,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from logitcache.cache.rendering import input_mismatch
 from logitcache.data.batching import Batch, collate
 from logitcache.data.samples import SampleTable, bytes_digest, input_digest, same_content
+from logitcache.data.streamed import Fields, file_bytes, stream_item
 from logitcache.data.views import Load, Renderer, ViewPlan, no_partner
 from logitcache.data.workers import end_with_parent
 from logitcache.errors import SampleMismatch, UsageError
@@ -40,9 +41,6 @@ MAX_WORKERS = 256
 NAME_BYTES = 1024
 """Of the keys that a worker names."""
 SHOWN_KEYS = 5
-
-Fields = tuple[str, str, str | None]
-"""Names of key, sample and target in a mapping; None takes the target from the cache."""
 
 
 class StreamViews(IterableDataset[tuple[int, Any, Any]]):
@@ -70,7 +68,8 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
         plan: how the views are made, compared with the cache's; by default `cache.view_plan`.
         preprocess: the model's deterministic preprocessing; by default the plan's, which is the teacher's.
         cycle: view numbers that `set_epoch` cycles through; by default those of the cache.
-        fields: names of key, sample and target in the stream's mappings, such as ("__key__", "jpg", "cls").
+        fields: names of key, sample and target in the stream's mappings, such as ("__key__", "jpg", "cls"). None as the
+            last name takes the targets from the cache.
         decode: makes an input of a sample's bytes, such as `decode_image`. The bytes are then the sample's content. A
             mapping with `bytes`, as Hugging Face has for images, counts as these.
         missing: what happens to a sample that the cache lacks: "error", or "skip" to leave it out.
@@ -178,7 +177,8 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
         count.finish()
 
     def _render(self, view: int, item: Any, count: _Count) -> tuple[int, Any, Any] | None:
-        key, value, target = self._parts(item)
+        found, value, target = stream_item(item, self._fields)
+        key = str(found)
         number = self.numbers.find(key)
         if number < 0:
             count.miss(key)
@@ -206,39 +206,11 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
             self._prove(view, number, sample, rendered[1])
         return rendered
 
-    def _parts(self, item: Any) -> tuple[str, Any, Any]:
-        """Key, sample and target of an item of the stream."""
-        if isinstance(item, Mapping):
-            if self._fields is None:
-                raise UsageError(
-                    f"the stream gives mappings with the keys {', '.join(map(repr, item))}; name those of key, sample "
-                    "and target with `fields`, such as fields=('__key__', 'jpg', 'cls')"
-                )
-            absent = [name for name in self._fields if name is not None and name not in item]
-            if absent:
-                raise UsageError(f"a sample of the stream lacks {absent[0]!r}; it has {', '.join(map(repr, item))}")
-            key, value, target = (None if name is None else item[name] for name in self._fields)
-        elif isinstance(item, tuple | list) and len(item) in (2, 3):
-            key, value, target = (*item, None)[:3]
-        else:
-            raise UsageError(f"the stream gives a {type(item).__name__}; expected (key, sample, target), or a mapping")
-        if isinstance(target, bytes | str):
-            try:
-                target = int(target)
-            except ValueError:
-                raise UsageError(f"the target of sample {key!r} is {target!r}; expected a class number") from None
-        return str(key), value, target
-
     def _loaded(self, value: Any, number: int, key: str) -> Any:
         """The decoded sample; its content is compared with the cache the first time."""
         content = None
         if self._decode is not None:
-            content = value["bytes"] if isinstance(value, Mapping) and "bytes" in value else value
-            if not isinstance(content, bytes):
-                raise UsageError(
-                    f"sample {key!r} is a {type(content).__name__}, and `decode` takes bytes; leave out `decode`, or "
-                    "take the decoding out of the stream"
-                )
+            content = file_bytes(value, key)
             try:
                 value = self._decode(content)
             except Exception as error:

@@ -20,6 +20,7 @@ from logitcache.catalog.parts import PartConfig, samples_of_part
 from logitcache.catalog.shards import huggingface, parquet, webdataset
 from logitcache.catalog.text import text
 from logitcache.data.samples import Dataset, content_digest, load_sample, sample_key, sample_table
+from logitcache.data.streamed import refuse_stream
 from logitcache.data.tokens import TokenDataset
 from logitcache.entry_points import call_entry_point, is_entry_point
 from logitcache.errors import DatasetUnavailable, UsageError
@@ -197,6 +198,7 @@ def load_data(
 
 def selected(dataset: Dataset, indices: np.ndarray) -> Dataset:
     """Some samples of a dataset, in a given order, with their original keys and rows."""
+    refuse_stream(dataset, "a part of the samples is selected (data.validation, data.part or a student's samples)")
     return dataset.select(indices) if isinstance(dataset, TokenDataset) else Selection(dataset, indices)
 
 
@@ -389,7 +391,8 @@ def _checked(made: Any, name: str) -> Data:
     train = splits["train"]
     if not hasattr(train, "__getitem__") or not hasattr(train, "__len__"):
         raise UsageError(
-            f"{name} returned a {type(train).__name__}; expected a map-style dataset with __len__ and __getitem__"
+            f"{name} returned a {type(train).__name__}; expected a map-style dataset with __len__ and __getitem__. "
+            "Wrap a stream in `logitcache.StreamDataset`"
         )
     for split in splits.values():
         if getattr(split, "targets", None) is None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from logitcache.catalog.tokenization import need_package
 from logitcache.data.shards import IMAGE_SUFFIXES, TarShards, decode_image
+from logitcache.data.streamed import StreamDataset
 from logitcache.errors import DatasetUnavailable, UsageError
 from logitcache.registry import unknown_name
 
@@ -56,7 +57,8 @@ def parquet(
     image: str = "image",
     label: str = "label",
     key: str | None = None,
-) -> dict[str, HuggingFaceFiles]:
+    streaming: bool = False,
+) -> dict[str, HuggingFaceFiles] | dict[str, StreamDataset]:
     """Images in Parquet files, as bytes or as Hugging Face stores them.
 
     The library `datasets` copies the files once into an Arrow file in its own cache folder, for random access.
@@ -67,21 +69,30 @@ def parquet(
         image: column of the images.
         label: column of the class numbers.
         key: column of the keys; by default a sample's key is its position.
+        streaming: read the files in order instead, without a copy, for stage 1 only.
     """
     files = _files(root, "parquet", ".parquet", {"train": train, "validation": validation, "test": test})
     datasets = need_package("datasets", "reads Parquet files")
     try:
         loaded = datasets.load_dataset(
-            "parquet", data_files={split: [str(path) for path in found] for split, found in files.items()}
+            "parquet",
+            data_files={split: [str(path) for path in found] for split, found in files.items()},
+            streaming=streaming,
         )
     except Exception as error:
         raise DatasetUnavailable(f"parquet: the files of {root} can't be read: {_reason(error)}") from error
-    return _images(loaded, image, label, key)
+    return _images(loaded, image, label, key, streaming=streaming)
 
 
 def huggingface(
-    path: str, *, config: str | None = None, image: str = "image", label: str = "label", key: str | None = None
-) -> dict[str, HuggingFaceFiles]:
+    path: str,
+    *,
+    config: str | None = None,
+    image: str = "image",
+    label: str = "label",
+    key: str | None = None,
+    streaming: bool = False,
+) -> dict[str, HuggingFaceFiles] | dict[str, StreamDataset]:
     """A Hugging Face dataset of images: of the Hub, or one saved with `save_to_disk`.
 
     Args:
@@ -90,6 +101,7 @@ def huggingface(
         image: column of the images.
         label: column of the class numbers.
         key: column of the keys; by default a sample's key is its position.
+        streaming: read the dataset in order, without downloading it first, for stage 1 only.
     """
     datasets = need_package("datasets", "reads Hugging Face datasets")
     folder = Path(path)
@@ -97,10 +109,10 @@ def huggingface(
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             loaded = datasets.load_from_disk(path)
         else:
-            loaded = datasets.load_dataset(path, config)
+            loaded = datasets.load_dataset(path, config, streaming=streaming)
     except Exception as error:
         raise DatasetUnavailable(f"huggingface: {path} can't be loaded: {_reason(error)}") from error
-    return _images(loaded if isinstance(loaded, Mapping) else {"train": loaded}, image, label, key)
+    return _images(loaded if isinstance(loaded, Mapping) else {"train": loaded}, image, label, key, streaming=streaming)
 
 
 class HuggingFaceFiles:
@@ -159,9 +171,12 @@ class HuggingFaceFiles:
         return value
 
 
-def _images(loaded: Mapping[str, Any], image: str, label: str, key: str | None) -> dict[str, HuggingFaceFiles]:
+def _images(
+    loaded: Mapping[str, Any], image: str, label: str, key: str | None, *, streaming: bool
+) -> dict[str, HuggingFaceFiles] | dict[str, StreamDataset]:
+    make: Any = _streamed if streaming else HuggingFaceFiles
     splits = {
-        split: HuggingFaceFiles(loaded[name], image, label, key)
+        split: make(loaded[name], image, label, key)
         for split, names in SPLITS.items()
         for name in names
         if name in loaded
@@ -169,6 +184,32 @@ def _images(loaded: Mapping[str, Any], image: str, label: str, key: str | None) 
     if "train" not in splits:
         raise UsageError(f"the dataset has the splits {', '.join(loaded)}; expected `train`")
     return splits
+
+
+def _streamed(split: Any, image: str, label: str, key: str | None) -> StreamDataset:
+    """A split of a Hugging Face dataset, map-style or streaming, as a stream; its keys and targets are read first."""
+    datasets = need_package("datasets", "reads Hugging Face datasets")
+    stream = split.to_iterable_dataset() if isinstance(split, datasets.Dataset) else split
+    columns = [label, *([] if key is None else [key])]
+    if stream.features is None:
+        raise UsageError(
+            "streaming: the dataset does not state its columns; write a function that returns a "
+            "`logitcache.StreamDataset` over it, and set data.name to it"
+        )
+    for name in (image, *columns):
+        if name not in stream.column_names:
+            raise UsageError(unknown_name("column", name, stream.column_names))
+    if isinstance(stream.features[image], datasets.Image):
+        stream = stream.cast_column(image, datasets.Image(decode=False))
+    rows = [tuple(row[name] for name in columns) for row in stream.select_columns(columns)]
+    return StreamDataset(
+        stream,
+        fields=(key, image, label),
+        decode=decode_image,
+        keys=None if key is None else [row[1] for row in rows],
+        targets=[row[0] for row in rows],
+        class_names=getattr(stream.features[label], "names", None),
+    )
 
 
 def _files(root: Path, name: str, suffix: str, patterns: Mapping[str, str | None]) -> dict[str, list[Path]]:

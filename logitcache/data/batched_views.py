@@ -122,6 +122,31 @@ class BatchedCrop(BatchedStep):
         return _between(left, right, columns[2][:, :, None, None]).permute(0, 3, 2, 1).contiguous()
 
 
+class BatchedFlip(BatchedStep):
+    """Random mirror images. The pixels are those of torchvision's flips, to the last bit on any device.
+
+    Args:
+        horizontal: probability that left and right are exchanged.
+        vertical: probability that top and bottom are exchanged.
+    """
+
+    num_parameters = 2
+
+    def __init__(self, *, horizontal: float = 0.5, vertical: float = 0.0) -> None:
+        for name, probability in {"horizontal": horizontal, "vertical": vertical}.items():
+            if not 0 <= probability <= 1:
+                raise UsageError(f"batched_flip: {name} is {probability!r}; expected a probability in [0, 1]")
+        self.horizontal, self.vertical = float(horizontal), float(vertical)
+
+    def draw(self, height: int, width: int) -> list[float]:
+        return [float(random.random() < probability) for probability in (self.horizontal, self.vertical)]
+
+    def apply(self, images_BCHW: Tensor, parameters_BP: Tensor) -> Tensor:
+        horizontal, vertical = (each.view(-1, 1, 1, 1) > 0 for each in parameters_BP.unbind(dim=1))
+        images_BCHW = torch.where(horizontal, images_BCHW.flip(3), images_BCHW)
+        return torch.where(vertical, images_BCHW.flip(2), images_BCHW)
+
+
 class BatchedColor(BatchedStep):
     """Random brightness, contrast and saturation, in this order.
 
@@ -157,6 +182,7 @@ class BatchedColor(BatchedStep):
 
 IMAGE_VIEWS: dict[str, Callable[..., Callable[[Any], Any]]] = {
     "batched_crop": BatchedCrop,
+    "batched_flip": BatchedFlip,
     "batched_color": BatchedColor,
 }
 

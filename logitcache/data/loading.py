@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from logitcache.data.batching import Batch
+from logitcache.data.streamed import fetch_in_order
 from logitcache.data.views import ViewDataset
 from logitcache.data.workers import end_with_parent
 from logitcache.errors import LogitCacheError
@@ -74,7 +75,7 @@ def _loader(
 ) -> Iterator[Rendered]:
     loader: DataLoader[Any] = DataLoader(
         rendering,
-        batch_sampler=groups,
+        batch_sampler=_fetched(rendering.dataset, groups),
         num_workers=num_workers,
         worker_init_fn=end_with_parent,
         collate_fn=_as_rendered,
@@ -102,18 +103,28 @@ def _checked(loader: Iterator[Any]) -> Iterator[Rendered]:
         raise
 
 
+def _fetched(dataset: Any, groups: Iterable[list[list[tuple[int, int]]]]) -> Iterator[list[Any]]:
+    """Groups of batches; with each its samples, if the dataset is a stream, which the workers can't read."""
+    for group in groups:
+        yield [group, fetch_in_order(dataset, [place for batch in group for place in batch])]
+
+
 class _Rendering(Dataset[Any]):
     """Groups of whole batches at a time; an error travels as a value, since DataLoader would rewrite its message."""
 
     def __init__(self, views: ViewDataset, *, pipe: bool, prove: bool) -> None:
         self._views = views
+        self.dataset: Any = views.dataset
         self._pipe = pipe
         self._prove = prove
 
     def __len__(self) -> int:
         return len(self._views)
 
-    def __getitems__(self, group: list[list[tuple[int, int]]]) -> list[Rendered] | LogitCacheError:
+    def __getitems__(self, fetched: list[Any]) -> list[Rendered] | LogitCacheError:
+        group, samples = fetched
+        if samples is not None:
+            self.dataset.hold(samples)
         try:
             rendered = iter(self._views.__getitems__(itertools.chain.from_iterable(group)))
             return [self._rendered(items, list(itertools.islice(rendered, len(items)))) for items in group]

@@ -7,6 +7,7 @@ default: the position), `targets` (default: read sample by sample; for samples w
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import mmap
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from logitcache.data.packing import is_packed, packed_sequence
+from logitcache.data.streamed import StreamDataset
 from logitcache.data.tokens import NO_CLASS
 from logitcache.data.workers import end_with_parent
 from logitcache.digest import PENDING, array_digest, json_digest
@@ -87,6 +89,11 @@ class SampleTable:
             [self.num_samples, self._keys_hash(), array_digest(self.targets), array_digest(self.contents)]
         )
 
+    @functools.cached_property
+    def _row_of_key(self) -> dict[str, int]:
+        """Made at the first use, because it takes about 70 bytes per sample."""
+        return {} if self.keys is None else {key: row for row, key in enumerate(self.keys)}
+
     def key(self, row: int) -> str:
         """The key of a row."""
         return str(row) if self.keys is None else self.keys[row]
@@ -101,8 +108,7 @@ class SampleTable:
             rows = np.array([int(key) if key.isdecimal() else -1 for key in keys], dtype=np.int64)
             known = (rows >= 0) & (rows < self.num_samples)
         else:
-            place = {key: row for row, key in enumerate(self.keys)}
-            rows = np.array([place.get(key, -1) for key in keys], dtype=np.int64)
+            rows = np.array([self._row_of_key.get(key, -1) for key in keys], dtype=np.int64)
             known = rows >= 0
         if not known.all():
             unknown = np.flatnonzero(~known)
@@ -324,7 +330,8 @@ def content_table(
     """The content digest of every sample, uint8 (N, 16), in one pass over the data by DataLoader workers."""
     contents = np.empty((len(dataset), DIGEST_BYTES), dtype=np.uint8)
     start = 0
-    workers = 0 if getattr(dataset, "in_memory", False) else num_workers
+    in_order = isinstance(dataset, StreamDataset)
+    workers = 0 if in_order or getattr(dataset, "in_memory", False) else num_workers
     batches = DataLoader(
         _ContentDigests(dataset),
         batch_size=256,

@@ -37,6 +37,7 @@ from logitcache.data.samples import (
     same_content,
     sample_key,
 )
+from logitcache.data.streamed import fetch_in_order, refuse_stream
 from logitcache.data.text_views import SELECTED
 from logitcache.data.transforms import adapt_transform, describe_transform
 from logitcache.data.workers import end_with_parent
@@ -465,6 +466,8 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         rows: np.ndarray | None = None,
         on_device: bool = False,
     ) -> None:
+        if plan.mixes_samples:
+            refuse_stream(dataset, "views with mixup or CutMix combine each sample with any other one")
         self.dataset = dataset
         self.plan = plan
         self.num_samples = len(dataset) if plan.num_samples is None else plan.num_samples
@@ -532,6 +535,7 @@ class ViewDataset(torch.utils.data.Dataset[tuple[int, Any, Any]]):
         end_with_parent()  # for loaders that the caller made
         current = int(self._view[0])
         places = [item if isinstance(item, tuple) else (current, item) for item in items]
+        fetch_in_order(self.dataset, places)
         loaded = _LoadedOnce(self.dataset, [index for _, index in places])
         with preserved_generators():
             return [self._render(view, index, loaded) for view, index in places]

@@ -7,6 +7,7 @@ puts the error on improbable classes, with a price for every bit as in video cod
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from logitcache.encodings.packing import LARGEST, MixedRadix
 from logitcache.encodings.protocol import float_tensor, full_precision, smallest_id_dtype
 from logitcache.encodings.rate_distortion import best_of_each_group, bit_costs_of, costs_of_steps, limits_of
 from logitcache.errors import UsageError
-from logitcache.targets import FactoredTargets
+from logitcache.targets import FactoredTargets, integer_product
 
 # B batch, C classes, R rank, K corrected classes, M most probable classes of a row, J coefficients changed in a round
 
@@ -36,6 +37,8 @@ SQUARED_ERROR = 0.2
 """Weight of a row's mean squared error, which matters at high temperatures, relative to its KL at T = 1 in nats."""
 ROWS_AT_ONCE, DEVICE_ROWS_AT_ONCE = 512, 4096
 """Rows that are searched together, on a CPU and on other devices."""
+LARGEST_INTEGER, LARGEST_INTEGER_RANK = 127, 1024
+"""Of an int8 basis; larger ranks could exceed what float32 sums exactly."""
 FITTED_DTYPES = {"basis": "float16", "mean": "float32", "limits": "uint16", "bit_costs": "float32"}
 FIT_ROWS = 2048
 """Rows on which the frequencies of coefficients are counted."""
@@ -49,6 +52,8 @@ class LowRank(FittedEncoding["Fitted"]):
     coefficients start at the least-squares solution under the Fisher metric diag(p) - pp' of its most probable
     classes. They are rounded, and then changed one step at a time while this lowers
     KL(teacher ‖ decoded) + 0.2 · mean squared error + bit_price · bits. Decoding is one matrix product and a scatter.
+    Each class's column of the basis is rounded to 8 bits times a power of two, so that CPUs with integer dot products
+    (AVX-512 VNNI) compute it in a fraction of the time, exactly.
 
     Sources: Hinton et al. 2015 for the information in small logits; Sullivan and Wiegand 1998, "Rate-distortion
     optimization for video compression", for choosing quantised values by their rate. The combination is new.
@@ -104,8 +109,10 @@ class LowRank(FittedEncoding["Fitted"]):
                 "the rank, preferably ten thousand or more: raise `cache.calibration`, or lower the rank"
             )
         mean_C, basis_RC = principal_components(calibration, self.rank)
-        # Rounded to float16, as it is stored: encoder and decoder must use the same basis.
-        basis_RC = (basis_RC * (self.step * math.sqrt(num_classes))).half().float()
+        basis_RC *= self.step * math.sqrt(num_classes)
+        # Rounded as it is stored: encoder and decoder must use the same basis.
+        scale_C = _integer_scale(basis_RC)
+        basis_RC = ((basis_RC / scale_C).round_() * scale_C).half().float()
         if not bool(torch.isfinite(basis_RC).all()):
             raise UsageError(f"LowRank: step={self.step} is too coarse: a step exceeds float16")
         limits_R = np.full(self.rank, LARGEST, dtype=np.uint16)
@@ -149,7 +156,11 @@ class LowRank(FittedEncoding["Fitted"]):
         else:
             corrections_BK = coefficients_BR.new_zeros(len(coefficients_BR), 0)
             ids_BK = corrections_BK.long()
-        return FactoredTargets(coefficients_BR, on.basis_RC, on.mean_C, ids_BK, corrections_BK)
+        if on.integers is None:
+            return FactoredTargets(coefficients_BR, on.basis_RC, on.mean_C, ids_BK, corrections_BK)
+        integers_RC, scale_C = on.integers
+        numbers_BR = coefficients_BR.to(torch.int8)
+        return FactoredTargets(numbers_BR, integers_RC, on.mean_C, ids_BK, corrections_BK, scale_C)
 
     def _coefficients(self, logits_BC: Tensor) -> Tensor:
         """Coefficients as whole numbers of steps, float32 (B, R)."""
@@ -170,7 +181,11 @@ class LowRank(FittedEncoding["Fitted"]):
         error_BM = wanted_BC.gather(1, ids_BM)
         steps_BR = plain_BR + _fisher_correction(error_BM, plain_BR, top_BM, basis_BMR, error_weight)
         steps_BR = steps_BR.round_().clamp_(-on.limit_R, on.limit_R)
-        decoded_BC = torch.addmm(on.mean_C, steps_BR, on.basis_RC)
+        if on.integers is None:
+            decoded_BC = torch.addmm(on.mean_C, steps_BR, on.basis_RC)
+        else:
+            integers_RC, scale_C = on.integers
+            decoded_BC = integer_product(steps_BR.to(torch.int8), integers_RC).mul_(scale_C).add_(on.mean_C)
         if not self.search:
             return steps_BR, decoded_BC, p_BC
         # To second order, a step of a coefficient changes the cost by ±gradient + half the curvature.
@@ -257,6 +272,28 @@ class _OnDevice:
         """Of each component; all have about the same norm."""
         self.limit_R = torch.from_numpy(fitted.limits.astype(np.float32)).to(device)
         self.bit_costs_2R = torch.from_numpy(fitted.bit_costs).to(device)
+        self.integers = None
+        """The basis as int8 (R, C) and its unit float32 (C,), where the device multiplies integers faster."""
+        fast = device.type == "cpu" and _multiplies_integers() and len(fitted.limits) <= LARGEST_INTEGER_RANK
+        if fast and int(fitted.limits.max()) <= LARGEST_INTEGER:
+            scale_C = _integer_scale(self.basis_RC)
+            integers_RC = self.basis_RC / scale_C
+            if torch.equal(integers_RC, integers_RC.round()):  # older versions rounded the basis to float16 only
+                self.integers = integers_RC.to(torch.int8), scale_C
+
+
+@functools.cache
+def _multiplies_integers() -> bool:
+    """Whether this CPU has integer dot products, and torch reports it."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_vnni") or capabilities.get("amx_int8"))
+
+
+def _integer_scale(basis_RC: Tensor) -> Tensor:
+    """For each class, the smallest power of two of which the basis has at most 127, float32 (C,)."""
+    largest_C = basis_RC.abs().amax(dim=0)
+    # Not below the smallest float16.
+    return torch.exp2(torch.log2(largest_C / LARGEST_INTEGER).ceil_().clamp_(min=-24))
 
 
 def _rows_at_once(logits_BC: Tensor) -> int:

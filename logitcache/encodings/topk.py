@@ -29,6 +29,7 @@ THREAD_LOGITS = 2**17
 """Logits of which each thread of a CPU takes the exponentials at once (512 kB)."""
 LOWEST = -1e30
 """In place of -inf where it would be multiplied with 0."""
+BITS_PER_NAT = math.log2(math.e)
 CODES_PER_E = 254 / math.log1p(DEEPEST)
 
 
@@ -177,7 +178,8 @@ def _sums_of_rest(logits_BC: Tensor, ids_BK: Tensor, next_B1: Tensor) -> tuple[T
     """Sums over all classes but `ids_BK` of exp(d) and of d exp(d), (B,) each; d is a logit's distance from `next_B1`.
 
     One pass of exponentials serves the tail and the divergence. They are relative to the largest logit of the tail, so
-    that they don't underflow.
+    that they don't underflow. Powers of 2 are used, since `torch.exp2` takes less than half the time of `torch.exp` on
+    CPUs.
     """
     on_cpu, (num_rows, num_classes) = logits_BC.device.type == "cpu", logits_BC.shape
     # On a CPU, all threads take equally many whole rows at a time, in buffers that stay in its cache: fresh memory
@@ -187,17 +189,18 @@ def _sums_of_rest(logits_BC: Tensor, ids_BK: Tensor, next_B1: Tensor) -> tuple[T
     stops = [*range(at_once, num_rows - 1, at_once), num_rows]
     below_PC, exp_PC = (logits_BC.new_empty(min(at_once + 1, num_rows), num_classes) for _ in range(2))
     rest_B, mean_B = logits_BC.new_empty(2, num_rows)
+    offset_B1 = next_B1 * -BITS_PER_NAT
     for start, stop in itertools.pairwise([0, *stops]):
         rows = slice(start, stop)
-        below_BC = torch.sub(logits_BC[rows], next_B1[rows], out=below_PC[: stop - start])
-        exp_BC = torch.exp(below_BC, out=exp_PC[: stop - start]).scatter_(1, ids_BK[rows], 0.0)
+        below_BC = torch.add(offset_B1[rows], logits_BC[rows], alpha=BITS_PER_NAT, out=below_PC[: stop - start])
+        exp_BC = torch.exp2(below_BC, out=exp_PC[: stop - start]).scatter_(1, ids_BK[rows], 0.0)
         torch.sum(exp_BC, dim=1, out=rest_B[rows])
         if on_cpu:
             torch.sum(below_BC.mul_(exp_BC), dim=1, out=mean_B[rows])
         else:
             below_BC.clamp_(min=LOWEST)  # 0 * -inf is NaN; on a CPU masked rows are rare, and the caller finds them
             torch.bmm(exp_BC[:, None], below_BC[:, :, None], out=mean_B[rows, None, None])
-    return rest_B, mean_B
+    return rest_B, mean_B / BITS_PER_NAT
 
 
 def _classes_without_entry(ids_BK: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def _work_through(worker: Worker, claims: Claims, missing: list[Block]) -> list[
     computed: list[Block] = []
     while missing:
         of_others: list[Block] = []
-        free = _claimed(worker, claims, _from_own_place(missing, claims.owner), of_others)
+        free = _claimed(worker, claims, _from_own_place(missing, claims.owner, worker.together), of_others)
         done = []
         for block in worker.compute_each(free, drawn_from=missing):
             claims.release(block.name)
@@ -83,9 +83,10 @@ def _claimed(worker: Worker, claims: Claims, blocks: Iterable[Block], of_others:
             yield block
 
 
-def _from_own_place(blocks: list[Block], owner: str) -> list[Block]:
+def _from_own_place(blocks: list[Block], owner: str, together: int) -> list[Block]:
     """The blocks from another place for each worker, so that workers rarely meet, even where claims do not work."""
     start = zlib.crc32(owner.encode()) % len(blocks)
+    start -= start % together  # so that no other worker has begun the same samples
     return blocks[start:] + blocks[:start]
 
 

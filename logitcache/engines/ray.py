@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,18 +100,20 @@ class Created(NamedTuple):
     url: str
     all_blocks: list[Block]
     missing_blocks: list[Block]
+    together: int
+    """Of its worker."""
 
 
 class Item(NamedTuple):
-    """A block in the queue."""
+    """Blocks in the queue that one actor takes: of the same samples, so that it loads each sample once."""
 
-    block: Block
+    blocks: Sequence[Block]
     alone: bool = False
-    """Whether it is computed by itself, so that no other block can make it fail."""
+    """Whether its only block is computed by itself, so that no other block can make it fail."""
 
-    def plain(self) -> tuple[str, bool]:
+    def plain(self) -> tuple[list[str], bool]:
         """As it is queued: of built-in types, so that the process of the queue imports no logitcache and no torch."""
-        return self.block.name, self.alone
+        return [block.name for block in self.blocks], self.alone
 
 
 class Outcome(NamedTuple):
@@ -150,7 +152,7 @@ class BlockActor:
     def create(self) -> Created:
         """Open the cache; create it if it does not exist."""
         worker = self._opened()
-        return Created(worker.storage.url, worker.all_blocks(), worker.missing_blocks())
+        return Created(worker.storage.url, worker.all_blocks(), worker.missing_blocks(), worker.together)
 
     def compute(self, queue: Any) -> Iterator[Outcome]:
         """Compute blocks until the queue is empty.
@@ -171,7 +173,7 @@ class BlockActor:
         silence()  # the driver shows the progress of all
         yield Outcome(_node())
         for alone, items in itertools.groupby(_drained(queue), lambda item: item.alone):
-            blocks = (item.block for item in items)
+            blocks = (block for item in items for block in item.blocks)
             for together in ([block] for block in blocks) if alone else [blocks]:
                 yield from _computed(worker, together)
 
@@ -224,10 +226,10 @@ def _drained(queue: Any) -> Iterator[Item]:
 
     while True:
         try:
-            name, alone = queue.get_nowait()
+            names, alone = queue.get_nowait()
         except Empty:
             return
-        yield Item(Block.from_name(name), alone)
+        yield Item([Block.from_name(name) for name in names], alone)
 
 
 def _computed(worker: Worker, blocks: Iterable[Block]) -> Iterator[Outcome]:
@@ -316,7 +318,8 @@ class _Build:
             ) from error
         rows = cache.row_map
         self._missing = set(created.missing_blocks)
-        self._queue.put_nowait_batch([Item(block).plain() for block in created.missing_blocks])
+        groups = itertools.groupby(created.missing_blocks, lambda block: (block.number, block.view // created.together))
+        self._queue.put_nowait_batch([Item(list(group)).plain() for _, group in groups])
         total = sum(len(rows.block_rows(block.number)) for block in created.missing_blocks)
         with track("caching the teacher", total, unit="rows") as meter:
             for actor in self._actors:
@@ -450,21 +453,21 @@ class _Build:
             self._given_up[block] = failure.error
             self._missing.remove(block)
         else:
-            self._queue.put_nowait(Item(block, alone=len(counted) == RETRIES).plain())
+            self._queue.put_nowait(Item([block], alone=len(counted) == RETRIES).plain())
             self._start_idle_actors()
 
     def _give_lost_blocks_to_others(self) -> None:
         """No actor computes anything: blocks that are not in the queue were lost with workers that stopped."""
         queued = self._queue.get_nowait_batch(self._queue.qsize())
         self._queue.put_nowait_batch(queued)
-        lost = self._missing - {Block.from_name(name) for name, _ in queued}
+        lost = self._missing - {Block.from_name(name) for names, _ in queued for name in names}
         if self._lost_on:
             failure = _Failure(f"its worker died ({'; '.join(self._lost_on.values())})", frozenset(self._lost_on))
             self._lost_on = {}
             for block in sorted(lost):
                 self._failed(block, failure)
         else:  # taken by a worker that then reported a failure of another block
-            self._queue.put_nowait_batch([Item(block).plain() for block in sorted(lost)])
+            self._queue.put_nowait_batch([Item([block]).plain() for block in sorted(lost)])
         self._start_idle_actors()
 
     def _start_idle_actors(self) -> None:

@@ -142,7 +142,7 @@ def live_passes(pipeline: Pipeline, *, trust: bool) -> float:
 def measure_outputs(runner: TeacherRunner, views: ViewDataset, outputs: Mapping[str, Output]) -> dict[str, float]:
     """Compressed bytes per row of each output beside the logits, measured on one batch."""
     chosen = keyed_permutation(len(views), "outputs", views.plan.seed)[: runner.config.batch_size]
-    batch = [(0, int(index)) for index in chosen]
+    batch = [(0, int(index)) for index in sorted(chosen)]
     [computed] = runner.run(views, [batch])
     measured = {}
     for name, output in outputs.items():

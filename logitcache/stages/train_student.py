@@ -40,6 +40,7 @@ from logitcache.context import Context
 from logitcache.data.order import batches, run_seed
 from logitcache.data.rows import rows_of_dataset
 from logitcache.data.samples import Dataset, sample_table
+from logitcache.data.streamed import refuse_stream
 from logitcache.data.views import BothInputs, ViewDataset, ViewPlan
 from logitcache.devices import to_device
 from logitcache.digest import array_digest, json_digest
@@ -131,6 +132,7 @@ class Experiment:
         self.pipeline = pipeline
         self.trust = trust
         self.data: Data = resolve_data(pipeline, trust=trust)
+        refuse_stream(self.data.train, "training takes samples in any order")
         self.plan: ViewPlan = resolve_plan(pipeline, self.data, trust=trust)
         self.context: Context = build_context(pipeline, trust=trust)
         self._tracker = build_tracker(pipeline, trust=trust)

@@ -18,6 +18,7 @@ from logitcache.config.build import (
 )
 from logitcache.config.schema import Pipeline
 from logitcache.data.order import run_seed
+from logitcache.data.streamed import refuse_stream
 from logitcache.data.views import ViewDataset
 from logitcache.errors import UsageError
 from logitcache.losses import CrossEntropy
@@ -39,6 +40,7 @@ def train_teacher(pipeline: Pipeline, *, trust: bool = False) -> dict[str, Any]:
             "teacher.start_from to the weights to fine-tune from, if any"
         )
     data = resolve_data(pipeline, trust=trust)
+    refuse_stream(data.train, "training takes samples in any order")
     plan = resolve_plan(pipeline, data, trust=trust)
     settings = pipeline.train_config(config)
     seed = settings.seeds[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -342,6 +343,27 @@ def test_samples_are_found_by_key(tmp_path: Path) -> None:
     assert [7, 0, 99] == cache.rows(["scan/0007.png", "scan/0000.png", "scan/0099.png"]).tolist()
     with pytest.raises(IdentityMismatch, match="sample 'scan/0100.png' is not in the cache"):
         cache.rows(["scan/0100.png"])
+
+
+class CountedKeys(list[str]):
+    """Counts how often all keys are read."""
+
+    readings = 0
+
+    def __iter__(self) -> Iterator[str]:
+        self.readings += 1
+        return super().__iter__()
+
+
+def test_finding_one_key_after_another_reads_the_keys_once() -> None:
+    """As a loop over a stream does, with `cache.rows([key])` for each sample."""
+    keys = CountedKeys(f"scan/{number}" for number in range(50))
+    table = SampleTable(num_samples=50, keys=keys, targets=np.zeros(50, dtype=np.int64), contents=None)
+    before = keys.readings
+    rows = [int(table.rows([f"scan/{number}"])[0]) for number in range(50)]
+
+    assert list(range(50)) == rows
+    assert 1 == keys.readings - before
 
 
 @pytest.mark.parametrize(

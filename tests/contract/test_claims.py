@@ -173,10 +173,18 @@ def test_claims_need_a_time_after_which_they_expire(tmp_path: Path) -> None:
 
 def test_workers_start_at_different_places() -> None:
     blocks = [logitcache.Block(0, number) for number in range(1000)]
-    orders = [_from_own_place(blocks, owner) for owner in ("gpu-1", "gpu-2", "gpu-3")]
+    orders = [_from_own_place(blocks, owner, 1) for owner in ("gpu-1", "gpu-2", "gpu-3")]
 
     assert 3 == len({order[0] for order in orders})
     assert all(blocks == sorted(order) for order in orders)
+
+
+def test_workers_start_with_the_first_block_of_the_same_samples() -> None:
+    blocks = [logitcache.Block(view, number) for number in range(1000) for view in range(4)]
+    orders = [_from_own_place(blocks, owner, 4) for owner in ("gpu-1", "gpu-2", "gpu-3")]
+
+    assert [0, 0, 0] == [order[0].view for order in orders]
+    assert 3 == len({order[0] for order in orders})
 
 
 def test_a_claim_that_a_dead_worker_left_is_no_part_of_the_cache(tmp_path: Path) -> None:

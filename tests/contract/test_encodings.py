@@ -25,6 +25,7 @@ from logitcache.encodings import (
     TrellisLowRank,
     Values,
     encoding_from_config,
+    lowrank,
 )
 from logitcache.encodings.basis import principal_components
 from logitcache.encodings.headfitted import HeadFittedEncoding
@@ -253,6 +254,35 @@ class TestLowRank(EncodingContract):
         whole, alone = (encoding.decode(encoding.encode(part), 100) for part in (logits, logits[4:5]))
 
         assert fidelity_kl(alone, whole[4:5]).max() < 1e-3
+
+    def test_integer_products_decode_the_same_values(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        logits = teacher_like(64, 300, seed=2)
+        encoding = self.fitted(300)
+        decoded, dtypes = [], []
+        for integers in (False, True):
+            monkeypatch.setattr(lowrank, "_multiplies_integers", lambda integers=integers: integers)
+            fresh = LowRank(rank=20, k=4, step=0.1).with_fitted(encoding.fitted_values())
+            targets = fresh.targets(encoding.encode(logits), 300)
+            dtypes.append(targets.coefficients.dtype)
+            decoded.append(targets.dense())
+
+        assert [torch.float32, torch.int8] == dtypes
+        torch.testing.assert_close(decoded[1], decoded[0], rtol=1e-5, atol=1e-5)
+
+    def test_a_basis_of_an_older_version_is_not_rounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(lowrank, "_multiplies_integers", lambda: True)
+        fitted = self.fitted(300).fitted_values()
+        older = fitted | {"basis": (fitted["basis"].astype(np.float32) * 1.1).astype(np.float16)}
+        encoding = LowRank(rank=20, k=4, step=0.1).with_fitted(older)
+        logits = teacher_like(64, 300, seed=2)
+        encoded = encoding.encode(logits)
+        steps = encoding.fitted.radix.unpack(encoded["coefficients"])
+        uncorrected = encoding.decode(encoded | {"corrections": torch.zeros_like(encoded["corrections"])}, 300)
+
+        torch.testing.assert_close(
+            uncorrected,
+            torch.from_numpy(older["mean"]) + steps @ torch.from_numpy(older["basis"].astype(np.float32)),
+        )
 
     def test_more_search_loses_less(self) -> None:
         logits = teacher_like(256, 300, seed=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ import logitcache
 from logitcache.cache.layout import Block
 from logitcache.cache.manifest import LOGITS
 from logitcache.config.schema import Pipeline
+from logitcache.data import views as views_module
 from logitcache.data.index import join_index
 from logitcache.data.loading import rendered_batches
 from logitcache.data.order import epoch_order, pairs_of_epoch
 from logitcache.data.rows import OneRowEach
+from logitcache.data.samples import load_sample
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
+from logitcache.engines import Claiming, Engine, Local, Shard
 from logitcache.engines.protocol import share
 from logitcache.errors import UsageError
-from logitcache.stages.cache_teacher import cache_teacher, grouped_batches, teacher_batches
+from logitcache.stages.cache_teacher import TeacherJob, cache_teacher, grouped_batches, teacher_batches
 from logitcache.stages.train_student import Experiment
 from logitcache.train.labels import CachedLabels
 from logitcache.train.loop import Run, train
@@ -165,6 +169,31 @@ def test_a_cache_has_the_same_digest_with_any_number_of_views_per_decode(
     assert sorted(plain.computed_blocks) == sorted(grouped.computed_blocks)
     assert set(range(per_decode)) == {block.view for block in grouped.computed_blocks[:per_decode]}
     assert logitcache.open(tmp_path / "a").input_digests(1) == logitcache.open(tmp_path / "b").input_digests(1)
+
+
+@pytest.mark.parametrize(
+    "engines",
+    [[Local()], [Shard(index=0, count=2), Shard(index=1, count=2)], [Claiming()]],
+    ids=lambda each: each[0].name,
+)
+def test_engines_load_a_sample_once_for_several_views(
+    engines: list[Engine], tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = cache_teacher(tiny(*FOUR_VIEWS, f"cache.path={tmp_path}/a"))
+    loads: Counter[int] = Counter()
+
+    def counting(dataset: Any, index: int) -> tuple[Any, Any]:
+        loads[index] += 1
+        return load_sample(dataset, index)
+
+    with closing(TeacherJob(tiny(*FOUR_VIEWS), trust=False).load()) as worker:  # creation loads a few samples, too
+        worker.open()
+    monkeypatch.setattr(views_module, "load_sample", counting)
+    for engine in engines:
+        result = cache_teacher(tiny(*FOUR_VIEWS, "views.per_decode=2"), engine=engine)
+
+    assert plain.manifest.digest == result.manifest.digest
+    assert {2: 95} == Counter(loads[index] for index in range(1, 96)), "views 0 and 1 together, then views 2 and 3"
 
 
 def test_students_with_several_views_per_decode_resume_exactly(tiny: Make) -> None:

@@ -1,21 +1,16 @@
 """Several processes that share nothing but the store of a cache, some of which are killed: the digest of one process.
 
-Workers with claims, killed at seeded instants, with claims that really expire:
-
-    python -m tests.durability.test_engines 20
+`python benchmarks/kills.py --only claims` kills workers at seeded instants, and their claims really expire.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import random
 import signal
-import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +21,7 @@ import logitcache
 from logitcache.cache.layout import PER_CACHE
 from logitcache.cache.openblock import OpenBlock
 from logitcache.cache.writer import BLOCKS_IN_FLIGHT, CacheWriter
-from logitcache.config.overrides import override
-from logitcache.config.schema import Pipeline, parse_pipeline
+from logitcache.config.schema import Pipeline
 from logitcache.engines import Claiming, Engine, Shard
 from logitcache.progress import silence
 from logitcache.stages import cache_teacher as stage
@@ -35,7 +29,7 @@ from logitcache.storage import LocalStorage, open_storage
 from logitcache.storage.claims import Claims
 from logitcache.storage.remote import RemoteStorage
 from logitcache.verify.audit import verify
-from tests.conftest import TINY
+from tests.conftest import tiny_pipeline
 from tests.dying import die
 
 Make = Callable[..., Pipeline]
@@ -64,7 +58,8 @@ class Log(NamedTuple):
         os.close(descriptor)
 
     def of(self, who: str, what: str) -> list[str]:
-        """The blocks that a process started ("start") or committed ("commit"), or its calibrations ("fit")."""
+        """The blocks that a process started ("start"), committed ("commit") or claimed after another one, whose claim
+        had expired ("takeover"); or its calibrations ("fit")."""
         lines = (self.folder / who).read_text().splitlines()
         return [line.split()[1] for line in lines if line.startswith(what)]
 
@@ -82,8 +77,8 @@ class Role(NamedTuple):
 
 
 def watch(log: Log, role: Role) -> None:
-    """Log the blocks that this process starts and commits, and its calibrations."""
-    begin, store, fit = OpenBlock.__init__, CacheWriter._store, stage.calibrate
+    """Log the blocks that this process starts, commits and takes over, and its calibrations."""
+    begin, store, fit, take = OpenBlock.__init__, CacheWriter._store, stage.calibrate, Claims.take
 
     def beginning(opened: OpenBlock, block: Any, *arguments: Any, **options: Any) -> None:
         log.write(role.name, f"start {block.name}")
@@ -99,7 +94,14 @@ def watch(log: Log, role: Role) -> None:
         log.write(role.name, "fit encoding")
         return fit(*arguments, **options)
 
+    def taking(claims: Claims, name: str) -> bool:
+        taken = take(claims, name)
+        if taken and claims._held.get(name, 0) > 1:
+            log.write(role.name, f"takeover {name}")
+        return taken
+
     OpenBlock.__init__, CacheWriter._store, stage.calibrate = beginning, storing, fitting  # type: ignore[method-assign]
+    Claims.take = taking  # type: ignore[method-assign]
 
 
 def die_at_receipt(count: int) -> None:
@@ -251,22 +253,32 @@ def test_workers_whose_claims_all_succeed_write_the_same_blocks(tiny: Make, tmp_
     assert [] == verify(pipeline.cache.path, deep=True)
 
 
-def kill_at_seeded_instants(count: int, seed: int, folder: Path) -> int:
-    """Three of four workers each time, with claims that expire after a second; how many were still running."""
-    context, draw, killed = get_context("forkserver"), random.Random(seed), 0
+class Survived(NamedTuple):
+    """A build by four workers with claims, of which the last three were killed."""
+
+    killed: int
+    """Workers that were still running."""
+    unfinished: int
+    """Blocks that the killed workers had begun, and not committed."""
+    takeovers: int
+    """Claims, of blocks or of the creation of the cache, that a worker took over after they had expired."""
+    repeated: int
+    """Blocks that were begun more than once."""
+    same_digest: bool
+    """As that of one process."""
+    problems: list[Any]
+    """Found in the cache by `verify(deep=True)`."""
+
+
+def kill_at_seeded_instants(count: int, seed: int, folder: Path) -> Iterator[Survived]:
+    """Builds with claims that expire after a second."""
+    context, draw = get_context("forkserver"), random.Random(seed)
     context.set_forkserver_preload(["logitcache.stages.cache_teacher", "torchvision", "sklearn"])
-
-    def tiny(name: str) -> Pipeline:
-        raw = copy.deepcopy(TINY)
-        for text in [*DATA["images"], f"cache.path={folder}/{name}.cache", f"runs.path={folder}/runs"]:
-            override(raw, text)
-        return parse_pipeline(raw, source="tiny")
-
     start = time.perf_counter()
-    digest = stage.cache_teacher(tiny("single")).manifest.digest
+    digest = stage.cache_teacher(tiny_pipeline(folder / "single", *DATA["images"])).manifest.digest
     duration = time.perf_counter() - start
     for attempt in range(count):
-        pipeline, barrier = tiny(f"{attempt}"), context.Barrier(5)
+        pipeline, barrier = tiny_pipeline(folder / f"{attempt}", *DATA["images"]), context.Barrier(5)
         log = Log(folder / f"log-{attempt}")
         log.folder.mkdir()
         roles = [Role(f"worker {number}", Claiming(seconds=1.0)) for number in range(4)]
@@ -274,19 +286,23 @@ def kill_at_seeded_instants(count: int, seed: int, folder: Path) -> int:
         for child in children:
             child.start()
         barrier.wait()
-        for child, delay in zip(children[1:], sorted(draw.uniform(0, duration) for _ in range(3)), strict=True):
+        victims = []
+        for role, child, delay in zip(
+            roles[1:], children[1:], sorted(draw.uniform(0, duration) for _ in range(3)), strict=True
+        ):
             child.join(delay / 3)  # returns early if the worker ends
             child.kill()
             child.join()
-            killed += child.exitcode == -signal.SIGKILL
+            victims += [role.name] * (child.exitcode == -signal.SIGKILL)
         children[0].join()
-        assert (0, digest) == (children[0].exitcode, logitcache.open(pipeline.cache.path).digest)
-        assert [] == verify(pipeline.cache.path, deep=True)
-    return killed
-
-
-if __name__ == "__main__":
-    silence()
-    with tempfile.TemporaryDirectory() as scratch:
-        runs = int(sys.argv[1])
-        print(f"{kill_at_seeded_instants(runs, 0, Path(scratch))} workers killed in {runs} builds; each has the digest")
+        assert 0 == children[0].exitcode
+        logged = [who for who in victims if (log.folder / who).exists()]
+        starts = log.all("start")
+        yield Survived(
+            killed=len(victims),
+            unfinished=sum(len(set(log.of(who, "start")) - set(log.of(who, "commit"))) for who in logged),
+            takeovers=log.all("takeover").total(),
+            repeated=sum(number > 1 for number in starts.values()),
+            same_digest=digest == logitcache.open(pipeline.cache.path).digest,
+            problems=verify(pipeline.cache.path, deep=True),
+        )

@@ -1,8 +1,6 @@
 """A Ray cluster of two nodes with one CPU each, of which one is killed: the digest of a single process.
 
-Ten builds, each with a node killed at another seeded instant (some minutes):
-
-    LOGITCACHE_RAY_KILLS=10 python -m pytest tests/durability/test_ray.py -k killed_node
+`python benchmarks/kills.py --only ray` does this ten times, at other seeded instants.
 """
 
 from __future__ import annotations
@@ -12,10 +10,12 @@ import json
 import os
 import random
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from PIL import Image
@@ -25,20 +25,21 @@ import logitcache
 from logitcache.cache.layout import Block
 from logitcache.cache.openblock import OpenBlock
 from logitcache.config.schema import Pipeline
-from logitcache.engines import Job
+from logitcache.data import views
+from logitcache.data.samples import load_sample
+from logitcache.engines import CacheResult, Job
 from logitcache.engines.ray import Ray
 from logitcache.errors import LogitCacheError
 from logitcache.stages.cache_teacher import TeacherJob, TeacherWorker, cache_teacher
 from logitcache.storage import LocalStorage
 from logitcache.verify.audit import verify
 from tests.commands import logitcache as command
+from tests.conftest import FEW_DIGITS
 from tests.durability.test_engines import DATA
 from tests.dying import die
 from tests.needs import need_package
 
 Make = Callable[..., Pipeline]
-
-KILLS = int(os.environ.get("LOGITCACHE_RAY_KILLS", "1"))
 
 
 @dataclass
@@ -64,9 +65,9 @@ class TwoNodes:
         self.cluster.remove_node(self.doomed.pop(), allow_graceful=False)
 
 
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[TwoNodes]:
-    need_package("ray", "ray")
+@contextmanager
+def two_nodes() -> Iterator[TwoNodes]:
+    """Start the cluster with its first node, from the checkout; stop it at the end."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PYTHONPATH", str(Path.cwd()))
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -77,6 +78,13 @@ def nodes() -> Iterator[TwoNodes]:
             yield nodes
         finally:
             nodes.cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[TwoNodes]:
+    need_package("ray", "ray")
+    with two_nodes() as nodes:
+        yield nodes
 
 
 @dataclass(frozen=True)
@@ -117,21 +125,73 @@ class KilledNode(Job):
         return self.job.load()
 
 
-@pytest.mark.parametrize("seed", range(KILLS))
-def test_a_killed_node_leaves_the_cache_of_one_process(seed: int, nodes: TwoNodes, tiny: Make, tmp_path: Path) -> None:
+class Killed(NamedTuple):
+    """A build of which a node was killed."""
+
+    data: str
+    """Of `DATA`."""
+    dies_at: int
+    """The object of its worker, counted from 1, that the node did not store."""
+    died: bool
+    """Whether the node was gone at the end of the build."""
+    single: CacheResult
+    """Of the same pipeline in one process."""
+    result: CacheResult
+    problems: list[Any]
+    """Found in the cache by `verify(deep=True)`."""
+
+
+def build_with_a_killed_node(seed: int, nodes: TwoNodes, make: Make, folder: Path) -> Killed:
     """At a seeded object of the node: as the cache begins, in a block, or between a block and its receipt."""
-    data, draw = DATA["images" if seed % 2 else "tokens"], random.Random(seed)
-    single = cache_teacher(tiny(*data, f"cache.path={tmp_path}/single.cache"))
-    pipeline, node, news = tiny(*data), nodes.second(), TCPStore("127.0.0.1", 0, is_master=True)
-    job = KilledNode(TeacherJob(pipeline, trust=False), node, draw.randint(1, 16), draw.randint(1, 4), news.port)
+    data, draw = "images" if seed % 2 else "tokens", random.Random(seed)
+    single = cache_teacher(make(*DATA[data], f"cache.path={folder}/single.cache"))
+    pipeline, node, news = make(*DATA[data]), nodes.second(), TCPStore("127.0.0.1", 0, is_master=True)
+    dies_at, others_wait_at = draw.randint(1, 16), draw.randint(1, 4)
+    job = KilledNode(TeacherJob(pipeline, trust=False), node, dies_at, others_wait_at, news.port)
     result = nodes.engine.run(job)
     died = not nodes.doomed[0].remaining_processes_alive()
     nodes.forget_second()
+    return Killed(data, dies_at, died, single, result, verify(pipeline.cache.path, deep=True))
 
-    assert died
+
+def test_a_killed_node_leaves_the_cache_of_one_process(nodes: TwoNodes, tiny: Make, tmp_path: Path) -> None:
+    killed = build_with_a_killed_node(0, nodes, tiny, tmp_path)
+
+    assert killed.died
+    assert killed.single.manifest.digest == killed.result.manifest.digest
+    assert set(killed.single.computed_blocks) == set(killed.result.computed_blocks), "a worker reports each block"
+    assert [] == killed.problems
+
+
+@dataclass(frozen=True)
+class CountedLoads(Job):
+    """A job whose workers list the samples that they load, one file each."""
+
+    job: TeacherJob
+    folder: Path
+
+    def load(self) -> TeacherWorker:
+        def listing(dataset: Any, index: int) -> tuple[Any, Any]:
+            with (self.folder / f"{os.getpid()}.loads").open("a") as file:
+                file.write(f"{index}\n")
+            return load_sample(dataset, index)
+
+        worker = self.job.load()
+        views.load_sample = listing
+        return worker
+
+
+def test_workers_load_a_sample_once_for_several_views(nodes: TwoNodes, tiny: Make, tmp_path: Path) -> None:
+    settings = [*FEW_DIGITS, "views.count=4"]
+    single = cache_teacher(tiny(*settings, f"cache.path={tmp_path}/single.cache"))
+    nodes.second()
+    pipeline = tiny(*settings, "views.per_decode=4")
+    logitcache.plan_blocks(pipeline)  # creation loads a few samples, too
+    result = nodes.engine.run(CountedLoads(TeacherJob(pipeline, trust=False), tmp_path))
+    loads = Counter(line for file in tmp_path.glob("*.loads") for line in file.read_text().split())
+
     assert single.manifest.digest == result.manifest.digest
-    assert set(single.computed_blocks) == set(result.computed_blocks), "each block is reported by a worker"
-    assert [] == verify(pipeline.cache.path, deep=True)
+    assert {1: 96} == Counter(loads.values())
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from logitcache.catalog.nets import MLP
 from tests.pictures_in_files import COUNT, samples, write_shards
 
 GUIDE = (Path(__file__).parents[2] / "docs/streams.md").read_text()
-TRAIN, SUMMARY, RENDER, ONE_PASS = re.findall(r"^```python\n(.*?)^```", GUIDE, flags=re.MULTILINE | re.DOTALL)
+TEACH, TRAIN, SUMMARY, RENDER, ONE_PASS = re.findall(r"^```python\n(.*?)^```", GUIDE, flags=re.MULTILINE | re.DOTALL)
 
 
 class Stream(IterableDataset[tuple[str, bytes, int]]):
@@ -35,6 +35,7 @@ def test_the_python_of_the_guide_distils(
     teacher, student = (MLP((3, 8, 8), 10, (width,)).eval() for width in (32, 8))
     names: dict[str, Any] = {"paths": paths, "stream": Stream(), "teacher": teacher, "student": student}
     exec(ONE_PASS, names)
+    exec(TEACH, names)
     table = logitcache.sample_table(dataset, contents=True)
     with logitcache.create(
         "pictures.cache", num_samples=COUNT, num_classes=10, num_views=2, teacher="mine", samples=table,
@@ -50,4 +51,5 @@ def test_the_python_of_the_guide_distils(
     assert f"view 1: {COUNT} samples" in capsys.readouterr().out
     assert torch.equal(names["cache"].view(1).logits([0]), names["teacher_logits"])
     assert [table.fingerprint()] * 2 == [cache.manifest.identity.dataset for cache in caches]
+    assert caches[1].digest == logitcache.open("streamed.cache").digest
     assert torch.equal(*(cache.view(0).logits(range(COUNT)) for cache in caches))

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional
 
 import logitcache
 from logitcache.config.schema import Pipeline
-from logitcache.data.batched_views import TOLERANCE, BatchedColor, BatchedCrop, apply_all, draw_all
+from logitcache.data.batched_views import TOLERANCE, BatchedColor, BatchedCrop, BatchedFlip, apply_all, draw_all
 from logitcache.data.transforms import build_transform
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.errors import UsageError
@@ -27,6 +27,7 @@ STEPS = [
     {"CenterCrop": {"size": 18}},
     {"batched_crop": {"size": [16, 14], "scale": [0.2, 0.8]}},
     {"batched_color": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4}},
+    {"batched_flip": {"horizontal": 0.3, "vertical": 0.5}},
 ]
 FEW_DRAWS = 2000
 
@@ -70,7 +71,7 @@ def test_every_image_and_every_view_has_its_own_parameters() -> None:
     views = ViewDataset(Images("image"), plan_of(), on_device=True)
     parameters = views.batch([(view, sample) for view in range(4) for sample in range(SAMPLES)])["parameters"]
 
-    assert (4 * SAMPLES, 8) == tuple(parameters.shape)
+    assert (4 * SAMPLES, 10) == tuple(parameters.shape)
     assert 4 * SAMPLES == len(parameters.unique(dim=0))
 
 
@@ -92,7 +93,8 @@ def test_proofs_are_those_of_the_workers_and_a_cache_checks_finished_batches(tmp
 
 
 def test_caches_are_the_same_with_and_without_on_device(tiny: Callable[..., Pipeline], tmp_path: Path) -> None:
-    transform = "views.transform=[{batched_crop: {size: 8, scale: [0.5, 1.0]}}, {batched_color: {contrast: 0.3}}]"
+    steps = ["{batched_crop: {size: 8, scale: [0.5, 1.0]}}", "{batched_color: {contrast: 0.3}}", "{batched_flip: {}}"]
+    transform = f"views.transform=[{', '.join(steps)}]"
     digests = [
         cache_teacher(
             tiny(*FEW_DIGITS, transform, f"views.on_device={name}", f"cache.path={tmp_path / name}")
@@ -124,6 +126,24 @@ def test_a_crop_is_that_of_torchvision_without_antialiasing() -> None:
         torch.testing.assert_close(expected[:, 1:-1, 1:-1], own[:, 1:-1, 1:-1], rtol=0, atol=1e-5)
 
 
+def test_flips_are_those_of_torchvision_to_the_last_bit() -> None:
+    images = torch.rand(4, 3, 6, 5, generator=torch.Generator().manual_seed(0))
+    flips = [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
+    found = BatchedFlip().apply(images, torch.tensor(flips))
+    for image, (horizontal, vertical), own in zip(images, flips, found, strict=True):
+        expected = functional.horizontal_flip(image) if horizontal else image
+        expected = functional.vertical_flip(expected) if vertical else expected
+        assert torch.equal(expected, own)
+
+
+def test_a_flip_of_bytes_on_the_device_is_that_of_a_picture_on_a_worker() -> None:
+    views = ViewDataset(Images("image"), ViewPlan(transform=BatchedFlip(horizontal=1.0)), on_device=True)
+    flipped = ViewPlan(transform=v2.RandomHorizontalFlip(p=1.0))
+    places = [(0, sample) for sample in range(SAMPLES)]
+
+    assert torch.equal(ViewDataset(Images("image"), flipped).batch(places), views.finish(views.batch(places)))
+
+
 def test_brightness_and_saturation_are_those_of_torchvision() -> None:
     images = torch.rand(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
     found = BatchedColor().apply(images, torch.tensor([[1.3, 1.0, 0.4], [0.7, 1.0, 1.5]]))
@@ -141,6 +161,9 @@ def test_parts_and_flips_are_drawn_as_stated() -> None:
     assert bool(((height >= 8 - 1e-4) & (height <= 16 * 0.5**0.5 + 1e-4)).all())
     assert bool(((top >= 0) & (top + height <= 16 + 1e-4) & (left >= 0) & (left + width <= 16 + 1e-4)).all())
     assert abs(float(flip.mean()) - 0.25) < 4 * (0.25 * 0.75 / FEW_DRAWS) ** 0.5
+    drawn = torch.tensor([BatchedFlip(horizontal=0.25, vertical=0.75).draw(16, 16) for _ in range(FEW_DRAWS)])
+    for probability, mean in zip((0.25, 0.75), drawn.mean(dim=0).tolist(), strict=True):
+        assert abs(mean - probability) < 4 * (0.25 * 0.75 / FEW_DRAWS) ** 0.5
 
 
 def test_another_rounding_moves_a_pixel_by_less_than_the_stated_tolerance() -> None:
@@ -180,6 +203,7 @@ def test_batched_steps_of_python_are_those_of_a_pipeline() -> None:
         (lambda: BatchedCrop(size=8, scale=(0.5, 0.2)), "scale is .*; expected two fractions in"),
         (lambda: BatchedCrop(size=8, ratio=(0.0, 1.0)), "ratio is .*; expected two numbers above 0"),
         (lambda: BatchedCrop(size=8, flip=1.5), "flip is 1.5; expected a probability"),
+        (lambda: BatchedFlip(vertical=-0.5), "batched_flip: vertical is -0.5; expected a probability"),
         (lambda: BatchedColor(contrast=-1.0), "contrast is -1.0; expected 0 or more"),
         (
             lambda: BatchedCrop(size=8)("text"),

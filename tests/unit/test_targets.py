@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,7 +110,32 @@ def factored(rows: int = 5) -> FactoredTargets:
     )
 
 
-@pytest.mark.parametrize("targets", [DenseTargets(random(5, CLASSES)), sparse(), sparse(shaped=True), factored()])
+def factored_integers(rows: int = 5) -> FactoredTargets:
+    targets = factored(rows)
+    coefficients, basis = ((10 * part).round().to(torch.int8) for part in (targets.coefficients, targets.basis))
+    mean, corrections = targets.mean.float(), targets.corrections.float()
+    scale = torch.exp2(random(CLASSES, seed=4).round()).float()
+    return FactoredTargets(coefficients, basis, mean, targets.ids, corrections, scale)
+
+
+def test_an_integer_basis_counts_in_its_unit() -> None:
+    targets = factored_integers()
+    floats = replace(
+        targets,
+        coefficients=targets.coefficients.float(),
+        basis=targets.basis.float() * targets.scale,
+        scale=None,
+    )
+
+    torch.testing.assert_close(targets.dense(), floats.dense())
+    chosen = torch.tensor([5, 0, 2])
+    torch.testing.assert_close(targets.of_classes(chosen).dense(), targets.dense()[:, chosen])
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [DenseTargets(random(5, CLASSES)), sparse(), sparse(shaped=True), factored(), factored_integers()],
+)
 @pytest.mark.parametrize("rows", [slice(1, 3), torch.tensor([4, 0]), torch.tensor([True, False, True, True, False])])
 def test_rows_of_targets_are_the_rows_of_their_distribution(targets: Targets, rows: slice | Tensor) -> None:
     chosen = targets[rows].to("cpu")
@@ -122,7 +148,7 @@ def test_rows_of_targets_are_the_rows_of_their_distribution(targets: Targets, ro
 
 
 def test_targets_of_no_rows_have_no_classes_to_choose() -> None:
-    for targets in (sparse()[:0], factored()[:0], DenseTargets(random(0, CLASSES))):
+    for targets in (sparse()[:0], factored()[:0], factored_integers()[:0], DenseTargets(random(0, CLASSES))):
         assert (0, (0,), (0, CLASSES)) == (len(targets), tuple(targets.argmax().shape), tuple(targets.dense().shape))
 
 
