@@ -231,6 +231,10 @@ def encodings_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
             logitcache.TopK(k=64),
             logitcache.Sampled(draws=50),
             logitcache.LowRank(rank=rank, k=8, search=4),
+            logitcache.PackedTopK(k=min(64, num_classes // 4)),
+            logitcache.TopLowRank(rank=rank),
+            logitcache.TrellisLowRank(rank=rank),
+            logitcache.Components(error=0.1),
         ]
         for encoding in encodings:
             fitted = encoding.fit(logits_NC[: 4 * rank].cpu()) if encoding.fitted_arrays else encoding
