@@ -413,7 +413,7 @@ DIFFERENCES: dict[str, tuple[Any, str]] = {
     "one token less": (lambda path: changed(path, 1, "Short"), r"sample 2 .* has 5 rows, 4 here"),
     "another tokenizer": (
         lambda path: byte_tokenizer(path / "tokenizer.json", special_tokens=True),
-        r"tokenization\.tokenizer",
+        r"tokenization\.sha256 \(the tokenizer\)",
     ),
 }
 
