@@ -322,7 +322,7 @@ def gather_section(logits: np.ndarray, num_rows: int, repeats: int, *, tiny: boo
                     f"{1e3 * found.median:.3f}",
                     f"{1e3 * statistics.median(products):.3f}" if rank else "",
                     f"{1e3 * found.reference_median:.3f}",
-                    f"{found.ratio:.2f}",
+                    found.quartiles,
                 ]
             )
             del arrays, view
@@ -331,7 +331,7 @@ def gather_section(logits: np.ndarray, num_rows: int, repeats: int, *, tiny: boo
         "classes, beside the same rows of a float16 memmap, converted to float32, and the product of coefficients and "
         f"basis; {repeats} batches each, by turns, medians."
     )
-    header = ["encoding", "`view.logits`, ms", "of this the product, ms", "memmap, ms", "`view.logits` / memmap"]
+    header = ["encoding", "`view.logits`, ms", "of this the product, ms", "memmap, ms", "`view.logits` / memmap, pairs"]
     return f"## Random batches\n\n{about}\n\n{table(header, rows)}\n"
 
 

@@ -149,18 +149,17 @@ class LowRank(FittedEncoding["Fitted"]):
         return self.targets(encoded, num_classes).dense()
 
     def targets(self, encoded: Mapping[str, Tensor], num_classes: int) -> FactoredTargets:
-        on = self._fitted().on(encoded["coefficients"].device)
-        coefficients_BR = on.radix.unpack(encoded["coefficients"])
+        packed_BG = encoded["coefficients"]
+        on = self._fitted().on(packed_BG.device)
         if self.k:
             ids_BK, corrections_BK = encoded["ids"].to(torch.int64), encoded["corrections"].float() * CORRECTION_STEP
         else:
-            corrections_BK = coefficients_BR.new_zeros(len(coefficients_BR), 0)
+            corrections_BK = on.mean_C.new_zeros(len(packed_BG), 0)
             ids_BK = corrections_BK.long()
         if on.integers is None:
-            return FactoredTargets(coefficients_BR, on.basis_RC, on.mean_C, ids_BK, corrections_BK)
-        integers_RC, scale_C = on.integers
-        numbers_BR = coefficients_BR.to(torch.int8)
-        return FactoredTargets(numbers_BR, integers_RC, on.mean_C, ids_BK, corrections_BK, scale_C)
+            return FactoredTargets(on.radix.unpack(packed_BG), on.basis_RC, on.mean_C, ids_BK, corrections_BK)
+        basis_RC, scale_C = on.integers
+        return FactoredTargets(on.radix.unpack_int8(packed_BG), basis_RC, on.mean_C, ids_BK, corrections_BK, scale_C)
 
     def _coefficients(self, logits_BC: Tensor) -> Tensor:
         """Coefficients as whole numbers of steps, float32 (B, R)."""
@@ -328,10 +327,12 @@ def _curvature(p_BM: Tensor, basis_BMR: Tensor, mean_square: float) -> Tensor:
     It is exact for the most probable classes; for all others the component is assumed to have mean zero and its average
     square.
     """
-    p_B1M = p_BM.unsqueeze(1)
     rest_B1 = 1.0 - p_BM.sum(dim=1, keepdim=True)
-    mean_BR = torch.bmm(p_B1M, basis_BMR).squeeze(1)
-    return torch.bmm(p_B1M, basis_BMR.square()).squeeze(1).sub_(mean_BR.square_()).add_(rest_B1 * mean_square)
+    mean_BR = torch.bmm(p_BM.unsqueeze(1), basis_BMR).squeeze(1)
+    mean_square_BR = (rest_B1 * mean_square).repeat(1, mean_BR.shape[1])
+    for p_B, basis_BR in zip(p_BM.unbind(1), basis_BMR.unbind(1), strict=True):  # all squares at once need fresh memory
+        mean_square_BR.addcmul_(basis_BR, basis_BR * p_B[:, None])
+    return mean_square_BR.sub_(mean_BR.square_())
 
 
 def _flips_that_help_together(

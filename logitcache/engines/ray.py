@@ -345,22 +345,36 @@ class _Build:
             self._ray.kill(actor)
 
     def _create(self) -> Created:
-        """Let the first actor that has loaded data and teacher open the cache; the others load meanwhile."""
+        """Let the first actor that has loaded data and teacher open the cache; the others load meanwhile.
+
+        Raises:
+            Exception: no actor can load them, or the cache can't be opened.
+        """
         errors = self._ray.exceptions
         loading = {actor.load.remote(): actor for actor in self._actors}
-        while True:
+        failed: list[tuple[Any, Exception]] = []
+        while loading:
             [loaded], _ = self._ray.wait(list(loading))
             actor = loading.pop(loaded)
+            has_loaded = False
             try:
                 self._ray.get(loaded)
+                has_loaded = True
                 created: Created = self._ray.get(actor.create.remote())
-                return created
             except errors.RayTaskError as error:
-                raise error.cause from error
+                if has_loaded:
+                    raise error.cause from error
+                failed.append((actor, error.cause))
+                continue
             except errors.ActorUnavailableError:  # Ray starts it again
                 loading[actor.load.remote()] = actor
+                continue
             except errors.RayError as error:
                 raise LogitCacheError(f"Ray can't start a worker: {error}") from error
+            for actor, cause in failed:
+                self._refuse(actor, cause)
+            return created
+        raise failed[-1][1]
 
     def _nodes(self) -> dict[str, dict[str, float]]:
         """The resources of each living node, by its id."""

@@ -739,6 +739,8 @@ def test_mixed_radix_packs_and_unpacks(limits: list[int], seed: int) -> None:
 
     assert (torch.uint8, (20, radix.num_bytes)) == (packed.dtype, tuple(packed.shape))
     assert torch.equal(numbers, radix.unpack(packed))
+    small = numbers.clamp(-127, 127)
+    assert torch.equal(small, radix.unpack_int8(radix.pack(small)).float())
 
 
 def entropy(symbols: Tensor) -> float:

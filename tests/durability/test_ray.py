@@ -12,6 +12,7 @@ import random
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +29,9 @@ from logitcache.config.schema import Pipeline
 from logitcache.data import views
 from logitcache.data.samples import load_sample
 from logitcache.engines import CacheResult, Job
+from logitcache.engines import ray as engine_of_ray
 from logitcache.engines.ray import Ray
-from logitcache.errors import LogitCacheError
+from logitcache.errors import LogitCacheError, UsageError
 from logitcache.stages.cache_teacher import TeacherJob, TeacherWorker, cache_teacher
 from logitcache.storage import LocalStorage
 from logitcache.verify.audit import verify
@@ -61,8 +63,9 @@ class TwoNodes:
         return str(self.doomed[0].node_id)
 
     def forget_second(self) -> None:
-        """Remove what is left of a node that was killed."""
-        self.cluster.remove_node(self.doomed.pop(), allow_graceful=False)
+        """Remove the second node, or what is left of it."""
+        while self.doomed:
+            self.cluster.remove_node(self.doomed.pop(), allow_graceful=False)
 
 
 @contextmanager
@@ -192,6 +195,100 @@ def test_workers_load_a_sample_once_for_several_views(nodes: TwoNodes, tiny: Mak
 
     assert single.manifest.digest == result.manifest.digest
     assert {1: 96} == Counter(loads.values())
+
+
+@dataclass(frozen=True)
+class NothingHere(Job):
+    """A job that can't be loaded on one node."""
+
+    job: TeacherJob
+    node: str
+
+    def load(self) -> TeacherWorker:
+        import ray
+
+        if ray.get_runtime_context().get_node_id() == self.node:
+            raise UsageError("there is no data here")
+        return self.job.load()
+
+
+def test_a_node_that_lacks_the_data_is_left_out_with_a_warning(nodes: TwoNodes, tiny: Make, tmp_path: Path) -> None:
+    single = cache_teacher(tiny(*FEW_DIGITS, f"cache.path={tmp_path}/single.cache"))
+    job = NothingHere(TeacherJob(tiny(*FEW_DIGITS), trust=False), nodes.second())
+    with pytest.warns(RuntimeWarning, match="a worker can't be used: UsageError: there is no data here. The others"):
+        result = nodes.engine.run(job)
+
+    assert single.manifest.digest == result.manifest.digest
+
+
+@dataclass(frozen=True)
+class WaitingForHelp(Job):
+    """A job whose worker on the node of the driver states that it has begun, and waits for a block of another node."""
+
+    job: TeacherJob
+    node: str
+    """Of the driver."""
+    port: int
+    """Of a store of torch, for the news."""
+
+    def load(self) -> TeacherWorker:
+        import ray
+
+        news, blocks, begin = TCPStore("127.0.0.1", self.port), itertools.count(1), OpenBlock.__init__
+        is_first = ray.get_runtime_context().get_node_id() == self.node
+
+        def beginning(*arguments: Any, **options: Any) -> None:
+            number = next(blocks)
+            news.set("begun" if is_first else "help", "")
+            if is_first and number == 2:
+                news.get("help")
+            begin(*arguments, **options)
+
+        OpenBlock.__init__ = beginning  # type: ignore[method-assign]
+        return self.job.load()
+
+
+def test_a_node_that_joins_later_computes_blocks_as_well(
+    nodes: TwoNodes, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_of_ray, "LOOK_SECONDS", 0.5)
+    single = cache_teacher(tiny(*FEW_DIGITS, f"cache.path={tmp_path}/single.cache"))
+    nodes.forget_second()
+    news = TCPStore("127.0.0.1", 0, is_master=True)
+    job = WaitingForHelp(TeacherJob(tiny(*FEW_DIGITS), trust=False), nodes.cluster.head_node.node_id, news.port)
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(nodes.engine.run, job)
+        news.get("begun")
+        nodes.second()
+        result = running.result()
+
+    assert single.manifest.digest == result.manifest.digest
+
+
+@dataclass(frozen=True)
+class NoBlock(Job):
+    """A job whose blocks all fail."""
+
+    job: TeacherJob
+
+    def load(self) -> TeacherWorker:
+        def failing(*arguments: Any, **options: Any) -> None:
+            raise OSError("the store is away")
+
+        OpenBlock.__init__ = failing  # type: ignore[method-assign]
+        return self.job.load()
+
+
+def test_a_build_ends_if_many_blocks_fail_in_a_row(
+    nodes: TwoNodes, tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three here, in place of a hundred."""
+    monkeypatch.setattr(engine_of_ray, "FAILING_BLOCKS", 3)
+    nodes.forget_second()
+    with pytest.raises(LogitCacheError, match="of which 12 were left out because 3 failed in a row") as failed:
+        nodes.engine.run(NoBlock(TeacherJob(tiny(*FEW_DIGITS), trust=False)))
+
+    assert "OSError: the store is away" in str(failed.value)
 
 
 @dataclass(frozen=True)

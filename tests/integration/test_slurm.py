@@ -67,6 +67,28 @@ def test_a_job_array_builds_the_cache_and_a_shard_that_was_left_out_is_added(
     assert digest == logitcache.open(tmp_path / "tiny.cache").digest
 
 
+def test_two_tasks_of_an_array_that_run_at_once_build_the_cache(
+    slurm: dict[str, str], digest: str, tmp_path: Path
+) -> None:
+    command = ["--export=ALL,SHARDS=2", str(SCRIPTS / "shards.sh"), "tiny.yaml"]
+    succeeded, logs = submit(slurm, tmp_path, "--array=0-1", *command)
+
+    assert succeeded, logs
+    assert 2 == len(logs)
+    assert digest == logitcache.open(tmp_path / "tiny.cache").digest
+
+
+def test_a_job_of_torchrun_with_two_processes_on_a_node_builds_the_cache(
+    slurm: dict[str, str], digest: str, tmp_path: Path
+) -> None:
+    settings = f"--export=ALL,PROCESSES=2,RENDEZVOUS=127.0.0.1:{servers.free_port()}"
+    command = [settings, str(SCRIPTS / "torchrun.sh"), "cache-teacher", "tiny.yaml"]
+    succeeded, logs = submit(slurm, tmp_path, "--nodes=1", *command)
+
+    assert succeeded, logs
+    assert digest == logitcache.open(tmp_path / "tiny.cache").digest
+
+
 def test_a_job_with_claims_builds_the_cache(slurm: dict[str, str], digest: str, tmp_path: Path) -> None:
     succeeded, logs = submit(slurm, tmp_path, "--array=0", str(SCRIPTS / "claims.sh"), "tiny.yaml")
 
