@@ -330,6 +330,19 @@ def without_logits(path: Path, rows: Tensor, **given: Any) -> logitcache.LogitCa
     return logitcache.open(path)
 
 
+@pytest.mark.parametrize("reader", ["zarr", "tensorstore"])
+def test_other_readers_find_the_outputs_of_a_cache_without_logits(
+    tmp_path: Path, stranger: Callable[[Path, str], dict[str, np.ndarray]], reader: str
+) -> None:
+    rows = few_directions(40, seed=2)
+    cache = without_logits(tmp_path / "a", rows, rows_per_block=16)
+    found = stranger(tmp_path / "a", reader)
+
+    assert cache.digest == found["digest"]
+    assert (found["array_written"] == 1).all()
+    np.testing.assert_array_equal(cache.view(0).output("features", range(40)).numpy(), found["output_features"][0])
+
+
 def test_a_cache_without_logits_states_it_everywhere(tmp_path: Path) -> None:
     without_logits(tmp_path / "a", few_directions(40, seed=2))
     card = (tmp_path / "a/README.md").read_text()
