@@ -94,7 +94,7 @@ TINY = Sizes(
     pictures=16,
     repeats=1,
     classes=(100, 400),
-    rows=(64, 64),
+    rows=(512, 64),
     ranks=(8, 8),
     positions=32,
     width=16,
@@ -231,9 +231,15 @@ def encodings_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
             logitcache.TopK(k=64),
             logitcache.Sampled(draws=50),
             logitcache.LowRank(rank=rank, k=8, search=4),
+            logitcache.PackedTopK(k=min(64, num_classes // 4)),
+            logitcache.TopLowRank(rank=rank),
+            logitcache.TrellisLowRank(rank=rank),
         ]
+        if num_rows >= 4 * num_classes:  # as many features as classes, with enough rows to fit to
+            encodings.append(logitcache.Components(error=0.1))
         for encoding in encodings:
-            fitted = encoding.fit(logits_NC[: 4 * rank].cpu()) if encoding.fitted_arrays else encoding
+            num_fitted = 4 * (num_classes if encoding.keeps_constants else rank)
+            fitted = encoding.fit(logits_NC[:num_fitted].cpu()) if encoding.fitted_arrays else encoding
             slab = max(1, 2**24 // num_classes)
             pieces = list(logits_NC.split(slab))
             encoded = [fitted.encode(piece) for piece in pieces]

@@ -4,6 +4,9 @@ Stream: `StreamViews` over JPEG files in a tar file, against the same stream wit
 without keys, seeds and cache. Both run in this process by turns: at least 0.97 of the plain stream's throughput. The
 first pass, in which the content of each sample is hashed and compared, is shown beside later ones.
 
+Render: `render` of one sample against a `ViewDataset` of this one sample, made and read for each, as one writes it for
+samples that don't come from a map-style dataset. Both decode and augment the same files by turns, bit for bit alike.
+
 Stage 1: `cache_teacher` over a folder of JPEG files against the same build as it was before: it first hashes all files,
 and then runs the teacher. By turns; before each run the files are dropped from the system's page cache, as with data
 that does not fit into memory. The ids and digests of both caches are equal.
@@ -52,7 +55,7 @@ FLIP = {"RandomHorizontalFlip": {}}
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--only", choices=["stream", "stage1"], help="one of the two measurements")
+    parser.add_argument("--only", choices=["stream", "render", "stage1"], help="one of the measurements")
     parser.add_argument("--repeats", type=int, default=11, help="pairs of passes over the stream")
     parser.add_argument("--samples", type=int, default=500, help="of the stream")
     parser.add_argument("--images", type=int, default=20_000, help="of stage 1")
@@ -65,10 +68,13 @@ def main() -> None:
     sections = ["# Streams", conditions()]
     print(sections[-1], flush=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        if arguments.only != "stage1":
+        if arguments.only in (None, "stream"):
             sections.append(stream_section(Path(folder), arguments.samples, arguments.repeats))
             print(f"\n{sections[-1]}", flush=True)
-        if arguments.only != "stream":
+        if arguments.only in (None, "render"):
+            sections.append(render_section(arguments.samples, arguments.repeats))
+            print(f"\n{sections[-1]}", flush=True)
+        if arguments.only in (None, "stage1"):
             sections.append(stage1_section(Path(folder), arguments))
             print(f"\n{sections[-1]}", flush=True)
     if arguments.write:
@@ -193,6 +199,55 @@ def stream_section(folder: Path, num_samples: int, repeats: int) -> str:
         "later passes."
     )
     return f"## Throughput of a joined stream\n\n{about}\n\n{table(header, rows)}"
+
+
+def render_section(num_samples: int, repeats: int) -> str:
+    random = np.random.default_rng(2)
+    large = [(jpeg(random), number % CLASSES) for number in range(num_samples)]
+    small = [(random.integers(0, 256, (3, 32, 32), dtype=np.uint8), number % CLASSES) for number in range(num_samples)]
+    kinds = {
+        "JPEG files, crops of 224 pixels": (large, decode_image, v2.RandomResizedCrop(224, antialias=True)),
+        "tensors of 32 pixels, flips": (small, torch.from_numpy, v2.RandomHorizontalFlip()),
+    }
+    rows = []
+    for name, (samples, decode, transform) in kinds.items():
+        plan = logitcache.ViewPlan(transform=transform, seed=0)
+
+        def alone(
+            samples: Sequence[tuple[bytes, int]] = samples,
+            decode: Callable[..., object] = decode,
+            plan: logitcache.ViewPlan = plan,
+        ) -> list[object]:
+            return [
+                logitcache.render(plan, 0, number, (decode(data), target))[1]
+                for number, (data, target) in enumerate(samples)
+            ]
+
+        def in_dataset(
+            samples: Sequence[tuple[bytes, int]] = samples,
+            decode: Callable[..., object] = decode,
+            plan: logitcache.ViewPlan = plan,
+        ) -> list[object]:
+            of_all = replace(plan, num_samples=num_samples)
+            return [
+                logitcache.ViewDataset([(decode(data), target)], of_all, rows=np.array([number]))[0, 0][1]
+                for number, (data, target) in enumerate(samples)
+            ]
+
+        assert all(map(torch.equal, in_dataset(), alone())), "render and ViewDataset differ"
+        costs = by_turns([in_dataset, alone], repeats)
+        pairs = [
+            compare([getattr(cost, kind) for cost in costs[1]], [getattr(cost, kind) for cost in costs[0]])
+            for kind in ("wall", "cpu")
+        ]
+        times = [f"{1e6 * median / num_samples:.0f} µs" for median in (pairs[0].median, pairs[0].reference_median)]
+        rows.append([name, *times, *(pair.quartiles for pair in pairs)])
+    about = (
+        f"{num_samples} samples, one process, one thread, {repeats} rounds, decoding included. The ratio is the "
+        "time of `render` divided by that of a `ViewDataset` of one sample."
+    )
+    header = ["", "`render`", "`ViewDataset` of one sample", "ratio, wall time", "by CPU time"]
+    return f"## One sample at a time\n\n{about}\n\n{table(header, rows)}"
 
 
 def by_turns(arms: Sequence[Callable[[], None]], repeats: int) -> list[list[Cost]]:

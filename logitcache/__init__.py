@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from logitcache.encodings import Dense as Dense
     from logitcache.encodings import Encoding as Encoding
     from logitcache.encodings import LowRank as LowRank
+    from logitcache.encodings import NoLogits as NoLogits
     from logitcache.encodings import PackedTopK as PackedTopK
     from logitcache.encodings import Sampled as Sampled
     from logitcache.encodings import TopK as TopK
@@ -62,6 +63,7 @@ __all__ = [
     "LogitCache",
     "LowRank",
     "Mixing",
+    "NoLogits",
     "Output",
     "PackedTopK",
     "Sampled",
@@ -106,6 +108,7 @@ _HOMES = {
     "LogitCache": "cache.reader:LogitCache",
     "LowRank": "encodings:LowRank",
     "Mixing": "data.views:Mixing",
+    "NoLogits": "encodings:NoLogits",
     "Output": "cache.outputs:Output",
     "PackedTopK": "encodings:PackedTopK",
     "Sampled": "encodings:Sampled",

@@ -50,6 +50,8 @@ def decode(arrays: dict[str, np.ndarray], encoding: dict[str, Any], num_classes:
         logits = np.repeat(each[..., None], num_classes, axis=-1)
         np.put_along_axis(logits, arrays["ids"].astype(np.int64), values, axis=-1)
         return logits
+    if encoding["name"] == "nologits":
+        return np.zeros((*arrays["written"].shape, num_classes), dtype=np.float32)
     if encoding["name"] == "values":
         values = arrays["values"].astype(np.float32)
         if encoding["dtype"] == "float16":

@@ -1,6 +1,10 @@
 """Models and data that tests name as `tests.models:function`."""
 
+import json
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +28,33 @@ def nan_mlp(num_classes: int, inputs: int = 64) -> nn.Module:
     net = dropout_mlp(num_classes, inputs)
     nn.init.constant_(net[1].bias, float("nan"))  # type: ignore[arg-type]
     return net
+
+
+def embedding_net(num_classes: int) -> nn.Module:
+    """A net that gives embeddings of six values, and no logits."""
+    del num_classes
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 6))
+
+
+class FileTracker:
+    """A tracker that writes a line of the file `$TRACKED` for each call."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._write({"name": config["name"], "seed": config["seed"]})
+
+    def log(self, values: dict[str, float], *, step: int) -> None:
+        self._write({"step": step, **values})
+
+    def finish(self) -> None:
+        self._write({"finished": True})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with Path(os.environ["TRACKED"]).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def file_tracker(config: dict[str, Any]) -> FileTracker:
+    return FileTracker(config)
 
 
 class Pictures:

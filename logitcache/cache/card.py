@@ -103,7 +103,7 @@ def _sections(cache: LogitCache, stated: Card, loading: str | None) -> Iterator[
             "samples": f"{cache.num_samples:,}",
             **(_rows_of_samples(cache) if sequences else {}),
             "views": _views(cache),
-            "classes": f"{cache.num_classes:,}",
+            "classes": f"{cache.num_classes:,}" if cache.has_logits else "none: the cache has no logits",
             "encoding": code(repr(cache.encoding)),
             "bytes": f"{cache.stored_bytes:,}",
             f"bytes per {'row' if sequences else 'sample'} and view": f"{cache.target_bytes / rows:.1f}",
@@ -114,8 +114,9 @@ def _sections(cache: LogitCache, stated: Card, loading: str | None) -> Iterator[
             },
         }
     )
-    yield "## Fidelity\n"
-    yield _fidelity(cache)
+    if cache.has_logits:
+        yield "## Fidelity\n"
+        yield _fidelity(cache)
     distributions = _distributions(cache)
     if distributions is not None:
         yield "## Distributions\n"
@@ -133,7 +134,8 @@ def _what_this_is(cache: LogitCache, stated: Card) -> Iterator[str]:
         paragraphs = re.split(r"\n\s*\n", stated.description[:LONGEST_TEXT])
         yield from (f"{escaped(one_line(text, LONGEST_TEXT))}\n" for text in paragraphs if text.strip())
     yield (
-        "The logits of a teacher on deterministic views of a dataset, for offline knowledge distillation: a student "
+        f"The {'logits' if cache.has_logits else 'outputs'} of a teacher on deterministic views of a dataset, for "
+        "offline knowledge distillation: a student "
         f"trains from them without running the teacher. The {'texts' if identity.tokenization else 'samples'} are not "
         "included; students make the same views from their own copy of the dataset.\n"
     )
@@ -177,8 +179,12 @@ def _how_to_load_it(cache: LogitCache) -> Iterator[str]:
         "```python\nimport logitcache\n\n"
         'cache = logitcache.open(".")  # this folder; also takes other paths and URLs\n'
         f'assert cache.digest == "{cache.digest}"\n'
-        f"print(cache.view({cache.views.start}).logits([0]))  # float32 (1, {cache.num_classes}), "
-        "up to a constant per row\n"
+        + (
+            f"print(cache.view({cache.views.start}).logits([0]))  # float32 (1, {cache.num_classes}), "
+            "up to a constant per row\n"
+            if cache.has_logits
+            else ""
+        )
         + "".join(
             f'print(cache.view({cache.views.start}).output("{name}", [0]))  # float32 {(1, *output.shape)}\n'
             for name, output in cache.extra_outputs.items()
@@ -318,7 +324,7 @@ def _distributions(cache: LogitCache) -> str | None:
     Raises:
         CorruptCache: the labels are damaged.
     """
-    if cache.row_map.one_each:
+    if cache.row_map.one_each or not cache.has_logits:
         return None
     num_rows = _num_measured(cache)
     view = cache.view(cache.views.start, memory_budget=1, ahead=False)
@@ -362,6 +368,8 @@ def first_class_accuracy(cache: LogitCache) -> tuple[int, int, int] | None:
         CorruptCache: the labels or the sample table are damaged.
     """
     if not set(SAMPLE_ARRAYS[1:]) <= cache.layout.fixed.keys() or cache.samples is None or not cache.row_map.one_each:
+        return None
+    if not cache.has_logits:
         return None
     if bool((cache.samples.targets < 0).any()):  # samples without a class
         return None

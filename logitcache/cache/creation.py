@@ -59,7 +59,7 @@ from logitcache.data.rows import RowMap, make_row_map
 from logitcache.data.samples import SampleTable, SeenContents
 from logitcache.data.views import ViewPlan
 from logitcache.digest import canonical_json
-from logitcache.encodings import ENCODINGS, Auto, Dense, Encoding, encoding_or_auto
+from logitcache.encodings import ENCODINGS, Auto, Dense, Encoding, NoLogits, encoding_or_auto
 from logitcache.encodings.protocol import float_tensor
 from logitcache.errors import CorruptCache, IdentityMismatch, InvalidLogits, NotACache, UsageError
 from logitcache.progress import track
@@ -70,6 +70,8 @@ Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json
 """A value that can be written as JSON."""
 Logits: TypeAlias = Tensor | np.ndarray | Sequence[Sequence[float]]
 """Logits (M, C): a tensor, an array or lists."""
+STATED_CLASSES = 2
+"""Classes in the manifest of a cache that has none: every reader expects some."""
 
 
 def create(
@@ -102,7 +104,8 @@ def create(
 
     Args:
         path: a directory or URL.
-        num_samples, num_classes, num_views: the shape; `num_views` may exceed an existing cache's.
+        num_samples, num_classes, num_views: the shape; `num_views` may exceed an existing cache's. With num_classes=0,
+            or the encoding `NoLogits`, only `outputs` are stored, and no logits.
         encoding: such as `TopK(k=20)`; "auto", `Auto(max_kl=...)` or `Auto(max_bytes=...)` to choose one by
             its KL or its size.
         outputs: further outputs of the teacher to store, by name, such as {"features": Output(shape=(64, 7, 7))}.
@@ -159,6 +162,8 @@ def create(
         class_names=class_names,
         tokenization=tokenization or {},
     )
+    if num_classes == 0:
+        encoding, num_classes = _no_logits(encoding, class_names), STATED_CLASSES
     _check_shape(num_samples, num_views, num_classes, rows_per_block)
     if rows_per_sample is not None and view_plan is not None and view_plan.mixes_samples:
         raise UsageError("mixup and CutMix mix samples of one class each; remove them, or rows_per_sample")
@@ -198,10 +203,25 @@ class Origin:
     tokenization: Mapping[str, Json] = field(default_factory=dict)
 
 
+def _no_logits(encoding: Encoding | Auto | str | Mapping[str, Json], class_names: Sequence[str] | None) -> NoLogits:
+    """The encoding of a cache without classes.
+
+    Raises:
+        UsageError: another encoding, or class names.
+    """
+    requested = encoding_or_auto(encoding)
+    if not isinstance(requested, NoLogits) and encoding != "dense":
+        raise UsageError(f"num_classes=0 is a cache without logits; leave out encoding={requested!r}")
+    if class_names is not None:
+        raise UsageError("num_classes=0 is a cache without logits; leave out class_names")
+    return NoLogits()
+
+
 def _check_shape(num_samples: int, num_views: int, num_classes: int, rows_per_block: int | None) -> None:
     if num_classes < 2 or num_samples < 1 or num_views < 1:
         raise UsageError(
-            f"a cache has at least 1 sample, 1 view and 2 classes; found {num_samples}, {num_views}, {num_classes}"
+            f"a cache has at least 1 sample, 1 view and 2 classes, or 0 classes without logits; found {num_samples}, "
+            f"{num_views}, {num_classes}"
         )
     if rows_per_block is not None and rows_per_block < 1:
         raise UsageError(f"rows_per_block is at least 1, not {rows_per_block}")
@@ -238,6 +258,8 @@ def open_writer(
         changeable[NAMES] = {kind: name for kind, name in names.items() if name}
     others = checked_outputs(outputs or {})
     requested = encoding_or_auto(encoding)
+    if isinstance(requested, NoLogits) and not others:
+        raise UsageError("a cache without logits needs `outputs`, such as {'features': Output(shape=(384,))}")
     # Reject impossible caches before any computation.
     if isinstance(requested, Encoding):
         requested.arrays(num_classes)
@@ -498,6 +520,8 @@ def _calibration(
     sample = calibration() if callable(calibration) else calibration
     if not isinstance(sample, Calibration):
         sample = Calibration(float_tensor(sample).numpy() if isinstance(sample, Tensor) else np.asarray(sample))
+    if isinstance(requested, NoLogits):
+        return sample
     if sample.logits.ndim != 2 or sample.logits.shape[1] != num_classes:
         raise UsageError(f"calibration logits are {tuple(sample.logits.shape)}; expected (M, {num_classes})")
     if not np.isfinite(np.asarray(sample.logits).max(axis=1)).all():

@@ -48,8 +48,8 @@ choice is the same on every machine."""
 class Calibration:
     """A sample of a teacher's logits, to fit and to measure encodings."""
 
-    logits: Any
-    """Floats (M, C): a tensor, an array or a memory map."""
+    logits: Any = ()
+    """Floats (M, C): a tensor, an array or a memory map. Not needed for a cache without logits."""
     groups: np.ndarray | None = None
     """Group of each row, int64 (M,). Rows of one group, such as views of one photo, stay on one side of the split."""
     outputs: Mapping[str, Any] = field(default_factory=dict)

@@ -90,7 +90,13 @@ class View(ABC):
 
 def no_output(name: str, known: Iterable[str]) -> UsageError:
     """The error for an output that the cache does not have."""
-    return UsageError(f"the cache has no output {name!r}; it has: {', '.join(known)}")
+    have = ", ".join(known)
+    if name == LOGITS:
+        return UsageError(
+            f"the cache has no logits, only other outputs: {have}. Train on them with hints, or with "
+            "`view.output(name, index)` and a loss of your own"
+        )
+    return UsageError(f"the cache has no output {name!r}; it has: {have}")
 
 
 class ViewOfOutputs(View):
@@ -100,15 +106,21 @@ class ViewOfOutputs(View):
         number: the view number.
         num_rows: rows of the view.
         shapes: shape of one sample, by output.
+        num_classes: of the logits.
         read: reads an output by name, as a view whose `logits` are its flattened values (B, values of a sample).
     """
 
     def __init__(
-        self, number: int, num_rows: int, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], View]
+        self,
+        number: int,
+        num_rows: int,
+        shapes: Mapping[str, tuple[int, ...]],
+        num_classes: int,
+        read: Callable[[str], View],
     ) -> None:
         self.number = number
         self.num_rows = num_rows
-        self.num_classes = shapes[LOGITS][0]
+        self.num_classes = num_classes
         self._shapes = shapes
         self._read = read
         self._parts: dict[str, View] = {}
@@ -237,7 +249,10 @@ class MixedViews(EncodedView):
         first = next(iter(views.values()))
         self.number, self.num_classes, self.num_rows = -1, first.num_classes, first.num_rows
         self._views = views
-        self._encoding = first._encoded_logits()._encoding
+
+    @property
+    def _encoding(self) -> Encoding:  # type: ignore[override]
+        return next(iter(self._views.values()))._encoded_logits()._encoding
 
     def logits(self, index: Any) -> Tensor:
         return self._decoded(index_tensor(index))

@@ -60,6 +60,8 @@ SAMPLE_CONTENTS = "sample_contents"
 
 LOGITS = "logits"
 """Name of the output that every cache has."""
+NO_LOGITS = "nologits"
+"""Name of the encoding that stores none."""
 
 
 class _Record(BaseModel):
@@ -118,6 +120,11 @@ class Identity(_Record):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"mixing: expected the numbers mixup, cutmix and probability, not {value!r:.40}")
         return transform
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether logits are stored, and not only other outputs."""
+        return self.encoding.get("name") != NO_LOGITS
 
     @property
     def cache_id(self) -> Sha256:

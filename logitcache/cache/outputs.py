@@ -12,7 +12,7 @@ import numpy as np
 
 from logitcache.arrays import ArraySpec
 from logitcache.cache.manifest import LOGITS, Identity, output_of
-from logitcache.encodings import Encoding, Values, encoding_from_config
+from logitcache.encodings import Encoding, NoLogits, Values, encoding_from_config
 from logitcache.errors import UsageError
 
 MAX_OUTPUTS = 32
@@ -47,6 +47,8 @@ class Output:
                 f"values, not {self.shape}"
             )
         refuse_fitted(self.encoding)
+        if isinstance(self.encoding, NoLogits):
+            raise UsageError("NoLogits stores nothing; use Values or Components for other outputs than the logits")
         if len(self.shape) > 1 and not self.encoding.keeps_constants:
             raise UsageError(
                 f"{self.encoding!r} stores a row of logits up to a constant; an output of shape {self.shape} needs the "
@@ -155,7 +157,7 @@ class OutputLayout:
     @property
     def measures_kl(self) -> bool:
         """Whether receipts state how much the encoding loses of it."""
-        return self.name == LOGITS
+        return self.name == LOGITS and not isinstance(self.encoding, NoLogits)
 
     def stored_name(self, array: str) -> str:
         """The name in the cache of one of the encoding's arrays."""

@@ -194,13 +194,34 @@ class LogitCache:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
+        """Number of classes; of a cache without logits, what was stated."""
         return self.layout.num_classes
 
     @property
+    def has_logits(self) -> bool:
+        """Whether the cache stores logits, and not only other outputs."""
+        return self.manifest.identity.has_logits
+
+    def check_has_logits(self, purpose: str) -> None:
+        """Refuse a cache without logits.
+
+        Args:
+            purpose: what needs them, as the subject of a sentence.
+
+        Raises:
+            UsageError: there are none.
+        """
+        if not self.has_logits:
+            raise UsageError(
+                f"{purpose} needs logits, and {self.storage.url} was created without; it has the outputs: "
+                f"{', '.join(self.outputs)}"
+            )
+
+    @property
     def outputs(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each stored output for one sample, by name, `logits` first."""
-        return {name: output.shape for name, output in self._output_layouts.items()}
+        """The shape of each stored output for one sample, by name, `logits` first if they are stored."""
+        layouts = self._output_layouts.items()
+        return {name: output.shape for name, output in layouts if name != LOGITS or self.has_logits}
 
     @cached_property
     def contents(self) -> Contents:
@@ -381,7 +402,7 @@ class LogitCache:
         *,
         memory_budget: int | None = None,
         ahead: bool = True,
-        outputs: Sequence[str] = (LOGITS,),
+        outputs: Sequence[str] | None = None,
     ) -> View:
         """One view on a device: resident in memory, or streamed by blocks if it exceeds the memory budget.
 
@@ -390,7 +411,8 @@ class LogitCache:
             device: holds the encoded labels; `logits` are decoded there.
             memory_budget: bytes that the view's encoded labels may take; None is no limit.
             ahead: for a remote cache, download the rest of a streamed view, and the next view, in the background.
-            outputs: outputs to read now. Each other one is read when it is first used.
+            outputs: outputs to read now; by default the logits, if there are any. Each other one is read when it is
+                first used.
 
         Raises:
             UsageError: the cache has no such view or output.
@@ -398,6 +420,8 @@ class LogitCache:
             CorruptCache: an object differs from what was written.
         """
         self._check_complete(view)
+        if outputs is None:
+            outputs = (LOGITS,) if self.has_logits else ()
         window = self.window_blocks(memory_budget, outputs)
         if ahead:
             following = self.views[(self.views.index(view) + 1) % len(self.views)]
@@ -409,7 +433,7 @@ class LogitCache:
 
         if not self.extra_outputs and tuple(outputs) == (LOGITS,):
             return read(LOGITS)
-        whole = ViewOfOutputs(view, self.num_rows, self.outputs, read)
+        whole = ViewOfOutputs(view, self.num_rows, self.outputs, self.num_classes, read)
         whole.read(outputs)
         return whole
 

@@ -9,7 +9,7 @@ import pickle
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -25,6 +25,8 @@ from logitcache.cache.rendering import input_mismatch
 from logitcache.data.batching import Batch, collate
 from logitcache.data.samples import SampleTable, bytes_digest, input_digest, same_content
 from logitcache.data.streamed import Fields, file_bytes, stream_item
+from logitcache.data.text_views import INPUT_IDS
+from logitcache.data.tokens import content_of_ids
 from logitcache.data.views import Load, Renderer, ViewPlan, no_partner
 from logitcache.data.workers import end_with_parent
 from logitcache.errors import SampleMismatch, UsageError
@@ -48,8 +50,9 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
 
     Each sample is found in the cache by its key, and rendered as `ViewDataset` renders it, bit for bit. The index
     contains view and row, for `cache.logits(index)`. Shuffling, and sharing the samples among DataLoader workers and
-    DDP ranks, is the stream's part. A sample's content is compared with the cache when it is first seen. The proof
-    samples of each view are compared with the digests of the teacher's inputs when they arrive.
+    DDP ranks, is the stream's part. A sample's content is compared with the cache when it is first seen, and when
+    its key comes again. The proof samples of each view are compared with the digests of the teacher's inputs when they
+    arrive.
 
     ```python
     views = logitcache.StreamViews(stream, cache)
@@ -188,15 +191,17 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
                 f"sample {key!r} of the stream is not in the cache, which has {self.numbers.num_samples} samples.\n"
                 "Build a cache of this data; or pass missing='skip' to leave out the samples that it lacks."
             )
-        if count.see(number) and self._repeated != "keep":
-            if self._repeated == "skip":
-                count.leave_out()
-                return None
+        again = count.see(number)
+        if again and self._repeated == "error":
             raise SampleMismatch(
                 f"sample {key!r} comes a second time.\nRemove it from the stream, and make sure that each DataLoader "
                 "worker and rank reads its own part; or pass repeated='keep', and call `set_epoch` before each epoch."
             )
-        value = self._loaded(value, number, key)
+        # Of a repeated key too: another sample may have it.
+        value = self._loaded(value, number, key, check=again or not self._checked[number])
+        if again and self._repeated == "skip":
+            count.leave_out()
+            return None
         sample = value, self._targets[number].item() if target is None else target
         place = count.give()
         if place is not None:
@@ -206,8 +211,8 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
             self._prove(view, number, sample, rendered[1])
         return rendered
 
-    def _loaded(self, value: Any, number: int, key: str) -> Any:
-        """The decoded sample; its content is compared with the cache the first time."""
+    def _loaded(self, value: Any, number: int, key: str, *, check: bool) -> Any:
+        """The decoded sample; with `check` its content is compared with the cache."""
         content = None
         if self._decode is not None:
             content = file_bytes(value, key)
@@ -215,14 +220,13 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
                 value = self._decode(content)
             except Exception as error:
                 raise SampleMismatch(f"sample {key!r} can't be decoded: {type(error).__name__}: {error}") from error
-        if self._contents is None or self._checked[number]:
+        if self._contents is None or not check:
             return value
         expected = self._contents[number].tobytes()
-        digest = bytes_digest(content) if content is not None else input_digest(value)
-        # The teacher's dataset may have had no bytes of its own.
-        if not same_content(expected, digest) and (content is None or not same_content(expected, input_digest(value))):
+        if not any(same_content(expected, digest) for digest in _digests(value, content)):
             raise SampleMismatch(
-                f"sample {number} ({key}) is not what the teacher saw: its content has the digest {digest.hex()} here, "
+                f"sample {number} ({key}) is not what the teacher saw: its content has the digest "
+                f"{next(_digests(value, content)).hex()} here, "
                 f"{expected.hex()} in the cache.\nRestore the sample, or build a new cache from this data. If the "
                 "cache was made from files and the stream gives decoded samples, let it give the bytes, and pass "
                 "`decode`; or pass check_contents=False."
@@ -388,6 +392,15 @@ class KeyNumbers:
                 return number
             place += 1
         return -1
+
+
+def _digests(value: Any, content: bytes | None) -> Iterator[bytes]:
+    """The digests that the teacher's dataset may have taken of a sample: of its bytes, its token ids, or its input."""
+    if content is not None:
+        yield bytes_digest(content)
+    elif isinstance(value, Mapping) and INPUT_IDS in value:
+        yield bytes_digest(content_of_ids(np.asarray(value[INPUT_IDS])))
+    yield input_digest(value)
 
 
 def _key_hash(key: str) -> int:

@@ -108,6 +108,7 @@ SPELLINGS = {
     "sampled": ("Sampled", ("draws", "seed", "packed")),
     "values": ("Values", ("dtype",)),
     "components": ("Components", ("error",)),
+    "nologits": ("NoLogits", ()),
 }
 """Class and parameter order of each encoding, to spell it without importing torch; a test compares with the classes."""
 

@@ -184,7 +184,7 @@ class CacheWriter:
         *,
         view: int,
         start: int,
-        logits: Any,
+        logits: Any = None,
         outputs: Mapping[str, Any] | None = None,
         inputs: Any = None,
         input_digests: Mapping[int, str] | None = None,
@@ -197,7 +197,8 @@ class CacheWriter:
         Args:
             view: 0 <= view < num_views.
             start: number of the first row; `row_map.sample_rows(i).start` is that of sample i.
-            logits: (B, C) floats, a tensor on any device or an array; -inf masks a class. Not probabilities.
+            logits: (B, C) floats, a tensor on any device or an array; -inf masks a class. Not probabilities. None for
+                a cache without logits.
             outputs: (B, *shape) of each extra output of the cache, by name.
             inputs: the teacher's batched inputs, one for each sample whose first row is among these rows. Digests of a
                 few samples of each view are stored, against which a student checks its own views. Don't pass a padded
@@ -213,6 +214,10 @@ class CacheWriter:
             IdentityMismatch: rows were written before with other logits or inputs.
             StorageError: an earlier block could not be written.
         """
+        if not self.has_logits:
+            logits = self._in_place_of_logits(logits, outputs or {})
+        elif logits is None:
+            raise UsageError("the logits are missing; only caches that were created with num_classes=0 have none")
         logits_BC = _as_tensor(logits)
         if not logits_BC.is_floating_point():
             raise InvalidLogits(
@@ -234,6 +239,21 @@ class CacheWriter:
 
         with self._writing:
             self._write(view, start, parts, fill, self._compare, inputs, input_digests or {})
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether logits are stored, and not only other outputs."""
+        return self.manifest.identity.has_logits
+
+    def _in_place_of_logits(self, logits: Any, outputs: Mapping[str, Any]) -> Tensor:
+        """Zeros (B, C) that take no memory, on the device of the outputs."""
+        if logits is not None:
+            raise UsageError(
+                f"this cache has no logits; leave them out, and pass only outputs: {', '.join(self.outputs)}"
+            )
+        first = torch.as_tensor(next(iter(outputs.values()), ()))
+        num_rows = len(first) if first.ndim else 0
+        return torch.zeros(1, 1, device=first.device).expand(num_rows, self.layout.num_classes)
 
     def write_sparse(
         self,
@@ -263,6 +283,8 @@ class CacheWriter:
             IdentityMismatch: rows were written before with other values.
             StorageError: an earlier block could not be written.
         """
+        if not self.has_logits:
+            raise UsageError("this cache has no logits; use `write` with `outputs` only")
         num_classes = self.layout.num_classes
         ids_BK, log_probs_BK = _as_entries("ids", ids), _as_entries("log_probs", log_probs).detach()
         encoded = self.encoding.encode_sparse(ids_BK, log_probs_BK, num_classes, start=start)
@@ -577,7 +599,7 @@ class CacheWriter:
                         block.name,
                         objects,
                         kl_mean=_finite(float(kl.mean())),
-                        kl_max=_finite(float(kl.max())),
+                        kl_max=_finite(float(kl.max())) if len(kl) else None,
                         kl_at=_means(opened.kl_at.double()),
                         inputs=opened.inputs,
                     )

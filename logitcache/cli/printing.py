@@ -31,7 +31,7 @@ def cache_summary(summary: Any) -> dict[str, Any]:
         "num_samples": manifest.layout.num_samples,
         "num_rows": manifest.layout.num_rows,
         "num_views": len(manifest.layout.views),
-        "num_classes": manifest.layout.num_classes,
+        "num_classes": manifest.layout.num_classes if manifest.identity.has_logits else 0,
         "encoding": summary.encoding,
         "bytes": None if contents is None else contents.bytes,
         "bytes_per_sample": summary.bytes_per_sample,

@@ -49,6 +49,7 @@ from logitcache.data.tokens import MASKED
 from logitcache.data.transforms import build_transform, normalise_spec
 from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.devices import pick_device
+from logitcache.encodings import NoLogits, encoding_or_auto
 from logitcache.errors import ShapeError, UsageError
 from logitcache.losses import Loss, load_code, loss_from_config
 from logitcache.randomness import preserved_generators, seed_generators
@@ -207,6 +208,7 @@ def resolve_model(
     trust: bool,
     new_head: bool = True,
     logits: Tap | None = None,
+    has_logits: bool = True,
 ) -> nn.Module:
     """A model sized for the data, its random weights drawn from `seed`, its output shape checked.
 
@@ -218,6 +220,7 @@ def resolve_model(
         trust: allow entry points outside the working directory.
         new_head: replace the head of pretrained weights where its number of classes differs; else that is an error.
         logits: the module whose output is checked, instead of the model's own output.
+        has_logits: whether the output is checked at all; that of a teacher without classes is not.
 
     Raises:
         UsageError: the model can't be built.
@@ -240,6 +243,8 @@ def resolve_model(
         )
     if plan.collate is pack:
         check_packing(model, num_classes)
+    if not has_logits:
+        return model
     if logits is None:
         index, inputs, _ = views.collate(views.__getitems__([(0, 0)]))
         check_output(model, inputs, num_classes, name=config.model, index=index, rows=sequence_rows(views))
@@ -324,6 +329,7 @@ def resolve_teacher(pipeline: Pipeline, data: Data, plan: ViewPlan, *, trust: bo
         trust=trust,
         new_head=False,
         logits=taps_of(pipeline.cache.outputs).get(LOGITS),
+        has_logits=not isinstance(encoding_or_auto(pipeline.cache.encoding), NoLogits),
     )
     untrained: list[str] = getattr(model, "untrained", [])
     if weights is None and untrained:

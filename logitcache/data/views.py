@@ -324,7 +324,7 @@ class Renderer:
         except LogitCacheError:
             raise
         except Exception as error:
-            size = getattr(value, "size", None) if hasattr(value, "mode") else getattr(value, "shape", None)
+            size = value.shape if hasattr(value, "shape") else getattr(value, "size", None)
             raise UsageError(
                 f"the transform of `{name}` fails on sample {key(number)!r} "
                 f"({type(value).__name__} of size {size and tuple(size)}): {type(error).__name__}: {error}"

@@ -15,6 +15,7 @@ from logitcache.encodings.auto import Auto as Auto
 from logitcache.encodings.components import Components as Components
 from logitcache.encodings.dense import Dense as Dense
 from logitcache.encodings.lowrank import LowRank as LowRank
+from logitcache.encodings.nologits import NoLogits as NoLogits
 from logitcache.encodings.packedtopk import PackedTopK as PackedTopK
 from logitcache.encodings.protocol import Encoding as Encoding
 from logitcache.encodings.sampled import Sampled as Sampled
@@ -29,7 +30,18 @@ ENCODINGS: Registry[type[Encoding]] = Registry(
     "encoding",
     {
         kind.name: kind
-        for kind in (Dense, TopK, PackedTopK, LowRank, TopLowRank, TrellisLowRank, Sampled, Values, Components)
+        for kind in (
+            Dense,
+            TopK,
+            PackedTopK,
+            LowRank,
+            TopLowRank,
+            TrellisLowRank,
+            Sampled,
+            Values,
+            Components,
+            NoLogits,
+        )
     },
     base=Encoding,
 )

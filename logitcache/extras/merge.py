@@ -246,6 +246,7 @@ def _proof_digests(sources: Sequence[LogitCache], view: int) -> dict[int, str]:
 
 def _open_sealed(location: str) -> LogitCache:
     cache = open_sealed(location)
+    cache.check_has_logits("merge")
     if cache.views.start > 0:
         raise IncompleteCache(
             f"{location} is a copy of views {cache.views.start}:{cache.views.stop} only; `logitcache pull` the views "

@@ -93,6 +93,7 @@ def find_suspects(location: str) -> LabelNoise:
         CorruptCache: labels or sample table are damaged.
     """
     cache = open_sealed(location)
+    cache.check_has_logits("suspects")
     if not cache.row_map.one_each:
         raise UsageError(f"{location} has several rows per sample; suspects needs one, with the sample's class")
     targets_N = targets_of(cache)

@@ -302,10 +302,11 @@ def run_blocks(
             start = 0
             for consecutive in _consecutive(rows, samples):
                 parts = output.rows(start, start + len(consecutive))
+                logits = parts.pop(LOGITS)
                 writer.write(
                     view=view,
                     start=consecutive.start,
-                    logits=parts.pop(LOGITS),
+                    logits=logits if writer.has_logits else None,
                     outputs=parts,
                     input_digests=output.input_digests,
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from logitcache.cache.fidelity import Calibration, Fidelity, candidates, choose, compare
+from logitcache.cache.fidelity import TEMPERATURES, Calibration, Fidelity, candidates, choose, compare
 from logitcache.cache.layout import encode_block
 from logitcache.cache.outputs import Output
 from logitcache.catalog.outputs import declared_outputs, taps_of
@@ -23,7 +24,7 @@ from logitcache.config.build import (
 )
 from logitcache.config.schema import Pipeline
 from logitcache.data.views import ViewDataset
-from logitcache.encodings import Auto, encoding_or_auto
+from logitcache.encodings import Auto, NoLogits, encoding_or_auto
 from logitcache.errors import InvalidLogits, UsageError
 from logitcache.progress import track
 from logitcache.randomness import keyed_permutation
@@ -116,7 +117,7 @@ def plan_pipeline(
         outputs[name] = replace(outputs[name], encoding=encoding)
     if outputs:
         output_bytes = measure_outputs(build_runner(pipeline, teacher, context, list(outputs)), views, outputs)
-    plan = plan_logits(calibration, limits)
+    plan = plan_no_logits(calibration) if isinstance(requested, NoLogits) else plan_logits(calibration, limits)
     return replace(
         plan,
         num_samples=len(views),
@@ -151,6 +152,13 @@ def measure_outputs(runner: TeacherRunner, views: ViewDataset, outputs: Mapping[
         stored = sum(len(encode_block(specs[array], rows.numpy(), num_rows)) for array, rows in encoded.items())
         measured[name] = stored / num_rows
     return measured
+
+
+def plan_no_logits(calibration: Calibration) -> Plan:
+    """The plan of a cache without logits."""
+    num_rows, num_classes = calibration.logits.shape
+    nothing = Fidelity(NoLogits(), 0.0, 0, dict.fromkeys(TEMPERATURES, math.inf), math.inf, 0.0, math.inf, math.inf)
+    return Plan(num_rows, num_classes, [nothing], nothing, "the cache has no logits, only other outputs")
 
 
 def plan_logits(calibration: Calibration, limits: Auto) -> Plan:

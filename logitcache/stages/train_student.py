@@ -289,6 +289,9 @@ class Experiment:
         ensemble = student.labels if isinstance(student.labels, TeachersConfig) else None
         caches, rows = self._open(ensemble)
         cache, num_views = caches[0], self.pipeline.views.count
+        if LOGITS in outputs and given is None:
+            for each in caches:
+                each.check_has_logits(f"the loss of student {student.name!r}")
         outputs = [name for name in outputs if name in cache.outputs]  # `Hints` refuses those that are missing
         preprocess = input_part(student, trust=self.trust)
         views = views_of_cache(cache, self.data.train, self.plan, rows, preprocess, on_device=self._on_device)
@@ -369,6 +372,7 @@ class Experiment:
         if weights.name == CLASS_BALANCED:
             return class_balanced_weights(self._targets()[indices], beta=weights.beta)
         cache, rows = self.cache()
+        cache.check_has_logits(f"sample_weights: {weights.name}")
         identity["weighed_by"] = {"cache": cache.id}
         weights_N = teacher_weights(cache, weights.name, cache.views[: self.pipeline.views.count])
         return of_mean_one(weights_N[indices if rows is None else rows[indices]])

@@ -274,7 +274,9 @@ def _plan_fields(cache: LogitCache, plan: ViewPlan) -> dict[str, Any]:
 def view_differences(cache: LogitCache, data: Data, plan: ViewPlan) -> list[str]:
     """The fields of the cache's identity that differ from the views here; samples are compared separately."""
     cached = cache.manifest.identity
-    current = _plan_fields(cache, plan) | {"outputs": cached.outputs | {LOGITS: [data.num_classes]}}
+    current = _plan_fields(cache, plan)
+    if cached.has_logits:
+        current["outputs"] = cached.outputs | {LOGITS: [data.num_classes]}
     if cached.class_names is not None and data.class_names is not None:
         current["class_names"] = data.class_names
     if cached.rows is None or plan.rows is None or plan.rows.one_each:

@@ -66,7 +66,7 @@ def spot_check(
                 rows_B = np.concatenate(of_samples)[within]
                 if not len(rows_B):  # sequences of one token
                     continue
-                for name in (LOGITS, *outputs):
+                for name in (*([LOGITS] if cache.has_logits else []), *outputs):
                     again = computed.logits if name == LOGITS else computed.outputs[name]
                     differing = differing_rows(
                         cache.view(view, outputs=[name]).output(name, rows_B).flatten(1),

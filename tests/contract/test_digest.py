@@ -20,6 +20,7 @@ from logitcache.cache.layout import PER_CACHE, Block
 from logitcache.cache.manifest import Identity, Layout, Manifest, Receipt, StoredObject, dump_manifest
 from logitcache.cache.records import Records
 from logitcache.digest import array_digest, canonical_json, sha256_hex
+from logitcache.encodings import encoding_from_config
 from logitcache.errors import CorruptCache, IdentityMismatch, LogitCacheError
 from logitcache.extras.merge import merge
 from logitcache.share.transfer import pull, push
@@ -215,6 +216,27 @@ def test_the_digest_of_a_cache_in_format_1_is_what_it_was(tmp_path: Path) -> Non
     assert sha256_hex("\n".join(hashes).encode()) == golden.digest
     assert "0b341abd1ddded030fa4e221eeb0d8662f9441bd4feafeeda62c9f605743b3f9" == golden.digest
     assert golden.digest != golden.pin == golden.records.pin()
+
+
+WHOLE = torch.arange(5 * 40).view(5, 40) * 37 % 41 - 20.0
+"""Logits that are whole numbers, so that encoded rows have the same bits on every machine."""
+PINNED = {
+    "Dense(dtype='float32')": "490ff80fae5144cdf95a96d0978ef21af4481ed9699d0a3ce83c165061e22973",
+    "Dense(dtype='float16')": "0369ffa31d7767a83d4afd225dbd70e5dcf844f1fd3d51cf1131973724b3a09b",
+    "Dense(dtype='uint8')": "dbf4fb665eb1d4a9188fb60f898ef8f9dc56dea369b78e661c8550966dd82a48",
+    "TopK(k=6, dtype='float32')": "b32fa1ecbacbcffe9841630b91d87fbb2fbf88231c58a2e59bdc12bece355e89",
+    "TopK(k=6, dtype='float16')": "be35f1ada56a177f29c9f639cf5c554d0d7421000cd164fe8c4cf066165fb8d1",
+    "TopK(k=6, dtype='uint8')": "1f31fe3f14f8521e9d0e553c02cabb907873daf4726da08fad2b389387536655",
+    "Sampled(draws=20)": "401107f94bc42f81eca8afa6d6c1ae0254d1fed0e119aef3f7bd4e17c60707cb",
+}
+
+
+@pytest.mark.parametrize("encoding", PINNED)
+def test_encoded_rows_are_what_they_were(encoding: str) -> None:
+    encoded = encoding_from_config(encoding).encode(WHOLE, view=1, start=3)
+    hashes = [f"{name} {array_digest(values.numpy())}" for name, values in sorted(encoded.items())]
+
+    assert PINNED[encoding] == sha256_hex("\n".join(hashes).encode())
 
 
 def test_new_caches_have_format_2_and_their_digest_is_their_pin(tmp_path: Path) -> None:

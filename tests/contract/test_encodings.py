@@ -758,7 +758,7 @@ def entropy(symbols: Tensor) -> float:
         pytest.param(
             "zip",
             "unknown encoding 'zip'; expected one of: dense, topk, packedtopk, lowrank, toplowrank, trellislowrank, sampled, "
-            "values, components, auto",
+            "values, components, nologits, auto",
             id="unknown encoding",
         ),
         pytest.param("__import__('os').system('true')", "can't read the encoding", id="code"),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import logitcache
+from logitcache.cache.manifest import NO_LOGITS as NO_LOGITS_NAME
 from logitcache.cache.manifest import dump_manifest, output_of, read_manifest
 from logitcache.cache.objects import read_object
 from logitcache.cache.summary import summarise
@@ -30,6 +31,7 @@ from logitcache.encodings import (
     Components,
     Dense,
     LowRank,
+    NoLogits,
     PackedTopK,
     Sampled,
     TopK,
@@ -56,6 +58,7 @@ from logitcache.train.hint_config import hints_config
 from logitcache.verify.audit import verify
 from logitcache.verify.repair import repair
 from tests.conftest import FEW_DIGITS
+from tests.needs import need_package
 
 Make = Callable[..., Pipeline]
 GUIDE = Path(__file__).parents[2] / "docs/losses.md"
@@ -68,6 +71,14 @@ HEADS = [
     "teacher.args={}",
     "cache.outputs={logits: digit, features: {module: trunk, pool: 4}, "
     "parity: {module: parity, encoding: Dense(dtype='float32')}}",
+]
+NO_LOGITS = [
+    *FEW_DIGITS,
+    "teacher.model=tests.models:embedding_net",
+    "teacher.args={}",
+    "cache.encoding=NoLogits()",
+    "cache.outputs={features: {module: '3'}}",
+    "students.small.hints=[{output: features, module: body, loss: relational}]",
 ]
 
 
@@ -224,11 +235,16 @@ def test_values_that_can_not_be_held_are_refused_by_row(tmp_path: Path, dtype: s
             cache.write(view=0, start=0, logits=rows.pop("logits"), outputs=rows)
 
 
+def test_the_manifest_knows_the_encoding_of_no_logits() -> None:
+    """Summaries read it without torch."""
+    assert NO_LOGITS_NAME == NoLogits.name
+
+
 def test_arrays_of_encodings_leave_room_for_the_names_of_outputs() -> None:
     """`<output>_<array>` is read back from the last underscore."""
     configured = [Dense(), TopK(k=3), LowRank(), Sampled(), Values(dtype="uint8"), Dense(dtype="uint8"), Values()]
     configured += [PackedTopK(k=3, most=5, prior=True), TopLowRank(), TrellisLowRank()]
-    configured += [Sampled(packed=True), Components()]
+    configured += [Sampled(packed=True), Components(), NoLogits()]
 
     assert {kind.name for kind in map(type, configured)} == set(ENCODINGS)
     assert not any("_" in name for encoding in configured for name in encoding.arrays(1000))
@@ -268,17 +284,157 @@ def test_features_take_an_encoding_that_is_fitted_to_them(tmp_path: Path, is_fit
             again.write(view=0, start=0, logits=said(0)["logits"], outputs={"features": -rows})
 
 
-def test_constant_logits_beside_features_take_no_space(tmp_path: Path) -> None:
+def test_a_cache_can_store_other_outputs_without_logits(tmp_path: Path) -> None:
     """How a teacher without classes, such as an embedding model, is cached."""
     rows = few_directions(2000, seed=2)
-    given: dict[str, Any] = {"num_samples": len(rows), "num_classes": 2, "teacher": "t", "dataset": "d"}
-    given["outputs"] = {"features": logitcache.Output(shape=SHAPES["features"])}
-    with logitcache.create(tmp_path / "a", encoding=Dense(dtype="uint8"), **given) as cache:
-        cache.write(view=0, start=0, logits=torch.zeros(len(rows), 2), outputs={"features": rows})
-    stored = logitcache.open(tmp_path / "a")
+    cache = without_logits(tmp_path / "a", rows)
+    view = cache.view(0)
+    number = cache.contents.output_bytes["logits"]
 
-    assert stored.contents.output_bytes["logits"] < 0.1 * len(rows)
-    torch.testing.assert_close(stored.view(0).output("features", [3]), rows[3:4], atol=0, rtol=1e-3)
+    assert number < 0.1 * len(rows)
+    assert {"features": SHAPES["features"]} == cache.outputs
+    assert (False, None) == (cache.has_logits, cache.kl_mean)
+    torch.testing.assert_close(view.output("features", [3]), rows[3:4], atol=0, rtol=1e-3)
+    assert [] == verify(tmp_path / "a", deep=True)
+    for read in (view.logits, view.targets, lambda index: view.output("logits", index)):
+        with pytest.raises(UsageError, match="the cache has no logits, only other outputs: features. Train on them"):
+            read([3])
+    with pytest.raises(UsageError, match="the cache has no logits"):
+        cache.logits(logitcache.join_index(0, torch.tensor([3])))
+
+
+def test_a_build_without_logits_goes_on_and_compares_what_is_written_again(tmp_path: Path) -> None:
+    rows = few_directions(40, seed=2)
+    expected = without_logits(tmp_path / "whole", rows, rows_per_block=16).digest
+    given = {"outputs": {"features": logitcache.Output(shape=SHAPES["features"])}, "rows_per_block": 16}
+    begun = logitcache.create(tmp_path / "a", **NO_CLASSES, num_samples=40, **given)
+    begun.write(view=0, start=0, outputs={"features": rows[:20]})
+    begun.write(view=0, start=10, outputs={"features": rows[10:20]})
+    with pytest.raises(IdentityMismatch, match="written before"):
+        begun.write(view=0, start=18, outputs={"features": -rows[18:20]})
+    begun.close()
+    with logitcache.create(tmp_path / "a", **NO_CLASSES, num_samples=40, **given) as again:
+        again.write(view=0, start=0, outputs={"features": rows[:16]})
+        again.write(view=0, start=16, outputs={"features": rows[16:]})
+
+    assert expected == logitcache.open(tmp_path / "a").digest
+
+
+NO_CLASSES: dict[str, Any] = {"num_classes": 0, "teacher": "t", "dataset": "d"}
+
+
+def without_logits(path: Path, rows: Tensor, **given: Any) -> logitcache.LogitCache:
+    outputs = {"features": logitcache.Output(shape=tuple(rows.shape[1:]))}
+    with logitcache.create(path, num_samples=len(rows), outputs=outputs, **NO_CLASSES, **given) as cache:
+        cache.write(view=0, start=0, outputs={"features": rows})
+    return logitcache.open(path)
+
+
+@pytest.mark.parametrize("reader", ["zarr", "tensorstore"])
+def test_other_readers_find_the_outputs_of_a_cache_without_logits(
+    tmp_path: Path, stranger: Callable[[Path, str], dict[str, np.ndarray]], reader: str
+) -> None:
+    rows = few_directions(40, seed=2)
+    cache = without_logits(tmp_path / "a", rows, rows_per_block=16)
+    found = stranger(tmp_path / "a", reader)
+
+    assert cache.digest == found["digest"]
+    assert (found["array_written"] == 1).all()
+    np.testing.assert_array_equal(cache.view(0).output("features", range(40)).numpy(), found["output_features"][0])
+
+
+def test_a_cache_without_logits_states_it_everywhere(tmp_path: Path) -> None:
+    without_logits(tmp_path / "a", few_directions(40, seed=2))
+    card = (tmp_path / "a/README.md").read_text()
+    found = CliRunner().invoke(app, ["info", str(tmp_path / "a"), "--json"])
+    summary = json.loads(found.stdout)
+
+    assert (0, "NoLogits()") == (summary["num_classes"], summary["encoding"])
+    assert "none: the cache has no logits" in card
+    assert "Fidelity" not in card
+    assert ".logits(" not in card
+    assert 'output("features", [0])' in card
+
+
+@pytest.mark.parametrize("command", [["report"], ["suspects"], ["export", "--to", "parquet"], ["merge"]], ids=" ".join)
+def test_what_needs_logits_is_refused_for_a_cache_without(tmp_path: Path, command: list[str]) -> None:
+    if command == ["report"]:
+        need_package("matplotlib", "report")
+    if "parquet" in command:
+        need_package("pyarrow", "parquet")
+    for name in "ab":
+        without_logits(tmp_path / name, few_directions(40, seed=2))
+    caches = [str(tmp_path / "a"), *([str(tmp_path / "b")] if command == ["merge"] else [])]
+    out = [] if command == ["suspects"] else ["--output", str(tmp_path / "out.html")]
+    found = CliRunner().invoke(app, [*command, *caches, *out])
+
+    assert isinstance(found.exception, UsageError)
+    assert f"{command[0]} needs logits, and" in str(found.exception)
+    assert "was created without; it has the outputs: features" in str(found.exception)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        pytest.param({}, "without logits needs `outputs`", id="nothing to store"),
+        pytest.param({"encoding": "topk(k=3)"}, "leave out encoding=TopK", id="encoding"),
+        pytest.param({"class_names": ["a"]}, "leave out class_names", id="class names"),
+        pytest.param(
+            {"outputs": {"features": {"shape": (3,), "encoding": "nologits"}}},
+            "NoLogits stores nothing",
+            id="an output",
+        ),
+    ],
+)
+def test_impossible_caches_without_logits_are_refused(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        logitcache.create(tmp_path / "a", num_samples=40, **NO_CLASSES, **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_logits_are_not_written_into_a_cache_without(tmp_path: Path) -> None:
+    outputs = {"features": logitcache.Output(shape=(4,))}
+    rows = {"features": torch.ones(2, 4)}
+    cache = logitcache.create(tmp_path / "a", num_samples=40, outputs=outputs, **NO_CLASSES)
+    with pytest.raises(UsageError, match="this cache has no logits; leave them out, and pass only outputs: features"):
+        cache.write(view=0, start=0, logits=torch.ones(2, 2), outputs=rows)
+    with pytest.raises(UsageError, match="no logits; use `write`"):
+        cache.write_sparse(view=0, start=0, ids=torch.ones(2, 1).int(), log_probs=torch.ones(2, 1), outputs=rows)
+    with pytest.raises(UsageError, match="the extra outputs are none; expected .*: features"):
+        cache.write(view=0, start=0)
+    cache.close()
+    with_logits = writer(tmp_path / "b")
+    with pytest.raises(UsageError, match="the logits are missing"):
+        with_logits.write(view=0, start=0)
+    with_logits.close()
+
+
+def test_outputs_without_logits_are_fitted_to_a_calibration(tmp_path: Path) -> None:
+    rows = few_directions(300, seed=2)
+    outputs = {"features": logitcache.Output(shape=SHAPES["features"], encoding=Components(error=0.1))}
+    calibration = logitcache.Calibration(outputs={"features": rows})
+    with logitcache.create(
+        tmp_path / "a", num_samples=300, outputs=outputs, calibration=calibration, **NO_CLASSES
+    ) as cache:
+        cache.write(view=0, start=0, outputs={"features": rows})
+    decoded = logitcache.open(tmp_path / "a").view(0).output("features", range(300))
+
+    assert 0.15 > (decoded - rows).norm() / (rows - rows.mean(dim=0)).norm()
+
+
+def test_a_pipeline_without_logits_trains_students_by_hints_only(tiny: Make) -> None:
+    pipeline = tiny(*NO_LOGITS, "students.small.loss=cross_entropy")
+    planned = plan_pipeline(pipeline)
+    cache_teacher(pipeline)
+    cache = opened(pipeline)
+
+    assert not cache.has_logits
+    assert "the cache has no logits, only other outputs" == planned.criterion
+    assert [] == verify_match(pipeline, recompute=20)
+    assert [] == cache_teacher(pipeline).computed_blocks
+    train_students(pipeline)
+    with pytest.raises(UsageError, match="the loss of student 'small' needs logits, and .* was created without"):
+        train_students(tiny(*NO_LOGITS, "students.small.loss=kl"))
 
 
 @pytest.mark.parametrize(

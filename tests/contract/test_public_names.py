@@ -17,7 +17,7 @@ from tests.models import Pictures
 SAMPLES, CLASSES = 8, 5
 
 PUBLIC = {
-    "LogitCache": """check_batch check_plan contents digest encoding encoding_of extra_outputs id input_digests kl_mean
+    "LogitCache": """check_batch check_has_logits check_plan contents digest encoding encoding_of extra_outputs has_logits id input_digests kl_mean
         layout logits manifest num_classes num_samples num_views outputs pin prefetch read_blocks read_encoded
         receipts records row_map row_offsets rows samples sealed storage stored_bytes target_bytes verify_inputs view
         view_bytes view_plan view_plan_with
@@ -29,7 +29,7 @@ PUBLIC = {
         num_classes
         num_samples preprocess renderer rows seed transform views""",
     "ViewSampler": "load_state_dict set_epoch state_dict view",
-    "CacheWriter": """close committed_blocks encoding flush is_committed layout manifest missing_blocks outputs row_map seal storage
+    "CacheWriter": """close committed_blocks encoding flush has_logits is_committed layout manifest missing_blocks outputs row_map seal storage
         write write_sparse""",
 }
 OLD = {

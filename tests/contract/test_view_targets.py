@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import logitcache
 from logitcache.data.index import join_index
 from logitcache.errors import UsageError
+from logitcache.losses import kl_divergence
 from logitcache.targets import FactoredTargets
 from logitcache.testing import teacher_like
 from tests.largest import largest_tensor
@@ -66,7 +68,16 @@ def test_targets_are_the_distributions_of_the_logits(
 
 
 @pytest.mark.parametrize("budget", [None, 1])
-@pytest.mark.parametrize("encoding", [logitcache.TopK(k=5), logitcache.Sampled(draws=9)], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "encoding",
+    [
+        logitcache.TopK(k=5),
+        logitcache.Sampled(draws=9),
+        logitcache.PackedTopK(k=5),
+        logitcache.Sampled(draws=9, packed=True),
+    ],
+    ids=repr,
+)
 def test_sparse_targets_are_read_without_a_tensor_of_rows_and_classes(
     tmp_path: Path, encoding: logitcache.Encoding, budget: int | None
 ) -> None:
@@ -84,3 +95,24 @@ def test_an_index_is_checked_as_for_logits(tmp_path: Path) -> None:
         view.targets([96])
     with pytest.raises(UsageError, match="expected integer row numbers"):
         view.targets([0.5])
+
+
+@pytest.mark.parametrize(
+    "encoding",
+    [logitcache.Dense(dtype="float32"), logitcache.TopK(k=4, dtype="float32"), logitcache.LowRank(rank=4, step=0.001)],
+    ids=lambda each: each.name,
+)
+def test_the_guides_example_of_a_smaller_vocabulary_runs(tmp_path: Path, encoding: logitcache.Encoding) -> None:
+    section = (
+        (Path(__file__).parents[2] / "docs/targets.md").read_text().split("## Students with a smaller vocabulary", 1)[1]
+    )
+    logits, student = torch.randn(60, 5), torch.randn(2, 3)
+    about: dict[str, Any] = {"num_samples": 60, "num_classes": 5, "teacher": "t", "dataset": "d"}
+    with logitcache.create(tmp_path / "a", encoding=encoding, calibration=logits, **about) as writer:
+        writer.write(view=0, start=0, logits=logits)
+    names: dict[str, Any] = {"torch": torch, "logitcache": logitcache, "student_logits": student}
+    names["view"] = logitcache.open(tmp_path / "a").view(0)
+    exec(section.split("```python", 1)[1].split("```", 1)[0], names)
+
+    expected = kl_divergence(student, logits[:2, [1, 4, 2]], temperature=2.0)
+    torch.testing.assert_close(expected, names["loss"], atol=0.02, rtol=0.02)

@@ -168,18 +168,31 @@ def test_a_killed_node_leaves_the_cache_of_one_process(nodes: TwoNodes, tiny: Ma
 
 @dataclass(frozen=True)
 class CountedLoads(Job):
-    """A job whose workers list the samples that they load, one file each."""
+    """A job of two workers that begin at the same time, and list the samples that they load, one file each."""
 
     job: TeacherJob
     folder: Path
+    port: int
+    """Of a store of torch, where they meet."""
 
     def load(self) -> TeacherWorker:
+        news = TCPStore("127.0.0.1", self.port)
+
         def listing(dataset: Any, index: int) -> tuple[Any, Any]:
             with (self.folder / f"{os.getpid()}.loads").open("a") as file:
                 file.write(f"{index}\n")
             return load_sample(dataset, index)
 
         worker = self.job.load()
+        compute_each = worker.compute_each
+
+        def computing(*arguments: Any, **options: Any) -> Iterator[Block]:
+            if news.add("ready", 1) == 2:
+                news.set("both are ready", "")
+            news.get("both are ready")
+            return compute_each(*arguments, **options)
+
+        worker.compute_each = computing  # type: ignore[method-assign]
         views.load_sample = listing
         return worker
 
@@ -190,7 +203,8 @@ def test_workers_load_a_sample_once_for_several_views(nodes: TwoNodes, tiny: Mak
     nodes.second()
     pipeline = tiny(*settings, "views.per_decode=4")
     logitcache.plan_blocks(pipeline)  # creation loads a few samples, too
-    result = nodes.engine.run(CountedLoads(TeacherJob(pipeline, trust=False), tmp_path))
+    news = TCPStore("127.0.0.1", 0, is_master=True)
+    result = nodes.engine.run(CountedLoads(TeacherJob(pipeline, trust=False), tmp_path, news.port))
     loads = Counter(line for file in tmp_path.glob("*.loads") for line in file.read_text().split())
 
     assert single.manifest.digest == result.manifest.digest

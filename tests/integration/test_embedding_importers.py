@@ -77,7 +77,6 @@ def test_embeddings_become_outputs(tmp_path: Path, form: str) -> None:
 
     assert (3, VIEWS, 2) == (cache.num_samples, cache.num_views, cache.num_classes)
     assert {
-        "logits": (2,),
         "image_emb": (SIZE,),
         "text_emb": (SIZE,),
         "syn_text_emb": (CAPTIONS, SIZE),
@@ -194,10 +193,10 @@ def test_augmentations_that_are_not_those_of_the_embeddings_are_refused(tmp_path
             imported(tmp_path / f"{name}.cache", "data_comp_dr", tmp_path / name)
 
 
-def test_constant_logits_take_next_to_no_bytes(tmp_path: Path) -> None:
-    lines(tmp_path / "in", {str(number): embeddings(number) for number in range(1000)})
+def test_a_cache_of_embeddings_has_no_logits(tmp_path: Path) -> None:
+    lines(tmp_path / "in", {str(number): embeddings(number) for number in range(10)})
     cache = imported(tmp_path / "a", "data_comp_dr", tmp_path / "in")
-    stored = sum(file.stat().st_size for file in (tmp_path / "a/labels.zarr/values/c").rglob("*") if file.is_file())
 
-    assert [0.0, 0.0] == cache.view(0).logits([1])[0].tolist()
-    assert stored < cache.num_samples * cache.num_views
+    assert not cache.has_logits
+    with pytest.raises(UsageError, match="files have no logits; leave out --encoding"):
+        imported(tmp_path / "b", "data_comp_dr", tmp_path / "in", encoding="topk(k=1)")

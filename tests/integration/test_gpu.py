@@ -42,6 +42,11 @@ ENCODINGS: dict[str, logitcache.Encoding] = {
     "topk": logitcache.TopK(k=8),
     "sampled": logitcache.Sampled(draws=40),
     "lowrank": logitcache.LowRank(rank=16, k=4),
+    "packedtopk": logitcache.PackedTopK(k=8),
+    "packedtopk-prior": logitcache.PackedTopK(k=8, most=24, prior=True),
+    "sampled-packed": logitcache.Sampled(draws=40, packed=True),
+    "toplowrank": logitcache.TopLowRank(rank=16, k=4),
+    "trellislowrank": logitcache.TrellisLowRank(rank=16),
 }
 
 
@@ -80,6 +85,30 @@ def test_a_cache_written_on_the_gpu_decodes_to_what_the_cpu_writes(tmp_path: Pat
     assert mean_kl[1] == pytest.approx(mean_kl[0], rel=0.05, abs=1e-6)
     stated = math.inf if cache.kl_mean is None else cache.kl_mean  # of `sampled`, which drops classes
     assert stated == pytest.approx(mean_kl[1], rel=0.2, abs=1e-5)
+
+
+def test_features_written_on_the_gpu_are_those_that_the_cpu_writes(tmp_path: Path) -> None:
+    features = logits_of(60).view(ROWS, 15, 4)
+    encoding = logitcache.Components(error=0.1).fit(features)
+    read = {}
+    for device in ("cpu", "cuda"):
+        with logitcache.create(
+            tmp_path / device,
+            num_samples=ROWS,
+            num_classes=0,
+            outputs={"features": logitcache.Output(shape=(15, 4), encoding=encoding)},
+            teacher="random",
+            dataset="random",
+        ) as writer:
+            for start in range(0, ROWS, 70):
+                writer.write(view=0, start=start, outputs={"features": features[start : start + 70].to(device)})
+        assert [] == verify(str(tmp_path / device), deep=True)
+        view = logitcache.open(tmp_path / device).view(0, device=device)
+        read[device] = view.output("features", torch.arange(ROWS)).cpu()
+
+    assert 0.2 > float((read["cuda"] - features).norm() / (features - features.mean(dim=0)).norm())
+    # A coefficient between two steps may be rounded either way.
+    assert 0.02 > float((read["cuda"] - read["cpu"]).norm() / features.norm())
 
 
 @pytest.mark.parametrize("name", ["topk", "float32"])

@@ -29,8 +29,10 @@ from logitcache.train import evaluation as evaluation_module
 from logitcache.train.evaluation import Evaluation
 from logitcache.train.labels import Labels
 from logitcache.train.loop import train
+from logitcache.train.optimizer import OptimizerStep
 from logitcache.train.runs import RESULT
 from logitcache.verify.audit import verify
+from tests.integration.test_stages import log, same, weights
 from tests.largest import largest_tensor
 from tests.models import NextToken
 from tests.needs import need_package
@@ -409,7 +411,10 @@ DIFFERENCES: dict[str, tuple[Any, str]] = {
     "one token": (lambda path: changed(path, 1, "Shore."), r"sample 2 .* has other tokens"),
     "a sample is missing": (lambda path: changed(path, 7, None), "samples"),
     "one token less": (lambda path: changed(path, 1, "Short"), r"sample 2 .* has 5 rows, 4 here"),
-    "another tokenizer": (lambda path: byte_tokenizer(path / "tokenizer.json", special_tokens=True), "tokenization."),
+    "another tokenizer": (
+        lambda path: byte_tokenizer(path / "tokenizer.json", special_tokens=True),
+        r"tokenization\.sha256 \(the tokenizer\)",
+    ),
 }
 
 
@@ -491,27 +496,101 @@ def test_a_cache_with_a_row_for_each_token_is_refused(text: Make, tmp_path: Path
 
 
 def test_a_cache_written_by_hand_serves_the_same_students(text: Make, tmp_path: Path) -> None:
-    """`create` with rows_per_sample, as a serving engine's records are written."""
-    pipeline = text()
+    """`create` with rows_per_sample, by a loop of one's own over the pipeline's teacher."""
+    own = tmp_path / "own.cache"
+    common = f"model: '{MODEL}', args: {{width: 8}}, loss: {{name: kl, temperature: 2.0}}"
+    students = f"students=[{{name: small, {common}}}, {{name: own, {common}, labels: {{caches: ['{own}']}}}}]"
+    pipeline = text(students, "teacher.batch_size=1")
+    cache_teacher(pipeline)
     data = resolve_data(pipeline, trust=False)
-    rows = rows_of_dataset(data.train)
-    torch.manual_seed(0)
-    model = NextToken(data.num_classes)
+    plan = resolve_plan(pipeline, data, trust=False)
+    teacher, _ = resolve_teacher(pipeline, data, plan, trust=False)
     with logitcache.create(
-        tmp_path / "own.cache",
-        num_samples=rows.num_samples,
+        own,
+        num_samples=len(data.train),
         num_classes=data.num_classes,
+        encoding=logitcache.Dense(dtype="float32"),
         teacher="own",
-        dataset="text",
+        samples=logitcache.sample_table(data.train, contents=True),
+        view_plan=plan,
         rows_per_sample=data.train.rows_per_sample,
+        tokenization=data.train.tokenization,
     ) as writer:
         for index in range(len(data.train)):
             inputs, targets = data.train[index]
             with torch.inference_mode():
-                logits = model(inputs["input_ids"][None])[0, : len(targets)]
-            writer.write(view=0, start=rows.sample_rows(index).start, logits=logits)
+                logits = teacher(inputs["input_ids"][None])[0, : len(targets)]
+            writer.write(view=0, start=writer.row_map.sample_rows(index).start, logits=logits)
 
-    assert rows.offsets.tolist() == logitcache.open(tmp_path / "own.cache").row_offsets.tolist()
+    train_students(pipeline)
+
+    assert losses(pipeline, "small") == losses(pipeline, "own")
+    assert same(*(weights(Path(pipeline.runs.path) / name / "seed-0") for name in ("small", "own")))
+
+
+EVERYTHING = [
+    "data.validation=0.25",
+    "train={epochs: 4, batch_size: 2, optimizer: sgd, lr: 0.3, accumulate: 2, clip_norm: 0.5, ema: 0.9, "
+    "early_stopping: 3, checkpoint_steps: 1}",
+]
+
+
+@pytest.mark.parametrize("at", [1, 3, 6])
+def test_a_student_of_sequences_that_is_interrupted_ends_with_the_same_weights(
+    text: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    cache_teacher(text(*EVERYTHING))
+    train_students(text(*EVERYTHING))
+    pipeline = text(*EVERYTHING, f"runs.path={tmp_path / 'interrupted'}")
+    apply = OptimizerStep.apply
+
+    def interrupted(updates: OptimizerStep, step: int) -> None:
+        if step == at:
+            raise KeyboardInterrupt
+        apply(updates, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OptimizerStep, "apply", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_students(pipeline)
+    train_students(pipeline)
+
+    whole, pieces = tmp_path / "runs/small/seed-0", tmp_path / "interrupted/small/seed-0"
+    assert log(whole) == log(pieces)
+    for name in ("last", "best"):
+        assert same(weights(whole, name), weights(pieces, name))
+
+
+def test_students_of_sequences_stop_early_by_their_nll(text: Make) -> None:
+    """Not by their accuracy, which is best in another epoch."""
+    settings = "train={epochs: 40, batch_size: 2, lr: 0.1, schedule: constant, early_stopping: 3}"
+    pipeline = text("data.validation=0.25", settings, "students.small.loss=cross_entropy")
+    train_students(pipeline)
+    folder = Path(pipeline.runs.path) / "small/seed-0"
+    epochs = [line for line in log(folder) if "epoch" in line]
+    nll = [line["validation_nll"] for line in epochs]
+    best = int(np.argmin(nll))
+    result = json.loads((folder / RESULT).read_text())
+
+    assert best + 4 == len(nll) == result["epochs"] < 40
+    assert ("best", nll[best]) == (result["measured"], result["validation_nll"])
+    assert best != int(np.argmax([line["validation_accuracy"] for line in epochs]))
+
+
+def test_trackers_get_the_metrics_of_students_of_sequences(
+    text: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKED", str(tmp_path / "tracked.jsonl"))
+    pipeline = text("data.validation=0.25", "runs.tracker=tests.models:file_tracker")
+    cache_teacher(pipeline)
+    train_students(pipeline)
+    tracked = [json.loads(line) for line in (tmp_path / "tracked.jsonl").read_text().splitlines()]
+
+    assert {"name": "small", "seed": 0} == tracked[0]
+    without_time = [{name: value for name, value in line.items() if name != "epoch_seconds"} for line in tracked[1:-1]]
+    assert log(Path(pipeline.runs.path) / "small/seed-0") == without_time
+    assert any("validation_nll" in line for line in tracked)
+    assert {"finished": True} == tracked[-1]
 
 
 def test_students_of_a_serving_engines_cache_need_no_cache_of_the_pipelines_teacher(text: Make, tmp_path: Path) -> None:

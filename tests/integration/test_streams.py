@@ -6,6 +6,7 @@ import gc
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,15 @@ from torchvision.transforms import v2
 
 import logitcache
 from logitcache.config.schema import Pipeline
+from logitcache.data.batching import pad
+from logitcache.data.rows import rows_of_dataset
+from logitcache.data.tokens import TokenDataset
+from logitcache.data.transforms import build_transform
 from logitcache.errors import IdentityMismatch, SampleMismatch, UsageError
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import train_students
 from tests.needs import need_package
-from tests.pictures_in_files import COUNT, samples, write_shards
+from tests.pictures_in_files import COUNT, samples, write_shards, write_tar
 
 Item = tuple[str, bytes, int]
 FIELDS = ("__key__", "png", "cls")
@@ -101,8 +106,9 @@ def hugging_face(shards: list[Path]) -> Any:
     import datasets
 
     def generate(numbers: list[int]) -> Iterator[dict[str, Any]]:
+        found = samples()
         for number in numbers:
-            key, png, target = samples()[number]
+            key, png, target = found[number]
             yield {"__key__": key, "png": {"bytes": png, "path": None}, "cls": target}
 
     features = datasets.Features(
@@ -135,12 +141,14 @@ def test_streams_of_webdataset_and_hugging_face_give_the_views_of_the_cache(
     gc.collect()  # webdataset leaves its files to the garbage collector
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("make", [None, web_dataset, hugging_face], ids=["plain", "webdataset", "hugging face"])
 def test_students_of_a_stream_have_the_weights_of_students_of_the_files(
-    cache: logitcache.LogitCache, shards: list[Path], num_workers: int
+    cache: logitcache.LogitCache, shards: list[Path], make: Callable[[list[Path]], Any] | None, num_workers: int
 ) -> None:
     """The same batches from both: labels, losses and weights are equal bit for bit."""
-    views = views_of(cache)
+    views = views_of(cache) if make is None else joined(make(shards), cache)
     dataset = logitcache.ViewDataset(logitcache.TarShards(shards), cache.view_plan)
     students = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10)) for _ in range(2)]
     students[1].load_state_dict(students[0].state_dict())
@@ -167,6 +175,122 @@ def test_students_of_a_stream_have_the_weights_of_students_of_the_files(
     weights, expected_weights = (torch.cat([p.flatten() for p in student.parameters()]) for student in students)
 
     assert torch.equal(expected_weights, weights)
+    gc.collect()  # webdataset leaves its files to the garbage collector
+
+
+def joined(stream: Any, cache: logitcache.LogitCache, **options: Any) -> logitcache.StreamViews:
+    return logitcache.StreamViews(stream, cache, fields=FIELDS, decode=logitcache.decode_image, **options)
+
+
+def tar_files(folder: Path, parts: list[list[Item]]) -> Any:
+    """A stream of tar files, one for each part."""
+    need_package("webdataset", "test")
+    import webdataset
+
+    paths = [str(write_tar(folder / f"{number}.tar", part)) for number, part in enumerate(parts)]
+    return webdataset.WebDataset(paths, shardshuffle=len(parts), seed=0).shuffle(10)
+
+
+def saved_dataset(folder: Path, parts: list[list[Item]]) -> Any:
+    """A Hugging Face dataset of the parts on disk, as a stream of several shards."""
+    need_package("datasets", "hf")
+    import datasets
+
+    rows = [
+        {"__key__": key, "png": {"bytes": png, "path": None}, "cls": target}
+        for part in parts
+        for key, png, target in part
+    ]
+    whole = datasets.Dataset.from_list(rows)
+    whole.save_to_disk(folder / "saved", num_shards=len(parts))
+    stream = datasets.load_from_disk(folder / "saved").to_iterable_dataset(num_shards=len(parts))
+    return stream.shuffle(seed=3, buffer_size=10)
+
+
+def parts_of(name: str) -> list[list[Item]]:
+    """Three shards of 14, 14 and 12 samples, with a defect."""
+    first, second, third = ([*samples()[start : start + 14]] for start in (0, 14, 28))
+    return {
+        "shard missing": [first, third],
+        "shard repeated": [first, second, second, third],
+        "key duplicated": [first, second, [*third, first[3]]],
+        "key duplicated, other content": [first, second, [*third, (first[3][0], first[4][1], first[3][2])]],
+        "unknown key": [first, second, [*third, ("new/1", first[3][1], 0)]],
+    }[name]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("make", [tar_files, saved_dataset])
+@pytest.mark.parametrize(
+    ("defect", "rendered_count", "repeated", "absent", "keys"),
+    [
+        pytest.param("shard missing", 26, 0, 14, [f"scan/{number:04d}" for number in range(14, 19)]),
+        pytest.param("shard repeated", 54, 14, 0, [f"scan/{number:04d}" for number in range(14, 19)]),
+        pytest.param("key duplicated", 41, 1, 0, ["scan/0003"]),
+    ],
+)
+def test_shards_with_a_defect_are_counted_named_and_refused_by_the_summary(
+    cache: logitcache.LogitCache,
+    shards: list[Path],
+    tmp_path: Path,
+    make: Callable[[Path, list[list[Item]]], Any],
+    num_workers: int,
+    defect: str,
+    rendered_count: int,
+    repeated: int,
+    absent: int,
+    keys: list[str],
+) -> None:
+    views = joined(make(tmp_path, parts_of(defect)), cache)
+    for epoch in range(2):
+        view = views.set_epoch(epoch)
+        batches = list(DataLoader(views, batch_size=8, num_workers=num_workers))
+        summary = views.summary()
+        found, expected = by_row(batches), rendered(cache, shards, view)
+
+        assert same({index: expected[index] for index in found}, found)
+        assert rendered_count == sum(len(index) for index, *_ in batches)
+        assert (rendered_count, repeated, absent, 0, True) == (
+            summary.rendered,
+            summary.repeated,
+            summary.not_in_stream,
+            summary.not_in_cache,
+            summary.finished,
+        )
+        if num_workers == 0 or not repeated:  # two workers that read one sample each count it as their own
+            assert keys == [*summary.repeated_keys, *summary.not_in_stream_keys]
+        with pytest.raises(SampleMismatch, match="not those of the cache, each once"):
+            summary.check()
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("make", [tar_files, saved_dataset])
+def test_shards_with_a_defect_are_refused_or_left_out_by_choice(
+    cache: logitcache.LogitCache,
+    tmp_path: Path,
+    make: Callable[[Path, list[list[Item]]], Any],
+) -> None:
+    numbers = itertools.count()
+
+    def read(defect: str, **options: Any) -> logitcache.StreamViews:
+        views = joined(make(tmp_path / str(next(numbers)), parts_of(defect)), cache, **options)
+        for _ in DataLoader(views, batch_size=8):
+            pass
+        return views
+
+    for defect in ("shard repeated", "key duplicated"):
+        assert COUNT == read(defect, repeated="skip").summary().rendered
+        with pytest.raises(SampleMismatch, match="comes a second time"):
+            read(defect, repeated="error")
+    with pytest.raises(SampleMismatch, match="sample 'new/1' of the stream is not in the cache"):
+        read("unknown key")
+    assert ("new/1",) == read("unknown key", missing="skip").summary().not_in_cache_keys
+    for choice in ("keep", "skip"):
+        with pytest.raises(SampleMismatch, match=r"sample 3 \(scan/0003\) is not what the teacher saw: its content"):
+            read("key duplicated, other content", repeated=choice)
+    gc.collect()
 
 
 def test_a_batch_is_checked_while_workers_replace_the_samples_that_are_kept(
@@ -421,6 +545,78 @@ def test_mixed_views_of_a_stream_need_partners(tmp_path: Path) -> None:
         assert torch.equal(expected[2], target)
     with pytest.raises(UsageError, match="need another sample of the dataset for each one: pass partner="):
         logitcache.StreamViews(stream, cache, plan=plan)
+
+
+VOCABULARY = 24
+TEXT_VIEWS = {
+    "clean": None,
+    "token dropout": [{"token_dropout": {"p": 0.4, "token_id": 0}}],
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("transform", TEXT_VIEWS.values(), ids=TEXT_VIEWS)
+def test_token_sequences_of_a_stream_have_the_views_and_the_labels_of_the_map_style_run(
+    tmp_path: Path, transform: Any, num_workers: int
+) -> None:
+    draw = np.random.default_rng(0)
+    ids = [draw.integers(1, VOCABULARY, length) for length in (5, 1, 9, 3, 12, 7, 1, 4)]
+    dataset = TokenDataset(
+        ids, keys=[f"text/{number}" for number in range(8)], task="causal", vocab_size=VOCABULARY, tokenization={"t": 1}
+    )
+    rows = rows_of_dataset(dataset, 16)
+    plan = logitcache.ViewPlan(transform=transform and build_transform(transform), seed=5, collate=pad, rows=rows)
+    table = logitcache.sample_table(dataset, contents=True)
+    teacher_views = logitcache.ViewDataset(dataset, plan)
+    logits = torch.randn(2, rows.num_rows, VOCABULARY)
+    with logitcache.create(
+        tmp_path / "a", num_samples=8, num_classes=VOCABULARY, num_views=2, teacher="t", samples=table,
+        view_plan=plan, rows_per_sample=dataset.rows_per_sample, rows_per_block=16, tokenization={"t": 1},
+        encoding=logitcache.Dense(dtype="float32"),
+    ) as writer:  # fmt: skip
+        for view in range(2):
+            digests = teacher_views.input_digests(view)
+            writer.write(view=view, start=0, logits=logits[view], input_digests=digests)
+    cache = logitcache.open(tmp_path / "a")
+    order = [4, 1, 7, 0, 6, 2, 5, 3]
+    stream = Samples([(dataset.keys[number], *dataset[number]) for number in order])  # type: ignore[misc]
+    views = logitcache.StreamViews(stream, cache, plan=replace(cache.view_plan, collate=pad))
+    expected_views = logitcache.ViewDataset(dataset, cache.view_plan)
+    for epoch in range(2):
+        view = views.set_epoch(epoch)
+        seen = []
+        loader = DataLoader(views, batch_size=3, num_workers=num_workers, collate_fn=views.collate)
+        for index, inputs, targets in loader:
+            at = logitcache.position_index(index, cache.row_map, inputs["input_ids"].shape[1])
+            for place in torch.nonzero(index >= 0).flatten().tolist():
+                number = int(cache.row_map.samples_of(index[place] % 2**40))
+                seen.append(number)
+                expected, length = expected_views[view, number], len(ids[number])
+
+                assert expected[0] == index[place]
+                assert expected[1]["input_ids"].tolist() == inputs["input_ids"][place, :length].tolist()
+                assert length == inputs["attention_mask"][place].sum()
+                assert expected[2].tolist() == targets[place][: len(expected[2])].tolist()
+            labels = logits[view][at[at >= 0] % 2**40]
+            assert torch.allclose(labels.log_softmax(1), cache.logits(at[at >= 0]).log_softmax(1), atol=1e-5)
+        assert [0, 2, 3, 4, 5, 7] == sorted(seen)  # two texts of one token predict nothing
+        views.summary().check()
+
+
+def test_other_token_ids_of_a_stream_are_refused(tmp_path: Path) -> None:
+    dataset = TokenDataset(
+        [[1, 2, 3], [4, 5]], keys=["a", "b"], task="causal", vocab_size=VOCABULARY, tokenization={"t": 1}
+    )
+    table = logitcache.sample_table(dataset, contents=True)
+    with logitcache.create(
+        tmp_path / "a", num_samples=2, num_classes=VOCABULARY, teacher="t", samples=table,
+        view_plan=logitcache.ViewPlan(), rows_per_sample=dataset.rows_per_sample,
+    ) as writer:  # fmt: skip
+        writer.write(view=0, start=0, logits=torch.randn(3, VOCABULARY))
+    stream = [("a", {"input_ids": torch.tensor([1, 2, 4]), "attention_mask": torch.ones(3)}, None)]
+
+    with pytest.raises(SampleMismatch, match=r"sample 0 \(a\) is not what the teacher saw: its content"):
+        list(logitcache.StreamViews(stream, logitcache.open(tmp_path / "a")))
 
 
 def share_of_rank(folder: str, rank: int, items: list[Item], place: str) -> None:

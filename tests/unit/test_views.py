@@ -83,6 +83,30 @@ def test_a_view_does_not_depend_on_what_was_rendered_before(transform: Any) -> N
     assert forwards == pixels(ViewDataset(Pictures(), ViewPlan(transform=transform, seed=7)), *items)
 
 
+@pytest.mark.parametrize("mixing", [Mixing(), Mixing(mixup=0.4, cutmix=1.0)], ids=["unmixed", "mixed"])
+@pytest.mark.parametrize("preprocess", [None, lambda image: 2 * torch.as_tensor(image) - 1], ids=["same", "own input"])
+def test_a_sample_rendered_alone_is_that_of_the_dataset(transform: Any, mixing: Mixing, preprocess: Any) -> None:
+    """Index, input and target of each sample, in any view and order, bit for bit."""
+    data = Pictures()
+    plan = ViewPlan(transform=transform, seed=3, mixing=mixing, num_classes=10, num_samples=len(data))
+    views = ViewDataset(data, plan, preprocess=preprocess)
+    for view, number in [(4, 7), (0, 7), (1, 0), (0, len(data) - 1)]:
+        expected = views[view, number]
+        found = render(plan, view, number, data[number], preprocess=preprocess, partner=data.__getitem__)
+
+        assert expected[0] == found[0]
+        assert input_digest(expected[1]) == input_digest(found[1])
+        assert torch.equal(*map(torch.as_tensor, (expected[2], found[2])))
+
+
+def test_a_transform_that_fails_on_a_tensor_is_named_with_its_size() -> None:
+    data = [(torch.rand(4, 5), 0)]
+    views = ViewDataset(data, ViewPlan(transform=v2.Normalize((0.5,), (0.5,))))  # type: ignore[arg-type]
+
+    with pytest.raises(UsageError, match=r"`views.transform` fails on sample '0' \(Tensor of size \(4, 5\)\)"):
+        views[0]
+
+
 def test_rendering_leaves_the_global_generators_alone(transform: Any) -> None:
     views = ViewDataset(Pictures(), ViewPlan(transform=transform))
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()

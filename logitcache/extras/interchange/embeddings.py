@@ -43,7 +43,7 @@ from logitcache.extras.interchange.protocol import NO_IDENTITY, DenseRows, Impor
 PER_VIEW, PER_SAMPLE = "image_emb", ("text_emb", "syn_text_emb")
 """Embeddings of each augmentation of an image, and of its captions."""
 CLASSES = 2
-"""Of the constant logits, which a cache without classes has."""
+"""Of the constant logits of a batch, which the cache does not store."""
 SAMPLES_AT_ONCE = 256
 
 
@@ -69,9 +69,10 @@ class _Sample(NamedTuple):
 class DataCompDR(Importer):
     """DataCompDR's shards: `{8 digits}.tar` or `.jsonl`, with embeddings of each image, its text and its captions.
 
-    Each augmentation of an image is a view. The text's embeddings are stored with each of them. There are no logits:
-    those of the cache are constant, for two classes.
+    Each augmentation of an image is a view. The text's embeddings are stored with each of them. There are no logits.
     """
+
+    has_logits: ClassVar[bool] = False
 
     name: ClassVar[str] = "data_comp_dr"
     tool: ClassVar[str] = "DataCompDR"
@@ -108,7 +109,7 @@ class DataCompDR(Importer):
         if reason is None:
             self.recorded = recorded_views(self._transforms, CropAndOperations)
         self.missing = {
-            "logits": f"not stored; the cache has embeddings as outputs, and constant logits of {CLASSES} classes",
+            "logits": "not stored; the cache has embeddings as outputs, and no logits",
             "view": "images must have the sizes that they had in the tool, because crop boxes are in pixels"
             if reason is None
             else f"{reason}; the cache has no view plan",

@@ -60,7 +60,9 @@ def open_exported(location: str) -> LogitCache:
         IncompleteCache: the cache is not sealed.
     """
     check_pyarrow()
-    return open_sealed(location)
+    cache = open_sealed(location)
+    cache.check_has_logits("export")
+    return cache
 
 
 def metadata(cache: LogitCache, view: int, top: int | None, **more: Any) -> dict[str, Any]:

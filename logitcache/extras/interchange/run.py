@@ -23,7 +23,7 @@ from logitcache.data.tokens import NO_CLASS
 from logitcache.data.transforms import build_transform
 from logitcache.data.views import ViewPlan
 from logitcache.digest import ArrayDigest, sha256_hex
-from logitcache.encodings import Auto, Dense, Encoding, PackedTopK, TopK, Values, encoding_or_auto
+from logitcache.encodings import Auto, Dense, Encoding, NoLogits, PackedTopK, TopK, Values, encoding_or_auto
 from logitcache.errors import InvalidLogits, InvalidSource, SampleMismatch, UsageError
 from logitcache.extras.interchange.arrays import NumpyArrays
 from logitcache.extras.interchange.axolotl import Axolotl
@@ -240,6 +240,10 @@ def _order(keys: Any, samples: SampleTable) -> np.ndarray:
 
 
 def _encoding(importer: Importer, encoding: Any) -> Encoding | Auto:
+    if not importer.has_logits:
+        if encoding is not None and not isinstance(encoding_or_auto(encoding), NoLogits):
+            raise UsageError(f"{importer.tool} files have no logits; leave out --encoding (encoding=)")
+        return NoLogits()
     if encoding is not None:
         chosen = encoding_or_auto(encoding)
         if importer.k is not None and not isinstance(chosen, PackedTopK | TopK):
@@ -318,7 +322,8 @@ def _write(writer: CacheWriter, importer: Importer) -> tuple[list[np.ndarray], i
                 outputs[PARAMETERS] = batch.parameters
             try:
                 if isinstance(batch, DenseRows):
-                    writer.write(view=batch.view, start=batch.start, logits=batch.logits, outputs=outputs)
+                    logits = batch.logits if writer.has_logits else None
+                    writer.write(view=batch.view, start=batch.start, logits=logits, outputs=outputs)
                     meter.advance(len(batch.logits), note=note)
                 else:
                     log_probs, tail, above = _normalised(batch, importer.excess)

@@ -61,6 +61,7 @@ def write_report(
     path = check_report(out)
     location = os.fspath(cache)
     opened = open_cache(location, trust=trust)
+    opened.check_has_logits("report")
     found = None if runs is None else find_runs(Path(runs), opened)
     page, headline = _page(opened, found, data, RecordedData(location, trust=trust))
     encoded = page.encode()
