@@ -329,9 +329,9 @@ def gather_section(logits: np.ndarray, num_rows: int, repeats: int, *, tiny: boo
     about = (
         f"`view.logits` of {BATCH} random rows of a resident view of {num_rows:,} rows, {logits.shape[1]} "
         "classes, beside the same rows of a float16 memmap, converted to float32, and the product of coefficients and "
-        f"basis; {repeats} batches each, by turns, medians."
+        f"basis in float32; {repeats} batches each, by turns, medians."
     )
-    header = ["encoding", "`view.logits`, ms", "of this the product, ms", "memmap, ms", "`view.logits` / memmap, pairs"]
+    header = ["encoding", "`view.logits`, ms", "product in float32, ms", "memmap, ms", "`view.logits` / memmap, pairs"]
     return f"## Random batches\n\n{about}\n\n{table(header, rows)}\n"
 
 
