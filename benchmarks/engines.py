@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path, default=PIPELINE)
     parser.add_argument("--teachers", choices=list(TEACHERS), default="dear")
     parser.add_argument("--repeats", type=int, default=5, help="rounds, in each of which every arm runs once")
+    parser.add_argument("--arms", nargs="+", help="of the scaling: only those whose names contain one of these")
     parser.add_argument("--folder", type=Path, help="where caches are written and removed again; on a real disk")
     parser.add_argument("--worker", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="key=value of the pipeline")
@@ -166,6 +167,8 @@ def scaling(pipeline: Pipeline, arguments: argparse.Namespace) -> str:
     """All arms by turns; each process renders its views itself."""
     pipeline = pipeline.model_copy(update={"num_workers": 0})
     arms = [arm for arm in TOGETHER if not arguments.tiny or arm.name in IN_TINY]
+    if arguments.arms:
+        arms = [arm for arm in arms if any(part in arm.name for part in arguments.arms)]
     costs: dict[str, list[Cost]] = {arm.name: [] for arm in arms}
     with local_ray():
         for repeat in range(arguments.repeats):
