@@ -101,14 +101,19 @@ def row_slices(num_rows: int, num_classes: int, device: torch.device, at_once: i
     return (slice(start, min(start + at_once, num_rows)) for start in range(0, num_rows, at_once))
 
 
-def integer_product(numbers_BR: Tensor, basis_RC: Tensor) -> Tensor:
-    """The exact product of int8 matrices, as float32 (B, C).
+def factored_logits(coefficients_BR: Tensor, basis_RC: Tensor, mean_C: Tensor, scale_C: Tensor | None) -> Tensor:
+    """mean + scale * (coefficients @ basis), float32 (B, C).
 
-    All sums stay below 2^24 up to a rank of 1040, so that float32 holds them.
+    The product of int8 matrices is exact: up to a rank of 1040, all of its sums are below 2^24, so that float32 holds
+    them. With float32 matrices the scale is None.
     """
-    if numbers_BR.device.type == "cpu":
-        return torch._int_mm(numbers_BR, basis_RC).float()  # the only integer product in torch; oneDNN computes it
-    return numbers_BR.float() @ basis_RC.float()
+    if scale_C is None:
+        return torch.addmm(mean_C, coefficients_BR, basis_RC)
+    if coefficients_BR.device.type == "cpu":
+        product_BC = torch._int_mm(coefficients_BR, basis_RC).float()  # torch has no public product of integers
+    else:
+        product_BC = coefficients_BR.float() @ basis_RC.float()
+    return product_BC.mul_(scale_C).add_(mean_C)
 
 
 @dataclass(frozen=True, eq=False)
@@ -367,8 +372,5 @@ class FactoredTargets(Targets):
     def dense(self) -> Tensor:
         # A product in half precision would change the logits.
         with torch.autocast(self.device.type, enabled=False):
-            if self.scale is None:
-                logits_BC = torch.addmm(self.mean, self.coefficients, self.basis)
-            else:
-                logits_BC = integer_product(self.coefficients, self.basis).mul_(self.scale).add_(self.mean)
+            logits_BC = factored_logits(self.coefficients, self.basis, self.mean, self.scale)
         return logits_BC.scatter_add_(1, self.ids, self.corrections)

@@ -6,11 +6,13 @@ import copy
 import functools
 import multiprocessing
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -21,6 +23,12 @@ from tests import servers
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("logitcache.testing")
+# Examples have no deadline: a busy machine is no failure. All other settings stay, such as Hypothesis's own for CI.
+hypothesis.settings.register_profile("without deadline", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("without deadline")
+# A shell starts background jobs with SIGINT ignored, and programs that tests interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY: dict[str, Any] = {
     "name": "tiny",

@@ -59,9 +59,9 @@ SAMPLE_CONTENTS = "sample_contents"
 """Per-cache array: the digest of each sample's content."""
 
 LOGITS = "logits"
-"""Name of the output that every cache has."""
+"""Name of the output of the teacher's logits."""
 NO_LOGITS = "nologits"
-"""Name of the encoding that stores none."""
+"""Name of the encoding of a cache that stores only other outputs."""
 
 
 class _Record(BaseModel):

@@ -194,7 +194,7 @@ class LogitCache:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; of a cache without logits, what was stated."""
+        """Number of classes. Without meaning for a cache without logits: see `has_logits`."""
         return self.layout.num_classes
 
     @property

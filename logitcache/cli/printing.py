@@ -152,8 +152,8 @@ def _plain_line(text: Any) -> str:
 def plan_summary(plan: Any) -> dict[str, Any]:
     """The keys of `plan`."""
 
-    def finite(nats: float) -> float | None:
-        return nats if math.isfinite(nats) else None
+    def finite(value: float) -> float | None:
+        return value if math.isfinite(value) else None
 
     return {
         "num_rows": plan.num_rows,
@@ -169,7 +169,7 @@ def plan_summary(plan: Any) -> dict[str, Any]:
                 "kl": {f"{temperature:g}": finite(nats) for temperature, nats in each.kl.items()},
                 "kl_max": finite(each.kl_max),
                 "top1_agreement": each.top1_agreement,
-                "encode_rows_per_second": each.encode_rows_per_second,
+                "encode_rows_per_second": finite(each.encode_rows_per_second),
             }
             for each in plan.fidelities
         ],
@@ -201,7 +201,8 @@ def print_plan(plan: Any) -> None:
         total = [decimal(int(plan.total_bytes(each)))] if whole else []
         nats = [f"{nats:.2g}" if math.isfinite(nats) else "-" for nats in (*each.kl.values(), each.kl_max)]
         cells = [spelled(each.encoding), f"{each.bytes_per_row:.1f}", *total, *nats, f"{each.top1_agreement:.1%}"]
-        cells.append(f"{each.encode_rows_per_second:,.0f}")
+        rate = each.encode_rows_per_second
+        cells.append(f"{rate:,.0f}" if math.isfinite(rate) else "-")
         table.add_row(*cells, style="bold" if chosen else None)
     console().print(table)
     for name, size in plan.output_bytes.items():

@@ -220,7 +220,7 @@ def resolve_model(
         trust: allow entry points outside the working directory.
         new_head: replace the head of pretrained weights where its number of classes differs; else that is an error.
         logits: the module whose output is checked, instead of the model's own output.
-        has_logits: whether the output is checked at all; that of a teacher without classes is not.
+        has_logits: whether logits are stored. If not, the model's output is not checked.
 
     Raises:
         UsageError: the model can't be built.

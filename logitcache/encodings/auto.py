@@ -31,7 +31,7 @@ class Auto:
     max_kl: float | None = None
     """In nats, without the factor T² of the loss; 0.01 if no limit is given."""
     max_bytes: float | None = None
-    """Mean bytes per row, without what is stored once per cache."""
+    """Mean bytes per row, not counting arrays that are stored once per cache."""
     temperature: float = 1.0
     """T of the KL: 1, 2 or 4."""
 

@@ -25,7 +25,7 @@ from logitcache.encodings.packing import LARGEST, MixedRadix
 from logitcache.encodings.protocol import float_tensor, full_precision, smallest_id_dtype
 from logitcache.encodings.rate_distortion import best_of_each_group, bit_costs_of, costs_of_steps, limits_of
 from logitcache.errors import UsageError
-from logitcache.targets import FactoredTargets, integer_product
+from logitcache.targets import FactoredTargets, factored_logits
 
 # B batch, C classes, R rank, K corrected classes, M most probable classes of a row, J coefficients changed in a round
 
@@ -156,10 +156,9 @@ class LowRank(FittedEncoding["Fitted"]):
         else:
             corrections_BK = on.mean_C.new_zeros(len(packed_BG), 0)
             ids_BK = corrections_BK.long()
-        if on.integers is None:
-            return FactoredTargets(on.radix.unpack(packed_BG), on.basis_RC, on.mean_C, ids_BK, corrections_BK)
-        basis_RC, scale_C = on.integers
-        return FactoredTargets(on.radix.unpack_int8(packed_BG), basis_RC, on.mean_C, ids_BK, corrections_BK, scale_C)
+        basis_RC, scale_C = on.decoding_basis
+        coefficients_BR = on.radix.unpack(packed_BG) if scale_C is None else on.radix.unpack_int8(packed_BG)
+        return FactoredTargets(coefficients_BR, basis_RC, on.mean_C, ids_BK, corrections_BK, scale_C)
 
     def _coefficients(self, logits_BC: Tensor) -> Tensor:
         """Coefficients as whole numbers of steps, float32 (B, R)."""
@@ -180,11 +179,8 @@ class LowRank(FittedEncoding["Fitted"]):
         error_BM = wanted_BC.gather(1, ids_BM)
         steps_BR = plain_BR + _fisher_correction(error_BM, plain_BR, top_BM, basis_BMR, error_weight)
         steps_BR = steps_BR.round_().clamp_(-on.limit_R, on.limit_R)
-        if on.integers is None:
-            decoded_BC = torch.addmm(on.mean_C, steps_BR, on.basis_RC)
-        else:
-            integers_RC, scale_C = on.integers
-            decoded_BC = integer_product(steps_BR.to(torch.int8), integers_RC).mul_(scale_C).add_(on.mean_C)
+        decoding_RC, scale_C = on.decoding_basis
+        decoded_BC = factored_logits(steps_BR.to(decoding_RC.dtype), decoding_RC, on.mean_C, scale_C)
         if not self.search:
             return steps_BR, decoded_BC, p_BC
         # To second order, a step of a coefficient changes the cost by ±gradient + half the curvature.
@@ -271,14 +267,14 @@ class _OnDevice:
         """Of each component; all have about the same norm."""
         self.limit_R = torch.from_numpy(fitted.limits.astype(np.float32)).to(device)
         self.bit_costs_2R = torch.from_numpy(fitted.bit_costs).to(device)
-        self.integers = None
-        """The basis as int8 (R, C) and its unit float32 (C,), where the device multiplies integers faster."""
+        self.decoding_basis: tuple[Tensor, Tensor | None] = self.basis_RC, None
+        """The basis (R, C), and its scale (C,) where it is int8 because the device multiplies integers faster."""
         fast = device.type == "cpu" and _multiplies_integers() and len(fitted.limits) <= LARGEST_INTEGER_RANK
         if fast and int(fitted.limits.max()) <= LARGEST_INTEGER:
             scale_C = _integer_scale(self.basis_RC)
             integers_RC = self.basis_RC / scale_C
             if torch.equal(integers_RC, integers_RC.round()):  # older versions rounded the basis to float16 only
-                self.integers = integers_RC.to(torch.int8), scale_C
+                self.decoding_basis = integers_RC.to(torch.int8), scale_C
 
 
 @functools.cache

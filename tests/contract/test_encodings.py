@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -623,7 +623,6 @@ def row_lengths(packed: Tensor) -> Tensor:
     return ((packed != 0) * torch.arange(1, packed.shape[1] + 1)).amax(dim=1).double()
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_a_range_coder_decodes_what_it_encoded(num_symbols: int, seed: int) -> None:
     """Also the rarest symbols, whose intervals carry into many bytes, in as many bytes as they are worth."""

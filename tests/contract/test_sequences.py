@@ -79,7 +79,7 @@ def test_rows_are_the_same_as_in_a_cache_with_one_row_per_sample(tmp_path: Path,
         assert torch.equal(expected, sequences.logits([join_index(view, row) for row in order]))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     counts=st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any),
     rows_per_block=st.integers(9, 20),

@@ -283,5 +283,5 @@ class CacheMachine(RuleBasedStateMachine):
             assert all(problem.kind == "missing" for problem in verify(str(self.path), deep=True))
 
 
-CacheMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+CacheMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=20)
 TestCacheMachine = CacheMachine.TestCase

@@ -25,6 +25,7 @@ from logitcache.cache.fidelity import (
 )
 from logitcache.cache.layout import encode_block
 from logitcache.cache.reader import open_cache
+from logitcache.cli.printing import plan_summary
 from logitcache.config.schema import Pipeline
 from logitcache.encodings import (
     Auto,
@@ -41,7 +42,7 @@ from logitcache.encodings import (
 from logitcache.errors import InvalidLogits, LogitCacheError, UsageError
 from logitcache.extras.plan_plot import pareto_front, plot
 from logitcache.stages.cache_teacher import cache_teacher
-from logitcache.stages.plan import live_passes, plan_logits, plan_pipeline, read_logits
+from logitcache.stages.plan import live_passes, plan_logits, plan_no_logits, plan_pipeline, read_logits
 from tests.conftest import FEW_DIGITS
 from tests.needs import need_package
 
@@ -363,3 +364,9 @@ def test_the_divergence_of_sparse_rows_is_that_of_all_classes(encoding: Encoding
 
     expected = fidelity_kl(fitted.decode(encoded, num_classes), rows, temperature)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_plan_of_a_cache_without_logits_is_valid_json() -> None:
+    plan = plan_no_logits(fidelity.Calibration(np.zeros((4, 2), dtype=np.float32)))
+
+    assert None is json.loads(json.dumps(plan_summary(plan), allow_nan=False))["encodings"][0]["encode_rows_per_second"]

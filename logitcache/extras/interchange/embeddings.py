@@ -42,8 +42,6 @@ from logitcache.extras.interchange.protocol import NO_IDENTITY, DenseRows, Impor
 
 PER_VIEW, PER_SAMPLE = "image_emb", ("text_emb", "syn_text_emb")
 """Embeddings of each augmentation of an image, and of its captions."""
-CLASSES = 2
-"""Of the constant logits of a batch, which the cache does not store."""
 SAMPLES_AT_ONCE = 256
 
 
@@ -72,16 +70,14 @@ class DataCompDR(Importer):
     Each augmentation of an image is a view. The text's embeddings are stored with each of them. There are no logits.
     """
 
-    has_logits: ClassVar[bool] = False
-
     name: ClassVar[str] = "data_comp_dr"
     tool: ClassVar[str] = "DataCompDR"
 
     def __init__(self, source: Path, *, num_classes: int | None = None) -> None:
         super().__init__(source, num_classes=num_classes)
-        if num_classes not in (None, CLASSES):
+        if num_classes not in (None, 0):
             raise UsageError("DataCompDR stores embeddings, without classes; leave out --num-classes (num_classes=)")
-        self.num_classes = CLASSES
+        self.num_classes = 0
         self.files = [path for _, path in matching(source, r"\d{8}\.(tar|jsonl)")]
         if not self.files:
             raise UsageError(f"{source} has no shards such as 00000000.tar or 00000000.jsonl")
@@ -145,7 +141,7 @@ class DataCompDR(Importer):
         for start in range(0, self.num_samples, SAMPLES_AT_ONCE):
             places = self._places[start : start + SAMPLES_AT_ONCE]
             found = [self._read(place) for place in places]
-            constant = np.zeros((len(places), CLASSES), dtype=np.float32)
+            no_logits = np.zeros((len(places), 0), dtype=np.float32)
             files = [place.file for place in places]
             stored = None if self.recorded is None else self._parameters(start, start + len(places))
             for view in range(self.num_views):
@@ -157,7 +153,7 @@ class DataCompDR(Importer):
                     name: values.reshape(len(places), *self.outputs[name].shape) for name, values in outputs.items()
                 }
                 parameters = None if stored is None else stored[:, view]
-                yield DenseRows(view, start, constant, files, parameters, shaped)
+                yield DenseRows(view, start, no_logits, files, parameters, shaped)
 
     def parameters(self) -> Iterator[ViewParameters]:
         for start in range(0, self.num_samples, SAMPLES_AT_ONCE):

@@ -27,7 +27,7 @@ class DenseRows:
     start: int
     """Number of the first row."""
     logits: np.ndarray
-    """Float (B, C)."""
+    """Float (B, C); (B, 0) where the tool stores only outputs."""
     file: Path | Sequence[Path]
     """Where they come from, for messages: one file, or one for each row."""
     parameters: np.ndarray | None = None
@@ -115,8 +115,6 @@ class Importer(ABC):
     """By how much the probabilities of a row may exceed 1, from rounding or a lossy codec; such rows are normalised."""
     rows_per_block: int | None = None
     """The most rows of a block; None for the default."""
-    has_logits: ClassVar[bool] = True
-    """Whether the tool stores logits, and not only `outputs`."""
     outputs: Mapping[str, Output] = {}
     """Outputs beside the logits, such as hidden states; dense rows then have them."""
     takes_head: ClassVar[bool] = False

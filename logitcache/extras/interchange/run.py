@@ -240,7 +240,7 @@ def _order(keys: Any, samples: SampleTable) -> np.ndarray:
 
 
 def _encoding(importer: Importer, encoding: Any) -> Encoding | Auto:
-    if not importer.has_logits:
+    if not importer.num_classes:
         if encoding is not None and not isinstance(encoding_or_auto(encoding), NoLogits):
             raise UsageError(f"{importer.tool} files have no logits; leave out --encoding (encoding=)")
         return NoLogits()
