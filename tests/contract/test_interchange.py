@@ -15,7 +15,6 @@ import logitcache
 from logitcache.cache.per_cache import read_per_cache_array
 from logitcache.data.samples import SampleTable
 from tests.contract.conftest import Stranger
-from tests.needs import need_package
 
 VIEWS, SAMPLES, CLASSES = 2, 70, 20
 ENCODINGS = [
@@ -48,7 +47,6 @@ def some_logits(masked: bool) -> Tensor:
 def test_a_stranger_reads_every_array_and_every_logit(
     tmp_path: Path, stranger: Stranger, encoding: Any, reader: str
 ) -> None:
-    need_package(reader, "test")
     logits = some_logits(masked=encoding.holds_masks)
     keys = [f"bild/ä-{number}.png" for number in range(SAMPLES)]
     contents = np.random.default_rng(0).integers(0, 256, (SAMPLES, 16), dtype=np.uint8)
@@ -94,7 +92,6 @@ def test_a_stranger_reads_the_receipts(tmp_path: Path, stranger: Stranger, name:
 @pytest.mark.parametrize("reader", ["zarr", "tensorstore"])
 def test_a_stranger_reads_every_output(tmp_path: Path, stranger: Stranger, reader: str) -> None:
     """Features in each of the encodings of values."""
-    need_package(reader, "test")
     path = tmp_path / "a"
     shutil.copytree(Path(__file__).parents[1] / "golden/format-2-outputs.cache", path)
     found = stranger(path, reader)

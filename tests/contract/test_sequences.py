@@ -23,7 +23,6 @@ from logitcache.share.transfer import pull
 from logitcache.verify.audit import verify
 from logitcache.verify.repair import repair
 from tests.contract.conftest import Stranger
-from tests.needs import need_package
 
 COUNTS = [3, 0, 5, 1, 7, 2, 0, 4]
 ROWS, CLASSES, BLOCK, VIEWS = sum(COUNTS), 30, 8, 2
@@ -106,7 +105,6 @@ def test_samples_in_any_order_give_the_same_digest(
 @pytest.mark.parametrize("reader", ["zarr", "tensorstore"])
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=repr)
 def test_a_stranger_reads_the_rows(tmp_path: Path, stranger: Stranger, encoding: Any, reader: str) -> None:
-    need_package(reader, "test")
     cache = build(tmp_path / "a", encoding=encoding)
     found = stranger(tmp_path / "a", reader)
     decoded = torch.from_numpy(found["decoded"]).float()
