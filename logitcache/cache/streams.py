@@ -139,7 +139,6 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
         self._proofs = {view: cache.input_digests(view) for view in self.cycle}
         self._manifest = cache.manifest
         self._tally = _Tally(samples.num_samples)
-        self._checked = _shared(torch.zeros(samples.num_samples, dtype=torch.bool))
         self._kept = Path(tempfile.mkdtemp(prefix="logitcache-stream-"))
         self._at_hand: dict[int, tuple[Any, Any]] = {}
         weakref.finalize(self, _remove, self._kept, os.getpid())
@@ -198,7 +197,8 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
                 "worker and rank reads its own part; or pass repeated='keep', and call `set_epoch` before each epoch."
             )
         # Of a repeated key too: another sample may have it.
-        value = self._loaded(value, number, key, check=again or not self._checked[number])
+        value = self._loaded(value, number, key, check=again or not count.checked[number])
+        count.checked[number] = True
         if again and self._repeated == "skip":
             count.leave_out()
             return None
@@ -231,7 +231,6 @@ class StreamViews(IterableDataset[tuple[int, Any, Any]]):
                 "cache was made from files and the stream gives decoded samples, let it give the bytes, and pass "
                 "`decode`; or pass check_contents=False."
             )
-        self._checked[number] = True
         return value
 
     def _prove(self, view: int, number: int, sample: tuple[Any, Any], rendered: Any) -> None:
@@ -419,6 +418,8 @@ class _Tally:
         self._names = _shared(torch.zeros((MAX_WORKERS + 1, NAME_BYTES), dtype=torch.uint8))
         self._seen = _shared(torch.zeros(num_samples, dtype=torch.int32))
         """Twice the round in which a sample was seen last, plus 1 if it was seen again."""
+        self._checked = _shared(torch.zeros(num_samples, dtype=torch.bool))
+        """Whether a sample's content was found to be the cache's, in any round."""
 
     @property
     def view(self) -> int:
@@ -435,7 +436,7 @@ class _Tally:
         slot = 0 if worker is None else worker + 1
         if slot > MAX_WORKERS:
             raise UsageError(f"a stream of views takes at most {MAX_WORKERS} DataLoader workers")
-        arrays = self._round_and_view, self._rows[slot], self._names[slot], self._seen
+        arrays = self._round_and_view, self._rows[slot], self._names[slot], self._seen, self._checked
         return _Count(slot, *(tensor.numpy() for tensor in arrays))
 
     def seen(self) -> Tensor:
@@ -456,9 +457,16 @@ class _Count:
     """Counts one pass of a worker over the stream."""
 
     def __init__(
-        self, slot: int, round_and_view: np.ndarray, row: np.ndarray, names: np.ndarray, seen: np.ndarray
+        self,
+        slot: int,
+        round_and_view: np.ndarray,
+        row: np.ndarray,
+        names: np.ndarray,
+        seen: np.ndarray,
+        checked: np.ndarray,
     ) -> None:
         self.slot = slot
+        self.checked = checked
         self._round_and_view, self._row, self._names, self._seen = round_and_view, row, names, seen
         self._round = -1
         self._given = 0
