@@ -234,7 +234,8 @@ def compare(
 ) -> list[Fidelity]:
     """Fit encodings to four fifths of a calibration sample and measure them on the rest; smallest first.
 
-    Slow encodings are measured on at most `SLOW_ROWS` of these rows, evenly spaced.
+    Slow encodings are measured on at most `SLOW_ROWS` of these rows, evenly spaced. Encodings that can't be fitted to
+    these logits, such as logits of a scale beyond an encoding's largest step, are left out.
 
     Args:
         calibration: the sample of logits.
@@ -242,16 +243,23 @@ def compare(
         advance: called after each encoding.
 
     Raises:
-        UsageError: the sample can't be split, or is too small for an encoding.
+        UsageError: the sample can't be split, or none of the encodings can be fitted to it.
     """
     fitted_rows, measured_rows = calibration.split()
     to_fit, to_measure = calibration.logits[fitted_rows], calibration.logits[measured_rows]
     some = to_measure[:: -(-len(to_measure) // SLOW_ROWS)]
-    results = []
+    results, failed = [], None
     for encoding in encodings:
-        results.append(measure(encoding.fit(to_fit), some if isinstance(encoding, SLOW) else to_measure))
+        try:
+            fitted = encoding.fit(to_fit)
+        except UsageError as error:
+            failed = error
+        else:
+            results.append(measure(fitted, some if isinstance(encoding, SLOW) else to_measure))
         if advance is not None:
             advance()
+    if failed is not None and not results:
+        raise failed
     return sorted(results, key=lambda result: result.bytes_per_row)
 
 

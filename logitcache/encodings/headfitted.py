@@ -111,7 +111,7 @@ class HeadFittedEncoding(FittedEncoding[Arrays]):
         components_RD = principal_directions(metric_DD, hidden_ND - mean_D, self.rank)
         basis_RC = (step * components_RD @ centred_CD.T).half()
         if not bool(torch.isfinite(basis_RC).all()):
-            raise UsageError(f"{self!r}: bit_price is too high: a step exceeds float16")
+            raise UsageError(f"{self!r}: a step exceeds float16: lower bit_price, or check the scale of the logits")
         return basis_RC, mean_C
 
     def _check_fit(self, num_rows: int, num_classes: int) -> None:

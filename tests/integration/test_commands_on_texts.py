@@ -212,6 +212,8 @@ def test_a_report_shows_rows_and_students_without_words_of_images(built: tuple[P
     assert 0 <= student["agreement_mean"] <= 1
     for text in ("best student, test NLL", "rows per view", "test NLL, nats per row", "KL to the teacher, nats"):
         assert text in main
+    for figure in ("NLL against size", "NLL against training time"):
+        assert figure in main
     assert re.search(r"train\.txt:\d+\S*, position \d+", main)
     assert [] == IMAGE_WORDS.findall(re.sub(r"<[^>]*>", "", main))
 

@@ -182,6 +182,17 @@ def test_slow_encodings_are_measured_on_some_rows(monkeypatch: pytest.MonkeyPatc
     assert (expected.bytes_per_row, expected.kl) == (found.bytes_per_row, found.kl)
 
 
+def test_an_encoding_that_cannot_be_fitted_to_the_logits_is_left_out() -> None:
+    """With huge logits and fewer directions than the rank, a step of `TopLowRank` would exceed float16."""
+    generator = np.random.default_rng(0)
+    too_large = Calibration(1000 * generator.normal(size=(100, 6)) @ generator.normal(size=(6, 60)))
+    top_low_rank = TopLowRank(rank=40)
+
+    assert [Dense()] == [each.encoding for each in compare(too_large, [top_low_rank, Dense()])]
+    with pytest.raises(UsageError, match="a step exceeds float16: lower bit_price, or check the scale of the logits"):
+        compare(too_large, [top_low_rank])
+
+
 def test_the_choice_can_be_made_at_another_temperature() -> None:
     ranked = {1.0: 0.1, 2.0: 0.5, 4.0: 0.5}, {1.0: 0.5, 2.0: 0.1, 4.0: 0.5}
     results = [replace(FIDELITIES[0], bytes_per_row=10 + number, kl=kl) for number, kl in enumerate(ranked)]

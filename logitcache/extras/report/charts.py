@@ -116,14 +116,23 @@ def divergence_by_view(rows: Rows) -> Spec:
     return chart("divergence", rows, views=[row["views"] for row in rows], scale=scale)
 
 
-def accuracy_against(
-    rows: Rows, *, students: Sequence[str], title: str, axis_format: str, teacher: float | None
+def score_against(
+    rows: Rows,
+    *,
+    students: Sequence[str],
+    title: str,
+    axis_format: str,
+    score: str,
+    score_format: str,
+    precise: str,
+    teacher: float | None,
 ) -> Spec:
-    """Test accuracy against a cost, with the teacher's accuracy as a line."""
+    """A score on test data against a cost, with the teacher's score as a line."""
     costs = [row["value"] for row in rows]
     scale = {"type": "log"} if min(costs) > 0 and max(costs) > 10 * min(costs) else {"zero": True}
     values: dict[str, Any] = {"title": title, "format": axis_format, "students": students, "teacher": teacher}
-    description = f"Test accuracy against {title}, a point for each student"
+    values |= {"score": score, "score_format": score_format, "precise": precise}
+    description = f"{score[0].upper()}{score[1:]} against {title}, a point for each student"
     spec = chart("cost", rows, scale=scale | {"padding": 24}, description=description, **values)
     if teacher is None:
         del spec["layer"][-1]

@@ -1,4 +1,4 @@
-"""Figures about students: accuracy against cost, learning curves, agreement with the teacher."""
+"""Figures about students: accuracy or NLL against cost, learning curves, agreement with the teacher."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from logitcache.extras.report import charts
 from logitcache.extras.report.charts import Figure
 from logitcache.extras.report.formatting import ClassNames
 from logitcache.extras.report.measures import means_by
-from logitcache.extras.report.students import ComparedStudent, RunsFound, Student
+from logitcache.extras.report.students import ComparedStudent, RunsFound, Score, Student
 
 # C classes, M rows, S seeds
 
@@ -27,12 +27,13 @@ LOWEST = 20
 def student_figures(found: RunsFound, names: ClassNames, num_classes: int) -> dict[str, Figure]:
     """The figures for which there are values."""
     students = found.students[:MAX_SERIES]
-    teacher = found.teachers[0].result.accuracy if len(found.teachers) == 1 else None
+    score = found.score
+    teacher = getattr(found.teachers[0].result, score.name) if len(found.teachers) == 1 else None
     figures = {
-        "accuracy-parameters": _cost(students, teacher, "parameters", "~s", lambda each: float(each.row.parameters)),
-        "accuracy-latency": _cost(students, teacher, "latency, ms", "~g", lambda each: each.latency_ms),
-        "accuracy-epoch": _cost(students, teacher, "seconds per epoch", "~g", lambda each: each.row.epoch_seconds),
-        "curve-validation-accuracy": _curve(students, "validation_accuracy", "validation accuracy", "~%"),
+        "score-parameters": _cost(students, score, teacher, "parameters", "~s", lambda it: float(it.row.parameters)),
+        "score-latency": _cost(students, score, teacher, "latency, ms", "~g", lambda it: it.latency_ms),
+        "score-epoch": _cost(students, score, teacher, "seconds per epoch", "~g", lambda it: it.row.epoch_seconds),
+        "curve-validation": _curve(students, f"validation_{score.name}", f"validation {score.title}", score.format),
         "curve-loss": _curve(students, "loss", "loss", "~g"),
         "agreement-classes": agreement_figure(found, [each.name for each in students], names, num_classes),
     }
@@ -41,6 +42,7 @@ def student_figures(found: RunsFound, names: ClassNames, num_classes: int) -> di
 
 def _cost(
     students: list[Student],
+    score: Score,
     teacher: float | None,
     quantity: str,
     axis_format: str,
@@ -48,14 +50,24 @@ def _cost(
 ) -> Figure | None:
     rows: list[dict[str, Any]] = []
     for student in students:
-        accuracy, deviation, cost = student.row.accuracy_mean, student.row.accuracy_sd or 0.0, cost_of(student)
-        if accuracy is not None and cost is not None:
-            low, high = max(0.0, accuracy - deviation), min(1.0, accuracy + deviation)
-            rows.append({"student": student.name, "value": cost, "accuracy": accuracy, "low": low, "high": high})
+        mean, deviation = getattr(student.row, f"{score.name}_mean"), getattr(student.row, f"{score.name}_sd") or 0.0
+        cost = cost_of(student)
+        if mean is not None and cost is not None:
+            low, high = max(0.0, mean - deviation), min(score.most, mean + deviation)
+            rows.append({"student": student.name, "value": cost, "score": mean, "low": low, "high": high})
     if not rows:
         return None
     names = [student.name for student in students]
-    spec = charts.accuracy_against(rows, students=names, title=quantity, axis_format=axis_format, teacher=teacher)
+    spec = charts.score_against(
+        rows,
+        students=names,
+        title=quantity,
+        axis_format=axis_format,
+        score=f"test {score.title}",
+        score_format=score.format,
+        precise=score.precise,
+        teacher=teacher,
+    )
     notes = {"best": rows[0], "cheapest": min(rows, key=lambda row: float(row["value"]))}
     return Figure(spec, rows, notes)
 

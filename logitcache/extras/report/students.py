@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,6 +45,27 @@ AGREEMENT_ROWS = 2_000
 AGREEMENT_BLOCKS = 8
 RENDERED_BYTES = 2**28
 """Of rendered inputs held for the comparison."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The measure by which the charts compare students."""
+
+    name: str
+    """Of the result's field; the field of a learning curve is `validation_` and this name."""
+    heading: str
+    title: str
+    format: str
+    """Of the axis, as d3-format."""
+    precise: str
+    """Of the tooltip."""
+    column: str
+    """The filter for text and tables."""
+    most: float
+
+
+ACCURACY = Score("accuracy", "Accuracy", "accuracy", "~%", ".2%", "percent", 1.0)
+NLL = Score("nll", "NLL", "NLL, nats per row", "~g", ".4f", "decimal", math.inf)
 
 
 @dataclass(frozen=True)
@@ -125,6 +147,12 @@ class RunsFound:
     """(the teacher's most probable class, its probability) on these rows."""
     view: int = 0
     """The view that these rows are from."""
+
+    @property
+    def score(self) -> Score:
+        """The NLL if every student has one, as for sequences; else the accuracy."""
+        of_sequences = self.students and all(student.row.nll_mean is not None for student in self.students)
+        return NLL if of_sequences else ACCURACY
 
     def compared(self) -> list[tuple[Student, ComparedStudent]]:
         """The students that were compared with the teacher, best first."""
