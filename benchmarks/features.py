@@ -8,7 +8,8 @@ compressed as in a cache. Product quantisation is our own: groups of neighbourin
 k-means.
 
 With photos, a small CNN also learns the features of crops from each encoding, on the same crops at 40 pixels. Its
-error is on the exact features of photos that neither it nor the encodings have seen.
+error is on the exact features of other crops of these photos, and of photos that neither it nor the encodings have
+seen.
 
     python benchmarks/top_k.py --states states.npz      # computes the hidden states, if the file is not there
     python benchmarks/features.py --states states.npz --photos photos --write
@@ -112,6 +113,8 @@ class Source:
     """The text or photo of each row."""
     crops: Tensor | None = None
     """What a student sees of each row, float32 (M, 3, 40, 40)."""
+    views: np.ndarray | None = None
+    """The view of each row."""
 
     @property
     def is_unseen(self) -> np.ndarray:
@@ -148,37 +151,45 @@ def pooled_features(folder: Path, limit: int, num_views: int) -> Source:
         for _, (small, large), _ in rendered_batches(views, batches, num_workers=0):
             crops.append(small)
             teacher(large.contiguous(memory_format=torch.channels_last))
-    groups = np.array([index for _, index in places])
-    return Source(
-        "EfficientNet-Lite0, pooled features", torch.cat(found).clone(), groups, crops=torch.cat(crops).clone()
-    )
+    view_of_row, groups = np.array(places).T
+    rows_MD, crops_M = torch.cat(found).clone(), torch.cat(crops).clone()
+    return Source("EfficientNet-Lite0, pooled features", rows_MD, groups, crops_M, view_of_row)
 
 
 def students_section(source: Source, epochs: int, seeds: Sequence[int]) -> str:
     """A student from each encoding of the features, for each seed."""
     assert source.crops is not None
-    seen = torch.from_numpy(~source.is_unseen)
-    to_fit, unseen = source.rows[seen], source.rows[~seen]
+    assert source.views is not None
+    is_last_view = source.views == source.views.max()
+    learned = torch.from_numpy(~source.is_unseen & ~is_last_view)
+    measured = {
+        "other crops": torch.from_numpy(~source.is_unseen & is_last_view),
+        "other photos": torch.from_numpy(source.is_unseen),
+    }
+    to_fit = source.rows[learned]
     mean_D = to_fit.mean(dim=0)
     scale = (to_fit - mean_D).square().mean().sqrt()
     rows = []
     for name, num_bytes, decoded_MD in decoded_features(to_fit):
-        errors, similarities = [], []
+        scores: dict[str, list[float]] = {}
         for seed in seeds:
-            student = trained(source.crops[seen], (decoded_MD - mean_D) / scale, epochs, seed)
-            with torch.inference_mode():
-                found_MD = student(source.crops[~seen]) * scale + mean_D
-            errors.append(float((found_MD - unseen).norm() / (unseen - mean_D).norm()))
-            similar_M = nn.functional.cosine_similarity(found_MD - mean_D, unseen - mean_D)
-            similarities.append(float(similar_M.mean()))
-        rows.append([name, f"{num_bytes:.1f}", mean_and_deviation(errors), mean_and_deviation(similarities)])
+            student = trained(source.crops[learned], (decoded_MD - mean_D) / scale, epochs, seed)
+            for part, chosen in measured.items():
+                wanted_MD = source.rows[chosen] - mean_D
+                with torch.inference_mode():
+                    found_MD = student(source.crops[chosen]) * scale
+                cosine_M = nn.functional.cosine_similarity(found_MD, wanted_MD)
+                scores.setdefault(f"{part}, error", []).append(float((found_MD - wanted_MD).norm() / wanted_MD.norm()))
+                scores.setdefault(f"{part}, cosine", []).append(float(cosine_M.mean()))
+        rows.append([name, f"{num_bytes:.1f}", *map(mean_and_deviation, scores.values())])
         print(rows[-1], flush=True)
     about = (
         f"A CNN on crops of {STUDENT_SIDE} pixels, {epochs} epochs over {len(to_fit):,} crops, loss `feature_mse`, "
         f"seeds {list(seeds)}: mean ± standard deviation. Its relative error, and the cosine of its features and the "
-        f"teacher's without their mean, on {len(unseen):,} crops of other photos."
+        f"teacher's without their mean, on {int(measured['other crops'].sum()):,} other crops of these photos, and on "
+        f"{int(measured['other photos'].sum()):,} crops of other photos."
     )
-    header = ["encoding", "bytes per row", "student's relative error", "cosine"]
+    header = ["encoding", "bytes per row", *scores]
     return f"## Students of these features\n\n{about}\n\n{table(header, rows)}"
 
 
