@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from logitcache.arrays import ArraySpec
-from logitcache.encodings.fitted import FittedEncoding, PerDevice
+from logitcache.encodings.fitted import FittedEncoding, PerDevice, check_arrays
 from logitcache.encodings.packing import LARGEST as LARGEST_LIMIT
 from logitcache.encodings.packing import MixedRadix
 from logitcache.encodings.protocol import float_tensor
@@ -33,7 +33,6 @@ FEW_STEPS, HEADROOM = 3, 1.3
 CUT_OFF = 1
 """Steps by which a coefficient may be cut off before its row gets a larger step."""
 LARGEST_EXPONENT = 100
-FITTED_DTYPES = {"basis": "float16", "mean": "float32", "limits": "uint16", "step": "float32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,13 +140,6 @@ class Fitted(PerDevice["_OnDevice"]):
     """The arrays that `Components.fit` determines; a cache stores them once for each output."""
 
     def __init__(self, basis: np.ndarray, mean: np.ndarray, limits: np.ndarray, step: np.ndarray) -> None:
-        for name, values in {"basis": basis, "mean": mean, "limits": limits, "step": step}.items():
-            if values.dtype != FITTED_DTYPES[name]:
-                raise ValueError(f"{name} is {values.dtype.name}; expected {FITTED_DTYPES[name]}")
-        if limits.ndim != 1 or mean.ndim != 1 or step.shape != (1,) or basis.shape != (len(limits), len(mean)):
-            raise ValueError(f"shapes {basis.shape}, {mean.shape}, {limits.shape} and {step.shape} don't agree")
-        if not all(np.isfinite(values).all() for values in (basis, mean, step)) or not float(step[0]) > 0:
-            raise ValueError("basis, mean or step contain NaN or infinity, or step is not positive")
         self.basis = basis
         """float16 (R, D): orthonormal rows."""
         self.mean = mean
@@ -156,6 +148,15 @@ class Fitted(PerDevice["_OnDevice"]):
         """uint16 (R,): the largest magnitude of each coefficient, in steps."""
         self.step = step
         """float32 (1,): the quantization step of all components."""
+        expected = {
+            "basis": ("float16", (limits.size, mean.size)),
+            "mean": ("float32", (mean.size,)),
+            "limits": ("uint16", (limits.size,)),
+            "step": ("float32", (1,)),
+        }
+        check_arrays(self, expected)
+        if not float(step[0]) > 0:
+            raise ValueError(f"step is {step[0]}, which is not positive")
         self.radix = MixedRadix(limits.tolist())
 
     def _derive(self, device: torch.device) -> _OnDevice:

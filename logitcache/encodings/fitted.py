@@ -56,6 +56,28 @@ class FittedEncoding(Encoding, Generic[Arrays]):
         return self.fitted
 
 
+def check_arrays(fitted: object, expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Check fitted arrays that may come from an untrusted cache.
+
+    Args:
+        fitted: an object with an attribute for each array.
+        expected: dtype and shape of each array, by name.
+
+    Raises:
+        ValueError: another dtype or shape, an empty array, or NaN or infinity.
+    """
+    arrays: dict[str, np.ndarray] = {name: getattr(fitted, name) for name in expected}
+    for name, (dtype, _) in expected.items():
+        if arrays[name].dtype != dtype:
+            raise ValueError(f"{name} is {arrays[name].dtype.name}; expected {dtype}")
+    for name, (_, shape) in expected.items():
+        values = arrays[name]
+        if values.shape != shape or not values.size:
+            raise ValueError(f"the arrays don't agree: {name} has shape {values.shape}; expected {shape}")
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError(f"{name} contains NaN or infinity")
+
+
 class PerDevice(ABC, Generic[Tensors]):
     """Fitted arrays of an encoding, with the tensors that are derived from them once for each device."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from logitcache.arrays import ArraySpec
 from logitcache.encodings.basis import centred, principal_components
-from logitcache.encodings.fitted import FittedEncoding, PerDevice
+from logitcache.encodings.fitted import FittedEncoding, PerDevice, check_arrays
 from logitcache.encodings.packing import LARGEST, MixedRadix
 from logitcache.encodings.protocol import float_tensor, full_precision, smallest_id_dtype
 from logitcache.encodings.rate_distortion import best_of_each_group, bit_costs_of, costs_of_steps, limits_of
@@ -39,7 +39,6 @@ ROWS_AT_ONCE, DEVICE_ROWS_AT_ONCE = 512, 4096
 """Rows that are searched together, on a CPU and on other devices."""
 LARGEST_INTEGER, LARGEST_INTEGER_RANK = 127, 1024
 """Of an int8 basis; larger ranks could exceed what float32 sums exactly."""
-FITTED_DTYPES = {"basis": "float16", "mean": "float32", "limits": "uint16", "bit_costs": "float32"}
 FIT_ROWS = 2048
 """Rows on which the frequencies of coefficients are counted."""
 
@@ -231,16 +230,6 @@ class Fitted(PerDevice["_OnDevice"]):
     """The arrays that `LowRank.fit` determines; a cache stores them once."""
 
     def __init__(self, basis: np.ndarray, mean: np.ndarray, limits: np.ndarray, bit_costs: np.ndarray) -> None:
-        for name, values in {"basis": basis, "mean": mean, "limits": limits, "bit_costs": bit_costs}.items():
-            if values.dtype != FITTED_DTYPES[name]:
-                raise ValueError(f"{name} is {values.dtype.name}; expected {FITTED_DTYPES[name]}")
-        if limits.ndim != 1 or mean.ndim != 1:
-            raise ValueError(f"limits and mean have one dimension, not the shapes {limits.shape} and {mean.shape}")
-        rank = len(limits)
-        if basis.shape != (rank, len(mean)) or bit_costs.shape != (2, rank):
-            raise ValueError(f"shapes {basis.shape}, {mean.shape}, {limits.shape} and {bit_costs.shape} don't agree")
-        if not all(np.isfinite(values).all() for values in (basis, mean, bit_costs)):
-            raise ValueError("basis, mean or bit_costs contain NaN or infinity")
         self.basis = basis
         """float16 (R, C): the change of the logits for one step of each coefficient."""
         self.mean = mean
@@ -249,6 +238,13 @@ class Fitted(PerDevice["_OnDevice"]):
         """uint16 (R,): the largest magnitude of each coefficient, in steps."""
         self.bit_costs = bit_costs
         """float32 (2, R): bits for each step away from zero, and extra bits for the first; the decoder ignores them."""
+        expected = {
+            "basis": ("float16", (limits.size, mean.size)),
+            "mean": ("float32", (mean.size,)),
+            "limits": ("uint16", (limits.size,)),
+            "bit_costs": ("float32", (2, limits.size)),
+        }
+        check_arrays(self, expected)
         self.radix = MixedRadix(limits.tolist())
 
     def _derive(self, device: torch.device) -> _OnDevice:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from logitcache.arrays import ArraySpec
 from logitcache.encodings.basis import DEEPEST, least_squares
-from logitcache.encodings.fitted import PerDevice
+from logitcache.encodings.fitted import PerDevice, check_arrays
 from logitcache.encodings.headfitted import HeadFittedEncoding
 from logitcache.encodings.largest import largest
 from logitcache.encodings.packing import LARGEST, MixedRadix
@@ -348,18 +348,16 @@ class Fitted(PerDevice["_OnDevice"]):
     """float32 (2, R): bits for each step away from zero, and extra bits for the first; the decoder ignores them."""
 
     def __post_init__(self) -> None:
-        dtypes = dict.fromkeys(("mean", "weights", "bit_costs"), "float32")
-        for name, expected in {"basis": "float16", "limits": "uint16", "classes": "uint32", **dtypes}.items():
-            if getattr(self, name).dtype != expected:
-                raise ValueError(f"{name} is {getattr(self, name).dtype.name}; expected {expected}")
-        shapes = {each.name: getattr(self, each.name).shape for each in fields(self)}
-        rank, num_classes = (len(self.limits), len(self.mean)) if self.limits.ndim == self.mean.ndim == 1 else (0, 0)
-        expected_shapes = {"basis": (rank, num_classes), "bit_costs": (2, rank), "limits": (rank,)}
-        expected_shapes |= dict.fromkeys(("mean", "classes", "weights"), (num_classes,))
-        if not rank or shapes != expected_shapes:
-            raise ValueError(f"the shapes {shapes} don't agree")
-        if not all(np.isfinite(values).all() for values in (self.basis, self.mean, self.weights, self.bit_costs)):
-            raise ValueError("basis, mean, weights or bit_costs contain NaN or infinity")
+        rank, num_classes = self.limits.size, self.mean.size
+        expected = {
+            "basis": ("float16", (rank, num_classes)),
+            "mean": ("float32", (num_classes,)),
+            "limits": ("uint16", (rank,)),
+            "classes": ("uint32", (num_classes,)),
+            "weights": ("float32", (num_classes,)),
+            "bit_costs": ("float32", (2, rank)),
+        }
+        check_arrays(self, expected)
         if not np.array_equal(np.sort(self.classes), np.arange(num_classes)):
             raise ValueError("classes are not all the classes, each once")
         self.radix  # noqa: B018  # it checks the limits

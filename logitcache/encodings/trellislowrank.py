@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from logitcache.arrays import ArraySpec
 from logitcache.encodings.basis import DEEPEST, least_squares
-from logitcache.encodings.fitted import PerDevice
+from logitcache.encodings.fitted import PerDevice, check_arrays
 from logitcache.encodings.headfitted import HeadFittedEncoding
 from logitcache.encodings.largest import largest
 from logitcache.encodings.protocol import full_precision
@@ -321,25 +321,22 @@ class Fitted(PerDevice["_OnDevice"]):
     the decoder ignores it."""
 
     def __post_init__(self) -> None:
-        dtypes = {"basis": "float16", "scales": "uint8", "frequencies": "uint16"}
-        dtypes |= dict.fromkeys(("mean", "weights", "rest"), "float32") | dict.fromkeys(
-            ("thresholds", "longest"), "uint32"
-        )
-        for name, expected in dtypes.items():
-            if getattr(self, name).dtype != expected:
-                raise ValueError(f"{name} is {getattr(self, name).dtype.name}; expected {expected}")
-        shapes = {each.name: getattr(self, each.name).shape for each in fields(self)}
-        rank, num_classes = (len(self.scales), len(self.mean)) if self.scales.ndim == self.mean.ndim == 1 else (0, 0)
-        num_symbols = self.frequencies.shape[1] if self.frequencies.ndim == 2 else 0
+        rank, num_classes = self.scales.size, self.mean.size
         num_tables = 2 * (int(self.scales.max(initial=0)) + len(RATIOS) + 1)
-        expected_shapes = {"basis": (rank, num_classes), "scales": (rank,), "thresholds": (rank, len(RATIOS))}
-        expected_shapes |= {"frequencies": (num_tables, num_symbols), "longest": (1,)}
-        expected_shapes |= dict.fromkeys(("mean", "weights"), (num_classes,))
-        expected_shapes["rest"] = (len(TEMPERATURES), num_classes)
-        if not rank or num_symbols % 2 == 0 or shapes != expected_shapes:
-            raise ValueError(f"the shapes {shapes} don't agree")
-        if not all(np.isfinite(values).all() for values in (self.basis, self.mean, self.weights, self.rest)):
-            raise ValueError("basis, mean, weights or rest contain NaN or infinity")
+        num_symbols = self.frequencies.size // num_tables
+        expected = {
+            "basis": ("float16", (rank, num_classes)),
+            "mean": ("float32", (num_classes,)),
+            "scales": ("uint8", (rank,)),
+            "thresholds": ("uint32", (rank, len(RATIOS))),
+            "frequencies": ("uint16", (num_tables, num_symbols)),
+            "longest": ("uint32", (1,)),
+            "weights": ("float32", (num_classes,)),
+            "rest": ("float32", (len(TEMPERATURES), num_classes)),
+        }
+        check_arrays(self, expected)
+        if num_symbols % 2 == 0:
+            raise ValueError(f"frequencies are of {num_symbols} numbers; expected an odd number, from -K to K")
         if not (self.frequencies > 0).all() or not (self.frequencies.sum(axis=1, dtype=np.int64) == TOTAL).all():
             raise ValueError(f"frequencies are at least 1, and add up to {TOTAL} in each table")
         if not 1 <= int(self.longest[0]) <= 2**20:

@@ -594,7 +594,12 @@ class TestTrellisLowRank(HeadFittedContract):
             pytest.param(TrellisLowRank(rank=50), 50, "more rows than the rank", id="too few rows"),
             pytest.param(TrellisLowRank(rank=100), 200, "needs more than 100 classes", id="rank of all classes"),
             pytest.param(TrellisLowRank(rank=5, bit_price=1e-9), 200, "too low", id="price too low"),
-            pytest.param(TrellisLowRank(rank=5, bit_price=1e12), 200, "too high", id="price too high"),
+            pytest.param(
+                TrellisLowRank(rank=5, bit_price=1e12),
+                200,
+                "a step exceeds float16: lower bit_price",
+                id="price too high",
+            ),
         ],
     )
     def test_a_fit_that_can_not_be_is_refused(self, encoding: TrellisLowRank, rows: int, message: str) -> None:
