@@ -103,7 +103,7 @@ def forks() -> multiprocessing.context.BaseContext:
     """Processes that start with logitcache imported, to be killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["logitcache.stages.cache_teacher", "logitcache.stages.train_student", "torchvision", "sklearn", "torchmetrics"]
+        ["logitcache.stages.cache_teacher", "logitcache.stages.train_student", "torchvision", "sklearn"]
     )
     return context
 

@@ -72,8 +72,7 @@ def linear_kl_divergence(
     dtype, compiled = wide_dtype(_compute_dtype(hidden, weight)), _compiles(compiled, hidden.device)
     steps = [] if labels is None else [label_step(labels.long(), label_weight, dtype, compiled=compiled)]
     steps.append(step_for("kl", targets, temperature, dtype, compiled=compiled))
-    loss: Tensor = _linear_loss(hidden, weight, bias, steps, rows, chunk_rows, reduction)
-    return loss
+    return _linear_loss(hidden, weight, bias, steps, rows, chunk_rows, reduction)
 
 
 def linear_cross_entropy(
@@ -108,8 +107,7 @@ def linear_cross_entropy(
     rows = counting_rows(counts_N, len(hidden)).to(hidden.device)
     dtype = wide_dtype(_compute_dtype(hidden, weight))
     step = label_step(labels[rows].long(), 1.0, dtype, compiled=_compiles(compiled, hidden.device))
-    loss: Tensor = _linear_loss(hidden, weight, bias, [step], rows, chunk_rows, reduction)
-    return loss
+    return _linear_loss(hidden, weight, bias, [step], rows, chunk_rows, reduction)
 
 
 def linear_terms(
@@ -156,8 +154,7 @@ def linear_terms(
             step = step_for(term.kind, targets, term.temperature, dtype, compiled=compiled)
             step = step if term.weight == 1.0 else _multiplied(step, term.weight)
         steps.append(step if factors is None else _multiplied(step, factors.to(dtype)))
-    loss: Tensor = _linear_loss(hidden, weight, bias, steps, None, chunk_rows, "sum")
-    return loss
+    return _linear_loss(hidden, weight, bias, steps, None, chunk_rows, "sum")
 
 
 def _multiplied(step: Step, factor: float | Tensor) -> Step:
@@ -221,7 +218,6 @@ def _compiles(compiled: bool | None, device: torch.device) -> bool:
     return compiled
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _linear_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -232,6 +228,23 @@ def _linear_loss(
     reduction: Reduction,
 ) -> Tensor:
     """The sum of the steps' losses over the given rows."""
+    # As a decorator, `disable` would import the compiler, which takes as long as importing torch, with this module.
+    eager = _eager_linear_loss
+    if torch.compiler.is_compiling():
+        eager = torch.compiler.disable(eager)  # type: ignore[no-untyped-call]
+    loss: Tensor = eager(hidden, weight, bias, steps, rows, chunk_rows, reduction)
+    return loss
+
+
+def _eager_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    steps: Sequence[Step],
+    rows: Tensor | None,
+    chunk_rows: int | None,
+    reduction: Reduction,
+) -> Tensor:
     if chunk_rows is not None and chunk_rows < 1:
         raise UsageError(f"chunk_rows is at least 1, not {chunk_rows}")
     hidden_ND = hidden if rows is None else hidden[rows]

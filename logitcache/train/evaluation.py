@@ -24,6 +24,7 @@ from logitcache.devices import to_device
 from logitcache.losses import kl_divergence
 from logitcache.targets import Targets, row_slices
 from logitcache.train.labels import Labels
+from logitcache.train.reliability import reliability
 
 # B batch, R rows of a batch, C classes
 
@@ -35,8 +36,6 @@ TOP_FIVE_CLASSES = 10
 """Smallest number of classes for which top-5 accuracy is measured."""
 MAX_EXPONENT = 700.0
 """Largest exponent of the perplexity that a float holds."""
-CALIBRATION_BINS = 15
-"""Bins of confidence (Guo et al. 2017, arXiv:1706.04599)."""
 
 
 class Evaluation:
@@ -84,8 +83,8 @@ class Evaluation:
     def measure(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Metrics by name: `accuracy` is top-1 accuracy.
 
-        With torchmetrics (extra `train`) also `calibration_error`, the expected calibration error over 15 bins, and
-        `top5_accuracy` for ten or more classes. With labels of a teacher also `teacher_kl`, the mean of
+        Also `calibration_error`, the expected calibration error over 15 bins, and `top5_accuracy` for ten or more
+        classes. With labels of a teacher also `teacher_kl`, the mean of
         KL(teacher ‖ model) at T = 1 in nats, and `teacher_agreement`, how often both have the same most probable class.
         """
         was_training = model.training
@@ -100,23 +99,27 @@ class Evaluation:
         return measured
 
     def _measure_samples(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        correct = 0
         compared = _Comparison()
-        metrics: dict[str, Any] | None = None
+        confidences, correct, in_top5 = [], [], []
+        num_classes = 0
         for index, inputs, targets in self._batches():
             inputs, teacher_inputs = self._inputs(inputs, device)
             output_BC = model_logits(model, inputs)
             if self._labels is not None:
                 compared.add(output_BC, self._labels.targets(index, teacher_inputs, targets))
             logits_BC = output_BC.float().cpu()
-            correct += int((logits_BC.argmax(dim=1) == targets).sum())
-            if metrics is None:
-                metrics = _torchmetrics(logits_BC.shape[1])
-            probabilities_BC = logits_BC.softmax(dim=1)
-            for metric in metrics.values():
-                metric.update(probabilities_BC, targets)
-        measured = {name: float(metric.compute()) for name, metric in (metrics or {}).items()}
-        return {"accuracy": correct / len(self._views), **measured, **compared.mean()}
+            num_classes = logits_BC.shape[1]
+            confidences.append(logits_BC.softmax(dim=1).amax(dim=1))
+            correct.append(logits_BC.argmax(dim=1) == targets)
+            in_top5.append((logits_BC > logits_BC.gather(1, targets[:, None])).sum(dim=1) < 5)
+        correct_M = torch.cat(correct).numpy()
+        measured = {
+            "accuracy": float(correct_M.mean()),
+            "calibration_error": reliability(torch.cat(confidences).numpy(), correct_M).ece,
+        }
+        if num_classes >= TOP_FIVE_CLASSES:
+            measured["top5_accuracy"] = float(torch.cat(in_top5).float().mean())
+        return measured | compared.mean()
 
     def _measure_sequences(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Means over rows with a class: `nll` in nats, `perplexity`, `accuracy`; and `bits_per_byte` of all rows."""
@@ -191,19 +194,3 @@ class _Comparison:
         if not self._num_rows:
             return {}
         return {"teacher_kl": self._kl / self._num_rows, "teacher_agreement": self._agreeing / self._num_rows}
-
-
-def _torchmetrics(num_classes: int) -> dict[str, Any]:
-    """New metrics for a number of classes; none without torchmetrics."""
-    try:
-        from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
-    except ImportError:  # extra `train` is not installed
-        return {}
-    # Only the first of several training processes evaluates: torchmetrics would wait for the others.
-    local = {"sync_on_compute": False}
-    metrics: dict[str, Any] = {
-        "calibration_error": MulticlassCalibrationError(num_classes, n_bins=CALIBRATION_BINS, norm="l1", **local)
-    }
-    if num_classes >= TOP_FIVE_CLASSES:
-        metrics["top5_accuracy"] = MulticlassAccuracy(num_classes, top_k=5, average="micro", **local)
-    return metrics

@@ -42,6 +42,7 @@ from logitcache.stages.matched_data import match_data
 from logitcache.stages.train_student import Row, train_students
 from logitcache.stages.train_teacher import train_teacher
 from logitcache.train.loop import train
+from logitcache.train.reliability import means_by, reliability
 from tests.commands import logitcache as command
 from tests.commands import refused
 from tests.conftest import PICTURES
@@ -105,7 +106,7 @@ def test_confusion_is_that_of_sklearn(logits: Any, answers: measures.Predictions
 
 def test_accuracy_by_class_is_the_diagonal_over_the_rows(answers: measures.Predictions) -> None:
     matrix = confusion_matrix(answers.targets, answers.predicted)
-    accuracy, counts = measures.means_by(answers.targets, answers.correct, 12)
+    accuracy, counts = means_by(answers.targets, answers.correct, 12)
 
     np.testing.assert_allclose(matrix.diagonal() / matrix.sum(axis=1), accuracy)
     np.testing.assert_array_equal(matrix.sum(axis=1), counts)
@@ -118,14 +119,14 @@ def test_calibration_error_is_that_of_torchmetrics(logits: Any, answers: measure
     probabilities = torch.from_numpy(logits[0]).softmax(dim=1)
     expected = multiclass_calibration_error(probabilities, torch.from_numpy(logits[1]), num_classes=12, n_bins=15)
 
-    assert float(expected) == pytest.approx(measures.reliability(answers.confidence, answers.correct).ece, abs=1e-6)
+    assert float(expected) == pytest.approx(reliability(answers.confidence, answers.correct).ece, abs=1e-6)
 
 
 def test_calibration_error_of_a_case_by_hand() -> None:
     """Two rows at 0.9, one right: a gap of 0.4; two at 0.6, both right: again 0.4; one at 1, right: none."""
     confidence = np.array([0.9, 0.9, 0.6, 0.6, 1.0])
     right = np.array([True, False, True, True, True])
-    found = measures.reliability(confidence, right)
+    found = reliability(confidence, right)
 
     assert (4 / 5) * 0.4 == pytest.approx(found.ece)
     assert 1 == found.counts[-1]  # a confidence of 1 lies in the last bin
@@ -134,14 +135,14 @@ def test_calibration_error_of_a_case_by_hand() -> None:
 
 def test_the_upper_edge_belongs_to_a_bin() -> None:
     """(lower, upper], as Guo et al. have it."""
-    assert [0, 1, 0, 0] == measures.reliability(np.array([0.5]), np.array([True]), num_bins=4).counts.tolist()
+    assert [0, 1, 0, 0] == reliability(np.array([0.5]), np.array([True]), num_bins=4).counts.tolist()
 
 
 def test_a_calibrated_teacher_has_next_to_no_calibration_error() -> None:
     random = np.random.default_rng(1)
     confidence = random.uniform(0.3, 1.0, 200_000)
 
-    assert measures.reliability(confidence, random.random(200_000) < confidence).ece < 4 * (0.25 * 15 / 200_000) ** 0.5
+    assert reliability(confidence, random.random(200_000) < confidence).ece < 4 * (0.25 * 15 / 200_000) ** 0.5
 
 
 def test_jensen_shannon_is_that_of_scipy() -> None:

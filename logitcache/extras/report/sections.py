@@ -13,8 +13,9 @@ from logitcache.cache.reader import LogitCache
 from logitcache.extras.report import charts
 from logitcache.extras.report.charts import Figure, histogram
 from logitcache.extras.report.formatting import ClassNames, percent
-from logitcache.extras.report.measures import Predictions, confused_pairs, confusion, means_by
+from logitcache.extras.report.measures import Predictions, confused_pairs, confusion
 from logitcache.extras.report.teacher import TeacherStats, mean
+from logitcache.train.reliability import means_by
 
 WHOLE_MATRIX = 30
 """Classes up to which the whole confusion matrix is shown; beyond, the most confused pairs."""

@@ -11,8 +11,8 @@ import numpy as np
 from logitcache.extras.report import charts
 from logitcache.extras.report.charts import Figure
 from logitcache.extras.report.formatting import ClassNames
-from logitcache.extras.report.measures import means_by
 from logitcache.extras.report.students import ComparedStudent, RunsFound, Score, Student
+from logitcache.train.reliability import means_by
 
 # C classes, M rows, S seeds
 

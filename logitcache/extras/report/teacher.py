@@ -14,8 +14,9 @@ from logitcache.cache.ground_truth import NO_TARGET, MixingOfCache, targets_of
 from logitcache.cache.layout import Block
 from logitcache.cache.reader import LogitCache
 from logitcache.errors import REBUILD, IncompleteCache
-from logitcache.extras.report.measures import Predictions, Reliability, concatenate, predictions_of, reliability
+from logitcache.extras.report.measures import Predictions, concatenate, predictions_of
 from logitcache.progress import track
+from logitcache.train.reliability import Reliability, reliability
 
 # B batch, C classes, N samples
 
