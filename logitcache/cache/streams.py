@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # N samples
 
-CHUNK = 16
+CHUNK = 32
 """Samples that are rendered between two saves of the global generators, which the stream uses too."""
 MAX_WORKERS = 256
 NAME_BYTES = 1024
