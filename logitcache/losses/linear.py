@@ -8,9 +8,10 @@ arXiv:2411.09009, and of Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from logitcache.losses.protocol import Reduction, Term, counting_rows, reduced
 from logitcache.targets import DenseTargets, Targets, row_slices
 
 # N rows, B rows of a chunk, D hidden size, C classes
+
+Arguments = ParamSpec("Arguments")
 
 
 def linear_kl_divergence(
@@ -218,6 +221,20 @@ def _compiles(compiled: bool | None, device: torch.device) -> bool:
     return compiled
 
 
+def _not_compiled(function: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
+    """`torch.compiler.disable`, but the compiler is imported only by code that compiles: it takes as long as torch."""
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
+        called = function
+        if torch.compiler.is_compiling():
+            called = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        return called(*args, **kwargs)
+
+    return call
+
+
+@_not_compiled
 def _linear_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -228,23 +245,6 @@ def _linear_loss(
     reduction: Reduction,
 ) -> Tensor:
     """The sum of the steps' losses over the given rows."""
-    # As a decorator, `disable` would import the compiler, which takes as long as importing torch, with this module.
-    eager = _eager_linear_loss
-    if torch.compiler.is_compiling():
-        eager = torch.compiler.disable(eager)  # type: ignore[no-untyped-call]
-    loss: Tensor = eager(hidden, weight, bias, steps, rows, chunk_rows, reduction)
-    return loss
-
-
-def _eager_linear_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    steps: Sequence[Step],
-    rows: Tensor | None,
-    chunk_rows: int | None,
-    reduction: Reduction,
-) -> Tensor:
     if chunk_rows is not None and chunk_rows < 1:
         raise UsageError(f"chunk_rows is at least 1, not {chunk_rows}")
     hidden_ND = hidden if rows is None else hidden[rows]

@@ -124,14 +124,14 @@ def score_against(
     axis_format: str,
     score: str,
     score_format: str,
-    precise: str,
+    tooltip_format: str,
     teacher: float | None,
 ) -> Spec:
     """A score on test data against a cost, with the teacher's score as a line."""
     costs = [row["value"] for row in rows]
     scale = {"type": "log"} if min(costs) > 0 and max(costs) > 10 * min(costs) else {"zero": True}
     values: dict[str, Any] = {"title": title, "format": axis_format, "students": students, "teacher": teacher}
-    values |= {"score": score, "score_format": score_format, "precise": precise}
+    values |= {"score": score, "score_format": score_format, "tooltip_format": tooltip_format}
     description = f"{score[0].upper()}{score[1:]} against {title}, a point for each student"
     spec = chart("cost", rows, scale=scale | {"padding": 24}, description=description, **values)
     if teacher is None:

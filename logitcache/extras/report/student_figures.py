@@ -33,7 +33,9 @@ def student_figures(found: RunsFound, names: ClassNames, num_classes: int) -> di
         "score-parameters": _cost(students, score, teacher, "parameters", "~s", lambda it: float(it.row.parameters)),
         "score-latency": _cost(students, score, teacher, "latency, ms", "~g", lambda it: it.latency_ms),
         "score-epoch": _cost(students, score, teacher, "seconds per epoch", "~g", lambda it: it.row.epoch_seconds),
-        "curve-validation": _curve(students, f"validation_{score.name}", f"validation {score.title}", score.format),
+        "curve-validation": _curve(
+            students, f"validation_{score.name}", f"validation {score.title}", score.axis_format
+        ),
         "curve-loss": _curve(students, "loss", "loss", "~g"),
         "agreement-classes": agreement_figure(found, [each.name for each in students], names, num_classes),
     }
@@ -53,7 +55,7 @@ def _cost(
         mean, deviation = getattr(student.row, f"{score.name}_mean"), getattr(student.row, f"{score.name}_sd") or 0.0
         cost = cost_of(student)
         if mean is not None and cost is not None:
-            low, high = max(0.0, mean - deviation), min(score.most, mean + deviation)
+            low, high = max(0.0, mean - deviation), min(score.largest, mean + deviation)
             rows.append({"student": student.name, "value": cost, "score": mean, "low": low, "high": high})
     if not rows:
         return None
@@ -64,8 +66,8 @@ def _cost(
         title=quantity,
         axis_format=axis_format,
         score=f"test {score.title}",
-        score_format=score.format,
-        precise=score.precise,
+        score_format=score.axis_format,
+        tooltip_format=score.tooltip_format,
         teacher=teacher,
     )
     notes = {"best": rows[0], "cheapest": min(rows, key=lambda row: float(row["value"]))}

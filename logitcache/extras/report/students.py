@@ -55,13 +55,13 @@ class Score:
     """Of the result's field; the field of a learning curve is `validation_` and this name."""
     heading: str
     title: str
-    format: str
-    """Of the axis, as d3-format."""
-    precise: str
-    """Of the tooltip."""
-    column: str
-    """The filter for text and tables."""
-    most: float
+    axis_format: str
+    """As d3-format, like that of the tooltip."""
+    tooltip_format: str
+    filter: str
+    """Of the templates, for text and tables."""
+    largest: float
+    """The largest possible value."""
 
 
 ACCURACY = Score("accuracy", "Accuracy", "accuracy", "~%", ".2%", "percent", 1.0)
