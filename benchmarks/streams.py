@@ -79,7 +79,8 @@ def main() -> None:
             print(f"\n{sections[-1]}", flush=True)
     if arguments.write:
         name = "streams" if arguments.only is None else f"streams-{arguments.only}"
-        print(f"\nwritten to {write_result(name, chr(10).join(sections), device=torch.device('cpu'))}")
+        written = write_result(name, "\n\n".join(sections) + "\n", device=torch.device("cpu"))
+        print(f"\nwritten to {written}")
 
 
 def jpeg(random: np.random.Generator) -> bytes:
