@@ -125,7 +125,11 @@ def _describe(problem: Any, schema: type[BaseModel]) -> str:
 
 def unknown_key(dotted: str, key: str, known: list[str]) -> str:
     """The message for an unknown key."""
-    return unknown_name("key", key, known, at=dotted.removesuffix(key))
+    section = dotted.removesuffix(key)
+    message = unknown_name("key", key, known, at=section)
+    if "args" in known:
+        message += f". An argument of the dataset or model itself is written {section}args.{key}"
+    return message
 
 
 def _known_keys(schema: type[BaseModel], location: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.cache.creation import create, is_created
+from logitcache.cache.creation import check_settings, create, is_created
 from logitcache.cache.cut_classes import CUT_CLASSES
 from logitcache.cache.destination import check_destination
 from logitcache.cache.layout import Block, all_blocks
@@ -29,6 +29,7 @@ from logitcache.data.rows import RowMap
 from logitcache.data.samples import Dataset, SampleTable, SeenContents, compare_samples, sample_table
 from logitcache.data.tokens import length_batches
 from logitcache.data.views import ViewDataset
+from logitcache.encodings import encoding_or_auto
 from logitcache.engines import CacheResult, Engine, Job, Local, Shard, Torchrun, Worker
 from logitcache.engines.claims import open_once
 from logitcache.errors import IdentityMismatch, NotACache, UsageError
@@ -146,6 +147,13 @@ class TeacherWorker(Worker):
         self.storage = open_storage(pipeline.cache.path)
         if self.storage.size(MANIFEST) is None:
             check_destination(self.storage)
+        else:
+            check_settings(
+                self.storage,
+                encoding_or_auto(pipeline.cache.encoding),
+                precision=pipeline.teacher.precision,
+                view_seed=pipeline.views.seed,
+            )
         self._pipeline = pipeline
         self.together = pipeline.views.per_decode
         self._data = resolve_data(pipeline, trust=trust)

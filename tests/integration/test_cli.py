@@ -343,11 +343,18 @@ def test_the_installed_command_runs_in_a_process_of_its_own(folder: Path) -> Non
     refused(result, 2, "error: ", "is not a logit cache")
 
 
+def test_an_encoding_that_does_not_fit_the_classes_is_refused(folder: Path, tmp_path: Path) -> None:
+    ended = logitcache("cache-teacher", folder / "tiny.yaml", "cache.encoding=TopK(k=10)", f"cache.path={tmp_path}/new")
+
+    refused(ended, 2, "keeps every one of 10 classes")
+
+
 @pytest.mark.usefixtures("intact")
 @pytest.mark.parametrize(
     ("command", "override", "exit_code", "message"),
     [
         pytest.param("cache-teacher", "views.cuont=3", 2, "unknown key 'views.cuont'; did you mean 'count'?", id="key"),
+        pytest.param("cache-teacher", "data.field=x", 2, "is written data.args.field", id="argument"),
         pytest.param("cache-teacher", "student.0.name=x", 2, "did you mean 'students'?", id="section"),
         pytest.param(
             "train-student",
@@ -361,7 +368,6 @@ def test_the_installed_command_runs_in_a_process_of_its_own(folder: Path) -> Non
         pytest.param("cache-teacher", "views.count=0", 2, "views.count: Input should be greater than", id="range"),
         pytest.param("cache-teacher", "no override", 2, "is not a valid override", id="no override"),
         pytest.param("cache-teacher", "cache.encoding.k=3", 2, "encoding 'dense' has no parameter 'k'", id="encoding"),
-        pytest.param("cache-teacher", "cache.encoding=TopK(k=10)", 2, "keeps every one of 10 classes", id="k is C"),
         pytest.param("cache-teacher", "cache.encoding=TopK(k=3)", 1, "holds another cache", id="another cache"),
         pytest.param(
             "cache-teacher", "cache.rows_per_block=9", 1, "rows_per_block: 256 in the cache, 9 here", id="rows"

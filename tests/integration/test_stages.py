@@ -26,7 +26,7 @@ from logitcache.config.schema import Pipeline
 from logitcache.data.batching import collate
 from logitcache.data.index import split_index
 from logitcache.data.views import ViewDataset
-from logitcache.errors import IncompleteCache, UsageError
+from logitcache.errors import IdentityMismatch, IncompleteCache, UsageError
 from logitcache.stages.cache_teacher import cache_teacher, teacher_batches
 from logitcache.stages.dry_run import plan_run
 from logitcache.stages.run import run_pipeline
@@ -256,6 +256,12 @@ def test_a_sealed_cache_is_left_alone(tiny: Make) -> None:
 
     assert (len(first.computed_blocks), second.computed_blocks) == (12, [])
     assert first.manifest == second.manifest
+
+
+def test_another_encoding_is_refused_before_data_and_teacher_are_loaded(tiny: Make) -> None:
+    cache_teacher(tiny())
+    with pytest.raises(IdentityMismatch, match=r"holds another cache[^\n]*\n  encoding"):
+        cache_teacher(tiny("cache.encoding=TopK(k=3)", "data.name=tests.models:absent"))
 
 
 def test_asking_for_more_views_computes_only_those(tiny: Make) -> None:
