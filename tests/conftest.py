@@ -102,9 +102,10 @@ def tiny(tmp_path: Path) -> Callable[..., Pipeline]:
 def forks() -> multiprocessing.context.BaseContext:
     """Processes that start with logitcache imported, to be killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["logitcache.stages.cache_teacher", "logitcache.stages.train_student", "torchvision", "sklearn"]
-    )
+    stages = ["logitcache.stages.cache_teacher", "logitcache.stages.train_student"]
+    # Which the stages import when they need them.
+    needed = ["torchvision", "torchvision.transforms.v2", "sklearn.datasets", "torch.utils.tensorboard"]
+    context.set_forkserver_preload([*stages, *needed])
     return context
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
+
+from tests.commands import Ended
+from tests.programs import run_program
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "\nif __name__ ==" in path.read_text())
@@ -19,27 +20,19 @@ RUNS = [*SCRIPTS, "twins pixels", "twins cross_modal"]
 NUMBER = re.compile(r"[-+]?\d")
 NOT_FINITE = re.compile(r"\b(nan|inf)\b")
 
-Ended = subprocess.CompletedProcess[str]
-
 
 @pytest.fixture(scope="module")
-def results(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Future[Ended]]]:
-    """The scripts that were selected, two at a time: most of a tiny run is spent on imports."""
+def results(request: pytest.FixtureRequest, forks: BaseContext) -> Iterator[Callable[[str], Future[Ended]]]:
+    """The scripts that were selected, two at a time."""
     selected = [item.callspec.params["script"] for item in request.session.items if item.fspath == request.node.fspath]
     with ThreadPoolExecutor(2) as pool:
-        running = {script: pool.submit(run_tiny, script) for script in selected}
+        running = {script: pool.submit(run_tiny, script, forks) for script in selected}
         yield running.__getitem__
 
 
-def run_tiny(run: str) -> Ended:
+def run_tiny(run: str, forks: BaseContext) -> Ended:
     script, *arguments = run.split()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LOGITCACHE")}
-    return subprocess.run(
-        [sys.executable, str(FOLDER / f"{script}.py"), *arguments, "--tiny"],
-        capture_output=True,
-        text=True,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-    )
+    return run_program(forks, FOLDER / f"{script}.py", *arguments, "--tiny")
 
 
 @pytest.mark.parametrize("script", RUNS)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.storage.local import _HOST
 from logitcache.verify.audit import verify
 from tests.conftest import PICTURES
+from tests.programs import run_program
 
 Make = Callable[..., Pipeline]
 SAMPLES, CLASSES = 50, 6
@@ -99,23 +100,20 @@ def test_a_card_states_the_cache_and_no_machine(tmp_path: Path, monkeypatch: pyt
     assert "## Accuracy" not in text
 
 
-def test_the_python_of_a_card_runs_in_its_folder(tiny: Make) -> None:
+def test_the_python_of_a_card_runs_in_its_folder(tiny: Make, forks: BaseContext) -> None:
     pipeline = tiny()
     cache_teacher(pipeline)
     blocks = re.findall(r"```python\n(.*?)```", card(pipeline.cache.path), flags=re.DOTALL)
-    printed = [
-        subprocess.run(
-            [sys.executable, "-c", block], cwd=pipeline.cache.path, capture_output=True, text=True, check=True
-        ).stdout
-        for block in blocks
-    ]
+    printed = [run_program(forks, "-c", block, folder=Path(pipeline.cache.path)).stdout for block in blocks]
     expected = logitcache.open(pipeline.cache.path).view(0).logits([0])
 
     assert [f"{expected}\n", "(2, 1295, 10)\n"] == printed
 
 
 @pytest.mark.parametrize("teacher", ["of the pipeline", "my-net"])
-def test_a_card_says_how_students_train_from_the_cache(tiny: Make, tmp_path: Path, teacher: str) -> None:
+def test_a_card_says_how_students_train_from_the_cache(
+    tiny: Make, tmp_path: Path, forks: BaseContext, teacher: str
+) -> None:
     """Its expressions and its command work: for a pipeline's cache, and for one of logits from elsewhere."""
     pipeline = tiny("train.epochs=1")
     cache_teacher(pipeline)
@@ -143,14 +141,7 @@ def test_a_card_says_how_students_train_from_the_cache(tiny: Make, tmp_path: Pat
     (tmp_path / "pipeline.yaml").write_text(pipeline.as_yaml())
     name = pipeline.students[0].name
     words = shlex.split(command.replace("PIPELINE", "pipeline.yaml").replace("mine.cache", path).replace("NAME", name))
-    ended = subprocess.run(
-        [sys.executable, "-m", "logitcache.cli", *words, "--student", name],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ended = run_program(forks, "-m", "logitcache.cli", *words, "--student", name, folder=tmp_path)
 
     assert len(views) == len([views[0, sample] for sample in range(len(views))])
     assert (0, "") == (ended.returncode, "".join(re.findall("error.*", ended.stderr)))

@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from logitcache.cli.init import DataKind
 from tests.commands import logitcache as run
 from tests.commands import refused, run_json
 from tests.needs import need_package
+from tests.programs import run_program
 from tests.texts import BYTE_VOCABULARY, byte_tokenizer
 
 CHECKOUT = Path(__file__).parents[2]
@@ -26,18 +29,16 @@ README = (CHECKOUT / "README.md").read_text()
 TINY = ["views.count=1", "train.epochs=1", "cache.encoding=dense", "num_workers=0", "threads=1"]
 
 
-def logitcache(folder: Path, *arguments: object, package: Path = CHECKOUT) -> Any:
-    """Run a command in a folder, by the package at a path; the JSON object that it prints."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "logitcache.cli", *map(str, arguments), "--json"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(package)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout)
+@pytest.fixture
+def command(forks: BaseContext, tmp_path: Path) -> Callable[..., Any]:
+    """Run a command in the test's folder, in a process of its own; the JSON object that it prints."""
+
+    def run(*arguments: object) -> Any:
+        ended = run_program(forks, "-m", "logitcache.cli", *arguments, "--json", folder=tmp_path)
+        assert 0 == ended.returncode, ended.stderr
+        return json.loads(ended.stdout)
+
+    return run
 
 
 def images(count: int, side: int = 8) -> tuple[np.ndarray, np.ndarray]:
@@ -72,8 +73,8 @@ def test_existing_files_are_never_overwritten(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["my_data.py"]
 
 
-def test_the_starter_for_folders_runs(tmp_path: Path) -> None:
-    logitcache(tmp_path, "init")
+def test_the_starter_for_folders_runs(tmp_path: Path, command: Callable[..., Any]) -> None:
+    command("init")
     pixels, labels = images(12, side=32)
     for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         file = tmp_path / "images/train" / f"class-{label}" / f"{number}.png"
@@ -86,29 +87,22 @@ def test_the_starter_for_folders_runs(tmp_path: Path) -> None:
 
     stages = re.findall(r"^logitcache (\S+) pipeline.yaml ", README, flags=re.MULTILINE)
     assert stages == ["train-teacher", "cache-teacher", "train-student"]
-    *_, last = [logitcache(tmp_path, stage, "pipeline.yaml", *TINY, *small) for stage in stages]
+    *_, last = [command(stage, "pipeline.yaml", *TINY, *small) for stage in stages]
     assert [row["name"] for row in last["rows"]] == ["distilled", "baseline"]
 
 
-def test_the_starter_for_arrays_runs(tmp_path: Path) -> None:
-    logitcache(tmp_path, "init", "--data", "arrays")
+def test_the_starter_for_arrays_runs(tmp_path: Path, command: Callable[..., Any], forks: BaseContext) -> None:
+    command("init", "--data", "arrays")
     write_arrays(tmp_path)
     small = ["teacher.args={depth: 8, width: 4}", "teacher.train.epochs=1"]
 
-    [found] = logitcache(tmp_path, "run", "--dry-run", "--require-data", "pipeline.yaml")["pipelines"]
+    [found] = command("run", "--dry-run", "--require-data", "pipeline.yaml")["pipelines"]
     assert found["missing"] == []
-    rows = logitcache(tmp_path, "run", "pipeline.yaml", *TINY, *small)["rows"]
+    rows = command("run", "pipeline.yaml", *TINY, *small)["rows"]
     assert [(row["name"], row["samples"]) for row in rows] == [("distilled", 27), ("baseline", 27)]
 
-    ended = subprocess.run(
-        [sys.executable, "-c", PIPELINES_CACHE_IN_PYTHON],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert ended.stdout.split() == ["27", "27", "2"]
+    ended = run_program(forks, "-c", PIPELINES_CACHE_IN_PYTHON, folder=tmp_path)
+    assert ["27", "27", "2"] == ended.stdout.split(), ended.stderr
 
 
 PIPELINES_CACHE_IN_PYTHON = """
@@ -130,9 +124,9 @@ print(cache.check_batch(*views.collate([views[0, 0], views[0, 13]])[:2]))
 """
 
 
-def test_the_starter_for_hugging_face_runs(tmp_path: Path) -> None:
+def test_the_starter_for_hugging_face_runs(tmp_path: Path, command: Callable[..., Any]) -> None:
     datasets = pytest.importorskip("datasets")
-    logitcache(tmp_path, "init", "--data", "huggingface")
+    command("init", "--data", "huggingface")
     (tmp_path / "hub").mkdir()
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
     for split, count in (("train", 30), ("test", 9)):
@@ -142,31 +136,30 @@ def test_the_starter_for_hugging_face_runs(tmp_path: Path) -> None:
     small = ["teacher.args={depth: 8, width: 4}", "teacher.train.epochs=1", f"data.args.path={tmp_path}/hub"]
     small += ["views.transform=[{RandomCrop: {size: 8, padding: 1}}]"]
 
-    rows = logitcache(tmp_path, "run", "pipeline.yaml", *TINY, *small)["rows"]
+    rows = command("run", "pipeline.yaml", *TINY, *small)["rows"]
     assert [(row["name"], row["samples"]) for row in rows] == [("distilled", 27), ("baseline", 27)]
 
 
-def test_the_starter_for_logits_trains_on_them(tmp_path: Path) -> None:
-    logitcache(tmp_path, "init", "--data", "logits")
+def test_the_starter_for_logits_trains_on_them(tmp_path: Path, command: Callable[..., Any], forks: BaseContext) -> None:
+    command("init", "--data", "logits")
     write_arrays(tmp_path)
     np.save(tmp_path / "logits.npy", np.random.default_rng(1).normal(size=(30, 3)).astype(np.float32))
-    subprocess.run(
-        [sys.executable, "make_cache.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}, check=True
-    )
+    made = run_program(forks, tmp_path / "make_cache.py", folder=tmp_path)
+    assert 0 == made.returncode, made.stderr
 
-    rows = logitcache(tmp_path, "train-student", "pipeline.yaml", "train.epochs=1", "num_workers=0")["rows"]
+    rows = command("train-student", "pipeline.yaml", "train.epochs=1", "num_workers=0")["rows"]
     assert [(row["name"], row["samples"]) for row in rows] == [("distilled", 30), ("baseline", 30)]
     check = ("run", "--dry-run", "--require-data", "pipeline.yaml", "train.epochs=1")
-    [found] = logitcache(tmp_path, *check)["pipelines"]
+    [found] = command(*check)["pipelines"]
     assert found["missing"] == []
     assert [(step["done"], step["conflict"]) for step in found["steps"]] == [(True, None)] * 3
 
 
-def test_the_starter_for_text_runs(tmp_path: Path) -> None:
+def test_the_starter_for_text_runs(tmp_path: Path, command: Callable[..., Any]) -> None:
     need_package("transformers", "hf")
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    logitcache(tmp_path, "init", "--data", "text")
+    command("init", "--data", "text")
     (tmp_path / "texts").mkdir()
     for split, count in (("train", 12), ("test", 3)):
         (tmp_path / f"texts/{split}.txt").write_text("\n".join(f"Text {number} of {split}." for number in range(count)))
@@ -178,9 +171,9 @@ def test_the_starter_for_text_runs(tmp_path: Path) -> None:
     for student in ("distilled", "baseline"):
         changes += [f"students.{student}.args.config.{name}={size}" for name, size in small.items()]
 
-    [found] = logitcache(tmp_path, "run", "--dry-run", "--require-data", "pipeline.yaml", *changes)["pipelines"]
+    [found] = command("run", "--dry-run", "--require-data", "pipeline.yaml", *changes)["pipelines"]
     assert [] == found["missing"]
-    rows = logitcache(tmp_path, "run", "pipeline.yaml", *changes)["rows"]
+    rows = command("run", "pipeline.yaml", *changes)["rows"]
     assert [("distilled", 9), ("baseline", 9)] == [(row["name"], row["samples"]) for row in rows]
     assert all(row["nll_mean"] > 0 for row in rows)
 
@@ -229,24 +222,32 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return installed
 
 
-def test_the_wheel_alone_writes_and_checks_each_starter(wheel: Path, tmp_path: Path) -> None:
-    for kind in DataKind:
-        logitcache(tmp_path, "init", kind.value, "--data", kind.value, package=wheel)
-    files = [f"{kind.value}/pipeline.yaml" for kind in DataKind]
-
-    found = logitcache(tmp_path, "run", "--dry-run", *files, package=wheel)["pipelines"]
-    assert [(each["file"], each["error"]) for each in found] == [(file, None) for file in files]
-
-
-def test_the_wheel_holds_the_pipeline_of_the_demo(wheel: Path) -> None:
-    program = "from logitcache.extras.demo import embedded_file; from logitcache.config.schema import load_pipeline; print(load_pipeline(embedded_file()).data.name)"
+def of_wheel(wheel: Path, folder: Path, *arguments: str) -> str:
+    """What a Python program with the installed wheel prints; the package is not that of the checkout."""
     ended = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=wheel.parent,
+        [sys.executable, *arguments],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(wheel)},
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
+    assert 0 == ended.returncode, ended.stderr
+    return ended.stdout
 
-    assert ended.stdout.strip() == "mnist5k"
+
+def test_the_wheel_alone_writes_and_checks_each_starter(wheel: Path, tmp_path: Path) -> None:
+    for kind in DataKind:
+        of_wheel(wheel, tmp_path, "-m", "logitcache.cli", "init", kind.value, "--data", kind.value)
+    files = [f"{kind.value}/pipeline.yaml" for kind in DataKind]
+
+    found = json.loads(of_wheel(wheel, tmp_path, "-m", "logitcache.cli", "run", "--dry-run", *files, "--json"))[
+        "pipelines"
+    ]
+    assert [(each["file"], each["error"]) for each in found] == [(file, None) for file in files]
+
+
+def test_the_wheel_holds_the_pipeline_of_the_demo(wheel: Path, tmp_path: Path) -> None:
+    program = "from logitcache.extras.demo import embedded_file; from logitcache.config.schema import load_pipeline; print(load_pipeline(embedded_file()).data.name)"
+
+    assert "mnist5k" == of_wheel(wheel, tmp_path, "-c", program).strip()

@@ -35,6 +35,7 @@ from logitcache.stages.train_teacher import train_teacher
 from logitcache.train.labels import Labels
 from logitcache.train.loop import train
 from logitcache.verify.audit import verify
+from tests.conftest import FEW_DIGITS
 
 Make = Callable[..., Pipeline]
 
@@ -276,7 +277,7 @@ def test_a_build_killed_at_thirty_instants_is_the_build_never_killed(
     tiny: Make, tmp_path: Path, forks: BaseContext
 ) -> None:
     """SIGKILL; committed blocks are never computed again, and the content digest comes out the same."""
-    few_rows = ["cache.rows_per_block=64", "views.count=3"]
+    few_rows = [*FEW_DIGITS, "views.count=3"]
     undisturbed = tiny(*few_rows, f"cache.path={tmp_path}/undisturbed.cache")
     run_for(forks, int)  # the server of processes imports torch once
     seconds = run_for(forks, cache_teacher, undisturbed)
