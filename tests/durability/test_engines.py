@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -232,17 +233,29 @@ def claim_without_conditional_writes() -> None:
     Claims._newest = lambda claims, name: (0, None)  # type: ignore[method-assign]
 
 
-def work_without_claims(pipeline: Pipeline, start: Any) -> None:
+def link_nothing() -> None:
+    """As on a file system without hard links."""
+
+    def link(source: Any, target: Any) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    os.link = link  # type: ignore[assignment]
+
+
+def work_on_a_poor_store(lack: Callable[[], None], pipeline: Pipeline, start: Any) -> None:
     silence()
-    claim_without_conditional_writes()
+    lack()
     start.wait()
     stage.cache_teacher(pipeline, engine=Claiming())
 
 
-def test_workers_whose_claims_all_succeed_write_the_same_blocks(tiny: Make, tmp_path: Path, forks: Any) -> None:
+@pytest.mark.parametrize("lack", [claim_without_conditional_writes, link_nothing])
+def test_workers_whose_claims_may_all_succeed_write_the_same_blocks(
+    tiny: Make, tmp_path: Path, forks: Any, lack: Callable[[], None]
+) -> None:
     single = stage.cache_teacher(tiny("views.count=4", f"cache.path={tmp_path}/single.cache"))
     pipeline, start = tiny("views.count=4"), forks.Barrier(2)
-    children = [forks.Process(target=work_without_claims, args=(pipeline, start), daemon=True) for _ in range(2)]
+    children = [forks.Process(target=work_on_a_poor_store, args=(lack, pipeline, start), daemon=True) for _ in range(2)]
     for child in children:
         child.start()
     for child in children:

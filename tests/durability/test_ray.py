@@ -370,3 +370,12 @@ def test_the_command_builds_on_the_cluster_of_the_environment(
     assert 0 == ended.returncode, ended.stderr
     told = json.loads(ended.stdout)
     assert (12, True) == (told["computed_blocks"], told["sealed"])
+    assert f"caching the teacher: {2 * 1295} rows in" in ended.stderr
+    assert "2 workers" in ended.stderr
+
+
+def test_without_a_cluster_ray_is_started_for_the_run(tiny: Make, tmp_path: Path) -> None:
+    single = cache_teacher(tiny(*FEW_DIGITS, f"cache.path={tmp_path}/single.cache"))
+    result = cache_teacher(tiny(*FEW_DIGITS), engine=Ray(address="local", workers=1))
+
+    assert single.manifest.digest == result.manifest.digest

@@ -14,6 +14,9 @@ from torch import Tensor
 import logitcache
 from logitcache.cache.fidelity import fidelity_kl
 from logitcache.config.schema import Pipeline
+from logitcache.data.batched_views import TOLERANCE
+from logitcache.data.transforms import build_transform
+from logitcache.data.views import Mixing, ViewDataset, ViewPlan
 from logitcache.errors import InvalidLogits
 from logitcache.losses import kl_divergence, linear_cross_entropy, linear_kl_divergence
 from logitcache.stages.cache_teacher import cache_teacher
@@ -214,3 +217,21 @@ def test_a_language_model_from_the_cache_and_with_the_live_teacher(tiny: Make, c
 
     assert cached[0] == pytest.approx(live[0], rel=1e-3)
     assert math.isfinite(cached[0])
+
+
+@pytest.mark.parametrize("mixing", [Mixing(), Mixing(mixup=0.4), Mixing(cutmix=1.0)], ids=["plain", "mixup", "cutmix"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_views_finished_on_the_gpu_are_those_of_the_workers(mixing: Mixing, batched: bool) -> None:
+    """Up to the tolerances that docs/training.md states, in pixels from 0 to 1."""
+    steps = [{"Resize": {"size": [24, 24]}}, {"batched_crop": {"size": 16}}, {"batched_color": {"contrast": 0.4}}]
+    transform = build_transform(steps if batched else [{"RandomCrop": {"size": 16}}])
+    plan = ViewPlan(transform=transform, seed=1, mixing=mixing, num_classes=10)
+    images = [(torch.randint(256, (3, 24, 24), dtype=torch.uint8), number % 10) for number in range(32)]
+    there, here = ViewDataset(images, plan, on_device=True), ViewDataset(images, plan)
+    places = [(view, sample) for view in (0, 1) for sample in range(32)]
+    (_, sent, _), (_, expected, _) = there.collate(there.__getitems__(places)), here.collate(here.__getitems__(places))
+    sent = {name: value.cuda() for name, value in sent.items()} if isinstance(sent, dict) else sent.cuda()
+    found = there.finish(sent)
+
+    assert "cuda" == found.device.type
+    assert float((found.cpu() - expected).abs().max()) <= (TOLERANCE if batched else 2.0**-23)

@@ -120,10 +120,23 @@ def hugging_face(shards: list[Path]) -> Any:
     return stream.shuffle(seed=3, buffer_size=10)
 
 
+def parquet(shards: list[Path]) -> Any:
+    """A stream of Parquet files with the bytes of images."""
+    need_package("datasets", "hf")
+    import datasets
+
+    rows = [{"__key__": key, "png": {"bytes": png, "path": None}, "cls": target} for key, png, target in samples()]
+    folder = shards[0].parent.with_name("parquet")
+    for part in range(2):
+        datasets.Dataset.from_list(rows[part::2]).to_parquet(str(folder / f"{part}.parquet"))
+    stream = datasets.load_dataset("parquet", data_dir=str(folder), split="train", streaming=True)
+    return stream.shuffle(seed=3, buffer_size=10)
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("make", [web_dataset, hugging_face])
-def test_streams_of_webdataset_and_hugging_face_give_the_views_of_the_cache(
+@pytest.mark.parametrize("make", [web_dataset, hugging_face, parquet])
+def test_streams_of_other_libraries_give_the_views_of_the_cache(
     cache: logitcache.LogitCache, shards: list[Path], make: Callable[[list[Path]], Any], num_workers: int
 ) -> None:
     views = logitcache.StreamViews(make(shards), cache, fields=FIELDS, decode=logitcache.decode_image)
@@ -143,7 +156,7 @@ def test_streams_of_webdataset_and_hugging_face_give_the_views_of_the_cache(
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("make", [None, web_dataset, hugging_face], ids=["plain", "webdataset", "hugging face"])
+@pytest.mark.parametrize("make", [None, web_dataset, hugging_face, parquet])
 def test_students_of_a_stream_have_the_weights_of_students_of_the_files(
     cache: logitcache.LogitCache, shards: list[Path], make: Callable[[list[Path]], Any] | None, num_workers: int
 ) -> None:
