@@ -75,7 +75,7 @@ TOGETHER = [
     Workers("two processes, `torchrun`", (Torchrun(), Torchrun()), LOCAL),
     Workers("Ray, two workers", (Ray(workers=2),) * 2, RAY),
 ]
-IN_TINY = {BARE[2], "two processes, `torchrun`", "Ray, two workers"}
+IN_TINY = {BARE[1], "two processes, `torchrun`", RAY}
 
 
 def main() -> None:
@@ -182,7 +182,7 @@ def scaling(pipeline: Pipeline, arguments: argparse.Namespace) -> str:
     for arm in arms:
         median = statistics.median(seconds[arm.name])
         row: list[object] = [arm.name, f"{median:.2f} s", "", "", ""]
-        if arm.name != arm.bare:
+        if arm.name != arm.bare and arm.bare in seconds:
             row[2:4] = [compare(each[arm.name], each[arm.bare]) for each in (seconds, cpu)]
         if arm.name != arm.alone and arm.alone in seconds:
             row[4] = compare([1 / each for each in seconds[arm.name]], [1 / each for each in seconds[arm.alone]])

@@ -122,12 +122,13 @@ def main() -> None:
     for name in arguments.only:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            sections.append(MEASUREMENTS[name](sizes, device, Path(folder)))
+            section = MEASUREMENTS[name](sizes, device, Path(folder))
         torch._dynamo.reset()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        print(f"\n{sections[-1]}\n\n({name}: {time.perf_counter() - start:.0f} s)", flush=True)
+        sections.append(f"{section}\n\nThis section took {time.perf_counter() - start:.0f} s.")
+        print(f"\n{sections[-1]}", flush=True)
         if arguments.write:  # after each, so that a run that is cut short leaves what it has
             result_path(MODULE, "md", device=device).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
@@ -230,6 +231,7 @@ def encodings_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
             logitcache.TopK(k=10),
             logitcache.TopK(k=64),
             logitcache.Sampled(draws=50),
+            logitcache.Sampled(draws=50, packed=True),
             logitcache.LowRank(rank=rank, k=8, search=4),
             logitcache.PackedTopK(k=min(64, num_classes // 4)),
             logitcache.TopLowRank(rank=rank),
@@ -395,8 +397,13 @@ def pipeline_of_pictures(sizes: Sizes, device: torch.device, folder: Path, **tea
 
 def loader_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
     """`cache_teacher` whole over pictures that workers render."""
-    pipeline = pipeline_of_pictures(sizes, device, folder, model=sizes.teachers[0])
-    return stage1.time_section(sizes.teachers[0], pipeline, max(1, sizes.repeats // 2), folder)
+    parts = []
+    for name in sizes.teachers:
+        for compiled in (False, True) if device.type == "cuda" else (False,):
+            pipeline = pipeline_of_pictures(sizes, device, folder, model=name, compile=compiled)
+            teacher = f"compiled {name}" if compiled else name
+            parts.append(stage1.time_section(teacher, pipeline, max(1, sizes.repeats // 2), folder))
+    return "\n\n".join(parts)
 
 
 def students_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
