@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
+# Python compiles what is imported; to compile all packages takes a minute or two.
+PIP_OPTIONS := --disable-pip-version-check --no-compile
 # One process for each core, up to four; each starts the test servers that it needs. A file's tests stay together.
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 # The demo needs few packages: an environment of its own, unless the one for development is there.
@@ -14,13 +16,13 @@ QUICK_VENV := $(if $(wildcard $(VENV)/installed),$(VENV),$(VENV)/quick)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) -c constraints.txt -e '.[dev]'
 	touch $@
 
 $(VENV)/demo/installed: pyproject.toml constraints.txt
 	@echo "Installing the demo into $(VENV)/demo: about 6 GB, of which torch and its CUDA libraries take 5. Two to five minutes, once."
 	test -x $(VENV)/demo/bin/python || $(PYTHON) -m venv $(VENV)/demo
-	$(VENV)/demo/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	$(VENV)/demo/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt -e '.[demo]'
 	touch $@
 
 demo: $(DEMO_VENV)/installed  ## What a cache buys, on embedded real data
@@ -29,7 +31,7 @@ demo: $(DEMO_VENV)/installed  ## What a cache buys, on embedded real data
 # A server of a Hugging Face Hub, for tests: its packages don't fit beside ours.
 $(VENV)/olah/installed: Makefile
 	test -x $(VENV)/olah/bin/python || $(PYTHON) -m venv $(VENV)/olah
-	$(VENV)/olah/bin/python -m pip install --quiet --disable-pip-version-check olah==0.5.4
+	$(VENV)/olah/bin/python -m pip install --quiet $(PIP_OPTIONS) olah==0.5.4
 	touch $@
 
 test: $(VENV)/installed $(VENV)/olah/installed  ## Everything that CI tests
@@ -38,7 +40,7 @@ test: $(VENV)/installed $(VENV)/olah/installed  ## Everything that CI tests
 $(VENV)/quick/installed: pyproject.toml $(CONSTRAINTS)
 	@echo "Installing the test-core extra into $(VENV)/quick: about 6 GB, of which torch and its CUDA libraries take 5. Two to five minutes, once."
 	test -x $(VENV)/quick/bin/python || $(PYTHON) -m venv $(VENV)/quick
-	$(VENV)/quick/bin/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test-core]'
+	$(VENV)/quick/bin/python -m pip install $(PIP_OPTIONS) -c $(CONSTRAINTS) -e '.[test-core]'
 	touch $@
 
 quick: $(QUICK_VENV)/installed  ## Unit and contract tests: no servers, no processes that are killed
