@@ -240,9 +240,10 @@ def _how_to_render_it(cache: LogitCache) -> Iterator[str]:
             f"`function(sample, parameters)`. Here {samples}\n"
         )
     else:
+        parts = "transform=..., preprocess=..., seed=..." if transform["teacher_input"] else "transform=..., seed=..."
         yield (
             "The transform was a Python object, which can't be stored. Make the same plan from its description below, "
-            "`plan = logitcache.ViewPlan(transform=..., seed=...)`, and call `cache.check_plan(plan)`, which compares "
+            f"`plan = logitcache.ViewPlan({parts})`, and call `cache.check_plan(plan)`, which compares "
             f"the two. Then `logitcache.ViewDataset(dataset, plan)` renders the views that the teacher saw; {checked} "
             f"Here {samples}\n"
         )

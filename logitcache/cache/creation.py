@@ -682,7 +682,7 @@ def _other_cache(storage: Storage, manifest: Manifest, differences: Sequence[str
     return IdentityMismatch(
         f"{storage.url} holds another cache ({manifest.id[:12]}…); it differs in\n  "
         + "\n  ".join(differences)
-        + "\nChoose another path, or restore what differs; nothing was changed."
+        + "\nChoose another path, delete this cache, or restore what differs; nothing was changed."
     )
 
 

@@ -532,9 +532,9 @@ def _reason(error: ValueError) -> str:
 
 
 def _first_difference(path: str, mine: Any, theirs: Any) -> tuple[str, Any, Any]:
-    """The path and the values of the first difference between two JSON values."""
+    """The path and the values of the first difference between two JSON values; of two names before all else."""
     if isinstance(mine, dict) and isinstance(theirs, dict):
-        for key in sorted(mine.keys() | theirs.keys()):
+        for key in sorted(mine.keys() | theirs.keys(), key=lambda key: (key != "name", key)):
             if mine.get(key, _ABSENT) != theirs.get(key, _ABSENT):
                 return _first_difference(f"{path}.{key}", mine.get(key, _ABSENT), theirs.get(key, _ABSENT))
     if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):

@@ -298,8 +298,9 @@ def check_arrived(
                     break
         if not reasons:
             raise UsageError(
-                f"no ViewDataset of this cache has sample {row} of this batch; create `ViewDataset(dataset, "
-                "cache.view_plan)` first, or pass it as `views=`. With `StreamViews`, check the first batch of an epoch"
+                f"no ViewDataset of this cache has sample {row} of this batch. Create it with `cache.view_plan`, or "
+                "with the same ViewPlan object that `check_plan` was called with; or pass it as `views=`. With "
+                "`StreamViews`, check the first batch of an epoch"
             )
         if None not in reasons:
             key = samples.key(row) if samples is not None else str(row)

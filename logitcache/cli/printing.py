@@ -186,9 +186,8 @@ def plan_summary(plan: Any) -> dict[str, Any]:
 def print_plan(plan: Any) -> None:
     """The table of encodings, and the recommended one."""
     whole = plan.num_samples is not None
-    unit = "row" if plan.rows_per_sample != 1 else "sample"
     temperatures = list(plan.recommended.kl)
-    columns = ["encoding", f"bytes/{unit}", *(["total"] if whole else []), *(f"KL T={t:g}" for t in temperatures)]
+    columns = ["encoding", "bytes/row", *(["all rows"] if whole else []), *(f"KL T={t:g}" for t in temperatures)]
     table = Table(
         *columns,
         "largest KL",
@@ -206,11 +205,11 @@ def print_plan(plan: Any) -> None:
         table.add_row(*cells, style="bold" if chosen else None)
     console().print(table)
     for name, size in plan.output_bytes.items():
-        say(f"Output {name}: {size:,.1f} bytes/{unit}, included in the totals.")
+        say(f"Output {name}: {size:,.1f} bytes/row, included in the totals.")
     if plan.hours is not None:
         say(
             f"Estimated time of cache-teacher: {timedelta(seconds=round(3600 * plan.hours))} "
-            f"({plan.num_views} views of {plan.rows_per_view:,} {unit}s at {plan.rows_per_second:,.0f} {unit}s/s)."
+            f"({plan.num_views} views of {plan.rows_per_view:,} rows at {plan.rows_per_second:,.0f} rows/s)."
         )
     if plan.live_passes is not None:
         epochs = "epoch" if plan.num_views == 1 else "epochs"

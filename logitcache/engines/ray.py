@@ -455,7 +455,8 @@ class _Build:
         self._failing.clear()
         self._computed.append(block)
         failed = f", {len(self._given_up)} blocks failed" if self._given_up else ""
-        meter.advance(num_rows, note=f"{len(self._node_of)} workers{failed}")
+        workers = len(self._node_of)
+        meter.advance(num_rows, note=f"{workers} {'worker' if workers == 1 else 'workers'}{failed}")
 
     def _failed(self, block: Block, failure: _Failure) -> None:
         """Queue a block again, or give it up."""
