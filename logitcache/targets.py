@@ -163,7 +163,7 @@ class SparseTargets(Targets):
     """The log-probabilities of a few classes, and the mass of all others together (the tail).
 
     The tail's mass is spread evenly over all classes that have no entry, or in proportion to `tail_shape`. The entries
-    and the tail of a row need not be normalised.
+    and the tail of a row need not be normalized.
 
     Raises:
         ShapeError: the shapes do not agree.
@@ -210,7 +210,7 @@ class SparseTargets(Targets):
         return self.ids.device
 
     def softened(self, temperature: float = 1.0) -> SparseTargets:
-        """The distributions at temperature T, with all parts normalised.
+        """The distributions at temperature T, with all parts normalized.
 
         A row's entries and tail then sum to 1, and so do the probabilities of `tail_shape`.
         """
@@ -221,7 +221,7 @@ class SparseTargets(Targets):
         at_one_B = self.tail - self._log_tail_size(self.tail_shape)
         tail_B = at_one_B / temperature + self._log_tail_size(shape_C)
         if shape_C is not None and self.tail_shape is not None:
-            # What normalises the shape at T belongs to the tail.
+            # What normalizes the shape at T belongs to the tail.
             tail_B = tail_B + (self.tail_shape.to(wide) / temperature).logsumexp(dim=0).to(tail_B.dtype)
         log_probs_BK = self.log_probs / temperature
         total_B1 = torch.cat([log_probs_BK, tail_B[:, None]], dim=1).logsumexp(dim=1, keepdim=True)

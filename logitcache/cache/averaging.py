@@ -40,7 +40,7 @@ def combination(combine: str, weights: Sequence[float] | None, count: int) -> Ca
 def mean_of_logits(logits: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
     """The weighted mean of float32 (B, C) logits; a class that one teacher masks is masked.
 
-    Its softmax is the normalised geometric mean of the teachers' distributions, at every temperature.
+    Its softmax is the normalized geometric mean of the teachers' distributions, at every temperature.
     """
     total_BC: Tensor | None = None
     for logits_BC, weight in zip(logits, weights, strict=True):

@@ -144,12 +144,16 @@ class Identity(_Record):
             for path, a, b in pairs:
                 if a != b:
                     path, a, b = _first_difference(path, a, b)
-                    known = FIELDS_IN_WORDS.get(path)
+                    known = next((words for field, words in FIELDS_IN_WORDS.items() if path.startswith(field)), None)
                     lines.append(f"{path}{f' ({known})' if known else ''}: {_short(a)} {mine}, {_short(b)} {theirs}")
         return lines
 
 
-FIELDS_IN_WORDS = {"tokenization.sha256": "the tokenizer", "rows": "hash of the rows of all samples"}
+FIELDS_IN_WORDS = {
+    "tokenization.sha256": "the tokenizer",
+    "rows": "hash of the rows of all samples",
+    "transform.teacher_input": "`preprocess` of the plan, `teacher.input` of a pipeline",
+}
 """What fields of an identity are, where their names do not tell."""
 
 

@@ -306,7 +306,7 @@ def check_arrived(
             key = samples.key(row) if samples is not None else str(row)
             raise IdentityMismatch(
                 f"sample {row} ({key}) of this batch is not view {view} as it is rendered here: {reasons[0]}.\n"
-                "Something between the dataset and this call changes the inputs (a loader that casts or normalises, a "
+                "Something between the dataset and this call changes the inputs (a loader that casts or normalizes, a "
                 "transform on the device) or pairs them with other indices. Check the batch as it comes from the "
                 "dataset, and pass a model's own steps as `preprocess=`"
             )

@@ -157,7 +157,7 @@ def captured_shapes(net: nn.Module, taps: Mapping[str, Tap], inputs: Any) -> dic
     Args:
         net: on the device of the inputs; not changed.
         taps: by name.
-        inputs: a batch of two samples, so that the batch dimension can be recognised.
+        inputs: a batch of two samples, so that the batch dimension can be recognized.
 
     Raises:
         UsageError: a module does not exist, is not called, or returns no tensor.

@@ -1,4 +1,4 @@
-"""How a student's weights are initialised: the names that `students[].init` takes."""
+"""How a student's weights are initialized: the names that `students[].init` takes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ INITIALISATIONS: Registry[Initialisation] = Registry("initialisation", {})
 
 
 def initialisation_of(value: Any) -> Initialisation:
-    """The initialisation that a pipeline's `init` names: a name, or a mapping with `from`.
+    """The initialization that a pipeline's `init` names: a name, or a mapping with `from`.
 
     Raises:
         UsageError: an unknown name.

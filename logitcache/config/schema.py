@@ -112,7 +112,7 @@ class ViewsConfig(Section):
     per_decode: int = Field(default=1, ge=1)
     """Views that are made from a sample each time it is loaded; at most `count`."""
     on_device: bool = False
-    """Send images to the device as bytes, and mix and normalise them there."""
+    """Send images to the device as bytes, and mix and normalize them there."""
 
     @model_validator(mode="after")
     def _has_as_many_views(self) -> ViewsConfig:
@@ -185,7 +185,7 @@ class ModelConfig(Section):
     """A built-in model, a torchvision classifier, or `package.module:function`."""
     args: dict[str, Any] = {}
     input: TransformConfig = None
-    """The model's own deterministic preprocessing, such as its size and normalisation."""
+    """The model's own deterministic preprocessing, such as its size and normalization."""
     weights: str | None = None
     """A .safetensors file, the name of torchvision weights, or null for random weights."""
 

@@ -1,4 +1,4 @@
-"""Random crops, flips and colours of images that run on a whole batch, with parameters for each sample.
+"""Random crops, flips and colors of images that run on a whole batch, with parameters for each sample.
 
 The parameters of a sample are drawn from the global `random` generator, which `ViewDataset` seeds for each view and
 row. So a view of an image is a pure function of its pixels, the view seed, the view and the row, and does not depend on

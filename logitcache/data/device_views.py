@@ -1,4 +1,4 @@
-"""The last steps of a view on the device: a batch of bytes becomes floats, is mixed, and is normalised there.
+"""The last steps of a view on the device: a batch of bytes becomes floats, is mixed, and is normalized there.
 
 A quarter of the bytes then cross from the workers to the device, half with mixing. The pixels are the same: each step
 is the arithmetic of `data.views` on a batch. On the CPU they are equal to the last bit; another kind of device may
@@ -141,7 +141,7 @@ def mixed_bytes(
 
 
 def finished(inputs: Any, steps: list[Callable[[Tensor], Tensor]], batched: Sequence[BatchedStep] = ()) -> Tensor:
-    """Float images (B, C, H, W) of a batch of bytes, after the batched steps, mixed and normalised, on its device.
+    """Float images (B, C, H, W) of a batch of bytes, after the batched steps, mixed and normalized, on its device.
 
     Args:
         inputs: uint8 (B, C, H, W), or batched entries of `ByteImage.sent` or `mixed_bytes`.

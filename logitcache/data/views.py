@@ -118,7 +118,7 @@ class ViewPlan:
     """Seed of the views."""
     mixing: Mixing = field(default_factory=Mixing)
     preprocess: Callable[[Any], Any] | None = None
-    """The teacher's deterministic preprocessing, such as size and normalisation; a student may have its own."""
+    """The teacher's deterministic preprocessing, such as size and normalization; a student may have its own."""
     num_classes: int | None = None
     """Required with mixing, where targets become distributions (C,)."""
     num_samples: int | None = None

@@ -14,14 +14,14 @@ from logitcache.encodings.protocol import float_tensor
 DEEPEST = 40.0
 """Distance below a row's largest logit at which logits are clamped: their probability is below 1e-17."""
 EXACT_CLASSES = 4096
-"""Up to this many classes the basis is computed from the full covariance; above, by randomised subspace iteration."""
+"""Up to this many classes the basis is computed from the full covariance; above, by randomized subspace iteration."""
 
 
 def principal_components(calibration: Any, rank: int) -> tuple[Tensor, Tensor]:
     """Mean (C,) and orthonormal principal components (rank, C) of logits, each row's own mean removed.
 
     The calibration logits are read a few rows at a time, several times, so they can be a memory map that is larger than
-    memory. Above `EXACT_CLASSES` classes: randomised subspace iteration (Halko, Martinsson and Tropp 2011,
+    memory. Above `EXACT_CLASSES` classes: randomized subspace iteration (Halko, Martinsson and Tropp 2011,
     arXiv:0909.4061, algorithm 4.4).
     """
     num_rows, num_classes = calibration.shape
@@ -57,7 +57,7 @@ def principal_components(calibration: Any, rank: int) -> tuple[Tensor, Tensor]:
 def principal_span(calibration: Any, width: int) -> tuple[Tensor, Tensor]:
     """Orthonormal directions (C, width) that hold most of the variance of logits, and the rows' coordinates (N, width).
 
-    Each row's own mean is removed. Two passes of randomised subspace iteration: if the logits have no higher rank than
+    Each row's own mean is removed. Two passes of randomized subspace iteration: if the logits have no higher rank than
     `width`, as those of a language model with a smaller hidden state, then the span holds all of them.
     """
     num_classes = calibration.shape[1]

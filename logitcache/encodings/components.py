@@ -39,7 +39,7 @@ LARGEST_EXPONENT = 100
 class Components(FittedEncoding["Fitted"]):
     """Principal components of a row, as whole numbers of one quantization step.
 
-    One step for all components minimises the bits at a given squared error: components that vary less than the step
+    One step for all components minimizes the bits at a given squared error: components that vary less than the step
     cost nearly nothing (reverse water-filling; Cover and Thomas, "Elements of Information Theory", 10.3.3). The step is
     fitted so that calibration rows that the basis has not seen have the wanted error. Larger rows than these get a
     larger step, a power of two times the fitted one.

@@ -1,7 +1,7 @@
-"""Integer coefficients over a low-rank basis of the teacher's logits, chosen by rate-distortion optimisation.
+"""Integer coefficients over a low-rank basis of the teacher's logits, chosen by rate-distortion optimization.
 
 decoded = mean + coefficients @ basis, plus corrections of k classes. Rounding each coefficient to the nearest integer
-would spread the error evenly over all classes. Instead the coefficients are chosen to minimise the KL divergence, which
+would spread the error evenly over all classes. Instead the coefficients are chosen to minimize the KL divergence, which
 puts the error on improbable classes, with a price for every bit as in video coding.
 """
 
@@ -55,7 +55,7 @@ class LowRank(FittedEncoding["Fitted"]):
     (AVX-512 VNNI) compute it in a fraction of the time, exactly.
 
     Sources: Hinton et al. 2015 for the information in small logits; Sullivan and Wiegand 1998, "Rate-distortion
-    optimization for video compression", for choosing quantised values by their rate. The combination is new.
+    optimization for video compression", for choosing quantized values by their rate. The combination is new.
     """
 
     name: ClassVar[str] = "lowrank"
@@ -301,7 +301,7 @@ def _fisher_correction(
 ) -> Tensor:
     """The difference, in steps, between the solution under the Fisher metric and the least-squares coefficients.
 
-    The solution minimises ½ e'(diag(p) - pp')e over each row's most probable classes plus the weighted squared error
+    The solution minimizes ½ e'(diag(p) - pp')e over each row's most probable classes plus the weighted squared error
     of all classes. With the Woodbury identity the linear system has M unknowns instead of R.
     """
     error_BM1 = wanted_BM.unsqueeze(2) - torch.bmm(basis_BMR, plain_BR.unsqueeze(2))

@@ -100,7 +100,7 @@ class Encoding(ABC):
     def rows_at_once(self, num_classes: int) -> int:
         """Consecutive rows that the writer encodes at once on a CPU, at least 1; 4 MB of them by default.
 
-        Enough to amortise small operations, few enough for the processor's cache. Stored values can depend on it by
+        Enough to amortize small operations, few enough for the processor's cache. Stored values can depend on it by
         rounding.
         """
         return max(1, 2**20 // num_classes)

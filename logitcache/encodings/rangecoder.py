@@ -1,6 +1,6 @@
 """Range coding: symbols in as many bits as their probabilities are worth, all rows of a batch at the same time.
 
-Martin 1979, "Range encoding: an algorithm for removing redundancy from a digitised message". All arithmetic is in
+Martin 1979, "Range encoding: an algorithm for removing redundancy from a digitized message". All arithmetic is in
 whole numbers, so any device decodes the same symbols.
 """
 

@@ -1,4 +1,4 @@
-"""Parts of the search for quantised coefficients by their divergence and their bits."""
+"""Parts of the search for quantized coefficients by their divergence and their bits."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ CODES_PER_E = 254 / math.log1p(DEEPEST)
 class TopK(Encoding):
     """The k largest logits of a row and the exact log-sum-exp of the rest, which decoding spreads evenly.
 
-    With the tail's mass the kept probabilities are unbiased at T = 1, unlike those of renormalised top-k (RS-KD,
+    With the tail's mass the kept probabilities are unbiased at T = 1, unlike those of renormalized top-k (RS-KD,
     arXiv:2503.16870, section 3). The even spread is TinyViT's (arXiv:2207.10666, section 3.1).
     """
 

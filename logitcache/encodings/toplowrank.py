@@ -55,7 +55,7 @@ ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class TopLowRank(HeadFittedEncoding["Fitted"]):
-    """The k most probable classes, and quantised coefficients over a fitted basis for all others.
+    """The k most probable classes, and quantized coefficients over a fitted basis for all others.
 
     The basis is the principal components of the calibration logits, with each class weighted by its mean probability in
     the tail. Coefficients are rounded, and then changed one step at a time while this lowers the divergence of the

@@ -1,7 +1,7 @@
 """A low-rank approximation of logits in few bytes, for low divergences at several temperatures.
 
 As in `LowRank`, a row is a vector of whole numbers over a fitted basis. Three things need fewer bytes for the same
-divergence: the search minimises the divergence in the metric of each row, numbers are trellis-coded, and a range coder
+divergence: the search minimizes the divergence in the metric of each row, numbers are trellis-coded, and a range coder
 writes them in as many bits as their probabilities are worth.
 """
 

@@ -74,7 +74,7 @@ EXPECTED = {
 
 
 def init_from_config(value: Any) -> Init:
-    """An initialisation from "teacher" or a mapping such as {"from": "teacher", "layers": "every_other"}.
+    """An initialization from "teacher" or a mapping such as {"from": "teacher", "layers": "every_other"}.
 
     Raises:
         UsageError: an unknown key or value.
@@ -98,7 +98,7 @@ class Origin:
     parameter: str
     shape: Shape
     source: str | None
-    """The teacher's tensor; None where the student keeps its random initialisation."""
+    """The teacher's tensor; None where the student keeps its random initialization."""
     teacher_shape: Shape | None
     groups: tuple[str | None, ...] = ()
     """The selection of channels along each dimension; None for all."""
@@ -155,7 +155,7 @@ def initialise(
     inputs: Any = None,
     importance: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> InitReport:
-    """Copy the teacher's weights into a student, in place; parameters without a match keep their random initialisation.
+    """Copy the teacher's weights into a student, in place; parameters without a match keep their random initialization.
 
     Args:
         student, teacher: on the CPU.
@@ -363,7 +363,7 @@ def taylor_importance(teacher: nn.Module, batches: Iterable[tuple[Any, Tensor]])
 
 
 class FromTeacher:
-    """`students[].init: teacher`, in the registry of initialisations."""
+    """`students[].init: teacher`, in the registry of initializations."""
 
     def config(self, value: Any) -> dict[str, Any]:
         """The pipeline's `init`, validated and in its full form."""

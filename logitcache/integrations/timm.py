@@ -72,7 +72,7 @@ def view_plan(
 
     Args:
         input_size: as for `timm.data.create_transform`.
-        mean, std: normalisation of the teacher; a student may have its own.
+        mean, std: normalization of the teacher; a student may have its own.
         seed: of the views.
         num_classes: required with `mixup_args`.
         mixup_args: arguments of `timm.data.Mixup`; empty or None mixes nothing. See `mixing`.
@@ -118,7 +118,7 @@ def mixing(mixup_args: Mapping[str, Any] | None) -> Mixing:
 
 
 def _transform(arguments: Mapping[str, Any]) -> SpecifiedTransform:
-    """timm's training transform without normalisation, described by the arguments that are not timm's defaults."""
+    """timm's training transform without normalization, described by the arguments that are not timm's defaults."""
     known = inspect.signature(create_transform).parameters
     unknown = [name for name in arguments if name not in known]
     if unknown:
@@ -129,7 +129,7 @@ def _transform(arguments: Mapping[str, Any]) -> SpecifiedTransform:
         raise UsageError(f"{wrong[0]} must be {fixed[wrong[0]]} for views, or left out")
     if arguments.get("re_prob"):
         raise UsageError(
-            "timm erases after the normalisation, which teacher and student may not share; set re_prob=0, or add "
+            "timm erases after the normalization, which teacher and student may not share; set re_prob=0, or add "
             "torchvision's RandomErasing to `ViewPlan(transform=...)`"
         )
     given = {**arguments, **fixed}
@@ -170,7 +170,7 @@ def create_cached_loader(
         dataset: of the training split, without a transform, as `timm.data.create_dataset` returns it.
         mixup_args: arguments of `timm.data.Mixup`, as `train.py` makes them.
         mixup_off_epoch: `args.mixup_off_epoch` of `train.py`; must be 0 where the views are mixed.
-        plan: the views and the normalisation, instead of those of the options: `cache.view_plan`, or the plan that the
+        plan: the views and the normalization, instead of those of the options: `cache.view_plan`, or the plan that the
             cache was written with.
         seed: of the order.
         memory_budget: bytes of encoded labels to keep in memory; larger views are streamed.
@@ -293,7 +293,7 @@ def _differences(recorded: Any, here: SpecifiedTransform) -> list[str]:
 def _with_bytes(views: ViewDataset, view: int, *, needed: bool) -> tuple[ViewDataset, ViewDataset]:
     """The views of the batches as they arrive, and as the workers render them: as bytes, if they can be.
 
-    The prefetcher moves bytes to the device and normalises them there. Without it, workers make floats of a batch at
+    The prefetcher moves bytes to the device and normalizes them there. Without it, workers make floats of a batch at
     once, which is faster than of each image.
 
     Raises:
@@ -305,7 +305,7 @@ def _with_bytes(views: ViewDataset, view: int, *, needed: bool) -> tuple[ViewDat
     except UsageError as error:
         if needed:
             raise UsageError(
-                "the prefetcher moves images as bytes, and these views are not bytes before they are normalised; pass "
+                "the prefetcher moves images as bytes, and these views are not bytes before they are normalized; pass "
                 f"use_prefetcher=False (--no-prefetcher) ({error})"
             ) from error
         return views, views

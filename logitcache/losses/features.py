@@ -41,7 +41,7 @@ def feature_mse(student_BCHW: Tensor, teacher_BCHW: Tensor, *, reduction: Reduct
 
 
 def attention_transfer(student_BCHW: Tensor, teacher_BDHW: Tensor, *, reduction: Reduction = "none") -> Tensor:
-    """Squared L2 distance of the normalised attention maps, from 0 to 2, unitless, (B,).
+    """Squared L2 distance of the normalized attention maps, from 0 to 2, unitless, (B,).
 
     An attention map is the sum over channels of the squared values. Maps of different height or width are pooled to
     the smaller of each (adaptive average pooling). Source: Zagoruyko and Komodakis 2017, "Paying More Attention to

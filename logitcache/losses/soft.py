@@ -159,7 +159,7 @@ def standardised(logits_BC: Tensor) -> Tensor:
     Source: Sun et al. 2024, "Logit Standardization in Knowledge Distillation", arXiv:2403.01427. The variance is
     divided by C; the authors' code divides by C - 1, which is a slightly different temperature. Classes at -inf are
     left out and stay -inf. A standard deviation below 0.001 counts as 0.001, which bounds the gradient for a head that
-    is initialised to 0.
+    is initialized to 0.
     """
     logits_BC = wide(logits_BC)
     kept_BC = logits_BC != -math.inf

@@ -132,7 +132,7 @@ class Run:
         self.total_steps = self.steps_per_epoch * config.epochs
         self._hinted = None if job.hints is None else job.hints.attach(self.model).to(job.device)
         whole = self._hinted or self.model
-        # Before the optimizer and the hooks: synchronised batch norm replaces modules.
+        # Before the optimizer and the hooks: synchronized batch norm replaces modules.
         self._parallel = ranks.wrap(whole, job.device, sync_batchnorm=config.sync_batchnorm)
         if self._hinted is not None:
             self._hinted.capture.hook()

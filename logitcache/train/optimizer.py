@@ -111,7 +111,7 @@ def weight_average(model: nn.Module, decay: float) -> AveragedModel:
             for mean, value in zip(averaged, current, strict=True):
                 mean.copy_(value)
             return
-        updates = int(average.n_averaged)  # on the CPU: no device synchronisation
+        updates = int(average.n_averaged)  # on the CPU: no device synchronization
         step_decay = min(decay, (1 + updates) / (10 + updates))
         get_ema_multi_avg_fn(step_decay)(averaged, current, None)  # type: ignore[no-untyped-call]
 

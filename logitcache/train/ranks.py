@@ -66,7 +66,7 @@ class Ranks:
         """A model whose gradients are averaged over all processes; starts from the first one's weights and buffers.
 
         Raises:
-            UsageError: synchronised batch norm on another device than CUDA, which torch does not support.
+            UsageError: synchronized batch norm on another device than CUDA, which torch does not support.
         """
         if self.size == 1:
             return model

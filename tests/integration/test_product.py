@@ -487,7 +487,7 @@ def odd(tiny: Make) -> Callable[[str], Path]:
 
 def test_a_graph_with_nothing_to_quantise_is_refused(odd: Callable[[str], Path]) -> None:
     run = odd("Distances")
-    with pytest.raises(UsageError, match=r"no weights that can be quantised to int8.*export without --int8"):
+    with pytest.raises(UsageError, match=r"no weights that can be quantized to int8.*export without --int8"):
         exported(run, to="onnx", int8=True)
     assert left_alone(run)
     assert exported(run, to="onnx").written

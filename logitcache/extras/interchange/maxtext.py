@@ -1,6 +1,6 @@
 """MaxText's top-k teacher logits: ArrayRecord files of `tf.train.Example`.
 
-The logits have no normaliser, so the tail is unknown. As MaxText's loss does, rows are normalised over the k classes.
+The logits have no normalizer, so the tail is unknown. As MaxText's loss does, rows are normalized over the k classes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class MaxText(Importer):
         self.contents = np.concatenate(digests)
         self.missing = {
             "normaliser": "raw logits without their log-sum-exp are stored, so the probability of the other classes is "
-            "unknown. Rows are normalised over the k classes, as MaxText's loss does: they overstate the teacher's "
+            "unknown. Rows are normalized over the k classes, as MaxText's loss does: they overstate the teacher's "
             "confidence, and the other classes have probability 0",
             "identity": f"{NO_IDENTITY}; the tokenizer is not stored",
         }

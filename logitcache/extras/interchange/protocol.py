@@ -112,7 +112,7 @@ class Importer(ABC):
     contents: np.ndarray | None = None
     """Digests of the samples' token ids, uint8 (N, 16); None if the format stores no inputs."""
     excess: float = 1e-2
-    """By how much the probabilities of a row may exceed 1, from rounding or a lossy codec; such rows are normalised."""
+    """By how much the probabilities of a row may exceed 1, from rounding or a lossy codec; such rows are normalized."""
     rows_per_block: int | None = None
     """The most rows of a block; None for the default."""
     outputs: Mapping[str, Output] = {}

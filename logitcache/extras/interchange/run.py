@@ -87,7 +87,7 @@ class ImportResult:
     tail_mean: float | None
     """Mean probability of the classes without entry, of sparse rows; None if no row was read."""
     normalised_rows: int
-    """Rows whose probabilities exceeded 1 and were normalised."""
+    """Rows whose probabilities exceeded 1 and were normalized."""
     details: str | None
     """The file with seeds, boxes or parameters of the views."""
 
@@ -312,7 +312,7 @@ def _view_plan(importer: Importer, recorded: RecordedViews) -> ViewPlan:
 
 
 def _write(writer: CacheWriter, importer: Importer) -> tuple[list[np.ndarray], int]:
-    """Write all rows; the probability of the classes without entry, by batch, and the number of normalised rows."""
+    """Write all rows; the probability of the classes without entry, by batch, and the number of normalized rows."""
     tails, normalised = [], 0
     with track("importing", writer.row_map.num_rows * importer.num_views, unit="rows") as meter:
         for batch in importer.batches():

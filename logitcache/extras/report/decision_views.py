@@ -181,7 +181,7 @@ def inputs_of(matched: MatchedData, config: ModelConfig, view: int, rows: Sequen
 
 
 def _black_inputs(matched: MatchedData, config: ModelConfig, view: int, rows: Sequence[int]) -> Tensor:
-    """Black images of the same sizes after the model's input transform, which may normalise black to another value.
+    """Black images of the same sizes after the model's input transform, which may normalize black to another value.
 
     Raises:
         UsageError: the views are not images.

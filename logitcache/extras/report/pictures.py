@@ -20,7 +20,7 @@ MAP_SIDE = 56
 LEVELS = 15
 """Shades per sign of a map."""
 POSITIVE, NEGATIVE = (217, 95, 2), (31, 111, 180)
-"""Orange and blue: distinguishable with any colour vision, and visible on light and dark pages."""
+"""Orange and blue: distinguishable with any color vision, and visible on light and dark pages."""
 REGIONS = (
     ("the upper left", "the top", "the upper right"),
     ("the left", "the centre", "the right"),
@@ -31,7 +31,7 @@ REGIONS = (
 def image_uri(image: Any) -> str | None:
     """An image tensor (1 or 3, H, W) as a PNG data URI; None for anything else.
 
-    Values outside [0, 1], which normalisation produces, are rescaled to it by their minimum and maximum.
+    Values outside [0, 1], which normalization produces, are rescaled to it by their minimum and maximum.
     """
     from PIL import Image
 

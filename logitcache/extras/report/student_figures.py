@@ -105,7 +105,7 @@ def agreement_figure(found: RunsFound, drawn: Sequence[str], names: ClassNames, 
 
     Args:
         found: after the measurements.
-        drawn: names of the students that are drawn, in the order of their colours.
+        drawn: names of the students that are drawn, in the order of their colors.
         names: of the classes.
         num_classes: C.
     """

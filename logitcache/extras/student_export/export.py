@@ -106,7 +106,7 @@ def export_run(
         student: from `open_student`.
         out: by default `product` inside the run, where the report looks for it.
         to: the form to add.
-        int8: add a statically quantised ONNX model as well.
+        int8: add a statically quantized ONNX model as well.
 
     Raises:
         UsageError: the folder contains other files, the student can't be exported to this form, or the extra `onnx` is

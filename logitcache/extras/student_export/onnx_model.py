@@ -1,4 +1,4 @@
-"""ONNX export with a dynamic batch size, comparison with torch on real inputs, and int8 quantisation."""
+"""ONNX export with a dynamic batch size, comparison with torch on real inputs, and int8 quantization."""
 
 from __future__ import annotations
 
@@ -120,10 +120,10 @@ def compare_with_torch(model: nn.Module, onnx_model: nn.Module, inputs: Tensor) 
 def quantise(source: Path, target: Path, inputs: Tensor) -> int:
     """Write an ONNX model with int8 weights (one scale per channel) and activations; returns the number of weights.
 
-    Static quantisation in QDQ form; the ranges of activations are their minimum and maximum on the inputs.
+    Static quantization in QDQ form; the ranges of activations are their minimum and maximum on the inputs.
 
     Raises:
-        UsageError: the graph can't be quantised, or has no weights to quantise.
+        UsageError: the graph can't be quantized, or has no weights to quantize.
     """
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
@@ -141,7 +141,7 @@ def quantise(source: Path, target: Path, inputs: Tensor) -> int:
         quantised = onnx.load(target)
     except Exception as error:
         raise UsageError(
-            f"this student's graph can't be quantised to int8: {type(error).__name__}: {_first_line(error)}; "
+            f"this student's graph can't be quantized to int8: {type(error).__name__}: {_first_line(error)}; "
             "export without --int8"
         ) from error
     finally:
@@ -153,7 +153,7 @@ def quantise(source: Path, target: Path, inputs: Tensor) -> int:
     ]
     if not int8_weights:
         raise UsageError(
-            "this student's graph has no weights that can be quantised to int8 (weights of convolutions and matrix "
+            "this student's graph has no weights that can be quantized to int8 (weights of convolutions and matrix "
             "products can); export without --int8"
         )
     _anonymise(quantised)
