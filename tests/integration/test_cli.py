@@ -232,7 +232,7 @@ def test_a_dry_run_prints_what_would_be_done_and_does_nothing(folder: Path, tmp_
         ("views.mixup=0.2", "transform.mixing: "),
         ("teacher.model=cnn", "teacher: mlp@"),
         ("teacher.precision=bfloat16", "precision: float32 in the cache, bfloat16 here"),
-        ("cache.encoding={name: topk, k: 5}", "encoding.dtype: float32 in the cache, "),
+        ("cache.encoding={name: topk, k: 5}", "encoding.name: dense in the cache, topk here"),
         ("cache.outputs={hidden: '1'}", "output_encodings.hidden: "),
         ("cache.rows_per_block=128", "rows_per_block: 256 in the cache, 128 here"),
         ("data.validation=0.2", "num_samples: 1295 in the cache, "),

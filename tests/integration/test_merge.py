@@ -422,7 +422,7 @@ def test_teachers_may_take_the_views_in_sizes_of_their_own(tiny: Make, tmp_path:
     assert [8, 8] == [cache.verify_inputs(views, view) for view in range(2)]
     assert cache.input_digests(0) == logitcache.open(one.cache.path).input_digests(0)
     assert 1 == len(train_students(at(one, merged, tmp_path / "a"), ["small"]))
-    with pytest.raises(IdentityMismatch, match=r"transform.teacher_input: null in the cache, "):
+    with pytest.raises(IdentityMismatch, match=r"transform.teacher_input .*: null in the cache, "):
         train_students(at(other, merged, tmp_path / "b"), ["small"])
 
 
