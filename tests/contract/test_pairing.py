@@ -209,9 +209,7 @@ def test_a_batch_of_a_subset_is_checked_by_its_rows(cache: logitcache.LogitCache
 
 
 def test_a_batch_without_a_dataset_or_an_index_says_what_is_missing(cache: logitcache.LogitCache) -> None:
-    with pytest.raises(
-        UsageError, match="the same ViewPlan object that `check_plan` was called with"
-    ):
+    with pytest.raises(UsageError, match="the same ViewPlan object that `check_plan` was called with"):
         cache.check_batch([join_index(0, 0)], torch.zeros(1, 1, 8, 8))
     views = ViewDataset(Pictures(), cache.view_plan)
     with pytest.raises(UsageError, match="the batch has plain row numbers, which name no view"):
