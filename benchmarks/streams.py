@@ -330,8 +330,8 @@ def two_passes(num_workers: int) -> Iterator[None]:
     """Stage 1 hashes all samples before it starts."""
     identify = stage.identify_samples
 
-    def hash_first(dataset: Dataset, location: str) -> SampleTable:
-        return replace(identify(dataset, location), contents=content_table(dataset, num_workers=num_workers))
+    def hash_first(dataset: Dataset, existing: logitcache.LogitCache | None) -> SampleTable:
+        return replace(identify(dataset, existing), contents=content_table(dataset, num_workers=num_workers))
 
     stage.identify_samples = hash_first
     try:

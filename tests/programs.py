@@ -8,7 +8,6 @@ import runpy
 import sys
 import tempfile
 import types
-from collections.abc import Mapping
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
@@ -17,20 +16,17 @@ import torch
 from tests.commands import Ended
 
 
-def run_program(
-    forks: BaseContext, *arguments: object, folder: Path | None = None, environment: Mapping[str, str] | None = None
-) -> Ended:
+def run_program(forks: BaseContext, *arguments: object, folder: Path | None = None) -> Ended:
     """What `python ARGUMENTS` does with one thread: a path, `-m MODULE` or `-c CODE`, and the program's own arguments.
 
     Args:
         forks: the fixture, of processes that have imported logitcache from the checkout.
         arguments: of the command.
         folder: the working directory; by default this one.
-        environment: variables beside those of the tests; those of logitcache are left out.
     """
     with tempfile.TemporaryDirectory() as outputs:
         process = forks.Process(  # type: ignore[attr-defined]
-            target=_run, args=(list(map(str, arguments)), folder or Path.cwd(), dict(environment or {}), Path(outputs))
+            target=_run, args=(list(map(str, arguments)), folder or Path.cwd(), Path(outputs))
         )
         process.start()
         process.join()
@@ -38,13 +34,13 @@ def run_program(
     return Ended(process.exitcode, out, err)
 
 
-def _run(arguments: list[str], folder: Path, environment: Mapping[str, str], outputs: Path) -> None:
+def _run(arguments: list[str], folder: Path, outputs: Path) -> None:
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(outputs / name, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
     os.chdir(folder)
     for name in [name for name in os.environ if name.startswith("LOGITCACHE")]:
         del os.environ[name]
-    os.environ.update({"OMP_NUM_THREADS": "1"} | environment)
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     program, *rest = arguments
     try:

@@ -410,22 +410,6 @@ def is_created(storage: Storage) -> bool:
     return storage.size(receipt_key(PER_CACHE)) is not None or storage.size(RECEIPTS) is not None
 
 
-def check_settings(storage: Storage, encoding: Encoding | Auto, *, precision: str, view_seed: int) -> None:
-    """Compare an existing cache with what is known before data and teacher are loaded; `create` compares the rest.
-
-    Raises:
-        IdentityMismatch: names the settings that differ.
-        NotACache, UnsupportedFormat, CorruptCache: there is no cache, or it can't be read.
-    """
-    manifest = stored_manifest(storage)
-    settings: dict[str, Any] = {"precision": precision, "view_seed": view_seed}
-    if isinstance(encoding, Encoding):
-        settings["encoding"] = json.loads(canonical_json(encoding.config()))
-    differences = manifest.identity.differences(manifest.identity.model_copy(update=settings))
-    if differences:
-        raise _other_cache(storage, manifest, differences)
-
-
 def _check_free(storage: Storage) -> None:
     """Refuse a location that has no cache, and where none can be created.
 
@@ -669,21 +653,17 @@ def _open_manifest(
         if getattr(manifest.layout, name) != getattr(layout, name):
             differences.append(f"{name}: {getattr(manifest.layout, name)} in the cache, {getattr(layout, name)} here")
     if differences:
-        raise _other_cache(storage, manifest, differences)
+        raise IdentityMismatch(
+            f"{storage.url} holds another cache ({manifest.id[:12]}…); it differs in\n  "
+            + "\n  ".join(differences)
+            + "\nChoose another path, delete this cache, or restore what differs; nothing was changed."
+        )
     if manifest.state == "open" and layout.num_views < manifest.layout.num_views:
         manifest = _forget_views(storage, manifest, layout)
     if layout.num_views > manifest.layout.num_views or manifest.layout.first_view > 0:
         manifest = manifest.model_copy(update={"layout": layout, "state": "open", "digest": None, "contents": None})
         storage.put(MANIFEST, dump_manifest(manifest))
     return manifest
-
-
-def _other_cache(storage: Storage, manifest: Manifest, differences: Sequence[str]) -> IdentityMismatch:
-    return IdentityMismatch(
-        f"{storage.url} holds another cache ({manifest.id[:12]}…); it differs in\n  "
-        + "\n  ".join(differences)
-        + "\nChoose another path, delete this cache, or restore what differs; nothing was changed."
-    )
 
 
 def _forget_views(storage: Storage, manifest: Manifest, layout: Layout) -> Manifest:

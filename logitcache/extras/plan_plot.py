@@ -58,7 +58,7 @@ def plot(plan: Plan, path: Path) -> None:
         place = (plan.recommended.bytes_per_row, plan.recommended.kl[1.0])
         axes.annotate("recommended", place, xytext=(8, 8), textcoords="offset points")
     axes.set(
-        xscale="log", yscale="log", xlabel="bytes per sample, compressed", ylabel="KL(teacher ‖ decoded) at T = 1, nats"
+        xscale="log", yscale="log", xlabel="bytes per row, compressed", ylabel="KL(teacher ‖ decoded) at T = 1, nats"
     )
     axes.grid(which="both", alpha=0.2)
     axes.legend()

@@ -9,19 +9,20 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from logitcache.cache.creation import check_settings, create, is_created
+from logitcache.cache.creation import create, is_created
 from logitcache.cache.cut_classes import CUT_CLASSES
 from logitcache.cache.destination import check_destination
 from logitcache.cache.layout import Block, all_blocks
 from logitcache.cache.manifest import LOGITS, MANIFEST, Manifest
-from logitcache.cache.reader import open_cache
+from logitcache.cache.reader import LogitCache
 from logitcache.cache.writer import CacheWriter
+from logitcache.catalog.models import check_model_name
 from logitcache.catalog.outputs import declared_outputs, sources_of, taps_of
 from logitcache.config.build import build_context, build_runner, resolve_data, resolve_plan, resolve_teacher
 from logitcache.config.schema import Pipeline, as_pipeline
@@ -29,11 +30,11 @@ from logitcache.data.rows import RowMap
 from logitcache.data.samples import Dataset, SampleTable, SeenContents, compare_samples, sample_table
 from logitcache.data.tokens import length_batches
 from logitcache.data.views import ViewDataset
-from logitcache.encodings import encoding_or_auto
 from logitcache.engines import CacheResult, Engine, Job, Local, Shard, Torchrun, Worker
 from logitcache.engines.claims import open_once
-from logitcache.errors import IdentityMismatch, NotACache, UsageError
+from logitcache.errors import IdentityMismatch, UsageError
 from logitcache.progress import track
+from logitcache.stages.conflicts import check_cache, existing_cache
 from logitcache.storage import open_storage
 from logitcache.storage.claims import Claims
 from logitcache.train.inference import TeacherRunner, calibrate, measure_cut_classes, output_shapes
@@ -147,13 +148,10 @@ class TeacherWorker(Worker):
         self.storage = open_storage(pipeline.cache.path)
         if self.storage.size(MANIFEST) is None:
             check_destination(self.storage)
-        else:
-            check_settings(
-                self.storage,
-                encoding_or_auto(pipeline.cache.encoding),
-                precision=pipeline.teacher.precision,
-                view_seed=pipeline.views.seed,
-            )
+        check_model_name(pipeline.teacher.model, trust=trust)
+        self._existing = existing_cache(pipeline)
+        if self._existing is not None:
+            check_cache(self._existing, pipeline, None, trust=trust)
         self._pipeline = pipeline
         self.together = pipeline.views.per_decode
         self._data = resolve_data(pipeline, trust=trust)
@@ -172,7 +170,7 @@ class TeacherWorker(Worker):
 
     def open(self) -> None:
         pipeline, data, plan = self._pipeline, self._data, self._plan
-        samples = identify_samples(data.train, pipeline.cache.path)
+        samples = identify_samples(data.train, self._existing or existing_cache(pipeline))
         contents = SeenContents(samples.num_samples) if samples.contents is None else samples.contents
         plan = replace(plan, contents=contents)
         views = ViewDataset(data.train, plan, on_device=pipeline.views.on_device)
@@ -371,30 +369,27 @@ def _consecutive(rows: RowMap, samples: Sequence[int]) -> list[range]:
     return [rows.sample_rows(sample) for sample in samples]
 
 
-def identify_samples(dataset: Dataset, location: str) -> SampleTable:
-    """Keys and targets of a dataset, and its content digests if they are in the cache already.
+def identify_samples(dataset: Dataset, existing: LogitCache | None) -> SampleTable:
+    """Keys and targets of a dataset, and its content digests if they are in the existing cache.
 
     Samples with a digest are compared with it when the teacher loads them; for the others it is computed then. So a
     build needs no pass over the data before the teacher's.
 
     Raises:
-        IdentityMismatch: the cache at this location has other samples; names the first difference.
+        IdentityMismatch: the existing cache has other samples; names the first difference.
     """
     current = sample_table(dataset)
-    cached = None
-    with suppress(NotACache):
-        cache = open_cache(location)
-        cached = cache.samples
-    if cached is not None:
+    cached = None if existing is None else existing.samples
+    if existing is not None and cached is not None:
         # Another tokenization first: it may be the cause of other samples.
-        differences = identity_differences(cache, {"tokenization": getattr(dataset, "tokenization", None) or {}})
+        differences = identity_differences(existing, {"tokenization": getattr(dataset, "tokenization", None) or {}})
         differences += compare_samples(cached, current)
         if differences or cached.keys != current.keys:
             first = differences[0] if differences else "the order of the samples"
             identity = cached.pending_fingerprint() if cached.contents is None else cached.fingerprint()
             raise IdentityMismatch(
-                f"{location} was built from dataset {identity[:12]}… ({cached.num_samples} samples); this one has "
-                f"{current.num_samples} samples.\nFirst difference: {first}.\n"
+                f"{existing.storage.url} was built from dataset {identity[:12]}… ({cached.num_samples} samples); this one "
+                f"has {current.num_samples} samples.\nFirst difference: {first}.\n"
                 "Run `logitcache verify CACHE --data PIPELINE` for the whole list, or choose another `cache.path`."
             )
         return cached

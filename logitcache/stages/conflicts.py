@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 from logitcache.cache.creation import other_choice
 from logitcache.cache.ensemble import merged_parts
 from logitcache.cache.manifest import LOGITS
-from logitcache.cache.reader import LogitCache
+from logitcache.cache.reader import LogitCache, open_cache
 from logitcache.catalog.datasets import Data
 from logitcache.catalog.outputs import sources_of
 from logitcache.config.build import (
@@ -27,7 +28,7 @@ from logitcache.data.text_views import TEXT_VIEWS
 from logitcache.data.transforms import build_transform
 from logitcache.data.views import ViewPlan
 from logitcache.encodings import Auto, encoding_or_auto
-from logitcache.errors import IdentityMismatch
+from logitcache.errors import IdentityMismatch, NotACache
 from logitcache.train.runs import check_configuration, recorded_configuration
 from logitcache.verify.fit import identity_differences, plan_differences, teacher_differences, view_differences
 
@@ -79,6 +80,13 @@ def check_student_runs(pipeline: Pipeline, student: StudentConfig, cache: LogitC
         check_configuration(folder, compared, config)
 
 
+def existing_cache(pipeline: Pipeline) -> LogitCache | None:
+    """The cache at `cache.path`, complete or not; None if there is none."""
+    with suppress(NotACache):
+        return open_cache(pipeline.cache.path)
+    return None
+
+
 def check_cache(cache: LogitCache, pipeline: Pipeline, data: Data | None, *, trust: bool) -> list[str]:
     """Compare what a cache records with a pipeline: views, teacher and encoding, and with `data` its shape and classes.
 
@@ -121,7 +129,7 @@ def check_cache(cache: LogitCache, pipeline: Pipeline, data: Data | None, *, tru
         raise IdentityMismatch(
             f"{cache.storage.url} holds another cache ({cache.id[:12]}…); it differs in\n  "
             + "\n  ".join(dict.fromkeys(differences))
-            + "\nChoose another `cache.path`, or restore what differs."
+            + "\nChoose another `cache.path`, delete this cache, or restore what differs."
         )
     return not_compared
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from logitcache.cache.reader import LogitCache, open_cache
+from logitcache.cache.reader import LogitCache
 from logitcache.catalog.datasets import Data
 from logitcache.catalog.models import check_model_name
 from logitcache.config.build import (
@@ -25,8 +25,8 @@ from logitcache.config.schema import DataConfig, ModelConfig, Pipeline, ViewsCon
 from logitcache.data.transforms import build_transform
 from logitcache.encodings import encoding_or_auto
 from logitcache.entry_points import is_entry_point, load_entry_point
-from logitcache.errors import DatasetUnavailable, LogitCacheError, NotACache, UntrustedCode, UsageError
-from logitcache.stages.conflicts import check_cache, check_student_runs, check_teacher_run
+from logitcache.errors import DatasetUnavailable, LogitCacheError, UntrustedCode, UsageError
+from logitcache.stages.conflicts import check_cache, check_student_runs, check_teacher_run, existing_cache
 from logitcache.train.runs import RESULT
 
 FILE_SUFFIX = re.compile(
@@ -171,7 +171,7 @@ def plan_run(pipeline: Pipeline, *, trust: bool = False, load_all: bool = True) 
     with inspection.collect():
         resolve_collate(pipeline, trust=trust)
     inspection.views(pipeline.views, pipeline.cache.path)
-    cache = _existing_cache(pipeline)
+    cache = existing_cache(pipeline)
     cached = cache is not None and cache.sealed and cache.views.stop >= pipeline.views.count
     # A sealed cache needs no teacher, and `trained` weights come from train-teacher.
     teacher = pipeline.teacher
@@ -223,9 +223,3 @@ def _steps(
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _existing_cache(pipeline: Pipeline) -> LogitCache | None:
-    with suppress(NotACache):
-        return open_cache(pipeline.cache.path)
-    return None

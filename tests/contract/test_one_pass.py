@@ -251,9 +251,9 @@ def test_a_builder_whose_cache_was_sealed_by_another_one_takes_it_over(
     slow.compute(slow.missing_blocks()[:2])
     late = TeacherWorker(pipeline, trust=False)
     with monkeypatch.context() as patched:
-        pending = stage.identify_samples(Pictures(), pipeline.cache.path)
+        pending = stage.identify_samples(Pictures(), None)
         cache_teacher(pipeline)
-        patched.setattr(stage, "identify_samples", lambda dataset, location: pending)
+        patched.setattr(stage, "identify_samples", lambda dataset, existing: pending)
         late.open()
     expected = in_two_passes(pipeline, monkeypatch, tmp_path / "two.cache")
     blocks = slow.all_blocks()
