@@ -388,8 +388,8 @@ def identify_samples(dataset: Dataset, existing: LogitCache | None) -> SampleTab
             first = differences[0] if differences else "the order of the samples"
             identity = cached.pending_fingerprint() if cached.contents is None else cached.fingerprint()
             raise IdentityMismatch(
-                f"{existing.storage.url} was built from dataset {identity[:12]}… ({cached.num_samples} samples); this one "
-                f"has {current.num_samples} samples.\nFirst difference: {first}.\n"
+                f"{existing.storage.url} was built from dataset {identity[:12]}… ({cached.num_samples} samples); "
+                f"this one has {current.num_samples} samples.\nFirst difference: {first}.\n"
                 "Run `logitcache verify CACHE --data PIPELINE` for the whole list, or choose another `cache.path`."
             )
         return cached
