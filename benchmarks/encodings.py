@@ -94,7 +94,8 @@ def main() -> None:
             plot(results, result_path("encodings", "png", device=torch.device("cpu")))
         print(f"\n{sections[-1]}", flush=True)
     if arguments.only != "fidelity":
-        sections.append(gather_section(logits, arguments.resident_rows, arguments.gathers, tiny=arguments.tiny))
+        gathered = GATHERED if arguments.encodings is None else encodings
+        sections.append(gather_section(gathered, logits, arguments.resident_rows, arguments.gathers, arguments.tiny))
         print(f"\n{sections[-1]}", flush=True)
     if arguments.write:
         print(f"\nwritten to {write_result('encodings', chr(10).join(sections) + chr(10), device=torch.device('cpu'))}")
@@ -281,7 +282,7 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{statistics.fmean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def gather_section(logits: np.ndarray, num_rows: int, repeats: int, *, tiny: bool) -> str:
+def gather_section(encodings: Sequence[Encoding], logits: np.ndarray, num_rows: int, repeats: int, tiny: bool) -> str:
     """Random batches of a large resident view against a float16 memmap, in turns."""
     few = torch.from_numpy(logits[:8192])
     generator = np.random.default_rng(0)
@@ -292,7 +293,7 @@ def gather_section(logits: np.ndarray, num_rows: int, repeats: int, *, tiny: boo
         for start in range(0, num_rows, len(few)):
             memmap[start : start + len(few)] = few[: num_rows - start].half().numpy()
         memmap.flush()
-        for each in GATHERED:
+        for each in encodings:
             encoding = replace(each, rank=8) if tiny and isinstance(each, LowRank) else each
             fitted = encoding.fit(logits)
             encoded = encode_all(fitted, few)

@@ -49,9 +49,11 @@ from logitcache.targets import SparseTargets
 # B batch, C classes, D hidden size, K entries, N rows
 
 MODULE = Path(__file__).stem
-SECTIONS = ("heads", "encodings", "resident", "tokens", "loader", "students")
+SECTIONS = ("heads", "resident", "encodings", "loader", "students", "tokens")
 MAX_RATIO = 1.05
 NUM_CLASSES = 1000
+ENCODE_SECONDS = 1.0
+"""Of a repeat, about: encodings differ by a factor of a thousand."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,8 @@ def encodings_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
             num_fitted = 4 * (num_classes if encoding.keeps_constants else rank)
             fitted = encoding.fit(logits_NC[:num_fitted].cpu()) if encoding.fitted_arrays else encoding
             slab = max(1, 2**24 // num_classes)
-            pieces = list(logits_NC.split(slab))
+            pieces = list(logits_NC[: rows_in_time(fitted, logits_NC, device)].split(slab))
+            encoded_rows = sum(map(len, pieces))
             encoded = [fitted.encode(piece) for piece in pieces]
 
             def encode(fitted: logitcache.Encoding = fitted, pieces: list[Tensor] = pieces) -> None:
@@ -259,14 +262,25 @@ def encodings_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
             seconds = seconds_by_turns({"encode": encode, "decode": decode}, sizes.repeats, device)
             medians = {name: statistics.median(values) for name, values in seconds.items()}
             rows.append(
-                [f"{num_classes:,}", fitted.config()["name"] + described(fitted)]
-                + [f"{num_rows / medians[name]:,.0f}" for name in ("encode", "decode")]
+                [f"{num_classes:,}", fitted.config()["name"] + described(fitted), f"{encoded_rows:,}"]
+                + [f"{encoded_rows / medians[name]:,.0f}" for name in ("encode", "decode")]
             )
     about = (
         f"Rows of float32 logits on the device, encoded in slabs of 64 MB with their divergence where the encoding "
-        f"gives it. Medians of {sizes.repeats}."
+        f"gives it; as many rows as are encoded within {ENCODE_SECONDS:.0f} s, at most {sizes.rows[0]:,} and "
+        f"{sizes.rows[1]:,}. Medians of {sizes.repeats}."
     )
-    return f"## Encodings\n\n{about}\n\n{table(['classes', 'encoding', 'rows encoded/s', 'rows decoded/s'], rows)}"
+    header = ["classes", "encoding", "rows", "rows encoded/s", "rows decoded/s"]
+    return f"## Encodings\n\n{about}\n\n{table(header, rows)}"
+
+
+def rows_in_time(encoding: logitcache.Encoding, logits_NC: Tensor, device: torch.device) -> int:
+    """How many of the rows are encoded within `ENCODE_SECONDS`, judged by the first."""
+    few = logits_NC[:64]
+    encoding.encode_with_kl(few)  # warms up
+    start = stage2.now(device)
+    encoding.encode_with_kl(few)
+    return min(len(logits_NC), max(len(few), round(len(few) * ENCODE_SECONDS / (stage2.now(device) - start))))
 
 
 def described(encoding: logitcache.Encoding) -> str:
@@ -409,7 +423,7 @@ def loader_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
 def students_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
     """Epochs of a student of images."""
     pipeline = pipeline_of_pictures(sizes, device, folder, model=sizes.teachers[0])
-    return stage2.epochs_section(pipeline, None, max(1, sizes.repeats // 2), 3)
+    return stage2.epochs_section(pipeline, None, sizes.repeats, 3)
 
 
 def tokens_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
