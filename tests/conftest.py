@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import multiprocessing
-import os
 import signal
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from logitcache import progress
 from logitcache.config.overrides import override
 from logitcache.config.schema import Pipeline, parse_pipeline
 from tests import servers
+from tests import unsynced as unsynced
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("logitcache.testing")
@@ -78,13 +78,6 @@ def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parent.parent)
 
 
-@pytest.fixture(autouse=True)
-def _quick_writes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unit and contract tests don't wait for the disk: what survives a power loss is tested in `tests/durability`."""
-    if any(map(request.node.get_closest_marker, ("unit", "contract"))):
-        monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 def tiny_pipeline(folder: Path, *overrides: str) -> Pipeline:
     """The tiny pipeline with overrides; caches and runs lie in a folder."""
     raw = copy.deepcopy(TINY)
@@ -108,7 +101,7 @@ def forks() -> multiprocessing.context.BaseContext:
     stages = ["logitcache.stages.cache_teacher", "logitcache.stages.train_student"]
     # Which the stages import when they need them.
     needed = ["torchvision", "torchvision.transforms.v2", "sklearn.datasets", "torch.utils.tensorboard"]
-    context.set_forkserver_preload([*stages, *needed])
+    context.set_forkserver_preload(["tests.unsynced", *stages, *needed])
     return context
 
 
