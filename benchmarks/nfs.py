@@ -69,7 +69,7 @@ if [ $name = server ]; then
   exportfs -o rw,no_root_squash,no_subtree_check,sync,insecure,fsid=0 '*:/mnt'
   rpc.mountd; rpc.nfsd -G 10 -L $lease 4
 else
-  load nfsv4; until mount -t nfs 10.0.0.1:/ /mnt; do sleep 0.5; done
+  load nfsv4; until mount -t nfs -o vers=4.2 10.0.0.1:/ /mnt; do sleep 0.5; done
 fi
 cd $shared/$name
 grep ' /mnt ' /proc/mounts > mounted; uname -sr > kernel

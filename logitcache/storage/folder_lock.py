@@ -86,9 +86,15 @@ def _open(path: Path) -> int | None:
 def _has_name(descriptor: int, path: Path) -> bool:
     held = os.fstat(descriptor)
     try:
-        named = path.lstat()
-    except FileNotFoundError:
+        # Opened, because the answer of stat may be a minute old on NFS: another host may have renamed the file to
+        # .nfs… as it deleted it, so that it still has a link.
+        again = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # also met by the next attempt to open it, unless it is gone by then
         return False
+    try:
+        named = os.fstat(again)
+    finally:
+        os.close(again)
     return held.st_nlink > 0 and (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino)
 
 

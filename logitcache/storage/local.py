@@ -11,14 +11,17 @@ import socket
 import stat
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from logitcache.errors import CorruptCache, StorageError, UsageError
 from logitcache.storage.folder_lock import LOCK, locked_folder
 from logitcache.storage.protocol import Storage
+
+Found = TypeVar("Found")
 
 LEFTOVER_SECONDS = 86_400
 """A partial file of this age is a leftover, even if its writer ran on another host."""
@@ -51,12 +54,15 @@ class LocalStorage(Storage):
 
     def get(self, key: str, *, limit: int | None = None) -> bytes | None:
         path = self._path(key)
-        with _accessing("read", path), suppress(FileNotFoundError, NotADirectoryError):
+
+        def read() -> bytes:
             data = read_regular(path, limit=limit)
             if data is None:
                 raise CorruptCache(f"{path} is not a regular file")
             return data
-        return None
+
+        with _accessing("read", path):
+            return self._find(path, read)
 
     def put(self, key: str, data: bytes | memoryview, *, durable: bool = True) -> None:
         path = self._path(key)
@@ -97,9 +103,8 @@ class LocalStorage(Storage):
 
     def size(self, key: str) -> int | None:
         path = self._path(key)
-        with _accessing("read", path), suppress(FileNotFoundError, NotADirectoryError):
-            return path.stat().st_size
-        return None
+        with _accessing("read", path):
+            return self._find(path, lambda: path.stat().st_size)
 
     def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         for key in self.list_keys(prefix):
@@ -162,6 +167,21 @@ class LocalStorage(Storage):
             if real != self._real_root and not real.startswith(self._real_root.rstrip(os.sep) + os.sep):
                 raise CorruptCache(f"{path} is a link to outside the cache, which is not followed")
         return path
+
+    def _find(self, path: Path, look: Callable[[], Found]) -> Found | None:
+        """What `look` returns, or None if the file doesn't exist.
+
+        For up to a minute, an NFS client remembers that a name did not exist. When it opens a folder, it asks the
+        server for the names that were added.
+        """
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return look()
+        for folder in reversed([each for each in path.parents if each.is_relative_to(self.root.parent)]):
+            with suppress(OSError):
+                os.close(os.open(folder, os.O_RDONLY | os.O_NONBLOCK))
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return look()
+        return None
 
     def _write_partial(self, path: Path, data: bytes | memoryview, *, durable: bool = True) -> Path:
         """Write the data to the disk under a temporary name."""

@@ -72,6 +72,21 @@ def test_whoever_is_killed_lets_go(tmp_path: Path, forks: Any) -> None:
     assert [] == list(tmp_path.iterdir())
 
 
+def test_a_file_that_has_another_name_by_now_is_not_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An NFS client renames a file as it deletes it while it is open; others may have the old answer of stat."""
+    path = tmp_path / LOCK
+    descriptor = folder_lock._open(path)
+    assert descriptor is not None
+    before = os.lstat(path)
+    path.rename(tmp_path / ".nfs0001")
+    monkeypatch.setattr(Path, "lstat", lambda path: before)
+    monkeypatch.setattr(Path, "stat", lambda path, **options: before)
+    try:
+        assert not folder_lock._has_name(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
 def test_a_process_forked_meanwhile_does_not_keep_it(tmp_path: Path) -> None:
     descriptor = folder_lock._acquire(tmp_path / LOCK)
     assert descriptor is not None
