@@ -338,6 +338,11 @@ class Site:
         log.folder.mkdir()
         return log
 
+    def wait(self) -> None:
+        """Until all machines have booted."""
+        for task in [machine.start(show, "/dev/null") for machine in (self.server, *self.clients)]:
+            task.code()
+
     def start(self, case: str, log: Log, *options: Sequence[str]) -> list[Task]:
         """Two workers on each client; the options of each client."""
         pipeline = self.pipeline(self.clients[0], case)
@@ -455,6 +460,7 @@ def lock_folders(site: Site, rounds: int) -> None:
     wait_until(lambda: "holds" in log_text(log, "other"), holder)
     site.add_fact("the holder's client is killed; the other has the lock after", f"{time.monotonic() - start:.0f} s")
     one.boot()
+    site.wait()
     tasks = [machine.start(count, folder, "2", str(rounds)) for machine in site.clients]
     start = time.monotonic()
     for task in tasks:
@@ -529,6 +535,7 @@ def main() -> None:
         ]
         for name, case in cases:
             if arguments.only in (None, name):
+                site.wait()
                 case()
         about = [f"{machine.folder.name}: {machine.about()}" for machine in (server, *clients)]
     header = [
