@@ -25,6 +25,8 @@ Found = TypeVar("Found")
 
 LEFTOVER_SECONDS = 86_400
 """A partial file of this age is a leftover, even if its writer ran on another host."""
+STALE_ATTEMPTS = 10
+"""To read a file that is replaced meanwhile; a claim is replaced every few seconds."""
 _PARTIAL = re.compile(r"\.[^/]+\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.[0-9a-f]+\.partial$")
 
 
@@ -175,12 +177,12 @@ class LocalStorage(Storage):
         server for the names that were added.
         """
         with suppress(FileNotFoundError, NotADirectoryError):
-            return look()
+            return _look_again_if_stale(look)
         for folder in reversed([each for each in path.parents if each.is_relative_to(self.root.parent)]):
             with suppress(OSError):
                 os.close(os.open(folder, os.O_RDONLY | os.O_NONBLOCK))
         with suppress(FileNotFoundError, NotADirectoryError):
-            return look()
+            return _look_again_if_stale(look)
         return None
 
     def _write_partial(self, path: Path, data: bytes | memoryview, *, durable: bool = True) -> Path:
@@ -207,6 +209,17 @@ class LocalStorage(Storage):
         self._make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         fsync_path(folder.parent)
+
+
+def _look_again_if_stale(look: Callable[[], Found]) -> Found:
+    """What `look` returns, also if on NFS another host replaces the file while it is read."""
+    for _ in range(STALE_ATTEMPTS - 1):
+        try:
+            return look()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    return look()
 
 
 def _is_lock(name: str) -> bool:

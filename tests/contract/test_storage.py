@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -227,6 +228,24 @@ def test_a_name_that_an_nfs_client_remembers_as_missing_is_found(
     remembered.update(names)
     assert 1 == storage.size("receipts/v00000/x")
     assert None is storage.get("receipts/v00000/y")
+
+
+def test_a_file_that_another_nfs_client_replaces_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.put("x", b"1")
+    stale = [OSError(errno.ESTALE, os.strerror(errno.ESTALE))] * 2
+    status = os.fstat
+
+    def fstat(descriptor: int) -> os.stat_result:
+        if stale:
+            raise stale.pop()
+        return status(descriptor)
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    assert b"1" == storage.get("x")
+    assert [] == stale
 
 
 def test_no_more_memory_is_asked_for_than_a_file_holds(tmp_path: Path) -> None:
