@@ -41,7 +41,7 @@ from logitcache.engines import Claiming
 from logitcache.progress import silence
 from logitcache.storage.folder_lock import locked_folder
 from logitcache.verify.audit import verify
-from tests.conftest import TINY
+from tests.conftest import FEW_DIGITS, TINY
 from tests.durability.test_engines import DATA, Log, Role, watch
 
 LIMIT_SECONDS = 900
@@ -517,7 +517,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     shared = fresh_folder()
     preload()
-    overrides = [] if arguments.tiny else [*DATA["images"], "cache.rows_per_block=64"]
+    overrides = FEW_DIGITS if arguments.tiny else [*DATA["images"], "data.name=digits", "cache.rows_per_block=64"]
     sections = ["# Two NFS clients", conditions()]
     print(sections[-1], flush=True)
     with machines(shared, arguments.tiny) as (server, clients):

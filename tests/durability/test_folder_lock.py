@@ -87,6 +87,21 @@ def test_a_file_that_has_another_name_by_now_is_not_the_lock(tmp_path: Path, mon
         os.close(descriptor)
 
 
+def test_the_file_stays_where_a_deleted_file_that_is_open_is_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS."""
+    monkeypatch.setattr(folder_lock, "_renaming_devices", set())
+    monkeypatch.setattr(Path, "unlink", lambda path: path.rename(path.with_name(".nfs0001")))
+    names = []
+    for _ in range(3):
+        with open_storage(tmp_path).lock():
+            names.append(sorted(path.name for path in tmp_path.iterdir()))
+
+    assert [[LOCK], [LOCK, ".nfs0001"], [LOCK, ".nfs0001"]] == names
+    assert [] == list(open_storage(tmp_path).list_keys())
+
+
 def test_a_process_forked_meanwhile_does_not_keep_it(tmp_path: Path) -> None:
     descriptor = folder_lock._acquire(tmp_path / LOCK)
     assert descriptor is not None
