@@ -86,7 +86,7 @@ REAL = Sizes(
     ranks=(128, 64),
     positions=8192,
     width=1024,
-    sequences=768,
+    sequences=384,
 )
 TINY = Sizes(
     teachers=("resnet18",),
@@ -275,12 +275,15 @@ def encodings_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
 
 
 def rows_in_time(encoding: logitcache.Encoding, logits_NC: Tensor, device: torch.device) -> int:
-    """How many of the rows are encoded within `ENCODE_SECONDS`, judged by the first."""
-    few = logits_NC[:64]
-    encoding.encode_with_kl(few)  # warms up
-    start = stage2.now(device)
-    encoding.encode_with_kl(few)
-    return min(len(logits_NC), max(len(few), round(len(few) * ENCODE_SECONDS / (stage2.now(device) - start))))
+    """How many of the rows are encoded within `ENCODE_SECONDS`, judged by the first that take a tenth of it."""
+    num_rows, seconds = 64, 0.0
+    encoding.encode_with_kl(logits_NC[:num_rows])  # warms up
+    while seconds < ENCODE_SECONDS / 10 and num_rows < len(logits_NC):
+        num_rows = min(4 * num_rows, len(logits_NC))
+        start = stage2.now(device)
+        encoding.encode_with_kl(logits_NC[:num_rows])
+        seconds = stage2.now(device) - start
+    return min(len(logits_NC), max(64, round(num_rows * ENCODE_SECONDS / seconds))) if seconds else num_rows
 
 
 def described(encoding: logitcache.Encoding) -> str:
@@ -423,7 +426,7 @@ def loader_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
 def students_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
     """Epochs of a student of images."""
     pipeline = pipeline_of_pictures(sizes, device, folder, model=sizes.teachers[0])
-    return stage2.epochs_section(pipeline, None, sizes.repeats, 3)
+    return stage2.epochs_section(pipeline, None, max(1, sizes.repeats - 1), 3)
 
 
 def tokens_section(sizes: Sizes, device: torch.device, folder: Path) -> str:

@@ -32,15 +32,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 TINY: dict[str, Any] = {
     "name": "tiny",
-    "data": {"name": "digits", "validation": 0.1},
+    "data": {"name": "tests.models:digits", "validation": 0.1},
     "views": {
         "count": 2,
         "seed": 3,
         "transform": [{"RandomAffine": {"degrees": 10, "translate": [0.1, 0.1]}}],
     },
     "teacher": {"model": "mlp", "args": {"hidden": [16]}, "weights": "random", "batch_size": 32},
-    "cache": {"path": "", "rows_per_block": 256, "encoding": {"name": "dense", "dtype": "float32"}},
-    "train": {"epochs": 2, "batch_size": 64, "lr": 0.01},
+    "cache": {"path": "", "rows_per_block": 64, "encoding": {"name": "dense", "dtype": "float32"}},
+    "train": {"epochs": 2, "batch_size": 16, "lr": 0.01},
     "students": [
         {"name": "small", "model": "mlp", "args": {"hidden": [8]}, "loss": {"name": "kl", "temperature": 2.0}},
         {"name": "labels", "model": "mlp", "args": {"hidden": [8]}, "loss": "cross_entropy"},
@@ -53,6 +53,9 @@ TINY: dict[str, Any] = {
 
 PICTURES = ["data.name=tests.models:pictures", "data.validation=0", "cache.rows_per_block=16", "train.batch_size=16"]
 """Overrides that put forty keyed pictures in the place of the digits."""
+
+ALL_DIGITS = ["data.name=digits", "cache.rows_per_block=256", "train.batch_size=64"]
+"""Overrides for all digits of the catalog, 1 295 for training: where something is to be learned, or is pinned."""
 
 FEW_DIGITS = ["data.name=tests.models:few_digits", "data.validation=0", *PICTURES[2:]]
 """Overrides that keep 96 of the digits for training, in six blocks for each view, and 32 for the test."""

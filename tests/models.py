@@ -100,6 +100,11 @@ def pictures(**kwargs: object) -> Pictures:
     return Pictures(**kwargs)  # type: ignore[arg-type]
 
 
+def digits() -> dict[str, Pictures]:
+    """A quarter of the catalog's digits: 360 for training and validation and 90 for the test."""
+    return {"train": Pictures(450, order=range(360)), "test": Pictures(450, order=range(360, 450))}
+
+
 def few_digits() -> dict[str, Pictures]:
     """96 digits for training and 32 for the test."""
     return {"train": Pictures(128, order=range(96)), "test": Pictures(128, order=range(96, 128))}

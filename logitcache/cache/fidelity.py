@@ -118,17 +118,21 @@ def measure(encoding: Encoding, logits: Any, *, temperatures: Sequence[float] = 
             kl[temperature] += float(kl_B.double().sum()) / len(logits_BC)
             kl_max = max(kl_max, float(kl_B.max())) if temperature == 1.0 else kl_max
         agreeing += int((decoded_BC.argmax(dim=1) == logits_BC[rows].argmax(dim=1)).sum())
-    fixed = sum(len(encode_per_cache(values)) for values in encoding.fitted_values().values())
     return Fidelity(
         encoding=encoding,
         bytes_per_row=stored / len(logits_BC),
-        fixed_bytes=fixed,
+        fixed_bytes=fixed_bytes(encoding),
         kl=kl,
         kl_max=kl_max,
         top1_agreement=agreeing / len(logits_BC),
         encode_rows_per_second=len(logits_BC) / encoding_seconds,
         decode_rows_per_second=len(logits_BC) / decoding_seconds,
     )
+
+
+def fixed_bytes(encoding: Encoding) -> int:
+    """Compressed bytes of the arrays that a cache stores once for an encoding."""
+    return sum(len(encode_per_cache(values)) for values in encoding.fitted_values().values())
 
 
 def encode_all(encoding: Encoding, logits_BC: Tensor) -> dict[str, Tensor]:

@@ -115,10 +115,11 @@ def print_caches(location: str, caches: list[dict[str, Any]], unreadable: list[d
         if not unreadable:
             say(f"{location}: no cache found")
         return
-    columns = (Column(name, overflow="fold") for name in ("cache", "id", "teacher", "dataset"))
+    columns = (Column(name, overflow="fold") for name in ("cache", "id", "teacher", "dataset", "encoding"))
     table = Table(*columns, "views", "samples", "size", "state")
     for cache in caches:
-        shown = [cache["url"], cache["id"][:12], cache["teacher_name"], cache["dataset_name"], cache["views"]]
+        shown = [cache["url"], cache["id"][:12], cache["teacher_name"], cache["dataset_name"]]
+        shown += [cache["encoding"], cache["views"]]
         size = "-" if cache["bytes"] is None else decimal(cache["bytes"])
         state = "sealed" if cache["sealed"] else "open"
         table.add_row(*map(plain, [*shown, f"{cache['num_samples']:,}", size, state]))
@@ -178,6 +179,7 @@ def plan_summary(plan: Any) -> dict[str, Any]:
         "rows_per_view": plan.rows_per_view,
         "rows_per_second": plan.rows_per_second,
         "output_bytes": plan.output_bytes,
+        "output_fixed_bytes": plan.output_fixed_bytes,
         "hours": plan.hours,
         "live_passes": plan.live_passes,
     }
@@ -205,7 +207,7 @@ def print_plan(plan: Any) -> None:
         table.add_row(*cells, style="bold" if chosen else None)
     console().print(table)
     for name, size in plan.output_bytes.items():
-        say(f"Output {name}: {size:,.1f} bytes/row, included in the totals.")
+        say(f"Output {name}: {size:,.1f} bytes/row, included in the sizes of all rows.")
     if plan.hours is not None:
         say(
             f"Estimated time of cache-teacher: {timedelta(seconds=round(3600 * plan.hours))} "

@@ -166,7 +166,10 @@ class LowRank(FittedEncoding["Fitted"]):
         return torch.cat([self._search(centred(piece_BC), on)[0] for piece_BC in pieces])
 
     def _search(self, logits_BC: Tensor, on: _OnDevice) -> tuple[Tensor, Tensor, Tensor]:
-        """Coefficients in whole steps (B, R), the decoded logits (B, C) and the teacher's probabilities (B, C)."""
+        """Coefficients in whole steps (B, R), the decoded logits (B, C) and the teacher's probabilities (B, C).
+
+        Only corrections need the decoded logits: if k is 0, they lack the changes of the last round.
+        """
         num_classes = logits_BC.shape[1]
         error_weight = 2 * SQUARED_ERROR / num_classes * on.squared_norm
         p_BC = logits_BC.softmax(dim=1)
@@ -188,7 +191,7 @@ class LowRank(FittedEncoding["Fitted"]):
             bits_BR.add_(curvature_BR)
             for bits_BR in costs_of_steps(steps_BR, on.bit_costs_2R, on.limit_R, self.bit_price)
         )
-        for _ in range(self.search):
+        for rounds_left in reversed(range(self.search)):
             q_BC = decoded_BC.softmax(dim=1)
             q_BM = q_BC.gather(1, ids_BM)
             # The basis is orthogonal, so the gradient of the squared error needs no matrix product.
@@ -201,6 +204,8 @@ class LowRank(FittedEncoding["Fitted"]):
             before_BJ = steps_BR.gather(1, which_BJ)
             after_BJ = before_BJ + flips_BJ
             steps_BR.scatter_(1, which_BJ, after_BJ)
+            if not rounds_left and not self.k:
+                break
             costs_2BJ, limit_BJ = on.bit_costs_2R[:, which_BJ], on.limit_R[which_BJ]
             for total_BR, old_BJ, new_BJ in zip(
                 (up_BR, down_BR),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from logitcache.cache.fidelity import TEMPERATURES, Calibration, Fidelity, candidates, choose, compare
+from logitcache.cache.fidelity import TEMPERATURES, Calibration, Fidelity, candidates, choose, compare, fixed_bytes
 from logitcache.cache.layout import encode_block
 from logitcache.cache.outputs import Output
 from logitcache.catalog.outputs import declared_outputs, taps_of
@@ -51,6 +51,8 @@ class Plan:
     """Speed of rendering and teacher together, measured on the calibration rows."""
     output_bytes: dict[str, float] = field(default_factory=dict)
     """Bytes per row of each output beside the logits, as encoded by the pipeline."""
+    output_fixed_bytes: int = 0
+    """Bytes that the cache stores once for these outputs."""
     live_passes: float | None = None
     """How often a live teacher would run over the data: the epochs of all students that learn from the cache, with each
     seed. The cache needs `num_views` passes."""
@@ -72,7 +74,7 @@ class Plan:
         if self.rows_per_view is None or self.num_views is None:
             return None
         row = fidelity.bytes_per_row + sum(self.output_bytes.values())
-        return row * self.rows_per_view * self.num_views + fidelity.fixed_bytes
+        return row * self.rows_per_view * self.num_views + fidelity.fixed_bytes + self.output_fixed_bytes
 
 
 def plan_pipeline(
@@ -125,6 +127,7 @@ def plan_pipeline(
         num_views=pipeline.views.count,
         rows_per_second=rate,
         output_bytes=output_bytes,
+        output_fixed_bytes=sum(fixed_bytes(output.encoding) for output in outputs.values()),
         live_passes=live_passes(pipeline, trust=trust),
     )
 

@@ -94,7 +94,7 @@ def test_a_claim_without_an_owner_is_shown_too(tmp_path: Path) -> None:
 def test_info_shows_the_blocks_of_all_shards(tiny: Callable[..., Pipeline], tmp_path: Path) -> None:
     """Two of three jobs have run; neither of them knows of the other."""
     for index in (0, 2):
-        cache_teacher(tiny("cache.rows_per_block=512"), engine=Shard(index=index, count=3))
+        cache_teacher(tiny("cache.rows_per_block=128"), engine=Shard(index=index, count=3))
     progress = json.loads(command("info", tmp_path / "tiny.cache", "--json").stdout)["progress"]
 
     assert (4, 6) == (progress["blocks"], progress["total_blocks"])

@@ -723,6 +723,23 @@ def test_plan_counts_the_outputs(tiny: Make) -> None:
     [dense] = [each for each in plan.fidelities if each.encoding == Dense(dtype="float32")]
     total = dense.bytes_per_row + sum(plan.output_bytes.values())
     assert plan.total_bytes(dense) == pytest.approx(total * rows + dense.fixed_bytes)
+    assert 0 == plan.output_fixed_bytes
+
+
+def test_a_plan_counts_what_an_output_stores_once(tiny: Make) -> None:
+    features = "features: {module: trunk, pool: 4, encoding: {name: components, error: 0.3}}"
+    pipeline = tiny(*HEADS, f"cache.outputs={{logits: digit, {features}}}", "cache.calibration=200")
+    plan = plan_pipeline(pipeline)
+    cache_teacher(pipeline)
+    labels = Path(pipeline.cache.path) / "labels.zarr"
+    fixed = [file for name in Components.fitted_arrays for file in (labels / f"features_{name}" / "c").rglob("*")]
+
+    assert plan.output_fixed_bytes == pytest.approx(
+        sum(file.stat().st_size for file in fixed if file.is_file()), rel=0.05
+    )
+    [dense] = [each for each in plan.fidelities if each.encoding == Dense(dtype="float32")]
+    by_row = (dense.bytes_per_row + plan.output_bytes["features"]) * plan.rows_per_view * plan.num_views
+    assert plan.total_bytes(dense) == pytest.approx(by_row + plan.output_fixed_bytes)
 
 
 @pytest.mark.parametrize(

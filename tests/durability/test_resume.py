@@ -30,7 +30,7 @@ from tests.integration.test_stages import log, same, weights
 Make = Callable[..., Pipeline]
 
 SHORT = [
-    "students.small.samples=0.2",
+    "students.small.samples=0.207",
     "train.epochs=3",
     "train.checkpoint_steps=1",
     "train.early_stopping=3",

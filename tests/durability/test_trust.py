@@ -71,7 +71,7 @@ def reads_right_or_refuses(path: Path, right: Tensor) -> bool:
 
 
 def test_no_flipped_byte_passes(tmp_path: Path) -> None:
-    """One bit of every byte of every file; verify --deep names each, and reading never gives other numbers."""
+    """One bit of every third byte of every file: reading never gives other numbers, and verify --deep names it."""
     path = tmp_path / "a"
     build(path)
     right = read_all(path)
@@ -79,7 +79,7 @@ def test_no_flipped_byte_passes(tmp_path: Path) -> None:
     flips = 0
     for file in files(path):
         original = file.read_bytes()
-        for place in range(len(original)):
+        for place in range(draw.randrange(3), len(original), 3):
             damaged = bytearray(original)
             damaged[place] ^= 1 << draw.randrange(8)
             file.write_bytes(damaged)
@@ -89,7 +89,7 @@ def test_no_flipped_byte_passes(tmp_path: Path) -> None:
             flips += 1
         file.write_bytes(original)
 
-    assert flips > 5000
+    assert flips > 1700
     assert [] == verify(str(path), deep=True)
 
 
@@ -108,7 +108,7 @@ def test_no_truncation_or_deletion_passes(tmp_path: Path) -> None:
     right = read_all(path)
     for file in files(path):
         original = file.read_bytes()
-        for length in range(len(original)) if "zarr/" in str(file) else range(0, len(original), 17):
+        for length in range(0, len(original), 3 if "zarr/" in str(file) else 17):
             file.write_bytes(original[:length])
             reads_right_or_refuses(path, right)
         file.write_bytes(original[:-1])  # a byte less, be it the last newline
@@ -203,14 +203,14 @@ class Faulty(LocalStorage):
         return super().list_keys(prefix)
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.ETIMEDOUT])
+@pytest.mark.parametrize(("code", "every"), [(errno.EIO, 1), (errno.ENOSPC, 4), (errno.ETIMEDOUT, 4)])
 def test_a_storage_that_fails_once_at_any_call_ends_in_an_error_or_the_right_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, every: int
 ) -> None:
     whole = build(tmp_path / "whole")
     right = read_all(tmp_path / "whole")
     failed = 0
-    for fail_at in range(1, 200):
+    for fail_at in range(1, 200, every):
         path = tmp_path / f"at-{fail_at}"
         storage = Faulty(path, fail_at, OSError(code, os.strerror(code)))
         with monkeypatch.context() as patched:
@@ -227,7 +227,7 @@ def test_a_storage_that_fails_once_at_any_call_ends_in_an_error_or_the_right_cac
         if storage.calls < fail_at:
             break
 
-    assert failed > 20
+    assert failed > 20 / every
 
 
 def test_a_storage_that_fails_while_reading_gives_an_error_or_the_right_numbers(

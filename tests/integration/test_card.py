@@ -27,7 +27,7 @@ from logitcache.errors import UsageError
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.storage.local import _HOST
 from logitcache.verify.audit import verify
-from tests.conftest import PICTURES
+from tests.conftest import ALL_DIGITS, PICTURES
 from tests.programs import run_program
 
 Make = Callable[..., Pipeline]
@@ -101,7 +101,7 @@ def test_a_card_states_the_cache_and_no_machine(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_python_of_a_card_runs_in_its_folder(tiny: Make, forks: BaseContext) -> None:
-    pipeline = tiny()
+    pipeline = tiny(*ALL_DIGITS)
     cache_teacher(pipeline)
     blocks = re.findall(r"```python\n(.*?)```", card(pipeline.cache.path), flags=re.DOTALL)
     printed = [run_program(forks, "-c", block, folder=Path(pipeline.cache.path)).stdout for block in blocks]
@@ -115,7 +115,7 @@ def test_a_card_says_how_students_train_from_the_cache(
     tiny: Make, tmp_path: Path, forks: BaseContext, teacher: str
 ) -> None:
     """Its expressions and its command work: for a pipeline's cache, and for one of logits from elsewhere."""
-    pipeline = tiny("train.epochs=1")
+    pipeline = tiny(*ALL_DIGITS, "train.epochs=1")
     cache_teacher(pipeline)
     path = pipeline.cache.path
     data = logitcache.pipeline_data(pipeline)

@@ -53,6 +53,7 @@ def sentences(tiny: Make) -> Make:
             "views={count: 1}",
             "teacher={model: 'tests.models:NextToken', weights: random, batch_size: 4}",
             "cache.encoding={name: topk, k: 5}",
+            "cache.rows_per_block=256",
             "train={epochs: 2, batch_size: 5, lr: 0.05, optimizer: sgd}",
             f"students=[{{name: small, {model}, loss: {loss}}}]",
             *overrides,
@@ -78,7 +79,7 @@ def check_same(pipeline: Pipeline, tmp_path: Path, chunk: str = "true") -> None:
     runs = pipeline.runs.model_copy(update={"path": str(tmp_path / "chunked")})
     found = trained(pipeline.model_copy(update={"train": settings, "runs": runs}))
 
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[0] == pytest.approx(expected[0], rel=2e-5)
     assert expected[1].keys() == found[1].keys()
     for name, values in expected[1].items():
         torch.testing.assert_close(found[1][name], values, rtol=1e-4, atol=1e-5)

@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from logitcache import open as opened
+from logitcache.config.overrides import override
 from tests.commands import logitcache, refused
-from tests.conftest import TINY
+from tests.conftest import ALL_DIGITS, TINY
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -27,6 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny pipeline and its cache."""
     folder = tmp_path_factory.mktemp("cli")
     raw = copy.deepcopy(TINY)
+    for text in ALL_DIGITS:
+        override(raw, text)
     raw["cache"]["path"], raw["runs"]["path"] = str(folder / "tiny.cache"), str(folder / "runs")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
     assert 0 == logitcache("cache-teacher", folder / "tiny.yaml").returncode

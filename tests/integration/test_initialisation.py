@@ -20,6 +20,7 @@ from logitcache.extras.initialisation import Init, init_from_config, initialise,
 from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import Experiment, train_students
 from logitcache.stages.train_teacher import train_teacher
+from tests.conftest import ALL_DIGITS
 from tests.integration.test_stages import log, run_for, same, weights
 
 Make = Callable[..., Pipeline]
@@ -411,7 +412,7 @@ def test_a_run_says_where_its_parameters_came_from_and_starts_there(tiny: Make, 
 
 def test_a_head_start_shows(tiny: Make, tmp_path: Path) -> None:
     """A student like its teacher, without a step of training, is as right as the teacher."""
-    pipeline = tiny(*TRAINED, "students.small.args={hidden: [32]}", "students.small.init=teacher")
+    pipeline = tiny(*ALL_DIGITS, *TRAINED, "students.small.args={hidden: [32]}", "students.small.init=teacher")
     result = train_teacher(pipeline)
     cache_teacher(pipeline)
     job = Experiment(pipeline).job(pipeline.student("small"), 0)

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 import logitcache
 from logitcache.catalog.nets import CNN
 from logitcache.config.build import resolve_data
+from logitcache.config.overrides import override
 from logitcache.config.schema import Pipeline, load_pipeline
 from logitcache.errors import CorruptCache, IdentityMismatch, InvalidLogits, StorageError, UsageError
 from logitcache.extras.student_export import Exported, export_run, load_student
@@ -73,11 +74,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from logitcache import progress
     from logitcache.config.schema import parse_pipeline
-    from tests.conftest import TINY
+    from tests.conftest import ALL_DIGITS, TINY
 
     progress.silence()
     folder = tmp_path_factory.mktemp("product")
     raw = copy.deepcopy(TINY)
+    for text in ALL_DIGITS:
+        override(raw, text)
     raw["cache"] |= {"path": str(folder / "tiny.cache"), "card": {"license": "mit", "dataset": "uci/digits"}}
     raw["runs"]["path"] = str(folder / "runs")
     raw["teacher"] |= {"weights": "trained", "train": {"epochs": 3}}

@@ -22,6 +22,7 @@ from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 
 import logitcache
 from logitcache.cache.reader import open_cache
+from logitcache.config.overrides import override
 from logitcache.config.schema import Pipeline
 from logitcache.data.samples import SampleTable
 from logitcache.data.views import Mixing, ViewPlan
@@ -45,7 +46,7 @@ from logitcache.train.loop import train
 from logitcache.train.reliability import means_by, reliability
 from tests.commands import logitcache as command
 from tests.commands import refused
-from tests.conftest import PICTURES
+from tests.conftest import ALL_DIGITS, PICTURES
 
 CHROMIUM = Path("/usr/bin/chromium")
 ARGUMENTS = [
@@ -561,6 +562,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[st
     progress.silence()
     folder = tmp_path_factory.mktemp("report")
     raw = copy.deepcopy(TINY)
+    for text in ALL_DIGITS:
+        override(raw, text)
     raw["cache"]["path"], raw["runs"]["path"] = str(folder / "tiny.cache"), str(folder / "runs")
     raw["teacher"] |= {"weights": "trained", "train": {"epochs": 3}}
     raw["views"] |= {"mixup": 0.3, "mix_probability": 0.4, "count": 3}

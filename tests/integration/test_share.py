@@ -468,7 +468,7 @@ def test_a_push_that_is_killed_goes_on_and_shows_nothing_before(
 ) -> None:
     digest = logitcache.open(whole).digest
     kept = []
-    for call in (1, 2, 20, 38, 42, 43):
+    for call in (1, 2, 20, 42, 43):
         place = f"{on(store)}/a.cache"
         assert killed(forks, call, push, str(whole), place)
         with pytest.raises(NotACache):
@@ -489,7 +489,7 @@ def test_a_pull_that_is_killed_goes_on_and_shows_nothing_before(
 ) -> None:
     place = f"{on(store)}/a.cache"
     push(str(whole), place)
-    for call in (1, 10, 36, 38, 41, 42):
+    for call in (1, 10, 36, 42):
         here = tmp_path / f"{call}.cache"
         assert killed(forks, call, pull, place, str(here))
         with pytest.raises(NotACache):
@@ -517,7 +517,7 @@ def test_a_pull_that_is_killed_goes_on_and_shows_nothing_before(
 def test_a_build_on_the_store_that_is_killed_goes_on(
     store: str, on: Any, whole: Path, forks: multiprocessing.context.BaseContext
 ) -> None:
-    for call in (1, 3, 7, 20, 40, 55):
+    for call in (1, 7, 20, 55):
         place = f"{on(store)}/a.cache"
         assert killed(forks, call, build, place)
         assert logitcache.open(whole).digest == build(place)

@@ -35,7 +35,7 @@ from logitcache.stages.train_teacher import train_teacher
 from logitcache.train.labels import Labels
 from logitcache.train.loop import train
 from logitcache.verify.audit import verify
-from tests.conftest import FEW_DIGITS
+from tests.conftest import ALL_DIGITS, FEW_DIGITS
 
 Make = Callable[..., Pipeline]
 
@@ -163,7 +163,7 @@ IDENTITIES: dict[str, tuple[list[str], str, dict[str, Any]]] = {
 def test_the_identity_of_a_run_does_not_change(tiny: Make, name: str) -> None:
     """Else finished runs of earlier versions would be refused."""
     overrides, student, expected = IDENTITIES[name]
-    pipeline = tiny(*overrides)
+    pipeline = tiny(*ALL_DIGITS, *overrides)
     manifest = cache_teacher(pipeline).manifest
     identity = Experiment(pipeline).job(pipeline.student(student), 0).identity
 
@@ -172,7 +172,7 @@ def test_the_identity_of_a_run_does_not_change(tiny: Make, name: str) -> None:
 
 
 def test_the_identity_of_a_trained_teacher_does_not_change(tiny: Make, tmp_path: Path) -> None:
-    train_teacher(tiny("teacher.weights=trained"))
+    train_teacher(tiny(*ALL_DIGITS, "teacher.weights=trained"))
     teacher = {
         "model": "mlp",
         "args": {"hidden": [16]},
@@ -399,11 +399,12 @@ def test_a_teacher_in_train_mode_is_reported(tiny: Make) -> None:
 def test_a_view_larger_than_the_memory_budget_streams_in_training(tiny: Make, tmp_path: Path) -> None:
     """The order differs, for it stays within windows of blocks; the labels are the same, and it learns."""
     learned = [
+        *ALL_DIGITS,
         "cache.rows_per_block=128",
         f"teacher.weights={tmp_path}/runs/teacher/last.safetensors",
         "train.epochs=8",
     ]
-    train_teacher(tiny("teacher.weights=trained", "teacher.train={epochs: 8}"))
+    train_teacher(tiny(*ALL_DIGITS, "teacher.weights=trained", "teacher.train={epochs: 8}"))
     cache_teacher(tiny(*learned))
     (whole,) = train_students(tiny(*learned), ["small"])
     streaming = tiny(*learned, "cache.memory_budget_mb=0.02", f"runs.path={tmp_path}/streamed")
@@ -451,7 +452,7 @@ def creation_arguments(pipeline: Pipeline, **changes: Any) -> dict[str, Any]:
 
 
 def test_a_teacher_is_trained_where_none_is_ready(tiny: Make) -> None:
-    overrides = ["teacher.weights=trained", "teacher.train={epochs: 3}"]
+    overrides = [*ALL_DIGITS, "teacher.weights=trained", "teacher.train={epochs: 3}"]
     with pytest.raises(UsageError, match="run `logitcache train-teacher` first"):
         cache_teacher(tiny(*overrides))
     todo = [step.done for step in plan_run(tiny(*overrides)).steps]

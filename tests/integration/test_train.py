@@ -92,7 +92,9 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole_batch(tiny: Make, tmp
     cache_teacher(tiny())
     logs = {}
     for parts in (1, 3, 64):
-        train_students(tiny(f"train.accumulate={parts}", f"runs.path={tmp_path}/{parts}"), ["small"])
+        train_students(
+            tiny("train.batch_size=64", f"train.accumulate={parts}", f"runs.path={tmp_path}/{parts}"), ["small"]
+        )
         logs[parts] = [line["train_loss"] for line in log(tmp_path / f"{parts}/small/seed-0") if "train_loss" in line]
 
     assert logs[1] == pytest.approx(logs[3], rel=1e-4)
@@ -102,7 +104,7 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole_batch(tiny: Make, tmp
 def test_parts_of_a_batch_are_alike_in_size(tiny: Make) -> None:
     """So that batch norm meets no part of one sample, even where one sample joined the last batch."""
     cache_teacher(tiny())
-    pipeline = tiny("train.accumulate=4")
+    pipeline = tiny("train.batch_size=64", "train.accumulate=4")
     job = Experiment(pipeline).job(pipeline.student("small"), 0)
     run = Run(job, RunFolder(job.folder, job.identity))
     sizes = {size: [stop - start for start, stop in run._micro_batches(size)] for size in (64, 65, 18, 16, 1)}

@@ -24,6 +24,7 @@ from logitcache.stages.cache_teacher import cache_teacher
 from logitcache.stages.train_student import Experiment, train_students
 from logitcache.train.labels import Labels
 from logitcache.train.loop import train
+from tests.conftest import ALL_DIGITS
 
 # B batch, C classes
 
@@ -59,7 +60,7 @@ def same(one: Path, other: Path) -> bool:
 )
 def test_each_loss_falls_in_training_on_mixed_images(tiny: Make, tmp_path: Path, loss: str) -> None:
     """A schedule changes what is measured, so the student's distance to the teacher is the judge where there is one."""
-    pipeline = tiny("views.mixup=0.4", "train.epochs=4", with_loss(loss))
+    pipeline = tiny(*ALL_DIGITS, "views.mixup=0.4", "train.epochs=4", with_loss(loss))
     cache_teacher(pipeline)
     experiment = Experiment(pipeline)
     before = distance_to_teacher(experiment, trained=False)
