@@ -1,8 +1,8 @@
 """A lock for a folder, held by one thread of one process at a time.
 
 It is the operating system's lock on a file: a killed process releases it, and NFS shares it between hosts. The holder
-deletes the file before it releases the lock. `filelock` is not used: it leaves its files, or in some versions deletes
-them after the release.
+deletes the file before it releases the lock, except on NFS. `filelock` is not used: it leaves its files, or in some
+versions deletes them after the release.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ if sys.platform != "win32":
 LOCK = ".lock"
 """Name of the lock file; not an object of the store."""
 
+_renaming_devices: set[int] = set()
+"""File systems that rename an open file when it is deleted: NFS. The lock's file stays there."""
 _CAN_NOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
 _HAS_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -39,10 +41,21 @@ def locked_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            # Deleted while it is held: a process that waits for this file finds it deleted, and starts again.
             with suppress(OSError):
-                path.unlink()
+                _delete(descriptor, path)
             _release(descriptor)
+
+
+def _delete(descriptor: int, path: Path) -> None:
+    """Delete the file of a lock that is held: a process that waits for this file finds it deleted, and starts again.
+
+    On NFS the file stays, from the second time on: a host whose answers take longer would start again and again.
+    """
+    device = os.fstat(descriptor).st_dev
+    if device not in _renaming_devices:
+        path.unlink()
+        if os.fstat(descriptor).st_nlink:
+            _renaming_devices.add(device)
 
 
 def _acquire(path: Path) -> int | None:
@@ -86,9 +99,15 @@ def _open(path: Path) -> int | None:
 def _has_name(descriptor: int, path: Path) -> bool:
     held = os.fstat(descriptor)
     try:
-        named = path.lstat()
-    except FileNotFoundError:
+        # Opened, because the answer of stat may be a minute old on NFS: another host may have renamed the file to
+        # .nfs… as it deleted it, so that it still has a link.
+        again = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # also met by the next attempt to open it, unless it is gone by then
         return False
+    try:
+        named = os.fstat(again)
+    finally:
+        os.close(again)
     return held.st_nlink > 0 and (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino)
 
 

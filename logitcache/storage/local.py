@@ -11,17 +11,22 @@ import socket
 import stat
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from logitcache.errors import CorruptCache, StorageError, UsageError
 from logitcache.storage.folder_lock import LOCK, locked_folder
 from logitcache.storage.protocol import Storage
 
+Found = TypeVar("Found")
+
 LEFTOVER_SECONDS = 86_400
 """A partial file of this age is a leftover, even if its writer ran on another host."""
+STALE_ATTEMPTS = 10
+"""To read a file that is replaced meanwhile; a claim is replaced every few seconds."""
 _PARTIAL = re.compile(r"\.[^/]+\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.[0-9a-f]+\.partial$")
 
 
@@ -51,12 +56,15 @@ class LocalStorage(Storage):
 
     def get(self, key: str, *, limit: int | None = None) -> bytes | None:
         path = self._path(key)
-        with _accessing("read", path), suppress(FileNotFoundError, NotADirectoryError):
+
+        def read() -> bytes:
             data = read_regular(path, limit=limit)
             if data is None:
                 raise CorruptCache(f"{path} is not a regular file")
             return data
-        return None
+
+        with _accessing("read", path):
+            return self._find(path, read)
 
     def put(self, key: str, data: bytes | memoryview, *, durable: bool = True) -> None:
         path = self._path(key)
@@ -97,9 +105,8 @@ class LocalStorage(Storage):
 
     def size(self, key: str) -> int | None:
         path = self._path(key)
-        with _accessing("read", path), suppress(FileNotFoundError, NotADirectoryError):
-            return path.stat().st_size
-        return None
+        with _accessing("read", path):
+            return self._find(path, lambda: path.stat().st_size)
 
     def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         for key in self.list_keys(prefix):
@@ -163,6 +170,21 @@ class LocalStorage(Storage):
                 raise CorruptCache(f"{path} is a link to outside the cache, which is not followed")
         return path
 
+    def _find(self, path: Path, look: Callable[[], Found]) -> Found | None:
+        """What `look` returns, or None if the file doesn't exist.
+
+        For up to a minute, an NFS client remembers that a name did not exist. When it opens a folder, it asks the
+        server for the names that were added.
+        """
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return _look_again_if_stale(look)
+        for folder in reversed([each for each in path.parents if each.is_relative_to(self.root.parent)]):
+            with suppress(OSError):
+                os.close(os.open(folder, os.O_RDONLY | os.O_NONBLOCK))
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return _look_again_if_stale(look)
+        return None
+
     def _write_partial(self, path: Path, data: bytes | memoryview, *, durable: bool = True) -> Path:
         """Write the data to the disk under a temporary name."""
         partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(8)}.partial")
@@ -187,6 +209,17 @@ class LocalStorage(Storage):
         self._make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         fsync_path(folder.parent)
+
+
+def _look_again_if_stale(look: Callable[[], Found]) -> Found:
+    """What `look` returns, also if on NFS another host replaces the file while it is read."""
+    for _ in range(STALE_ATTEMPTS - 1):
+        try:
+            return look()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    return look()
 
 
 def _is_lock(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -196,6 +197,55 @@ def test_what_a_dead_writer_elsewhere_left_is_cleared_after_a_day(tmp_path: Path
 
     assert 1 - left == LocalStorage(tmp_path).remove_leftovers()
     assert left == len(list(tmp_path.iterdir()))
+
+
+def test_a_name_that_an_nfs_client_remembers_as_missing_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client forgets what was missing in a folder as that folder is opened."""
+    storage = LocalStorage(tmp_path / "a.cache")
+    storage.put("receipts/v00000/x", b"1")
+    names = [tmp_path / "a.cache" / name for name in (".", "receipts", "receipts/v00000", "receipts/v00000/x")]
+    remembered = set(names)
+    open_file, stat = os.open, Path.stat
+
+    def refuse_remembered(path: Path) -> None:
+        if remembered & {path, *path.parents}:
+            raise FileNotFoundError(path)
+
+    def open_afresh(path: str | Path, *arguments: int) -> int:
+        refuse_remembered(Path(path))
+        remembered.difference_update(name for name in names if name.parent == Path(path))
+        return open_file(path, *arguments)
+
+    def stat_remembered(path: Path) -> os.stat_result:
+        refuse_remembered(path)
+        return stat(path)
+
+    monkeypatch.setattr(os, "open", open_afresh)
+    monkeypatch.setattr(Path, "stat", stat_remembered)
+    assert b"1" == storage.get("receipts/v00000/x")
+    remembered.update(names)
+    assert 1 == storage.size("receipts/v00000/x")
+    assert None is storage.get("receipts/v00000/y")
+
+
+def test_a_file_that_another_nfs_client_replaces_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.put("x", b"1")
+    stale = [OSError(errno.ESTALE, os.strerror(errno.ESTALE))] * 2
+    status = os.fstat
+
+    def fstat(descriptor: int) -> os.stat_result:
+        if stale:
+            raise stale.pop()
+        return status(descriptor)
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    assert b"1" == storage.get("x")
+    assert [] == stale
 
 
 def test_no_more_memory_is_asked_for_than_a_file_holds(tmp_path: Path) -> None:

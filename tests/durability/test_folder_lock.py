@@ -72,6 +72,36 @@ def test_whoever_is_killed_lets_go(tmp_path: Path, forks: Any) -> None:
     assert [] == list(tmp_path.iterdir())
 
 
+def test_a_file_that_has_another_name_by_now_is_not_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An NFS client renames a file as it deletes it while it is open; others may have the old answer of stat."""
+    path = tmp_path / LOCK
+    descriptor = folder_lock._open(path)
+    assert descriptor is not None
+    before = os.lstat(path)
+    path.rename(tmp_path / ".nfs0001")
+    monkeypatch.setattr(Path, "lstat", lambda path: before)
+    monkeypatch.setattr(Path, "stat", lambda path, **options: before)
+    try:
+        assert not folder_lock._has_name(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def test_the_file_stays_where_a_deleted_file_that_is_open_is_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS."""
+    monkeypatch.setattr(folder_lock, "_renaming_devices", set())
+    monkeypatch.setattr(Path, "unlink", lambda path: path.rename(path.with_name(".nfs0001")))
+    names = []
+    for _ in range(3):
+        with open_storage(tmp_path).lock():
+            names.append(sorted(path.name for path in tmp_path.iterdir()))
+
+    assert [[LOCK], [LOCK, ".nfs0001"], [LOCK, ".nfs0001"]] == names
+    assert [] == list(open_storage(tmp_path).list_keys())
+
+
 def test_a_process_forked_meanwhile_does_not_keep_it(tmp_path: Path) -> None:
     descriptor = folder_lock._acquire(tmp_path / LOCK)
     assert descriptor is not None
