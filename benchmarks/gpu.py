@@ -22,6 +22,7 @@ are tiny.
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import tempfile
@@ -53,7 +54,7 @@ SECTIONS = ("heads", "resident", "encodings", "loader", "students", "tokens")
 MAX_RATIO = 1.05
 NUM_CLASSES = 1000
 ENCODE_SECONDS = 1.0
-"""Of a repeat, about: encodings differ by a factor of a thousand."""
+"""Approximate seconds per repeat; encodings differ in speed by a factor of a thousand."""
 
 
 @dataclass(frozen=True)
@@ -245,13 +246,14 @@ def encodings_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
             num_fitted = 4 * (num_classes if encoding.keeps_constants else rank)
             fitted = encoding.fit(logits_NC[:num_fitted].cpu()) if encoding.fitted_arrays else encoding
             slab = max(1, 2**24 // num_classes)
-            pieces = list(logits_NC[: rows_in_time(fitted, logits_NC, device)].split(slab))
-            encoded_rows = sum(map(len, pieces))
-            encoded = [fitted.encode(piece) for piece in pieces]
 
-            def encode(fitted: logitcache.Encoding = fitted, pieces: list[Tensor] = pieces) -> None:
-                for piece in pieces:
+            def encode(rows_NC: Tensor, fitted: logitcache.Encoding = fitted, slab: int = slab) -> None:
+                for piece in rows_NC.split(slab):
                     fitted.encode_with_kl(piece)
+
+            encoded_rows = rows_in_time(encode, logits_NC, device)
+            chosen_NC = logits_NC[:encoded_rows]
+            encoded = [fitted.encode(piece) for piece in chosen_NC.split(slab)]
 
             def decode(
                 fitted: logitcache.Encoding = fitted, encoded: list[Any] = encoded, num_classes: int = num_classes
@@ -259,7 +261,9 @@ def encodings_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
                 for part in encoded:
                     fitted.decode(part, num_classes)
 
-            seconds = seconds_by_turns({"encode": encode, "decode": decode}, sizes.repeats, device)
+            seconds = seconds_by_turns(
+                {"encode": functools.partial(encode, chosen_NC), "decode": decode}, sizes.repeats, device
+            )
             medians = {name: statistics.median(values) for name, values in seconds.items()}
             rows.append(
                 [f"{num_classes:,}", fitted.config()["name"] + described(fitted), f"{encoded_rows:,}"]
@@ -274,14 +278,14 @@ def encodings_section(sizes: Sizes, device: torch.device, folder: Path) -> str:
     return f"## Encodings\n\n{about}\n\n{table(header, rows)}"
 
 
-def rows_in_time(encoding: logitcache.Encoding, logits_NC: Tensor, device: torch.device) -> int:
+def rows_in_time(encode: Callable[[Tensor], object], logits_NC: Tensor, device: torch.device) -> int:
     """How many of the rows are encoded within `ENCODE_SECONDS`, judged by the first that take a tenth of it."""
     num_rows, seconds = 64, 0.0
-    encoding.encode_with_kl(logits_NC[:num_rows])  # warms up
+    encode(logits_NC[:num_rows])  # warms up
     while seconds < ENCODE_SECONDS / 10 and num_rows < len(logits_NC):
         num_rows = min(4 * num_rows, len(logits_NC))
         start = stage2.now(device)
-        encoding.encode_with_kl(logits_NC[:num_rows])
+        encode(logits_NC[:num_rows])
         seconds = stage2.now(device) - start
     return min(len(logits_NC), max(64, round(num_rows * ENCODE_SECONDS / seconds))) if seconds else num_rows
 

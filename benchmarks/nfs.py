@@ -113,6 +113,8 @@ class Machine:
     def boot(self) -> None:
         process = get_context("fork").Process(target=agent, args=(str(self.folder),))
         process.start()
+        with contextlib.suppress(PermissionError):  # done already
+            os.setpgid(process.pid or 0, process.pid or 0)
         self._pid, self._join = process.pid, process.join
 
     def start(self, function: Callable[..., None], *arguments: str) -> Task:
@@ -173,8 +175,6 @@ class Guest(Machine):
 
 def agent(folder: str) -> None:
     """Run tasks that are files in a folder, each in a process of its own."""
-    if os.getpgrp() != os.getpid():
-        os.setpgid(0, 0)
     preload()
     running: dict[int, Path] = {}
     while True:

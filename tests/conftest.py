@@ -19,7 +19,6 @@ from logitcache import progress
 from logitcache.config.overrides import override
 from logitcache.config.schema import Pipeline, parse_pipeline
 from tests import servers
-from tests import unsynced as unsynced
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("logitcache.testing")
@@ -55,10 +54,14 @@ PICTURES = ["data.name=tests.models:pictures", "data.validation=0", "cache.rows_
 """Overrides that put forty keyed pictures in the place of the digits."""
 
 ALL_DIGITS = ["data.name=digits", "cache.rows_per_block=256", "train.batch_size=64"]
-"""Overrides for all digits of the catalog, 1 295 for training: where something is to be learned, or is pinned."""
+"""The catalog's full digits (1 295 for training), for tests that train to some accuracy or compare stored identities."""
 
 FEW_DIGITS = ["data.name=tests.models:few_digits", "data.validation=0", *PICTURES[2:]]
 """Overrides that keep 96 of the digits for training, in six blocks for each view, and 32 for the test."""
+
+
+def pytest_configure() -> None:
+    from tests import unsynced as unsynced
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,8 +1,8 @@
 """A lock for a folder, held by one thread of one process at a time.
 
 It is the operating system's lock on a file: a killed process releases it, and NFS shares it between hosts. The holder
-deletes the file before it releases the lock, except on NFS. `filelock` is not used: it leaves its files, or in some
-versions deletes them after the release.
+deletes the file before it releases the lock; on NFS, the file stays after the first time. `filelock` is not used: it
+leaves its files, or in some versions deletes them after the release.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from pathlib import Path
 if sys.platform != "win32":
     import fcntl
 
+    _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
 LOCK = ".lock"
 """Name of the lock file; not an object of the store."""
 
 _renaming_devices: set[int] = set()
-"""File systems that rename an open file when it is deleted: NFS. The lock's file stays there."""
+"""File systems that rename an open file when it is deleted, such as NFS; found when a lock's file is deleted."""
 _CAN_NOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
 _HAS_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -49,13 +51,17 @@ def locked_folder(folder: Path) -> Iterator[None]:
 def _delete(descriptor: int, path: Path) -> None:
     """Delete the file of a lock that is held: a process that waits for this file finds it deleted, and starts again.
 
-    On NFS the file stays, from the second time on: a host whose answers take longer would start again and again.
+    On NFS, each process deletes it at most once, and then lets it stay. Otherwise a slower client finds the file
+    deleted each time, and never gets the lock.
     """
-    device = os.fstat(descriptor).st_dev
-    if device not in _renaming_devices:
+    held = os.fstat(descriptor)
+    if held.st_dev not in _renaming_devices:
         path.unlink()
-        if os.fstat(descriptor).st_nlink:
-            _renaming_devices.add(device)
+        if os.fstat(descriptor).st_nlink == held.st_nlink:
+            _renaming_devices.add(held.st_dev)
+    else:  # for all who may write to the folder
+        writable = path.parent.stat().st_mode & 0o222
+        os.fchmod(descriptor, writable | writable << 1)
 
 
 def _acquire(path: Path) -> int | None:
@@ -85,27 +91,28 @@ def _acquire(path: Path) -> int | None:
 
 
 def _open(path: Path) -> int | None:
-    flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+        return os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o666)
     except OSError as error:
         if error.errno not in _CAN_NOT_WRITE:
             raise
     with suppress(OSError):  # another user's file: read access is enough to lock it, except on NFS
-        return os.open(path, os.O_RDONLY | flags)
+        return os.open(path, os.O_RDONLY | _FLAGS)
     return None
 
 
 def _has_name(descriptor: int, path: Path) -> bool:
-    held = os.fstat(descriptor)
+    """Whether the file is still the one at the path."""
+    # On NFS, names and attributes may be a minute old, and another host may have renamed the file as it deleted it.
+    # Opening the folder and the file asks the server.
+    with suppress(OSError):
+        os.close(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     try:
-        # Opened, because the answer of stat may be a minute old on NFS: another host may have renamed the file to
-        # .nfs… as it deleted it, so that it still has a link.
-        again = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:  # also met by the next attempt to open it, unless it is gone by then
+        again = os.open(path, os.O_RDONLY | _FLAGS)
+    except (FileNotFoundError, PermissionError):
         return False
     try:
-        named = os.fstat(again)
+        named, held = os.fstat(again), os.fstat(descriptor)
     finally:
         os.close(again)
     return held.st_nlink > 0 and (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino)

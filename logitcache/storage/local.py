@@ -26,7 +26,7 @@ Found = TypeVar("Found")
 LEFTOVER_SECONDS = 86_400
 """A partial file of this age is a leftover, even if its writer ran on another host."""
 STALE_ATTEMPTS = 10
-"""To read a file that is replaced meanwhile; a claim is replaced every few seconds."""
+"""Attempts to read a file that another NFS client keeps replacing."""
 _PARTIAL = re.compile(r"\.[^/]+\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.[0-9a-f]+\.partial$")
 
 
@@ -85,7 +85,7 @@ class LocalStorage(Storage):
 
     def create(self, key: str, data: bytes) -> bool:
         path = self._path(key)
-        if path.exists():
+        if self.size(key) is not None:
             return False
         partial = self._write_partial(path, data)
         try:
@@ -117,8 +117,10 @@ class LocalStorage(Storage):
     def written(self, prefix: str = "") -> Iterator[tuple[str, float]]:
         for key in self.list_keys(prefix):
             path = self._path(key)
-            with _accessing("read", path), suppress(FileNotFoundError):
-                yield key, path.stat().st_mtime
+            with _accessing("read", path):
+                written = self._find(path, lambda path=path: path.stat().st_mtime)  # type: ignore[misc]
+            if written is not None:
+                yield key, written
 
     def folders(self, prefix: str = "") -> list[str]:
         start = self._path(prefix) if prefix else self.root
@@ -180,7 +182,7 @@ class LocalStorage(Storage):
             return _look_again_if_stale(look)
         for folder in reversed([each for each in path.parents if each.is_relative_to(self.root.parent)]):
             with suppress(OSError):
-                os.close(os.open(folder, os.O_RDONLY | os.O_NONBLOCK))
+                os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         with suppress(FileNotFoundError, NotADirectoryError):
             return _look_again_if_stale(look)
         return None
@@ -223,8 +225,8 @@ def _look_again_if_stale(look: Callable[[], Found]) -> Found:
 
 
 def _is_lock(name: str) -> bool:
-    """Whether a file is a folder's lock, or one that NFS keeps for a moment after its deletion."""
-    return name == LOCK or name.startswith(".nfs")
+    """Whether a file is a folder's lock, or one that NFS or FUSE keeps for a moment after its deletion."""
+    return name == LOCK or name.startswith((".nfs", ".fuse_hidden"))
 
 
 def read_regular(path: Path, *, limit: int | None = None) -> bytes | None:

@@ -90,16 +90,32 @@ def test_a_file_that_has_another_name_by_now_is_not_the_lock(tmp_path: Path, mon
 def test_the_file_stays_where_a_deleted_file_that_is_open_is_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on NFS."""
+    """As on NFS; whoever may write to the folder may lock it."""
     monkeypatch.setattr(folder_lock, "_renaming_devices", set())
     monkeypatch.setattr(Path, "unlink", lambda path: path.rename(path.with_name(".nfs0001")))
-    names = []
+    tmp_path.chmod(0o770)
+    left = []
     for _ in range(3):
         with open_storage(tmp_path).lock():
-            names.append(sorted(path.name for path in tmp_path.iterdir()))
+            pass
+        left.append(sorted(path.name for path in tmp_path.iterdir()))
 
-    assert [[LOCK], [LOCK, ".nfs0001"], [LOCK, ".nfs0001"]] == names
+    assert [[".nfs0001"], [LOCK, ".nfs0001"], [LOCK, ".nfs0001"]] == left
+    assert 0o660 == (tmp_path / LOCK).stat().st_mode & 0o777
     assert [] == list(open_storage(tmp_path).list_keys())
+
+
+def test_without_a_free_descriptor_the_lock_ends_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_file = os.open
+
+    def open_few(path: str | Path, flags: int, *arguments: int) -> int:
+        if flags & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return open_file(path, flags, *arguments)
+
+    monkeypatch.setattr(os, "open", open_few)
+    with pytest.raises(StorageError, match="Too many open files"), open_storage(tmp_path).lock():
+        pass
 
 
 def test_a_process_forked_meanwhile_does_not_keep_it(tmp_path: Path) -> None:

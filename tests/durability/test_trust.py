@@ -203,14 +203,18 @@ class Faulty(LocalStorage):
         return super().list_keys(prefix)
 
 
-@pytest.mark.parametrize(("code", "every"), [(errno.EIO, 1), (errno.ENOSPC, 4), (errno.ETIMEDOUT, 4)])
+@pytest.mark.parametrize(
+    ("code", "calls"),
+    [(errno.EIO, range(1, 200)), (errno.ENOSPC, range(2, 200, 4)), (errno.ETIMEDOUT, range(3, 200, 4))],
+    ids=["EIO", "ENOSPC", "ETIMEDOUT"],
+)
 def test_a_storage_that_fails_once_at_any_call_ends_in_an_error_or_the_right_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, every: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, calls: range
 ) -> None:
     whole = build(tmp_path / "whole")
     right = read_all(tmp_path / "whole")
     failed = 0
-    for fail_at in range(1, 200, every):
+    for fail_at in calls:
         path = tmp_path / f"at-{fail_at}"
         storage = Faulty(path, fail_at, OSError(code, os.strerror(code)))
         with monkeypatch.context() as patched:
@@ -227,7 +231,7 @@ def test_a_storage_that_fails_once_at_any_call_ends_in_an_error_or_the_right_cac
         if storage.calls < fail_at:
             break
 
-    assert failed > 20 / every
+    assert failed > 20 / calls.step
 
 
 def test_a_storage_that_fails_while_reading_gives_an_error_or_the_right_numbers(
