@@ -1,4 +1,4 @@
-"""Workers on two NFS clients with kernels of their own build one cache: the cache is that of a single process.
+"""Workers on two NFS clients with separate kernels build one cache: the cache is that of a single process.
 
 Three guests of user-mode Linux run on this machine: an NFS server (the kernel's, on ext4) and two clients, which mount
 its folder with the default options. The guests see the files of this machine, read-only. A guest that is killed loses

@@ -207,7 +207,7 @@ def print_plan(plan: Any) -> None:
         table.add_row(*cells, style="bold" if chosen else None)
     console().print(table)
     for name, size in plan.output_bytes.items():
-        say(f"Output {name}: {size:,.1f} bytes/row, included in the sizes of all rows.")
+        say(f"Output {name}: {size:,.1f} bytes/row, included in the column 'all rows'.")
     if plan.hours is not None:
         say(
             f"Estimated time of cache-teacher: {timedelta(seconds=round(3600 * plan.hours))} "

@@ -86,6 +86,4 @@ def _parse_call(text: str) -> dict[str, Any]:
             return {"name": node.func.id} | {str(kw.arg): ast.literal_eval(kw.value) for kw in node.keywords}
     except (SyntaxError, ValueError):
         pass
-    raise UsageError(
-        f"can't read the encoding {text!r}; expected a name, with parameters by keyword, for example `TopK(k=10)`"
-    )
+    raise UsageError(f"can't read the encoding {text!r}; expected a name with keyword arguments, such as `TopK(k=10)`")

@@ -766,7 +766,7 @@ def entropy(symbols: Tensor) -> float:
             id="unknown encoding",
         ),
         pytest.param("__import__('os').system('true')", "can't read the encoding", id="code"),
-        pytest.param("TopK(5)", "expected a name, with parameters by keyword", id="positional"),
+        pytest.param("TopK(5)", "expected a name with keyword arguments", id="positional"),
         pytest.param({"name": "dense", "dtype": "int8"}, "'float16' or 'uint8'", id="unknown dtype"),
         pytest.param("LowRank(rank=0)", "rank is a whole number, at least 1", id="rank"),
         pytest.param("TopLowRank(k=0)", "k is a whole number, at least 1", id="top classes"),
