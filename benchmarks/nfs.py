@@ -14,7 +14,6 @@ processes and a local folder in place of guests and NFS.
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import itertools
 import json
@@ -36,12 +35,11 @@ from measuring import conditions, fresh_folder, options, parse, table, write_res
 
 import logitcache
 from logitcache.cli import main as command_line
-from logitcache.config.overrides import override
 from logitcache.engines import Claiming
 from logitcache.progress import silence
 from logitcache.storage.folder_lock import locked_folder
 from logitcache.verify.audit import verify
-from tests.conftest import FEW_DIGITS, TINY
+from tests.conftest import FEW_DIGITS, tiny_settings
 from tests.durability.test_engines import DATA, Log, Role, watch
 
 LIMIT_SECONDS = 900
@@ -323,14 +321,8 @@ class Site:
 
     def pipeline(self, machine: Machine, case: str) -> str:
         """The tiny pipeline, with cache and runs in a folder of a machine's mount."""
-        raw = copy.deepcopy(TINY)
-        raw["cache"]["path"], raw["runs"]["path"] = (
-            f"{machine.mount}/{case}/{name}" for name in ("tiny.cache", "runs")
-        )
-        for text in self._overrides:
-            override(raw, text)
         path = self.shared / f"{case}.yaml"
-        path.write_text(yaml.safe_dump(raw))
+        path.write_text(yaml.safe_dump(tiny_settings(machine.mount / case, *self._overrides)))
         return str(path)
 
     def log(self, case: str) -> Log:

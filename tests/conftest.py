@@ -81,14 +81,19 @@ def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parent.parent)
 
 
-def tiny_pipeline(folder: Path, *overrides: str) -> Pipeline:
-    """The tiny pipeline with overrides; caches and runs lie in a folder."""
+def tiny_settings(folder: Path, *overrides: str) -> dict[str, Any]:
+    """The settings of the tiny pipeline with overrides; caches and runs lie in a folder."""
     raw = copy.deepcopy(TINY)
     raw["cache"]["path"] = str(folder / "tiny.cache")
     raw["runs"]["path"] = str(folder / "runs")
     for text in overrides:
         override(raw, text)
-    return parse_pipeline(raw, source="tiny")
+    return raw
+
+
+def tiny_pipeline(folder: Path, *overrides: str) -> Pipeline:
+    """The tiny pipeline with overrides; caches and runs lie in a folder."""
+    return parse_pipeline(tiny_settings(folder, *overrides), source="tiny")
 
 
 @pytest.fixture

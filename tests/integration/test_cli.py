@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -16,9 +15,8 @@ import pytest
 import yaml
 
 from logitcache import open as opened
-from logitcache.config.overrides import override
 from tests.commands import logitcache, refused
-from tests.conftest import ALL_DIGITS, TINY
+from tests.conftest import ALL_DIGITS, tiny_settings
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -27,10 +25,7 @@ CHECKOUT = Path(__file__).parents[2]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny pipeline and its cache."""
     folder = tmp_path_factory.mktemp("cli")
-    raw = copy.deepcopy(TINY)
-    for text in ALL_DIGITS:
-        override(raw, text)
-    raw["cache"]["path"], raw["runs"]["path"] = str(folder / "tiny.cache"), str(folder / "runs")
+    raw = tiny_settings(folder, *ALL_DIGITS)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
     assert 0 == logitcache("cache-teacher", folder / "tiny.yaml").returncode
     return folder

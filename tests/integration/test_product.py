@@ -29,7 +29,6 @@ from safetensors.torch import load_file
 import logitcache
 from logitcache.catalog.nets import CNN
 from logitcache.config.build import resolve_data
-from logitcache.config.overrides import override
 from logitcache.config.schema import Pipeline, load_pipeline
 from logitcache.errors import CorruptCache, IdentityMismatch, InvalidLogits, StorageError, UsageError
 from logitcache.extras.student_export import Exported, export_run, load_student
@@ -70,19 +69,15 @@ def exported(
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny.yaml, its cache, and runs of `conv` with two seeds, exported to everything but safetensors."""
-    import copy
 
     from logitcache import progress
     from logitcache.config.schema import parse_pipeline
-    from tests.conftest import ALL_DIGITS, TINY
+    from tests.conftest import ALL_DIGITS, tiny_settings
 
     progress.silence()
     folder = tmp_path_factory.mktemp("product")
-    raw = copy.deepcopy(TINY)
-    for text in ALL_DIGITS:
-        override(raw, text)
-    raw["cache"] |= {"path": str(folder / "tiny.cache"), "card": {"license": "mit", "dataset": "uci/digits"}}
-    raw["runs"]["path"] = str(folder / "runs")
+    raw = tiny_settings(folder, *ALL_DIGITS)
+    raw["cache"]["card"] = {"license": "mit", "dataset": "uci/digits"}
     raw["teacher"] |= {"weights": "trained", "train": {"epochs": 3}}
     raw["train"]["seeds"] = [0, 1]
     raw["students"] = [CONV]

@@ -22,7 +22,6 @@ from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 
 import logitcache
 from logitcache.cache.reader import open_cache
-from logitcache.config.overrides import override
 from logitcache.config.schema import Pipeline
 from logitcache.data.samples import SampleTable
 from logitcache.data.views import Mixing, ViewPlan
@@ -46,7 +45,7 @@ from logitcache.train.loop import train
 from logitcache.train.reliability import means_by, reliability
 from tests.commands import logitcache as command
 from tests.commands import refused
-from tests.conftest import ALL_DIGITS, PICTURES
+from tests.conftest import ALL_DIGITS, PICTURES, tiny_settings
 
 CHROMIUM = Path("/usr/bin/chromium")
 ARGUMENTS = [
@@ -553,18 +552,13 @@ def visit(browser: Any) -> Iterator[Callable[..., Visit]]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Any]]:
     """(folder, report, headline) of a trained teacher, its cache, and two students of two seeds each."""
-    import copy
 
     from logitcache import progress
     from logitcache.config.schema import parse_pipeline
-    from tests.conftest import TINY
 
     progress.silence()
     folder = tmp_path_factory.mktemp("report")
-    raw = copy.deepcopy(TINY)
-    for text in ALL_DIGITS:
-        override(raw, text)
-    raw["cache"]["path"], raw["runs"]["path"] = str(folder / "tiny.cache"), str(folder / "runs")
+    raw = tiny_settings(folder, *ALL_DIGITS)
     raw["teacher"] |= {"weights": "trained", "train": {"epochs": 3}}
     raw["views"] |= {"mixup": 0.3, "mix_probability": 0.4, "count": 3}
     raw["train"]["seeds"] = [0, 1]
