@@ -161,7 +161,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def test_a_cache_of_several_processes_is_the_cache_of_one(tiny: Make, tmp_path: Path) -> None:
     """Under `torchrun`, two processes for eleven blocks; the first one speaks."""
-    blocks = ["views.count=1", "cache.rows_per_block=120", "cache.encoding=LowRank(rank=4, k=2)"]
+    blocks = ["views.count=1", "cache.rows_per_block=30", "cache.encoding=LowRank(rank=4, k=2)"]
     digest = cache_teacher(tiny(*blocks)).manifest.digest
     done = torchrun(2, tiny(*blocks, f"cache.path={tmp_path}/shared.cache"), "cache-teacher", "--json")
     assert 0 == done.returncode, done.stderr
@@ -179,7 +179,7 @@ def test_either_of_two_builders_killed_again_and_again_leaves_the_same_cache(
     digests = [cache_teacher(tiny(encoding, f"views.count={count}")).manifest.digest for count in (1, 2)]
     path = tmp_path / "pieces.cache"
     grown = [
-        tiny(encoding, f"cache.path={path}", "cache.rows_per_block=256", f"views.count={count}") for count in (1, 2)
+        tiny(encoding, f"cache.path={path}", "cache.rows_per_block=64", f"views.count={count}") for count in (1, 2)
     ]
     for rank, key in ((0, "zarr.json"), (1, "receipts/v"), (0, "/c/0/"), (0, "receipts.json"), (0, "README.md")):
         assert not two_processes(forks, cache_teacher, grown[0], victim=(rank, die_at_put, key))

@@ -37,7 +37,7 @@ from logitcache.stages.cache_teacher import TeacherJob, TeacherWorker, cache_tea
 from logitcache.storage import LocalStorage
 from logitcache.verify.audit import verify
 from tests.commands import logitcache as command
-from tests.conftest import FEW_DIGITS
+from tests.conftest import ALL_DIGITS, FEW_DIGITS
 from tests.durability.test_engines import DATA
 from tests.dying import die
 from tests.needs import need_package
@@ -361,7 +361,7 @@ def test_the_command_builds_on_the_cluster_of_the_environment(
 ) -> None:
     """Started in the user's folder, from which the pipeline takes code and the relative path of the cache."""
     (tmp_path / "mine.py").write_text("def flipped():\n    return lambda image: image.rotate(90)\n")
-    settings = ["views.transform=[{'mine:flipped': {}}]", "cache.path=tiny.cache", "runs.path=runs"]
+    settings = [*ALL_DIGITS, "views.transform=[{'mine:flipped': {}}]", "cache.path=tiny.cache", "runs.path=runs"]
     (tmp_path / "tiny.yaml").write_text(tiny(*settings).as_yaml())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", nodes.cluster.address)

@@ -15,6 +15,7 @@ import logitcache
 from logitcache.config.schema import Pipeline
 from logitcache.stages.cache_teacher import cache_teacher
 from tests import servers
+from tests.conftest import ALL_DIGITS
 
 SCRIPTS = Path(__file__).parents[2] / "pipelines/slurm"
 
@@ -49,8 +50,8 @@ def submit(slurm: dict[str, str], folder: Path, *arguments: str) -> tuple[bool, 
 @pytest.fixture
 def digest(tiny: Callable[..., Pipeline], tmp_path: Path) -> str:
     """Of the cache that a single process builds; jobs build it in `tiny.yaml`."""
-    (tmp_path / "tiny.yaml").write_text(tiny().as_yaml())
-    return str(cache_teacher(tiny(f"cache.path={tmp_path}/single.cache")).manifest.digest)
+    (tmp_path / "tiny.yaml").write_text(tiny(*ALL_DIGITS).as_yaml())
+    return str(cache_teacher(tiny(*ALL_DIGITS, f"cache.path={tmp_path}/single.cache")).manifest.digest)
 
 
 def test_a_job_array_builds_the_cache_and_a_shard_that_was_left_out_is_added(
