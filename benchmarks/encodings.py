@@ -94,7 +94,7 @@ def main() -> None:
             plot(results, result_path("encodings", "png", device=torch.device("cpu")))
         print(f"\n{sections[-1]}", flush=True)
     if arguments.only != "fidelity":
-        gathered = GATHERED if arguments.encodings is None else encodings
+        gathered = GATHERED if arguments.encodings is None else chosen
         sections.append(gather_section(gathered, logits, arguments.resident_rows, arguments.gathers, arguments.tiny))
         print(f"\n{sections[-1]}", flush=True)
     if arguments.write:

@@ -61,6 +61,7 @@ FEW_DIGITS = ["data.name=tests.models:few_digits", "data.validation=0", *PICTURE
 
 
 def pytest_configure() -> None:
+    """Only under pytest: benchmarks that import from here wait for the disk."""
     from tests import unsynced as unsynced
 
 

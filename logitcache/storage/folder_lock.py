@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,11 +45,11 @@ def locked_folder(folder: Path) -> Iterator[None]:
     finally:
         if descriptor is not None:
             with suppress(OSError):
-                _delete(descriptor, path)
+                _delete_or_keep(descriptor, path)
             _release(descriptor)
 
 
-def _delete(descriptor: int, path: Path) -> None:
+def _delete_or_keep(descriptor: int, path: Path) -> None:
     """Delete the file of a lock that is held: a process that waits for this file finds it deleted, and starts again.
 
     On NFS, each process deletes it at most once, and then lets it stay. Otherwise a slower client finds the file
@@ -59,9 +60,11 @@ def _delete(descriptor: int, path: Path) -> None:
         path.unlink()
         if os.fstat(descriptor).st_nlink == held.st_nlink:
             _renaming_devices.add(held.st_dev)
-    else:  # for all who may write to the folder
-        writable = path.parent.stat().st_mode & 0o222
-        os.fchmod(descriptor, writable | writable << 1)
+        return
+    writable = path.parent.stat().st_mode & 0o222
+    mode = writable | writable << 1  # whoever may write to the folder may lock it
+    if stat.S_IMODE(held.st_mode) != mode:
+        os.fchmod(descriptor, mode)
 
 
 def _acquire(path: Path) -> int | None:
